@@ -1,0 +1,78 @@
+# Each step leaves a stamp in $(VENV) once it is done, and runs again when what it was made from
+# has changed: the first `make up` installs, the second goes straight to the engines.
+PYTHON ?= python3
+VENV ?= .venv
+CONFIG ?= models.yaml
+# cuda where there is an NVIDIA driver, else cpu.
+ifndef VARIANT
+VARIANT := $(shell { test -e /proc/driver/nvidia/version || nvidia-smi -L >/dev/null 2>&1; } && echo cuda || echo cpu)
+endif
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+OTHER := $(filter-out $(VARIANT),cpu cuda)
+READY := $(VENV)/.llmserve
+TOOLS := $(VENV)/.tools
+
+help: ## This list.
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+	@echo 'Settings: VENV=$(VENV) PYTHON=$(PYTHON) VARIANT=$(VARIANT) CONFIG=$(CONFIG)'
+
+up: models ## Install what is missing, then serve CONFIG.
+	$(BIN)/llmserve up $(CONFIG)
+
+install: $(READY) ## The virtual environment with vLLM and llmserve.
+
+models: $(READY) ## The two demo models, in models/.
+	@$(BIN)/python -m llmserve.demo
+
+test: $(TOOLS) models ## What CI runs; ARGS go to pytest.
+	$(BIN)/python -m pytest -m "not gpu and not browser" --cov --cov-report=term-missing:skip-covered $(ARGS)
+
+check: $(TOOLS) ## Formatting, lint, types.
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+format: $(TOOLS) ## Let ruff format and repair.
+	$(BIN)/ruff check --fix-only
+	$(BIN)/ruff format
+
+clean: ## Remove the environment; the models stay.
+	rm -rf $(VENV)
+
+$(VENV)/.python:
+	@$(PYTHON) -c 'import sys; (3, 11) <= sys.version_info < (3, 15) or sys.exit(f"{sys.executable} is Python {sys.version.split()[0]}; vLLM runs on 3.11 to 3.14: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# Without dependencies: a lock names them all, and pip would add what cpu.exclude keeps out.
+$(VENV)/.cpu $(VENV)/.cuda: $(VENV)/.%: requirements/%.lock $(VENV)/.python
+	@test ! -e $(VENV)/.$(OTHER) || { echo '$(VENV) holds the $(OTHER) variant; $* needs its own: make clean, or VENV=.venv-$*' >&2; exit 1; }
+	@test $* = cuda || requirements/torch-cpu.sh $(BIN)/python $<
+	$(PIP) install --no-deps -r $<
+	@touch $@
+
+# The build needs setuptools only, which the lock has brought.
+$(READY): pyproject.toml $(VENV)/.$(VARIANT)
+	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(TOOLS): requirements/dev.lock $(READY)
+	$(PIP) install --quiet --no-deps -r $<
+	@touch $@
+
+# The CPU build of torch is in PyTorch's own index only, which uv knows by this flag;
+# elsewhere: make lock TORCH_INDEX=--find-links=FOLDER.
+TORCH_INDEX ?= --torch-backend=cpu
+COMPILE = $(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --no-annotate --custom-compile-command="make lock"
+
+lock: $(VENV)/.python ## Resolve the lock files anew from pyproject.toml.
+	$(PIP) install --quiet uv
+	$(COMPILE) $(TORCH_INDEX) --extra cpu --extra demo --excludes requirements/cpu.exclude pyproject.toml -o requirements/cpu.lock
+	$(COMPILE) --extra cuda --extra demo pyproject.toml -o requirements/cuda.lock
+	$(COMPILE) --group dev --constraints requirements/cpu.lock -o requirements/dev.lock
+	@grep -vxFf requirements/cpu.lock requirements/dev.lock > $(VENV)/dev.lock  # only what cpu.lock lacks
+	@mv $(VENV)/dev.lock requirements/dev.lock
+
+.PHONY: help up install models test check format clean lock

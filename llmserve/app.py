@@ -1,0 +1,216 @@
+"""Wiring: the route table, keys, request ids, and the one error handler."""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import uuid
+from typing import TYPE_CHECKING, cast
+
+import orjson
+from starlette.applications import Starlette
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Match, Route
+
+from llmserve import routes
+from llmserve.errors import (
+    LLMServeError,
+    MethodNotAllowed,
+    RequestError,
+    RouteNotFound,
+    Unauthorized,
+    nearest,
+    quoted,
+)
+from llmserve.protocol import ENDPOINTS, error_body
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+    from llmserve.config import ServerSpec
+    from llmserve.routes import Services
+
+log = logging.getLogger(__name__)
+
+_OPEN = frozenset({"/health"})  # a probe has no key
+_ID = "x-request-id"
+_CLIENT_CLOSED = 499  # nginx's status for a client that left; never sent
+_ENDPOINT_OF = {path: endpoint.name for endpoint in ENDPOINTS for path in endpoint.paths}
+
+
+def build(services: Services) -> ASGIApp:
+    table = routes.table()
+    app = Starlette(
+        routes=table,
+        middleware=[
+            *_cors(services.config.server),
+            Middleware(_Keys, server=services.config.server),
+        ],
+        exception_handlers={
+            LLMServeError: _refused,
+            HTTPException: _unrouted,
+            ClientDisconnect: _left,
+            Exception: _unforeseen,
+        },
+    )
+    app.state.services = services
+    return _Watched(app, services)
+
+
+def _cors(server: ServerSpec) -> list[Middleware]:
+    if not server.allowed_origins:
+        return []
+    return [
+        Middleware(
+            CORSMiddleware,
+            allow_origins=server.allowed_origins,
+            allow_methods=server.allowed_methods,
+            allow_headers=server.allowed_headers,
+            allow_credentials=server.allow_credentials,
+            expose_headers=[_ID],
+        )
+    ]
+
+
+class _Watched:
+    """Gives every request an id, and counts it by model, endpoint and status."""
+
+    def __init__(self, app: ASGIApp, services: Services) -> None:
+        self._app = app
+        self._metrics = services.metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = _request_id(scope)
+        # vLLM's handlers take the id of an answer from here.
+        MutableHeaders(scope=scope)[_ID] = request_id
+        status = _CLIENT_CLOSED
+
+        async def with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)[_ID] = request_id
+            await send(message)
+
+        try:
+            await self._app(scope, receive, with_id)
+        finally:
+            self._count(scope, status)
+
+    def _count(self, scope: Scope, status: int) -> None:
+        endpoint = _ENDPOINT_OF.get(scope["path"])
+        if endpoint is None:
+            return
+        model = scope.get("state", {}).get("model", "")
+        self._metrics.requests.labels(model, endpoint, status).inc()
+        if status == _CLIENT_CLOSED:
+            self._metrics.disconnects.labels(model, endpoint).inc()
+
+
+def _request_id(scope: Scope) -> str:
+    given = Headers(scope=scope).get(_ID, "")
+    fit = 0 < len(given) <= 128 and given.isascii() and given.isprintable()
+    return given if fit else uuid.uuid4().hex
+
+
+class _Keys:
+    """Every route but /health needs one of the server's keys, if it has any.
+
+    A key comes as `Authorization: Bearer KEY`, or as `x-api-key`, Anthropic's way.
+    """
+
+    def __init__(self, app: ASGIApp, server: ServerSpec) -> None:
+        self._app = app
+        self._keys = [key.get_secret_value().encode() for key in server.api_keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._keys and scope["type"] == "http" and scope["path"] not in _OPEN:
+            try:
+                self._check(Headers(scope=scope))
+            except Unauthorized as error:
+                await _render(error)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+    def _check(self, headers: Headers) -> None:
+        scheme, _, token = headers.get("authorization", "").partition(" ")
+        given = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
+        if not given:
+            raise Unauthorized("No API key came; send `Authorization: Bearer KEY`.")
+        matches = [hmac.compare_digest(given.encode(), key) for key in self._keys]
+        if not any(matches):
+            raise Unauthorized("The API key is not one of this server's.")
+
+
+# --- errors
+
+
+def _render(error: LLMServeError) -> Response:
+    return Response(
+        orjson.dumps(error_body(error)),
+        error.status,
+        headers=error.headers(),
+        media_type="application/json",
+    )
+
+
+async def _refused(_: Request, error: Exception) -> Response:
+    return _render(cast("LLMServeError", error))
+
+
+async def _unrouted(request: Request, error: Exception) -> Response:
+    """Starlette's own refusals: no such route, wrong method, a form it cannot read."""
+    error = cast("HTTPException", error)
+    if error.status_code == 405:
+        allowed = _methods(request)
+        return _render(
+            MethodNotAllowed(
+                f"{quoted(request.url.path)} does not take {request.method}; "
+                f"it takes {', '.join(sorted(allowed))}.",
+                allowed,
+            )
+        )
+    if error.status_code == 404:
+        return _render(_no_route(request))
+    refusal = RequestError(str(error.detail))
+    refusal.status = error.status_code
+    return _render(refusal)
+
+
+def _methods(request: Request) -> Iterable[str]:
+    for route in request.app.routes:
+        if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE:
+            yield from route.methods or ()
+
+
+def _no_route(request: Request) -> RouteNotFound:
+    known = [route.path for route in request.app.routes if isinstance(route, Route)]
+    near = nearest(request.url.path, known)
+    hint = f"did you mean {near}?" if near else "GET /openapi.json lists all routes."
+    return RouteNotFound(f"There is no route {quoted(request.url.path)}; {hint}")
+
+
+async def _left(_: Request, __: Exception) -> Response:
+    return _Unsent()
+
+
+async def _unforeseen(request: Request, error: Exception) -> Response:
+    log.error("path=%s unforeseen", request.url.path, exc_info=error)
+    return _render(LLMServeError("Something went wrong in the server.", code="internal_error"))
+
+
+class _Unsent(Response):
+    """There is nobody to answer."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        pass

@@ -1,0 +1,70 @@
+"""Runs first in every process that vLLM starts (entry point `vllm.general_plugins`).
+
+An engine core gets a process group of its own, so that Ctrl-C in the terminal reaches
+the server alone and running requests can finish; it writes into its model's log file;
+and it ends when the server has ended, however that happened.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import multiprocessing
+import os
+import threading
+from multiprocessing import connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+from llmserve.environment import LOG_DIR
+
+if TYPE_CHECKING:
+    from multiprocessing.process import BaseProcess
+
+
+def enter() -> None:
+    parent = multiprocessing.parent_process()
+    config = _config_of(multiprocessing.current_process())
+    if parent is None or config is None or LOG_DIR not in os.environ:
+        return  # the server itself, or a worker, which inherits all this from its core
+    model = config.model_config.served_model_name
+    with contextlib.suppress(PermissionError):  # it leads its group already
+        os.setpgid(0, 0)
+    _write_to(log_file(Path(os.environ[LOG_DIR]), model))
+    _log_again(config)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True, name="parent-watch").start()
+
+
+def log_file(folder: Path, model: str) -> Path:
+    return folder / f"{quote(model, safe='@ ')}.log"
+
+
+def _config_of(process: BaseProcess) -> Any:
+    """The VllmConfig that an engine core process was started with, else None.
+
+    vLLM hands it to the process as a keyword argument (vllm/v1/engine/utils.py,
+    CoreEngineProcManager), and plugins get no arguments.
+    """
+    return getattr(process, "_kwargs", {}).get("vllm_config")
+
+
+def _log_again(config: Any) -> None:
+    """The server starts engines with logging off, since it shares its own process's loggers."""
+    if not config.logging_config.configure_logging:
+        from vllm.logger import configure_logging  # noqa: PLC0415  # not in the server
+
+        config.logging_config = dataclasses.replace(config.logging_config, configure_logging=True)
+        configure_logging(config.logging_config)
+
+
+def _write_to(file: Path) -> None:
+    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+
+
+def _end_with(parent: BaseProcess) -> None:
+    connection.wait([parent.sentinel])
+    os.killpg(os.getpgid(0), 9)

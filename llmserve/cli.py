@@ -1,0 +1,103 @@
+"""`llmserve up | check | chat | version`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+
+from llmserve import __version__
+from llmserve.config import Config, ServerSpec, load
+from llmserve.errors import ConfigError, StartupError
+
+app = typer.Typer(
+    help="Serve every model of a GPU box from one YAML file.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Registry = Annotated[Path, typer.Argument(metavar="[MODELS.YAML]", help="The registry.")]
+
+
+@app.command()
+def up(
+    registry: Registry = Path("models.yaml"),
+    host: Annotated[str | None, typer.Option(help="Instead of server.host.")] = None,
+    port: Annotated[
+        int | None, typer.Option(help="Instead of server.port; 0: any free one.")
+    ] = None,
+) -> None:
+    """Start every model of the registry and serve them."""
+    from llmserve import server  # noqa: PLC0415  # `check` answers without it
+
+    said = {key: value for key, value in (("host", host), ("port", port)) if value is not None}
+    config = _load(registry)
+    config = config.model_copy(update={"server": config.server.model_copy(update=said)})
+    console = Console()
+    try:
+        server.up(config, console)
+    except StartupError as error:
+        _fail(error.message, error.exit_code)
+
+
+@app.command()
+def check(registry: Registry = Path("models.yaml")) -> None:
+    """Check a registry without starting anything."""
+    config = _load(registry)
+    names = ", ".join(spec.name for spec in config.models)
+    Console().print(
+        f"{registry}: {len(config.models)} models: {names}", markup=False, highlight=False
+    )
+
+
+@app.command()
+def chat(
+    model: Annotated[str | None, typer.Argument(help="A model; omitted: choose.")] = None,
+    url: Annotated[
+        str, typer.Option(envvar="LLMSERVE_URL", help="Where the server runs.")
+    ] = f"http://{ServerSpec().host}:{ServerSpec().port}",
+    key: Annotated[str | None, typer.Option(envvar="LLMSERVE_KEY", help="An API key.")] = None,
+    system: Annotated[str | None, typer.Option(help="A system message.")] = None,
+    temperature: Annotated[float | None, typer.Option()] = None,
+    max_tokens: Annotated[int | None, typer.Option()] = None,
+    multiline: Annotated[bool, typer.Option(help="End a message with an empty line.")] = False,
+) -> None:
+    """Chat with a model of a running server. Ctrl-C stops the answer only."""
+    from llmserve.chat import ChatOptions  # noqa: PLC0415  # `check` answers without it
+    from llmserve.chat import chat as talk  # noqa: PLC0415
+
+    options = ChatOptions(
+        model=model,
+        url=url,
+        key=key,
+        system=system,
+        temperature=temperature,
+        max_tokens=max_tokens,
+        multiline=multiline,
+    )
+    raise typer.Exit(talk(options))
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    Console().print(__version__, highlight=False)
+
+
+def main() -> None:
+    app()
+
+
+def _load(registry: Path) -> Config:
+    try:
+        return load(registry)
+    except ConfigError as error:
+        _fail(error.message, error.exit_code)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    Console(stderr=True).print(message, style="red", markup=False, highlight=False, soft_wrap=True)
+    raise typer.Exit(code)

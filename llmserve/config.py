@@ -1,0 +1,464 @@
+"""`models.yaml` as a frozen typed tree.
+
+`load` reads, checks and resolves a registry without importing vLLM or torch. All its
+problems come out in one ConfigError, each with file, line and key.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    ByteSize,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveInt,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from llmserve import fastchat, yamlfile
+from llmserve.errors import ConfigError, nearest
+from llmserve.installed import engine_fields, parser_names
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from pydantic_core import ErrorDetails
+
+Fraction = Annotated[float, Field(gt=0, le=1)]
+
+# A key of ours and the engine argument that it sets.
+ENGINE_KEYS: Mapping[str, str] = {
+    "model": "model",
+    "aliases": "served_model_name",
+    "devices": "device_ids",
+    "tensor_parallel_size": "tensor_parallel_size",
+    "pipeline_parallel_size": "pipeline_parallel_size",
+    "gpu_memory_utilization": "gpu_memory_utilization",
+    "memory": "gpu_memory_utilization",
+    "kv_cache": "kv_cache_memory_bytes",
+    "reasoning_parser": "reasoning_parser",
+    "sampling": "override_generation_config",
+    "loras": "enable_lora",
+}
+_TEMPLATES = frozenset({"chat_template"})  # left as they are: `${` may be theirs
+
+
+class _Spec(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ServerSpec(_Spec):
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000  # 0: any free one
+    api_keys: tuple[SecretStr, ...] = ()  # every route but /health needs one of them
+    allowed_origins: tuple[str, ...] = ()  # CORS; empty: no browser page of another origin
+    allowed_methods: tuple[str, ...] = ("*",)
+    allowed_headers: tuple[str, ...] = ("*",)
+    allow_credentials: bool = False
+    ssl_certfile: Path | None = None
+    ssl_keyfile: Path | None = None
+    drain_timeout: NonNegativeFloat = 30  # seconds that running requests get at the end
+    max_body: ByteSize = ByteSize(64 * 2**20)  # largest request body
+    log_dir: Path = Path("~/.local/state/llmserve").expanduser()  # one file per engine
+
+    @model_validator(mode="after")
+    def _tls_is_whole(self) -> Self:
+        if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
+            raise ValueError("TLS needs both ssl_certfile and ssl_keyfile")
+        return self
+
+
+class SamplingSpec(_Spec):
+    """What a request that does not say gets; a request's own value wins."""
+
+    temperature: NonNegativeFloat | None = None
+    top_p: Fraction | None = None
+    top_k: Annotated[int, Field(ge=-1)] | None = None  # -1 and 0: all
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    max_tokens: PositiveInt | None = None
+
+
+class ModelSpec(_Spec):
+    """One entry of `models:`, `defaults:` merged in."""
+
+    name: str
+    model: str  # folder or hub name
+    aliases: tuple[str, ...] = ()
+    hidden: bool = False  # served, but not in GET /v1/models
+    required: bool = False  # the server ends with 3 if it cannot start
+    devices: tuple[int | str, ...] | None = None  # GPU ids or UUIDs; omitted: vLLM's choice
+    tensor_parallel_size: PositiveInt = 1  # devices that share each layer
+    pipeline_parallel_size: PositiveInt = 1  # devices that share the layers out
+    gpu_memory_utilization: Fraction | None = None  # share of each device, all in
+    memory: ByteSize | None = None  # the same as an amount
+    kv_cache: ByteSize | None = None  # exactly this much KV cache per device
+    max_in_flight: PositiveInt = 1024  # requests, queued and running
+    chat_template: str | None = None  # Jinja: a file or the text itself
+    chat_template_kwargs: dict[str, Any] = {}
+    tool_call_parser: str | None = None  # also lets the model choose tools itself
+    reasoning_parser: str | None = None
+    sampling: SamplingSpec = SamplingSpec()
+    loras: dict[str, str] = {}  # further names, each the model with an adapter
+    engine: dict[str, Any] = {}  # any vLLM engine argument under vLLM's own name
+
+    needs: ClassVar[frozenset[str]] = frozenset({"name", "model"})
+
+    @field_validator("devices")
+    @classmethod
+    def _devices_differ(cls, devices: tuple[int | str, ...] | None) -> tuple[int | str, ...] | None:
+        if devices is not None:
+            if not devices:
+                raise ValueError("is empty; list GPU ids, or leave it out")
+            if len(set(devices)) < len(devices):
+                raise ValueError("names a GPU twice")
+            if len({type(d) for d in devices}) > 1:
+                raise ValueError("mixes ids and UUIDs; use one kind")
+        return devices
+
+    @field_validator("tool_call_parser")
+    @classmethod
+    def _tool_parser_exists(cls, name: str | None) -> str | None:
+        return _one_of(name, parser_names("tool_parsers"))
+
+    @field_validator("reasoning_parser")
+    @classmethod
+    def _reasoning_parser_exists(cls, name: str | None) -> str | None:
+        return _one_of(name, parser_names("reasoning"))
+
+    @model_validator(mode="after")
+    def _memory_is_said_once(self) -> Self:
+        if self.memory is not None and self.gpu_memory_utilization is not None:
+            raise ValueError("memory and gpu_memory_utilization say the same; keep one")
+        return self
+
+    @model_validator(mode="after")
+    def _devices_fit_parallelism(self) -> Self:
+        needed = self.tensor_parallel_size * self.pipeline_parallel_size
+        if self.devices is not None and len(self.devices) != needed:
+            raise ValueError(
+                f"lists {len(self.devices)} devices, but tensor_parallel_size "
+                f"{self.tensor_parallel_size} x pipeline_parallel_size "
+                f"{self.pipeline_parallel_size} needs {needed}"
+            )
+        return self
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.name, *self.aliases)
+
+    @property
+    def is_folder(self) -> bool:
+        return Path(self.model).is_absolute()
+
+
+class Config(_Spec):
+    file: Path
+    server: ServerSpec = ServerSpec()
+    models: tuple[ModelSpec, ...]
+
+
+def _one_of(name: str | None, known: frozenset[str] | None) -> str | None:
+    if name is None or known is None or name in known:
+        return name
+    near = nearest(name, known)
+    raise ValueError(f"is unknown; {f'nearest: {near}' if near else f'one of {_listed(known)}'}")
+
+
+def load(file: Path) -> Config:
+    """Read a registry. Raises ConfigError with every problem of the file."""
+    document = yamlfile.read(file, verbatim=_TEMPLATES)
+    config = (
+        None if document.problems and document.value is None else _Reader(file, document).read()
+    )
+    if document.problems or config is None:
+        problems = sorted(set(document.problems))
+        raise ConfigError([problem.within(file.name) for problem in problems])
+    return config
+
+
+class _Reader:
+    """Turns a document into a Config and notes what is wrong in the document."""
+
+    def __init__(self, file: Path, document: yamlfile.Document) -> None:
+        self.file = file
+        self.folder = file.resolve().parent
+        self.document = document
+
+    def read(self) -> Config | None:
+        top = self._mapping(self.document.value, ())
+        if top is None:
+            return None
+        self._known(top, {"server", "defaults", "models"}, ())
+        server = self._server(top.get("server", {}))
+        models = self._models(top)
+        if self.document.problems or server is None:
+            return None
+        return Config(file=self.file, server=server, models=tuple(models))
+
+    # --- server
+
+    def _server(self, raw: Any) -> ServerSpec | None:
+        values = self._mapping(raw, ("server",))
+        if values is None:
+            return None
+        values = self._known(values, ServerSpec.model_fields, ("server",))
+        keys = values.get("api_keys")
+        if isinstance(keys, list):
+            values["api_keys"] = [
+                self._secret(key, ("server", "api_keys", i)) for i, key in enumerate(keys)
+            ]
+        for key in ("ssl_certfile", "ssl_keyfile"):
+            if isinstance(values.get(key), str):
+                values[key] = self._file(values[key], ("server", key))
+        if isinstance(values.get("log_dir"), str):
+            values["log_dir"] = self.folder / Path(values["log_dir"]).expanduser()
+        try:
+            return ServerSpec(**values)
+        except ValidationError as error:
+            self._note(error, ("server",))
+            return None
+
+    def _secret(self, value: Any, path: yamlfile.Path) -> Any:
+        """A secret as it stands, or the first line of the file that `file:PATH` names."""
+        if not isinstance(value, str):
+            return value
+        secret = value
+        if value.startswith("file:"):
+            source = self.folder / Path(value.removeprefix("file:").strip()).expanduser()
+            try:
+                secret = source.read_text(encoding="utf-8").partition("\n")[0].strip()
+            except (OSError, UnicodeDecodeError) as error:
+                self.document.problem(path, f"{source} cannot be read: {_reason(error)}")
+                return value
+        if not secret and not any(p.path == yamlfile.dotted(path) for p in self.document.problems):
+            self.document.problem(path, "is empty; a key must be a non-empty string")
+        return secret
+
+    def _file(self, value: str, path: yamlfile.Path) -> Path:
+        file = self.folder / Path(value).expanduser()
+        if not file.is_file():
+            self.document.problem(path, f"there is no file {file}")
+        return file
+
+    # --- models
+
+    def _models(self, top: dict[str, Any]) -> list[ModelSpec]:
+        defaults = self._mapping(top.get("defaults", {}), ("defaults",)) or {}
+        own = {"name", "model", "aliases", "loras"}
+        defaults = self._known(defaults, ModelSpec.model_fields.keys() - own, ("defaults",))
+        defaults["engine"] = self._engine(defaults.get("engine"), ("defaults", "engine"))
+        entries = self._mapping(top.get("models", {}), ("models",)) or {}
+        if not entries:
+            self.document.problem(
+                ("models",), "lists no model; add one, as in `chat: {model: FOLDER}`"
+            )
+        specs = [
+            spec
+            for name, raw in entries.items()
+            if (spec := self._model(name, raw, defaults)) is not None
+        ]
+        self._names_differ(entries)
+        return specs
+
+    def _model(self, name: str, raw: Any, defaults: dict[str, Any]) -> ModelSpec | None:
+        path = ("models", name)
+        values = self._mapping(raw, path)
+        if values is None:
+            return None
+        values = self._known(values, ModelSpec.model_fields.keys() - {"name"}, path)
+        values["engine"] = self._engine(values.get("engine"), (*path, "engine"))
+        self._said_once(values, path)
+        merged = _merge(defaults, values)
+        if isinstance(merged.get("model"), str):
+            merged["model"] = self._source(merged["model"], (*path, "model"))
+        if isinstance(merged.get("loras"), dict):
+            merged["loras"] = {
+                lora: self._source(source, (*path, "loras", lora))
+                if isinstance(source, str)
+                else source
+                for lora, source in merged["loras"].items()
+            }
+        if isinstance(merged.get("chat_template"), str):
+            merged["chat_template"] = self._template(
+                merged["chat_template"], (*path, "chat_template")
+            )
+        try:
+            return ModelSpec(name=name, **merged)
+        except ValidationError as error:
+            self._note(error, path)
+            return None
+
+    def _engine(self, raw: Any, path: yamlfile.Path) -> dict[str, Any]:
+        arguments = self._mapping(raw, path)
+        fields = engine_fields()
+        if arguments is None or fields is None:
+            return arguments or {}
+        arguments = self._known(arguments, fields.names, path)
+        for name, value in arguments.items():
+            try:
+                arguments[name] = fields.validate(name, value)
+            except ValidationError as error:
+                self._note(error, (*path, name))
+        if "hf_token" in arguments:
+            arguments["hf_token"] = self._secret(arguments["hf_token"], (*path, "hf_token"))
+        return arguments
+
+    def _said_once(self, values: dict[str, Any], path: yamlfile.Path) -> None:
+        for key, argument in ENGINE_KEYS.items():
+            if argument in values["engine"] and (key in values or key == "aliases"):
+                said = "the entry's key and `aliases`" if key == "aliases" else f"`{key}`"
+                self.document.problem(
+                    (*path, "engine", argument), f"is said twice; {said} of the entry sets it"
+                )
+
+    def _source(self, value: str, path: yamlfile.Path) -> str:
+        """A folder as an absolute path, a hub name as it stands.
+
+        As for vLLM, what is a folder here is that folder; else a name that begins
+        like a path must be one.
+        """
+        folder = self.folder / Path(value).expanduser()
+        if folder.is_dir():
+            return str(folder.resolve())
+        if value.startswith((".", "/", "~")) or value.count("/") > 1:
+            self.document.problem(path, f"there is no folder {folder}")
+        elif not value.strip():
+            self.document.problem(path, "is empty; give a folder or a hub name")
+        return value
+
+    def _template(self, value: str, path: yamlfile.Path) -> str:
+        """The template's text: the value itself if it is Jinja, else that file's content."""
+        if "{" in value or "\n" in value:
+            return value
+        file = self._file(value, path)
+        return file.read_text(encoding="utf-8") if file.is_file() else value
+
+    def _names_differ(self, entries: dict[str, Any]) -> None:
+        """Every public name leads to one model."""
+        owner: dict[str, yamlfile.Path] = {}
+        for entry, raw in entries.items():
+            values = raw if isinstance(raw, dict) else {}
+            aliases = values.get("aliases") if isinstance(values.get("aliases"), list) else []
+            loras = values.get("loras") if isinstance(values.get("loras"), dict) else {}
+            named: list[tuple[Any, yamlfile.Path]] = [(entry, ("models", entry))]
+            named += [(a, ("models", entry, "aliases", i)) for i, a in enumerate(aliases or [])]
+            named += [(lora, ("models", entry, "loras", lora)) for lora in loras or {}]
+            for name, path in named:
+                if not isinstance(name, str):
+                    continue
+                if not name or name != name.strip() or not name.isprintable():
+                    self.document.problem(
+                        path, "a model's name must be printable, without blanks around it"
+                    )
+                if name in owner:
+                    other = yamlfile.dotted(owner[name])
+                    self.document.problem(path, f"the name {name} is taken by {other}")
+                owner.setdefault(name, path)
+
+    # --- shared
+
+    def _mapping(self, value: Any, path: yamlfile.Path) -> dict[str, Any] | None:
+        if isinstance(value, dict):
+            return dict(value)
+        if value is None and path:
+            return {}
+        what = "is empty" if value is None else f"is a {_kind(value)}"
+        self.document.problem(path, f"{what}; it must be a mapping of keys to values")
+        return None
+
+    def _known(
+        self, values: dict[str, Any], known: Iterable[str], path: yamlfile.Path
+    ) -> dict[str, Any]:
+        """`values` without the unknown keys, each noted with what it could be."""
+        known = set(known)
+        for key in values.keys() - known:
+            self.document.problem((*path, key), self._unknown(key, known, path))
+        return {key: value for key, value in values.items() if key in known}
+
+    def _unknown(self, key: str, known: set[str], path: yamlfile.Path) -> str:
+        if (told := fastchat.successor(key)) is not None:
+            return f"unknown key; {told}"
+        snake = key.replace("-", "_")
+        elsewhere = {"server": ServerSpec.model_fields, "a model": ModelSpec.model_fields}
+        if snake in known:
+            return f"unknown key; nearest: {snake}"
+        fields = engine_fields()
+        if path[-1:] != ("engine",) and path != ("server",) and fields and snake in fields.names:
+            return f"unknown key; it is an engine argument: write `engine: {{{snake}: ...}}`"
+        for place, keys in elsewhere.items():
+            if snake in keys and snake != "name":
+                return f"unknown key; it is a key of {place}"
+        near = nearest(key, known)
+        if near is None and path[-1:] == ("engine",):
+            return "unknown key; no such engine argument in the installed vLLM"
+        return "unknown key; " + (f"nearest: {near}" if near else f"known: {_listed(known)}")
+
+    def _note(self, error: ValidationError, path: yamlfile.Path) -> None:
+        """pydantic's findings as problems, one for each place in the file."""
+        findings: dict[yamlfile.Path, list[str]] = {}
+        for detail in error.errors(include_url=False):
+            findings.setdefault(self._place(detail, path), []).append(_plain(detail))
+        for place, messages in findings.items():
+            self.document.problem(place, " or ".join(dict.fromkeys(messages)))
+
+    def _place(self, detail: ErrorDetails, path: yamlfile.Path) -> yamlfile.Path:
+        """Where in the file: `loc` without union branches; in `defaults` if it came from there."""
+        steps = [step for step in detail["loc"] if isinstance(step, int) or step.isidentifier()]
+        here = (*path, *steps)
+        if detail["type"] == "missing":
+            return here
+        while len(here) > len(path) and here not in self.document.lines:
+            inherited = ("defaults", *here[2:])
+            if path[0] == "models" and inherited in self.document.lines:
+                return inherited
+            here = here[:-1]
+        return here
+
+
+def _merge(defaults: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """`own` over `defaults`; mappings (engine, sampling, ...) are merged key by key."""
+    merged = defaults | own
+    for key, value in own.items():
+        if isinstance(value, dict) and isinstance(defaults.get(key), dict):
+            merged[key] = defaults[key] | value
+    return merged
+
+
+def _plain(detail: ErrorDetails) -> str:
+    """One finding of pydantic in words, with what came."""
+    message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "missing":
+        return "is missing"
+    if detail["type"] == "value_error":
+        return message
+    came = detail["input"]
+    shown = f" (came: {came!r})" if isinstance(came, str | int | float | bool) else ""
+    return message[:1].lower() + message[1:] + (shown if len(shown) < 100 else "")
+
+
+def _kind(value: object) -> Literal["list", "text", "number", "value"]:
+    kinds: dict[type, Literal["list", "text", "number"]] = {
+        list: "list",
+        str: "text",
+        int: "number",
+        float: "number",
+    }
+    return kinds.get(type(value), "value")
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names))
+
+
+def _reason(error: Exception) -> str:
+    return error.strerror or str(error) if isinstance(error, OSError) else "not UTF-8 text"

@@ -1,0 +1,244 @@
+"""One vLLM engine: its arguments, start, end, figures, and why it did not start.
+
+This module and `serving` are the only importers of vLLM.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import multiprocessing
+import re
+import threading
+import typing
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from pydantic import TypeAdapter
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.platforms import current_platform
+from vllm.usage.usage_lib import UsageContext
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.metrics.loggers import PrometheusStatLogger
+from vllm.v1.metrics.perf import PerfMetricsProm
+from vllm.v1.spec_decode.metrics import SpecDecodingProm
+
+from llmserve.child import log_file
+from llmserve.errors import StartupError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from llmserve.config import ModelSpec
+
+_CPU_KV_CACHE_BYTES = 1 << 30  # per engine, where a registry says nothing
+_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vllm/config/lora.py, MaxLoRARanks
+_STOP_S = 5.0  # what an engine gets to end by itself
+
+
+class Engine:
+    """A started `AsyncLLM`, the arguments it has, and its metrics."""
+
+    def __init__(
+        self, client: AsyncLLM, arguments: AsyncEngineArgs, registry: CollectorRegistry
+    ) -> None:
+        self.client = client
+        self.arguments = arguments
+        self.registry = registry
+
+    def stop(self) -> None:
+        """End the engine and its processes. Blocks for some seconds."""
+        self.client.shutdown(timeout=_STOP_S)
+
+
+class Launcher:
+    """Starts engines, several at once, each call in a thread of its own."""
+
+    def __init__(self, log_dir: Path) -> None:
+        self._log_dir = log_dir
+        # Building a config can change os.environ (vllm/config/vllm.py): one at a time.
+        self._configuring = threading.Lock()
+        self._stopped = threading.Event()
+
+    def start(self, spec: ModelSpec) -> Engine:
+        """Blocks until the engine is ready. Raises StartupError with the cause in one line."""
+        log = log_file(self._log_dir, spec.name)
+        log.unlink(missing_ok=True)
+        registry = CollectorRegistry()
+        try:
+            with self._configuring:
+                self._unless_stopped()
+                arguments = engine_arguments(spec)
+                _log_in_engine_only(arguments)
+                config = arguments.create_engine_config(UsageContext.OPENAI_API_SERVER)
+            self._unless_stopped()
+            client = AsyncLLM.from_vllm_config(config, stat_loggers=[_stat_logger(registry)])
+        except StartupError:
+            raise
+        except Exception as error:
+            raise StartupError(cause_of(error, log)) from error
+        return Engine(client, arguments, registry)
+
+    def stop(self) -> None:
+        """Let no start begin, and end the processes of those under way and of all engines."""
+        self._stopped.set()
+        for process in multiprocessing.active_children():
+            process.kill()
+
+    def _unless_stopped(self) -> None:
+        if self._stopped.is_set():
+            raise StartupError("the server is stopping")
+
+
+def engine_arguments(spec: ModelSpec) -> AsyncEngineArgs:
+    """The registry's entry in vLLM's terms."""
+    said: dict[str, Any] = {
+        "model": spec.model,
+        "served_model_name": list(spec.names),
+        **_placement(spec),
+        **_loras(spec.loras),
+    }
+    if spec.kv_cache is not None:
+        said["kv_cache_memory_bytes"] = int(spec.kv_cache)
+    if spec.reasoning_parser is not None:
+        said["reasoning_parser"] = spec.reasoning_parser
+    if sampling := spec.sampling.model_dump(exclude_none=True):
+        renamed = {"max_tokens": "max_new_tokens"}  # as in generation_config.json
+        said["override_generation_config"] = {renamed.get(k, k): v for k, v in sampling.items()}
+    said |= _typed(spec.engine)
+    if current_platform.is_cpu():
+        said.setdefault("kv_cache_memory_bytes", _CPU_KV_CACHE_BYTES)
+        # torch.compile takes a minute there and gives some 10 %.
+        said.setdefault("enforce_eager", True)
+    return AsyncEngineArgs(**said)
+
+
+def _log_in_engine_only(arguments: AsyncEngineArgs) -> None:
+    """Keep vLLM from taking this process's terminal; llmserve.child turns it on again."""
+    logging_config = arguments.create_logging_config()
+    if logging_config.pylogging_config_file is None:
+        arguments.logging_config = dataclasses.replace(logging_config, configure_logging=False)
+
+
+def _placement(spec: ModelSpec) -> dict[str, Any]:
+    said: dict[str, Any] = {}
+    if spec.tensor_parallel_size * spec.pipeline_parallel_size > 1:
+        said["tensor_parallel_size"] = spec.tensor_parallel_size
+        said["pipeline_parallel_size"] = spec.pipeline_parallel_size
+        said["distributed_executor_backend"] = "mp"  # an installed Ray is not picked up
+    if spec.devices is not None and not current_platform.is_cpu():
+        said["device_ids"] = list(spec.devices)
+    if spec.gpu_memory_utilization is not None:
+        said["gpu_memory_utilization"] = spec.gpu_memory_utilization
+    elif spec.memory is not None:
+        said["gpu_memory_utilization"] = spec.memory / current_platform.get_device_total_memory()
+    return said
+
+
+def _loras(loras: Mapping[str, str]) -> dict[str, Any]:
+    if not loras:
+        return {}
+    said: dict[str, Any] = {"enable_lora": True, "max_loras": len(loras)}
+    ranks = [rank for source in loras.values() if (rank := _rank_of(source)) is not None]
+    if ranks:
+        said["max_lora_rank"] = next((r for r in _LORA_RANKS if r >= max(ranks)), max(ranks))
+    return said
+
+
+def _rank_of(source: str) -> int | None:
+    config = Path(source) / "adapter_config.json"
+    return json.loads(config.read_text(encoding="utf-8")).get("r") if config.is_file() else None
+
+
+def _typed(engine: Mapping[str, Any]) -> dict[str, Any]:
+    """Engine arguments as given, mappings turned into vLLM's config classes."""
+    types: dict[str, Any] = {
+        field.name: field.type for field in dataclasses.fields(AsyncEngineArgs)
+    }
+    return {
+        name: TypeAdapter(types[name]).validate_python(value)
+        if isinstance(value, dict) and _holds_dataclass(types[name])
+        else value
+        for name, value in engine.items()
+    }
+
+
+def _holds_dataclass(hint: Any) -> bool:
+    return any(dataclasses.is_dataclass(part) for part in (hint, *typing.get_args(hint)))
+
+
+def _stat_logger(registry: CollectorRegistry) -> type[PrometheusStatLogger]:
+    """vLLM's Prometheus logger, writing into a registry of its own.
+
+    Left to itself it takes the process-wide one and removes every other engine's
+    collectors from it (vllm/v1/metrics/prometheus.py, unregister_vllm_metrics).
+    """
+    gauge = staticmethod(partial(Gauge, registry=registry))
+    counter = staticmethod(partial(Counter, registry=registry))
+    histogram = staticmethod(partial(Histogram, registry=registry))
+
+    class SpecDecoding(SpecDecodingProm):
+        _counter_cls = counter
+
+    class Perf(PerfMetricsProm):
+        _counter_cls = counter
+
+    class EngineLogger(PrometheusStatLogger):
+        _gauge_cls = gauge
+        _counter_cls = counter
+        _histogram_cls = histogram
+        _spec_decoding_cls = SpecDecoding
+        _perf_metrics_cls = Perf
+
+    return EngineLogger
+
+
+# "(EngineCore pid=7) ERROR 11-22 10:00:00 [core.py:1] ValueError: To serve ..."
+_RAISED = re.compile(
+    r"^(?:\([^)]*\)\s*)?(?:ERROR \S+ \S+ \[[^\]]*\]\s)?(?:[\w.]+\.)?"
+    r"(?P<kind>[A-Z]\w*(?:Error|Exception|Interrupt|Exit))(?:: (?P<text>.+))?$"
+)
+_ECHOES = ("initialization failed", "See stack trace", "See root cause")
+
+
+def cause_of(error: BaseException, log: Path) -> str:
+    """Why an engine did not start, in one line.
+
+    vLLM raises "see root cause above" here; the cause itself is in the engine's log.
+    """
+    causes = []
+    if any(echo in str(error) for echo in _ECHOES) and log.is_file():
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        causes = [
+            found
+            for line in lines
+            if (found := _RAISED.match(line)) and not any(echo in line for echo in _ECHOES)
+        ]
+    if causes:
+        return _one_line(causes[-1]["kind"], causes[-1]["text"] or "")
+    if log.is_file() and any(echo in str(error) for echo in _ECHOES):
+        return f"the engine's process ended without a word; its log: {log}"
+    return _one_line(type(error).__name__, str(error))
+
+
+def _one_line(kind: str, text: str, limit: int = 300) -> str:
+    text = " ".join(text.split())
+    text = re.sub(r"^\d+ validation errors? for \w+ ", "", text)
+    shown = text if len(text) <= limit else text[:limit].rsplit(" ", 1)[0] + " ..."
+    return f"{kind}: {shown}" if shown else kind
+
+
+_PHASES = (
+    ("warming", re.compile(r"Model loading took|GPU KV cache size|# CPU blocks|Warming up")),
+    ("loading", re.compile(r"Starting to load model|Initializing a V1 LLM engine")),
+)
+
+
+def phase_of(log: Path) -> str | None:
+    """How far a start has come, by the engine's log: loading, then warming."""
+    if not log.is_file():
+        return None
+    text = log.read_text(encoding="utf-8", errors="replace")
+    return next((phase for phase, sign in _PHASES if sign.search(text)), None)

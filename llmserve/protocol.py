@@ -1,0 +1,149 @@
+"""What goes over the wire besides vLLM's own request and answer classes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+from llmserve.errors import LLMServeError, RequestError, quoted
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from llmserve.registry import Model
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A thing a model can be asked to do.
+
+    `name` is how errors and metrics speak of it; every path of `paths` leads to it.
+    """
+
+    name: str
+    paths: tuple[str, ...]
+    multipart: bool = False  # an upload; all others are JSON
+
+
+ENDPOINTS: tuple[Endpoint, ...] = (
+    Endpoint("chat completions", ("/v1/chat/completions",)),
+    Endpoint("completions", ("/v1/completions",)),
+    Endpoint("responses", ("/v1/responses",)),
+    Endpoint("messages", ("/v1/messages",)),
+    Endpoint("token counts", ("/v1/messages/count_tokens",)),
+    Endpoint("embeddings", ("/v1/embeddings",)),
+    Endpoint("scores", ("/v1/score", "/score")),
+    Endpoint("reranking", ("/v1/rerank", "/rerank", "/v2/rerank")),
+    Endpoint("pooling", ("/pooling",)),
+    Endpoint("classification", ("/classify",)),
+    Endpoint("tokenization", ("/tokenize",)),
+    Endpoint("detokenization", ("/detokenize",)),
+    Endpoint("transcriptions", ("/v1/audio/transcriptions",), multipart=True),
+    Endpoint("translations", ("/v1/audio/translations",), multipart=True),
+)
+
+
+def error_body(error: LLMServeError) -> dict[str, Any]:
+    """The one error object: OpenAI API reference, "Error codes"."""
+    return {
+        "error": {
+            "message": error.message,
+            "type": error.type,
+            "param": error.param,
+            "code": error.code,
+        }
+    }
+
+
+def parse_object(body: bytes) -> dict[str, Any]:
+    """A request body as a JSON object.
+
+    Raises RequestError, which never repeats the body.
+    """
+    if not body:
+        raise RequestError("The body is empty; send a JSON object.", code="invalid_json")
+    try:
+        value = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise RequestError(
+            f"The body is not valid JSON: {error.msg} at character {error.pos}.",
+            code="invalid_json",
+        ) from None
+    if not isinstance(value, dict):
+        raise RequestError("The body must be a JSON object.", code="invalid_json")
+    return value
+
+
+def requested_model(body: dict[str, Any], known: Iterable[str]) -> str:
+    """The model that a body asks for; a box with a single model needs no name.
+
+    Raises RequestError if there is none or it is no string.
+    """
+    name = body.get("model")
+    if isinstance(name, str) and name:
+        return name
+    known = sorted(known)
+    if name in (None, "") and len(known) == 1:
+        return known[0]
+    came = "is missing" if name in (None, "") else f"must be a string, not {type(name).__name__}"
+    raise RequestError(
+        f"`model` {came}; models here: {', '.join(known)}.",
+        param="model",
+        code="missing_required_parameter" if name in (None, "") else "invalid_type",
+    )
+
+
+def model_card(name: str, model: Model, created: int, max_model_len: int | None) -> dict[str, Any]:
+    """An entry of GET /v1/models."""
+    card: dict[str, Any] = {
+        "id": name,
+        "object": "model",
+        "created": created,
+        "owned_by": "llmserve",
+    }
+    if name in model.loras:
+        card["parent"] = model.name
+    if max_model_len is not None:
+        card["max_model_len"] = max_model_len
+    return card
+
+
+def without_nulls(value: Any, keep: frozenset[str] = frozenset()) -> Any:
+    """`value` without keys that are null, except those whose name is in `keep`.
+
+    OpenAI's schemas allow null only where they say so; strict clients refuse others.
+    """
+    if isinstance(value, dict):
+        return {k: without_nulls(v, keep) for k, v in value.items() if v is not None or k in keep}
+    if isinstance(value, list):
+        return [without_nulls(v, keep) for v in value]
+    return value
+
+
+def describe_path(loc: Iterable[int | str], body: Any) -> str:
+    """Where in `body` a validation error is, as `messages.0.role`.
+
+    pydantic puts the names of union branches and validators into `loc`; only what
+    leads somewhere in the body is kept, and the last word if it is what is missing.
+    """
+    path: list[str] = []
+    *inner, last = loc or ("",)
+    for step in inner:
+        if _leads_on(body, step):
+            body = body[step]
+            path.append(str(step))
+    if isinstance(last, int) or (isinstance(last, str) and last.isidentifier()):
+        path.append(str(last))
+    return ".".join(path)
+
+
+def _leads_on(value: Any, step: int | str) -> bool:
+    if isinstance(value, dict):
+        return step in value
+    return isinstance(value, list) and isinstance(step, int) and step < len(value)
+
+
+def cannot(model: str, endpoint: str, able: Iterable[str]) -> str:
+    return f"The model {quoted(model)} does not do {endpoint}; it does: {', '.join(sorted(able))}."

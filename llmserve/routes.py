@@ -1,0 +1,229 @@
+"""A function per endpoint; those of ENDPOINTS share one, `serve`."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import orjson
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from llmserve import __version__, metrics
+from llmserve.errors import BodyTooLarge, LLMServeError, RequestError, RouteNotFound, quoted
+from llmserve.pool import State
+from llmserve.protocol import ENDPOINTS, Endpoint, model_card, parse_object, requested_model
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable
+
+    from starlette.types import Receive, Scope, Send
+
+    from llmserve.config import Config
+    from llmserve.metrics import Metrics
+    from llmserve.pool import Lease, Pool
+
+
+@dataclass(frozen=True)
+class Services:
+    """What the routes work with; one per server, in `request.app.state.services`."""
+
+    config: Config
+    pool: Pool
+    metrics: Metrics
+    created: int = field(default_factory=lambda: int(time.time()))
+
+
+def table() -> list[Route]:
+    """Every route there is."""
+    served = [
+        Route(path, _serving(endpoint), methods=["POST"])
+        for endpoint in ENDPOINTS
+        for path in endpoint.paths
+    ]
+    return [
+        Route("/health", health),
+        Route("/ready", ready),
+        Route("/version", version),
+        Route("/metrics", figures),
+        Route("/openapi.json", openapi),
+        Route("/v1/models", models),
+        Route("/v1/models/{name:path}", model),
+        Route("/v1/responses/{response_id}", fetch_response),
+        Route("/v1/responses/{response_id}/cancel", cancel_response, methods=["POST"]),
+        *served,
+    ]
+
+
+# --- a model's work
+
+
+def _serving(endpoint: Endpoint) -> Any:
+    async def serve(request: Request) -> Response:
+        services = _services(request)
+        body = await _body(request, endpoint, services.config.server.max_body)
+        name = requested_model(body, services.pool.registry.public_names())
+        lease = services.pool.lease(name)
+        request.state.model = lease.model
+        try:
+            work = lease.running.call(endpoint.name, body, name, request)
+            response = await _unless_gone(request, work)
+        except BaseException:
+            lease.release()
+            raise
+        return Leased(response, lease)
+
+    return serve
+
+
+class Leased(Response):
+    """Gives its lease back when the answer is out, also when no byte was sent."""
+
+    def __init__(self, response: Response, lease: Lease) -> None:
+        self.inner = response
+        self.lease = lease
+        self.status_code = response.status_code
+        self.background = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with self.lease:
+            await self.inner(scope, receive, send)
+
+
+async def _body(request: Request, endpoint: Endpoint, limit: int) -> dict[str, Any]:
+    length = request.headers.get("content-length", "0")
+    if length.isdigit() and int(length) > limit:
+        raise BodyTooLarge(f"The body has {length} bytes; server.max_body is {limit}.")
+    if endpoint.multipart:
+        return await _form(request)
+    received = bytearray()
+    async for chunk in request.stream():
+        received += chunk
+        if len(received) > limit:
+            raise BodyTooLarge(f"The body is larger than server.max_body, {limit} bytes.")
+    return parse_object(bytes(received))
+
+
+async def _form(request: Request) -> dict[str, Any]:
+    """An upload's fields; a name that ends in [] is a list."""
+    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+        raise RequestError("Send the audio as multipart/form-data.", param="file")
+    form = await request.form()
+    return {key: form.getlist(key) if key.endswith("[]") else form[key] for key in form}
+
+
+async def _unless_gone(request: Request, work: Awaitable[Response]) -> Response:
+    """Do `work`, but stop it when the client leaves.
+
+    Starlette watches for that in streams only; a plain answer can take as long.
+    """
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        for each in (task, gone):
+            each.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def fetch_response(request: Request) -> Response:
+    """A stored answer of /v1/responses, whichever model gave it."""
+    query: dict[str, Any] = {"stream": request.query_params.get("stream") == "true"}
+    after = request.query_params.get("starting_after")
+    query["starting_after"] = int(after) if after and after.isdigit() else None
+    return await _of_response(request, "fetch_response", query)
+
+
+async def cancel_response(request: Request) -> Response:
+    return await _of_response(request, "cancel_response")
+
+
+async def _of_response(request: Request, action: str, *arguments: Any) -> Response:
+    response_id = request.path_params["response_id"]
+    for entry in _services(request).pool.ready():
+        if entry.running is None or "responses" not in entry.running.able:
+            continue
+        try:
+            act = getattr(entry.running, action)
+            response: Response = await act(response_id, *arguments)
+        except LLMServeError as error:
+            if error.status != 404:
+                raise
+        else:
+            return response
+    raise RouteNotFound(
+        f"There is no stored response {quoted(response_id)}.", param="response_id", code="not_found"
+    )
+
+
+# --- the server's own
+
+
+async def health(_: Request) -> Response:
+    """The process answers; says nothing of models."""
+    return _json({"status": "ok"})
+
+
+async def ready(request: Request) -> Response:
+    """200 when every model is ready, else 503; each model's state either way."""
+    entries = _services(request).pool.entries.values()
+    states = {
+        entry.name: {"state": entry.state.value} | ({"note": entry.note} if entry.note else {})
+        for entry in entries
+    }
+    all_ready = all(entry.state is State.READY for entry in entries)
+    return _json({"ready": all_ready, "models": states}, 200 if all_ready else 503)
+
+
+async def version(_: Request) -> Response:
+    return _json({"version": __version__})
+
+
+async def figures(request: Request) -> Response:
+    services = _services(request)
+    page = services.metrics.page(services.pool.registries())
+    return Response(page, media_type=metrics.CONTENT_TYPE)
+
+
+async def models(request: Request) -> Response:
+    services = _services(request)
+    names = services.pool.registry.public_names()
+    return _json({"object": "list", "data": [_card(services, name) for name in names]})
+
+
+async def model(request: Request) -> Response:
+    return _json(_card(_services(request), request.path_params["name"]))
+
+
+async def openapi(request: Request) -> Response:
+    from llmserve.openapi import document  # noqa: PLC0415  # needs vLLM's request classes: seconds
+
+    return _json(await asyncio.to_thread(document, request.app.routes))
+
+
+def _card(services: Services, name: str) -> dict[str, Any]:
+    found = services.pool.registry.find(name)
+    running = services.pool.entries[found.name].running
+    length = running.max_model_len if running is not None else None
+    return model_card(name, found, services.created, length)
+
+
+def _json(content: dict[str, Any], status: int = 200) -> Response:
+    return Response(orjson.dumps(content), status, media_type="application/json")
+
+
+def _services(request: Request) -> Services:
+    services: Services = request.app.state.services
+    return services

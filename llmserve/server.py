@@ -1,0 +1,223 @@
+"""The process: bind, serve, start models, drain, end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import logging
+import os
+import signal
+import socket
+import sys
+from typing import TYPE_CHECKING, NoReturn
+
+import uvicorn
+import uvloop
+
+from llmserve import app, environment, table
+from llmserve.backend import VllmBackend
+from llmserve.errors import StartupError
+from llmserve.metrics import Metrics
+from llmserve.pool import Pool, State
+from llmserve.registry import Registry
+from llmserve.routes import Services
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from llmserve.config import Config, ServerSpec
+
+log = logging.getLogger(__name__)
+
+_BACKLOG = 2048
+
+
+def up(config: Config, console: Console) -> NoReturn:
+    """Serve a registry until a signal, then end the process.
+
+    Raises StartupError before anything is loaded if the port is taken or the
+    certificate cannot be used.
+    """
+    listener = bind(config.server)
+    try:
+        notices = environment.prepare(len(config.models), config.server.log_dir)
+        _log_to(config.server.log_dir / "server.log")
+        for notice in notices:
+            console.print(notice, style="yellow", markup=False)
+        runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
+        leave(runner.run(_Process(config, listener, console).run()))
+    finally:
+        listener.close()
+
+
+def bind(server: ServerSpec) -> socket.socket:
+    """The listening port, taken before any model loads. Raises StartupError."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(
+            server.host, server.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind)
+    except OSError as error:
+        raise StartupError(
+            f"server.host {server.host} is no address here: {error.strerror}"
+        ) from None
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise StartupError(
+            f"port {server.port} on {server.host} cannot be bound: {error.strerror}; "
+            "choose another with --port or end the process that has it"
+        ) from None
+    return listener
+
+
+def _log_to(file: Path) -> None:
+    """Everything this process logs, vLLM's front end included; errors also on stderr.
+
+    The rest of the terminal belongs to what `up` shows.
+    """
+    to_file = logging.FileHandler(file, mode="w")
+    to_terminal = logging.StreamHandler()
+    to_terminal.setLevel(logging.ERROR)
+    logging.basicConfig(
+        level=logging.INFO,
+        format="%(asctime)s %(levelname)s %(name)s %(message)s",
+        handlers=[to_file, to_terminal],
+    )
+    logging.captureWarnings(True)
+
+
+class _Uvicorn(uvicorn.Server):
+    """uvicorn without its signal handlers: `_Process` decides when to end."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class _Process:
+    def __init__(self, config: Config, listener: socket.socket, console: Console) -> None:
+        self._config = config
+        self._listener = listener
+        self._console = console
+        self._display = table.display(console)
+        self._metrics = Metrics()
+        self._pool = Pool(
+            Registry(config.models),
+            VllmBackend(len(config.models), config.server.log_dir),
+            self._metrics,
+            self._display.changed,
+        )
+        self._display.add(list(self._pool.entries.values()))
+        services = Services(config, self._pool, self._metrics)
+        self._uvicorn = _Uvicorn(_uvicorn_config(config.server, app.build(services)))
+        self._signalled = asyncio.Event()
+
+    async def run(self) -> int:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._on_signal, number)
+        serving = asyncio.create_task(self._uvicorn.serve(sockets=[self._listener]))
+        watches = [
+            asyncio.create_task(self._metrics.watch_loop()),
+            asyncio.create_task(self._pool.watch()),
+        ]
+        try:
+            code = await self._until_signalled()
+            self._pool.close()
+            self._uvicorn.should_exit = True
+            await serving  # no new connections; running requests get drain_timeout
+        finally:
+            await self._pool.stop()
+            for watch in watches:
+                watch.cancel()
+        return code
+
+    async def _until_signalled(self) -> int:
+        """0 after a signal; the exit code of a start that failed."""
+        signalled = asyncio.create_task(self._signalled.wait())
+        with self._display:
+            starting = asyncio.create_task(self._pool.start())
+            await asyncio.wait({starting, signalled}, return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():
+            starting.cancel()
+            return 0
+        try:
+            await starting
+        except StartupError as error:
+            signalled.cancel()
+            self._console.print(error.message, style="bold red", markup=False, soft_wrap=True)
+            return error.exit_code
+        self._announce()
+        # What is alive now stays: later collections need not walk vLLM's large heap.
+        gc.collect()
+        gc.freeze()
+        await signalled
+        return 0
+
+    def _announce(self) -> None:
+        server, entries = self._config.server, self._pool.entries.values()
+        port = self._listener.getsockname()[1]
+        scheme = "https" if server.ssl_certfile else "http"
+        host = f"[{server.host}]" if ":" in server.host else server.host
+        failed = sum(entry.state is State.FAILED for entry in entries)
+        ready = ", ".join(entry.name for entry in self._pool.ready())
+        self._console.print(
+            f"Serving {ready} on {scheme}://{host}:{port}"
+            + (f" ({failed} failed)" if failed else ""),
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    def _on_signal(self, number: signal.Signals) -> None:
+        if self._signalled.is_set():
+            self._pool.kill()
+            leave(128 + number)
+        self._signalled.set()
+        in_flight = sum(entry.slots.in_flight for entry in self._pool.entries.values())
+        if in_flight:
+            limit = self._config.server.drain_timeout
+            self._console.print(
+                f"Stopping: {in_flight} requests get up to {limit:g} s; again to stop at once.",
+                markup=False,
+                highlight=False,
+            )
+
+
+def leave(code: int) -> NoReturn:
+    """End the process now.
+
+    Not through the interpreter's own end: it would wait for the thread of a start that
+    was given up, and native modules of vLLM's print what they take for leaks.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _uvicorn_config(server: ServerSpec, application: object) -> uvicorn.Config:
+    config = uvicorn.Config(
+        application,  # type: ignore[arg-type]  # our ASGI app
+        http="httptools",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=max(1, round(server.drain_timeout)),
+        ssl_certfile=server.ssl_certfile,
+        ssl_keyfile=server.ssl_keyfile,
+    )
+    try:
+        config.load()
+    except OSError as error:
+        raise StartupError(f"the TLS certificate or key cannot be used: {error}") from None
+    return config

@@ -1,0 +1,424 @@
+"""vLLM's serving objects of one model, behind `call`.
+
+Requests are validated by vLLM's request classes and answered by vLLM's handlers, so
+that an answer is what vLLM would give. Ours are the name it carries, the error object,
+and the nulls that OpenAI's schemas do not allow.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+from argparse import Namespace
+from collections import OrderedDict
+from collections.abc import AsyncGenerator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import orjson
+from pydantic import BaseModel, TypeAdapter, ValidationError
+from starlette.datastructures import State
+from starlette.responses import Response
+from vllm.entrypoints.anthropic.protocol import (
+    AnthropicCountTokensRequest,
+    AnthropicMessagesRequest,
+)
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.launchers.cli_args import FrontendArgs
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.entrypoints.openai.models.protocol import LoRAModulePath
+from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+from vllm.entrypoints.pooling.classify.protocol import ClassificationRequest
+from vllm.entrypoints.pooling.embed.protocol import EmbeddingRequest
+from vllm.entrypoints.pooling.pooling.protocol import PoolingRequest
+from vllm.entrypoints.pooling.scoring.protocol import RerankRequest, ScoreRequest
+from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
+from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+from vllm.entrypoints.serve.tokenize.protocol import DetokenizeRequest, TokenizeRequest
+from vllm.entrypoints.speech_to_text.base.utils import read_upload_with_limit
+from vllm.entrypoints.speech_to_text.transcription.protocol import TranscriptionRequest
+from vllm.entrypoints.speech_to_text.translation.protocol import TranslationRequest
+from vllm.exceptions import VLLMValidationError
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from llmserve import sse
+from llmserve.errors import (
+    ContextTooLong,
+    EngineDead,
+    EngineError,
+    LLMServeError,
+    Overloaded,
+    RequestError,
+    Unsupported,
+    quoted,
+)
+from llmserve.protocol import cannot, describe_path, error_body, without_nulls
+
+if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry
+    from starlette.requests import Request
+    from vllm.lora.request import LoRARequest
+
+    from llmserve.config import ModelSpec
+    from llmserve.engine import Engine
+
+# str() of VLLMValidationError: "... (parameter=temperature, value=-1)"
+_APPENDED = re.compile(r" \((?:parameter|value)=.*$", re.DOTALL)
+_FIRST_FRAME_S = 2.0  # how long a stream's headers wait for what could still be an error
+_KEPT_RESPONSES = 1000  # answers of /v1/responses that can be fetched again, per model
+
+# The name that the running request used for its model.
+_asked: ContextVar[str] = ContextVar("asked")
+
+
+class PublicNames(OpenAIServingModels):
+    """Answers carry the name that was asked for, not the model's first one."""
+
+    def model_name(self, lora_request: LoRARequest | None = None) -> str:
+        return _asked.get(super().model_name(lora_request))
+
+
+@dataclass(frozen=True)
+class Handler:
+    """How one endpoint is served: the State's object, its method, the request's type.
+
+    `nulls` are the keys that may be null in OpenAI's schema; None leaves the answer as
+    it is, where there is no such schema.
+    """
+
+    owner: str
+    method: str
+    request: TypeAdapter[Any]
+    nulls: frozenset[str] | None = None
+    named_events: bool = False  # its stream's events have names; a failure is one called "error"
+
+
+_CHAT_NULLS = frozenset({"content", "refusal", "logprobs", "finish_reason", "usage"})
+_COMPLETION_NULLS = frozenset({"logprobs", "finish_reason"})
+_RESPONSE_NULLS = frozenset(
+    {"error", "incomplete_details", "instructions", "metadata", "temperature", "top_p"}
+    | {"previous_response_id", "reasoning", "background", "max_output_tokens"}
+    | {"max_tool_calls", "truncation", "prompt", "service_tier", "conversation"}
+    | {"effort", "summary", "encrypted_content"}
+)
+_NONE: frozenset[str] = frozenset()
+
+HANDLERS: dict[str, Handler] = {
+    "chat completions": Handler(
+        "openai_serving_chat",
+        "create_chat_completion",
+        TypeAdapter(ChatCompletionRequest),
+        _CHAT_NULLS,
+    ),
+    "completions": Handler(
+        "openai_serving_completion",
+        "create_completion",
+        TypeAdapter(CompletionRequest),
+        _COMPLETION_NULLS,
+    ),
+    "responses": Handler(
+        "openai_serving_responses",
+        "create_responses",
+        TypeAdapter(ResponsesRequest),
+        _RESPONSE_NULLS,
+        True,
+    ),
+    "messages": Handler(
+        "anthropic_serving_messages",
+        "create_messages",
+        TypeAdapter(AnthropicMessagesRequest),
+        frozenset({"stop_reason", "stop_sequence"}),
+        True,
+    ),
+    "token counts": Handler(
+        "anthropic_serving_messages",
+        "count_tokens",
+        TypeAdapter(AnthropicCountTokensRequest),
+        _NONE,
+    ),
+    "embeddings": Handler("serving_embedding", "__call__", TypeAdapter(EmbeddingRequest), _NONE),
+    "scores": Handler("serving_scores", "__call__", TypeAdapter(ScoreRequest)),
+    "reranking": Handler("serving_scores", "__call__", TypeAdapter(RerankRequest)),
+    "pooling": Handler("serving_pooling", "__call__", TypeAdapter(PoolingRequest)),
+    "classification": Handler(
+        "serving_classification", "__call__", TypeAdapter(ClassificationRequest)
+    ),
+    "tokenization": Handler(
+        "serving_tokenization", "create_tokenize", TypeAdapter(TokenizeRequest)
+    ),
+    "detokenization": Handler(
+        "serving_tokenization", "create_detokenize", TypeAdapter(DetokenizeRequest)
+    ),
+    "transcriptions": Handler(
+        "openai_serving_transcription",
+        "create_transcription",
+        TypeAdapter(TranscriptionRequest),
+        _NONE,
+    ),
+    "translations": Handler(
+        "openai_serving_translation", "create_translation", TypeAdapter(TranslationRequest), _NONE
+    ),
+}
+
+
+class Serving:
+    """What one engine answers."""
+
+    def __init__(self, name: str, engine: Engine, state: State) -> None:
+        self.name = name
+        self.engine = engine
+        self._state = state
+        self.able = frozenset(
+            endpoint
+            for endpoint, handler in HANDLERS.items()
+            if getattr(state, handler.owner, None) is not None
+        )
+
+    @classmethod
+    async def build(cls, spec: ModelSpec, engine: Engine) -> Serving:
+        """Also the first call into the engine: one that died at once is noticed here."""
+        tasks = await engine.client.get_supported_tasks()
+        state = State()
+        await init_app_state(engine.client, state, _frontend_arguments(spec, engine), tasks)
+        # init_app_state makes this object itself; no argument of it sets the class.
+        state.openai_serving_models.__class__ = PublicNames
+        _bound_stores(state)
+        if spec.sampling.max_tokens is not None:
+            _default_not_limit(state)
+        return cls(spec.name, engine, state)
+
+    @property
+    def max_model_len(self) -> int:
+        return int(self.engine.client.model_config.max_model_len)
+
+    @property
+    def dead(self) -> bool:
+        return bool(self.engine.client.errored)
+
+    @property
+    def registry(self) -> CollectorRegistry:
+        return self.engine.registry
+
+    async def stop(self) -> None:
+        await asyncio.to_thread(self.engine.stop)
+
+    async def call(
+        self, endpoint: str, body: dict[str, Any], asked: str, request: Request
+    ) -> Response:
+        """Answer a request whose model has been found.
+
+        Raises LLMServeError before the first byte; later failures are an error event.
+        The response of a stream is where tokens leave the process.
+        """
+        if endpoint not in self.able:
+            raise Unsupported(cannot(self.name, endpoint, self.able), param="model")
+        handler = HANDLERS[endpoint]
+        _asked.set(asked)
+        try:
+            parsed = _validate(handler.request, body)
+            method = getattr(getattr(self._state, handler.owner), handler.method)
+            upload = [await read_upload_with_limit(parsed.file)] if hasattr(parsed, "file") else []
+            result = await method(*upload, parsed, request)
+        except LLMServeError:
+            raise
+        except Exception as error:
+            raise self._translated(error) from error
+        return await self._respond(result, handler)
+
+    async def fetch_response(self, response_id: str, query: dict[str, Any]) -> Response:
+        """GET /v1/responses/{id}. Raises LLMServeError, 404 if it is not from this model."""
+        handler = HANDLERS["responses"]
+        stored = await self._state.openai_serving_responses.retrieve_responses(response_id, **query)
+        return await self._respond(stored, handler)
+
+    async def cancel_response(self, response_id: str) -> Response:
+        handler = HANDLERS["responses"]
+        cancelled = await self._state.openai_serving_responses.cancel_responses(response_id)
+        return await self._respond(cancelled, handler)
+
+    async def _respond(self, result: Any, handler: Handler) -> Response:
+        if isinstance(result, ErrorResponse):
+            raise self._refusal(result.error)
+        if isinstance(result, Response):  # vLLM's pooling handlers answer whole
+            return _pruned(result) if handler.nulls is not None else result
+        if isinstance(result, AsyncGenerator):
+            return await self._stream(result, handler)
+        if isinstance(result, BaseModel):
+            content = result.model_dump(mode="json", by_alias=True)
+            if handler.nulls is not None:
+                content = without_nulls(content, handler.nulls)
+            return Response(orjson.dumps(content), media_type="application/json")
+        return Response(str(result), media_type="text/plain")  # a transcript as text, srt or vtt
+
+    # --- streams
+
+    async def _stream(self, source: AsyncGenerator[Any, None], handler: Handler) -> Response:
+        """An event stream; what fails at once is an error answer instead."""
+        frames = sse.Frames(self._frames(source, handler))
+        await frames.begin(_FIRST_FRAME_S)
+        return sse.EventStream(frames)
+
+    async def _frames(
+        self, source: AsyncGenerator[Any, None], handler: Handler
+    ) -> AsyncGenerator[bytes, None]:
+        """vLLM's events as bytes. Raises LLMServeError if the first is a failure."""
+        sent = False
+        async with contextlib.aclosing(source):
+            async for item in source:
+                frame = _event_of(item) if isinstance(item, BaseModel) else item.encode()
+                if (error := self._error_in(frame)) is not None:
+                    if not sent:
+                        raise error
+                    yield _failure(error, handler)
+                    return
+                yield _without_nulls(frame, handler.nulls)
+                sent = True
+
+    def _error_in(self, frame: bytes) -> LLMServeError | None:
+        if b'"error":{' not in frame and b'"error": {' not in frame:
+            return None
+        payload = sse.payload(frame)
+        info = payload.get("error") if isinstance(payload, dict) else None
+        if not isinstance(info, dict) or "message" not in info or "choices" in payload:
+            return None
+        code = info.get("code")
+        return self._refusal(
+            ErrorInfo(
+                message=info["message"],
+                type=info.get("type") or "",
+                param=info.get("param"),
+                code=code if isinstance(code, int) else 500,
+            )
+        )
+
+    # --- errors
+
+    def _translated(self, error: Exception) -> LLMServeError:
+        if isinstance(error, EngineDeadError) or self.dead:
+            return self._dead()
+        return self._refusal(create_error_response(error).error)
+
+    def _dead(self) -> EngineDead:
+        return EngineDead(f"The engine of {quoted(self.name)} has died; its requests are lost.")
+
+    def _refusal(self, info: ErrorInfo) -> LLMServeError:
+        """vLLM's error object in our terms."""
+        message = _short(info.message)
+        if info.code >= 500:
+            return self._failure_of(info.code, message)
+        if "maximum context length" in message or "context window" in message:
+            return ContextTooLong(message, param=info.param)
+        error = RequestError(
+            message, param=info.param, code="not_found" if info.code == 404 else None
+        )
+        error.status = info.code
+        return error
+
+    def _failure_of(self, status: int, message: str) -> LLMServeError:
+        if self.dead:
+            return self._dead()
+        if status == 503:
+            return Overloaded(message, retry_after_s=1)
+        if status == 501:
+            return Unsupported(message, param="model")
+        return EngineError(message)
+
+
+def _frontend_arguments(spec: ModelSpec, engine: Engine) -> Namespace:
+    """What vLLM's server takes from its command line: engine and front-end arguments."""
+    frontend = FrontendArgs(
+        chat_template=spec.chat_template,
+        default_chat_template_kwargs=spec.chat_template_kwargs or None,
+        tool_call_parser=spec.tool_call_parser,
+        enable_auto_tool_choice=spec.tool_call_parser is not None,
+        lora_modules=[LoRAModulePath(name, path) for name, path in spec.loras.items()] or None,
+    )
+    return Namespace(**vars(frontend) | vars(engine.arguments))
+
+
+def _bound_stores(state: State) -> None:
+    """vLLM keeps every answer of /v1/responses for ever; keep the last ones."""
+    responses = getattr(state, "openai_serving_responses", None)
+    if responses is not None:
+        responses.response_store = Bounded(_KEPT_RESPONSES)
+        responses.msg_store = Bounded(_KEPT_RESPONSES)
+        responses.event_store = Bounded(_KEPT_RESPONSES)
+
+
+class Bounded(OrderedDict[str, Any]):
+    """A mapping that forgets its oldest entries beyond `limit`."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self._limit = limit
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        super().__setitem__(key, value)
+        while len(self) > self._limit:
+            self.popitem(last=False)
+
+
+def _default_not_limit(state: State) -> None:
+    """vLLM takes a max_new_tokens of override_generation_config for a limit as well."""
+    for owner in ("openai_serving_chat", "openai_serving_completion", "openai_serving_responses"):
+        serving = getattr(state, owner, None)
+        if serving is not None:
+            serving.override_max_tokens = None
+
+
+def _validate(adapter: TypeAdapter[Any], body: dict[str, Any]) -> Any:
+    """A body as vLLM's request class. Raises RequestError, short, with the deepest finding."""
+    try:
+        return adapter.validate_python(body)
+    except ValidationError as error:
+        details = error.errors(include_url=False, include_input=False)
+        deepest = max(details, key=lambda d: len(describe_path(d["loc"], body).split(".")))
+        cause = deepest.get("ctx", {}).get("error")
+        param = getattr(cause, "parameter", None) or describe_path(deepest["loc"], body) or None
+        message = cause.args[0] if isinstance(cause, VLLMValidationError) else deepest["msg"]
+        raise RequestError(
+            _short(f"{param}: {message}" if param else message),
+            param=param,
+            code="missing_required_parameter" if deepest["type"] == "missing" else None,
+        ) from None
+
+
+def _short(message: str, limit: int = 500) -> str:
+    """One bounded line, without what vLLM appends: parts of the request."""
+    line = " ".join(_APPENDED.sub("", str(message)).split())
+    return line if len(line) <= limit else line[:limit] + "..."
+
+
+def _event_of(item: BaseModel) -> bytes:
+    data = item.model_dump_json(by_alias=True)
+    return f"event: {getattr(item, 'type', 'unknown')}\ndata: {data}\n\n".encode()
+
+
+def _failure(error: LLMServeError, handler: Handler) -> bytes:
+    if handler.named_events:
+        return sse.event({"type": "error", **error_body(error)}, "error")
+    return sse.event(error_body(error)) + sse.DONE
+
+
+def _without_nulls(frame: bytes, keep: frozenset[str] | None) -> bytes:
+    if keep is None or b":null" not in frame:
+        return frame
+    payload = sse.payload(frame)
+    return frame if payload is None else sse.with_payload(frame, without_nulls(payload, keep))
+
+
+def _pruned(response: Response) -> Response:
+    """A JSON answer of a pooling handler without the nulls of its `usage`.
+
+    Only names are looked at: an answer can hold millions of numbers.
+    """
+    body = getattr(response, "body", None)
+    if isinstance(body, bytes) and b'_details":null' in body:
+        for key in (b"prompt_tokens_details", b"completion_tokens_details"):
+            body = body.replace(b',"' + key + b'":null', b"")
+        return Response(body, response.status_code, media_type=response.media_type)
+    return response

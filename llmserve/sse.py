@@ -1,0 +1,97 @@
+"""Bytes of an event stream, and the response that carries them.
+
+Source: WHATWG HTML, "Server-sent events"; OpenAI's streams end with `data: [DONE]`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+import orjson
+from sse_starlette.sse import AppStatus, EventSourceResponse
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
+    from starlette.types import Receive, Scope, Send
+
+DONE = b"data: [DONE]\n\n"
+PING_S = 15  # a comment when nothing else was sent, so that proxies keep the connection
+
+# Streams end with their answer, not with the signal: server.py drains them.
+AppStatus.enable_automatic_graceful_drain = False
+
+
+def event(data: Any, name: str | None = None) -> bytes:
+    head = f"event: {name}\n".encode() if name else b""
+    return head + b"data: " + orjson.dumps(data) + b"\n\n"
+
+
+def payload(frame: bytes) -> Any:
+    """The JSON of a frame's last data line; None if that is no JSON."""
+    _, found, data = frame.rpartition(b"data: ")
+    try:
+        return orjson.loads(data) if found else None
+    except orjson.JSONDecodeError:
+        return None
+
+
+def with_payload(frame: bytes, data: Any) -> bytes:
+    head, _, _ = frame.rpartition(b"data: ")
+    return head + b"data: " + orjson.dumps(data) + b"\n\n"
+
+
+class Frames:
+    """A source of frames that can be asked for the first one before it is written.
+
+    What goes wrong at once can so be an error answer with a status of its own.
+    """
+
+    def __init__(self, source: AsyncGenerator[bytes, None]) -> None:
+        self._source = source
+        self._first: asyncio.Task[bytes] | None = None
+
+    async def begin(self, timeout_s: float) -> None:
+        """Wait for the first frame, not for ever. Raises what the source raises."""
+        self._first = asyncio.ensure_future(anext(self._source))
+        try:
+            done, _ = await asyncio.wait({self._first}, timeout=timeout_s)
+        except asyncio.CancelledError:
+            await self.aclose()
+            raise
+        if done and not isinstance(self._first.exception(), StopAsyncIteration):
+            self._first.result()
+
+    def __aiter__(self) -> Frames:
+        return self
+
+    async def __anext__(self) -> bytes:
+        first, self._first = self._first, None
+        return await (anext(self._source) if first is None else first)
+
+    async def aclose(self) -> None:
+        if self._first is not None:
+            self._first.cancel()
+            with contextlib.suppress(asyncio.CancelledError, StopAsyncIteration, Exception):
+                await self._first
+        await self._source.aclose()
+
+
+class EventStream(EventSourceResponse):
+    """Complete frames, written as they come.
+
+    The source is closed however the answer ends, also when the client left before the
+    first frame: an async generator that was never asked does not reach its `finally`.
+    """
+
+    def __init__(self, frames: Frames) -> None:
+        super().__init__(frames, headers={"cache-control": "no-cache"}, ping=PING_S, sep="\n")
+        self._frames = frames
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._frames.aclose()

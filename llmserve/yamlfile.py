@@ -1,0 +1,140 @@
+"""A YAML file as plain values that know the line they came from."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path as FilePath
+
+Path = tuple[int | str, ...]
+
+_ENV = re.compile(r"\$(\$\{|\{(?P<name>[A-Za-z_][A-Za-z0-9_]*)\})")
+
+
+@dataclass(frozen=True, order=True)
+class Problem:
+    line: int
+    path: str
+    message: str
+
+    def within(self, file: str) -> str:
+        where = f"{file}:{self.line}" if self.line else file
+        return f"{where}: {self.path}: {self.message}" if self.path else f"{where}: {self.message}"
+
+
+@dataclass
+class Document:
+    """The values of a file, the line of each, and what is wrong with the file as YAML."""
+
+    value: Any = None
+    lines: dict[Path, int] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+
+    def line(self, path: Path) -> int:
+        """The line of `path`, or of the closest thing around it; 0 in an empty file."""
+        while path and path not in self.lines:
+            path = path[:-1]
+        return self.lines.get(path, 0)
+
+    def problem(self, path: Path, message: str) -> None:
+        self.problems.append(Problem(self.line(path), dotted(path), message))
+
+
+def dotted(path: Iterable[int | str]) -> str:
+    return ".".join(str(step) for step in path)
+
+
+def read(file: FilePath, *, verbatim: frozenset[str] = frozenset()) -> Document:
+    """Read `file`; `${NAME}` in a string is replaced from the environment (`$${` is a plain `${`).
+
+    Strings under a key in `verbatim` are left as they are. A file that cannot be
+    read or parsed gives a document with that problem alone.
+    """
+    document = Document()
+    try:
+        text = file.read_text(encoding="utf-8")
+    except OSError as error:
+        document.problem((), f"cannot be read: {error.strerror}")
+        return document
+    except UnicodeDecodeError:
+        document.problem((), "is not UTF-8 text")
+        return document
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is not None:
+            document.value = _Builder(loader, document, verbatim).build(node, ())
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = mark.line + 1 if mark else 0
+        document.problems = [Problem(line, "", f"not valid YAML: {error.problem or error.context}")]
+    except yaml.YAMLError as error:
+        document.problems = [Problem(0, "", f"not valid YAML: {error}")]
+    finally:
+        loader.dispose()
+    return document
+
+
+class _Builder:
+    def __init__(
+        self, loader: yaml.SafeLoader, document: Document, verbatim: frozenset[str]
+    ) -> None:
+        self.loader = loader
+        self.document = document
+        self.verbatim = verbatim
+        self.open: list[yaml.Node] = []
+
+    def build(self, node: yaml.Node, path: Path) -> Any:
+        self.document.lines[path] = node.start_mark.line + 1
+        if node in self.open:
+            raise yaml.MarkedYAMLError(
+                problem="an anchor that holds itself", problem_mark=node.start_mark
+            )
+        self.open.append(node)
+        try:
+            if isinstance(node, yaml.MappingNode):
+                return self._mapping(node, path)
+            if isinstance(node, yaml.SequenceNode):
+                return [self.build(item, (*path, i)) for i, item in enumerate(node.value)]
+            return self._scalar(node, path)
+        finally:
+            self.open.pop()
+
+    def _mapping(self, node: yaml.MappingNode, path: Path) -> dict[str, Any]:
+        self.loader.flatten_mapping(node)  # `<<: *anchor`; own keys come last and win
+        built: dict[str, Any] = {}
+        seen: dict[str, int] = {}
+        merged = {id(key) for key, _ in node.value if key.start_mark.line < node.start_mark.line}
+        for key_node, value_node in node.value:
+            key = str(self.loader.construct_object(key_node, deep=True))
+            line = key_node.start_mark.line + 1
+            if key in seen and id(key_node) not in merged and seen[key] >= node.start_mark.line + 1:
+                self.document.lines[(*path, key)] = line
+                self.document.problem((*path, key), f"is here twice; first in line {seen[key]}")
+                continue
+            seen[key] = line
+            built[key] = self.build(value_node, (*path, key))
+            self.document.lines[(*path, key)] = line
+        return built
+
+    def _scalar(self, node: yaml.Node, path: Path) -> Any:
+        value = self.loader.construct_object(node)
+        if not isinstance(value, str) or (path and path[-1] in self.verbatim):
+            return value
+        return _ENV.sub(lambda match: self._expand(match, path), value)
+
+    def _expand(self, match: re.Match[str], path: Path) -> str:
+        name = match["name"]
+        if name is None:
+            return "${"
+        if name not in os.environ:
+            self.document.problem(path, f"the environment has no variable {name}")
+            return ""
+        return os.environ[name]
