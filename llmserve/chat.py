@@ -208,16 +208,14 @@ class Client:
             reply = self._http.get(f"{self.url}/v1/models", timeout=10)
             _check(reply)
             try:
-                cards = [(card["id"], card.get("owned_by")) for card in reply.json()["data"]]
+                # llmserve's list tells what each model can do; others' may chat or not.
+                return [
+                    card["id"]
+                    for card in reply.json()["data"]
+                    if "chat completions" in card.get("endpoints", ["chat completions"])
+                ]
             except (ValueError, TypeError, KeyError, AttributeError):
                 raise ChatError(f"{reply.url} did not answer with a list of models") from None
-            return [name for name, owner in cards if owner != "llmserve" or self._chats(name)]
-
-    def _chats(self, model: str) -> bool:
-        # The list does not tell. Every model refuses a request without messages, before
-        # it costs anything, and says so if it would refuse any other too.
-        reply = self._http.post(f"{self.url}/v1/chat/completions", json={"model": model})
-        return '"unsupported_model"' not in reply.text
 
     def stream(self, model: str, messages: Sequence[Message]) -> Generator[Delta]:
         body = self._sampling | {

@@ -12,6 +12,7 @@ from llmserve.errors import LLMServeError, RequestError, quoted
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from llmserve.pool import Running
     from llmserve.registry import Model
 
 
@@ -95,8 +96,8 @@ def requested_model(body: dict[str, Any], known: Iterable[str]) -> str:
     )
 
 
-def model_card(name: str, model: Model, created: int, max_model_len: int | None) -> dict[str, Any]:
-    """An entry of GET /v1/models."""
+def model_card(name: str, model: Model, created: int, running: Running | None) -> dict[str, Any]:
+    """An entry of GET /v1/models; what the model can do is known once it runs."""
     card: dict[str, Any] = {
         "id": name,
         "object": "model",
@@ -105,8 +106,9 @@ def model_card(name: str, model: Model, created: int, max_model_len: int | None)
     }
     if name in model.loras:
         card["parent"] = model.name
-    if max_model_len is not None:
-        card["max_model_len"] = max_model_len
+    if running is not None:
+        card["max_model_len"] = running.max_model_len
+        card["endpoints"] = sorted(running.able)
     return card
 
 

@@ -216,8 +216,7 @@ async def openapi(request: Request) -> Response:
 def _card(services: Services, name: str) -> dict[str, Any]:
     found = services.pool.registry.find(name)
     running = services.pool.entries[found.name].running
-    length = running.max_model_len if running is not None else None
-    return model_card(name, found, services.created, length)
+    return model_card(name, found, services.created, running)
 
 
 def _json(content: dict[str, Any], status: int = 200) -> Response:

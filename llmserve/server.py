@@ -143,6 +143,7 @@ class _Process:
     async def _until_signalled(self) -> int:
         """0 after a signal; the exit code of a start that failed."""
         signalled = asyncio.create_task(self._signalled.wait())
+        self._say(f"Listening on {self._url()}, starting {len(self._pool.entries)} models.")
         with self._display:
             starting = asyncio.create_task(self._pool.start())
             await asyncio.wait({starting, signalled}, return_when=asyncio.FIRST_COMPLETED)
@@ -153,7 +154,7 @@ class _Process:
             await starting
         except StartupError as error:
             signalled.cancel()
-            self._console.print(error.message, style="bold red", markup=False, soft_wrap=True)
+            self._say(error.message, style="bold red")
             return error.exit_code
         self._announce()
         # What is alive now stays: later collections need not walk vLLM's large heap.
@@ -163,19 +164,19 @@ class _Process:
         return 0
 
     def _announce(self) -> None:
-        server, entries = self._config.server, self._pool.entries.values()
-        port = self._listener.getsockname()[1]
-        scheme = "https" if server.ssl_certfile else "http"
-        host = f"[{server.host}]" if ":" in server.host else server.host
+        entries = self._pool.entries.values()
         failed = sum(entry.state is State.FAILED for entry in entries)
         ready = ", ".join(entry.name for entry in self._pool.ready())
-        self._console.print(
-            f"Serving {ready} on {scheme}://{host}:{port}"
-            + (f" ({failed} failed)" if failed else ""),
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
+        self._say(f"Serving {ready} on {self._url()}" + (f" ({failed} failed)" if failed else ""))
+
+    def _url(self) -> str:
+        server, port = self._config.server, self._listener.getsockname()[1]
+        scheme = "https" if server.ssl_certfile else "http"
+        host = f"[{server.host}]" if ":" in server.host else server.host
+        return f"{scheme}://{host}:{port}"
+
+    def _say(self, text: str, style: str = "") -> None:
+        self._console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
     def _on_signal(self, number: signal.Signals) -> None:
         if self._signalled.is_set():
@@ -185,11 +186,7 @@ class _Process:
         in_flight = sum(entry.slots.in_flight for entry in self._pool.entries.values())
         if in_flight:
             limit = self._config.server.drain_timeout
-            self._console.print(
-                f"Stopping: {in_flight} requests get up to {limit:g} s; again to stop at once.",
-                markup=False,
-                highlight=False,
-            )
+            self._say(f"Stopping: {in_flight} requests get up to {limit:g} s; again to end now.")
 
 
 def leave(code: int) -> NoReturn:

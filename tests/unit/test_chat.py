@@ -97,8 +97,13 @@ class Server:
         if request.headers.get("authorization") == "Bearer wrong":
             return JSONResponse({"error": {"message": "Wrong key."}}, 401)
         return JSONResponse(
-            {"data": [{"id": n, "object": "model", "owned_by": self.owner} for n in self.names]}
+            {"data": [{"id": n, "object": "model"} | self._abilities(n) for n in self.names]}
         )
+
+    def _abilities(self, name: str) -> dict[str, list[str]]:
+        if self.owner != "llmserve":
+            return {}
+        return {"endpoints": ["embeddings"] if name == "embed" else ["chat completions"]}
 
     async def chat(self, request: Request) -> Response:
         body = await request.json()
@@ -106,8 +111,6 @@ class Server:
         if name == "embed":
             error = {"message": "The model `embed` does not do chat.", "code": "unsupported_model"}
             return JSONResponse({"error": error}, 400)
-        if "messages" not in body:
-            return JSONResponse({"error": {"message": "messages: missing"}}, 400)
         self.bodies.append(body)
         refusals: dict[str, Response] = {
             "loading": JSONResponse({"error": {"message": "loading,\ntry later"}}, 503),

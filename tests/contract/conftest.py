@@ -1,0 +1,105 @@
+"""Engines inside the test process: a real `AsyncLLM` on a fake core, or on the CPU."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import uuid
+from contextlib import asynccontextmanager
+from pathlib import Path
+from subprocess import Popen
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import pytest_asyncio
+
+from llmserve import environment
+from llmserve.config import Config, ModelSpec, ServerSpec
+from llmserve.metrics import Metrics
+from llmserve.pool import Pool, State
+from llmserve.registry import Registry
+from llmserve.routes import Services
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+    from llmserve.pool import Running
+    from llmserve.serving import Serving
+
+MODELS = Path(__file__).parents[2] / "models"
+CHAT = MODELS / "SmolLM2-135M-Instruct"
+EMBED = MODELS / "all-MiniLM-L6-v2"
+FAKE_CORE = Path(__file__).with_name("fake_core.py")
+
+
+@pytest.fixture(scope="session")
+def engine_logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("logs")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def engine_environment(engine_logs: Path) -> None:
+    environment.prepare(engines=2, log_dir=engine_logs)
+    missing = [folder.name for folder in (CHAT, EMBED) if not folder.is_dir()]
+    if missing:
+        pytest.fail(f"run `make models` first: {', '.join(missing)} missing")
+
+
+@asynccontextmanager
+async def on_fake_core(spec: ModelSpec) -> AsyncIterator[tuple[Serving, Popen[bytes]]]:
+    """vLLM's front end for `spec`, attached to a fake engine core."""
+    from prometheus_client import CollectorRegistry
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    from llmserve.engine import Engine, engine_arguments
+    from llmserve.serving import Serving
+
+    names = [f"ipc://@llmserve-test-{uuid.uuid4().hex}" for _ in range(2)]
+    arguments = engine_arguments(spec)
+    config = await asyncio.to_thread(arguments.create_engine_config)
+    core = Popen([sys.executable, str(FAKE_CORE), *names], env=os.environ)
+    try:
+        client = await asyncio.to_thread(
+            AsyncLLM.from_vllm_config,
+            config,
+            client_addresses={"input_address": names[0], "output_address": names[1]},
+        )
+        engine = Engine(client, arguments, CollectorRegistry())
+        serving = await Serving.build(spec, engine)
+        yield serving, core
+        await serving.stop()
+    finally:
+        core.kill()
+        core.wait()
+
+
+class Started:
+    """A backend for models that run already."""
+
+    def __init__(self, running: dict[str, Any]) -> None:
+        self._running = running
+
+    async def start(self, spec: ModelSpec, report: Callable[[State, str], None]) -> Running:
+        running: Running = self._running[spec.name]
+        return running
+
+    def kill(self) -> None:
+        pass
+
+
+async def services_of(specs: list[ModelSpec], running: dict[str, Any]) -> Services:
+    metrics = Metrics()
+    pool = Pool(Registry(specs), Started(running), metrics)
+    await pool.start()
+    config = Config(file=Path("models.yaml"), server=ServerSpec(), models=tuple(specs))
+    return Services(config, pool, metrics)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def fake() -> AsyncIterator[Any]:
+    spec = ModelSpec(
+        name="chat", model=str(CHAT), aliases=("alias",), engine={"max_model_len": 2048}
+    )
+    async with on_fake_core(spec) as (serving, _):
+        yield await services_of([spec], {"chat": serving})

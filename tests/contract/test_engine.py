@@ -1,0 +1,114 @@
+"""The names of vLLM's that `llmserve.engine` builds on."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from llmserve.config import ModelSpec, SamplingSpec
+from tests.contract.conftest import CHAT
+
+
+def spec(**said: object) -> ModelSpec:
+    return ModelSpec(name="chat", model=str(CHAT), **said)  # type: ignore[arg-type]
+
+
+def test_a_registry_entry_in_vllms_terms() -> None:
+    from llmserve.engine import engine_arguments
+
+    arguments = engine_arguments(
+        spec(
+            aliases=("a", "b"),
+            kv_cache="512MiB",
+            gpu_memory_utilization=0.25,
+            reasoning_parser="qwen3",
+            sampling=SamplingSpec(temperature=0.2, max_tokens=64),
+            engine={"max_model_len": 512},
+        )
+    )
+    assert arguments.served_model_name == ["chat", "a", "b"]
+    assert arguments.kv_cache_memory_bytes == 512 * 2**20
+    assert arguments.gpu_memory_utilization == 0.25
+    assert arguments.reasoning_parser == "qwen3"
+    assert arguments.override_generation_config == {"temperature": 0.2, "max_new_tokens": 64}
+    assert arguments.max_model_len == 512
+    assert arguments.trust_remote_code is False
+    assert arguments.disable_log_stats is False
+
+
+def test_on_the_cpu_each_engine_gets_its_own_kv_cache_and_no_compilation() -> None:
+    from llmserve.engine import engine_arguments
+
+    arguments = engine_arguments(spec(devices=(0,)))
+    assert arguments.kv_cache_memory_bytes == 2**30
+    assert arguments.enforce_eager is True
+    assert arguments.device_ids is None
+    assert engine_arguments(spec(engine={"enforce_eager": False})).enforce_eager is False
+
+
+def test_mappings_become_vllms_config_classes() -> None:
+    from vllm.config import StructuredOutputsConfig
+
+    from llmserve.engine import engine_arguments
+
+    arguments = engine_arguments(
+        spec(engine={"structured_outputs_config": {"backend": "xgrammar"}})
+    )
+    assert isinstance(arguments.structured_outputs_config, StructuredOutputsConfig)
+    assert arguments.structured_outputs_config.backend == "xgrammar"
+
+
+def test_tensor_parallel_engines_do_without_ray() -> None:
+    from llmserve.engine import engine_arguments
+
+    arguments = engine_arguments(spec(tensor_parallel_size=2, devices=(0, 1)))
+    assert arguments.tensor_parallel_size == 2
+    assert arguments.distributed_executor_backend == "mp"
+
+
+def test_each_engine_writes_its_figures_into_a_registry_of_its_own() -> None:
+    from llmserve.engine import _stat_logger, engine_arguments
+
+    registries = [CollectorRegistry(), CollectorRegistry()]
+    config = engine_arguments(spec(engine={"max_model_len": 512})).create_engine_config()
+    for registry in registries:
+        _stat_logger(registry)(config)
+    for registry in registries:
+        names = {family.name for family in registry.collect()}
+        assert {"vllm:num_requests_running", "vllm:generation_tokens"} <= names
+
+
+def test_engine_cores_are_given_their_config_as_a_keyword() -> None:
+    """llmserve.child finds its model there."""
+    from vllm.v1.engine.utils import CoreEngineProcManager
+
+    assert '"vllm_config": vllm_config' in inspect.getsource(CoreEngineProcManager.__init__)
+
+
+@pytest.mark.parametrize(
+    ("log", "cause"),
+    [
+        (
+            "(EngineCore pid=7) ERROR 11-22 10:00:00 [core.py:1] Traceback (most recent call last):\n"
+            "(EngineCore pid=7) ERROR 11-22 10:00:00 [core.py:1] ValueError: No room for   KV.\n"
+            "(EngineCore pid=7) RuntimeError: Engine core initialization failed. See root cause\n",
+            "ValueError: No room for KV.",
+        ),
+        (
+            "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB\n",
+            "OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB",
+        ),
+    ],
+)
+def test_the_cause_of_a_failed_start_comes_from_the_engines_log(
+    log: str, cause: str, tmp_path: Path
+) -> None:
+    from llmserve.engine import cause_of
+
+    file = tmp_path / "chat.log"
+    file.write_text(log)
+    raised = RuntimeError("Engine core initialization failed. See root cause above.")
+    assert cause_of(raised, file) == cause

@@ -1,0 +1,295 @@
+"""Our answers and stock vLLM's, from the same engines: the same but for what is ours.
+
+Both servers run in this process on the same two CPU engines, so that a difference can
+only come from the layer above them. Left out: ids, times, error bodies, and nulls that
+OpenAI's schemas do not allow.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+import pytest_asyncio
+from starlette.datastructures import State
+
+from llmserve import app
+from llmserve.config import ModelSpec
+from tests.contract.conftest import CHAT, EMBED, services_of
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+    from starlette.types import ASGIApp
+
+_VARY = {
+    "id",
+    "created",
+    "created_at",
+    "completed_at",
+    "system_fingerprint",
+    "item_id",
+    "request_id",
+}
+
+ASK = [{"role": "user", "content": "What is the capital of France?"}]
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string", "enum": ["Paris", "Rome"]}},
+            "required": ["city"],
+        },
+    },
+}
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 8},
+        "age": {"type": "integer", "maximum": 99},
+    },
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+
+Pair = tuple[httpx.AsyncClient, httpx.AsyncClient]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def servers(engine_logs: Path) -> AsyncIterator[dict[str, Pair]]:
+    """Ours and stock vLLM's for each model."""
+    from llmserve.engine import Launcher
+    from llmserve.serving import Serving
+
+    specs = [
+        ModelSpec(
+            name="chat",
+            model=str(CHAT),
+            kv_cache="512MiB",
+            tool_call_parser="hermes",
+            engine={"max_model_len": 1024, "max_num_seqs": 32, "seed": 0},
+        ),
+        ModelSpec(name="embed", model=str(EMBED)),
+    ]
+    launcher = Launcher(engine_logs)
+    engines = await asyncio.gather(*(asyncio.to_thread(launcher.start, spec) for spec in specs))
+    running = {s.name: await Serving.build(s, e) for s, e in zip(specs, engines, strict=True)}
+    ours = _client(app.build(await services_of(specs, running)))
+    pairs = {
+        s.name: (ours, _client(await _stock(s, e))) for s, e in zip(specs, engines, strict=True)
+    }
+    yield pairs
+    await asyncio.gather(*(serving.stop() for serving in running.values()))
+
+
+async def _stock(spec: ModelSpec, engine: Any) -> ASGIApp:
+    """vLLM's own FastAPI app on an engine."""
+    from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+    from vllm.entrypoints.launchers.app import build_app
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    line = ["--model", spec.model, "--served-model-name", spec.name]
+    if spec.tool_call_parser:
+        line += ["--enable-auto-tool-choice", "--tool-call-parser", spec.tool_call_parser]
+    args = make_arg_parser(FlexibleArgumentParser()).parse_args(line)
+    tasks = await engine.client.get_supported_tasks()
+    stock: Any = build_app(args, tasks, engine.client.model_config)
+    assert isinstance(stock.state, State)
+    await init_app_state(engine.client, stock.state, args, tasks)
+    served: ASGIApp = stock
+    return served
+
+
+def _client(served: ASGIApp) -> httpx.AsyncClient:
+    transport = httpx.ASGITransport(served)
+    return httpx.AsyncClient(transport=transport, base_url="http://test", timeout=120)
+
+
+def comparable(value: Any) -> Any:
+    """Without what varies from call to call, and without nulls."""
+    if isinstance(value, dict):
+        return {k: comparable(v) for k, v in value.items() if v is not None and k not in _VARY}
+    if isinstance(value, list):
+        return [comparable(v) for v in value]
+    return value
+
+
+def content(reply: httpx.Response) -> Any:
+    if reply.headers["content-type"].startswith("text/event-stream"):
+        lines = [line for line in reply.text.splitlines() if line and not line.startswith(":")]
+        return [
+            comparable(json.loads(line[6:])) if line.startswith("data: {") else line
+            for line in lines
+        ]
+    return comparable(reply.json())
+
+
+CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "chat": ("chat", "/v1/chat/completions", {"messages": ASK}),
+    "chat stream": (
+        "chat",
+        "/v1/chat/completions",
+        {"messages": ASK, "stream": True, "stream_options": {"include_usage": True}},
+    ),
+    "chat n and stop": (
+        "chat",
+        "/v1/chat/completions",
+        {"messages": ASK, "n": 2, "stop": ["Paris"], "temperature": 0.7, "seed": 7},
+    ),
+    "chat logprobs": (
+        "chat",
+        "/v1/chat/completions",
+        {"messages": ASK, "max_tokens": 5, "logprobs": True, "top_logprobs": 3},
+    ),
+    "chat logprobs stream": (
+        "chat",
+        "/v1/chat/completions",
+        {"messages": ASK, "max_tokens": 5, "logprobs": True, "stream": True},
+    ),
+    "tools auto": ("chat", "/v1/chat/completions", {"messages": ASK, "tools": [WEATHER]}),
+    "tools required": (
+        "chat",
+        "/v1/chat/completions",
+        {"messages": ASK, "tools": [WEATHER], "tool_choice": "required"},
+    ),
+    "tools named": (
+        "chat",
+        "/v1/chat/completions",
+        {
+            "messages": ASK,
+            "tools": [WEATHER],
+            "tool_choice": {"type": "function", "function": {"name": "weather"}},
+        },
+    ),
+    "tools named stream": (
+        "chat",
+        "/v1/chat/completions",
+        {
+            "messages": ASK,
+            "tools": [WEATHER],
+            "tool_choice": {"type": "function", "function": {"name": "weather"}},
+            "stream": True,
+        },
+    ),
+    "structured": (
+        "chat",
+        "/v1/chat/completions",
+        {
+            "messages": ASK,
+            "max_tokens": 60,
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "person", "schema": PERSON},
+            },
+        },
+    ),
+    "structured stream": (
+        "chat",
+        "/v1/chat/completions",
+        {
+            "messages": ASK,
+            "stream": True,
+            "max_tokens": 60,
+            "structured_outputs": {"choice": ["yes", "no"]},
+        },
+    ),
+    "completion": ("chat", "/v1/completions", {"prompt": "Once upon a time", "max_tokens": 24}),
+    "completion batch, echo": (
+        "chat",
+        "/v1/completions",
+        {"prompt": ["One", "Two"], "max_tokens": 6, "echo": True, "logprobs": 2},
+    ),
+    "completion stream": (
+        "chat",
+        "/v1/completions",
+        {
+            "prompt": "Once upon a time",
+            "max_tokens": 24,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        },
+    ),
+    "responses": ("chat", "/v1/responses", {"input": "Say hi.", "max_output_tokens": 12}),
+    "responses stream": (
+        "chat",
+        "/v1/responses",
+        {"input": "Say hi.", "max_output_tokens": 12, "stream": True},
+    ),
+    "messages": ("chat", "/v1/messages", {"messages": ASK, "max_tokens": 12}),
+    "messages stream": (
+        "chat",
+        "/v1/messages",
+        {"messages": ASK, "max_tokens": 12, "stream": True},
+    ),
+    "count tokens": ("chat", "/v1/messages/count_tokens", {"messages": ASK}),
+    "tokenize": ("chat", "/tokenize", {"prompt": "Hello wörld 👋", "return_token_strs": True}),
+    "tokenize chat": ("chat", "/tokenize", {"messages": ASK}),
+    "detokenize": ("chat", "/detokenize", {"tokens": [19556, 905]}),
+    "embeddings": ("embed", "/v1/embeddings", {"input": ["Hello", "world"]}),
+    "embeddings base64": (
+        "embed",
+        "/v1/embeddings",
+        {"input": "Hello", "encoding_format": "base64"},
+    ),
+    "pooling": ("embed", "/pooling", {"input": "Hello"}),
+    "score": ("embed", "/v1/score", {"text_1": "cat", "text_2": ["dog", "car"]}),
+    "rerank": ("embed", "/rerank", {"query": "cat", "documents": ["dog", "kitten", "car"]}),
+}
+_GREEDY = {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"}
+
+
+@pytest.mark.parametrize("case", CASES)
+async def test_the_answer_is_stock_vllms(servers: dict[str, Pair], case: str) -> None:
+    model, path, body = CASES[case]
+    body = {"model": model} | ({"temperature": 0} if path in _GREEDY else {}) | body
+    ours, stock = servers[model]
+    expected = await stock.post(path, json=body)
+    got = await ours.post(path, json=body)
+    assert expected.status_code == 200, expected.text
+    assert got.status_code == 200, got.text
+    assert content(got) == content(expected)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": []}),
+        ("/v1/chat/completions", {"messages": ASK, "temperature": 9e9}),
+        ("/v1/chat/completions", {"messages": ASK, "max_tokens": 0}),
+        ("/v1/chat/completions", {"messages": ASK, "tool_choice": "required"}),
+        ("/v1/chat/completions", {"messages": ASK, "structured_outputs": {"regex": "("}}),
+        ("/v1/completions", {"prompt": "x" * 40000}),
+        ("/v1/completions", {}),
+        ("/tokenize", {}),
+        ("/v1/messages", {"messages": ASK}),
+    ],
+)
+async def test_the_status_of_a_refusal_is_stock_vllms(
+    servers: dict[str, Pair], path: str, body: dict[str, Any]
+) -> None:
+    ours, stock = servers["chat"]
+    body = {"model": "chat"} | body
+    expected, got = await stock.post(path, json=body), await ours.post(path, json=body)
+    assert got.status_code == expected.status_code, (got.text, expected.text)
+    if got.status_code != 200:
+        assert got.json()["error"].keys() == {"message", "type", "param", "code"}
+
+
+async def test_the_model_knows_the_capital(servers: dict[str, Pair]) -> None:
+    ours, _ = servers["chat"]
+    body = {"model": "chat", "temperature": 0, "messages": ASK}
+    reply = await ours.post("/v1/chat/completions", json=body)
+    assert "Paris" in reply.json()["choices"][0]["message"]["content"]
+
+
+def test_engine_output_goes_to_the_models_log(servers: dict[str, Pair], engine_logs: Path) -> None:
+    text = (engine_logs / "chat.log").read_text()
+    assert "EngineCore" in text
+    assert "INFO" in text

@@ -1,0 +1,220 @@
+"""vLLM's serving objects behind our routes, on a fake engine core."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+
+from llmserve import app
+from llmserve.config import ModelSpec
+from tests.contract.conftest import CHAT, on_fake_core, services_of
+from tests.contract.fake_core import DIES, FAILS
+from tests.listening import listening
+
+if TYPE_CHECKING:
+    from llmserve.routes import Services
+
+HELLO = [{"role": "user", "content": "Hello there, how are you?"}]
+
+
+def events(text: str) -> list[Any]:
+    """The data of each event; [DONE] as it is."""
+    data = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
+    return [d if d == "[DONE]" else json.loads(d) for d in data]
+
+
+async def post(services: Services, path: str, **body: Any) -> httpx.Response:
+    transport = httpx.ASGITransport(app.build(services))
+    async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=60) as client:
+        return await client.post(path, json={"model": "chat"} | body)
+
+
+async def aborted(services: Services) -> int:
+    running: Any = services.pool.entries["chat"].running
+    count: int = await running.engine.client.engine_core.call_utility_async("aborted")
+    return count
+
+
+async def test_a_stream_carries_the_name_that_was_asked_for(fake: Services) -> None:
+    reply = await post(
+        fake, "/v1/chat/completions", model="alias", messages=HELLO, stream=True, max_tokens=4
+    )
+    *chunks, done = events(reply.text)
+    assert done == "[DONE]"
+    assert {chunk["model"] for chunk in chunks} == {"alias"}
+    assert reply.headers["content-type"].startswith("text/event-stream")
+    assert reply.headers["cache-control"] == "no-cache"
+    assert reply.headers["x-accel-buffering"] == "no"
+
+
+async def test_concurrent_requests_get_their_own_names_and_texts(fake: Services) -> None:
+    async def ask(n: int) -> None:
+        name = ("chat", "alias")[n % 2]
+        prompt = f"number {n}"
+        reply = await post(fake, "/v1/completions", model=name, prompt=prompt, max_tokens=8)
+        answer = reply.json()
+        assert answer["model"] == name
+        assert answer["usage"]["completion_tokens"] == 8
+        # The fake core says the prompt over and over.
+        assert answer["choices"][0]["text"].startswith(prompt)
+
+    await asyncio.gather(*(ask(n) for n in range(32)))
+
+
+async def test_what_openai_does_not_allow_to_be_null_is_left_out(fake: Services) -> None:
+    plain = (await post(fake, "/v1/chat/completions", messages=HELLO, max_tokens=2)).json()
+    assert plain["choices"][0]["message"].keys() == {"role", "content", "refusal"}
+    assert plain["usage"].keys() == {"prompt_tokens", "completion_tokens", "total_tokens"}
+    streamed = await post(
+        fake,
+        "/v1/chat/completions",
+        messages=HELLO,
+        max_tokens=2,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    for chunk in events(streamed.text)[:-1]:
+        nulls = {key for choice in chunk["choices"] for key, v in choice.items() if v is None}
+        assert nulls <= {"logprobs", "finish_reason"}
+        assert None not in (v for key, v in chunk.items() if key != "usage")
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param", "code"),
+    [
+        ("/v1/chat/completions", {}, "messages", "missing_required_parameter"),
+        ("/v1/chat/completions", {"messages": "hi"}, "messages", "invalid_value"),
+        (
+            "/v1/chat/completions",
+            {"messages": HELLO, "temperature": -1},
+            "temperature",
+            "invalid_value",
+        ),
+        (
+            "/v1/chat/completions",
+            {"messages": HELLO, "max_tokens": -1},
+            "max_tokens",
+            "invalid_value",
+        ),
+        ("/v1/chat/completions", {"messages": HELLO, "n": "x"}, "n", "invalid_value"),
+        (
+            "/v1/chat/completions",
+            {"messages": HELLO, "logprobs": True, "top_logprobs": 500},
+            "logprobs",
+            "invalid_value",
+        ),
+        ("/v1/completions", {"prompt": "word " * 3000}, "input_tokens", "context_length_exceeded"),
+        (
+            "/v1/chat/completions",
+            {"messages": [{"role": "user", "content": "word " * 3000}], "stream": True},
+            "input_tokens",
+            "context_length_exceeded",
+        ),
+        ("/v1/embeddings", {"input": "hi"}, "model", "unsupported_model"),
+        ("/v1/responses", {}, "input", "missing_required_parameter"),
+    ],
+)
+async def test_a_bad_request_is_refused_before_the_first_byte(
+    fake: Services, path: str, body: dict[str, Any], param: str, code: str
+) -> None:
+    reply = await post(fake, path, **body)
+    error = reply.json()["error"]
+    assert reply.status_code == 400
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert (error["param"], error["code"]) == (param, code)
+    assert error["type"] == "invalid_request_error"
+    assert len(error["message"]) < 600
+    assert "word word" not in error["message"]
+
+
+async def test_a_request_that_fails_in_the_engine_ends_in_our_error(fake: Services) -> None:
+    body = {"messages": HELLO, "max_tokens": 9, "seed": FAILS}
+    plain = await post(fake, "/v1/chat/completions", **body)
+    assert plain.status_code == 500
+    assert plain.json()["error"]["type"] == "server_error"
+    streamed = await post(fake, "/v1/chat/completions", **body, stream=True)
+    assert streamed.status_code == 200
+    *_, failure, done = events(streamed.text)
+    assert done == "[DONE]"
+    assert failure["error"].keys() == {"message", "type", "param", "code"}
+    assert failure["error"]["code"] == "engine_error"
+
+
+async def test_messages_streams_fail_in_their_own_event(fake: Services) -> None:
+    reply = await post(
+        fake, "/v1/messages", messages=HELLO, max_tokens=2000, stream=True, temperature=0
+    )
+    assert reply.status_code == 200
+    names = [line.removeprefix("event: ") for line in reply.text.splitlines() if "event: " in line]
+    assert names[0] == "message_start"
+    assert names[-1] == "message_stop"
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_client_that_leaves_has_its_request_aborted(fake: Services, stream: bool) -> None:
+    before = await aborted(fake)
+    body = {"model": "chat", "prompt": "hi", "max_tokens": 2000, "stream": stream}
+    async with listening(app.build(fake)) as url, httpx.AsyncClient() as client:
+        with contextlib.suppress(httpx.ReadTimeout):  # a plain answer is not waited for
+            async with client.stream(
+                "POST", f"{url}/v1/completions", json=body, timeout=0.5
+            ) as reply:
+                await anext(reply.aiter_bytes())
+        async with asyncio.timeout(2):
+            while await aborted(fake) == before:
+                await asyncio.sleep(0.02)
+    assert fake.pool.entries["chat"].slots.in_flight == 0
+
+
+async def test_a_response_can_be_fetched_again_and_cancelled(fake: Services) -> None:
+    made = (await post(fake, "/v1/responses", input="hi", max_output_tokens=4)).json()
+    assert made["object"] == "response"
+    transport = httpx.ASGITransport(app.build(fake))
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        again = (await client.get(f"/v1/responses/{made['id']}")).json()
+        assert again["output"] == made["output"]
+        unknown = await client.get("/v1/responses/resp_none")
+        assert unknown.status_code == 404
+        assert unknown.json()["error"]["code"] == "not_found"
+        long = {"input": "hi", "max_output_tokens": 1500, "background": True}
+        slow = (await post(fake, "/v1/responses", **long)).json()
+        cancelled = await client.post(f"/v1/responses/{slow['id']}/cancel")
+        assert cancelled.json()["status"] == "cancelled"
+
+
+async def test_a_dead_engine_fails_its_requests_and_nothing_else() -> None:
+    spec = ModelSpec(name="chat", model=str(CHAT), engine={"max_model_len": 2048})
+    async with on_fake_core(spec) as (serving, _):
+        services = await services_of([spec], {"chat": serving})
+        watch = asyncio.create_task(services.pool.watch())
+        reply = await post(
+            services, "/v1/completions", prompt="hi", max_tokens=50, stream=True, seed=DIES
+        )
+        *_, failure, done = events(reply.text)
+        assert done == "[DONE]"
+        assert failure["error"]["code"] == "engine_dead"
+        assert "trace" not in failure["error"]["message"]
+        after = await post(services, "/v1/completions", prompt="hi")
+        assert after.status_code == 503
+        assert after.json()["error"]["code"] == "engine_dead"
+        async with asyncio.timeout(2):
+            while services.pool.ready():
+                await asyncio.sleep(0.05)
+        watch.cancel()
+
+
+def test_the_openapi_page_names_every_route(fake: Services) -> None:
+    from llmserve import routes
+    from llmserve.openapi import document
+
+    page = document(routes.table())
+    assert {"/v1/chat/completions", "/v1/embeddings", "/v1/models/{name}"} <= page["paths"].keys()
+    body = page["paths"]["/v1/chat/completions"]["post"]["requestBody"]
+    reference = body["content"]["application/json"]["schema"]["$ref"]
+    schema = page["components"]["schemas"][reference.rpartition("/")[2]]
+    assert "messages" in schema["properties"]
