@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from llmserve.child import log_file
+from llmserve.errors import StartupError
 from llmserve.pool import State
 
 if TYPE_CHECKING:
@@ -41,7 +42,11 @@ class VllmBackend:
             if await asyncio.to_thread(engine_module.phase_of, log) == "warming":
                 report(State.WARMING, "")
         engine = await start
-        serving: Running = await serving_module.Serving.build(spec, engine)
+        try:
+            serving: Running = await serving_module.Serving.build(spec, engine)
+        except Exception as error:  # a template, adapter or parser that vLLM cannot use
+            await asyncio.to_thread(engine.stop)
+            raise StartupError(engine_module.cause_of(error, log)) from error
         return serving
 
     async def _download(self, spec: ModelSpec, report: Callable[[State, str], None]) -> None:

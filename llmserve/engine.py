@@ -5,15 +5,18 @@ This module and `serving` are the only importers of vLLM.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import multiprocessing
+import os
 import re
+import signal
 import threading
 import typing
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from pydantic import TypeAdapter
@@ -86,6 +89,9 @@ class Launcher:
         self._stopped.set()
         for process in multiprocessing.active_children():
             process.kill()
+            # llmserve.child made it a group; if it did not come so far, it has no workers.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(cast("int", process.pid), signal.SIGKILL)
 
     def _unless_stopped(self) -> None:
         if self._stopped.is_set():

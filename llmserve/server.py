@@ -92,6 +92,8 @@ def _log_to(file: Path) -> None:
         handlers=[to_file, to_terminal],
     )
     logging.captureWarnings(True)
+    # torch says on stderr that Triton is missing, which the CPU build does without.
+    logging.getLogger("torch._library").setLevel(logging.ERROR)
 
 
 class _Uvicorn(uvicorn.Server):

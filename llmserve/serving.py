@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import re
 from argparse import Namespace
 from collections import OrderedDict
@@ -65,6 +66,8 @@ if TYPE_CHECKING:
 
     from llmserve.config import ModelSpec
     from llmserve.engine import Engine
+
+log = logging.getLogger(__name__)
 
 # str() of VLLMValidationError: "... (parameter=temperature, value=-1)"
 _APPENDED = re.compile(r" \((?:parameter|value)=.*$", re.DOTALL)
@@ -300,7 +303,10 @@ class Serving:
     def _translated(self, error: Exception) -> LLMServeError:
         if isinstance(error, EngineDeadError) or self.dead:
             return self._dead()
-        return self._refusal(create_error_response(error).error)
+        refusal = self._refusal(create_error_response(error).error)
+        if isinstance(refusal, EngineError):
+            log.error("model=%s request failed", self.name, exc_info=error)
+        return refusal
 
     def _dead(self) -> EngineDead:
         return EngineDead(f"The engine of {quoted(self.name)} has died; its requests are lost.")

@@ -1,0 +1,196 @@
+"""A model that answers what a test tells it to, and a backend that starts such models."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import orjson
+from prometheus_client import CollectorRegistry
+from starlette.responses import Response
+
+from llmserve.config import ModelSpec
+from llmserve.errors import RequestError, StartupError
+from llmserve.protocol import ENDPOINTS
+from llmserve.sse import EventStream, Frames
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
+    from starlette.requests import Request
+
+    from llmserve.pool import Running, State
+
+
+class Gate:
+    """Where work waits until it is let through; tells whether it was cancelled there."""
+
+    def __init__(self) -> None:
+        self.reached = asyncio.Event()
+        self.opened = asyncio.Event()
+        self.left = asyncio.Event()
+        self.cancelled = False
+
+    async def wait(self) -> None:
+        self.reached.set()
+        try:
+            await self.opened.wait()
+        except asyncio.CancelledError:
+            self.cancelled = True
+            raise
+        finally:
+            self.left.set()
+
+
+@dataclass
+class Call:
+    """What a model was asked."""
+
+    endpoint: str
+    body: dict[str, Any]
+    asked: str
+    request_id: str | None = None
+
+
+Answer = Callable[[Call], Awaitable[Response]]
+T = TypeVar("T")
+
+
+def plain(content: dict[str, Any] | None = None, gate: Gate | None = None) -> Answer:
+    """A JSON answer, worked on until `gate` opens; by default the call itself."""
+
+    async def answer(call: Call) -> Response:
+        if gate is not None:
+            await gate.wait()
+        shown = {"asked": call.asked, "body": call.body} if content is None else content
+        return Response(orjson.dumps(shown, default=str), media_type="application/json")
+
+    return answer
+
+
+def stream(*frames: bytes, gate: Gate | None = None, first_within_s: float = 0.0) -> Answer:
+    """An event stream: `frames`, then, if there is a gate, an end only once it opens."""
+
+    async def answer(_: Call) -> Response:
+        source = Frames(_frames(frames, gate))
+        await source.begin(first_within_s)
+        return EventStream(source)
+
+    return answer
+
+
+async def _frames(frames: tuple[bytes, ...], gate: Gate | None) -> AsyncGenerator[bytes, None]:
+    for frame in frames:
+        yield frame
+    if gate is not None:
+        await gate.wait()
+
+
+def failing(error: Exception) -> Answer:
+    async def answer(_: Call) -> Response:
+        raise error
+
+    return answer
+
+
+class FakeRunning:
+    """A running model. Its `answer` can be changed at any time."""
+
+    def __init__(self, answer: Answer | None = None, *, able: frozenset[str] | None = None) -> None:
+        self.able = able or frozenset(endpoint.name for endpoint in ENDPOINTS)
+        self.max_model_len = 2048
+        self.dead = False
+        self.registry = CollectorRegistry()
+        self.answer = answer or plain()
+        self.calls: list[Call] = []
+        self.responses: dict[str, dict[str, Any]] = {}
+        self.stopped = 0
+        self.stop_gate: Gate | None = None
+        self.stop_error: Exception | None = None
+
+    async def call(
+        self, endpoint: str, body: dict[str, Any], asked: str, request: Request
+    ) -> Response:
+        call = Call(endpoint, body, asked, request.headers.get("x-request-id"))
+        self.calls.append(call)
+        return await self.answer(call)
+
+    async def fetch_response(self, response_id: str, query: dict[str, Any]) -> Response:
+        return self._stored(response_id, query)
+
+    async def cancel_response(self, response_id: str) -> Response:
+        return self._stored(response_id, {"cancelled": True})
+
+    def _stored(self, response_id: str, more: dict[str, Any]) -> Response:
+        if response_id not in self.responses:
+            error = RequestError("no such response")
+            error.status = 404
+            raise error
+        return Response(orjson.dumps(self.responses[response_id] | more))
+
+    async def stop(self) -> None:
+        self.stopped += 1
+        if self.stop_gate is not None:
+            await self.stop_gate.wait()
+        if self.stop_error is not None:
+            raise self.stop_error
+
+
+@dataclass
+class Plan:
+    """How the start of one model goes: what it reports, where it waits, how it ends."""
+
+    running: FakeRunning = field(default_factory=FakeRunning)
+    reports: tuple[tuple[State, str], ...] = ()
+    gate: Gate | None = None
+    error: Exception | None = None
+
+
+class FakeBackend:
+    """Starts the models of its plans; a model without a plan is ready at once."""
+
+    def __init__(self, **plans: Plan) -> None:
+        self.plans = plans
+        self.started: list[str] = []
+        self.killed = 0
+
+    def running(self, name: str) -> FakeRunning:
+        return self.plans[name].running
+
+    async def start(self, spec: ModelSpec, report: Callable[[State, str], None]) -> Running:
+        plan = self.plans.setdefault(spec.name, Plan())
+        self.started.append(spec.name)
+        for state, note in plan.reports:
+            report(state, note)
+        if plan.gate is not None:
+            await plan.gate.wait()
+        if plan.error is not None:
+            raise plan.error
+        return plan.running
+
+    def kill(self) -> None:
+        self.killed += 1
+
+
+def broken(cause: str = "ValueError: no memory left") -> Plan:
+    return Plan(error=StartupError(cause))
+
+
+def spec(name: str = "chat", **more: Any) -> ModelSpec:
+    return ModelSpec(name=name, **({"model": f"/models/{name}"} | more))
+
+
+async def until(holds: Callable[[], bool], within_s: float = 3.0) -> None:
+    """Wait until `holds`, which must be soon."""
+    for _ in range(int(within_s / 0.005)):
+        if holds():
+            return
+        await asyncio.sleep(0.005)
+    raise AssertionError(f"did not happen within {within_s} s")
+
+
+async def soon(work: Awaitable[T], within_s: float = 3.0) -> T:
+    """`work`, which must not hang."""
+    return await asyncio.wait_for(work, within_s)

@@ -1,0 +1,172 @@
+"""`llmserve up` as a user runs it: a process, a real socket, real engines."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import httpx
+import psutil
+import pytest
+import yaml
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import TracebackType
+
+MODELS = Path(__file__).parents[2] / "models"
+CHAT = str(MODELS / "SmolLM2-135M-Instruct")
+EMBED = str(MODELS / "all-MiniLM-L6-v2")
+START_S = 180
+STOP_S = 60
+
+
+@dataclass
+class Server:
+    """A running `llmserve up` and what it printed."""
+
+    registry: Path
+    process: subprocess.Popen[str] = field(init=False)
+    output: Path = field(init=False)
+
+    def __enter__(self) -> Self:
+        self.output = self.registry.with_suffix(".out")
+        with self.output.open("w") as out:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "llmserve", "up", str(self.registry)],
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,  # a terminal's Ctrl-C reaches a whole group: ours only
+            )
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        family = self.family()
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(STOP_S)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+        for left in family:
+            if left.is_running():
+                left.kill()
+
+    def printed(self) -> str:
+        return self.output.read_text()
+
+    def wait_for(self, text: str, timeout_s: float = START_S) -> str:
+        """Everything printed, once `text` (a pattern) is part of it."""
+        end = time.monotonic() + timeout_s
+        while not re.search(text, self.printed()):
+            assert self.process.poll() is None, f"ended early:\n{self.printed()}"
+            assert time.monotonic() < end, f"no {text!r} in:\n{self.printed()}"
+            time.sleep(0.05)
+        return self.printed()
+
+    def ready(self) -> Self:
+        self.wait_for(r"Serving .* on http")
+        return self
+
+    @property
+    def url(self) -> str:
+        found = re.search(r"Listening on (\S+),", self.wait_for("Listening on"))
+        assert found is not None
+        return found[1]
+
+    def family(self) -> list[psutil.Process]:
+        """The processes below the server."""
+        try:
+            return psutil.Process(self.process.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            return []
+
+    def engines(self) -> list[psutil.Process]:
+        return [p for p in self.family() if p.ppid() == self.process.pid and "VLLM" in p.name()]
+
+    def send(self, number: signal.Signals) -> None:
+        os.kill(self.process.pid, number)
+
+    def metric(self, name: str, **labels: str) -> float:
+        """The sum of a metric's samples that carry `labels`."""
+        page = httpx.get(f"{self.url}/metrics", timeout=10).text
+        total = 0.0
+        for line in page.splitlines():
+            sample, _, value = line.rpartition(" ")
+            if re.match(rf"{re.escape(name)}(\{{|$)", sample) and all(
+                f'{key}="{wanted}"' in sample for key, wanted in labels.items()
+            ):
+                total += float(value)
+        return total
+
+    def post(self, path: str, **body: Any) -> httpx.Response:
+        return httpx.post(f"{self.url}{path}", json=body, timeout=120)
+
+
+def write_registry(folder: Path, name: str = "models.yaml", **content: Any) -> Path:
+    server = {"port": 0, "log_dir": str(folder / "logs")} | content.pop("server", {})
+    file = folder / name
+    file.write_text(yaml.safe_dump({"server": server, **content}))
+    return file
+
+
+def write_lora(folder: Path) -> str:
+    """An adapter for the demo chat model that changes what it says."""
+    import torch
+    from safetensors.torch import save_file
+
+    shape = json.loads((Path(CHAT) / "config.json").read_text())
+    hidden, rank = shape["hidden_size"], 8
+    torch.manual_seed(1)
+    weights = {}
+    for layer in range(shape["num_hidden_layers"]):
+        name = f"base_model.model.model.layers.{layer}.self_attn.q_proj"
+        weights[f"{name}.lora_A.weight"] = torch.randn(rank, hidden) * 0.3
+        weights[f"{name}.lora_B.weight"] = torch.randn(hidden, rank) * 0.3
+    folder.mkdir()
+    save_file(weights, folder / "adapter_model.safetensors")
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": 16,
+        "target_modules": ["q_proj"],
+        "base_model_name_or_path": CHAT,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Both demo models, as a user with a wish list would serve them."""
+    folder = tmp_path_factory.mktemp("server")
+    registry = write_registry(
+        folder,
+        models={
+            "chat": {
+                "model": CHAT,
+                "aliases": ["gpt-4o-mini", "chat@2025-10"],
+                "kv_cache": "512MiB",
+                "tool_call_parser": "hermes",
+                "loras": {"twisted": write_lora(folder / "twisted")},
+                "engine": {"max_model_len": 2048, "max_num_seqs": 32},
+            },
+            "embed": {"model": EMBED},
+        },
+    )
+    with Server(registry) as running:
+        yield running.ready()

@@ -1,0 +1,172 @@
+"""How a server starts, fails, drains and ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import psutil
+import pytest
+
+from tests.integration.conftest import CHAT, EMBED, STOP_S, Server, write_registry
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+SMALL = {"model": CHAT, "kv_cache": "256MiB", "engine": {"max_model_len": 2048}}
+
+
+def run(registry: Path) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "llmserve", "up", str(registry)]
+    return subprocess.run(line, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_a_taken_port_is_told_at_once(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        registry = write_registry(tmp_path, server={"port": port}, models={"chat": SMALL})
+        began = time.monotonic()
+        ended = run(registry)
+    assert time.monotonic() - began < 2
+    assert ended.returncode == 3
+    assert f"port {port}" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_broken_registry_starts_nothing(tmp_path: Path) -> None:
+    registry = write_registry(tmp_path, models={"chat": {"modle": CHAT}})
+    ended = run(registry)
+    assert ended.returncode == 2
+    assert "models.chat.modle: unknown key; nearest: model" in ended.stderr
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A model that serves beside two that cannot start."""
+    folder = tmp_path_factory.mktemp("pair")
+    truncated = folder / "truncated"
+    truncated.mkdir()
+    for file in Path(EMBED).iterdir():
+        if file.is_file():
+            content = file.read_bytes()
+            (truncated / file.name).write_bytes(
+                content[: len(content) // 2] if file.suffix == ".safetensors" else content
+            )
+    empty = folder / "empty"
+    empty.mkdir()
+    models = {"chat": SMALL, "broken": {"model": str(truncated)}, "empty": {"model": str(empty)}}
+    with Server(write_registry(folder, server={"drain_timeout": 20}, models=models)) as server:
+        yield server
+
+
+def test_while_models_load_the_port_answers(pair: Server) -> None:
+    url = pair.url
+    assert httpx.get(f"{url}/health", timeout=20).status_code == 200
+    ready = httpx.get(f"{url}/ready", timeout=20)
+    assert ready.status_code == 503
+    assert ready.json()["ready"] is False
+    refused = httpx.post(f"{url}/v1/completions", json={"model": "chat", "prompt": "x"}, timeout=20)
+    assert refused.status_code == 503
+    assert refused.json()["error"]["code"] == "model_not_ready"
+    assert int(refused.headers["retry-after"]) > 0
+
+
+def test_models_that_cannot_start_are_told_in_a_line_and_the_rest_serves(pair: Server) -> None:
+    printed = pair.ready().printed()
+    broken = [line for line in printed.splitlines() if line.startswith("broken: failed")]
+    empty = [line for line in printed.splitlines() if line.startswith("empty: failed")]
+    assert len(broken) == len(empty) == 1
+    assert "safetensor" in broken[0].lower() or "header" in broken[0].lower(), broken
+    assert "config.json" in empty[0] or "config" in empty[0], empty
+    assert "Traceback" not in printed
+    assert printed.splitlines()[-1].endswith("(2 failed)")
+    assert len(pair.engines()) == 1
+    reply = pair.post("/v1/completions", model="chat", prompt="x", max_tokens=2)
+    assert reply.status_code == 200
+    refused = pair.post("/v1/embeddings", model="broken", input="x")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "model_failed")
+
+
+def test_ctrl_c_lets_requests_finish_and_leaves_nothing_behind(pair: Server) -> None:
+    """As a terminal does it: the signal goes to the whole process group."""
+    pair.ready()
+    url, family = pair.url, pair.family()
+    answers: list[Any] = []
+
+    def ask() -> None:
+        body = {"model": "chat", "prompt": "Once", "max_tokens": 120, "ignore_eos": True}
+        answers.append(httpx.post(f"{url}/v1/completions", json=body, timeout=60))
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    while not pair.metric("vllm:num_requests_running", model_name="chat"):
+        time.sleep(0.05)
+    os.killpg(pair.process.pid, signal.SIGINT)
+    time.sleep(0.5)
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{url}/health")
+    asking.join()
+    assert answers[0].json()["usage"]["completion_tokens"] == 120
+    assert pair.process.wait(STOP_S) == 0
+    _, alive = psutil.wait_procs(family, timeout=5)
+    assert not alive
+    assert "Traceback" not in pair.printed()
+
+
+def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
+    with Server(write_registry(tmp_path, models={"chat": SMALL})) as server:
+        server.ready()
+        url, family = server.url, server.family()
+        body = {"model": "chat", "prompt": "x", "max_tokens": 2000, "ignore_eos": True}
+
+        def ask() -> None:
+            with pytest.raises(httpx.HTTPError):
+                httpx.post(f"{url}/v1/completions", json=body, timeout=60)
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        while not server.metric("vllm:num_requests_running", model_name="chat"):
+            time.sleep(0.05)
+        server.send(signal.SIGTERM)
+        server.wait_for("Stopping: 1 requests")
+        began = time.monotonic()
+        server.send(signal.SIGTERM)
+        assert server.process.wait(5) == 128 + signal.SIGTERM
+        assert time.monotonic() - began < 1
+        _, alive = psutil.wait_procs(family, timeout=3)
+        assert not alive
+        asking.join()
+
+
+def test_a_required_model_that_cannot_start_ends_the_server(tmp_path: Path) -> None:
+    models = {
+        "chat": SMALL,
+        "main": {"model": EMBED, "required": True, "engine": {"max_model_len": 10**6}},
+    }
+    with Server(write_registry(tmp_path, models=models)) as server:
+        url = server.url
+        assert server.process.wait(120) == 3
+        assert "main is required and failed: " in server.printed()
+        assert "Traceback" not in server.printed()
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(url)
+
+
+def test_a_signal_while_models_load(tmp_path: Path) -> None:
+    with Server(write_registry(tmp_path, models={"chat": SMALL})) as server:
+        server.wait_for("chat: loading")
+        while not server.engines():
+            time.sleep(0.1)
+        family = server.family()
+        server.send(signal.SIGTERM)
+        assert server.process.wait(20) == 0
+        _, alive = psutil.wait_procs(family, timeout=5)
+        assert not alive

@@ -1,0 +1,295 @@
+"""Both demo models behind one port, asked as users ask."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import os
+import subprocess
+import time
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import openai
+import pytest
+from langchain_core.messages import AIMessage, HumanMessage
+from langchain_core.tools import tool
+from langchain_openai import ChatOpenAI, OpenAIEmbeddings
+from pydantic import BaseModel, SecretStr
+
+if TYPE_CHECKING:
+    from tests.integration.conftest import Server
+
+FRANCE: list[Any] = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+@pytest.fixture
+def client(server: Server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+
+
+# --- the first things anyone does
+
+
+def test_curl(server: Server) -> None:
+    body = json.dumps({"model": "chat", "temperature": 0, "messages": FRANCE})
+    line = ["curl", "-s", f"{server.url}/v1/chat/completions", "-H", "Content-Type: application/json"]
+    reply = subprocess.run([*line, "-d", body], capture_output=True, text=True, check=True)
+    assert "Paris" in json.loads(reply.stdout)["choices"][0]["message"]["content"]
+
+
+def test_an_embedding_has_384_numbers_of_unit_length(client: openai.OpenAI) -> None:
+    vector = client.embeddings.create(model="embed", input="Hello").data[0].embedding
+    assert len(vector) == 384
+    assert math.isclose(math.hypot(*vector), 1, abs_tol=1e-3)
+
+
+def test_snippets_of_fastchat_users(client: openai.OpenAI) -> None:
+    completion = client.completions.create(model="chat", prompt="Once upon a time", max_tokens=64)
+    assert completion.choices[0].text
+    assert completion.usage is not None
+    assert completion.usage.completion_tokens <= 64
+    chat = client.chat.completions.create(
+        model="chat", messages=[{"role": "user", "content": "Hello! What is your name?"}]
+    )
+    assert chat.choices[0].message.content
+
+
+def test_langchain(server: Server) -> None:
+    key = SecretStr("none")
+    model = ChatOpenAI(model="chat", base_url=f"{server.url}/v1", api_key=key, temperature=0)
+    assert "Paris" in str(model.invoke("What is the capital of France?").content)
+    pieces = [str(chunk.content) for chunk in model.stream("What is the capital of France?")]
+    assert len(pieces) > 3
+    assert "Paris" in "".join(pieces)
+
+    @tool
+    def weather(city: str) -> str:
+        """The weather in a city."""
+        return city
+
+    forced = model.bind_tools([weather], tool_choice="weather", strict=True)
+    message = forced.invoke([HumanMessage("How is the weather in Paris?")])
+    assert isinstance(message, AIMessage)
+    assert [call["name"] for call in message.tool_calls] == ["weather"]
+    assert message.tool_calls[0]["args"].keys() == {"city"}
+
+    vectors = OpenAIEmbeddings(
+        model="embed", base_url=f"{server.url}/v1", api_key=key, check_embedding_ctx_length=False
+    ).embed_documents(["one", "two"])
+    assert [len(vector) for vector in vectors] == [384, 384]
+
+
+# --- names
+
+
+@pytest.mark.parametrize("name", ["chat", "gpt-4o-mini", "chat@2025-10", "twisted"])
+def test_an_answer_carries_the_name_that_was_asked_for(client: openai.OpenAI, name: str) -> None:
+    answer = client.chat.completions.create(model=name, messages=FRANCE, max_tokens=4)
+    assert answer.model == name
+    stream = client.chat.completions.create(model=name, messages=FRANCE, max_tokens=4, stream=True)
+    assert {chunk.model for chunk in stream} == {name}
+
+
+def test_an_adapter_answers_for_itself(client: openai.OpenAI) -> None:
+    texts = {
+        name: client.chat.completions.create(
+            model=name, messages=FRANCE, max_tokens=12, temperature=0
+        ).choices[0].message.content
+        for name in ("chat", "twisted")
+    }
+    assert texts["chat"] != texts["twisted"]
+
+
+def test_the_list_of_models(client: openai.OpenAI) -> None:
+    cards = {card.id: card for card in client.models.list()}
+    assert cards.keys() == {"chat", "gpt-4o-mini", "chat@2025-10", "twisted", "embed"}
+    assert client.models.retrieve("chat@2025-10").id == "chat@2025-10"
+    with pytest.raises(openai.NotFoundError, match="did you mean `chat`"):
+        client.models.retrieve("chad")
+
+
+def test_an_unknown_model_is_told_the_names_there_are(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError) as refused:
+        client.chat.completions.create(model="gpt-4o-mimi", messages=FRANCE)
+    assert refused.value.code == "model_not_found"
+    assert "did you mean `gpt-4o-mini`" in refused.value.message
+
+
+def test_a_model_that_cannot_says_what_it_can(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="it does: .*embeddings") as refused:
+        client.chat.completions.create(model="embed", messages=FRANCE)
+    assert refused.value.code == "unsupported_model"
+    with pytest.raises(openai.BadRequestError, match="it does: .*chat completions"):
+        client.embeddings.create(model="chat", input="hi")
+    with pytest.raises(openai.BadRequestError, match="does not do transcriptions"):
+        client.audio.transcriptions.create(model="chat", file=("a.wav", b"RIFF"))
+
+
+# --- what vLLM offers
+
+
+def test_streams_count_tokens_when_asked(client: openai.OpenAI) -> None:
+    stream = client.chat.completions.create(
+        model="chat",
+        messages=FRANCE,
+        temperature=0,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    chunks = list(stream)
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert "Paris" in text
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens > 3
+
+
+def test_structured_output(client: openai.OpenAI) -> None:
+    class City(BaseModel):
+        capital: bool
+        inhabitants: int
+
+    answer = client.chat.completions.parse(
+        model="chat", messages=FRANCE, response_format=City, temperature=0, max_tokens=40
+    )
+    assert isinstance(answer.choices[0].message.parsed, City)
+
+
+def test_responses(client: openai.OpenAI) -> None:
+    made = client.responses.create(model="chat", input="Say hi.", max_output_tokens=16)
+    assert made.output_text
+    assert client.responses.retrieve(made.id).output_text == made.output_text
+    slow = client.responses.create(
+        model="gpt-4o-mini", input="Count up.", background=True, max_output_tokens=1500
+    )
+    assert client.responses.cancel(slow.id).status == "cancelled"
+    types = [event.type for event in client.responses.create(model="chat", input="Hi", stream=True)]
+    assert types[0] == "response.created"
+    assert types[-1] in ("response.completed", "response.incomplete")
+
+
+def test_messages(server: Server) -> None:
+    body = {"model": "chat", "max_tokens": 16, "messages": FRANCE, "temperature": 0}
+    answer = server.post("/v1/messages", **body).json()
+    assert answer["type"] == "message"
+    assert answer["model"] == "chat"
+    assert "Paris" in answer["content"][0]["text"]
+    counted = server.post("/v1/messages/count_tokens", model="chat", messages=FRANCE).json()
+    assert counted["input_tokens"] == answer["usage"]["input_tokens"]
+
+
+def test_scores_and_ranks(server: Server) -> None:
+    documents = ["The stock market fell.", "A kitten is a young cat."]
+    ranked = server.post("/v1/rerank", model="embed", query="small cat", documents=documents).json()
+    assert ranked["results"][0]["index"] == 1
+    scored = server.post("/v1/score", model="embed", text_1="cat", text_2=["kitten", "tax"]).json()
+    kitten, tax = (row["score"] for row in scored["data"])
+    assert kitten > tax
+
+
+def test_tokens_there_and_back(server: Server) -> None:
+    tokens = server.post("/tokenize", model="chat", prompt="Hello wörld 👋").json()["tokens"]
+    again = server.post("/detokenize", model="chat", tokens=tokens).json()
+    assert again["prompt"] == "Hello wörld 👋"
+
+
+# --- many at once
+
+
+async def test_32_streams_over_both_models(server: Server) -> None:
+    """Each stream is whole and its own, while embeddings of the other model come in between."""
+    client = openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+
+    async def count(n: int) -> tuple[int, str, int]:
+        stream = await client.completions.create(
+            model="chat",
+            prompt=f"Item {n}:",
+            max_tokens=40,
+            temperature=0,
+            stream=True,
+            stream_options={"include_usage": True},
+            extra_body={"ignore_eos": True},
+        )
+        text, tokens = "", 0
+        async for chunk in stream:
+            text += chunk.choices[0].text if chunk.choices else ""
+            tokens = chunk.usage.completion_tokens if chunk.usage else tokens
+        return n, text, tokens
+
+    async def embed(n: int) -> list[float]:
+        reply = await client.embeddings.create(model="embed", input=f"text {n % 4}")
+        return reply.data[0].embedding
+
+    alone = [await embed(n) for n in range(4)]
+    one = await count(3)
+    streams, vectors = await asyncio.gather(
+        asyncio.gather(*(count(n) for n in range(16))),
+        asyncio.gather(*(embed(n) for n in range(16))),
+    )
+    assert [n for n, _, _ in streams] == list(range(16))
+    assert {tokens for _, _, tokens in streams} == {40}
+    assert len({text for _, text, _ in streams}) > 8
+    # bfloat16 sums differ with the batch: the beginning is what must be the same.
+    assert streams[3][1][:20] == one[1][:20]
+    for n, vector in enumerate(vectors):
+        assert math.isclose(sum(map(float.__mul__, vector, alone[n % 4])), 1, abs_tol=1e-2)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_place(server: Server, stream: bool) -> None:
+    body = {"model": "chat", "prompt": "Count:", "max_tokens": 2000, "ignore_eos": True}
+    with httpx.Client(timeout=2) as client:
+        try:
+            with client.stream(
+                "POST", f"{server.url}/v1/completions", json=body | {"stream": stream}
+            ) as reply:
+                next(reply.iter_bytes())
+                while server.metric("vllm:num_requests_running", model_name="chat") != 1:
+                    time.sleep(0.05)
+        except httpx.ReadTimeout:
+            assert not stream
+    left = time.monotonic()
+    while (
+        server.metric("vllm:num_requests_running", model_name="chat")
+        or server.metric("llmserve_requests_in_flight", model="chat")
+    ):
+        assert time.monotonic() - left < 2
+        time.sleep(0.05)
+
+
+# --- the process
+
+
+def test_health_ready_version(server: Server) -> None:
+    assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
+    ready = httpx.get(f"{server.url}/ready")
+    assert ready.status_code == 200
+    assert ready.json()["models"] == {"chat": {"state": "ready"}, "embed": {"state": "ready"}}
+    assert "version" in httpx.get(f"{server.url}/version").json()
+
+
+def test_all_engines_are_on_the_metrics_page(server: Server) -> None:
+    for model in ("chat", "embed"):
+        assert server.metric("vllm:cache_config_info", model_name=model) or server.metric(
+            "vllm:request_success_total", model_name=model
+        )
+        assert server.metric("llmserve_model_state", model=model, state="ready") == 1
+    assert server.metric("llmserve_event_loop_lag_seconds_count") > 0
+
+
+def test_one_server_process_and_each_engines_own(server: Server) -> None:
+    engines = server.engines()
+    assert len(engines) == 2
+    others = [p for p in server.family() if p not in engines and p.ppid() == server.process.pid]
+    assert all("resource_tracker" in " ".join(p.cmdline()) for p in others)
+    assert all("Worker" in child.name() for engine in engines for child in engine.children())
+    assert {os.getpgid(p.pid) for p in engines} == {p.pid for p in engines}  # not the terminal's
+
+
+def test_nothing_but_states_was_printed(server: Server) -> None:
+    lines = server.printed().splitlines()
+    assert lines[0].startswith("Listening on http://127.0.0.1:")
+    assert lines[-1] == f"Serving chat, embed on {server.url}"
+    for line in lines[1:-1]:
+        assert line.startswith(("chat: ", "embed: ")), server.printed()

@@ -1,0 +1,743 @@
+from __future__ import annotations
+
+import asyncio
+import json
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+from prometheus_client import Counter
+
+from llmserve import __version__, app, server
+from llmserve.config import Config, ModelSpec, ServerSpec
+from llmserve.errors import EngineError, Overloaded
+from llmserve.metrics import Metrics
+from llmserve.pool import Pool
+from llmserve.protocol import ENDPOINTS
+from llmserve.registry import Registry
+from llmserve.routes import Services
+from llmserve.sse import DONE, EventStream, Frames, event
+from tests.fakes import (
+    Answer,
+    FakeBackend,
+    FakeRunning,
+    Gate,
+    Plan,
+    broken,
+    failing,
+    plain,
+    soon,
+    spec,
+    stream,
+    until,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Coroutine
+
+    from starlette.types import ASGIApp
+
+CHAT = "/v1/chat/completions"
+HI = {"model": "chat", "messages": [{"role": "user", "content": "hi"}]}
+FRAME = event({"choices": [{"delta": {"content": "a"}}]})
+ORIGIN = {"origin": "https://page.example"}
+
+
+class Box:
+    """A server without engines, and a client of it."""
+
+    def __init__(self, *specs: ModelSpec, server: ServerSpec | None = None, **plans: Plan) -> None:
+        models = specs or (spec("chat", max_in_flight=1, aliases=["gpt-4o"]), spec("embed"))
+        self.server = server or ServerSpec()
+        config = Config(file="models.yaml", server=self.server, models=models)
+        self.backend = FakeBackend(**plans)
+        self.metrics = Metrics()
+        self.pool = Pool(Registry(models), self.backend, self.metrics)
+        self.app: ASGIApp = app.build(Services(config, self.pool, self.metrics))
+        self.client = httpx.AsyncClient()
+
+    @property
+    def running(self) -> FakeRunning:
+        return self.backend.running("chat")
+
+    @property
+    def in_flight(self) -> int:
+        return self.pool.entries["chat"].slots.in_flight
+
+    def count(self, name: str, **labels: str) -> float:
+        return self.metrics.registry.get_sample_value(name, labels) or 0.0
+
+    def requests(
+        self, status: int, model: str = "chat", endpoint: str = "chat completions"
+    ) -> float:
+        return self.count(
+            "llmserve_requests_total", model=model, endpoint=endpoint, status=str(status)
+        )
+
+    def disconnects(self) -> float:
+        return self.count("llmserve_disconnects_total", model="chat", endpoint="chat completions")
+
+
+@asynccontextmanager
+async def asgi(
+    *specs: ModelSpec, server: ServerSpec | None = None, **plans: Plan
+) -> AsyncIterator[Box]:
+    """Without a socket: for answers that come whole."""
+    box = Box(*specs, server=server, **plans)
+    await box.pool.start()
+    transport = httpx.ASGITransport(box.app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://box") as box.client:
+        yield box
+
+
+@asynccontextmanager
+async def real(*specs: ModelSpec, server_spec: ServerSpec | None = None) -> AsyncIterator[Box]:
+    """On a socket, as `llmserve up` serves it: for streams and clients that leave."""
+    box = Box(*specs, server=server_spec or ServerSpec(port=0, drain_timeout=1))
+    await box.pool.start()
+    with server.bind(box.server) as listener:
+        port = listener.getsockname()[1]
+        uvicorn = server._Uvicorn(server._uvicorn_config(box.server, box.app))
+        serving = asyncio.ensure_future(uvicorn.serve(sockets=[listener]))
+        try:
+            async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as box.client:
+                yield box
+        finally:
+            uvicorn.should_exit = True
+            await soon(serving, 5)
+
+
+async def chunks(*parts: bytes) -> AsyncIterator[bytes]:
+    for part in parts:
+        yield part
+
+
+def error_of(reply: httpx.Response) -> dict[str, Any]:
+    """The error of an answer, which has the one shape there is."""
+    assert reply.headers["content-type"] == "application/json"
+    body = reply.json()
+    assert body.keys() == {"error"}
+    error: dict[str, Any] = body["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert isinstance(error["message"], str)
+    assert error["message"]
+    assert error["message"].isprintable()
+    assert isinstance(error["type"], str)
+    return error
+
+
+# --- refusals
+
+
+async def test_an_unknown_route_names_the_nearest() -> None:
+    async with asgi() as box:
+        reply = await box.client.post("/v1/chat/completion", json=HI)
+    assert reply.status_code == 404
+    error = error_of(reply)
+    assert error["message"] == (
+        "There is no route `/v1/chat/completion`; did you mean /v1/chat/completions?"
+    )
+    assert (error["type"], error["code"]) == ("invalid_request_error", "unknown_url")
+
+
+async def test_an_unknown_route_like_no_other_says_where_all_are() -> None:
+    async with asgi() as box:
+        reply = await box.client.get("/xyz")
+    assert "GET /openapi.json lists all routes" in error_of(reply)["message"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allow"),
+    [
+        ("GET", CHAT, "POST"),
+        ("DELETE", "/rerank", "POST"),
+        ("POST", "/v1/models", "GET, HEAD"),
+        ("PUT", "/v1/models/org/name", "GET, HEAD"),
+        ("POST", "/health", "GET, HEAD"),
+        ("GET", "/v1/responses/r1/cancel", "POST"),
+    ],
+)
+async def test_a_wrong_method_says_which_are_right(method: str, path: str, allow: str) -> None:
+    async with asgi() as box:
+        reply = await box.client.request(method, path)
+    assert reply.status_code == 405
+    assert reply.headers["allow"] == allow
+    error = error_of(reply)
+    assert error["message"] == f"`{path}` does not take {method}; it takes {allow}."
+    assert error["code"] == "method_not_allowed"
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "code", "param"),
+    [
+        (b"", 400, "invalid_json", None),
+        (b'{"model": "chat",', 400, "invalid_json", None),
+        (b'{"model": "ch\xffat"}', 400, "invalid_json", None),
+        (b"[]", 400, "invalid_json", None),
+        (b'"chat"', 400, "invalid_json", None),
+        (b"{}", 400, "missing_required_parameter", "model"),
+        (b'{"model": null}', 400, "missing_required_parameter", "model"),
+        (b'{"model": 7}', 400, "invalid_type", "model"),
+        (b'{"model": {"a": 1}}', 400, "invalid_type", "model"),
+        (b'{"model": "chatt"}', 404, "model_not_found", "model"),
+        (b'{"model": "a\\n\\u0000b"}', 404, "model_not_found", "model"),
+    ],
+)
+@pytest.mark.parametrize("path", [CHAT, "/v1/embeddings", "/tokenize"])
+async def test_a_bad_body_is_refused_before_a_slot_is_taken(
+    path: str, body: bytes, status: int, code: str, param: str | None
+) -> None:
+    async with asgi() as box:
+        reply = await box.client.post(path, content=body)
+        assert box.running.calls == []
+        assert box.in_flight == 0
+    assert reply.status_code == status
+    error = error_of(reply)
+    assert (error["type"], error["code"], error["param"]) == ("invalid_request_error", code, param)
+
+
+LIMITED = ServerSpec(max_body=64)
+FORM = {"content-type": "multipart/form-data; boundary=x"}
+PART = b'--x\r\ncontent-disposition: form-data; name="model"\r\n\r\nchat\r\n'
+FILE = b'--x\r\ncontent-disposition: form-data; name="file"; filename="a.wav"\r\n\r\n'
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "body"),
+    [
+        (CHAT, {}, b'{"model": "chat", "a": "' + b"x" * 60 + b'"}'),
+        ("/v1/audio/transcriptions", FORM, PART + FILE + b"x" * 60 + b"\r\n--x--\r\n"),
+    ],
+    ids=["json", "upload"],
+)
+@pytest.mark.parametrize("chunked", [False, True], ids=["with-length", "chunked"])
+async def test_a_body_over_the_limit_is_refused(
+    path: str, headers: dict[str, str], body: bytes, *, chunked: bool
+) -> None:
+    content = chunks(body[:50], body[50:]) if chunked else body
+    async with asgi(server=LIMITED) as box:
+        reply = await box.client.post(path, headers=headers, content=content)
+        assert box.running.calls == []
+    assert reply.status_code == 413
+    error = error_of(reply)
+    assert error["code"] == "request_too_large"
+    assert "server.max_body" in error["message"]
+    assert "64" in error["message"]
+
+
+async def test_a_body_of_exactly_the_limit_is_served() -> None:
+    body = json.dumps({"model": "chat", "a": ""}).encode()
+    body = body.replace(b'""', b'"' + b"x" * (64 - len(body)) + b'"')
+    async with asgi(server=LIMITED) as box:
+        assert (await box.client.post(CHAT, content=body)).status_code == 200
+        assert (await box.client.post(CHAT, content=chunks(body))).status_code == 200
+        assert (await box.client.post(CHAT, content=body + b" ")).status_code == 413
+
+
+async def test_what_was_not_foreseen_says_nothing_of_the_inside() -> None:
+    async with asgi(chat=Plan(FakeRunning(failing(KeyError("secret"))))) as box:
+        reply = await box.client.post(CHAT, json=HI)
+        assert box.in_flight == 0
+        assert box.requests(500) == 1
+    assert reply.status_code == 500
+    assert error_of(reply) == {
+        "message": "Something went wrong in the server.",
+        "type": "server_error",
+        "param": None,
+        "code": "internal_error",
+    }
+    assert "secret" not in reply.text
+
+
+async def test_a_model_s_own_refusal_comes_through() -> None:
+    async with asgi(chat=Plan(FakeRunning(failing(EngineError("step failed"))))) as box:
+        reply = await box.client.post(CHAT, json=HI)
+        assert box.in_flight == 0
+    assert (reply.status_code, error_of(reply)["code"]) == (500, "engine_error")
+
+
+async def test_a_full_model_refuses_before_the_first_byte() -> None:
+    gate = Gate()
+    async with asgi(chat=Plan(FakeRunning(plain(gate=gate)))) as box:
+        first = asyncio.ensure_future(box.client.post(CHAT, json=HI))
+        await soon(gate.reached.wait())
+        reply = await box.client.post(CHAT, json=HI)
+        other = await box.client.post("/v1/embeddings", json={"model": "embed"})
+        gate.opened.set()
+        assert (await soon(first)).status_code == 200
+    assert reply.status_code == 503
+    assert reply.headers["retry-after"] == "1"
+    assert error_of(reply)["code"] == "overloaded"
+    assert other.status_code == 200
+
+
+async def test_a_model_s_overload_says_when_to_come_back() -> None:
+    busy = failing(Overloaded("busy", retry_after_s=9))
+    async with asgi(chat=Plan(FakeRunning(busy))) as box:
+        reply = await box.client.post(CHAT, json=HI)
+    assert (reply.status_code, reply.headers["retry-after"]) == (503, "9")
+
+
+async def test_a_model_that_failed_to_start_is_refused() -> None:
+    async with asgi(embed=broken()) as box:
+        reply = await box.client.post("/v1/embeddings", json={"model": "embed"})
+    assert (reply.status_code, error_of(reply)["code"]) == (503, "model_failed")
+
+
+@pytest.mark.parametrize(
+    ("headers", "body"),
+    [
+        ({"content-type": "application/json"}, b'{"model": "chat"}'),
+        ({"content-type": "multipart/form-data"}, b"x"),
+        (FORM, b"no form at all"),
+    ],
+)
+async def test_audio_that_is_no_form_is_refused(headers: dict[str, str], body: bytes) -> None:
+    async with asgi() as box:
+        reply = await box.client.post("/v1/audio/transcriptions", headers=headers, content=body)
+    assert reply.status_code == 400
+    error_of(reply)
+
+
+# --- what reaches the model
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [(p, e.name) for e in ENDPOINTS if not e.multipart for p in e.paths],
+)
+async def test_every_path_reaches_its_endpoint(path: str, name: str) -> None:
+    async with asgi() as box:
+        reply = await box.client.post(path, json={"model": "gpt-4o", "k": [1]})
+        (call,) = box.running.calls
+        assert box.requests(200, endpoint=name) == 1
+    assert reply.status_code == 200
+    assert (call.endpoint, call.asked) == (name, "gpt-4o")
+    assert call.body == {"model": "gpt-4o", "k": [1]}
+
+
+async def test_an_upload_reaches_the_model_with_its_fields() -> None:
+    async with asgi() as box:
+        reply = await box.client.post(
+            "/v1/audio/transcriptions",
+            data={"model": "chat", "timestamp_granularities[]": ["word", "segment"]},
+            files={"file": ("a.wav", b"RIFF")},
+        )
+        (call,) = box.running.calls
+        await call.body["file"].close()
+    assert reply.status_code == 200
+    assert call.body["model"] == "chat"
+    assert call.body["timestamp_granularities[]"] == ["word", "segment"]
+    assert call.body["file"].filename == "a.wav"
+
+
+@pytest.mark.parametrize("aliases", [[], ["gpt-4o"]])
+async def test_the_only_model_needs_no_name(aliases: list[str]) -> None:
+    async with asgi(spec("chat", aliases=aliases)) as box:
+        reply = await box.client.post(CHAT, json={"messages": []})
+    assert reply.status_code == 200
+
+
+async def test_the_answer_to_a_head_request_of_a_get_route_has_no_body() -> None:
+    async with asgi() as box:
+        reply = await box.client.head("/health")
+    assert reply.status_code == 200
+
+
+# --- keys
+
+KEYED = ServerSpec(api_keys=("k-one", "k-two"))
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"authorization": "Bearer k-one"},
+        {"authorization": "bearer k-two"},
+        {"x-api-key": "k-two"},
+    ],
+)
+async def test_any_of_the_keys_opens_in_either_header(headers: dict[str, str]) -> None:
+    async with asgi(server=KEYED) as box:
+        assert (await box.client.post(CHAT, json=HI, headers=headers)).status_code == 200
+        assert (await box.client.get("/metrics", headers=headers)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("headers", "message"),
+    [
+        ({}, "No API key came; send `Authorization: Bearer KEY`."),
+        ({"authorization": "Bearer "}, "No API key came; send `Authorization: Bearer KEY`."),
+        ({"authorization": "Basic azpr"}, "No API key came; send `Authorization: Bearer KEY`."),
+        ({"authorization": "Bearer k-on"}, "The API key is not one of this server's."),
+        ({"authorization": "Bearer k-one2"}, "The API key is not one of this server's."),
+        ({"x-api-key": "K-ONE"}, "The API key is not one of this server's."),
+        ({"x-api-key": "schl\u00fcssel"}, "The API key is not one of this server's."),
+    ],
+)
+async def test_no_key_and_a_wrong_one_are_refused(headers: dict[str, str], message: str) -> None:
+    sent = [(key.encode(), value.encode()) for key, value in headers.items()]
+    async with asgi(server=KEYED) as box:
+        reply = await box.client.post(CHAT, json=HI, headers=sent)
+        assert box.running.calls == []
+    assert reply.status_code == 401
+    assert reply.headers["www-authenticate"] == "Bearer"
+    error = error_of(reply)
+    assert (error["message"], error["code"]) == (message, "invalid_api_key")
+
+
+async def test_only_health_is_open() -> None:
+    async with asgi(server=KEYED) as box:
+        assert (await box.client.get("/health")).status_code == 200
+        paths = [
+            "/metrics",
+            "/ready",
+            "/version",
+            "/v1/models",
+            "/openapi.json",
+            "/xyz",
+            "/health/",
+        ]
+        paths += [path for endpoint in ENDPOINTS for path in endpoint.paths]
+        for path in paths:
+            assert (await box.client.get(path)).status_code == 401, path
+            assert (await box.client.post(path)).status_code == 401, path
+
+
+# --- browsers
+
+CORS = ServerSpec(api_keys=("k-one",), allowed_origins=("https://page.example",))
+
+
+async def test_a_preflight_needs_no_key() -> None:
+    asks = {
+        **ORIGIN,
+        "access-control-request-method": "POST",
+        "access-control-request-headers": "authorization,content-type",
+    }
+    async with asgi(server=CORS) as box:
+        reply = await box.client.options(CHAT, headers=asks)
+    assert reply.status_code == 200
+    assert reply.headers["access-control-allow-origin"] == "https://page.example"
+    assert "POST" in reply.headers["access-control-allow-methods"]
+    assert "authorization" in reply.headers["access-control-allow-headers"].lower()
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "key", "answer", "status"),
+    [
+        ("POST", CHAT, "k-one", plain(), 200),
+        ("POST", CHAT, "wrong", plain(), 401),
+        ("POST", "/xyz", "k-one", plain(), 404),
+        ("GET", CHAT, "k-one", plain(), 405),
+        ("POST", CHAT, "k-one", failing(Overloaded("busy", retry_after_s=1)), 503),
+        ("POST", CHAT, "k-one", failing(KeyError("x")), 500),
+    ],
+)
+async def test_a_page_of_an_allowed_origin_can_read_every_answer(
+    method: str, path: str, key: str, answer: Answer, status: int
+) -> None:
+    headers = ORIGIN | {"x-api-key": key}
+    async with asgi(server=CORS, chat=Plan(FakeRunning(answer))) as box:
+        reply = await box.client.request(method, path, json=HI, headers=headers)
+    assert reply.status_code == status
+    assert reply.headers["access-control-allow-origin"] == "https://page.example"
+    assert "x-request-id" in reply.headers["access-control-expose-headers"].lower()
+
+
+async def test_another_origin_and_a_server_without_origins_get_no_cors_headers() -> None:
+    for spec_of_server in (CORS, KEYED):
+        async with asgi(server=spec_of_server) as box:
+            reply = await box.client.get(
+                "/v1/models", headers={"origin": "https://evil.example", "x-api-key": "k-one"}
+            )
+        assert "access-control-allow-origin" not in reply.headers
+
+
+# --- request ids
+
+
+async def test_a_request_id_comes_back_and_reaches_the_model() -> None:
+    async with asgi() as box:
+        reply = await box.client.post(CHAT, json=HI, headers={"x-request-id": "trace 7/a"})
+        (call,) = box.running.calls
+    assert reply.headers["x-request-id"] == call.request_id == "trace 7/a"
+
+
+@pytest.mark.parametrize(
+    "given", [None, b"", b"x" * 129, b"caf\xc3\xa9", b"a\tb"], ids=lambda given: repr(given)[:12]
+)
+async def test_a_missing_or_ill_formed_request_id_is_replaced(given: bytes | None) -> None:
+    headers = {} if given is None else {b"x-request-id": given}
+    async with asgi() as box:
+        reply = await box.client.post(CHAT, json=HI, headers=headers)
+        (call,) = box.running.calls
+    (request_id,) = reply.headers.get_list("x-request-id")
+    assert len(request_id) == 32
+    assert call.request_id == request_id
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/health", 200),
+        ("GET", "/xyz", 404),
+        ("GET", CHAT, 405),
+        ("POST", CHAT, 400),
+        ("POST", CHAT + "/", 307),
+    ],
+)
+async def test_every_answer_has_a_request_id(method: str, path: str, status: int) -> None:
+    async with asgi() as box:
+        reply = await box.client.request(method, path, headers={"x-request-id": "r1"})
+    assert reply.status_code == status
+    assert reply.headers.get_list("x-request-id") == ["r1"]
+
+
+async def test_even_a_refused_key_and_a_crash_have_a_request_id() -> None:
+    async with asgi(server=KEYED) as box:
+        assert len((await box.client.get("/ready")).headers["x-request-id"]) == 32
+    async with asgi(chat=Plan(FakeRunning(failing(KeyError("x"))))) as box:
+        assert len((await box.client.post(CHAT, json=HI)).headers["x-request-id"]) == 32
+
+
+# --- streams, and clients that leave
+
+
+async def test_a_stream_comes_frame_by_frame() -> None:
+    gate = Gate()
+    async with real() as box:
+        box.running.answer = stream(FRAME, gate=gate, first_within_s=1)
+        async with box.client.stream("POST", CHAT, json=HI | {"stream": True}) as reply:
+            assert reply.status_code == 200
+            assert reply.headers["cache-control"] == "no-cache"
+            assert reply.headers["x-accel-buffering"] == "no"
+            assert reply.headers["content-type"].startswith("text/event-stream")
+            assert len(reply.headers["x-request-id"]) == 32
+            parts = reply.aiter_raw()
+            assert await soon(anext(parts)) == FRAME
+            assert box.in_flight == 1
+            gate.opened.set()
+            assert b"".join([part async for part in parts]) == b""
+        await until(lambda: box.in_flight == 0)
+        await until(lambda: box.requests(200) == 1)
+        assert not gate.cancelled
+        assert box.disconnects() == 0
+
+
+async def test_frames_are_sent_as_they_are() -> None:
+    async with real() as box:
+        box.running.answer = stream(FRAME, FRAME, DONE)
+        reply = await box.client.post(CHAT, json=HI)
+    assert reply.content == FRAME + FRAME + DONE
+
+
+async def _leaves_a_plain_answer(box: Box, gate: Gate) -> None:
+    box.running.answer = plain(gate=gate)
+    await _leave_without_answer(box, gate)
+
+
+async def _leaves_while_the_first_frame_is_waited_for(box: Box, gate: Gate) -> None:
+    box.running.answer = stream(gate=gate, first_within_s=30)
+    await _leave_without_answer(box, gate)
+
+
+async def _leave_without_answer(box: Box, gate: Gate) -> None:
+    asking = asyncio.ensure_future(box.client.post(CHAT, json=HI))
+    await soon(gate.reached.wait())
+    asking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asking
+
+
+async def _leaves_between_headers_and_first_frame(box: Box, gate: Gate) -> None:
+    box.running.answer = stream(gate=gate)
+    async with box.client.stream("POST", CHAT, json=HI):
+        await soon(gate.reached.wait())
+
+
+async def _leaves_in_mid_stream(box: Box, gate: Gate) -> None:
+    box.running.answer = stream(FRAME, gate=gate)
+    async with box.client.stream("POST", CHAT, json=HI) as reply:
+        parts = reply.aiter_raw()
+        await soon(anext(parts))
+        await soon(gate.reached.wait())
+
+
+@pytest.mark.parametrize(
+    "leave",
+    [
+        _leaves_a_plain_answer,
+        _leaves_while_the_first_frame_is_waited_for,
+        _leaves_between_headers_and_first_frame,
+        _leaves_in_mid_stream,
+    ],
+)
+async def test_the_work_for_a_client_that_leaves_is_stopped_and_counted(
+    leave: Callable[[Box, Gate], Coroutine[Any, Any, None]],
+) -> None:
+    gate = Gate()
+    async with real() as box:
+        await leave(box, gate)
+        await soon(gate.left.wait())
+        assert gate.cancelled
+        await until(lambda: box.in_flight == 0)
+        box.running.answer = plain()
+        assert (await box.client.post(CHAT, json=HI)).status_code == 200
+        assert box.disconnects() == 1
+
+
+async def test_a_client_that_leaves_while_it_sends_takes_no_slot() -> None:
+    async with real() as box:
+        host, port = box.client.base_url.host, box.client.base_url.port
+        _, writer = await asyncio.open_connection(host, port)
+        writer.write(f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-length: 99\r\n\r\n{{".encode())
+        await writer.drain()
+        writer.close()
+        await writer.wait_closed()
+        await until(lambda: box.requests(499, model="") == 1)
+        assert box.running.calls == []
+        assert box.in_flight == 0
+
+
+async def test_a_stream_that_breaks_gives_its_slot_back() -> None:
+    async def breaking() -> AsyncIterator[bytes]:
+        yield FRAME
+        raise KeyError("secret")
+
+    async def answer(_: object) -> EventStream:
+        return EventStream(Frames(breaking()))  # type: ignore[arg-type]  # an async generator
+
+    async with real() as box:
+        box.running.answer = answer
+        with pytest.raises(httpx.RemoteProtocolError):
+            await box.client.post(CHAT, json=HI)
+        await until(lambda: box.in_flight == 0)
+
+
+# --- the server's own routes
+
+
+async def test_health_says_nothing_of_models() -> None:
+    async with asgi(embed=broken()) as box:
+        reply = await box.client.get("/health")
+    assert (reply.status_code, reply.json()) == (200, {"status": "ok"})
+
+
+async def test_ready_tells_each_model_s_state() -> None:
+    async with asgi() as box:
+        reply = await box.client.get("/ready")
+    assert reply.status_code == 200
+    assert reply.json() == {
+        "ready": True,
+        "models": {"chat": {"state": "ready"}, "embed": {"state": "ready"}},
+    }
+
+
+async def test_not_ready_tells_why() -> None:
+    async with asgi(embed=broken("OSError: no space left")) as box:
+        reply = await box.client.get("/ready")
+    assert reply.status_code == 503
+    assert reply.json() == {
+        "ready": False,
+        "models": {
+            "chat": {"state": "ready"},
+            "embed": {"state": "failed", "note": "OSError: no space left"},
+        },
+    }
+
+
+SHOWN = (
+    spec("chat", aliases=["gpt-4o"], loras={"sql": "/loras/sql"}),
+    spec("org/embed"),
+    spec("draft", hidden=True),
+)
+
+
+async def test_the_model_list_has_every_public_name_once() -> None:
+    async with asgi(*SHOWN) as box:
+        body = (await box.client.get("/v1/models")).json()
+    assert body["object"] == "list"
+    assert [card["id"] for card in body["data"]] == ["chat", "gpt-4o", "sql", "org/embed"]
+    for card in body["data"]:
+        assert card["object"] == "model"
+        assert isinstance(card["created"], int)
+        assert card["max_model_len"] == 2048
+    assert body["data"][2]["parent"] == "chat"
+
+
+@pytest.mark.parametrize("path", ["/v1/models/org/embed", "/v1/models/org%2Fembed"])
+async def test_a_name_with_a_slash_has_a_card(path: str) -> None:
+    async with asgi(*SHOWN) as box:
+        reply = await box.client.get(path)
+    assert (reply.status_code, reply.json()["id"]) == (200, "org/embed")
+
+
+async def test_an_unknown_model_has_no_card() -> None:
+    async with asgi(*SHOWN) as box:
+        reply = await box.client.get("/v1/models/org/embedd")
+    assert reply.status_code == 404
+    assert "did you mean `org/embed`?" in error_of(reply)["message"]
+
+
+async def test_a_hidden_model_is_served() -> None:
+    async with asgi(*SHOWN) as box:
+        reply = await box.client.post(CHAT, json=HI | {"model": "draft"})
+    assert reply.status_code == 200
+
+
+async def test_a_model_that_is_not_running_has_a_card_without_length() -> None:
+    async with asgi(embed=broken()) as box:
+        card = (await box.client.get("/v1/models/embed")).json()
+    assert "max_model_len" not in card
+
+
+async def test_the_version_is_the_package_s() -> None:
+    async with asgi() as box:
+        assert (await box.client.get("/version")).json() == {"version": __version__}
+
+
+@pytest.mark.parametrize("holder", ["chat", "embed"])
+async def test_a_stored_response_is_found_whichever_model_gave_it(holder: str) -> None:
+    async with asgi() as box:
+        box.backend.running(holder).responses["r1"] = {"id": "r1"}
+        got = await box.client.get("/v1/responses/r1?stream=true&starting_after=4")
+        cancelled = await box.client.post("/v1/responses/r1/cancel")
+        missing = await box.client.get("/v1/responses/r2")
+    assert got.json() == {"id": "r1", "stream": True, "starting_after": 4}
+    assert cancelled.json()["cancelled"] is True
+    assert missing.status_code == 404
+    assert error_of(missing)["code"] == "not_found"
+
+
+# --- figures
+
+
+async def test_requests_are_counted_by_model_endpoint_and_status() -> None:
+    async with asgi() as box:
+        for name in ("chat", "gpt-4o", "nobody-has-this"):
+            await box.client.post(CHAT, json=HI | {"model": name})
+        await box.client.post("/v1/embeddings", json={"model": "embed"})
+        await box.client.get("/health")
+        page = (await box.client.get("/metrics")).text
+    lines = [line for line in page.splitlines() if line.startswith("llmserve_requests_total")]
+    assert sorted(lines) == [
+        'llmserve_requests_total{endpoint="chat completions",model="",status="404"} 1.0',
+        'llmserve_requests_total{endpoint="chat completions",model="chat",status="200"} 2.0',
+        'llmserve_requests_total{endpoint="embeddings",model="embed",status="200"} 1.0',
+    ]
+
+
+async def test_a_refusal_of_a_known_model_is_counted_as_its_own() -> None:
+    async with asgi(embed=broken()) as box:
+        await box.client.post("/v1/embeddings", json={"model": "embed"})
+        assert box.requests(503, model="embed", endpoint="embeddings") == 1
+
+
+async def test_the_metrics_page_has_the_engines_figures() -> None:
+    async with asgi() as box:
+        Counter("vllm:steps", "Steps.", registry=box.running.registry).inc(3)
+        reply = await box.client.get("/metrics")
+    assert reply.headers["content-type"].startswith("text/plain")
+    assert "vllm:steps_total 3.0" in reply.text

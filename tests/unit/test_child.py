@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from llmserve import child
+
+
+@pytest.mark.parametrize(
+    ("model", "file"),
+    [
+        ("chat", "chat.log"),
+        ("org/name", "org%2Fname.log"),
+        ("a b@c", "a b@c.log"),
+        ("..", "...log"),
+        ("caf\u00e9", "caf%C3%A9.log"),
+    ],
+)
+def test_each_model_has_a_log_file_inside_the_folder(model: str, file: str) -> None:
+    assert child.log_file(Path("logs"), model) == Path("logs") / file
+
+
+def test_names_that_differ_have_files_that_differ() -> None:
+    names = ["a/b", "a%2Fb", "a b", "a_b"]
+    assert len({child.log_file(Path("logs"), name) for name in names}) == len(names)
+
+
+def test_the_server_s_own_process_stays_as_it_is() -> None:
+    before = os.getpgid(0)
+    child.enter()
+    assert os.getpgid(0) == before

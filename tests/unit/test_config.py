@@ -1,0 +1,639 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from llmserve.cli import app
+from llmserve.config import Config, ModelSpec, ServerSpec, load
+from llmserve.errors import ConfigError
+from llmserve.installed import engine_fields
+
+SAMPLE = Path(__file__).parents[2] / "models.yaml"
+
+
+@pytest.fixture
+def box(tmp_path: Path) -> Path:
+    """A folder with a model folder `m` in it."""
+    (tmp_path / "m").mkdir()
+    return tmp_path
+
+
+def read(folder: Path, text: str) -> Config:
+    file = folder / "models.yaml"
+    file.write_text(text, encoding="utf-8")
+    return load(file)
+
+
+def problems(folder: Path, text: str) -> list[str]:
+    with pytest.raises(ConfigError) as refused:
+        read(folder, text)
+    return [problem.removeprefix("models.yaml:") for problem in refused.value.problems]
+
+
+def chat(folder: Path, entry: str, before: str = "") -> ModelSpec:
+    """The model of a registry whose entry, in flow style, has this besides its folder."""
+    (spec,) = read(folder, f"{before}\nmodels: {{chat: {{model: m, {entry}}}}}\n").models
+    return spec
+
+
+def chat_problems(folder: Path, entry: str) -> list[str]:
+    return problems(folder, f"models: {{chat: {{model: m, {entry}}}}}\n")
+
+
+def test_the_sample_loads(tmp_path: Path) -> None:
+    shutil.copy(SAMPLE, tmp_path)
+    for name in ("SmolLM2-135M-Instruct", "all-MiniLM-L6-v2"):
+        (tmp_path / "models" / name).mkdir(parents=True)
+    config = load(tmp_path / "models.yaml")
+    assert [spec.name for spec in config.models] == ["chat", "embed"]
+    assert (config.server.host, config.server.port) == ("127.0.0.1", 8000)
+    assert config.models[0].aliases == ("gpt-4o-mini",)
+    assert config.models[0].kv_cache == 2**30
+    assert config.models[0].model == str(tmp_path / "models" / "SmolLM2-135M-Instruct")
+
+
+def test_the_shortest_registry_has_every_default(box: Path) -> None:
+    config = read(box, "models: {chat: {model: m}}\n")
+    assert config.server == ServerSpec()
+    assert config.models == (ModelSpec(name="chat", model=str(box / "m")),)
+
+
+# --- mistakes
+
+WRONG = """\
+sever: {port: 1}
+server:
+  prot: 8000
+  port: 70000
+  api_keys: [""]
+  ssl_keyfile: none.pem
+defaults:
+  max_in_flight: none
+  model: m
+models:
+  chat:
+    model: ./nowhere
+    tensor_paralel_size: 2
+    engine: {max_model_lenn: 2048, dtype: float17}
+  embed:
+    model: m
+    devices: [0, 0]
+    limit-worker-concurrency: 5
+    aliases: [chat]
+  rerank:
+    model: m
+    gpu_memory_utilization: 1.5
+    chat_template: missing.jinja
+    tool_call_parser: hermess
+    memory: lots
+  embed: {model: m}
+  speech: {aliases: [" whisper"], max_in_flight: 1}
+  vision: 7
+"""
+
+
+def test_every_mistake_of_a_file_is_told_in_one_run_with_its_line(box: Path) -> None:
+    file = box / "models.yaml"
+    file.write_text(WRONG, encoding="utf-8")
+    result = CliRunner().invoke(app, ["check", str(file)])
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    dtypes = "'auto', 'half', 'float16', 'bfloat16', 'float' or 'float32'"
+    assert result.stderr.splitlines() == [
+        "models.yaml:1: sever: unknown key; nearest: server",
+        "models.yaml:3: server.prot: unknown key; nearest: port",
+        "models.yaml:4: server.port: input should be less than or equal to 65535 (came: 70000)",
+        "models.yaml:5: server.api_keys.0: is empty; a key must be a non-empty string",
+        f"models.yaml:6: server.ssl_keyfile: there is no file {box / 'none.pem'}",
+        (
+            "models.yaml:8: defaults.max_in_flight: input should be a valid integer, "
+            "unable to parse string as an integer (came: 'none')"
+        ),
+        "models.yaml:9: defaults.model: unknown key; it is a key of a model",
+        f"models.yaml:12: models.chat.model: there is no folder {box / 'nowhere'}",
+        (
+            "models.yaml:13: models.chat.tensor_paralel_size: unknown key; "
+            "nearest: tensor_parallel_size"
+        ),
+        f"models.yaml:14: models.chat.engine.dtype: input should be {dtypes} (came: 'float17')",
+        "models.yaml:14: models.chat.engine.max_model_lenn: unknown key; nearest: max_model_len",
+        "models.yaml:17: models.embed.devices: names a GPU twice",
+        (
+            "models.yaml:18: models.embed.limit-worker-concurrency: unknown key; "
+            "FastChat's limit-worker-concurrency is `max_in_flight` here"
+        ),
+        "models.yaml:19: models.embed.aliases.0: the name chat is taken by models.chat",
+        (
+            "models.yaml:22: models.rerank.gpu_memory_utilization: "
+            "input should be less than or equal to 1 (came: 1.5)"
+        ),
+        f"models.yaml:23: models.rerank.chat_template: there is no file {box / 'missing.jinja'}",
+        "models.yaml:24: models.rerank.tool_call_parser: is unknown; nearest: hermes",
+        (
+            "models.yaml:25: models.rerank.memory: could not parse value and unit from byte string "
+            "(came: 'lots')"
+        ),
+        "models.yaml:26: models.embed: is here twice; first in line 15",
+        (
+            "models.yaml:27: models.speech.aliases.0: a model's name must be printable, "
+            "without blanks around it"
+        ),
+        "models.yaml:27: models.speech.model: is missing",
+        "models.yaml:28: models.vision: is a number; it must be a mapping of keys to values",
+    ]
+
+
+def test_problems_come_in_the_order_of_the_file(box: Path) -> None:
+    lines = [int(problem.partition(":")[0]) for problem in problems(box, WRONG)]
+    assert len(lines) >= 20
+    assert lines == sorted(lines)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "models.yaml: is empty; it must be a mapping of keys to values"),
+        ("# nothing\n", "models.yaml: is empty; it must be a mapping of keys to values"),
+        ("- chat\n", "models.yaml:1: is a list; it must be a mapping of keys to values"),
+        ("chat\n", "models.yaml:1: is a text; it must be a mapping of keys to values"),
+        ("7\n", "models.yaml:1: is a number; it must be a mapping of keys to values"),
+        (
+            "server: {port: 1}\n",
+            "models.yaml:1: models: lists no model; add one, as in `chat: {model: FOLDER}`",
+        ),
+        (
+            "models:\n",
+            "models.yaml:1: models: lists no model; add one, as in `chat: {model: FOLDER}`",
+        ),
+        (
+            "models: [chat]\n",
+            "models.yaml:1: models: is a list; it must be a mapping of keys to values",
+        ),
+    ],
+)
+def test_a_file_that_is_no_registry_has_one_problem(box: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        read(box, text)
+    assert refused.value.problems == (message,)
+
+
+@pytest.mark.parametrize(
+    "content", [b"\x7fELF\x02\x00\x01", b"\xff\xfe", b"a: [1\n", b"a: 1\n b: 2"]
+)
+def test_a_file_that_is_no_yaml_ends_with_2(box: Path, content: bytes) -> None:
+    file = box / "models.yaml"
+    file.write_bytes(content)
+    result = CliRunner().invoke(app, ["check", str(file)])
+    assert result.exit_code == 2
+    assert len(result.stderr.splitlines()) == 1
+    assert result.stderr.startswith("models.yaml")
+
+
+def test_a_missing_file_ends_with_2(box: Path) -> None:
+    result = CliRunner().invoke(app, ["check", str(box / "none.yaml")])
+    assert result.exit_code == 2
+    assert result.stderr == "none.yaml: cannot be read: No such file or directory\n"
+
+
+@pytest.mark.parametrize(
+    ("entry", "problem"),
+    [
+        ("hiden: true", "models.chat.hiden: unknown key; nearest: hidden"),
+        ("max-in-flight: 2", "models.chat.max-in-flight: unknown key; nearest: max_in_flight"),
+        (
+            "max_model_len: 2048",
+            (
+                "models.chat.max_model_len: unknown key; it is an engine argument: "
+                "write `engine: {max_model_len: ...}`"
+            ),
+        ),
+        (
+            "engine: {hidden: true}",
+            "models.chat.engine.hidden: unknown key; it is a key of a model",
+        ),
+        (
+            "engine: {zzzzzz: 1}",
+            "models.chat.engine.zzzzzz: unknown key; no such engine argument in the installed vLLM",
+        ),
+        (
+            "sampling: {temprature: 1}",
+            "models.chat.sampling.temprature: unknown key; nearest: temperature",
+        ),
+    ],
+)
+def test_an_unknown_key_is_told_what_was_meant(box: Path, entry: str, problem: str) -> None:
+    assert chat_problems(box, entry) == [f"1: {problem}"]
+
+
+@pytest.mark.parametrize(
+    ("argument", "problem"),
+    [
+        ("max_num_seqs: many", "max_num_seqs: input should be a valid integer"),
+        ("enforce_eager: perhaps", "enforce_eager: input should be a valid boolean"),
+        ("seed: [1]", "seed: input should be a valid integer"),
+        ("runner: fast", "runner: input should be 'auto', 'generate', 'pooling' or 'draft'"),
+        ("revision: 3", "revision: input should be a valid string (came: 3)"),
+    ],
+)
+def test_an_engine_argument_of_the_wrong_type_is_told_with_its_line(
+    box: Path, argument: str, problem: str
+) -> None:
+    text = f"models:\n  chat:\n    model: m\n    engine:\n      dtype: auto\n      {argument}\n"
+    (found,) = problems(box, text)
+    assert found.startswith(f"6: models.chat.engine.{problem}")
+
+
+@pytest.mark.parametrize(
+    ("entry", "problem"),
+    [
+        ("port: yes", "server.port"),
+        ("drain_timeout: .inf", "server.drain_timeout"),
+        ("drain_timeout: .nan", "server.drain_timeout"),
+        ("max_body: -1", "server.max_body"),
+        ("api_keys: k-one", "server.api_keys"),
+        ("host: 1", "server.host"),
+    ],
+)
+def test_a_server_value_that_cannot_be_meant_is_refused(
+    box: Path, entry: str, problem: str
+) -> None:
+    (found,) = problems(box, f"server: {{{entry}}}\nmodels: {{chat: {{model: m}}}}\n")
+    assert found.startswith(f"1: {problem}: ")
+
+
+def test_tls_needs_both_files(box: Path) -> None:
+    (box / "key.pem").touch()
+    assert problems(box, "server: {ssl_keyfile: key.pem}\nmodels: {chat: {model: m}}\n") == [
+        "1: server: TLS needs both ssl_certfile and ssl_keyfile"
+    ]
+
+
+# --- defaults
+
+
+def test_defaults_are_merged_key_by_key_and_the_model_wins(box: Path) -> None:
+    defaults = """\
+defaults:
+  max_in_flight: 5
+  hidden: true
+  sampling: {temperature: 0.5, top_p: 0.9}
+  chat_template_kwargs: {think: false}
+  engine: {max_model_len: 1000, seed: 7}
+"""
+    entry = "hidden: false, sampling: {temperature: 0.1}, chat_template_kwargs: {a: 1}, engine: {seed: 8}"
+    spec = chat(box, entry, defaults)
+    assert spec.max_in_flight == 5
+    assert spec.hidden is False
+    assert spec.sampling.model_dump(exclude_none=True) == {"temperature": 0.1, "top_p": 0.9}
+    assert spec.chat_template_kwargs == {"think": False, "a": 1}
+    assert spec.engine == {"max_model_len": 1000, "seed": 8}
+
+
+TWO = "models:\n  chat: {model: m}\n  embed: {model: m}\n"
+
+
+@pytest.mark.parametrize(
+    ("default", "problem"),
+    [
+        ("max_in_flight: 0", "max_in_flight: input should be greater than 0 (came: 0)"),
+        (
+            "sampling: {top_p: 2}",
+            "sampling.top_p: input should be less than or equal to 1 (came: 2)",
+        ),
+        ("engine: {seed: x}", "engine.seed: input should be a valid integer"),
+        ("hiden: true", "hiden: unknown key; nearest: hidden"),
+        ("chat_template: missing.jinja", "chat_template: there is no file"),
+        (
+            "{memory: 1GiB, gpu_memory_utilization: 0.5}",
+            "memory and gpu_memory_utilization say the same; keep one",
+        ),
+    ],
+)
+def test_a_mistake_in_the_defaults_is_told_once_in_its_own_line(
+    box: Path, default: str, problem: str
+) -> None:
+    value = default if default.startswith("{") else f"{{{default}}}"
+    (found,) = problems(box, f"{TWO}defaults: {value}\n")
+    assert found.startswith("4: defaults")
+    assert problem in found
+
+
+def test_a_mistake_in_the_defaults_is_told_though_every_model_says_otherwise(box: Path) -> None:
+    text = "defaults: {max_in_flight: 0}\nmodels: {chat: {model: m, max_in_flight: 1}}\n"
+    assert problems(box, text) == [
+        "1: defaults.max_in_flight: input should be greater than 0 (came: 0)"
+    ]
+
+
+def test_a_model_s_memory_replaces_a_default_of_the_other_kind(box: Path) -> None:
+    spec = chat(box, "memory: 1GiB", "defaults: {gpu_memory_utilization: 0.3}")
+    assert (spec.memory, spec.gpu_memory_utilization) == (2**30, None)
+
+
+def test_an_engine_argument_that_a_key_of_the_model_sets_is_refused(box: Path) -> None:
+    assert chat_problems(box, "engine: {model: x, served_model_name: y}") == [
+        "1: models.chat.engine.model: is said twice; `model` of the entry sets it",
+        (
+            "1: models.chat.engine.served_model_name: is said twice; "
+            "the entry's key and `aliases` of the entry sets it"
+        ),
+    ]
+
+
+@pytest.mark.parametrize("argument", ["model: x", "served_model_name: x"])
+def test_no_default_can_say_what_only_a_model_can(box: Path, argument: str) -> None:
+    (found,) = problems(box, f"{TWO}defaults: {{engine: {{{argument}}}}}\n")
+    assert found.startswith(f"4: defaults.engine.{argument.partition(':')[0]}: ")
+
+
+# --- values
+
+
+def test_sizes_are_read_as_people_write_them(box: Path) -> None:
+    spec = chat(box, "kv_cache: 12GiB, memory: 1.5GB, engine: {max_model_len: 32k}")
+    assert spec.kv_cache == 12 * 2**30
+    assert spec.memory == 1_500_000_000
+    assert spec.engine == {"max_model_len": 32_000}
+    assert chat(box, "engine: {max_model_len: 32K}").engine == {"max_model_len": 32_768}
+    assert chat(box, "engine: {max_model_len: auto}").engine == {"max_model_len": -1}
+    config = read(box, "server: {max_body: 1MiB}\nmodels: {chat: {model: m}}\n")
+    assert config.server.max_body == 2**20
+
+
+@pytest.mark.parametrize("key", ["kv_cache", "memory"])
+@pytest.mark.parametrize("size", ["0", "-1GiB", "12 apples"])
+def test_a_size_that_is_none_is_refused(box: Path, key: str, size: str) -> None:
+    (found,) = chat_problems(box, f"{key}: {size}")
+    assert found.startswith(f"1: models.chat.{key}: ")
+
+
+@pytest.mark.parametrize(
+    ("entry", "problem"),
+    [
+        (
+            "devices: [0, 1]",
+            "lists 2 devices, but tensor_parallel_size 1 x pipeline_parallel_size 1 needs 1",
+        ),
+        (
+            "devices: [0], tensor_parallel_size: 2, pipeline_parallel_size: 2",
+            "lists 1 devices, but tensor_parallel_size 2 x pipeline_parallel_size 2 needs 4",
+        ),
+        ("devices: []", "is empty; list GPU ids, or leave it out"),
+        ("devices: [0, GPU-1], tensor_parallel_size: 2", "mixes ids and UUIDs; use one kind"),
+        ("devices: [1, 1], tensor_parallel_size: 2", "names a GPU twice"),
+    ],
+)
+def test_devices_that_do_not_fit(box: Path, entry: str, problem: str) -> None:
+    (found,) = chat_problems(box, entry)
+    assert found.startswith("1: models.chat")
+    assert found.endswith(problem)
+
+
+def test_devices_that_fit(box: Path) -> None:
+    entry = "devices: [0, 1, 2, 3], tensor_parallel_size: 2, pipeline_parallel_size: 2"
+    assert chat(box, entry).devices == (0, 1, 2, 3)
+    assert chat(box, "devices: [GPU-8f3a]").devices == ("GPU-8f3a",)
+
+
+@pytest.mark.parametrize(
+    ("models", "problem"),
+    [
+        (
+            "chat: {model: m, aliases: [chat]}",
+            "chat.aliases.0: the name chat is taken by models.chat",
+        ),
+        (
+            "chat: {model: m, aliases: [a, a]}",
+            "chat.aliases.1: the name a is taken by models.chat.aliases.0",
+        ),
+        (
+            "chat: {model: m, aliases: [embed]}, embed: {model: m}",
+            "embed: the name embed is taken by models.chat.aliases.0",
+        ),
+        (
+            "chat: {model: m, loras: {sql: org/sql}}, embed: {model: m, aliases: [sql]}",
+            "embed.aliases.0: the name sql is taken by models.chat.loras.sql",
+        ),
+    ],
+)
+def test_a_public_name_leads_to_one_model(box: Path, models: str, problem: str) -> None:
+    assert problems(box, f"models: {{{models}}}\n") == [f"1: models.{problem}"]
+
+
+@pytest.mark.parametrize("name", ["''", "' a'", '"a\\nb"', '"a\\0b"'])
+def test_a_name_that_cannot_be_typed_is_refused(box: Path, name: str) -> None:
+    (found,) = problems(box, f"models: {{{name}: {{model: m}}}}\n")
+    assert "a model's name must be printable, without blanks around it" in found
+    assert found.isprintable()
+
+
+# --- folders, templates, secrets
+
+
+def test_folders_are_those_beside_the_file(
+    box: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    for written in ("m", "./m", "../" + box.name + "/m", str(box / "m")):
+        (spec,) = read(box, f"models: {{chat: {{model: {written}}}}}\n").models
+        assert spec.model == str(box / "m")
+        assert spec.is_folder
+
+
+def test_what_is_no_folder_is_a_hub_name_unless_it_looks_like_a_path(box: Path) -> None:
+    (spec,) = read(box, "models: {chat: {model: org/name, loras: {sql: org/sql}}}\n").models
+    assert spec.model == "org/name"
+    assert spec.loras == {"sql": "org/sql"}
+    assert not spec.is_folder
+    for written in ("./n", "../n", "/n", "~/no-such-folder", "a/b/c", "./m/../n"):
+        (found,) = problems(box, f"models: {{chat: {{model: {written}}}}}\n")
+        assert found.startswith("1: models.chat.model: there is no folder /")
+    assert problems(box, "models: {chat: {model: ''}}\n") != []
+
+
+def test_a_template_is_a_file_or_the_text_itself(box: Path) -> None:
+    text = "{% for m in messages %}${NOT_A_VARIABLE}{{ m }}{% endfor %}\n"
+    (box / "chat.jinja").write_text(text, encoding="utf-8")
+    assert chat(box, "chat_template: chat.jinja").chat_template == text
+    assert chat(box, "chat_template: '{{ ${NOT_A_VARIABLE} }}'").chat_template == (
+        "{{ ${NOT_A_VARIABLE} }}"
+    )
+    assert chat_problems(box, "chat_template: m") == [
+        f"1: models.chat.chat_template: there is no file {box / 'm'}"
+    ]
+
+
+def test_a_template_that_is_no_text_is_a_problem(box: Path) -> None:
+    (box / "chat.jinja").write_bytes(b"\xff\xfe")
+    (found,) = chat_problems(box, "chat_template: chat.jinja")
+    assert found.startswith("1: models.chat.chat_template: ")
+
+
+def keys(folder: Path, written: str) -> list[str]:
+    config = read(folder, f"server: {{api_keys: [{written}]}}\nmodels: {{chat: {{model: m}}}}\n")
+    return [key.get_secret_value() for key in config.server.api_keys]
+
+
+def test_secrets_come_from_the_environment_and_from_files(
+    box: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLMSERVE_TEST_KEY", "k-env")
+    (box / "key").write_text("  k-file \nsecond line\n", encoding="utf-8")
+    written = f"'${{LLMSERVE_TEST_KEY}}', 'file:key', 'file: {box / 'key'}', k-plain"
+    assert keys(box, written) == ["k-env", "k-file", "k-file", "k-plain"]
+    assert chat(box, "engine: {hf_token: 'file:key'}").engine == {"hf_token": "k-file"}
+
+
+def test_secrets_are_not_shown(box: Path) -> None:
+    config = read(box, "server: {api_keys: [k-secret]}\nmodels: {chat: {model: m}}\n")
+    assert "k-secret" not in repr(config)
+
+
+@pytest.mark.parametrize(
+    ("written", "problem"),
+    [
+        ("'file:none'", "none cannot be read: No such file or directory"),
+        ("'file:m'", "m cannot be read: Is a directory"),
+        ("'file:empty'", "is empty; a key must be a non-empty string"),
+        ("'file:bytes'", "bytes cannot be read: not UTF-8 text"),
+        ("''", "is empty; a key must be a non-empty string"),
+        ("'${LLMSERVE_NO_SUCH}'", "the environment has no variable LLMSERVE_NO_SUCH"),
+        ("7", "input should be a valid string (came: 7)"),
+    ],
+)
+def test_a_secret_that_is_not_there_is_told_once(box: Path, written: str, problem: str) -> None:
+    (box / "empty").touch()
+    (box / "bytes").write_bytes(b"\xff\n")
+    with pytest.raises(ConfigError) as refused:
+        keys(box, f"k-one, {written}")
+    (found,) = refused.value.problems
+    assert found.startswith("models.yaml:1: server.api_keys.1: ")
+    assert found.endswith(problem)
+
+
+def test_a_dollar_can_be_written(box: Path) -> None:
+    assert keys(box, "'a$${B}'") == ["a${B}"]
+
+
+# --- what FastChat and vLLM call things
+
+FASTCHAT = [
+    "host",
+    "port",
+    "worker_address",
+    "controller_address",
+    "no_register",
+    "model_path",
+    "model",
+    "model_names",
+    "limit_worker_concurrency",
+    "num_gpus",
+    "max_gpu_memory",
+    "load_8bit",
+    "conv_template",
+    "trust_remote_code",
+    "gpu_memory_utilization",
+    "tokenizer",
+    "revision",
+    "tokenizer_revision",
+    "download_dir",
+    "load_format",
+    "dtype",
+    "block_size",
+    "max_num_batched_tokens",
+    "max_num_seqs",
+    "quantization",
+    "enforce_eager",
+    "tokenizer_mode",
+    "max_model_len",
+    "seed",
+    "pipeline_parallel_size",
+    "tensor_parallel_size",
+    "worker_use_ray",
+    "engine_use_ray",
+    "max_parallel_loading_workers",
+    "swap_space",
+    "max_paddings",
+    "max_context_len_to_capture",
+    "disable_log_stats",
+    "disable_log_requests",
+    "max_log_len",
+    "dispatch_method",
+    "ssl",
+    "api_keys",
+    "allowed_origins",
+    "allowed_methods",
+    "allowed_headers",
+]
+
+
+def unknown(folder: Path, place: str, option: str) -> str:
+    """What is said of an option in that place of a registry; empty if it is a key there."""
+    text = {
+        "server": f"server: {{{option}: 1}}\nmodels: {{chat: {{model: m}}}}\n",
+        "model": f"models: {{chat: {{model: m, {option}: 1}}}}\n",
+        "engine": f"models: {{chat: {{model: m, engine: {{{option}: 1}}}}}}\n",
+    }[place]
+    try:
+        read(folder, text)
+    except ConfigError as error:
+        return "".join(p for p in error.problems if "unknown key" in p)
+    return ""
+
+
+def places(option: str) -> list[str]:
+    """Where an option is a key."""
+    fields = engine_fields()
+    assert fields is not None
+    keys_of = {
+        "server": set(ServerSpec.model_fields),
+        "model": ModelSpec.model_fields.keys() - {"name"},
+        "engine": fields.names,
+    }
+    return [place for place, known in keys_of.items() if option in known]
+
+
+@pytest.mark.parametrize("option", FASTCHAT)
+def test_every_fastchat_option_is_a_key_or_is_told_what_became_of_it(
+    box: Path, option: str
+) -> None:
+    for place in places(option):
+        assert unknown(box, place, option) == ""
+        if "_" in option:
+            dashed = unknown(box, place, option.replace("_", "-"))
+            assert dashed.endswith(f"unknown key; nearest: {option}")
+    if not places(option):
+        for place in ("server", "model", "engine"):
+            for spelled in (option, option.replace("_", "-")):
+                told = unknown(box, place, spelled)
+                assert f"FastChat's {spelled} " in told
+                assert "`" in told or "is gone: " in told
+
+
+@pytest.mark.parametrize("option", FASTCHAT)
+def test_a_fastchat_option_among_a_model_s_keys_is_told_where_it_belongs(
+    box: Path, option: str
+) -> None:
+    told = {
+        "model": "",
+        "engine": f"it is an engine argument: write `engine: {{{option}: ...}}`",
+        "server": "it is a key of server",
+    }
+    found = unknown(box, "model", option)
+    where = places(option)
+    expected = told["model" if "model" in where else where[0]] if where else "FastChat's"
+    assert expected in found
+    assert bool(found) == bool(expected)
+
+
+def test_every_engine_argument_is_a_key_of_engine(box: Path) -> None:
+    fields = engine_fields()
+    assert fields is not None
+    arguments: dict[str, Any] = dict.fromkeys(sorted(fields.names), "null")
+    written = ", ".join(f"{name}: {value}" for name, value in arguments.items())
+    found = chat_problems(box, f"engine: {{{written}}}")
+    assert [problem for problem in found if "unknown key" in problem] == []

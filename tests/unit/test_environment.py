@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from llmserve import environment
+
+
+def test_the_log_folder_is_made_and_told_to_engine_processes(tmp_path: Path) -> None:
+    env: dict[str, str] = {}
+    environment.prepare(2, tmp_path / "a" / "b", env)
+    assert (tmp_path / "a" / "b").is_dir()
+    assert env[environment.LOG_DIR] == str(tmp_path / "a" / "b")
+
+
+def test_engines_are_spawned_whatever_was_said(tmp_path: Path) -> None:
+    env = {"VLLM_WORKER_MULTIPROC_METHOD": "fork"}
+    environment.prepare(1, tmp_path, env)
+    assert env["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"
+
+
+def test_what_the_operator_said_stays(tmp_path: Path) -> None:
+    said = {
+        "VLLM_NO_USAGE_STATS": "0",
+        "VLLM_ENABLE_RESPONSES_API_STORE": "0",
+        "OMP_NUM_THREADS": "3",
+        "VLLM_CPU_OMP_THREADS_BIND": "0-3",
+    }
+    env = dict(said)
+    environment.prepare(2, tmp_path, env)
+    assert {key: env[key] for key in said} == said
+
+
+def test_the_process_s_own_environment_is_left_alone(tmp_path: Path) -> None:
+    before = dict(os.environ)
+    environment.prepare(2, tmp_path, {})
+    assert dict(os.environ) == before
+
+
+@pytest.mark.parametrize("engines", [0, 1, 2, 1000])
+def test_engines_share_the_cores(engines: int) -> None:
+    env: dict[str, str] = {}
+    assert list(environment._prepare_cpu(engines, env)) == []
+    threads = int(env["OMP_NUM_THREADS"])
+    assert threads == max(1, environment.cores() // max(1, engines))
+    assert env["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
+
+
+def test_a_size_that_would_hold_for_every_engine_is_refused_aloud() -> None:
+    env = {"VLLM_CPU_KVCACHE_SPACE": "40"}
+    (notice,) = environment._prepare_cpu(2, env)
+    assert "VLLM_CPU_KVCACHE_SPACE is ignored" in notice
+    assert "kv_cache" in notice
+    assert "VLLM_CPU_KVCACHE_SPACE" not in env
+
+
+def test_an_openmp_that_is_preloaded_already_stays_alone() -> None:
+    env = {"LD_PRELOAD": "/opt/libgomp.so.1"}
+    list(environment._prepare_cpu(1, env))
+    assert env["LD_PRELOAD"] == "/opt/libgomp.so.1"
+
+
+def test_intel_s_openmp_is_preloaded_after_what_is_there() -> None:
+    env = {"LD_PRELOAD": "/opt/libtcmalloc.so"}
+    list(environment._prepare_cpu(1, env))
+    openmp = Path(sys.prefix) / "lib" / "libiomp5.so"
+    expected = ["/opt/libtcmalloc.so"] + ([str(openmp)] if openmp.exists() else [])
+    assert env["LD_PRELOAD"].split(":") == expected

@@ -1,0 +1,203 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmserve.errors import Overloaded, RequestError
+from llmserve.protocol import (
+    ENDPOINTS,
+    cannot,
+    describe_path,
+    error_body,
+    model_card,
+    parse_object,
+    requested_model,
+    without_nulls,
+)
+from llmserve.registry import Model
+from tests.fakes import FakeRunning, spec
+
+KEYS = st.text(max_size=5)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS, inner, max_size=4),
+    max_leaves=20,
+)
+
+
+def nulls(value: Any) -> list[str]:
+    """The keys that are null, at any depth."""
+    if isinstance(value, dict):
+        own = [key for key, item in value.items() if item is None]
+        return own + [key for item in value.values() for key in nulls(item)]
+    return [key for item in value for key in nulls(item)] if isinstance(value, list) else []
+
+
+def test_no_path_leads_to_two_endpoints() -> None:
+    paths = [path for endpoint in ENDPOINTS for path in endpoint.paths]
+    assert len(set(paths)) == len(paths)
+    assert len({endpoint.name for endpoint in ENDPOINTS}) == len(ENDPOINTS)
+
+
+def test_the_error_object_has_four_keys_always() -> None:
+    error = Overloaded("busy", retry_after_s=1)
+    assert error_body(error) == {
+        "error": {
+            "message": "busy",
+            "type": "service_unavailable_error",
+            "param": None,
+            "code": "overloaded",
+        }
+    }
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"", "The body is empty; send a JSON object."),
+        (b"[1]", "The body must be a JSON object."),
+        (b"null", "The body must be a JSON object."),
+        (b"3", "The body must be a JSON object."),
+        (b'{"secret": ', "The body is not valid JSON: "),
+        (b"secret", "The body is not valid JSON: "),
+        (b'{"secret": "\xff"}', "The body is not valid JSON: "),
+        (b'{"secret": NaN}', "The body is not valid JSON: "),
+        (b"[" * 100_000, "The body is not valid JSON: "),
+    ],
+)
+def test_a_body_that_is_no_object_is_refused_and_not_repeated(body: bytes, message: str) -> None:
+    with pytest.raises(RequestError) as refused:
+        parse_object(body)
+    assert refused.value.message.startswith(message)
+    assert refused.value.code == "invalid_json"
+    assert "secret" not in refused.value.message
+    assert len(refused.value.message) < 200
+
+
+@given(st.binary(max_size=40) | JSON.map(lambda value: json.dumps(value).encode()))
+def test_any_body_is_an_object_or_a_refusal_in_one_line(body: bytes) -> None:
+    try:
+        taken = parse_object(body)
+    except RequestError as error:
+        message = error.message
+    else:
+        assert taken == json.loads(body)
+        return
+    assert message.isprintable()
+
+
+@pytest.mark.parametrize(
+    ("body", "known", "expected"),
+    [
+        ({"model": "embed"}, ["chat"], "embed"),
+        ({}, ["chat"], "chat"),
+        ({"model": None}, ["chat"], "chat"),
+        ({"model": ""}, ["chat"], "chat"),
+    ],
+)
+def test_requested_model(body: dict[str, Any], known: list[str], expected: str) -> None:
+    assert requested_model(body, known) == expected
+
+
+@pytest.mark.parametrize(
+    ("body", "message", "code"),
+    [
+        ({}, "`model` is missing; models here: chat, embed.", "missing_required_parameter"),
+        (
+            {"model": ""},
+            "`model` is missing; models here: chat, embed.",
+            "missing_required_parameter",
+        ),
+        (
+            {"model": 3},
+            "`model` must be a string, not int; models here: chat, embed.",
+            "invalid_type",
+        ),
+        (
+            {"model": ["chat"]},
+            "`model` must be a string, not list; models here: chat, embed.",
+            "invalid_type",
+        ),
+        (
+            {"model": False},
+            "`model` must be a string, not bool; models here: chat, embed.",
+            "invalid_type",
+        ),
+    ],
+)
+def test_a_missing_or_ill_typed_model(body: dict[str, Any], message: str, code: str) -> None:
+    with pytest.raises(RequestError) as refused:
+        requested_model(body, ["embed", "chat"])
+    assert refused.value.message == message
+    assert (refused.value.code, refused.value.param) == (code, "model")
+
+
+def test_an_ill_typed_model_is_refused_where_there_is_only_one() -> None:
+    with pytest.raises(RequestError, match="must be a string, not int"):
+        requested_model({"model": 3}, ["chat"])
+
+
+def test_the_card_of_a_model_and_of_its_adapter() -> None:
+    model = Model(spec("chat", loras={"sql": "/loras/sql"}))
+    assert model_card("chat", model, 7, FakeRunning(able=frozenset({"scores", "pooling"}))) == {
+        "id": "chat",
+        "object": "model",
+        "created": 7,
+        "owned_by": "llmserve",
+        "max_model_len": 2048,
+        "endpoints": ["pooling", "scores"],
+    }
+    card = model_card("sql", model, 7, None)
+    assert card["parent"] == "chat"
+    assert "max_model_len" not in card
+
+
+@given(JSON, st.frozensets(KEYS, max_size=3))
+def test_only_nulls_are_taken_away_and_none_but_the_kept_ones_stay(
+    value: Any, keep: frozenset[str]
+) -> None:
+    pruned = without_nulls(value, keep)
+    assert sorted(nulls(pruned)) == sorted(key for key in nulls(pruned) if key in keep)
+    assert without_nulls(pruned, keep) == pruned
+    if not nulls(value):
+        assert pruned == value
+
+
+def test_nulls_in_lists_stay() -> None:
+    assert without_nulls({"logprobs": [None, {"top": None}]}) == {"logprobs": [None, {}]}
+
+
+@pytest.mark.parametrize(
+    ("loc", "body", "expected"),
+    [
+        (("messages", 0, "role"), {"messages": [{}]}, "messages.0.role"),
+        (
+            ("messages", 0, "ChatCompletionUserMessageParam", "content"),
+            {"messages": [{"content": 3}]},
+            "messages.0.content",
+        ),
+        (("function-after[_check(), Request]", "temperature"), {"temperature": "x"}, "temperature"),
+        (("input", "list[str]"), {"input": 3}, "input"),
+        (("input", "list[int]", 1), {"input": [1, "x"]}, "input.1"),
+        ((), {}, ""),
+    ],
+)
+def test_a_path_holds_only_what_is_in_the_body(
+    loc: tuple[int | str, ...], body: Any, expected: str
+) -> None:
+    assert describe_path(loc, body) == expected
+
+
+@given(st.lists(st.integers() | KEYS, max_size=5).map(tuple), JSON)
+def test_describing_a_path_never_raises(loc: tuple[int | str, ...], body: Any) -> None:
+    assert isinstance(describe_path(loc, body), str)
+
+
+def test_what_a_model_cannot_do_and_what_it_can() -> None:
+    assert cannot("chat", "scores", ["responses", "completions"]) == (
+        "The model `chat` does not do scores; it does: completions, responses."
+    )

@@ -1,0 +1,241 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from llmserve import yamlfile
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+KEYS = st.text(st.characters(codec="ascii", categories=["L", "N"]), min_size=1, max_size=6)
+LEAVES = (
+    st.none() | st.booleans() | st.integers() | st.text(max_size=8).filter(lambda t: "$" not in t)
+)
+VALUES = st.recursive(
+    LEAVES,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS, inner, max_size=4),
+    max_leaves=15,
+)
+# The file is written anew for each example.
+in_one_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def read(folder: Path, text: str | bytes, **more: Any) -> yamlfile.Document:
+    file = folder / "models.yaml"
+    file.write_bytes(text.encode() if isinstance(text, str) else text)
+    return yamlfile.read(file, **more)
+
+
+def problems(document: yamlfile.Document) -> list[str]:
+    return [problem.within("models.yaml") for problem in document.problems]
+
+
+def leaves(value: Any, path: yamlfile.Path = ()) -> dict[yamlfile.Path, Any]:
+    if isinstance(value, dict):
+        items: Any = value.items()
+    elif isinstance(value, list):
+        items = enumerate(value)
+    else:
+        return {path: value}
+    return {p: v for key, item in items for p, v in leaves(item, (*path, key)).items()}
+
+
+@in_one_folder
+@given(st.dictionaries(KEYS, VALUES, max_size=4), st.booleans())
+def test_values_come_back_as_they_were_written(tmp_path: Path, value: Any, flow: Any) -> None:
+    text = yaml.safe_dump(value, default_flow_style=flow, allow_unicode=True, sort_keys=False)
+    document = read(tmp_path, text)
+    assert document.value == value
+    assert document.problems == []
+
+
+@in_one_folder
+@given(st.lists(st.tuples(KEYS, st.integers(0, 3)), min_size=1, unique_by=lambda pair: pair[0]))
+def test_every_key_knows_its_line(tmp_path: Path, keys: list[tuple[str, int]]) -> None:
+    """Keys with so many empty lines before each, in a mapping inside a mapping."""
+    lines = ["top:"]
+    expected: dict[yamlfile.Path, int] = {("top",): 1}
+    for key, blank in keys:
+        lines += [""] * blank + [f"  '{key}': [1]"]
+        expected["top", key] = len(lines)
+    document = read(tmp_path, "\n".join(lines))
+    assert {path: document.line(path) for path in expected} == expected
+    assert {document.line((*path, 0)) for path in expected if len(path) == 2} == {
+        line for path, line in expected.items() if len(path) == 2
+    }
+
+
+@in_one_folder
+@given(st.dictionaries(KEYS, VALUES, min_size=1, max_size=4))
+def test_every_leaf_has_a_line_of_the_file(tmp_path: Path, value: Any) -> None:
+    text = yaml.safe_dump(value, default_flow_style=False, sort_keys=False)
+    document = read(tmp_path, text)
+    for path in leaves(value):
+        assert 1 <= document.lines[path] <= len(text.splitlines())
+
+
+@in_one_folder
+@given(st.text(max_size=60) | st.binary(max_size=30))
+def test_reading_never_raises(tmp_path: Path, text: str | bytes) -> None:
+    if isinstance(text, str):
+        text = text.encode("utf-8", "surrogatepass")
+    document = read(tmp_path, text)
+    assert all(problem.message.isprintable() for problem in document.problems)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"PK\x03\x04\x14\x00binary",
+        b"a: 1\x00\n",
+        b"\xff\xfe\x00\x01",
+        b"released: 2020-13-45\n",
+        b"a: !!int abc\n",
+        b"a: !!python/object:os.system x\n",
+        b"a: &x [*x]\n",
+        b"a: *nobody\n",
+        b"a: 1\n---\nb: 2\n",
+        b"{a: 1\n",
+        b"\ta: 1\n",
+        b"a: " + b"9" * 5000 + b"\n",
+    ],
+    ids=lambda text: repr(text[:14]),
+)
+def test_what_is_no_yaml_is_a_problem_and_no_crash(tmp_path: Path, text: bytes) -> None:
+    (problem,) = problems(read(tmp_path, text))
+    assert problem.startswith("models.yaml")
+    assert "\n" not in problem
+
+
+def test_a_file_of_brackets_is_a_problem_and_no_crash(tmp_path: Path) -> None:
+    try:
+        found = problems(read(tmp_path, "[" * 2000))
+    except RecursionError:
+        found = ["crashed"]
+    assert [problem[:11] for problem in found] == ["models.yaml"]
+
+
+def test_invalid_yaml_is_told_with_its_line(tmp_path: Path) -> None:
+    (problem,) = problems(read(tmp_path, "a: 1\nb: [1\nc: 2\n"))
+    assert problem.startswith("models.yaml:3: not valid YAML: ")
+
+
+def test_a_missing_file_and_a_folder_are_problems_without_a_line(tmp_path: Path) -> None:
+    missing = problems(yamlfile.read(tmp_path / "no.yaml"))
+    assert missing == ["models.yaml: cannot be read: No such file or directory"]
+    assert problems(yamlfile.read(tmp_path)) == ["models.yaml: cannot be read: Is a directory"]
+
+
+@pytest.mark.parametrize("text", ["", "\n", "# only a comment\n", "---\n"])
+def test_an_empty_file_has_no_value(tmp_path: Path, text: str) -> None:
+    document = read(tmp_path, text)
+    assert document.value is None
+    assert document.problems == []
+
+
+def test_a_key_that_is_there_twice(tmp_path: Path) -> None:
+    document = read(tmp_path, "a:\n  b: 1\n  c: 2\n  b: 3\na: {d: 4, d: 5}\n")
+    assert problems(document) == [
+        "models.yaml:4: a.b: is here twice; first in line 2",
+        "models.yaml:5: a: is here twice; first in line 1",
+    ]
+
+
+def test_a_key_that_is_there_twice_in_one_line(tmp_path: Path) -> None:
+    document = read(tmp_path, "a: {d: 4, d: 5}\n")
+    assert problems(document) == ["models.yaml:1: a.d: is here twice; first in line 1"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "base: &base {a: 1, b: 2}\nown:\n  <<: *base\n  b: 3\n",
+        "base: &base\n  a: 1\n  b: 2\nown: {b: 3, <<: *base}\n",
+        "own: {<<: &base {a: 1, b: 2}, b: 3}\n",
+    ],
+)
+def test_a_key_over_a_merged_one_is_not_there_twice(tmp_path: Path, text: str) -> None:
+    document = read(tmp_path, text)
+    assert document.problems == []
+    assert document.value["own"] == {"a": 1, "b": 3}
+
+
+def test_a_duplicate_beside_a_merge_is_still_found(tmp_path: Path) -> None:
+    document = read(tmp_path, "base: &base {a: 1}\nown:\n  <<: *base\n  b: 2\n  b: 3\n")
+    assert problems(document) == ["models.yaml:5: own.b: is here twice; first in line 4"]
+
+
+# --- ${NAME}
+
+
+def test_the_environment_is_put_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMSERVE_TEST_A", "x: ${LLMSERVE_TEST_B}")
+    monkeypatch.setenv("LLMSERVE_TEST_B", "y")
+    document = read(
+        tmp_path,
+        "a: ${LLMSERVE_TEST_B}\nb: ['pre-${LLMSERVE_TEST_B}-${LLMSERVE_TEST_B}']\nc: ${LLMSERVE_TEST_A}\n",
+    )
+    assert document.value == {"a": "y", "b": ["pre-y-y"], "c": "x: ${LLMSERVE_TEST_B}"}
+    assert document.problems == []
+
+
+def test_a_missing_variable_is_told_by_name_and_line(tmp_path: Path) -> None:
+    document = read(tmp_path, "a: 1\nb: [x, '${LLMSERVE_NO_SUCH} ${LLMSERVE_NOR_THIS}']\n")
+    assert problems(document) == [
+        "models.yaml:2: b.1: the environment has no variable LLMSERVE_NO_SUCH",
+        "models.yaml:2: b.1: the environment has no variable LLMSERVE_NOR_THIS",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("$${NAME}", "${NAME}"),
+        ("a$${", "a${"),
+        ("$NAME", "$NAME"),
+        ("$$", "$$"),
+        ("${}", "${}"),
+        ("${1A}", "${1A}"),
+    ],
+)
+def test_other_dollars_stay(tmp_path: Path, written: str, meant: str) -> None:
+    document = read(tmp_path, f"a: '{written}'\n")
+    assert document.value == {"a": meant}
+    assert document.problems == []
+
+
+def test_a_verbatim_key_is_left_alone(tmp_path: Path) -> None:
+    document = read(
+        tmp_path, "m: {chat_template: '{{ ${NO_SUCH} }}'}\n", verbatim=frozenset({"chat_template"})
+    )
+    assert document.value == {"m": {"chat_template": "{{ ${NO_SUCH} }}"}}
+    assert document.problems == []
+
+
+# --- problems
+
+
+def test_problems_sort_by_line() -> None:
+    found = [
+        yamlfile.Problem(10, "b", "x"),
+        yamlfile.Problem(9, "z", "x"),
+        yamlfile.Problem(9, "a", "x"),
+    ]
+    assert [problem.within("f") for problem in sorted(found)] == [
+        "f:9: a: x",
+        "f:9: z: x",
+        "f:10: b: x",
+    ]
+
+
+def test_a_path_that_is_not_there_has_the_line_of_what_is_around_it(tmp_path: Path) -> None:
+    document = read(tmp_path, "a:\n  b: 1\n")
+    assert document.line(("a", "b", "c", 0)) == 2
+    assert document.line(("a", "z")) == 1
+    assert document.line(("z",)) == 1
+    assert read(tmp_path, "").line(("z",)) == 0
