@@ -49,10 +49,7 @@ def build(services: Services) -> ASGIApp:
     table = routes.table()
     app = Starlette(
         routes=table,
-        middleware=[
-            *_cors(services.config.server),
-            Middleware(_Keys, server=services.config.server),
-        ],
+        middleware=[Middleware(_Keys, server=services.config.server)],
         exception_handlers={
             LLMServeError: _refused,
             HTTPException: _unrouted,
@@ -61,22 +58,21 @@ def build(services: Services) -> ASGIApp:
         },
     )
     app.state.services = services
-    return _Watched(app, services)
+    return _Watched(_with_cors(app, services.config.server), services)
 
 
-def _cors(server: ServerSpec) -> list[Middleware]:
+def _with_cors(app: ASGIApp, server: ServerSpec) -> ASGIApp:
+    """Around everything, so that a page can read errors too."""
     if not server.allowed_origins:
-        return []
-    return [
-        Middleware(
-            CORSMiddleware,
-            allow_origins=server.allowed_origins,
-            allow_methods=server.allowed_methods,
-            allow_headers=server.allowed_headers,
-            allow_credentials=server.allow_credentials,
-            expose_headers=[_ID],
-        )
-    ]
+        return app
+    return CORSMiddleware(
+        app,
+        allow_origins=server.allowed_origins,
+        allow_methods=server.allowed_methods,
+        allow_headers=server.allowed_headers,
+        allow_credentials=server.allow_credentials,
+        expose_headers=[_ID],
+    )
 
 
 class _Watched:
@@ -93,27 +89,29 @@ class _Watched:
         request_id = _request_id(scope)
         # vLLM's handlers take the id of an answer from here.
         MutableHeaders(scope=scope)[_ID] = request_id
-        status = _CLIENT_CLOSED
+        status, whole = _CLIENT_CLOSED, False
 
         async def with_id(message: Message) -> None:
-            nonlocal status
+            nonlocal status, whole
             if message["type"] == "http.response.start":
                 status = message["status"]
                 MutableHeaders(scope=message)[_ID] = request_id
+            else:
+                whole = not message.get("more_body", False)
             await send(message)
 
         try:
             await self._app(scope, receive, with_id)
         finally:
-            self._count(scope, status)
+            self._count(scope, status, whole=whole)
 
-    def _count(self, scope: Scope, status: int) -> None:
+    def _count(self, scope: Scope, status: int, *, whole: bool) -> None:
         endpoint = _ENDPOINT_OF.get(scope["path"])
         if endpoint is None:
             return
         model = scope.get("state", {}).get("model", "")
         self._metrics.requests.labels(model, endpoint, status).inc()
-        if status == _CLIENT_CLOSED:
+        if not whole:
             self._metrics.disconnects.labels(model, endpoint).inc()
 
 
@@ -172,11 +170,11 @@ async def _unrouted(request: Request, error: Exception) -> Response:
     """Starlette's own refusals: no such route, wrong method, a form it cannot read."""
     error = cast("HTTPException", error)
     if error.status_code == 405:
-        allowed = _methods(request)
+        allowed = sorted(set(_methods(request)))
         return _render(
             MethodNotAllowed(
                 f"{quoted(request.url.path)} does not take {request.method}; "
-                f"it takes {', '.join(sorted(allowed))}.",
+                f"it takes {', '.join(allowed)}.",
                 allowed,
             )
         )

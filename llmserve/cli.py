@@ -27,7 +27,7 @@ def up(
     registry: Registry = Path("models.yaml"),
     host: Annotated[str | None, typer.Option(help="Instead of server.host.")] = None,
     port: Annotated[
-        int | None, typer.Option(help="Instead of server.port; 0: any free one.")
+        int | None, typer.Option(min=0, max=65535, help="Instead of server.port; 0: any free one.")
     ] = None,
 ) -> None:
     """Start every model of the registry and serve them."""
@@ -48,9 +48,8 @@ def check(registry: Registry = Path("models.yaml")) -> None:
     """Check a registry without starting anything."""
     config = _load(registry)
     names = ", ".join(spec.name for spec in config.models)
-    Console().print(
-        f"{registry}: {len(config.models)} models: {names}", markup=False, highlight=False
-    )
+    count = f"{len(config.models)} model" + ("s" if len(config.models) > 1 else "")
+    Console().print(f"{registry}: {count}: {names}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()

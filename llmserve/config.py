@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ByteSize,
     ConfigDict,
     Field,
     NonNegativeFloat,
-    PositiveInt,
     SecretStr,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
+Count = Annotated[int, Field(strict=True, gt=0)]  # strict: YAML's `yes` is no 1
 
 # A key of ours and the engine argument that it sets.
 ENGINE_KEYS: Mapping[str, str] = {
@@ -47,7 +49,17 @@ ENGINE_KEYS: Mapping[str, str] = {
     "sampling": "override_generation_config",
     "loras": "enable_lora",
 }
+_PART = "part"  # the validation context of `defaults`
 _TEMPLATES = frozenset({"chat_template"})  # left as they are: `${` may be theirs
+
+
+def _not_nothing(size: ByteSize) -> ByteSize:
+    if size <= 0:
+        raise ValueError("must be more than nothing")
+    return size
+
+
+Size = Annotated[ByteSize, AfterValidator(_not_nothing)]
 
 
 class _Spec(BaseModel):
@@ -56,7 +68,7 @@ class _Spec(BaseModel):
 
 class ServerSpec(_Spec):
     host: str = "127.0.0.1"
-    port: Annotated[int, Field(ge=0, le=65535)] = 8000  # 0: any free one
+    port: Annotated[int, Field(strict=True, ge=0, le=65535)] = 8000  # 0: any free one
     api_keys: tuple[SecretStr, ...] = ()  # every route but /health needs one of them
     allowed_origins: tuple[str, ...] = ()  # CORS; empty: no browser page of another origin
     allowed_methods: tuple[str, ...] = ("*",)
@@ -64,8 +76,10 @@ class ServerSpec(_Spec):
     allow_credentials: bool = False
     ssl_certfile: Path | None = None
     ssl_keyfile: Path | None = None
-    drain_timeout: NonNegativeFloat = 30  # seconds that running requests get at the end
-    max_body: ByteSize = ByteSize(64 * 2**20)  # largest request body
+    drain_timeout: Annotated[float, Field(ge=0, allow_inf_nan=False)] = (
+        30  # seconds that running requests get at the end
+    )
+    max_body: Size = ByteSize(64 * 2**20)  # largest request body
     log_dir: Path = Path("~/.local/state/llmserve").expanduser()  # one file per engine
 
     @model_validator(mode="after")
@@ -85,7 +99,7 @@ class SamplingSpec(_Spec):
     repetition_penalty: Annotated[float, Field(gt=0)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    max_tokens: PositiveInt | None = None
+    max_tokens: Count | None = None
 
 
 class ModelSpec(_Spec):
@@ -97,12 +111,12 @@ class ModelSpec(_Spec):
     hidden: bool = False  # served, but not in GET /v1/models
     required: bool = False  # the server ends with 3 if it cannot start
     devices: tuple[int | str, ...] | None = None  # GPU ids or UUIDs; omitted: vLLM's choice
-    tensor_parallel_size: PositiveInt = 1  # devices that share each layer
-    pipeline_parallel_size: PositiveInt = 1  # devices that share the layers out
+    tensor_parallel_size: Count = 1  # devices that share each layer
+    pipeline_parallel_size: Count = 1  # devices that share the layers out
     gpu_memory_utilization: Fraction | None = None  # share of each device, all in
-    memory: ByteSize | None = None  # the same as an amount
-    kv_cache: ByteSize | None = None  # exactly this much KV cache per device
-    max_in_flight: PositiveInt = 1024  # requests, queued and running
+    memory: Size | None = None  # the same as an amount
+    kv_cache: Size | None = None  # exactly this much KV cache per device
+    max_in_flight: Count = 1024  # requests, queued and running
     chat_template: str | None = None  # Jinja: a file or the text itself
     chat_template_kwargs: dict[str, Any] = {}
     tool_call_parser: str | None = None  # also lets the model choose tools itself
@@ -142,7 +156,9 @@ class ModelSpec(_Spec):
         return self
 
     @model_validator(mode="after")
-    def _devices_fit_parallelism(self) -> Self:
+    def _devices_fit_parallelism(self, info: ValidationInfo) -> Self:
+        if info.context == _PART:  # defaults: a model may say the rest
+            return self
         needed = self.tensor_parallel_size * self.pipeline_parallel_size
         if self.devices is not None and len(self.devices) != needed:
             raise ValueError(
@@ -253,47 +269,66 @@ class _Reader:
     # --- models
 
     def _models(self, top: dict[str, Any]) -> list[ModelSpec]:
-        defaults = self._mapping(top.get("defaults", {}), ("defaults",)) or {}
-        own = {"name", "model", "aliases", "loras"}
-        defaults = self._known(defaults, ModelSpec.model_fields.keys() - own, ("defaults",))
-        defaults["engine"] = self._engine(defaults.get("engine"), ("defaults", "engine"))
-        entries = self._mapping(top.get("models", {}), ("models",)) or {}
-        if not entries:
+        defaults = self._defaults(top.get("defaults"))
+        entries = self._mapping(top.get("models"), ("models",))
+        if entries == {}:
             self.document.problem(
                 ("models",), "lists no model; add one, as in `chat: {model: FOLDER}`"
             )
         specs = [
             spec
-            for name, raw in entries.items()
+            for name, raw in (entries or {}).items()
             if (spec := self._model(name, raw, defaults)) is not None
         ]
-        self._names_differ(entries)
+        self._names_differ(entries or {})
         return specs
+
+    def _defaults(self, raw: Any) -> dict[str, Any]:
+        """What every model inherits; nothing if it is wrong, which is then told once, here."""
+        path = ("defaults",)
+        values = self._mapping(raw, path)
+        if values is None:
+            return {}
+        before = len(self.document.problems)
+        values = self._values(values, path, {"name", "model", "aliases", "loras"})
+        for argument in ("model", "served_model_name"):
+            if argument in values["engine"]:
+                self.document.problem((*path, "engine", argument), "is said by each model itself")
+        self._spec({"name": "defaults", "model": "any"} | values, path, _PART)
+        return values if len(self.document.problems) == before else {}
 
     def _model(self, name: str, raw: Any, defaults: dict[str, Any]) -> ModelSpec | None:
         path = ("models", name)
         values = self._mapping(raw, path)
         if values is None:
             return None
-        values = self._known(values, ModelSpec.model_fields.keys() - {"name"}, path)
-        values["engine"] = self._engine(values.get("engine"), (*path, "engine"))
+        values = self._values(values, path, {"name"})
         self._said_once(values, path)
-        merged = _merge(defaults, values)
-        if isinstance(merged.get("model"), str):
-            merged["model"] = self._source(merged["model"], (*path, "model"))
-        if isinstance(merged.get("loras"), dict):
-            merged["loras"] = {
-                lora: self._source(source, (*path, "loras", lora))
-                if isinstance(source, str)
-                else source
-                for lora, source in merged["loras"].items()
-            }
-        if isinstance(merged.get("chat_template"), str):
-            merged["chat_template"] = self._template(
-                merged["chat_template"], (*path, "chat_template")
+        for source in ("model", "loras"):
+            if source in values:
+                values[source] = self._sources(values[source], (*path, source))
+        return self._spec({"name": name} | _merge(defaults, values), path)
+
+    def _values(
+        self, values: dict[str, Any], path: yamlfile.Path, barred: set[str]
+    ) -> dict[str, Any]:
+        """The known keys of a model or of `defaults`, what can be resolved resolved."""
+        values = self._known(values, ModelSpec.model_fields.keys() - barred, path)
+        values["engine"] = self._engine(values.get("engine"), (*path, "engine"))
+        if isinstance(values.get("sampling"), dict):
+            known = SamplingSpec.model_fields
+            values["sampling"] = self._known(values["sampling"], known, (*path, "sampling"))
+        if isinstance(values.get("chat_template"), str):
+            values["chat_template"] = self._template(
+                values["chat_template"], (*path, "chat_template")
             )
+        return values
+
+    def _spec(
+        self, values: dict[str, Any], path: yamlfile.Path, context: str | None = None
+    ) -> ModelSpec | None:
         try:
-            return ModelSpec(name=name, **merged)
+            return ModelSpec.model_validate(values, context=context)
         except ValidationError as error:
             self._note(error, path)
             return None
@@ -321,6 +356,11 @@ class _Reader:
                     (*path, "engine", argument), f"is said twice; {said} of the entry sets it"
                 )
 
+    def _sources(self, value: Any, path: yamlfile.Path) -> Any:
+        if isinstance(value, dict):
+            return {name: self._sources(each, (*path, name)) for name, each in value.items()}
+        return self._source(value, path) if isinstance(value, str) else value
+
     def _source(self, value: str, path: yamlfile.Path) -> str:
         """A folder as an absolute path, a hub name as it stands.
 
@@ -328,12 +368,12 @@ class _Reader:
         like a path must be one.
         """
         folder = self.folder / Path(value).expanduser()
-        if folder.is_dir():
-            return str(folder.resolve())
-        if value.startswith((".", "/", "~")) or value.count("/") > 1:
-            self.document.problem(path, f"there is no folder {folder}")
-        elif not value.strip():
+        if not value.strip():
             self.document.problem(path, "is empty; give a folder or a hub name")
+        elif folder.is_dir():
+            return str(folder.resolve())
+        elif value.startswith((".", "/", "~")) or value.count("/") > 1:
+            self.document.problem(path, f"there is no folder {folder}")
         return value
 
     def _template(self, value: str, path: yamlfile.Path) -> str:
@@ -341,7 +381,11 @@ class _Reader:
         if "{" in value or "\n" in value:
             return value
         file = self._file(value, path)
-        return file.read_text(encoding="utf-8") if file.is_file() else value
+        try:
+            return file.read_text(encoding="utf-8") if file.is_file() else value
+        except (OSError, UnicodeDecodeError) as error:
+            self.document.problem(path, f"{file} cannot be read: {_reason(error)}")
+            return value
 
     def _names_differ(self, entries: dict[str, Any]) -> None:
         """Every public name leads to one model."""
@@ -392,12 +436,12 @@ class _Reader:
         elsewhere = {"server": ServerSpec.model_fields, "a model": ModelSpec.model_fields}
         if snake in known:
             return f"unknown key; nearest: {snake}"
-        fields = engine_fields()
-        if path[-1:] != ("engine",) and path != ("server",) and fields and snake in fields.names:
-            return f"unknown key; it is an engine argument: write `engine: {{{snake}: ...}}`"
         for place, keys in elsewhere.items():
             if snake in keys and snake != "name":
                 return f"unknown key; it is a key of {place}"
+        fields = engine_fields()
+        if path[-1:] != ("engine",) and path != ("server",) and fields and snake in fields.names:
+            return f"unknown key; it is an engine argument: write `engine: {{{snake}: ...}}`"
         near = nearest(key, known)
         if near is None and path[-1:] == ("engine",):
             return "unknown key; no such engine argument in the installed vLLM"
@@ -412,22 +456,21 @@ class _Reader:
             self.document.problem(place, " or ".join(dict.fromkeys(messages)))
 
     def _place(self, detail: ErrorDetails, path: yamlfile.Path) -> yamlfile.Path:
-        """Where in the file: `loc` without union branches; in `defaults` if it came from there."""
+        """Where in the file: `loc` without union branches."""
         steps = [step for step in detail["loc"] if isinstance(step, int) or step.isidentifier()]
         here = (*path, *steps)
         if detail["type"] == "missing":
             return here
         while len(here) > len(path) and here not in self.document.lines:
-            inherited = ("defaults", *here[2:])
-            if path[0] == "models" and inherited in self.document.lines:
-                return inherited
             here = here[:-1]
         return here
 
 
 def _merge(defaults: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     """`own` over `defaults`; mappings (engine, sampling, ...) are merged key by key."""
-    merged = defaults | own
+    alternatives = {"memory": "gpu_memory_utilization", "gpu_memory_utilization": "memory"}
+    replaced = {other for key, other in alternatives.items() if key in own}
+    merged = {k: v for k, v in defaults.items() if k not in replaced} | own
     for key, value in own.items():
         if isinstance(value, dict) and isinstance(defaults.get(key), dict):
             merged[key] = defaults[key] | value

@@ -15,6 +15,11 @@ if TYPE_CHECKING:
 
     from llmserve.config import ModelSpec
 
+_HUB_TIMEOUT_S = 10
+# The hub's library has its own errors derive from those of the HTTP client it uses.
+_TRANSPORT = errors.HfHubHTTPError.__mro__[1]
+_NOT_THERE = (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, _TRANSPORT)
+
 # Everything that vLLM may read besides weights.
 _BESIDE_WEIGHTS = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken")
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt")  # in vLLM's order of preference
@@ -33,6 +38,7 @@ def download(spec: ModelSpec, progress: Callable[[int, int], None]) -> None:
     sources += [(lora, None) for lora in spec.loras.values() if not lora.startswith("/")]
     for repo, revision in sources:
         try:
+            huggingface_hub.utils.validate_repo_id(repo)
             _fetch(repo, revision, engine, progress)
         except errors.GatedRepoError:
             raise StartupError(
@@ -45,32 +51,51 @@ def download(spec: ModelSpec, progress: Callable[[int, int], None]) -> None:
                 f"{repo} is neither a folder here nor a model on the hub "
                 "(if it is private, set HF_TOKEN)"
             ) from None
-        except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
+        except errors.HFValidationError:
+            raise StartupError(
+                f"{repo} is neither a folder here nor a name the hub allows"
+            ) from None
+        except errors.HfHubHTTPError as error:
+            status = getattr(error.response, "status_code", "no status")
+            raise StartupError(f"{repo} could not be downloaded: the hub said {status}") from error
+        except _NOT_THERE:
             raise StartupError(
                 f"{repo} is not in the cache, and the hub is not reachable"
             ) from None
-        except (errors.HfHubHTTPError, OSError) as error:
-            raise StartupError(f"{repo} could not be downloaded: {type(error).__name__}") from error
+        except OSError as error:
+            raise StartupError(f"{repo} could not be downloaded: {error}") from error
 
 
 def _fetch(
     repo: str, revision: str | None, engine: dict[str, Any], progress: Callable[[int, int], None]
 ) -> None:
     token = engine.get("hf_token")
-    if huggingface_hub.is_offline_mode():
-        patterns = None
-    else:
-        files = huggingface_hub.HfApi(token=token).list_repo_files(repo, revision=revision)
-        patterns = [*_BESIDE_WEIGHTS, _weights_of(files)]
+    files = _files_of(repo, revision, token)
     snapshot_download(
         repo,
         revision=revision,
         cache_dir=engine.get("download_dir"),
         token=token,
-        allow_patterns=patterns,
+        local_files_only=files is None,  # which weights there are is then vLLM's to find
+        allow_patterns=[*_BESIDE_WEIGHTS, *([] if files is None else [_weights_of(files)])],
         ignore_patterns=["original/**", "*.onnx", "*.gguf"],
         tqdm_class=_reporting(progress),
     )
+
+
+def _files_of(repo: str, revision: str | None, token: Any) -> list[str] | None:
+    """What the hub has of a model; None if the hub is out of reach."""
+    if huggingface_hub.is_offline_mode():
+        return None
+    try:
+        info = huggingface_hub.HfApi(token=token).model_info(
+            repo, revision=revision, timeout=_HUB_TIMEOUT_S
+        )
+    except errors.HfHubHTTPError:
+        raise
+    except _TRANSPORT:
+        return None
+    return [file.rfilename for file in info.siblings or ()]
 
 
 def _weights_of(files: Iterable[str]) -> str:

@@ -27,6 +27,8 @@ def human_int(value: object) -> object:
 
     Source: vllm/utils/argparse_utils.py, human_readable_int_or_auto.
     """
+    if isinstance(value, bool):  # YAML's `yes`
+        raise ValueError("must be a number")  # noqa: TRY004  # what pydantic catches
     if not isinstance(value, str):
         return value
     if value == "auto":

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from contextlib import suppress
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -132,6 +131,7 @@ class Pool:
         self._closed = False
         for entry in self.entries.values():
             metrics.in_flight.labels(entry.name).set_function(entry.slots.count)
+            self._show(entry)
 
     # --- asking
 
@@ -192,6 +192,10 @@ class Pool:
             )
         except StartupError as error:
             self._change(entry, State.FAILED, error.message)
+        except Exception as error:
+            # Whatever it is, it is this model's: the others go on.
+            log.exception("model=%s unforeseen", entry.name)
+            self._change(entry, State.FAILED, f"{type(error).__name__}: {error}")
         else:
             self._change(entry, State.READY)
         return entry
@@ -202,12 +206,15 @@ class Pool:
         if state in (State.READY, State.FAILED) and moved:
             entry.seconds = time.monotonic() - entry.started
         if moved:
-            for each in State:
-                self._metrics.state.labels(entry.name, each.value).set(each is state)
+            self._show(entry)
             if state is State.READY:
                 self._metrics.start_seconds.labels(entry.name).set(entry.seconds)
             log.info("model=%s state=%s", entry.name, state)
         self._on_change(entry)
+
+    def _show(self, entry: Entry) -> None:
+        for state in State:
+            self._metrics.state.labels(entry.name, state.value).set(state is entry.state)
 
     async def watch(self) -> None:
         """Notice engines that die, until cancelled."""
@@ -228,8 +235,9 @@ class Pool:
         if any(entry.state in STARTING for entry in self.entries.values()):
             self._backend.kill()
         ends = [entry.running.stop() for entry in running if entry.running is not None]
-        with suppress(asyncio.CancelledError):
-            await asyncio.gather(*ends)
+        for error in await asyncio.gather(*ends, return_exceptions=True):
+            if error is not None:
+                log.error("an engine did not stop cleanly", exc_info=error)
         for entry in running:
             self._change(entry, State.STOPPED)
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from llmserve.pool import Running
-    from llmserve.registry import Model
+    from llmserve.registry import Model, Registry
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def parse_object(body: bytes) -> dict[str, Any]:
     return value
 
 
-def requested_model(body: dict[str, Any], known: Iterable[str]) -> str:
+def requested_model(body: dict[str, Any], registry: Registry) -> str:
     """The model that a body asks for; a box with a single model needs no name.
 
     Raises RequestError if there is none or it is no string.
@@ -85,9 +85,9 @@ def requested_model(body: dict[str, Any], known: Iterable[str]) -> str:
     name = body.get("model")
     if isinstance(name, str) and name:
         return name
-    known = sorted(known)
-    if name in (None, "") and len(known) == 1:
-        return known[0]
+    if name in (None, "") and len(registry.models) == 1:
+        return registry.models[0].name
+    known = sorted(registry.public_names())
     came = "is missing" if name in (None, "") else f"must be a string, not {type(name).__name__}"
     raise RequestError(
         f"`model` {came}; models here: {', '.join(known)}.",
@@ -144,7 +144,7 @@ def describe_path(loc: Iterable[int | str], body: Any) -> str:
 def _leads_on(value: Any, step: int | str) -> bool:
     if isinstance(value, dict):
         return step in value
-    return isinstance(value, list) and isinstance(step, int) and step < len(value)
+    return isinstance(value, list) and isinstance(step, int) and 0 <= step < len(value)
 
 
 def cannot(model: str, endpoint: str, able: Iterable[str]) -> str:

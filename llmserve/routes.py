@@ -20,7 +20,7 @@ from llmserve.protocol import ENDPOINTS, Endpoint, model_card, parse_object, req
 if TYPE_CHECKING:
     from collections.abc import Awaitable
 
-    from starlette.types import Receive, Scope, Send
+    from starlette.types import Message, Receive, Scope, Send
 
     from llmserve.config import Config
     from llmserve.metrics import Metrics
@@ -64,19 +64,29 @@ def table() -> list[Route]:
 def _serving(endpoint: Endpoint) -> Any:
     async def serve(request: Request) -> Response:
         services = _services(request)
-        body = await _body(request, endpoint, services.config.server.max_body)
-        name = requested_model(body, services.pool.registry.public_names())
-        lease = services.pool.lease(name)
-        request.state.model = lease.model
+        limit = services.config.server.max_body
+        bounded = Request(request.scope, _counted(request.receive, limit))
         try:
-            work = lease.running.call(endpoint.name, body, name, request)
-            response = await _unless_gone(request, work)
-        except BaseException:
-            lease.release()
-            raise
-        return Leased(response, lease)
+            body = await _body(bounded, endpoint, limit)
+            return await _answer(request, endpoint, body, services.pool)
+        finally:
+            await bounded.close()  # an upload's temporary file
 
     return serve
+
+
+async def _answer(
+    request: Request, endpoint: Endpoint, body: dict[str, Any], pool: Pool
+) -> Response:
+    name = requested_model(body, pool.registry)
+    request.state.model = pool.registry.find(name).name  # for the metrics, refused or not
+    lease = pool.lease(name)
+    try:
+        work = lease.running.call(endpoint.name, body, name, request)
+        return Leased(await _unless_gone(request, work), lease)
+    except BaseException:
+        lease.release()
+        raise
 
 
 class Leased(Response):
@@ -97,14 +107,21 @@ async def _body(request: Request, endpoint: Endpoint, limit: int) -> dict[str, A
     length = request.headers.get("content-length", "0")
     if length.isdigit() and int(length) > limit:
         raise BodyTooLarge(f"The body has {length} bytes; server.max_body is {limit}.")
-    if endpoint.multipart:
-        return await _form(request)
-    received = bytearray()
-    async for chunk in request.stream():
-        received += chunk
-        if len(received) > limit:
+    return await _form(request) if endpoint.multipart else parse_object(await request.body())
+
+
+def _counted(receive: Receive, limit: int) -> Receive:
+    received = 0
+
+    async def counting() -> Message:
+        nonlocal received
+        message = await receive()
+        received += len(message.get("body", b""))
+        if received > limit:
             raise BodyTooLarge(f"The body is larger than server.max_body, {limit} bytes.")
-    return parse_object(bytes(received))
+        return message
+
+    return counting
 
 
 async def _form(request: Request) -> dict[str, Any]:

@@ -56,14 +56,16 @@ def up(config: Config, console: Console) -> NoReturn:
 
 def bind(server: ServerSpec) -> socket.socket:
     """The listening port, taken before any model loads. Raises StartupError."""
+    if not 0 <= server.port <= 65535:  # getaddrinfo would take it modulo 65536
+        raise StartupError(f"port {server.port} is none; ports go from 0 to 65535")
     try:
         family, kind, _, _, address = socket.getaddrinfo(
             server.host, server.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         listener = socket.socket(family, kind)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         raise StartupError(
-            f"server.host {server.host} is no address here: {error.strerror}"
+            f"server.host {server.host} is no address here: {getattr(error, 'strerror', error)}"
         ) from None
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:

@@ -26,7 +26,8 @@ class Problem:
 
     def within(self, file: str) -> str:
         where = f"{file}:{self.line}" if self.line else file
-        return f"{where}: {self.path}: {self.message}" if self.path else f"{where}: {self.message}"
+        told = f"{where}: {self.path}: {self.message}" if self.path else f"{where}: {self.message}"
+        return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in told)
 
 
 @dataclass
@@ -66,8 +67,8 @@ def read(file: FilePath, *, verbatim: frozenset[str] = frozenset()) -> Document:
     except UnicodeDecodeError:
         document.problem((), "is not UTF-8 text")
         return document
-    loader = yaml.SafeLoader(text)
     try:
+        loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         if node is not None:
             document.value = _Builder(loader, document, verbatim).build(node, ())
@@ -75,10 +76,11 @@ def read(file: FilePath, *, verbatim: frozenset[str] = frozenset()) -> Document:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 0
         document.problems = [Problem(line, "", f"not valid YAML: {error.problem or error.context}")]
-    except yaml.YAMLError as error:
-        document.problems = [Problem(0, "", f"not valid YAML: {error}")]
-    finally:
-        loader.dispose()
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        document.problems = [Problem(line, "", f"not valid YAML: {error.reason}")]
+    except RecursionError:
+        document.problems = [Problem(0, "", "not valid YAML: nested too deeply")]
     return document
 
 
@@ -90,6 +92,7 @@ class _Builder:
         self.document = document
         self.verbatim = verbatim
         self.open: list[yaml.Node] = []
+        self.own_keys: dict[int, set[int]] = {}  # of each mapping, before others were merged in
 
     def build(self, node: yaml.Node, path: Path) -> Any:
         self.document.lines[path] = node.start_mark.line + 1
@@ -108,24 +111,31 @@ class _Builder:
             self.open.pop()
 
     def _mapping(self, node: yaml.MappingNode, path: Path) -> dict[str, Any]:
+        own = self.own_keys.setdefault(id(node), {id(key) for key, _ in node.value})
         self.loader.flatten_mapping(node)  # `<<: *anchor`; own keys come last and win
         built: dict[str, Any] = {}
-        seen: dict[str, int] = {}
-        merged = {id(key) for key, _ in node.value if key.start_mark.line < node.start_mark.line}
+        first: dict[str, int] = {}  # own keys only: what is merged in may be said again
         for key_node, value_node in node.value:
-            key = str(self.loader.construct_object(key_node, deep=True))
+            key = str(self._construct(key_node))
             line = key_node.start_mark.line + 1
-            if key in seen and id(key_node) not in merged and seen[key] >= node.start_mark.line + 1:
+            if key in first:
                 self.document.lines[(*path, key)] = line
-                self.document.problem((*path, key), f"is here twice; first in line {seen[key]}")
+                self.document.problem((*path, key), f"is here twice; first in line {first[key]}")
                 continue
-            seen[key] = line
+            if id(key_node) in own:
+                first[key] = line
             built[key] = self.build(value_node, (*path, key))
             self.document.lines[(*path, key)] = line
         return built
 
+    def _construct(self, node: yaml.Node) -> Any:
+        try:
+            return self.loader.construct_object(node, deep=True)
+        except ValueError as error:  # what looks like a date or number and is none
+            raise yaml.MarkedYAMLError(problem=str(error), problem_mark=node.start_mark) from None
+
     def _scalar(self, node: yaml.Node, path: Path) -> Any:
-        value = self.loader.construct_object(node)
+        value = self._construct(node)
         if not isinstance(value, str) or (path and path[-1] in self.verbatim):
             return value
         return _ENV.sub(lambda match: self._expand(match, path), value)

@@ -58,7 +58,7 @@ async def on_fake_core(spec: ModelSpec) -> AsyncIterator[tuple[Serving, Popen[by
     names = [f"ipc://@llmserve-test-{uuid.uuid4().hex}" for _ in range(2)]
     arguments = engine_arguments(spec)
     config = await asyncio.to_thread(arguments.create_engine_config)
-    core = Popen([sys.executable, str(FAKE_CORE), *names], env=os.environ)
+    core = _fake_core(*names)
     try:
         client = await asyncio.to_thread(
             AsyncLLM.from_vllm_config,
@@ -72,6 +72,10 @@ async def on_fake_core(spec: ModelSpec) -> AsyncIterator[tuple[Serving, Popen[by
     finally:
         core.kill()
         core.wait()
+
+
+def _fake_core(*addresses: str) -> Popen[bytes]:
+    return Popen([sys.executable, str(FAKE_CORE), *addresses], env=os.environ)
 
 
 class Started:

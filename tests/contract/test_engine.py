@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -11,9 +11,12 @@ from prometheus_client import CollectorRegistry
 from llmserve.config import ModelSpec, SamplingSpec
 from tests.contract.conftest import CHAT
 
+if TYPE_CHECKING:
+    from pathlib import Path
 
-def spec(**said: object) -> ModelSpec:
-    return ModelSpec(name="chat", model=str(CHAT), **said)  # type: ignore[arg-type]
+
+def spec(**said: Any) -> ModelSpec:
+    return ModelSpec(name="chat", model=str(CHAT), **said)
 
 
 def test_a_registry_entry_in_vllms_terms() -> None:
@@ -92,9 +95,10 @@ def test_engine_cores_are_given_their_config_as_a_keyword() -> None:
     ("log", "cause"),
     [
         (
-            "(EngineCore pid=7) ERROR 11-22 10:00:00 [core.py:1] Traceback (most recent call last):\n"
-            "(EngineCore pid=7) ERROR 11-22 10:00:00 [core.py:1] ValueError: No room for   KV.\n"
-            "(EngineCore pid=7) RuntimeError: Engine core initialization failed. See root cause\n",
+            """(EngineCore pid=7) ERROR 11-22 10:00:00 [core.py:1] Traceback (most recent call last):
+(EngineCore pid=7) ERROR 11-22 10:00:00 [core.py:1] ValueError: No room for   KV.
+(EngineCore pid=7) RuntimeError: Engine core initialization failed. See root cause
+""",
             "ValueError: No room for KV.",
         ),
         (

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ import pytest
 import yaml
 
 if TYPE_CHECKING:
+    import signal
     from collections.abc import Iterator
     from types import TracebackType
 
@@ -91,9 +91,10 @@ class Server:
     def family(self) -> list[psutil.Process]:
         """The processes below the server."""
         try:
-            return psutil.Process(self.process.pid).children(recursive=True)
+            below: list[psutil.Process] = psutil.Process(self.process.pid).children(recursive=True)
         except psutil.NoSuchProcess:
             return []
+        return below
 
     def engines(self) -> list[psutil.Process]:
         return [p for p in self.family() if p.ppid() == self.process.pid and "VLLM" in p.name()]

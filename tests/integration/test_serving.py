@@ -34,7 +34,13 @@ def client(server: Server) -> openai.OpenAI:
 
 def test_curl(server: Server) -> None:
     body = json.dumps({"model": "chat", "temperature": 0, "messages": FRANCE})
-    line = ["curl", "-s", f"{server.url}/v1/chat/completions", "-H", "Content-Type: application/json"]
+    line = [
+        "curl",
+        "-s",
+        f"{server.url}/v1/chat/completions",
+        "-H",
+        "Content-Type: application/json",
+    ]
     reply = subprocess.run([*line, "-d", body], capture_output=True, text=True, check=True)
     assert "Paris" in json.loads(reply.stdout)["choices"][0]["message"]["content"]
 
@@ -76,7 +82,10 @@ def test_langchain(server: Server) -> None:
     assert message.tool_calls[0]["args"].keys() == {"city"}
 
     vectors = OpenAIEmbeddings(
-        model="embed", base_url=f"{server.url}/v1", api_key=key, check_embedding_ctx_length=False
+        model="embed",
+        openai_api_base=f"{server.url}/v1",
+        openai_api_key=key,
+        check_embedding_ctx_length=False,
     ).embed_documents(["one", "two"])
     assert [len(vector) for vector in vectors] == [384, 384]
 
@@ -96,7 +105,9 @@ def test_an_adapter_answers_for_itself(client: openai.OpenAI) -> None:
     texts = {
         name: client.chat.completions.create(
             model=name, messages=FRANCE, max_tokens=12, temperature=0
-        ).choices[0].message.content
+        )
+        .choices[0]
+        .message.content
         for name in ("chat", "twisted")
     }
     assert texts["chat"] != texts["twisted"]
@@ -118,10 +129,10 @@ def test_an_unknown_model_is_told_the_names_there_are(client: openai.OpenAI) -> 
 
 
 def test_a_model_that_cannot_says_what_it_can(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError, match="it does: .*embeddings") as refused:
+    with pytest.raises(openai.BadRequestError, match=r"it does: .*embeddings") as refused:
         client.chat.completions.create(model="embed", messages=FRANCE)
     assert refused.value.code == "unsupported_model"
-    with pytest.raises(openai.BadRequestError, match="it does: .*chat completions"):
+    with pytest.raises(openai.BadRequestError, match=r"it does: .*chat completions"):
         client.embeddings.create(model="chat", input="hi")
     with pytest.raises(openai.BadRequestError, match="does not do transcriptions"):
         client.audio.transcriptions.create(model="chat", file=("a.wav", b"RIFF"))
@@ -250,9 +261,8 @@ def test_a_client_that_leaves_frees_its_place(server: Server, stream: bool) -> N
         except httpx.ReadTimeout:
             assert not stream
     left = time.monotonic()
-    while (
-        server.metric("vllm:num_requests_running", model_name="chat")
-        or server.metric("llmserve_requests_in_flight", model="chat")
+    while server.metric("vllm:num_requests_running", model_name="chat") or server.metric(
+        "llmserve_requests_in_flight", model="chat"
     ):
         assert time.monotonic() - left < 2
         time.sleep(0.05)

@@ -325,11 +325,13 @@ async def test_an_upload_reaches_the_model_with_its_fields() -> None:
             files={"file": ("a.wav", b"RIFF")},
         )
         (call,) = box.running.calls
+        closed = call.body["file"].file.closed
         await call.body["file"].close()
     assert reply.status_code == 200
     assert call.body["model"] == "chat"
     assert call.body["timestamp_granularities[]"] == ["word", "segment"]
     assert call.body["file"].filename == "a.wav"
+    assert closed, "the upload's temporary file is given back with the answer"
 
 
 @pytest.mark.parametrize("aliases", [[], ["gpt-4o"]])

@@ -18,8 +18,13 @@ from llmserve.protocol import (
     requested_model,
     without_nulls,
 )
-from llmserve.registry import Model
+from llmserve.registry import Model, Registry
 from tests.fakes import FakeRunning, spec
+
+
+def registry_of(names: list[str]) -> Registry:
+    return Registry(spec(name=name) for name in names)
+
 
 KEYS = st.text(max_size=5)
 JSON = st.recursive(
@@ -100,7 +105,7 @@ def test_any_body_is_an_object_or_a_refusal_in_one_line(body: bytes) -> None:
     ],
 )
 def test_requested_model(body: dict[str, Any], known: list[str], expected: str) -> None:
-    assert requested_model(body, known) == expected
+    assert requested_model(body, registry_of(known)) == expected
 
 
 @pytest.mark.parametrize(
@@ -131,14 +136,14 @@ def test_requested_model(body: dict[str, Any], known: list[str], expected: str) 
 )
 def test_a_missing_or_ill_typed_model(body: dict[str, Any], message: str, code: str) -> None:
     with pytest.raises(RequestError) as refused:
-        requested_model(body, ["embed", "chat"])
+        requested_model(body, registry_of(["embed", "chat"]))
     assert refused.value.message == message
     assert (refused.value.code, refused.value.param) == (code, "model")
 
 
 def test_an_ill_typed_model_is_refused_where_there_is_only_one() -> None:
     with pytest.raises(RequestError, match="must be a string, not int"):
-        requested_model({"model": 3}, ["chat"])
+        requested_model({"model": 3}, registry_of(["chat"]))
 
 
 def test_the_card_of_a_model_and_of_its_adapter() -> None:

@@ -48,7 +48,7 @@ def leaves(value: Any, path: yamlfile.Path = ()) -> dict[yamlfile.Path, Any]:
 @in_one_folder
 @given(st.dictionaries(KEYS, VALUES, max_size=4), st.booleans())
 def test_values_come_back_as_they_were_written(tmp_path: Path, value: Any, flow: Any) -> None:
-    text = yaml.safe_dump(value, default_flow_style=flow, allow_unicode=True, sort_keys=False)
+    text = yaml.safe_dump(value, default_flow_style=flow, sort_keys=False)
     document = read(tmp_path, text)
     assert document.value == value
     assert document.problems == []
