@@ -139,9 +139,9 @@ class _Process:
             self._uvicorn.should_exit = True
             await serving  # no new connections; running requests get drain_timeout
         finally:
-            await self._pool.stop()
             for watch in watches:
                 watch.cancel()
+            await self._pool.stop()
         return code
 
     async def _until_signalled(self) -> int:

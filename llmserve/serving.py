@@ -207,6 +207,8 @@ class Serving:
         return self.engine.registry
 
     async def stop(self) -> None:
+        if (handler := self.engine.client.output_handler) is not None:
+            handler.cancel()  # else it reports the end of its engine as a failure
         await asyncio.to_thread(self.engine.stop)
 
     async def call(

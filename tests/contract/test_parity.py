@@ -73,7 +73,7 @@ async def servers(engine_logs: Path) -> AsyncIterator[dict[str, Pair]]:
             model=str(CHAT),
             kv_cache="512MiB",
             tool_call_parser="hermes",
-            engine={"max_model_len": 1024, "max_num_seqs": 32, "seed": 0},
+            engine={"max_model_len": 1024, "max_num_seqs": 32, "dtype": "float32"},
         ),
         ModelSpec(name="embed", model=str(EMBED)),
     ]

@@ -19,10 +19,10 @@ import yaml
 
 if TYPE_CHECKING:
     import signal
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from types import TracebackType
 
-MODELS = Path(__file__).parents[2] / "models"
+MODELS = Path(os.environ.get("LLMSERVE_TEST_MODELS", Path(__file__).parents[2] / "models"))
 CHAT = str(MODELS / "SmolLM2-135M-Instruct")
 EMBED = str(MODELS / "all-MiniLM-L6-v2")
 START_S = 180
@@ -114,8 +114,19 @@ class Server:
                 total += float(value)
         return total
 
+    def running(self, model: str) -> float:
+        """Requests in the model's batches, by vLLM's own count."""
+        return self.metric("vllm:num_requests_running", model_name=model)
+
     def post(self, path: str, **body: Any) -> httpx.Response:
         return httpx.post(f"{self.url}{path}", json=body, timeout=120)
+
+
+def until(holds: Callable[[], bool], within_s: float = 20) -> None:
+    end = time.monotonic() + within_s
+    while not holds():
+        assert time.monotonic() < end, f"not within {within_s} s"
+        time.sleep(0.05)
 
 
 def write_registry(folder: Path, name: str = "models.yaml", **content: Any) -> Path:
@@ -164,7 +175,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
                 "kv_cache": "512MiB",
                 "tool_call_parser": "hermes",
                 "loras": {"twisted": write_lora(folder / "twisted")},
-                "engine": {"max_model_len": 2048, "max_num_seqs": 32},
+                "engine": {"max_model_len": 2048, "max_num_seqs": 32, "dtype": "float32"},
             },
             "embed": {"model": EMBED},
         },

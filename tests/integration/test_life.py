@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import subprocess
@@ -10,18 +9,22 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import httpx
 import psutil
 import pytest
 
-from tests.integration.conftest import CHAT, EMBED, STOP_S, Server, write_registry
+from tests.integration.conftest import CHAT, EMBED, Server, until, write_registry
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-SMALL = {"model": CHAT, "kv_cache": "256MiB", "engine": {"max_model_len": 2048}}
+SMALL = {
+    "model": CHAT,
+    "kv_cache": "256MiB",
+    "engine": {"max_model_len": 2048, "dtype": "float32"},  # not every CPU is fast in bfloat16
+}
 
 
 def run(registry: Path) -> subprocess.CompletedProcess[str]:
@@ -95,55 +98,27 @@ def test_models_that_cannot_start_are_told_in_a_line_and_the_rest_serves(pair: S
     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "model_failed")
 
 
-def test_ctrl_c_lets_requests_finish_and_leaves_nothing_behind(pair: Server) -> None:
-    """As a terminal does it: the signal goes to the whole process group."""
-    pair.ready()
+def test_a_second_signal_ends_at_once(pair: Server) -> None:
+    """The last that this server sees."""
     url, family = pair.url, pair.family()
-    answers: list[Any] = []
+    body = {"model": "chat", "prompt": "x", "max_tokens": 2000, "ignore_eos": True}
 
     def ask() -> None:
-        body = {"model": "chat", "prompt": "Once", "max_tokens": 120, "ignore_eos": True}
-        answers.append(httpx.post(f"{url}/v1/completions", json=body, timeout=60))
+        with pytest.raises(httpx.HTTPError):
+            httpx.post(f"{url}/v1/completions", json=body, timeout=60)
 
     asking = threading.Thread(target=ask)
     asking.start()
-    while not pair.metric("vllm:num_requests_running", model_name="chat"):
-        time.sleep(0.05)
-    os.killpg(pair.process.pid, signal.SIGINT)
-    time.sleep(0.5)
-    with pytest.raises(httpx.ConnectError):
-        httpx.get(f"{url}/health")
-    asking.join()
-    assert answers[0].json()["usage"]["completion_tokens"] == 120
-    assert pair.process.wait(STOP_S) == 0
-    _, alive = psutil.wait_procs(family, timeout=5)
+    until(lambda: pair.running("chat") == 1)
+    pair.send(signal.SIGTERM)
+    pair.wait_for("Stopping: 1 requests")
+    began = time.monotonic()
+    pair.send(signal.SIGTERM)
+    assert pair.process.wait(5) == 128 + signal.SIGTERM
+    assert time.monotonic() - began < 1
+    _, alive = psutil.wait_procs(family, timeout=3)
     assert not alive
-    assert "Traceback" not in pair.printed()
-
-
-def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
-    with Server(write_registry(tmp_path, models={"chat": SMALL})) as server:
-        server.ready()
-        url, family = server.url, server.family()
-        body = {"model": "chat", "prompt": "x", "max_tokens": 2000, "ignore_eos": True}
-
-        def ask() -> None:
-            with pytest.raises(httpx.HTTPError):
-                httpx.post(f"{url}/v1/completions", json=body, timeout=60)
-
-        asking = threading.Thread(target=ask)
-        asking.start()
-        while not server.metric("vllm:num_requests_running", model_name="chat"):
-            time.sleep(0.05)
-        server.send(signal.SIGTERM)
-        server.wait_for("Stopping: 1 requests")
-        began = time.monotonic()
-        server.send(signal.SIGTERM)
-        assert server.process.wait(5) == 128 + signal.SIGTERM
-        assert time.monotonic() - began < 1
-        _, alive = psutil.wait_procs(family, timeout=3)
-        assert not alive
-        asking.join()
+    asking.join()
 
 
 def test_a_required_model_that_cannot_start_ends_the_server(tmp_path: Path) -> None:
@@ -163,8 +138,7 @@ def test_a_required_model_that_cannot_start_ends_the_server(tmp_path: Path) -> N
 def test_a_signal_while_models_load(tmp_path: Path) -> None:
     with Server(write_registry(tmp_path, models={"chat": SMALL})) as server:
         server.wait_for("chat: loading")
-        while not server.engines():
-            time.sleep(0.1)
+        until(lambda: bool(server.engines()), within_s=60)
         family = server.family()
         server.send(signal.SIGTERM)
         assert server.process.wait(20) == 0

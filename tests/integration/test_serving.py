@@ -6,20 +6,22 @@ import asyncio
 import json
 import math
 import os
+import signal
 import subprocess
+import threading
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import httpx
 import openai
+import psutil
 import pytest
 from langchain_core.messages import AIMessage, HumanMessage
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI, OpenAIEmbeddings
 from pydantic import BaseModel, SecretStr
 
-if TYPE_CHECKING:
-    from tests.integration.conftest import Server
+from tests.integration.conftest import STOP_S, Server, until
 
 FRANCE: list[Any] = [{"role": "user", "content": "What is the capital of France?"}]
 
@@ -255,17 +257,13 @@ def test_a_client_that_leaves_frees_its_place(server: Server, stream: bool) -> N
             with client.stream(
                 "POST", f"{server.url}/v1/completions", json=body | {"stream": stream}
             ) as reply:
-                next(reply.iter_bytes())
-                while server.metric("vllm:num_requests_running", model_name="chat") != 1:
-                    time.sleep(0.05)
+                pieces = reply.iter_bytes()
+                next(pieces)
+                until(lambda: server.running("chat") == 1)
         except httpx.ReadTimeout:
             assert not stream
-    left = time.monotonic()
-    while server.metric("vllm:num_requests_running", model_name="chat") or server.metric(
-        "llmserve_requests_in_flight", model="chat"
-    ):
-        assert time.monotonic() - left < 2
-        time.sleep(0.05)
+    until(lambda: server.running("chat") == 0, within_s=2)
+    until(lambda: server.metric("llmserve_requests_in_flight", model="chat") == 0, within_s=1)
 
 
 # --- the process
@@ -303,3 +301,30 @@ def test_nothing_but_states_was_printed(server: Server) -> None:
     assert lines[-1] == f"Serving chat, embed on {server.url}"
     for line in lines[1:-1]:
         assert line.startswith(("chat: ", "embed: ")), server.printed()
+
+
+# --- the end: this test is the last that the server sees
+
+
+def test_ctrl_c_lets_requests_finish_and_leaves_nothing_behind(server: Server) -> None:
+    """As a terminal does it: the signal goes to the whole process group."""
+    url, family = server.url, server.family()
+    answers: list[Any] = []
+
+    def ask() -> None:
+        body = {"model": "chat", "prompt": "Once", "max_tokens": 120, "ignore_eos": True}
+        answers.append(httpx.post(f"{url}/v1/completions", json=body, timeout=60))
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    until(lambda: server.running("chat") == 1)
+    os.killpg(server.process.pid, signal.SIGINT)
+    time.sleep(0.5)
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{url}/health")
+    asking.join()
+    assert answers[0].json()["usage"]["completion_tokens"] == 120
+    assert server.process.wait(STOP_S) == 0
+    _, alive = psutil.wait_procs(family, timeout=5)
+    assert not alive
+    assert "Traceback" not in server.printed()
