@@ -231,7 +231,9 @@ def cause_of(error: BaseException, log: Path) -> str:
 
 def _one_line(kind: str, text: str, limit: int = 300) -> str:
     text = " ".join(text.split())
-    text = re.sub(r"^\d+ validation errors? for \w+ ", "", text)
+    # pydantic's frame around what a validator of vLLM's said
+    text = re.sub(r"^\d+ validation errors? for \w+ (Value error, )?", "", text)
+    text = re.sub(r" \[type=\w+, input_value=.*$", "", text)
     shown = text if len(text) <= limit else text[:limit].rsplit(" ", 1)[0] + " ..."
     return f"{kind}: {shown}" if shown else kind
 

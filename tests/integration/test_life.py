@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -122,12 +123,32 @@ def test_a_second_signal_ends_at_once(pair: Server) -> None:
 
 
 def test_a_required_model_that_cannot_start_ends_the_server(tmp_path: Path) -> None:
+    """And until then the port answers, here over TLS."""
+    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    line = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost"
+    subprocess.run(
+        [
+            *line.split(),
+            "-addext",
+            "subjectAltName=IP:127.0.0.1",
+            "-keyout",
+            str(key),
+            "-out",
+            str(certificate),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    tls = {"ssl_certfile": "cert.pem", "ssl_keyfile": "key.pem"}
     models = {
         "chat": SMALL,
         "main": {"model": EMBED, "required": True, "engine": {"max_model_len": 10**6}},
     }
-    with Server(write_registry(tmp_path, models=models)) as server:
+    with Server(write_registry(tmp_path, server=tls, models=models)) as server:
         url = server.url
+        assert url.startswith("https://")
+        trust = ssl.create_default_context(cafile=certificate)
+        assert httpx.get(f"{url}/health", verify=trust, timeout=20).status_code == 200
         assert server.process.wait(120) == 3
         assert "main is required and failed: " in server.printed()
         assert "Traceback" not in server.printed()

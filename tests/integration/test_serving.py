@@ -8,6 +8,7 @@ import math
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from typing import Any
@@ -90,6 +91,14 @@ def test_langchain(server: Server) -> None:
         check_embedding_ctx_length=False,
     ).embed_documents(["one", "two"])
     assert [len(vector) for vector in vectors] == [384, 384]
+
+
+def test_chat_in_the_terminal(server: Server) -> None:
+    line = [sys.executable, "-m", "llmserve", "chat", "chat", "--url", server.url]
+    line += ["--temperature", "0", "--max-tokens", "24"]
+    asked = "What is the capital of France?\n!!reset\nSay hi.\n"
+    ended = subprocess.run(line, input=asked, capture_output=True, text=True, check=True)
+    assert "Paris" in ended.stdout
 
 
 # --- names
