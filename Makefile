@@ -18,7 +18,8 @@ help: ## This list.
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
 	@echo 'Settings: VENV=$(VENV) PYTHON=$(PYTHON) VARIANT=$(VARIANT) CONFIG=$(CONFIG)'
 
-up: models ## Install what is missing, then serve CONFIG.
+# The demo models are for the demo registry.
+up: $(if $(filter models.yaml,$(CONFIG)),models,$(READY)) ## Install what is missing, then serve CONFIG.
 	$(BIN)/llmserve up $(CONFIG)
 
 install: $(READY) ## The virtual environment with vLLM and llmserve.
@@ -27,7 +28,7 @@ models: $(READY) ## The two demo models, in models/.
 	@$(BIN)/python -m llmserve.demo
 
 test: $(TOOLS) models ## What CI runs; ARGS go to pytest.
-	$(BIN)/python -m pytest -m "not gpu and not browser" --cov --cov-report=term-missing:skip-covered $(ARGS)
+	$(BIN)/python -m pytest -m "not gpu" --cov --cov-report=term-missing:skip-covered $(ARGS)
 
 check: $(TOOLS) ## Formatting, lint, types.
 	$(BIN)/ruff format --check

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Self
-
 from llmserve.errors import Overloaded, quoted
-
-if TYPE_CHECKING:
-    from types import TracebackType
 
 
 class Slots:
@@ -43,14 +38,3 @@ class Slot:
         if self._slots is not None:
             self._slots.in_flight -= 1
             self._slots = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.release()

@@ -57,6 +57,7 @@ def build(services: Services) -> ASGIApp:
             Exception: _unforeseen,
         },
     )
+    app.router.redirect_slashes = False  # a 404 that says what was meant
     app.state.services = services
     return _Watched(_with_cors(app, services.config.server), services)
 
@@ -65,7 +66,7 @@ def _with_cors(app: ASGIApp, server: ServerSpec) -> ASGIApp:
     """Around everything, so that a page can read errors too."""
     if not server.allowed_origins:
         return app
-    return CORSMiddleware(
+    return _Cors(
         app,
         allow_origins=server.allowed_origins,
         allow_methods=server.allowed_methods,
@@ -73,6 +74,19 @@ def _with_cors(app: ASGIApp, server: ServerSpec) -> ASGIApp:
         allow_credentials=server.allow_credentials,
         expose_headers=[_ID],
     )
+
+
+class _Cors(CORSMiddleware):
+    """Starlette's, with our error object where it refuses a page."""
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        response = super().preflight_response(request_headers)
+        if response.status_code < 400:
+            return response
+        refusal = _render(RequestError(bytes(response.body).decode(), code="cors_refused"))
+        for name in set(response.headers) - {"content-type", "content-length"}:
+            refusal.headers[name] = response.headers[name]
+        return refusal
 
 
 class _Watched:
@@ -145,7 +159,8 @@ class _Keys:
         given = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
         if not given:
             raise Unauthorized("No API key came; send `Authorization: Bearer KEY`.")
-        matches = [hmac.compare_digest(given.encode(), key) for key in self._keys]
+        # Headers come as latin-1, whatever bytes the client meant.
+        matches = [hmac.compare_digest(given.encode("latin-1"), key) for key in self._keys]
         if not any(matches):
             raise Unauthorized("The API key is not one of this server's.")
 

@@ -31,7 +31,7 @@ class VllmBackend:
         self._killed = False
 
     async def start(self, spec: ModelSpec, report: Callable[[State, str], None]) -> Running:
-        await self._download(spec, report)
+        spec = await self._downloaded(spec, report)
         report(State.LOADING, "")
         engine_module, serving_module = await self._modules()
         log = log_file(self._log_dir, spec.name)
@@ -49,9 +49,9 @@ class VllmBackend:
             raise StartupError(engine_module.cause_of(error, log)) from error
         return serving
 
-    async def _download(self, spec: ModelSpec, report: Callable[[State, str], None]) -> None:
-        if spec.is_folder and all(lora.startswith("/") for lora in spec.loras.values()):
-            return
+    async def _downloaded(self, spec: ModelSpec, report: Callable[[State, str], None]) -> ModelSpec:
+        if not spec.hub_names:
+            return spec
         report(State.DOWNLOADING, "")
         loop = asyncio.get_running_loop()
 
@@ -59,8 +59,11 @@ class VllmBackend:
             note = f"{done / 2**30:.2f} of {total / 2**30:.2f} GiB"
             loop.call_soon_threadsafe(report, State.DOWNLOADING, note)
 
-        hub = await asyncio.to_thread(importlib.import_module, "llmserve.hub")
-        await asyncio.to_thread(hub.download, spec, progress)
+        hub = await loop.run_in_executor(self._threads, importlib.import_module, "llmserve.hub")
+        downloaded: ModelSpec = await loop.run_in_executor(
+            self._threads, hub.download, spec, progress
+        )
+        return downloaded
 
     async def _modules(self) -> tuple[Any, Any]:
         """The importers of vLLM; the first import takes seconds."""

@@ -37,7 +37,8 @@ def enter() -> None:
 
 
 def log_file(folder: Path, model: str) -> Path:
-    return folder / f"{quote(model, safe='@ ')}.log"
+    """Where the output of a model's engine goes; `server.log` beside it is the server's own."""
+    return folder / f"model-{quote(model, safe='@ ')}.log"
 
 
 def _config_of(process: BaseProcess) -> Any:

@@ -62,7 +62,9 @@ def chat(
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
     temperature: Annotated[float | None, typer.Option()] = None,
     max_tokens: Annotated[int | None, typer.Option()] = None,
-    multiline: Annotated[bool, typer.Option(help="End a message with an empty line.")] = False,
+    multiline: Annotated[
+        bool, typer.Option(help="Messages of several lines; Ctrl-D sends.")
+    ] = False,
 ) -> None:
     """Chat with a model of a running server. Ctrl-C stops the answer only."""
     from llmserve.chat import ChatOptions  # noqa: PLC0415  # `check` answers without it

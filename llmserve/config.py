@@ -6,6 +6,7 @@ problems come out in one ConfigError, each with file, line and key.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
@@ -49,6 +50,8 @@ ENGINE_KEYS: Mapping[str, str] = {
     "sampling": "override_generation_config",
     "loras": "enable_lora",
 }
+_NAME_LIMIT = 128
+_SECRETS = frozenset({"api_keys", "hf_token"})  # never shown
 _PART = "part"  # the validation context of `defaults`
 _TEMPLATES = frozenset({"chat_template"})  # left as they are: `${` may be theirs
 
@@ -80,7 +83,7 @@ class ServerSpec(_Spec):
         30  # seconds that running requests get at the end
     )
     max_body: Size = ByteSize(64 * 2**20)  # largest request body
-    log_dir: Path = Path("~/.local/state/llmserve").expanduser()  # one file per engine
+    log_dir: Path = Path("~/.local/state/llmserve")  # a folder per port in it
 
     @model_validator(mode="after")
     def _tls_is_whole(self) -> Self:
@@ -159,22 +162,33 @@ class ModelSpec(_Spec):
     def _devices_fit_parallelism(self, info: ValidationInfo) -> Self:
         if info.context == _PART:  # defaults: a model may say the rest
             return self
-        needed = self.tensor_parallel_size * self.pipeline_parallel_size
-        if self.devices is not None and len(self.devices) != needed:
+        sizes = self.parallel_sizes
+        if self.devices is not None and len(self.devices) != math.prod(sizes.values()):
+            product = " x ".join(f"{name} {size}" for name, size in sizes.items())
             raise ValueError(
-                f"lists {len(self.devices)} devices, but tensor_parallel_size "
-                f"{self.tensor_parallel_size} x pipeline_parallel_size "
-                f"{self.pipeline_parallel_size} needs {needed}"
+                f"lists {len(self.devices)} devices, but {product} needs {math.prod(sizes.values())}"
             )
         return self
 
     @property
-    def names(self) -> tuple[str, ...]:
-        return (self.name, *self.aliases)
+    def parallel_sizes(self) -> dict[str, int]:
+        """What multiplies to the number of devices, wherever it was said."""
+        said = {
+            "tensor_parallel_size": self.tensor_parallel_size,
+            "pipeline_parallel_size": self.pipeline_parallel_size,
+        }
+        counted = (*said, "data_parallel_size")
+        return said | {name: self.engine[name] for name in counted if name in self.engine}
 
     @property
-    def is_folder(self) -> bool:
-        return Path(self.model).is_absolute()
+    def hub_names(self) -> tuple[str, ...]:
+        """What has to come from the hub: the model, adapters."""
+        sources = (self.model, *self.loras.values())
+        return tuple(source for source in sources if not Path(source).is_absolute())
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.name, *self.aliases)
 
 
 class Config(_Spec):
@@ -198,8 +212,14 @@ def load(file: Path) -> Config:
     )
     if document.problems or config is None:
         problems = sorted(set(document.problems))
-        raise ConfigError([problem.within(file.name) for problem in problems])
+        raise ConfigError([problem.within(_shown(file)) for problem in problems])
     return config
+
+
+def _shown(file: Path) -> str:
+    """The file as a terminal can open it, without a long way from the root."""
+    here, there = Path.cwd(), file.resolve()
+    return str(there.relative_to(here)) if there.is_relative_to(here) else file.name
 
 
 class _Reader:
@@ -294,6 +314,7 @@ class _Reader:
         for argument in ("model", "served_model_name"):
             if argument in values["engine"]:
                 self.document.problem((*path, "engine", argument), "is said by each model itself")
+        self._said_once(values, path)
         self._spec({"name": "defaults", "model": "any"} | values, path, _PART)
         return values if len(self.document.problems) == before else {}
 
@@ -350,7 +371,8 @@ class _Reader:
 
     def _said_once(self, values: dict[str, Any], path: yamlfile.Path) -> None:
         for key, argument in ENGINE_KEYS.items():
-            if argument in values["engine"] and (key in values or key == "aliases"):
+            named = key in values or (key == "aliases" and path[0] == "models")
+            if argument in values["engine"] and named:
                 said = "the entry's key and `aliases`" if key == "aliases" else f"`{key}`"
                 self.document.problem(
                     (*path, "engine", argument), f"is said twice; {said} of the entry sets it"
@@ -400,9 +422,15 @@ class _Reader:
             for name, path in named:
                 if not isinstance(name, str):
                     continue
-                if not name or name != name.strip() or not name.isprintable():
+                if (
+                    not 0 < len(name) <= _NAME_LIMIT
+                    or name.strip() != name
+                    or not name.isprintable()
+                ):
                     self.document.problem(
-                        path, "a model's name must be printable, without blanks around it"
+                        path,
+                        f"a model's name must be printable, without blanks around it, "
+                        f"of at most {_NAME_LIMIT} characters",
                     )
                 if name in owner:
                     other = yamlfile.dotted(owner[name])
@@ -451,7 +479,8 @@ class _Reader:
         """pydantic's findings as problems, one for each place in the file."""
         findings: dict[yamlfile.Path, list[str]] = {}
         for detail in error.errors(include_url=False):
-            findings.setdefault(self._place(detail, path), []).append(_plain(detail))
+            place = self._place(detail, path)
+            findings.setdefault(place, []).append(_plain(detail, place))
         for place, messages in findings.items():
             self.document.problem(place, " or ".join(dict.fromkeys(messages)))
 
@@ -471,13 +500,16 @@ def _merge(defaults: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     alternatives = {"memory": "gpu_memory_utilization", "gpu_memory_utilization": "memory"}
     replaced = {other for key, other in alternatives.items() if key in own}
     merged = {k: v for k, v in defaults.items() if k not in replaced} | own
+    overruled = {ENGINE_KEYS[key] for key in own if key in ENGINE_KEYS}
+    inherited = defaults.get("engine", {})
+    defaults = defaults | {"engine": {k: v for k, v in inherited.items() if k not in overruled}}
     for key, value in own.items():
         if isinstance(value, dict) and isinstance(defaults.get(key), dict):
             merged[key] = defaults[key] | value
     return merged
 
 
-def _plain(detail: ErrorDetails) -> str:
+def _plain(detail: ErrorDetails, place: yamlfile.Path) -> str:
     """One finding of pydantic in words, with what came."""
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "missing":
@@ -486,7 +518,9 @@ def _plain(detail: ErrorDetails) -> str:
         return message
     came = detail["input"]
     shown = f" (came: {came!r})" if isinstance(came, str | int | float | bool) else ""
-    return message[:1].lower() + message[1:] + (shown if len(shown) < 100 else "")
+    fit = len(shown) < 100 and not _SECRETS & set(place)
+    message = message.replace("valid tuple", "list")  # YAML has no other
+    return message[:1].lower() + message[1:] + (shown if fit else "")
 
 
 def _kind(value: object) -> Literal["list", "text", "number", "value"]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -68,9 +69,9 @@ class Launcher:
     def start(self, spec: ModelSpec) -> Engine:
         """Blocks until the engine is ready. Raises StartupError with the cause in one line."""
         log = log_file(self._log_dir, spec.name)
-        log.unlink(missing_ok=True)
         registry = CollectorRegistry()
         try:
+            log.unlink(missing_ok=True)
             with self._configuring:
                 self._unless_stopped()
                 arguments = engine_arguments(spec)
@@ -130,17 +131,31 @@ def _log_in_engine_only(arguments: AsyncEngineArgs) -> None:
 
 def _placement(spec: ModelSpec) -> dict[str, Any]:
     said: dict[str, Any] = {}
-    if spec.tensor_parallel_size * spec.pipeline_parallel_size > 1:
-        said["tensor_parallel_size"] = spec.tensor_parallel_size
-        said["pipeline_parallel_size"] = spec.pipeline_parallel_size
+    if math.prod(spec.parallel_sizes.values()) > 1:
+        said |= spec.parallel_sizes
         said["distributed_executor_backend"] = "mp"  # an installed Ray is not picked up
     if spec.devices is not None and not current_platform.is_cpu():
         said["device_ids"] = list(spec.devices)
     if spec.gpu_memory_utilization is not None:
         said["gpu_memory_utilization"] = spec.gpu_memory_utilization
     elif spec.memory is not None:
-        said["gpu_memory_utilization"] = spec.memory / current_platform.get_device_total_memory()
+        said["gpu_memory_utilization"] = _fraction(spec.memory, spec.devices)
     return said
+
+
+def _fraction(memory: int, devices: tuple[int | str, ...] | None) -> float:
+    """An amount as a share of the smallest of the devices. Raises StartupError if it has less."""
+    ids = [device for device in devices or () if isinstance(device, int)] or [0]
+    totals: dict[int, int] = {
+        device: current_platform.get_device_total_memory(device) for device in ids
+    }
+    device = min(totals, key=totals.__getitem__)
+    if memory > totals[device]:
+        raise StartupError(
+            f"memory: {memory / 2**30:.1f} GiB, but device {device} has "
+            f"{totals[device] / 2**30:.1f} GiB"
+        )
+    return memory / totals[device]
 
 
 def _loras(loras: Mapping[str, str]) -> dict[str, Any]:

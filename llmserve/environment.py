@@ -30,7 +30,6 @@ def is_cpu_build() -> bool:
 
 def prepare(engines: int, log_dir: Path, env: MutableMapping[str, str] = os.environ) -> list[str]:
     """Set up the environment for so many engines; returns what the operator should know."""
-    log_dir.mkdir(parents=True, exist_ok=True)
     env[LOG_DIR] = str(log_dir)
     # A forked child of a process with threads can deadlock; spawned ones start clean.
     env["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"

@@ -25,21 +25,23 @@ _BESIDE_WEIGHTS = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken"
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt")  # in vLLM's order of preference
 
 
-def download(spec: ModelSpec, progress: Callable[[int, int], None]) -> None:
-    """Bring a hub model (and hub adapters) into the cache that vLLM reads. Blocks.
+def download(spec: ModelSpec, progress: Callable[[int, int], None]) -> ModelSpec:
+    """Bring a hub model into the cache that vLLM reads. Blocks.
+
+    Returns the entry with its hub adapters as folders, since vLLM would look for those
+    in another cache.
 
     `progress` gets bytes done and bytes in all. `download_dir`, `revision` and
     `hf_token` of `engine:` and HF_TOKEN, HF_HOME and HF_HUB_OFFLINE hold as in vLLM.
 
     Raises StartupError with the cause in one line.
     """
-    engine = spec.engine
-    sources = [] if spec.is_folder else [(spec.model, engine.get("revision"))]
-    sources += [(lora, None) for lora in spec.loras.values() if not lora.startswith("/")]
-    for repo, revision in sources:
+    engine, folders = spec.engine, {}
+    for repo in spec.hub_names:
+        revision = engine.get("revision") if repo == spec.model else None
         try:
             huggingface_hub.utils.validate_repo_id(repo)
-            _fetch(repo, revision, engine, progress)
+            folders[repo] = _fetch(repo, revision, engine, progress)
         except errors.GatedRepoError:
             raise StartupError(
                 f"{repo} is gated on the hub: accept its terms, set HF_TOKEN"
@@ -64,14 +66,16 @@ def download(spec: ModelSpec, progress: Callable[[int, int], None]) -> None:
             ) from None
         except OSError as error:
             raise StartupError(f"{repo} could not be downloaded: {error}") from error
+    loras = {name: folders.get(source, source) for name, source in spec.loras.items()}
+    return spec.model_copy(update={"loras": loras})
 
 
 def _fetch(
     repo: str, revision: str | None, engine: dict[str, Any], progress: Callable[[int, int], None]
-) -> None:
+) -> str:
     token = engine.get("hf_token")
     files = _files_of(repo, revision, token)
-    snapshot_download(
+    folder: str = snapshot_download(
         repo,
         revision=revision,
         cache_dir=engine.get("download_dir"),
@@ -81,6 +85,7 @@ def _fetch(
         ignore_patterns=["original/**", "*.onnx", "*.gguf"],
         tqdm_class=_reporting(progress),
     )
+    return folder
 
 
 def _files_of(repo: str, revision: str | None, token: Any) -> list[str] | None:

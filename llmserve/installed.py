@@ -79,6 +79,7 @@ def engine_fields() -> EngineFields | None:
     return EngineFields(root) if root else None
 
 
+@cache
 def parser_names(kind: Literal["tool_parsers", "reasoning"]) -> frozenset[str] | None:
     """The parsers that the installed vLLM registers; None where there is none."""
     root = _vllm_root()

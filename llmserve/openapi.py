@@ -43,6 +43,11 @@ def document(routes: Iterable[BaseRoute]) -> dict[str, Any]:
         path, endpoint = route.path, by_path.get(route.path)  # type: ignore[attr-defined]  # all are Routes
         methods = sorted(route.methods - {"HEAD"})  # type: ignore[attr-defined]
         operation: dict[str, Any] = {"responses": _responses()}
+        if route.param_convertors:  # type: ignore[attr-defined]
+            operation["parameters"] = [
+                {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+                for name in route.param_convertors  # type: ignore[attr-defined]
+            ]
         operation["summary"] = endpoint.name if endpoint else _summary(route)
         if endpoint is not None:
             media = "multipart/form-data" if endpoint.multipart else "application/json"

@@ -17,7 +17,6 @@ from llmserve.errors import EngineDead, LLMServeError, Overloaded, StartupError,
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
-    from types import TracebackType
 
     from prometheus_client import CollectorRegistry
     from starlette.requests import Request
@@ -28,9 +27,12 @@ if TYPE_CHECKING:
     from llmserve.registry import Model, Registry
 
 log = logging.getLogger(__name__)
+Task = asyncio.Task[None]
 
 _WATCH_S = 0.5  # a dead engine is noticed this soon
 _LOADING_RETRY_S = 5
+_STOPPING_RETRY_S = 5
+_DRAIN_LOOK_S = 0.05
 
 
 class State(StrEnum):
@@ -93,26 +95,36 @@ class Entry:
 
 
 class Lease:
-    """A running model and a slot of it, given back when left."""
+    """A running model and a slot of it, until released."""
 
-    def __init__(self, entry: Entry, running: Running, slot: Slot) -> None:
+    def __init__(
+        self, entry: Entry, running: Running, slot: Slot, leases: set[Lease], task: Task | None
+    ) -> None:
         self.model = entry.name
         self.running = running
+        self.was_cut = False  # its request was ended by the server's own end
         self._slot = slot
-
-    async def __aenter__(self) -> Lease:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.release()
+        self._task = task
+        self._leases = leases
+        leases.add(self)
 
     def release(self) -> None:
         self._slot.release()
+        self._leases.discard(self)
+
+    def cut(self) -> None:
+        """Cancel the request; whoever handles it answers for that (`cut_off`)."""
+        self.was_cut = True
+        if self._task is not None:
+            self._task.cancel()
+
+
+def cut_off() -> Overloaded:
+    return Overloaded(
+        "The server is stopping, and the time for running requests is over.",
+        retry_after_s=_STOPPING_RETRY_S,
+        code="shutting_down",
+    )
 
 
 class Pool:
@@ -129,24 +141,25 @@ class Pool:
         self._metrics = metrics
         self._on_change = on_change
         self._closed = False
+        self._leases: set[Lease] = set()
         for entry in self.entries.values():
             metrics.in_flight.labels(entry.name).set_function(entry.slots.count)
             self._show(entry)
 
     # --- asking
 
-    def lease(self, name: str) -> Lease:
-        """Leave to send one request to the model of a public name.
+    def lease(self, name: str, task: Task | None = None) -> Lease:
+        """Leave to send one request to the model of a public name; `task` handles it.
 
         Raises ModelNotFound, or Overloaded while it loads, is full, or the server
         stops, or EngineDead.
         """
         entry = self.entries[self.registry.find(name).name]
         if self._closed:
-            raise Overloaded("The server is stopping.", retry_after_s=5, code="shutting_down")
+            raise cut_off()
         if entry.running is None or entry.state is not State.READY:
             raise self._not_ready(entry)
-        return Lease(entry, entry.running, entry.slots.take())
+        return Lease(entry, entry.running, entry.slots.take(), self._leases, task)
 
     def _not_ready(self, entry: Entry) -> LLMServeError:
         name = quoted(entry.name)
@@ -202,9 +215,9 @@ class Pool:
 
     def _change(self, entry: Entry, state: State, note: str = "") -> None:
         moved = state is not entry.state
-        entry.state, entry.note = state, note
-        if state in (State.READY, State.FAILED) and moved:
+        if entry.state in STARTING and state not in STARTING:
             entry.seconds = time.monotonic() - entry.started
+        entry.state, entry.note = state, note
         if moved:
             self._show(entry)
             if state is State.READY:
@@ -227,6 +240,15 @@ class Pool:
     def close(self) -> None:
         """Admit no more requests."""
         self._closed = True
+
+    async def drain(self, timeout_s: float) -> None:
+        """Admit no more, wait for running requests, cut off those that take too long."""
+        self.close()
+        end = time.monotonic() + timeout_s
+        while self._leases and time.monotonic() < end:  # noqa: ASYNC110  # once in a life
+            await asyncio.sleep(_DRAIN_LOOK_S)
+        for lease in list(self._leases):
+            lease.cut()
 
     async def stop(self) -> None:
         """End all engines, all at once."""

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import orjson
+from starlette.responses import Response
 
 from llmserve.errors import LLMServeError, RequestError, quoted
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Iterable
 
     from llmserve.pool import Running
@@ -44,6 +46,14 @@ ENDPOINTS: tuple[Endpoint, ...] = (
     Endpoint("transcriptions", ("/v1/audio/transcriptions",), multipart=True),
     Endpoint("translations", ("/v1/audio/translations",), multipart=True),
 )
+
+
+class Ongoing(Response):
+    """An answer that is out before the work for it is done; `task` does the rest."""
+
+    def __init__(self, response: Response, task: asyncio.Task[Any]) -> None:
+        super().__init__(response.body, response.status_code, media_type=response.media_type)
+        self.task = task
 
 
 def error_body(error: LLMServeError) -> dict[str, Any]:

@@ -5,17 +5,26 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import orjson
+from pydantic import BaseModel, Field, ValidationError
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from llmserve import __version__, metrics
 from llmserve.errors import BodyTooLarge, LLMServeError, RequestError, RouteNotFound, quoted
-from llmserve.pool import State
-from llmserve.protocol import ENDPOINTS, Endpoint, model_card, parse_object, requested_model
+from llmserve.pool import STARTING, State, cut_off
+from llmserve.protocol import (
+    ENDPOINTS,
+    Endpoint,
+    Ongoing,
+    model_card,
+    parse_object,
+    requested_model,
+)
+from llmserve.sse import EventStream
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable
@@ -24,7 +33,7 @@ if TYPE_CHECKING:
 
     from llmserve.config import Config
     from llmserve.metrics import Metrics
-    from llmserve.pool import Lease, Pool
+    from llmserve.pool import Entry, Lease, Pool
 
 
 @dataclass(frozen=True)
@@ -80,33 +89,57 @@ async def _answer(
 ) -> Response:
     name = requested_model(body, pool.registry)
     request.state.model = pool.registry.find(name).name  # for the metrics, refused or not
-    lease = pool.lease(name)
+    lease = pool.lease(name, asyncio.current_task())
     try:
         work = lease.running.call(endpoint.name, body, name, request)
         return Leased(await _unless_gone(request, work), lease)
-    except BaseException:
+    except BaseException as error:
         lease.release()
+        if lease.was_cut and isinstance(error, asyncio.CancelledError):
+            raise cut_off() from None
         raise
 
 
 class Leased(Response):
-    """Gives its lease back when the answer is out, also when no byte was sent."""
+    """Gives its lease back when the work is done, also when no byte was sent."""
 
     def __init__(self, response: Response, lease: Lease) -> None:
-        self.inner = response
-        self.lease = lease
-        self.status_code = response.status_code
-        self.background = None
+        super().__init__()
+        self._response = response
+        self._lease = lease
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with self.lease:
-            await self.inner(scope, receive, send)
+        began = False
+
+        async def watched(message: Message) -> None:
+            nonlocal began
+            began = True
+            await send(message)
+
+        try:
+            await self._response(scope, receive, watched)
+        except asyncio.CancelledError:
+            if not self._lease.was_cut:
+                raise
+            if not began:
+                raise cut_off() from None
+            await self._end_early(send)
+        finally:
+            if isinstance(self._response, Ongoing):
+                self._response.task.add_done_callback(lambda _: self._lease.release())
+            else:
+                self._lease.release()
+
+    async def _end_early(self, send: Send) -> None:
+        frames = self._response.frames if isinstance(self._response, EventStream) else None
+        last = frames.failure(cut_off()) if frames is not None else b""
+        await send({"type": "http.response.body", "body": last, "more_body": False})
 
 
 async def _body(request: Request, endpoint: Endpoint, limit: int) -> dict[str, Any]:
     length = request.headers.get("content-length", "0")
-    if length.isdigit() and int(length) > limit:
-        raise BodyTooLarge(f"The body has {length} bytes; server.max_body is {limit}.")
+    if length.isascii() and length.isdigit() and int(length[:20]) > limit:
+        raise BodyTooLarge(f"The body has {length[:20]} bytes; server.max_body is {limit}.")
     return await _form(request) if endpoint.multipart else parse_object(await request.body())
 
 
@@ -157,10 +190,23 @@ async def _gone(request: Request) -> None:
 
 async def fetch_response(request: Request) -> Response:
     """A stored answer of /v1/responses, whichever model gave it."""
-    query: dict[str, Any] = {"stream": request.query_params.get("stream") == "true"}
-    after = request.query_params.get("starting_after")
-    query["starting_after"] = int(after) if after and after.isdigit() else None
-    return await _of_response(request, "fetch_response", query)
+    return await _of_response(request, "fetch_response", _Fetch.of(request).model_dump())
+
+
+class _Fetch(BaseModel):
+    """The query of a stored response."""
+
+    stream: bool = False
+    starting_after: Annotated[int, Field(ge=0)] | None = None
+
+    @classmethod
+    def of(cls, request: Request) -> _Fetch:
+        try:
+            return cls.model_validate(dict(request.query_params))
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = str(first["loc"][0])
+            raise RequestError(f"{name}: {first['msg']}", param=name) from None
 
 
 async def cancel_response(request: Request) -> Response:
@@ -196,12 +242,14 @@ async def health(_: Request) -> Response:
 async def ready(request: Request) -> Response:
     """200 when every model is ready, else 503; each model's state either way."""
     entries = _services(request).pool.entries.values()
-    states = {
-        entry.name: {"state": entry.state.value} | ({"note": entry.note} if entry.note else {})
-        for entry in entries
-    }
+    states = {entry.name: {"state": entry.state.value} | _progress(entry) for entry in entries}
     all_ready = all(entry.state is State.READY for entry in entries)
     return _json({"ready": all_ready, "models": states}, 200 if all_ready else 503)
+
+
+def _progress(entry: Entry) -> dict[str, str]:
+    """Of a download, say; why a model failed is for the operator's terminal and log."""
+    return {"note": entry.note} if entry.note and entry.state in STARTING else {}
 
 
 async def version(_: Request) -> Response:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import gc
 import logging
 import os
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _BACKLOG = 2048
+_LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 
 
 def up(config: Config, console: Console) -> NoReturn:
@@ -44,12 +46,12 @@ def up(config: Config, console: Console) -> NoReturn:
     """
     listener = bind(config.server)
     try:
-        notices = environment.prepare(len(config.models), config.server.log_dir)
-        _log_to(config.server.log_dir / "server.log")
+        logs = _log_folder(config.server, listener)
+        notices = environment.prepare(len(config.models), logs)
         for notice in notices:
             console.print(notice, style="yellow", markup=False)
         runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
-        leave(runner.run(_Process(config, listener, console).run()))
+        leave(runner.run(_Process(config, listener, console, logs).run()))
     finally:
         listener.close()
 
@@ -80,19 +82,37 @@ def bind(server: ServerSpec) -> socket.socket:
     return listener
 
 
+def _log_folder(server: ServerSpec, listener: socket.socket) -> Path:
+    """A folder of the port's own: several servers do not share files. Raises StartupError."""
+    try:
+        folder = server.log_dir.expanduser() / str(listener.getsockname()[1])
+        folder.mkdir(parents=True, exist_ok=True)
+        _log_to(folder / "server.log")
+    except (OSError, RuntimeError) as error:
+        raise StartupError(f"server.log_dir {server.log_dir} cannot be written: {error}") from None
+    return folder
+
+
+class _Brief(logging.Formatter):
+    """Without tracebacks, which are in the file."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        brief = copy.copy(record)
+        brief.exc_info = brief.exc_text = brief.stack_info = None
+        return super().format(brief)
+
+
 def _log_to(file: Path) -> None:
     """Everything this process logs, vLLM's front end included; errors also on stderr.
 
     The rest of the terminal belongs to what `up` shows.
     """
     to_file = logging.FileHandler(file, mode="w")
+    to_file.setFormatter(logging.Formatter(_LOG_FORMAT))
     to_terminal = logging.StreamHandler()
     to_terminal.setLevel(logging.ERROR)
-    logging.basicConfig(
-        level=logging.INFO,
-        format="%(asctime)s %(levelname)s %(name)s %(message)s",
-        handlers=[to_file, to_terminal],
-    )
+    to_terminal.setFormatter(_Brief(_LOG_FORMAT))
+    logging.basicConfig(level=logging.INFO, handlers=[to_file, to_terminal])
     logging.captureWarnings(True)
     # torch says on stderr that Triton is missing, which the CPU build does without.
     logging.getLogger("torch._library").setLevel(logging.ERROR)
@@ -107,7 +127,9 @@ class _Uvicorn(uvicorn.Server):
 
 
 class _Process:
-    def __init__(self, config: Config, listener: socket.socket, console: Console) -> None:
+    def __init__(
+        self, config: Config, listener: socket.socket, console: Console, logs: Path
+    ) -> None:
         self._config = config
         self._listener = listener
         self._console = console
@@ -115,7 +137,7 @@ class _Process:
         self._metrics = Metrics()
         self._pool = Pool(
             Registry(config.models),
-            VllmBackend(len(config.models), config.server.log_dir),
+            VllmBackend(len(config.models), logs),
             self._metrics,
             self._display.changed,
         )
@@ -135,9 +157,9 @@ class _Process:
         ]
         try:
             code = await self._until_signalled()
-            self._pool.close()
-            self._uvicorn.should_exit = True
-            await serving  # no new connections; running requests get drain_timeout
+            self._uvicorn.should_exit = True  # no new connections, and an end to idle ones
+            await self._pool.drain(self._config.server.drain_timeout)
+            await serving
         finally:
             for watch in watches:
                 watch.cancel()
@@ -213,7 +235,7 @@ def _uvicorn_config(server: ServerSpec, application: object) -> uvicorn.Config:
         log_config=None,
         access_log=False,
         server_header=False,
-        timeout_graceful_shutdown=max(1, round(server.drain_timeout)),
+        timeout_graceful_shutdown=None,  # the pool cuts off what takes too long
         ssl_certfile=server.ssl_certfile,
         ssl_keyfile=server.ssl_keyfile,
     )

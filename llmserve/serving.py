@@ -13,9 +13,11 @@ import logging
 import re
 from argparse import Namespace
 from collections import OrderedDict
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Container
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -43,7 +45,7 @@ from vllm.entrypoints.serve.tokenize.protocol import DetokenizeRequest, Tokenize
 from vllm.entrypoints.speech_to_text.base.utils import read_upload_with_limit
 from vllm.entrypoints.speech_to_text.transcription.protocol import TranscriptionRequest
 from vllm.entrypoints.speech_to_text.translation.protocol import TranslationRequest
-from vllm.exceptions import VLLMValidationError
+from vllm.exceptions import VLLMError, VLLMValidationError
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from llmserve import sse
@@ -57,7 +59,7 @@ from llmserve.errors import (
     Unsupported,
     quoted,
 )
-from llmserve.protocol import cannot, describe_path, error_body, without_nulls
+from llmserve.protocol import Ongoing, cannot, describe_path, error_body, without_nulls
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -71,6 +73,12 @@ log = logging.getLogger(__name__)
 
 # str() of VLLMValidationError: "... (parameter=temperature, value=-1)"
 _APPENDED = re.compile(r" \((?:parameter|value)=.*$", re.DOTALL)
+# What vLLM says of a prompt that does not fit; it has no class for that.
+TOO_LONG = (
+    "maximum context length",
+    "maximum model length",
+    "exceeds the max_model_len",
+)
 _FIRST_FRAME_S = 2.0  # how long a stream's headers wait for what could still be an error
 _KEPT_RESPONSES = 1000  # answers of /v1/responses that can be fetched again, per model
 
@@ -223,27 +231,31 @@ class Serving:
             raise Unsupported(cannot(self.name, endpoint, self.able), param="model")
         handler = HANDLERS[endpoint]
         _asked.set(asked)
-        try:
-            parsed = _validate(handler.request, body)
-            method = getattr(getattr(self._state, handler.owner), handler.method)
-            upload = [await read_upload_with_limit(parsed.file)] if hasattr(parsed, "file") else []
-            result = await method(*upload, parsed, request)
-        except LLMServeError:
-            raise
-        except Exception as error:
-            raise self._translated(error) from error
-        return await self._respond(result, handler)
+        parsed = _validate(handler.request, body, endpoint)
+        result = await self._translating(self._handled(handler, parsed, request))
+        response = await self._respond(result, handler)
+        if getattr(parsed, "background", False) and (task := self._background_task(result)):
+            return Ongoing(response, task)
+        return response
+
+    async def _handled(self, handler: Handler, parsed: Any, request: Request) -> Any:
+        method = getattr(getattr(self._state, handler.owner), handler.method)
+        upload = [await read_upload_with_limit(parsed.file)] if hasattr(parsed, "file") else []
+        return await method(*upload, parsed, request)
+
+    def _background_task(self, result: Any) -> asyncio.Task[Any] | None:
+        """The task that goes on with a response of `background: true`."""
+        tasks: dict[str, asyncio.Task[Any]] = self._state.openai_serving_responses.background_tasks
+        return tasks.get(getattr(result, "id", ""))
 
     async def fetch_response(self, response_id: str, query: dict[str, Any]) -> Response:
         """GET /v1/responses/{id}. Raises LLMServeError, 404 if it is not from this model."""
-        handler = HANDLERS["responses"]
-        stored = await self._state.openai_serving_responses.retrieve_responses(response_id, **query)
-        return await self._respond(stored, handler)
+        stored = self._state.openai_serving_responses.retrieve_responses(response_id, **query)
+        return await self._respond(await self._translating(stored), HANDLERS["responses"])
 
     async def cancel_response(self, response_id: str) -> Response:
-        handler = HANDLERS["responses"]
-        cancelled = await self._state.openai_serving_responses.cancel_responses(response_id)
-        return await self._respond(cancelled, handler)
+        cancelled = self._state.openai_serving_responses.cancel_responses(response_id)
+        return await self._respond(await self._translating(cancelled), HANDLERS["responses"])
 
     async def _respond(self, result: Any, handler: Handler) -> Response:
         if isinstance(result, ErrorResponse):
@@ -263,35 +275,34 @@ class Serving:
 
     async def _stream(self, source: AsyncGenerator[Any, None], handler: Handler) -> Response:
         """An event stream; what fails at once is an error answer instead."""
-        frames = sse.Frames(self._frames(source, handler))
+        frames = sse.Frames(self._frames(source, handler), partial(_failure, handler))
         await frames.begin(_FIRST_FRAME_S)
         return sse.EventStream(frames)
 
     async def _frames(
         self, source: AsyncGenerator[Any, None], handler: Handler
     ) -> AsyncGenerator[bytes, None]:
-        """vLLM's events as bytes. Raises LLMServeError if the first is a failure."""
-        sent = False
+        """vLLM's events as bytes. Raises LLMServeError in place of an error event."""
         async with contextlib.aclosing(source):
-            async for item in source:
-                frame = _event_of(item) if isinstance(item, BaseModel) else item.encode()
-                if (error := self._error_in(frame)) is not None:
-                    if not sent:
-                        raise error
-                    yield _failure(error, handler)
-                    return
-                yield _without_nulls(frame, handler.nulls)
-                sent = True
+            try:
+                async for item in source:
+                    frame = _event_of(item) if isinstance(item, BaseModel) else item.encode()
+                    self._raise_error_in(frame)
+                    yield _without_nulls(frame, handler.nulls)
+            except LLMServeError:
+                raise
+            except Exception as error:
+                raise self._translated(error) from error
 
-    def _error_in(self, frame: bytes) -> LLMServeError | None:
+    def _raise_error_in(self, frame: bytes) -> None:
         if b'"error":{' not in frame and b'"error": {' not in frame:
-            return None
+            return
         payload = sse.payload(frame)
         info = payload.get("error") if isinstance(payload, dict) else None
         if not isinstance(info, dict) or "message" not in info or "choices" in payload:
-            return None
+            return
         code = info.get("code")
-        return self._refusal(
+        raise self._refusal(
             ErrorInfo(
                 message=info["message"],
                 type=info.get("type") or "",
@@ -302,23 +313,35 @@ class Serving:
 
     # --- errors
 
+    async def _translating(self, work: Awaitable[Any]) -> Any:
+        try:
+            return await work
+        except LLMServeError:
+            raise
+        except Exception as error:
+            raise self._translated(error) from error
+
     def _translated(self, error: Exception) -> LLMServeError:
+        """Any exception of vLLM's in our terms; what it did not foresee keeps its words."""
         if isinstance(error, EngineDeadError) or self.dead:
             return self._dead()
         refusal = self._refusal(create_error_response(error).error)
-        if isinstance(refusal, EngineError):
+        foreseen = isinstance(error, VLLMError | ValueError)
+        if isinstance(refusal, EngineError) or not foreseen:
             log.error("model=%s request failed", self.name, exc_info=error)
-        return refusal
+        if foreseen or refusal.status != 500:
+            return refusal
+        return EngineError(f"{quoted(self.name)} failed on this request.")
 
     def _dead(self) -> EngineDead:
         return EngineDead(f"The engine of {quoted(self.name)} has died; its requests are lost.")
 
     def _refusal(self, info: ErrorInfo) -> LLMServeError:
         """vLLM's error object in our terms."""
-        message = _short(info.message)
+        message = _short(info.message) or f"{quoted(self.name)} failed on this request."
         if info.code >= 500:
             return self._failure_of(info.code, message)
-        if "maximum context length" in message or "context window" in message:
+        if any(phrase in message for phrase in TOO_LONG):
             return ContextTooLong(message, param=info.param)
         error = RequestError(
             message, param=info.param, code="not_found" if info.code == 404 else None
@@ -352,22 +375,25 @@ def _bound_stores(state: State) -> None:
     """vLLM keeps every answer of /v1/responses for ever; keep the last ones."""
     responses = getattr(state, "openai_serving_responses", None)
     if responses is not None:
-        responses.response_store = Bounded(_KEPT_RESPONSES)
-        responses.msg_store = Bounded(_KEPT_RESPONSES)
-        responses.event_store = Bounded(_KEPT_RESPONSES)
+        running = responses.background_tasks
+        responses.response_store = Bounded(_KEPT_RESPONSES, running)
+        responses.msg_store = Bounded(_KEPT_RESPONSES, running)
+        responses.event_store = Bounded(_KEPT_RESPONSES, running)
 
 
 class Bounded(OrderedDict[str, Any]):
-    """A mapping that forgets its oldest entries beyond `limit`."""
+    """A mapping that forgets its oldest entries beyond `limit`, but none that is in `kept`."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, kept: Container[str] = ()) -> None:
         super().__init__()
         self._limit = limit
+        self._kept = kept
 
     def __setitem__(self, key: str, value: Any) -> None:
         super().__setitem__(key, value)
-        while len(self) > self._limit:
-            self.popitem(last=False)
+        for oldest in list(islice(self, max(0, len(self) - self._limit))):
+            if oldest not in self._kept:
+                del self[oldest]
 
 
 def _default_not_limit(state: State) -> None:
@@ -378,21 +404,30 @@ def _default_not_limit(state: State) -> None:
             serving.override_max_tokens = None
 
 
-def _validate(adapter: TypeAdapter[Any], body: dict[str, Any]) -> Any:
+def _validate(adapter: TypeAdapter[Any], body: dict[str, Any], endpoint: str) -> Any:
     """A body as vLLM's request class. Raises RequestError, short, with the deepest finding."""
     try:
         return adapter.validate_python(body)
     except ValidationError as error:
-        details = error.errors(include_url=False, include_input=False)
-        deepest = max(details, key=lambda d: len(describe_path(d["loc"], body).split(".")))
-        cause = deepest.get("ctx", {}).get("error")
-        param = getattr(cause, "parameter", None) or describe_path(deepest["loc"], body) or None
-        message = cause.args[0] if isinstance(cause, VLLMValidationError) else deepest["msg"]
-        raise RequestError(
-            _short(f"{param}: {message}" if param else message),
-            param=param,
-            code="missing_required_parameter" if deepest["type"] == "missing" else None,
-        ) from None
+        raise _finding(error, body) from None
+    except VLLMValidationError as error:
+        raise RequestError(_short(error.args[0]), param=error.parameter) from None
+    except (TypeError, ValueError, AttributeError, KeyError):
+        # vLLM's validators read the body before its types are checked.
+        raise RequestError(f"The body is not that of a request for {endpoint}.") from None
+
+
+def _finding(error: ValidationError, body: dict[str, Any]) -> RequestError:
+    details = error.errors(include_url=False, include_input=False)
+    deepest = max(details, key=lambda d: len(describe_path(d["loc"], body).split(".")))
+    cause = deepest.get("ctx", {}).get("error")
+    param = getattr(cause, "parameter", None) or describe_path(deepest["loc"], body) or None
+    message = cause.args[0] if isinstance(cause, VLLMValidationError) else deepest["msg"]
+    return RequestError(
+        _short(f"{param}: {message}" if param else message),
+        param=param,
+        code="missing_required_parameter" if deepest["type"] == "missing" else None,
+    )
 
 
 def _short(message: str, limit: int = 500) -> str:
@@ -406,7 +441,7 @@ def _event_of(item: BaseModel) -> bytes:
     return f"event: {getattr(item, 'type', 'unknown')}\ndata: {data}\n\n".encode()
 
 
-def _failure(error: LLMServeError, handler: Handler) -> bytes:
+def _failure(handler: Handler, error: LLMServeError) -> bytes:
     if handler.named_events:
         return sse.event({"type": "error", **error_body(error)}, "error")
     return sse.event(error_body(error)) + sse.DONE

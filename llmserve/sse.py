@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 import orjson
 from sse_starlette.sse import AppStatus, EventSourceResponse
 
+from llmserve.errors import LLMServeError
+
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
+    from collections.abc import AsyncGenerator, Callable
 
     from starlette.types import Receive, Scope, Send
 
@@ -30,8 +32,8 @@ def event(data: Any, name: str | None = None) -> bytes:
 
 
 def payload(frame: bytes) -> Any:
-    """The JSON of a frame's last data line; None if that is no JSON."""
-    _, found, data = frame.rpartition(b"data: ")
+    """The JSON of a frame's data line; None if that is no JSON."""
+    _, found, data = frame.partition(b"data: ")
     try:
         return orjson.loads(data) if found else None
     except orjson.JSONDecodeError:
@@ -39,19 +41,24 @@ def payload(frame: bytes) -> Any:
 
 
 def with_payload(frame: bytes, data: Any) -> bytes:
-    head, _, _ = frame.rpartition(b"data: ")
+    head, _, _ = frame.partition(b"data: ")
     return head + b"data: " + orjson.dumps(data) + b"\n\n"
 
 
 class Frames:
     """A source of frames that can be asked for the first one before it is written.
 
-    What goes wrong at once can so be an error answer with a status of its own.
+    A LLMServeError that comes at once can so be an answer with a status of its own; a
+    later one is the last frame, `failure(error)`.
     """
 
-    def __init__(self, source: AsyncGenerator[bytes, None]) -> None:
+    def __init__(
+        self, source: AsyncGenerator[bytes, None], failure: Callable[[LLMServeError], bytes]
+    ) -> None:
+        self.failure = failure
         self._source = source
         self._first: asyncio.Task[bytes] | None = None
+        self._failed = False
 
     async def begin(self, timeout_s: float) -> None:
         """Wait for the first frame, not for ever. Raises what the source raises."""
@@ -68,8 +75,14 @@ class Frames:
         return self
 
     async def __anext__(self) -> bytes:
+        if self._failed:
+            raise StopAsyncIteration
         first, self._first = self._first, None
-        return await (anext(self._source) if first is None else first)
+        try:
+            return await (anext(self._source) if first is None else first)
+        except LLMServeError as error:
+            self._failed = True
+            return self.failure(error)
 
     async def aclose(self) -> None:
         if self._first is not None:
@@ -88,10 +101,10 @@ class EventStream(EventSourceResponse):
 
     def __init__(self, frames: Frames) -> None:
         super().__init__(frames, headers={"cache-control": "no-cache"}, ping=PING_S, sep="\n")
-        self._frames = frames
+        self.frames = frames
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            await self._frames.aclose()
+            await self.frames.aclose()

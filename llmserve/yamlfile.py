@@ -68,7 +68,7 @@ def read(file: FilePath, *, verbatim: frozenset[str] = frozenset()) -> Document:
         document.problem((), "is not UTF-8 text")
         return document
     try:
-        loader = yaml.SafeLoader(text)
+        loader = _Loader(text)
         node = loader.get_single_node()
         if node is not None:
             document.value = _Builder(loader, document, verbatim).build(node, ())
@@ -82,6 +82,15 @@ def read(file: FilePath, *, verbatim: frozenset[str] = frozenset()) -> Document:
     except RecursionError:
         document.problems = [Problem(0, "", "not valid YAML: nested too deeply")]
     return document
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's own rules, but for dates: `2025-10-01` is a text like any other."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012  # as the base class has it
+        first: [rule for rule in rules if rule[0] != "tag:yaml.org,2002:timestamp"]
+        for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
 class _Builder:

@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry
 from starlette.responses import Response
 
 from llmserve.config import ModelSpec
-from llmserve.errors import RequestError, StartupError
+from llmserve.errors import LLMServeError, RequestError, StartupError
 from llmserve.protocol import ENDPOINTS
 from llmserve.sse import EventStream, Frames
 
@@ -74,11 +74,16 @@ def stream(*frames: bytes, gate: Gate | None = None, first_within_s: float = 0.0
     """An event stream: `frames`, then, if there is a gate, an end only once it opens."""
 
     async def answer(_: Call) -> Response:
-        source = Frames(_frames(frames, gate))
+        source = Frames(_frames(frames, gate), failure)
         await source.begin(first_within_s)
         return EventStream(source)
 
     return answer
+
+
+def failure(error: LLMServeError) -> bytes:
+    """The last frame of a stream that failed."""
+    return f"data: {error.code}\n\n".encode()
 
 
 async def _frames(frames: tuple[bytes, ...], gate: Gate | None) -> AsyncGenerator[bytes, None]:

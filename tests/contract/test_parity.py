@@ -290,6 +290,6 @@ async def test_the_model_knows_the_capital(servers: dict[str, Pair]) -> None:
 
 
 def test_engine_output_goes_to_the_models_log(servers: dict[str, Pair], engine_logs: Path) -> None:
-    text = (engine_logs / "chat.log").read_text()
+    text = (engine_logs / "model-chat.log").read_text()
     assert "EngineCore" in text
     assert "INFO" in text

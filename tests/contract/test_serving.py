@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import json
+import re
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -12,6 +15,7 @@ import pytest
 
 from llmserve import app
 from llmserve.config import ModelSpec
+from llmserve.errors import LLMServeError
 from tests.contract.conftest import CHAT, on_fake_core, services_of
 from tests.contract.fake_core import DIES, FAILS
 from tests.listening import listening
@@ -145,14 +149,87 @@ async def test_a_request_that_fails_in_the_engine_ends_in_our_error(fake: Servic
     assert failure["error"]["code"] == "engine_error"
 
 
-async def test_messages_streams_fail_in_their_own_event(fake: Services) -> None:
-    reply = await post(
-        fake, "/v1/messages", messages=HELLO, max_tokens=2000, stream=True, temperature=0
-    )
+async def test_a_response_that_fails_ends_in_an_event_called_error(fake: Services) -> None:
+    body = {"input": "hi", "max_output_tokens": 50, "stream": True, "seed": FAILS}
+    reply = await post(fake, "/v1/responses", **body)
     assert reply.status_code == 200
+    failure = reply.text.rstrip().rpartition("\n\n")[2]
+    assert failure.startswith("event: error\ndata: {")
+    error = json.loads(failure.partition("data: ")[2])
+    assert error["type"] == "error"
+    assert error["error"].keys() == {"message", "type", "param", "code"}
+
+
+async def test_messages_come_in_named_events(fake: Services) -> None:
+    reply = await post(fake, "/v1/messages", messages=HELLO, max_tokens=20, stream=True)
     names = [line.removeprefix("event: ") for line in reply.text.splitlines() if "event: " in line]
     assert names[0] == "message_start"
     assert names[-1] == "message_stop"
+
+
+def vllm_errors() -> list[Exception]:
+    """One of each exception that vLLM has."""
+    import vllm.exceptions
+    from vllm.v1.engine.exceptions import EngineGenerateError
+
+    errors: list[Exception] = [EngineGenerateError(), ValueError("bad"), TypeError("worse")]
+    for kind in vars(vllm.exceptions).values():
+        if isinstance(kind, type) and issubclass(kind, vllm.exceptions.VLLMError):
+            takes = len(inspect.signature(kind).parameters)
+            known: tuple[Any, ...] = ("words",)
+            if kind.__name__ == "GracefulHTTPError":
+                known = ("words", HTTPStatus.SERVICE_UNAVAILABLE)
+            elif kind.__name__ == "LoRAAdapterNotFoundError":
+                known = ("name", "path")
+            errors.append(kind(*known[:takes]))
+    return errors
+
+
+async def test_every_exception_of_vllms_has_a_place(fake: Services) -> None:
+    running: Any = fake.pool.entries["chat"].running
+    errors = vllm_errors()
+    assert len(errors) > 12
+    for error in errors:
+        ours = running._translated(error)
+        assert isinstance(ours, LLMServeError)
+        assert 400 <= ours.status < 600, error
+        assert ours.code, error
+        assert ours.message, error
+
+
+async def test_what_vllm_did_not_foresee_keeps_its_words(fake: Services) -> None:
+    running: Any = fake.pool.entries["chat"].running
+    ours = running._translated(KeyError("internal_name"))
+    assert ours.status == 500
+    assert "internal_name" not in ours.message
+
+
+def test_what_vllm_says_of_prompts_that_do_not_fit() -> None:
+    from pathlib import Path
+
+    import vllm
+
+    from llmserve.serving import TOO_LONG
+
+    root = Path(vllm.__file__).parent
+    files = ("renderers/params.py", "v1/engine/input_processor.py", "entrypoints")
+    sources = [path for name in files for path in [root / name, *(root / name).rglob("*.py")]]
+    text = " ".join(re.sub(r'"\s*f?"', "", path.read_text()) for path in sources if path.is_file())
+    for phrase in TOO_LONG:
+        assert phrase in text, phrase
+
+
+async def test_what_goes_on_in_the_background_holds_its_place(fake: Services) -> None:
+    slots = fake.pool.entries["chat"].slots
+    body = {"input": "hi", "max_output_tokens": 1500, "background": True}
+    made = (await post(fake, "/v1/responses", **body)).json()
+    assert slots.in_flight == 1
+    transport = httpx.ASGITransport(app.build(fake))
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        await client.post(f"/v1/responses/{made['id']}/cancel")
+    async with asyncio.timeout(2):
+        while slots.in_flight:
+            await asyncio.sleep(0.02)
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -90,7 +90,7 @@ def test_both_answer(server: Server) -> None:
 
 
 def test_the_kv_cache_is_what_the_registry_says(server: Server) -> None:
-    log = (server.registry.parent / "logs" / "chat.log").read_text()
+    log = next(server.registry.parent.glob("logs/*/model-chat.log")).read_text()
     tokens = next(line for line in log.splitlines() if "KV cache size" in line)
     count = int(tokens.split("KV cache size: ")[1].split(" tokens")[0].replace(",", ""))
     bytes_per_token = 2 * 16 * 8 * 64 * 2  # key and value, layers, kv heads, head_dim, bfloat16

@@ -22,18 +22,11 @@ def test_a_full_model_refuses_and_says_its_limit() -> None:
 def test_a_slot_left_twice_is_given_back_once() -> None:
     slots = Slots("chat", 2)
     slots.take()
-    with slots.take() as slot:
-        assert slots.count() == 2
-        slot.release()
+    slot = slots.take()
+    assert slots.count() == 2
+    slot.release()
     slot.release()
     assert slots.count() == 1
-
-
-def test_a_slot_is_given_back_when_its_request_fails() -> None:
-    slots = Slots("chat", 1)
-    with pytest.raises(ZeroDivisionError), slots.take():
-        raise ZeroDivisionError
-    assert slots.count() == 0
 
 
 @given(limit=st.integers(1, 5), steps=st.lists(st.integers(-1, 9), max_size=60))

@@ -11,11 +11,11 @@ from llmserve import child
 @pytest.mark.parametrize(
     ("model", "file"),
     [
-        ("chat", "chat.log"),
-        ("org/name", "org%2Fname.log"),
-        ("a b@c", "a b@c.log"),
-        ("..", "...log"),
-        ("caf\u00e9", "caf%C3%A9.log"),
+        ("chat", "model-chat.log"),
+        ("org/name", "model-org%2Fname.log"),
+        ("a b@c", "model-a b@c.log"),
+        ("..", "model-...log"),
+        ("caf\u00e9", "model-caf%C3%A9.log"),
     ],
 )
 def test_each_model_has_a_log_file_inside_the_folder(model: str, file: str) -> None:

@@ -137,7 +137,7 @@ def test_every_mistake_of_a_file_is_told_in_one_run_with_its_line(box: Path) -> 
         "models.yaml:26: models.embed: is here twice; first in line 15",
         (
             "models.yaml:27: models.speech.aliases.0: a model's name must be printable, "
-            "without blanks around it"
+            "without blanks around it, of at most 128 characters"
         ),
         "models.yaml:27: models.speech.model: is missing",
         "models.yaml:28: models.vision: is a number; it must be a mapping of keys to values",
@@ -424,7 +424,10 @@ def test_a_public_name_leads_to_one_model(box: Path, models: str, problem: str) 
 @pytest.mark.parametrize("name", ["''", "' a'", '"a\\nb"', '"a\\0b"'])
 def test_a_name_that_cannot_be_typed_is_refused(box: Path, name: str) -> None:
     (found,) = problems(box, f"models: {{{name}: {{model: m}}}}\n")
-    assert "a model's name must be printable, without blanks around it" in found
+    assert (
+        "a model's name must be printable, without blanks around it, of at most 128 characters"
+        in found
+    )
     assert found.isprintable()
 
 
@@ -438,14 +441,14 @@ def test_folders_are_those_beside_the_file(
     for written in ("m", "./m", "../" + box.name + "/m", str(box / "m")):
         (spec,) = read(box, f"models: {{chat: {{model: {written}}}}}\n").models
         assert spec.model == str(box / "m")
-        assert spec.is_folder
+        assert not spec.hub_names
 
 
 def test_what_is_no_folder_is_a_hub_name_unless_it_looks_like_a_path(box: Path) -> None:
     (spec,) = read(box, "models: {chat: {model: org/name, loras: {sql: org/sql}}}\n").models
     assert spec.model == "org/name"
     assert spec.loras == {"sql": "org/sql"}
-    assert not spec.is_folder
+    assert spec.hub_names == ("org/name", "org/sql")
     for written in ("./n", "../n", "/n", "~/no-such-folder", "a/b/c", "./m/../n"):
         (found,) = problems(box, f"models: {{chat: {{model: {written}}}}}\n")
         assert found.startswith("1: models.chat.model: there is no folder /")
@@ -499,7 +502,7 @@ def test_secrets_are_not_shown(box: Path) -> None:
         ("'file:bytes'", "bytes cannot be read: not UTF-8 text"),
         ("''", "is empty; a key must be a non-empty string"),
         ("'${LLMSERVE_NO_SUCH}'", "the environment has no variable LLMSERVE_NO_SUCH"),
-        ("7", "input should be a valid string (came: 7)"),
+        ("7", "input should be a valid string"),
     ],
 )
 def test_a_secret_that_is_not_there_is_told_once(box: Path, written: str, problem: str) -> None:
@@ -634,3 +637,46 @@ def test_every_engine_argument_is_a_key_of_engine(box: Path) -> None:
     written = ", ".join(f"{name}: {value}" for name, value in arguments.items())
     found = chat_problems(box, f"engine: {{{written}}}")
     assert [problem for problem in found if "unknown key" in problem] == []
+
+
+# --- where something is said
+
+
+@pytest.mark.parametrize(
+    ("default", "own"),
+    [
+        ("gpu_memory_utilization: 0.5", "gpu_memory_utilization: 0.3"),
+        ("gpu_memory_utilization: 0.5", "memory: 8GiB"),
+        ("kv_cache_memory_bytes: 1024", "kv_cache: 1GiB"),
+        ("tensor_parallel_size: 4", "tensor_parallel_size: 2"),
+    ],
+)
+def test_a_model_s_key_beats_the_engine_argument_of_the_defaults(
+    box: Path, default: str, own: str
+) -> None:
+    (box / "models.yaml").write_text(
+        f"defaults: {{engine: {{{default}, seed: 7}}}}\nmodels: {{chat: {{model: ./m, {own}}}}}\n"
+    )
+    (chat,) = load(box / "models.yaml").models
+    assert chat.engine == {"seed": 7}
+
+
+def test_devices_are_counted_wherever_parallelism_is_said(box: Path) -> None:
+    sizes = "{tensor_parallel_size: 2, data_parallel_size: 2}"
+    assert chat_problems(box, f"devices: [0, 1, 2, 3], engine: {sizes}") == []
+    assert chat_problems(box, "devices: [0], engine: {tensor_parallel_size: 2}") == [
+        (
+            "1: models.chat: lists 1 devices, but tensor_parallel_size 2 x "
+            "pipeline_parallel_size 1 needs 2"
+        )
+    ]
+
+
+def test_a_secret_is_never_shown(box: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMSERVE_TEST_KEY", "sk-very-secret")
+    for written in ("${LLMSERVE_TEST_KEY}", "{a: ${LLMSERVE_TEST_KEY}}", "[[sk-very-secret]]"):
+        file = box / "models.yaml"
+        file.write_text(f"server: {{api_keys: {written}}}\nmodels: {{chat: {{model: ./m}}}}\n")
+        with pytest.raises(ConfigError) as refused:
+            load(file)
+        assert "sk-very-secret" not in refused.value.message

@@ -72,7 +72,9 @@ def test_a_certificate_that_is_none_is_told(tmp_path: Path) -> None:
         server._uvicorn_config(tls, object())
 
 
-@pytest.mark.parametrize(("drain", "taken"), [(0, 1), (0.2, 1), (30, 30), (12.6, 13)])
-def test_running_requests_get_the_drain_timeout(drain: float, taken: int) -> None:
-    config = server._uvicorn_config(ServerSpec(drain_timeout=drain), object())
-    assert config.timeout_graceful_shutdown == taken
+def test_a_log_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with server.bind(ServerSpec(port=0)) as listener:
+        spec = ServerSpec(log_dir=tmp_path / "file")
+        with pytest.raises(StartupError, match=r"log_dir .* cannot be written"):
+            server._log_folder(spec, listener)
