@@ -170,7 +170,7 @@ class _Process:
         """0 after a signal; the exit code of a start that failed."""
         signalled = asyncio.create_task(self._signalled.wait())
         self._say(f"Listening on {self._url()}, starting {len(self._pool.entries)} models.")
-        with self._display:
+        with self._display.live():
             starting = asyncio.create_task(self._pool.start())
             await asyncio.wait({starting, signalled}, return_when=asyncio.FIRST_COMPLETED)
         if not starting.done():

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Protocol, Self
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Protocol
 
 from rich.live import Live
 from rich.table import Table
@@ -12,8 +13,6 @@ from rich.text import Text
 from llmserve.pool import STARTING, State
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from rich.console import Console
 
     from llmserve.pool import Entry
@@ -24,13 +23,9 @@ _STYLES = {State.READY: "green", State.FAILED: "bold red", State.STOPPED: "dim"}
 class Display(Protocol):
     def add(self, entries: list[Entry]) -> None: ...
     def changed(self, entry: Entry) -> None: ...
-    def __enter__(self) -> Self: ...
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None: ...
+    def live(self) -> AbstractContextManager[object]:
+        """What is shown while models start."""
+        ...
 
 
 def display(console: Console) -> Display:
@@ -61,16 +56,8 @@ class Lines:
             soft_wrap=True,
         )
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        pass
+    def live(self) -> AbstractContextManager[object]:
+        return nullcontext()
 
 
 class LiveTable(Lines):
@@ -101,14 +88,5 @@ class LiveTable(Lines):
             table.add_row(Text(entry.name), state, f"{seconds:.1f}", Text(entry.note))
         return table
 
-    def __enter__(self) -> Self:
-        self._live.start(refresh=True)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._live.stop()
+    def live(self) -> AbstractContextManager[object]:
+        return self._live

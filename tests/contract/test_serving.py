@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import inspect
 import json
 import re
 from http import HTTPStatus
@@ -173,16 +172,15 @@ def vllm_errors() -> list[Exception]:
     from vllm.v1.engine.exceptions import EngineGenerateError
 
     errors: list[Exception] = [EngineGenerateError(), ValueError("bad"), TypeError("worse")]
-    for kind in vars(vllm.exceptions).values():
-        if isinstance(kind, type) and issubclass(kind, vllm.exceptions.VLLMError):
-            takes = len(inspect.signature(kind).parameters)
-            known: tuple[Any, ...] = ("words",)
-            if kind.__name__ == "GracefulHTTPError":
-                known = ("words", HTTPStatus.SERVICE_UNAVAILABLE)
-            elif kind.__name__ == "LoRAAdapterNotFoundError":
-                known = ("name", "path")
-            errors.append(kind(*known[:takes]))
-    return errors
+    kinds = [kind for kind in vars(vllm.exceptions).values() if isinstance(kind, type)]
+    return errors + [made(kind) for kind in kinds if issubclass(kind, vllm.exceptions.VLLMError)]
+
+
+def made(kind: type[Exception]) -> Exception:
+    for arguments in ((), ("words",), ("words", HTTPStatus.SERVICE_UNAVAILABLE)):
+        with contextlib.suppress(TypeError):
+            return kind(*arguments)
+    raise AssertionError(f"{kind} takes other arguments")
 
 
 async def test_every_exception_of_vllms_has_a_place(fake: Services) -> None:

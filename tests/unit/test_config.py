@@ -663,7 +663,10 @@ def test_a_model_s_key_beats_the_engine_argument_of_the_defaults(
 
 def test_devices_are_counted_wherever_parallelism_is_said(box: Path) -> None:
     sizes = "{tensor_parallel_size: 2, data_parallel_size: 2}"
-    assert chat_problems(box, f"devices: [0, 1, 2, 3], engine: {sizes}") == []
+    (chat,) = read(
+        box, f"models: {{chat: {{model: ./m, devices: [0, 1, 2, 3], engine: {sizes}}}}}\n"
+    ).models
+    assert chat.devices == (0, 1, 2, 3)
     assert chat_problems(box, "devices: [0], engine: {tensor_parallel_size: 2}") == [
         (
             "1: models.chat: lists 1 devices, but tensor_parallel_size 2 x "

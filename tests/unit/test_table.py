@@ -40,7 +40,7 @@ def test_a_line_for_each_change_of_state() -> None:
     shown = display(console)
     chat = entry("chat", State.DOWNLOADING)
     shown.add([chat])
-    with shown:
+    with shown.live():
         shown.changed(chat)
         for chat.note in ("0.10 of 0.27 GiB", "0.20 of 0.27 GiB"):
             shown.changed(chat)
@@ -78,7 +78,7 @@ def test_the_table_has_model_state_seconds_and_note(
     console = terminal()
     table = display(console)
     table.add([entry("chat[1]", state, note, seconds)])
-    with table:
+    with table.live():
         pass
     drawn = text(console)
     for expected in ["MODEL", "STATE", "SECONDS", "chat[1]", *shown]:
@@ -90,7 +90,7 @@ def test_the_table_follows_changes_and_lines_come_after_it() -> None:
     table = display(console)
     chat = entry("chat", State.LOADING)
     table.add([chat])
-    with table:
+    with table.live():
         chat.state, chat.seconds = State.READY, 9.5
         table.changed(chat)
         assert "ready" in text(console)
@@ -105,6 +105,6 @@ def test_a_long_cause_is_wrapped_and_not_cut() -> None:
     table = display(console)
     cause = " ".join(f"word{i}" for i in range(60))
     table.add([entry("chat", State.FAILED, cause)])
-    with table:
+    with table.live():
         pass
     assert "word59" in text(console)

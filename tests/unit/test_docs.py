@@ -1,0 +1,58 @@
+"""What is written for people is what the code does."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from llmserve import __version__, routes
+from llmserve.config import ModelSpec, ServerSpec, load
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_change_log_begins_with_this_version() -> None:
+    found = re.search(
+        r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert found is not None
+    assert found[1] == __version__
+
+
+def test_the_first_screen_shows_it_all() -> None:
+    first = "\n".join(README.splitlines()[:30])
+    for shown in ("make up", "curl", "models:", "The capital of France is Paris."):
+        assert shown in first
+
+
+@pytest.mark.parametrize("registry", blocks("yaml"))
+def test_registries_of_the_readme_load(
+    registry: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLMSERVE_API_KEY", "k")
+    (tmp_path / "keys").mkdir()
+    (tmp_path / "keys" / "ci").write_text("k2\n", encoding="utf-8")
+    for folder in ("models/SmolLM2-135M-Instruct", "models/all-MiniLM-L6-v2", "adapters/legal"):
+        (tmp_path / folder).mkdir(parents=True)
+    file = tmp_path / "models.yaml"
+    file.write_text(registry, encoding="utf-8")
+    assert load(file).models
+
+
+def test_every_key_is_in_the_registry_reference() -> None:
+    text = (ROOT / "docs" / "registry.md").read_text(encoding="utf-8")
+    for key in (ServerSpec.model_fields | ModelSpec.model_fields).keys() - {"name"}:
+        assert f"`{key}`" in text, key
+
+
+def test_every_route_is_in_the_readme() -> None:
+    for route in routes.table():
+        path = re.sub(r"/\{[^}]*\}", "", route.path).removesuffix("/cancel")
+        assert f"{path}" in README or path == "/score", path
