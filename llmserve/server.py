@@ -7,6 +7,7 @@ import contextlib
 import copy
 import gc
 import logging
+import math
 import os
 import signal
 import socket
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _BACKLOG = 2048
+_LINGER_S = 2
 _LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 
 
@@ -235,7 +237,8 @@ def _uvicorn_config(server: ServerSpec, application: object) -> uvicorn.Config:
         log_config=None,
         access_log=False,
         server_header=False,
-        timeout_graceful_shutdown=None,  # the pool cuts off what takes too long
+        # The pool cuts off requests; this is for what holds a connection and no model.
+        timeout_graceful_shutdown=math.ceil(server.drain_timeout) + _LINGER_S,
         ssl_certfile=server.ssl_certfile,
         ssl_keyfile=server.ssl_keyfile,
     )

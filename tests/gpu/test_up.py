@@ -67,7 +67,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
             "kv_cache": f"{KV_GIB}GiB",
             "engine": dummy | {"max_model_len": 4096},
         },
-        "embed": {"model": EMBED, "devices": [0], "gpu_memory_utilization": 0.1, "engine": dummy},
+        "embed": {"model": EMBED, "devices": [0], "memory": "6GiB", "engine": dummy},
         "absurd": {
             "model": EMBED,
             "devices": [0],

@@ -78,3 +78,8 @@ def test_a_log_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
         spec = ServerSpec(log_dir=tmp_path / "file")
         with pytest.raises(StartupError, match=r"log_dir .* cannot be written"):
             server._log_folder(spec, listener)
+
+
+def test_what_holds_a_connection_and_no_model_ends_soon_after_the_drain() -> None:
+    config = server._uvicorn_config(ServerSpec(drain_timeout=0.5), object())
+    assert config.timeout_graceful_shutdown == 3
