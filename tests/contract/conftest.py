@@ -52,20 +52,22 @@ async def on_fake_core(spec: ModelSpec) -> AsyncIterator[tuple[Serving, Popen[by
     from prometheus_client import CollectorRegistry
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    from llmserve.engine import Engine, engine_arguments
+    from llmserve.engine import Engine, _stat_logger, engine_arguments
     from llmserve.serving import Serving
 
     names = [f"ipc://@llmserve-test-{uuid.uuid4().hex}" for _ in range(2)]
     arguments = engine_arguments(spec)
     config = await asyncio.to_thread(arguments.create_engine_config)
+    registry = CollectorRegistry()
     core = _fake_core(*names)
     try:
         client = await asyncio.to_thread(
             AsyncLLM.from_vllm_config,
             config,
+            stat_loggers=[_stat_logger(registry)],
             client_addresses={"input_address": names[0], "output_address": names[1]},
         )
-        engine = Engine(client, arguments, CollectorRegistry())
+        engine = Engine(client, arguments, registry)
         serving = await Serving.build(spec, engine)
         yield serving, core
         await serving.stop()
