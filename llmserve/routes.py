@@ -20,6 +20,7 @@ from llmserve.protocol import (
     ENDPOINTS,
     Endpoint,
     Ongoing,
+    check_constraints,
     model_card,
     parse_object,
     requested_model,
@@ -87,6 +88,7 @@ def _serving(endpoint: Endpoint) -> Any:
 async def _answer(
     request: Request, endpoint: Endpoint, body: dict[str, Any], pool: Pool
 ) -> Response:
+    check_constraints(body)
     name = requested_model(body, pool.registry)
     request.state.model = pool.registry.find(name).name  # for the metrics, refused or not
     lease = pool.lease(name, asyncio.current_task())

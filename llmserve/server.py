@@ -12,16 +12,20 @@ import os
 import signal
 import socket
 import sys
+import uuid
 from typing import TYPE_CHECKING, NoReturn
 
+import orjson
 import uvicorn
 import uvloop
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from llmserve import app, environment, table
 from llmserve.backend import VllmBackend
-from llmserve.errors import StartupError
+from llmserve.errors import RequestError, StartupError
 from llmserve.metrics import Metrics
 from llmserve.pool import Pool, State
+from llmserve.protocol import error_body
 from llmserve.registry import Registry
 from llmserve.routes import Services
 
@@ -128,6 +132,22 @@ class _Uvicorn(uvicorn.Server):
         yield
 
 
+class _Protocol(HttpToolsProtocol):
+    """uvicorn's, but what is no HTTP gets our error object and an id as well."""
+
+    def send_400_response(self, msg: str) -> None:
+        body = orjson.dumps(error_body(RequestError(msg, code="invalid_http")))
+        head = (
+            "HTTP/1.1 400 Bad Request\r\n"
+            "content-type: application/json\r\n"
+            f"content-length: {len(body)}\r\n"
+            f"x-request-id: {uuid.uuid4().hex}\r\n"
+            "connection: close\r\n\r\n"
+        )
+        self.transport.write(head.encode("ascii") + body)
+        self.transport.close()
+
+
 class _Process:
     def __init__(
         self, config: Config, listener: socket.socket, console: Console, logs: Path
@@ -231,7 +251,7 @@ def leave(code: int) -> NoReturn:
 def _uvicorn_config(server: ServerSpec, application: object) -> uvicorn.Config:
     config = uvicorn.Config(
         application,  # type: ignore[arg-type]  # our ASGI app
-        http="httptools",
+        http=_Protocol,
         ws="none",
         lifespan="off",
         log_config=None,

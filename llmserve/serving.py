@@ -254,8 +254,12 @@ class Serving:
         return await self._respond(await self._translating(stored), HANDLERS["responses"])
 
     async def cancel_response(self, response_id: str) -> Response:
-        cancelled = self._state.openai_serving_responses.cancel_responses(response_id)
-        return await self._respond(await self._translating(cancelled), HANDLERS["responses"])
+        """Cancel what runs in the background; again is no mistake."""
+        responses = self._state.openai_serving_responses
+        stored = responses.response_store.get(response_id)
+        if stored is None or stored.status != "cancelled":
+            stored = await self._translating(responses.cancel_responses(response_id))
+        return await self._respond(stored, HANDLERS["responses"])
 
     async def _respond(self, result: Any, handler: Handler) -> Response:
         if isinstance(result, ErrorResponse):

@@ -101,6 +101,7 @@ class EventStream(EventSourceResponse):
 
     def __init__(self, frames: Frames) -> None:
         super().__init__(frames, headers={"cache-control": "no-cache"}, ping=PING_S, sep="\n")
+        del self.headers["connection"]  # the server's to say; it closes for HTTP/1.0
         self.frames = frames
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -260,6 +260,8 @@ async def test_a_response_can_be_fetched_again_and_cancelled(fake: Services) -> 
         slow = (await post(fake, "/v1/responses", **long)).json()
         cancelled = await client.post(f"/v1/responses/{slow['id']}/cancel")
         assert cancelled.json()["status"] == "cancelled"
+        again_cancelled = await client.post(f"/v1/responses/{slow['id']}/cancel")
+        assert again_cancelled.json()["status"] == "cancelled"
 
 
 async def test_a_dead_engine_fails_its_requests_and_nothing_else() -> None:

@@ -782,3 +782,16 @@ async def test_a_query_that_cannot_be_read_is_refused(query: str) -> None:
         reply = await box.client.get(f"/v1/responses/r1?{query}")
     assert reply.status_code == 400
     assert reply.json()["error"]["param"] == query.partition("=")[0]
+
+
+async def test_what_is_no_http_gets_the_one_shape() -> None:
+    async with real() as box:
+        url = box.client.base_url
+        reader, writer = await asyncio.open_connection(url.host, url.port)
+        writer.write(b"\x16\x03\x01 no http\r\n\r\n")
+        head, _, body = (await soon(reader.read())).partition(b"\r\n\r\n")
+        writer.close()
+        await writer.wait_closed()
+    assert head.startswith(b"HTTP/1.1 400 ")
+    assert b"x-request-id: " in head
+    assert json.loads(body)["error"]["code"] == "invalid_http"
