@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -55,64 +54,6 @@ class Ongoing(Response):
     def __init__(self, response: Response, task: asyncio.Task[Any]) -> None:
         super().__init__(response.body, response.status_code, media_type=response.media_type)
         self.task = task
-
-
-# Where a body can hold a JSON schema, a regular expression or a grammar.
-_CONSTRAINTS = (
-    "response_format",
-    "structured_outputs",
-    "text",
-    "tools",
-    "functions",
-    "output_config",
-    "output_format",
-)
-_COUNTS = frozenset(
-    {"minItems", "maxItems", "minLength", "maxLength", "minProperties", "maxProperties"}
-)
-_PATTERNS = frozenset({"pattern", "regex", "grammar"})
-_REPEATED = re.compile(r"\{\s*(\d*)\s*(?:,\s*(\d*)\s*)?\}")
-COUNT_LIMIT = 100_000
-
-
-def check_constraints(body: dict[str, Any]) -> None:
-    """Refuse counts in schemas and patterns that no answer could reach.
-
-    vLLM compiles constraints in this process (vllm/v1/structured_output), and memory
-    grows with the count: one request could end all models. Raises RequestError.
-    """
-    unseen = [(key, body[key]) for key in _CONSTRAINTS if key in body]
-    while unseen:
-        path, value = unseen.pop()
-        if isinstance(value, list):
-            unseen += [(f"{path}.{i}", each) for i, each in enumerate(value)]
-        elif isinstance(value, dict):
-            for key, each in value.items():
-                here = f"{path}.{key}"
-                if _too_many(key, each):
-                    raise RequestError(
-                        f"{here[:200]}: counts go up to {COUNT_LIMIT} here.", param=here[:200]
-                    )
-                unseen.append((here, _unpacked(key, each)))
-
-
-def _too_many(key: str, value: Any) -> bool:
-    if key in _COUNTS:
-        return isinstance(value, int | float) and value > COUNT_LIMIT
-    if key in _PATTERNS and isinstance(value, str):
-        counts = (count for pair in _REPEATED.findall(value) for count in pair if count)
-        return any(len(count) > 9 or int(count) > COUNT_LIMIT for count in counts)
-    return False
-
-
-def _unpacked(key: str, value: Any) -> Any:
-    """`structured_outputs.json` may be a schema or its text."""
-    if key == "json" and isinstance(value, str):
-        try:
-            return orjson.loads(value)
-        except orjson.JSONDecodeError:
-            return None
-    return value
 
 
 def error_body(error: LLMServeError) -> dict[str, Any]:

@@ -14,13 +14,13 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from llmserve import __version__, metrics
+from llmserve.constraints import check_constraints
 from llmserve.errors import BodyTooLarge, LLMServeError, RequestError, RouteNotFound, quoted
 from llmserve.pool import STARTING, State, cut_off
 from llmserve.protocol import (
     ENDPOINTS,
     Endpoint,
     Ongoing,
-    check_constraints,
     model_card,
     parse_object,
     requested_model,
