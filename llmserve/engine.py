@@ -229,19 +229,18 @@ def cause_of(error: BaseException, log: Path) -> str:
 
     vLLM raises "see root cause above" here; the cause itself is in the engine's log.
     """
-    causes = []
-    if any(echo in str(error) for echo in _ECHOES) and log.is_file():
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-        causes = [
-            found
-            for line in lines
-            if (found := _RAISED.match(line)) and not any(echo in line for echo in _ECHOES)
-        ]
-    if causes:
-        return _one_line(causes[-1]["kind"], causes[-1]["text"] or "")
-    if log.is_file() and any(echo in str(error) for echo in _ECHOES):
+    if not _echoes(str(error)) or not log.is_file():
+        return _one_line(type(error).__name__, str(error))
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    causes = [found for line in lines if (found := _RAISED.match(line)) and not _echoes(line)]
+    if not causes:
         return f"the engine's process ended without a word; its log: {log}"
-    return _one_line(type(error).__name__, str(error))
+    return _one_line(causes[-1]["kind"], causes[-1]["text"] or "")
+
+
+def _echoes(text: str) -> bool:
+    """Whether it only says that something failed elsewhere."""
+    return any(echo in text for echo in _ECHOES)
 
 
 def _one_line(kind: str, text: str, limit: int = 300) -> str:

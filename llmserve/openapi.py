@@ -14,7 +14,7 @@ from llmserve.serving import HANDLERS
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from starlette.routing import BaseRoute
+    from starlette.routing import Route
 
 _REF = "#/components/schemas/{model}"
 _ERROR = {
@@ -35,18 +35,18 @@ _ERROR = {
 }
 
 
-def document(routes: Iterable[BaseRoute]) -> dict[str, Any]:
+def document(routes: Iterable[Route]) -> dict[str, Any]:
     bodies, components = _schemas()
     by_path = {path: endpoint for endpoint in ENDPOINTS for path in endpoint.paths}
     paths: dict[str, Any] = {}
     for route in routes:
-        path, endpoint = route.path, by_path.get(route.path)  # type: ignore[attr-defined]  # all are Routes
-        methods = sorted(route.methods - {"HEAD"})  # type: ignore[attr-defined]
+        path, endpoint = route.path, by_path.get(route.path)
+        methods = sorted((route.methods or set()) - {"HEAD"})
         operation: dict[str, Any] = {"responses": _responses()}
-        if route.param_convertors:  # type: ignore[attr-defined]
+        if route.param_convertors:
             operation["parameters"] = [
                 {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
-                for name in route.param_convertors  # type: ignore[attr-defined]
+                for name in route.param_convertors
             ]
         operation["summary"] = endpoint.name if endpoint else _summary(route)
         if endpoint is not None:
@@ -72,9 +72,8 @@ def _responses() -> dict[str, Any]:
     }
 
 
-def _summary(route: BaseRoute) -> str:
-    name: str = route.name  # type: ignore[attr-defined]
-    return name.replace("_", " ")
+def _summary(route: Route) -> str:
+    return route.name.replace("_", " ")
 
 
 @cache

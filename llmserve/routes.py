@@ -274,10 +274,10 @@ async def model(request: Request) -> Response:
     return _json(_card(_services(request), request.path_params["name"]))
 
 
-async def openapi(request: Request) -> Response:
+async def openapi(_: Request) -> Response:
     from llmserve.openapi import document  # noqa: PLC0415  # needs vLLM's request classes: seconds
 
-    return _json(await asyncio.to_thread(document, request.app.routes))
+    return _json(await asyncio.to_thread(document, table()))
 
 
 def _card(services: Services, name: str) -> dict[str, Any]:
