@@ -66,8 +66,12 @@ class Launcher:
         self._configuring = threading.Lock()
         self._stopped = threading.Event()
 
-    def start(self, spec: ModelSpec) -> Engine:
-        """Blocks until the engine is ready. Raises StartupError with the cause in one line."""
+    def start(self, spec: ModelSpec, addresses: dict[str, str] | None = None) -> Engine:
+        """Blocks until the engine is ready. Raises StartupError with the cause in one line.
+
+        `addresses` lead to an engine core that runs already, as vLLM's own API server
+        processes get them; without, one is started.
+        """
         log = log_file(self._log_dir, spec.name)
         registry = CollectorRegistry()
         try:
@@ -78,7 +82,9 @@ class Launcher:
                 _log_in_engine_only(arguments)
                 config = arguments.create_engine_config(UsageContext.OPENAI_API_SERVER)
             self._unless_stopped()
-            client = AsyncLLM.from_vllm_config(config, stat_loggers=[_stat_logger(registry)])
+            client = AsyncLLM.from_vllm_config(
+                config, stat_loggers=[_stat_logger(registry)], client_addresses=addresses
+            )
         except StartupError:
             raise
         except Exception as error:

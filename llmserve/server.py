@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from llmserve.config import Config, ServerSpec
+    from llmserve.pool import Backend
 
 log = logging.getLogger(__name__)
 
@@ -44,11 +45,11 @@ _LINGER_S = 2
 _LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 
 
-def up(config: Config, console: Console) -> NoReturn:
+def up(config: Config, console: Console, backend: Backend | None = None) -> NoReturn:
     """Serve a registry until a signal, then end the process.
 
-    Raises StartupError before anything is loaded if the port is taken or the
-    certificate cannot be used.
+    `backend` starts the engines; without one it is vLLM. Raises StartupError before
+    anything is loaded if the port is taken or the certificate cannot be used.
     """
     listener = bind(config.server)
     try:
@@ -57,7 +58,8 @@ def up(config: Config, console: Console) -> NoReturn:
         for notice in notices:
             console.print(notice, style="yellow", markup=False)
         runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
-        leave(runner.run(_Process(config, listener, console, logs).run()))
+        backend = backend or VllmBackend(len(config.models), logs)
+        leave(runner.run(_Process(config, listener, console, backend).run()))
     finally:
         listener.close()
 
@@ -150,7 +152,7 @@ class _Protocol(HttpToolsProtocol):
 
 class _Process:
     def __init__(
-        self, config: Config, listener: socket.socket, console: Console, logs: Path
+        self, config: Config, listener: socket.socket, console: Console, backend: Backend
     ) -> None:
         self._config = config
         self._listener = listener
@@ -159,7 +161,7 @@ class _Process:
         self._metrics = Metrics()
         self._pool = Pool(
             Registry(config.models),
-            VllmBackend(len(config.models), logs),
+            backend,
             self._metrics,
             self._display.changed,
         )

@@ -49,25 +49,15 @@ def engine_environment(engine_logs: Path) -> None:
 @asynccontextmanager
 async def on_fake_core(spec: ModelSpec) -> AsyncIterator[tuple[Serving, Popen[bytes]]]:
     """vLLM's front end for `spec`, attached to a fake engine core."""
-    from prometheus_client import CollectorRegistry
-    from vllm.v1.engine.async_llm import AsyncLLM
-
-    from llmserve.engine import Engine, _stat_logger, engine_arguments
+    from llmserve.engine import Launcher
     from llmserve.serving import Serving
 
     names = [f"ipc://@llmserve-test-{uuid.uuid4().hex}" for _ in range(2)]
-    arguments = engine_arguments(spec)
-    config = await asyncio.to_thread(arguments.create_engine_config)
-    registry = CollectorRegistry()
+    addresses = {"input_address": names[0], "output_address": names[1]}
     core = _fake_core(*names)
     try:
-        client = await asyncio.to_thread(
-            AsyncLLM.from_vllm_config,
-            config,
-            stat_loggers=[_stat_logger(registry)],
-            client_addresses={"input_address": names[0], "output_address": names[1]},
-        )
-        engine = Engine(client, arguments, registry)
+        launcher = Launcher(Path(os.environ[environment.LOG_DIR]))
+        engine = await asyncio.to_thread(launcher.start, spec, addresses)
         serving = await Serving.build(spec, engine)
         yield serving, core
         await serving.stop()
