@@ -7,7 +7,6 @@ import logging
 import uuid
 from typing import TYPE_CHECKING, cast
 
-import orjson
 from starlette.applications import Starlette
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -27,7 +26,7 @@ from llmserve.errors import (
     nearest,
     quoted,
 )
-from llmserve.protocol import ENDPOINTS, error_body
+from llmserve.protocol import ENDPOINTS, error_response
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -83,7 +82,7 @@ class _Cors(CORSMiddleware):
         response = super().preflight_response(request_headers)
         if response.status_code < 400:
             return response
-        refusal = _render(RequestError(bytes(response.body).decode(), code="cors_refused"))
+        refusal = error_response(RequestError(bytes(response.body).decode(), code="cors_refused"))
         for name in set(response.headers) - {"content-type", "content-length"}:
             refusal.headers[name] = response.headers[name]
         return refusal
@@ -103,6 +102,7 @@ class _Watched:
         request_id = _request_id(scope)
         # vLLM's handlers take the id of an answer from here.
         MutableHeaders(scope=scope)[_ID] = request_id
+        scope.setdefault("state", {})["request_id"] = request_id
         status, whole = _CLIENT_CLOSED, False
 
         async def with_id(message: Message) -> None:
@@ -150,7 +150,7 @@ class _Keys:
             try:
                 self._check(Headers(scope=scope))
             except Unauthorized as error:
-                await _render(error)(scope, receive, send)
+                await error_response(error)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
@@ -168,17 +168,8 @@ class _Keys:
 # --- errors
 
 
-def _render(error: LLMServeError) -> Response:
-    return Response(
-        orjson.dumps(error_body(error)),
-        error.status,
-        headers=error.headers(),
-        media_type="application/json",
-    )
-
-
 async def _refused(_: Request, error: Exception) -> Response:
-    return _render(cast("LLMServeError", error))
+    return error_response(cast("LLMServeError", error))
 
 
 async def _unrouted(request: Request, error: Exception) -> Response:
@@ -186,7 +177,7 @@ async def _unrouted(request: Request, error: Exception) -> Response:
     error = cast("HTTPException", error)
     if error.status_code == 405:
         allowed = sorted(set(_methods(request)))
-        return _render(
+        return error_response(
             MethodNotAllowed(
                 f"{quoted(request.url.path)} does not take {request.method}; "
                 f"it takes {', '.join(allowed)}.",
@@ -194,10 +185,10 @@ async def _unrouted(request: Request, error: Exception) -> Response:
             )
         )
     if error.status_code == 404:
-        return _render(_no_route(request))
+        return error_response(_no_route(request))
     refusal = RequestError(str(error.detail))
     refusal.status = error.status_code
-    return _render(refusal)
+    return error_response(refusal)
 
 
 def _methods(request: Request) -> Iterable[str]:
@@ -219,7 +210,7 @@ async def _left(_: Request, __: Exception) -> Response:
 
 async def _unforeseen(request: Request, error: Exception) -> Response:
     log.error("path=%s unforeseen", request.url.path, exc_info=error)
-    return _render(LLMServeError("Something went wrong in the server.", code="internal_error"))
+    return error_response(LLMServeError("Something went wrong in the server.", code="internal_error"))
 
 
 class _Unsent(Response):

@@ -1,6 +1,6 @@
 """One vLLM engine: its arguments, start, end, figures, and why it did not start.
 
-This module and `serving` are the only importers of vLLM.
+
 """
 
 from __future__ import annotations
@@ -15,22 +15,21 @@ import re
 import signal
 import threading
 import typing
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry
 from pydantic import TypeAdapter
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.platforms import current_platform
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
-from vllm.v1.metrics.loggers import PrometheusStatLogger
-from vllm.v1.metrics.perf import PerfMetricsProm
-from vllm.v1.spec_decode.metrics import SpecDecodingProm
 
 from llmserve.child import log_file
 from llmserve.errors import StartupError
+from llmserve.outputs import Outputs
+from llmserve.stats import stat_logger, stream_lag
+from llmserve.stream import Flow
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -51,6 +50,9 @@ class Engine:
         self.client = client
         self.arguments = arguments
         self.registry = registry
+        waiting = client.engine_core.outputs_queue
+        lag = stream_lag(registry, str(client.model_config.served_model_name))
+        self.flow = Flow(lambda: not waiting.empty(), lag)
 
     def stop(self) -> None:
         """End the engine and its processes. Blocks for some seconds."""
@@ -83,12 +85,13 @@ class Launcher:
                 config = arguments.create_engine_config(UsageContext.OPENAI_API_SERVER)
             self._unless_stopped()
             client = AsyncLLM.from_vllm_config(
-                config, stat_loggers=[_stat_logger(registry)], client_addresses=addresses
+                config, stat_loggers=[stat_logger(registry)], client_addresses=addresses
             )
         except StartupError:
             raise
         except Exception as error:
             raise StartupError(cause_of(error, log)) from error
+        Outputs.take_over(client)
         return Engine(client, arguments, registry)
 
     def stop(self) -> None:
@@ -194,32 +197,6 @@ def _typed(engine: Mapping[str, Any]) -> dict[str, Any]:
 
 def _holds_dataclass(hint: Any) -> bool:
     return any(dataclasses.is_dataclass(part) for part in (hint, *typing.get_args(hint)))
-
-
-def _stat_logger(registry: CollectorRegistry) -> type[PrometheusStatLogger]:
-    """vLLM's Prometheus logger, writing into a registry of its own.
-
-    Left to itself it takes the process-wide one and removes every other engine's
-    collectors from it (vllm/v1/metrics/prometheus.py, unregister_vllm_metrics).
-    """
-    gauge = staticmethod(partial(Gauge, registry=registry))
-    counter = staticmethod(partial(Counter, registry=registry))
-    histogram = staticmethod(partial(Histogram, registry=registry))
-
-    class SpecDecoding(SpecDecodingProm):
-        _counter_cls = counter
-
-    class Perf(PerfMetricsProm):
-        _counter_cls = counter
-
-    class EngineLogger(PrometheusStatLogger):
-        _gauge_cls = gauge
-        _counter_cls = counter
-        _histogram_cls = histogram
-        _spec_decoding_cls = SpecDecoding
-        _perf_metrics_cls = Perf
-
-    return EngineLogger
 
 
 # "(EngineCore pid=7) ERROR 11-22 10:00:00 [core.py:1] ValueError: To serve ..."

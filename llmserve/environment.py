@@ -34,6 +34,8 @@ def prepare(engines: int, log_dir: Path, env: MutableMapping[str, str] = os.envi
     # A forked child of a process with threads can deadlock; spawned ones start clean.
     env["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
     env.setdefault("VLLM_NO_USAGE_STATS", "1")
+    # A step's output in one slice: between slices vLLM would let the loop go round.
+    env.setdefault("VLLM_V1_OUTPUT_PROC_CHUNK_SIZE", "4096")
     # Answers can be fetched again by id; serving.py bounds how many are kept.
     env.setdefault("VLLM_ENABLE_RESPONSES_API_STORE", "1")
     return list(_prepare_cpu(engines, env)) if is_cpu_build() else []

@@ -68,6 +68,15 @@ def error_body(error: LLMServeError) -> dict[str, Any]:
     }
 
 
+def error_response(error: LLMServeError) -> Response:
+    return Response(
+        orjson.dumps(error_body(error)),
+        error.status,
+        headers=error.headers(),
+        media_type="application/json",
+    )
+
+
 def parse_object(body: bytes) -> dict[str, Any]:
     """A request body as a JSON object.
 

@@ -26,11 +26,12 @@ from llmserve.protocol import (
     requested_model,
 )
 from llmserve.sse import EventStream
+from llmserve.stream import TokenStream
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable
 
-    from starlette.types import Message, Receive, Scope, Send
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from llmserve.config import Config
     from llmserve.metrics import Metrics
@@ -93,8 +94,11 @@ async def _answer(
     request.state.model = pool.registry.find(name).name  # for the metrics, refused or not
     lease = pool.lease(name, asyncio.current_task())
     try:
-        work = lease.running.call(endpoint.name, body, name, request)
-        return Leased(await _unless_gone(request, work), lease)
+        answer = lease.running.express(endpoint.name, body, name, request)
+        if answer is None:
+            work = lease.running.call(endpoint.name, body, name, request)
+            answer = await _unless_gone(request, work)
+        return Leased(answer, lease)
     except BaseException as error:
         lease.release()
         if lease.was_cut and isinstance(error, asyncio.CancelledError):
@@ -105,7 +109,7 @@ async def _answer(
 class Leased(Response):
     """Gives its lease back when the work is done, also when no byte was sent."""
 
-    def __init__(self, response: Response, lease: Lease) -> None:
+    def __init__(self, response: ASGIApp, lease: Lease) -> None:
         super().__init__()
         self._response = response
         self._lease = lease
@@ -133,8 +137,8 @@ class Leased(Response):
                 self._lease.release()
 
     async def _end_early(self, send: Send) -> None:
-        frames = self._response.frames if isinstance(self._response, EventStream) else None
-        last = frames.failure(cut_off()) if frames is not None else b""
+        streamed = isinstance(self._response, EventStream | TokenStream)
+        last = self._response.failure(cut_off()) if streamed else b""
         await send({"type": "http.response.body", "body": last, "more_body": False})
 
 
@@ -167,7 +171,7 @@ async def _form(request: Request) -> dict[str, Any]:
     return {key: form.getlist(key) if key.endswith("[]") else form[key] for key in form}
 
 
-async def _unless_gone(request: Request, work: Awaitable[Response]) -> Response:
+async def _unless_gone(request: Request, work: Awaitable[ASGIApp]) -> ASGIApp:
     """Do `work`, but stop it when the client leaves.
 
     Starlette watches for that in streams only; a plain answer can take as long.

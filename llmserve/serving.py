@@ -13,7 +13,7 @@ import logging
 import re
 from argparse import Namespace
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Awaitable, Container
+from collections.abc import AsyncGenerator, Awaitable, Callable, Container
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
@@ -59,14 +59,24 @@ from llmserve.errors import (
     Unsupported,
     quoted,
 )
-from llmserve.protocol import Ongoing, cannot, describe_path, error_body, without_nulls
+from llmserve.express import Chat, Completions, Express, Lane, Noted, Terms, encoder_of
+from llmserve.protocol import (
+    Ongoing,
+    cannot,
+    describe_path,
+    error_body,
+    error_response,
+    without_nulls,
+)
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
     from starlette.requests import Request
+    from starlette.types import ASGIApp
     from vllm.lora.request import LoRARequest
 
     from llmserve.config import ModelSpec
+    from llmserve.encoder import Encode
     from llmserve.engine import Engine
 
 log = logging.getLogger(__name__)
@@ -176,6 +186,9 @@ HANDLERS: dict[str, Handler] = {
 }
 
 
+LANES: dict[str, Callable[[Any], Lane]] = {"chat completions": Chat, "completions": Completions}
+
+
 class Serving:
     """What one engine answers."""
 
@@ -188,6 +201,8 @@ class Serving:
             for endpoint, handler in HANDLERS.items()
             if getattr(state, handler.owner, None) is not None
         )
+        encode = encoder_of(engine.client)
+        self._express = {name: self._opened(name, encode) for name in LANES if name in self.able}
 
     @classmethod
     async def build(cls, spec: ModelSpec, engine: Engine) -> Serving:
@@ -201,6 +216,17 @@ class Serving:
         if spec.sampling.max_tokens is not None:
             _default_not_limit(state)
         return cls(spec.name, engine, state)
+
+    def _opened(self, endpoint: str, encode: Encode | None) -> Express:
+        handler = HANDLERS[endpoint]
+        served = getattr(self._state, handler.owner)
+        terms = Terms(
+            self._translated,
+            error_response,
+            partial(_failure, handler),
+            partial(_without_nulls, keep=handler.nulls),
+        )
+        return Express(LANES[endpoint](served), served, self.engine, encode, terms)
 
     @property
     def max_model_len(self) -> int:
@@ -219,9 +245,16 @@ class Serving:
             handler.cancel()  # else it reports the end of its engine as a failure
         await asyncio.to_thread(self.engine.stop)
 
+    def express(
+        self, endpoint: str, body: dict[str, Any], asked: str, request: Request
+    ) -> ASGIApp | None:
+        """The answer to a request like an earlier one; None if it needs `call`."""
+        express = self._express.get(endpoint)
+        return None if express is None else express.stream(body, asked, request.scope)
+
     async def call(
         self, endpoint: str, body: dict[str, Any], asked: str, request: Request
-    ) -> Response:
+    ) -> ASGIApp:
         """Answer a request whose model has been found.
 
         Raises LLMServeError before the first byte; later failures are an error event.
@@ -232,7 +265,13 @@ class Serving:
         handler = HANDLERS[endpoint]
         _asked.set(asked)
         parsed = _validate(handler.request, body, endpoint)
-        result = await self._translating(self._handled(handler, parsed, request))
+        with Noted() as calls:
+            result = await self._translating(self._handled(handler, parsed, request))
+        express = self._express.get(endpoint)
+        if express is not None and isinstance(result, AsyncGenerator):
+            stream = express.carry(parsed, body, asked, calls)
+            if stream is not None:
+                return stream
         response = await self._respond(result, handler)
         if getattr(parsed, "background", False) and (task := self._background_task(result)):
             return Ongoing(response, task)

@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
 DONE = b"data: [DONE]\n\n"
+HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
 PING_S = 15  # a comment when nothing else was sent, so that proxies keep the connection
 
 # Streams end with their answer, not with the signal: server.py drains them.
@@ -103,6 +108,7 @@ class EventStream(EventSourceResponse):
         super().__init__(frames, headers={"cache-control": "no-cache"}, ping=PING_S, sep="\n")
         del self.headers["connection"]  # the server's to say; it closes for HTTP/1.0
         self.frames = frames
+        self.failure = frames.failure
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:

@@ -1,0 +1,248 @@
+"""The events of a streamed answer, cut from vLLM's own response models.
+
+vLLM builds and serializes a model per token. Here one is built per kind of request,
+with a marker where the text goes; what is around the marker is the same for every token.
+The end of an answer, once per request, is built by the models themselves.
+
+Source: `chat_completion_stream_generator` and `completion_stream_generator` in
+vllm/entrypoints/openai/{chat_completion,completion}/serving.py.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Protocol
+
+import orjson
+from vllm.entrypoints.generate.base.protocol import DeltaMessage
+from vllm.entrypoints.openai.chat_completion.protocol import (
+    ChatCompletionResponseStreamChoice,
+    ChatCompletionStreamResponse,
+)
+from vllm.entrypoints.openai.completion.protocol import (
+    CompletionResponseStreamChoice,
+    CompletionStreamResponse,
+)
+from vllm.entrypoints.serve.engine.protocol import UsageInfo
+
+from llmserve import sse
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pydantic import BaseModel
+
+_ID = "\N{OBJECT REPLACEMENT CHARACTER}id"
+_TEXT = "\N{OBJECT REPLACEMENT CHARACTER}text"
+_CREATED = 8_888_888_888_888_888
+
+
+
+class Models(Protocol):
+    """One kind of answer in vLLM's models. A frame each, as bytes."""
+
+    def first(self, answer_id: str, created: int) -> bytes: ...
+
+    def chunk(
+        self,
+        answer_id: str,
+        created: int,
+        text: str,
+        finish: str | None = None,
+        stop: int | str | None = None,
+    ) -> bytes: ...
+
+    def usage(self, answer_id: str, created: int, usage: UsageInfo) -> bytes: ...
+
+
+class ChatModels:
+    """Chat chunks: the role, then text, then perhaps the usage."""
+
+    def __init__(
+        self, model: str, role: str, fingerprint: str | None, *, include_usage: bool
+    ) -> None:
+        self._model = model
+        self._role = role
+        self._fingerprint = fingerprint
+        self._include_usage = include_usage
+
+    def first(self, answer_id: str, created: int) -> bytes:
+        choice = ChatCompletionResponseStreamChoice(
+            index=0,
+            delta=DeltaMessage(role=self._role, content=""),
+            logprobs=None,
+            finish_reason=None,
+        )
+        chunk = self._of(answer_id, created, choice)
+        chunk.prompt_token_ids = chunk.prompt_text = None
+        return _frame(chunk.model_dump_json(exclude_unset=True))
+
+    def chunk(
+        self,
+        answer_id: str,
+        created: int,
+        text: str,
+        finish: str | None = None,
+        stop: int | str | None = None,
+    ) -> bytes:
+        choice = ChatCompletionResponseStreamChoice(
+            index=0,
+            delta=DeltaMessage(content=text),
+            logprobs=None,
+            finish_reason=finish,
+            token_ids=None,
+        )
+        if finish is not None:
+            choice.stop_reason = stop
+        chunk = self._of(answer_id, created, choice)
+        if finish is not None and not self._include_usage and self._fingerprint is not None:
+            chunk.system_fingerprint = self._fingerprint
+        return _frame(chunk.model_dump_json(exclude_unset=True))
+
+    def usage(self, answer_id: str, created: int, usage: UsageInfo) -> bytes:
+        chunk = ChatCompletionStreamResponse(
+            id=answer_id,
+            object="chat.completion.chunk",
+            created=created,
+            choices=[],
+            model=self._model,
+            usage=usage,
+            system_fingerprint=self._fingerprint,
+        )
+        return _frame(chunk.model_dump_json(exclude_unset=True, exclude_none=True))
+
+    def _of(
+        self, answer_id: str, created: int, choice: ChatCompletionResponseStreamChoice
+    ) -> ChatCompletionStreamResponse:
+        return ChatCompletionStreamResponse(
+            id=answer_id,
+            object="chat.completion.chunk",
+            created=created,
+            choices=[choice],
+            model=self._model,
+        )
+
+
+class CompletionModels:
+    """Completion chunks: text, then perhaps the usage."""
+
+    def __init__(self, model: str, fingerprint: str | None, *, include_usage: bool) -> None:
+        self._model = model
+        self._fingerprint = fingerprint
+        self._include_usage = include_usage
+
+    def first(self, answer_id: str, created: int) -> bytes:
+        return b""
+
+    def chunk(
+        self,
+        answer_id: str,
+        created: int,
+        text: str,
+        finish: str | None = None,
+        stop: int | str | None = None,
+    ) -> bytes:
+        choice = CompletionResponseStreamChoice(
+            index=0,
+            text=text,
+            logprobs=None,
+            finish_reason=finish,
+            stop_reason=stop,
+            prompt_token_ids=None,
+            token_ids=None,
+        )
+        chunk = CompletionStreamResponse(
+            id=answer_id,
+            object="text_completion",
+            created=created,
+            model=self._model,
+            choices=[choice],
+        )
+        if finish is not None and not self._include_usage and self._fingerprint is not None:
+            chunk.system_fingerprint = self._fingerprint
+        return _frame(chunk.model_dump_json(exclude_unset=True))
+
+    def usage(self, answer_id: str, created: int, usage: UsageInfo) -> bytes:
+        chunk = CompletionStreamResponse(
+            id=answer_id,
+            created=created,
+            model=self._model,
+            choices=[],
+            usage=usage,
+            system_fingerprint=self._fingerprint,
+        )
+        return _frame(chunk.model_dump_json(exclude_unset=False, exclude_none=True))
+
+
+class Template:
+    """The events of all answers to one kind of request. `prune` removes nulls from a frame."""
+
+    def __init__(
+        self, models: Models, prune: Callable[[bytes], bytes], *, include_usage: bool
+    ) -> None:
+        self.models = models
+        self.prune = prune
+        self.include_usage = include_usage
+        first = models.first(_ID, _CREATED)
+        self._first = _cut(prune(first)) if first else ()
+        head, found, self.tail = prune(models.chunk(_ID, _CREATED, _TEXT)).partition(
+            orjson.dumps(_TEXT)
+        )
+        assert found  # noqa: S101  # a chunk holds its text
+        self._head = _cut(head)
+
+    def answer(self, answer_id: str) -> Answer:
+        return Answer(self, answer_id, int(time.time()))
+
+    def filled(self, answer_id: str, created: int) -> tuple[bytes, bytes]:
+        """The first frame, and a middle one up to its text, of one answer."""
+        values = (orjson.dumps(answer_id), b'"created":%d' % created)
+        return _fill(self._first, values), _fill(self._head, values)
+
+
+class Answer:
+    """The events of one answer. `stream.Frames`."""
+
+    def __init__(self, template: Template, answer_id: str, created: int) -> None:
+        self._template = template
+        self._id = answer_id
+        self._created = created
+        self._tail = template.tail
+        self.first, self._head = template.filled(answer_id, created)
+
+    def middle(self, text: str) -> bytes:
+        return self._head + orjson.dumps(text) + self._tail
+
+    def last(
+        self, text: str, finish: str, stop: int | str | None, prompt_tokens: int, tokens: int
+    ) -> bytes:
+        template = self._template
+        chunk = template.models.chunk(self._id, self._created, text, finish, stop)
+        frames = template.prune(chunk)
+        if template.include_usage:
+            usage = UsageInfo(
+                prompt_tokens=prompt_tokens,
+                completion_tokens=tokens,
+                total_tokens=prompt_tokens + tokens,
+            )
+            frames += template.prune(template.models.usage(self._id, self._created, usage))
+        return frames + sse.DONE
+
+
+def _frame(json: str) -> bytes:
+    return f"data: {json}\n\n".encode()
+
+
+def _cut(frame: bytes) -> tuple[bytes, ...]:
+    """Around the id and the time, which come before anything of a model's or a user's."""
+    before, _, rest = frame.partition(orjson.dumps(_ID))
+    between, found, after = rest.partition(b'"created":%d' % _CREATED)
+    assert found  # noqa: S101  # both are in every chunk
+    return before, between, after
+
+
+def _fill(parts: tuple[bytes, ...], values: tuple[bytes, bytes]) -> bytes:
+    if not parts:
+        return b""
+    before, between, after = parts
+    return b"".join((before, values[0], between, values[1], after))

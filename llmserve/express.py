@@ -1,0 +1,497 @@
+"""The short way of streamed chat and completions.
+
+Two halves, each of which vLLM's handlers can do alone:
+
+- Tokens. vLLM prepares the request; its call of `generate` is noted instead of made, and
+  a `TokenStream` carries the answer.
+- Requests. The first request of a kind goes through vLLM's handler. What it made of the
+  body is kept as a `Recipe`: a later body that differs in its messages alone only needs
+  its template rendered, its text tokenized and its `max_tokens` set. A recipe is kept
+  only if it gives, for that first request, exactly what the handler gave.
+
+Whatever does not fit goes the long way, and so does every error: its words are vLLM's.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections import OrderedDict
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
+
+import orjson
+from transformers import PreTrainedTokenizerBase
+from vllm.entrypoints.serve.utils.api_utils import get_max_tokens, should_include_usage
+from vllm.inputs import TokensPrompt
+from vllm.renderers.hf import (
+    resolve_chat_template,
+    resolve_chat_template_content_format,
+    resolve_chat_template_kwargs,
+)
+from vllm.sampling_params import SamplingParams
+
+from llmserve.chunks import ChatModels, CompletionModels, Template
+from llmserve.encoder import Encode, encoder
+from llmserve.outputs import Asked
+from llmserve.stream import TokenStream
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Callable
+
+    from starlette.responses import Response
+    from starlette.types import Scope
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    from llmserve.engine import Engine
+    from llmserve.errors import LLMServeError
+
+log = logging.getLogger(__name__)
+
+_RECIPES = 256  # kinds of requests that are remembered, per endpoint
+_KEY_LIMIT = 4096  # bytes of a body without its messages
+_TEXT_LIMIT = 8192  # characters; longer texts are tokenized in vLLM's threads
+_ROLES = frozenset({"system", "user", "assistant"})
+# Headers that vLLM's handlers read besides the request's id.
+_HEADERS = frozenset(
+    {b"x-data-parallel-rank", b"x-session-id", b"x-vllm-priority", b"traceparent", b"tracestate"}
+)
+
+_noted: ContextVar[list[Asked] | None] = ContextVar("noted", default=None)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a stream needs from the one who serves it."""
+
+    translate: Callable[[Exception], LLMServeError]
+    refusal: Callable[[LLMServeError], Response]
+    failure: Callable[[LLMServeError], bytes]
+    prune: Callable[[bytes], bytes]
+
+
+class Noting:
+    """An engine as vLLM's handlers see it: while noting, calls of `generate` are kept.
+
+    `AsyncLLM.generate` does nothing before its answer is read, so a noted call that
+    nobody reads has not happened.
+    """
+
+    def __init__(self, client: AsyncLLM, terms: Terms) -> None:
+        self._client = client
+        self._terms = terms
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._client, name)
+
+    def generate(
+        self, prompt: Any, sampling_params: Any, request_id: str, **more: Any
+    ) -> AsyncGenerator[Any, None]:
+        noted = _noted.get()
+        if noted is not None:
+            translate = self._terms.translate
+            noted.append(
+                Asked(self._client, prompt, sampling_params, request_id, more, translate)
+            )
+        return self._client.generate(prompt, sampling_params, request_id, **more)
+
+
+class Noted:
+    """`with Noted() as calls`: the calls of `generate` made inside."""
+
+    def __enter__(self) -> list[Asked]:
+        self._calls: list[Asked] = []
+        self._token = _noted.set(self._calls)
+        return self._calls
+
+    def __exit__(self, *_: object) -> None:
+        _noted.reset(self._token)
+
+
+class Lane(Protocol):
+    """What chat and completions do each in their own way."""
+
+    def plain(self, body: dict[str, Any]) -> Any:
+        """The prompt of a body that a recipe can take; None if it cannot."""
+        ...
+
+    def key(self, body: dict[str, Any]) -> dict[str, Any]:
+        """The body without its prompt."""
+        ...
+
+    def able(self, request: Any) -> bool: ...
+    def template(self, request: Any, name: str, prune: Callable[[bytes], bytes]) -> Template: ...
+    def text(self, request: Any) -> Callable[[Any], str]:
+        """How the prompt of a body becomes the text that is tokenized."""
+        ...
+
+    def answer_id(self, request_id: str) -> str:
+        """Of the id that `generate` was given."""
+        ...
+
+    def request_id(self, base: str) -> str: ...
+    def limit(self, request: Any) -> int | None:
+        """`max_tokens` as asked for."""
+        ...
+
+
+@dataclass
+class Recipe:
+    """How to make the request to the engine out of a body of one kind."""
+
+    lane: Lane
+    client: AsyncLLM
+    serving: Any
+    template: Template
+    text: Callable[[Any], str]
+    encode: Encode
+    first: Asked  # what vLLM's handler made of the first body; never begun again
+    tok_params: Any
+    limit: int | None
+    terms: Terms
+
+    def asked(self, prompt: Any, base_id: str) -> Asked | None:
+        """None if vLLM should have a look at it: it is long, or does not fit."""
+        text = self.text(prompt)
+        if len(text) > _TEXT_LIMIT:
+            return None
+        ids = self.encode(text, add_special_tokens=self.tok_params.add_special_tokens)
+        tokens = self.tok_params.apply_post_tokenization(None, TokensPrompt(prompt_token_ids=ids))
+        ids = tokens["prompt_token_ids"]
+        params = copy.copy(self.first.params)
+        params.max_tokens = self._max_tokens(len(ids))
+        made = {**self.first.prompt, "prompt_token_ids": ids, "arrival_time": time.time()}
+        if "prompt" in made:
+            made["prompt"] = text
+        return Asked(
+            self.client,
+            made,
+            params,
+            self.lane.request_id(base_id),
+            self.first.more,
+            self.terms.translate,
+        )
+
+    def _max_tokens(self, length: int) -> int:
+        return int(
+            get_max_tokens(
+                self.client.model_config.max_model_len,
+                self.limit,
+                length,
+                self.serving.default_sampling_params,
+                self.serving.override_max_tokens,
+            )
+        )
+
+
+@dataclass
+class Recipes:
+    """The last kinds of requests of one endpoint; None for those that have no recipe."""
+
+    kept: OrderedDict[bytes, Recipe | None] = field(default_factory=OrderedDict)
+
+    def find(self, key: bytes) -> Recipe | None:
+        recipe = self.kept.get(key)
+        if recipe is not None:
+            self.kept.move_to_end(key)
+        return recipe
+
+    def keep(self, key: bytes, recipe: Recipe | None) -> None:
+        self.kept[key] = recipe
+        if len(self.kept) > _RECIPES:
+            self.kept.popitem(last=False)
+
+
+class Express:
+    """The short way of one endpoint of one model."""
+
+    def __init__(
+        self, lane: Lane, serving: Any, engine: Engine, encode: Encode | None, terms: Terms
+    ) -> None:
+        client = engine.client
+        self._lane = lane
+        self._serving = serving
+        self._client = client
+        self._flow = engine.flow
+        self._terms = terms
+        self._recipes = Recipes()
+        self._encode = encode
+        self.open = _open(serving, client)
+        if self.open:
+            serving.engine_client = Noting(client, terms)
+
+    # --- requests
+
+    def stream(self, body: dict[str, Any], asked_name: str, scope: Scope) -> TokenStream | None:
+        """The answer to a body whose recipe is known; None: go the long way."""
+        prompt = self._lane.plain(body) if self.open else None
+        if prompt is None or any(name in _HEADERS for name, _ in scope["headers"]):
+            return None
+        recipe = self._recipes.find(self._key(body, asked_name))
+        if recipe is None:
+            return None
+        try:
+            asked = recipe.asked(prompt, scope["state"]["request_id"])
+        except Exception:
+            # A template that refuses, a prompt that is too long: in vLLM's own words.
+            return None
+        return None if asked is None else self._carried(asked, recipe.template)
+
+    def _key(self, body: dict[str, Any], asked_name: str) -> bytes:
+        rest = self._lane.key(body)
+        return asked_name.encode() + orjson.dumps(rest, option=orjson.OPT_SORT_KEYS)
+
+    # --- tokens
+
+    def carry(
+        self, request: Any, body: dict[str, Any], asked_name: str, calls: list[Asked]
+    ) -> TokenStream | None:
+        """The answer to a request that vLLM has prepared; None if it must give it itself."""
+        if not (self.open and len(calls) == 1 and _plain(request, calls[0].params)):
+            return None
+        if not self._lane.able(request):
+            return None
+        asked = calls[0]
+        name = self._serving.models.model_name(asked.more.get("lora_request"))
+        template = self._lane.template(request, name, self._terms.prune)
+        self._learn(request, body, asked_name, asked, template)
+        return self._carried(asked, template)
+
+    def _carried(self, asked: Asked, template: Template) -> TokenStream:
+        frames = template.answer(self._lane.answer_id(asked.request_id))
+        return TokenStream(asked, self._flow, frames, self._terms.refusal, self._terms.failure)
+
+    def _learn(
+        self,
+        request: Any,
+        body: dict[str, Any],
+        asked_name: str,
+        asked: Asked,
+        template: Template,
+    ) -> None:
+        prompt = self._lane.plain(body)
+        if prompt is None or self._encode is None or not _repeatable(request, asked):
+            return
+        key = self._key(body, asked_name)
+        if len(key) <= _KEY_LIMIT and key not in self._recipes.kept:
+            recipe = self._recipe(request, asked, template)
+            self._recipes.keep(key, recipe if _proven(recipe, prompt, asked) else None)
+
+    def _recipe(self, request: Any, asked: Asked, template: Template) -> Recipe | None:
+        assert self._encode is not None  # noqa: S101  # _learn asks
+        try:
+            text = self._lane.text(request)
+        except Exception:
+            log.info("no short way for this kind of request", exc_info=True)
+            return None
+        first = copy.copy(asked)
+        first.params = copy.deepcopy(asked.params)
+        return Recipe(
+            self._lane,
+            self._client,
+            self._serving,
+            template,
+            text,
+            self._encode,
+            first,
+            request.build_tok_params(self._client.model_config),
+            self._lane.limit(request),
+            self._terms,
+        )
+
+
+def _proven(recipe: Recipe | None, prompt: Any, asked: Asked) -> bool:
+    """Whether it makes of the first body what vLLM's handler made of it."""
+    if recipe is None:
+        return False
+    try:
+        again = recipe.asked(prompt, "")
+    except Exception:
+        log.info("no short way for this kind of request", exc_info=True)
+        return False
+    if again is None:
+        return False
+    again.prompt["arrival_time"] = asked.prompt.get("arrival_time")
+    same = again.prompt == asked.prompt and again.params == asked.params
+    if not same:
+        log.warning("a short way gave another request than vLLM and is not used")
+    return same
+
+
+# --- who may go
+
+
+def _open(serving: Any, client: AsyncLLM) -> bool:
+    """Whether this engine and these handlers do nothing that the short way leaves out."""
+    config = client.vllm_config
+    return (
+        serving is not None
+        and getattr(serving, "parser_cls", None) is None
+        and not serving.enable_prompt_tokens_details
+        and not serving.enable_force_include_usage
+        and not serving.enable_per_request_metrics
+        and not getattr(serving, "enable_log_outputs", False)
+        and serving.request_logger is None
+        and not serving.has_kv_connector
+        and config.observability_config.otlp_traces_endpoint is None
+        and config.scheduler_config.stream_interval == 1
+        and config.speculative_config is None
+        and not config.model_config.is_encoder_decoder
+        and not config.model_config.skip_tokenizer_init
+    )
+
+
+def _plain(request: Any, params: Any) -> bool:
+    """Text of one choice, in chunks that hold nothing else."""
+    _, continuous = should_include_usage(request.stream_options, False)
+    return (
+        isinstance(params, SamplingParams)
+        and params.n == 1
+        and params.logprobs is None
+        and params.prompt_logprobs is None
+        and params.stream_interval is None
+        and params.detokenize
+        and not continuous
+        and not request.echo
+        and not request.return_token_ids
+    )
+
+
+def _repeatable(request: Any, asked: Asked) -> bool:
+    """Whether all that depends on the prompt is the prompt and `max_tokens`."""
+    params = asked.params
+    return (
+        asked.prompt.get("type") == "token"
+        and request.truncate_prompt_tokens is None
+        and params.structured_outputs is None
+        and not params.bad_words
+        and not params.min_tokens
+        and not params.extra_args
+        and "request_id" not in request.model_fields_set
+    )
+
+
+def encoder_of(client: AsyncLLM) -> Encode | None:
+    tokenizer = client.renderer.tokenizer
+    if not hasattr(tokenizer, "_tokenizer"):
+        return None  # not one of transformers' with a fast backend
+    return encoder(tokenizer, str(client.model_config.served_model_name))
+
+
+# --- chat and completions
+
+
+class Chat:
+    def __init__(self, serving: Any) -> None:
+        self._serving = serving
+
+    def plain(self, body: dict[str, Any]) -> Any:
+        messages = body.get("messages")
+        if body.get("stream") is not True or not isinstance(messages, list) or not messages:
+            return None
+        for message in messages:
+            if (
+                not isinstance(message, dict)
+                or len(message) != 2
+                or message.get("role") not in _ROLES
+                or not isinstance(message.get("content"), str)
+                or not message["content"]
+            ):
+                return None
+        return messages
+
+    def key(self, body: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in body.items() if name != "messages"}
+
+    def able(self, request: Any) -> bool:
+        return not request.return_prompt_text and not request.tools
+
+    def template(self, request: Any, name: str, prune: Callable[[bytes], bytes]) -> Template:
+        include_usage, _ = should_include_usage(request.stream_options, False)
+        role = self._serving.get_chat_request_role(request)
+        fingerprint = self._serving.system_fingerprint
+        models = ChatModels(name, role, fingerprint, include_usage=include_usage)
+        return Template(models, prune, include_usage=include_usage)
+
+    def text(self, request: Any) -> Callable[[Any], str]:
+        """vLLM's `render_messages` for messages of strings (vllm/renderers/hf.py).
+
+        Raises ValueError for what depends on the messages in another way.
+        """
+        renderer = self._serving.online_renderer
+        tokenizer = renderer.renderer.tokenizer
+        config = renderer.model_config
+        given = request.build_chat_params(
+            renderer.chat_template, renderer.chat_template_content_format
+        ).with_defaults({**(renderer.default_chat_template_kwargs or {}), "tools": None})
+        options = given.get_apply_chat_template_kwargs() | {"tokenize": False}
+        options.pop("tools", None)
+        template = resolve_chat_template(
+            tokenizer, chat_template=options.pop("chat_template", None), tools=None, model_config=config
+        )
+        form = resolve_chat_template_content_format(
+            chat_template=given.chat_template,
+            tools=None,
+            given_format=given.chat_template_content_format,
+            tokenizer=tokenizer,
+            model_config=config,
+        )
+        if template is None or form != "string" or not request.add_generation_prompt:
+            raise ValueError(f"content format {form}, or a prompt that goes on")
+        known = resolve_chat_template_kwargs(
+            tokenizer=tokenizer, chat_template=template, chat_template_kwargs=options
+        )
+        render = partial(PreTrainedTokenizerBase.apply_chat_template, tokenizer)
+        return lambda messages: str(
+            render(messages, tools=None, chat_template=template, tokenize=False, **known)
+        )
+
+    def answer_id(self, request_id: str) -> str:
+        return request_id
+
+    def request_id(self, base: str) -> str:
+        return f"chatcmpl-{base}"
+
+    def limit(self, request: Any) -> int | None:
+        limit: int | None = request.max_completion_tokens
+        return request.max_tokens if limit is None else limit
+
+
+class Completions:
+    def __init__(self, serving: Any) -> None:
+        self._serving = serving
+
+    def plain(self, body: dict[str, Any]) -> Any:
+        prompt = body.get("prompt")
+        plain = body.get("stream") is True and isinstance(prompt, str) and prompt
+        return prompt if plain else None
+
+    def key(self, body: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in body.items() if name != "prompt"}
+
+    def able(self, request: Any) -> bool:
+        return True
+
+    def template(self, request: Any, name: str, prune: Callable[[bytes], bytes]) -> Template:
+        include_usage, _ = should_include_usage(request.stream_options, False)
+        fingerprint = self._serving.system_fingerprint
+        models = CompletionModels(name, fingerprint, include_usage=include_usage)
+        return Template(models, prune, include_usage=include_usage)
+
+    def text(self, request: Any) -> Callable[[Any], str]:
+        if request.suffix is not None or request.prompt_embeds is not None:
+            raise ValueError("a suffix or embeddings")
+        return str
+
+    def answer_id(self, request_id: str) -> str:
+        return request_id.removesuffix("-0")
+
+    def request_id(self, base: str) -> str:
+        return f"cmpl-{base}-0"
+
+    def limit(self, request: Any) -> int | None:
+        limit: int | None = request.max_tokens
+        return limit

@@ -1,0 +1,234 @@
+"""An engine's output, straight into streams.
+
+vLLM's output loop makes a `RequestOutput` per token and puts it into a queue that wakes
+a task (vllm/v1/engine/output_processor.py). `Outputs` keeps that loop for all that has
+meaning beyond a token (the first one, the end, stop strings, preemptions, errors, other
+kinds of requests) and takes the rest short: text to its stream, statistics once per step.
+"""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+from vllm.exceptions import GenerationError
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine import FinishReason
+from vllm.v1.engine.detokenizer import BaseIncrementalDetokenizer
+from vllm.v1.engine.output_processor import OutputProcessor, OutputProcessorOutput, RequestState
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.metrics.stats import IterationStats
+
+    from llmserve.errors import LLMServeError
+    from llmserve.stream import TokenStream
+
+# The request that is being given to the engine, and the stream it is for.
+_beginning: ContextVar[tuple[Asked, TokenStream] | None] = ContextVar("beginning", default=None)
+
+
+class Asked:
+    """A call of `AsyncLLM.generate` that is not made: its request goes to a stream.
+
+    `stream.Source`. `translate` turns vLLM's exceptions into ours.
+    """
+
+    def __init__(
+        self,
+        client: AsyncLLM,
+        prompt: Any,
+        params: Any,
+        request_id: str,
+        more: dict[str, Any],
+        translate: Callable[[Exception], LLMServeError],
+    ) -> None:
+        self._client = client
+        self._translate = translate
+        self.prompt = prompt
+        self.params = params
+        self.request_id = request_id
+        self.more = more
+        self._state: Streamed | None = None
+
+    async def begin(self, stream: TokenStream) -> None:
+        token = _beginning.set((self, stream))
+        try:
+            await self._client.add_request(self.request_id, self.prompt, self.params, **self.more)
+        except Exception as error:
+            raise self._translate(error) from error
+        finally:
+            _beginning.reset(token)
+
+    def began(self, state: Streamed, stream: TokenStream) -> None:
+        self._state = state
+        state.stream = stream
+        state.asked = self
+        # Where vLLM puts an engine's failure; tokens do not come this way.
+        state.queue = _Failures(self, stream)  # type: ignore[assignment]
+
+    def failure(self, error: Exception) -> LLMServeError:
+        return self._translate(error)
+
+    async def abort(self) -> None:
+        if self._state is not None:
+            await self._client.abort(self._state.request_id, internal=True)
+
+    @property
+    def prompt_tokens(self) -> int:
+        return self._state.prompt_len if self._state is not None else 0
+
+
+class _Failures:
+    def __init__(self, asked: Asked, stream: TokenStream) -> None:
+        self._asked = asked
+        self._stream = stream
+
+    def put(self, error: Exception) -> None:
+        self._stream.failed(self._asked.failure(error))
+
+
+class Streamed(RequestState):
+    """A request whose text goes to a stream. vLLM's loop sees every token of it."""
+
+    stream: TokenStream
+    asked: Asked
+
+    def make_request_output(
+        self,
+        new_token_ids: list[int],
+        pooling_output: Any,
+        finish_reason: FinishReason | None,
+        stop_reason: int | str | None,
+        *_: Any,
+        **__: Any,
+    ) -> None:
+        """Called once a step, after statistics, detokenizer and stop strings."""
+        since_s = self.stats.last_token_ts if self.stats is not None else 0.0
+        if finish_reason is FinishReason.ERROR:
+            self.stream.failed(self.asked.failure(GenerationError("Internal server error")))
+            return
+        assert self.detokenizer is not None  # noqa: S101  # Asked requests have text
+        text = self.detokenizer.get_next_output_text(finish_reason is not None, True)
+        if text or new_token_ids:
+            self.stream.took(text, len(new_token_ids), since_s)
+        if finish_reason is not None:
+            self.stream.finished(str(finish_reason), stop_reason, since_s)
+
+
+class Plain(Streamed):
+    """Nothing can happen at a token of it but the end: no stop strings to look for."""
+
+
+class Silent(RequestState):
+    """A request that says nothing before it is finished, and has no stop strings."""
+
+
+class Outputs(OutputProcessor):
+    """vLLM's, with a short way for `Plain` and `Silent` requests."""
+
+    @classmethod
+    def take_over(cls, client: AsyncLLM) -> None:
+        """Become the output processor of a client that has had no request yet."""
+        client.output_processor.__class__ = cls
+
+    def add_request(
+        self, request: EngineCoreRequest, prompt: str | None, *rest: Any, **more: Any
+    ) -> None:
+        super().add_request(request, prompt, *rest, **more)
+        state = self.request_states[request.request_id]
+        beginning = _beginning.get()
+        if beginning is not None:
+            state.__class__ = Plain if _unwatched(state) else Streamed
+            asked, stream = beginning
+            asked.began(state, stream)  # type: ignore[arg-type]  # its class is set above
+        elif _silent(state) and _unwatched(state):
+            state.__class__ = Silent
+
+    def process_outputs(
+        self,
+        engine_core_outputs: list[EngineCoreOutput],
+        engine_core_timestamp: float | None = None,
+        iteration_stats: IterationStats | None = None,
+        **more: Any,
+    ) -> OutputProcessorOutput:
+        """Once per engine step. `engine_core_timestamp` is the engine's `time.monotonic()`."""
+        others: list[EngineCoreOutput] = []
+        states = self.request_states
+        now: float = engine_core_timestamp or 0.0
+        tokens = 0
+        gaps: dict[float, int] = {}
+        for output in engine_core_outputs:
+            state = states.get(output.request_id)
+            kind = state.__class__
+            if (
+                (kind is not Plain and kind is not Silent)
+                or output.finish_reason is not None
+                or output.events is not None
+                or state.is_prefilling  # type: ignore[union-attr]
+            ):
+                others.append(output)
+                continue
+            ids = output.new_token_ids
+            if kind is Plain:
+                _take(state, ids, now)  # type: ignore[arg-type]
+            else:
+                state.detokenizer.update(ids, False)  # type: ignore[union-attr]
+            stats = state.stats  # type: ignore[union-attr]
+            if stats is not None:
+                stats.num_generation_tokens += len(ids)
+                gap = now - stats.last_token_ts
+                gaps[gap] = gaps.get(gap, 0) + 1
+                stats.last_token_ts = now
+                tokens += len(ids)
+        if iteration_stats is not None:
+            iteration_stats.num_generation_tokens += tokens
+            note_gaps(iteration_stats, gaps)
+        return super().process_outputs(
+            others, engine_core_timestamp, iteration_stats, **more
+        )
+
+
+def _take(state: Plain, ids: list[int], now: float) -> None:
+    """The text of new tokens, one id at a time: a character is never split.
+
+    `DecodeStream.step` of a list that ends inside a character holds back all of it.
+    """
+    detokenizer = state.detokenizer
+    if len(ids) == 1:
+        detokenizer.token_ids.append(ids[0])  # type: ignore[union-attr]
+        state.stream.took(detokenizer.decode_next(ids[0]), 1, now)  # type: ignore[union-attr]
+        return
+    pieces = []
+    for token in ids:
+        detokenizer.token_ids.append(token)  # type: ignore[union-attr]
+        pieces.append(detokenizer.decode_next(token))  # type: ignore[union-attr]
+    if ids:
+        state.stream.took("".join(pieces), len(ids), now)
+
+
+def _silent(state: RequestState) -> bool:
+    return (
+        state.output_kind is RequestOutputKind.FINAL_ONLY
+        and state.parent_req is None
+        and not state.streaming_input
+        and state.logprobs_processor is not None
+        and state.logprobs_processor.num_logprobs is None
+        and state.logprobs_processor.num_prompt_logprobs is None
+    )
+
+
+def _unwatched(state: RequestState) -> bool:
+    """Whether its text is made token by token and nobody looks for a stop string in it."""
+    detokenizer = state.detokenizer
+    return isinstance(detokenizer, BaseIncrementalDetokenizer) and not detokenizer.stop
+
+
+def note_gaps(stats: IterationStats, gaps: dict[float, int]) -> None:
+    """How often which inter-token latency was seen; a step's streams share one."""
+    known: dict[float, int] = stats.__dict__.setdefault("gaps", {})
+    for gap, count in gaps.items():
+        known[gap] = known.get(gap, 0) + count

@@ -1,0 +1,294 @@
+"""A streamed answer on its way to one client, without a task or a queue per token.
+
+The engine's side hands over pieces of text; what a turn of the loop has brought leaves
+as one event per stream. Events are written by stepping the ASGI `send` where the loop
+is: it only waits for a client that reads too slowly, and then a task takes it over
+while text piles up and becomes one longer event.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import types
+from typing import TYPE_CHECKING, Any, Protocol
+
+from llmserve.sse import HEADERS, PING_S
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Generator
+
+    from starlette.responses import Response
+    from starlette.types import Receive, Scope, Send
+
+    from llmserve.errors import LLMServeError
+
+log = logging.getLogger(__name__)
+
+FIRST_S = 2.0  # how long the headers wait for what could still be an error
+BEHIND_S = 0.02  # text is collected before any is written, for at most this long
+STUCK_S = 60.0  # a client that has read nothing for so long has left
+HELD_LIMIT = 500_000  # characters that wait for one client
+_TEND_S = 0.5
+_PING = b": ping\n\n"
+
+ABORT = "llmserve.abort"  # ASGI extension: end the connection without flushing it
+
+
+class Source(Protocol):
+    """The request behind a stream, in an engine."""
+
+    async def begin(self, stream: TokenStream) -> None:
+        """Give the request to the engine. Raises LLMServeError."""
+        ...
+
+    async def abort(self) -> None: ...
+
+    @property
+    def prompt_tokens(self) -> int: ...
+
+
+class Frames(Protocol):
+    """The events of one answer, as bytes around its text."""
+
+    first: bytes
+
+    def middle(self, text: str) -> bytes: ...
+
+    def last(
+        self, text: str, finish: str, stop: int | str | None, prompt_tokens: int, tokens: int
+    ) -> bytes:
+        """Everything from the last piece of text to the end of the stream."""
+        ...
+
+
+class Flow:
+    """The streams of one engine: writes what they have got, and looks after quiet ones.
+
+    `behind` says that the engine's next step is here already: then that is taken first,
+    and both leave together. `lag` is told how old the oldest text was when it left.
+    """
+
+    def __init__(self, behind: Callable[[], bool], lag: Callable[[float], None]) -> None:
+        self._behind = behind
+        self._lag = lag
+        self._waiting: list[TokenStream] = []
+        self._since_s = 0.0
+        self._streams: set[TokenStream] = set()
+        self._tending = False
+
+    def add(self, stream: TokenStream, since_s: float) -> None:
+        """`stream` has something to write that the engine made at `since_s`."""
+        if not self._waiting:
+            self._since_s = since_s
+            asyncio.get_running_loop().call_soon(self._write)
+        self._waiting.append(stream)
+
+    def _write(self) -> None:
+        if self._behind() and time.monotonic() - self._since_s < BEHIND_S:
+            asyncio.get_running_loop().call_soon(self._write)
+            return
+        waiting, self._waiting = self._waiting, []
+        for stream in waiting:
+            stream.write()
+        self._lag(time.monotonic() - self._since_s)
+
+    def enter(self, stream: TokenStream) -> None:
+        self._streams.add(stream)
+        if not self._tending:
+            self._tending = True
+            asyncio.get_running_loop().call_later(_TEND_S, self._tend)
+
+    def leave(self, stream: TokenStream) -> None:
+        self._streams.discard(stream)
+
+    def _tend(self) -> None:
+        """One timer for all of them: a timer each would cost more than the rest of it."""
+        now = time.monotonic()
+        for stream in list(self._streams):
+            stream.tend(now)
+        self._tending = bool(self._streams)
+        if self._tending:
+            asyncio.get_running_loop().call_later(_TEND_S, self._tend)
+
+
+class TokenStream:
+    """`source`'s text to the client, in `frames`.
+
+    What fails before the first byte is `refusal(error)`, an answer with a status of its
+    own; later it is `failure(error)`, a last event.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        flow: Flow,
+        frames: Frames,
+        refusal: Callable[[LLMServeError], Response],
+        failure: Callable[[LLMServeError], bytes],
+    ) -> None:
+        self.failure = failure
+        self._source = source
+        self._flow = flow
+        self._frames = frames
+        self._refusal = refusal
+        self._send: Send
+        self._abort: Callable[[], None] = _nothing
+        self._sending: asyncio.Task[None] | None = None
+        self._pieces: list[str] = []
+        self._tokens = 0
+        self._finish: tuple[str, int | str | None] | None = None
+        self._error: LLMServeError | None = None
+        self._waits = False  # in the flow's list
+        self._headers_sent = self._text_sent = self._over = False
+        self._moved_s = 0.0  # when `send` was last called
+
+    # --- the engine's side
+
+    def took(self, text: str, tokens: int, since_s: float) -> None:
+        """`tokens` more, made at `since_s` (`time.monotonic`), and the text they completed."""
+        self._pieces.append(text)
+        self._tokens += tokens
+        if not self._waits:
+            self._waits = True
+            self._flow.add(self, since_s)
+
+    def finished(self, reason: str, stop: int | str | None, since_s: float) -> None:
+        self._finish = (reason, stop)
+        if not self._waits:
+            self._waits = True
+            self._flow.add(self, since_s)
+
+    def failed(self, error: LLMServeError) -> None:
+        self._error = error
+        if not self._waits:
+            self._waits = True
+            self._flow.add(self, time.monotonic())
+
+    # --- the client's side
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._send = send
+        self._abort = (scope.get("extensions") or {}).get(ABORT, _nothing)
+        self._moved_s = time.monotonic()
+        self._flow.enter(self)
+        try:
+            await self._source.begin(self)
+            # Both ends are told the same way: the answer is out, or the client has gone.
+            while (await receive())["type"] != "http.disconnect":
+                pass
+        finally:
+            self._flow.leave(self)
+            if not self._over:
+                self._over = True
+                await self._source.abort()
+
+    def write(self) -> None:
+        """All that is pending as one event; later, if the client has not taken the last."""
+        if self._sending is not None or self._over:
+            return
+        self._waits = False
+        if self._error is not None:
+            self._fail(self._error)
+            return
+        pieces, self._pieces = self._pieces, []
+        text = pieces[0] if len(pieces) == 1 else "".join(pieces)
+        frame = b"" if self._text_sent else self._frames.first
+        self._text_sent = True
+        if self._finish is None:
+            self._step(frame + self._frames.middle(text), more=True)
+        else:
+            self._over = True
+            prompt_tokens = self._source.prompt_tokens
+            last = self._frames.last(text, *self._finish, prompt_tokens, self._tokens)
+            self._step(frame + last, more=False)
+
+    def _fail(self, error: LLMServeError) -> None:
+        self._over = True
+        if self._headers_sent:
+            self._step(self.failure(error), more=False)
+        else:
+            response = self._refusal(error)
+            self._headers_sent = True
+            self._run(self._answer(response))
+
+    async def _answer(self, response: Response) -> None:
+        await self._send(
+            {
+                "type": "http.response.start",
+                "status": response.status_code,
+                "headers": response.raw_headers,
+            }
+        )
+        await self._send({"type": "http.response.body", "body": response.body})
+
+    def _step(self, body: bytes, *, more: bool) -> None:
+        message = {"type": "http.response.body", "body": body, "more_body": more}
+        if self._headers_sent:
+            self._run(self._send(message))
+        else:
+            self._headers_sent = True
+            self._run(self._start(message))
+
+    async def _start(self, message: dict[str, Any]) -> None:
+        await self._send({"type": "http.response.start", "status": 200, "headers": HEADERS})
+        await self._send(message)
+
+    def _run(self, sending: Coroutine[Any, Any, None]) -> None:
+        """Run it here and now. It waits for a slow client only: then a task takes over."""
+        self._moved_s = time.monotonic()
+        try:
+            waits_for = sending.send(None)
+        except StopIteration:
+            return
+        except Exception:
+            self._broke()
+        else:
+            rest = self._rest(sending, waits_for)
+            self._sending = asyncio.get_running_loop().create_task(rest)
+
+    async def _rest(self, sending: Coroutine[Any, Any, None], waits_for: Any) -> None:
+        try:
+            await _resume(sending, waits_for)
+        except Exception:
+            self._broke()
+        self._sending = None
+        if self._pieces or self._finish or self._error:
+            self.write()
+
+    # --- quiet ones
+
+    def tend(self, now: float) -> None:
+        """Headers when they are due, a comment when nothing else goes out, an end to it
+        when the client does not read."""
+        quiet_s = now - self._moved_s
+        if self._sending is not None:
+            if quiet_s > STUCK_S or sum(map(len, self._pieces)) > HELD_LIMIT:
+                self._give_up()
+        elif self._over:
+            pass
+        elif not self._headers_sent:
+            if quiet_s >= FIRST_S:
+                self._step(b"", more=True)
+        elif quiet_s >= PING_S:
+            self._step(_PING, more=True)
+
+    def _broke(self) -> None:
+        log.exception("an event could not be written")
+        self._give_up()
+
+    def _give_up(self) -> None:
+        """The connection ends, and with it the wait in `__call__`, which aborts."""
+        self._abort()
+
+
+def _nothing() -> None:
+    pass
+
+
+@types.coroutine
+def _resume(coroutine: Coroutine[Any, Any, None], waits_for: Any) -> Generator[Any, Any, None]:
+    """What is left of a coroutine that was stepped as far as `waits_for`."""
+    yield waits_for
+    yield from coroutine  # type: ignore[misc]
