@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hmac
 import logging
-import uuid
+import os
 from typing import TYPE_CHECKING, cast
 
 from starlette.applications import Starlette
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -27,6 +26,7 @@ from llmserve.errors import (
     quoted,
 )
 from llmserve.protocol import ENDPOINTS, error_response
+from llmserve.work import Work
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -45,20 +45,74 @@ _ENDPOINT_OF = {path: endpoint.name for endpoint in ENDPOINTS for path in endpoi
 
 
 def build(services: Services) -> ASGIApp:
-    table = routes.table()
     app = Starlette(
-        routes=table,
-        middleware=[Middleware(_Keys, server=services.config.server)],
+        routes=routes.table(),
         exception_handlers={
-            LLMServeError: _refused,
             HTTPException: _unrouted,
-            ClientDisconnect: _left,
-            Exception: _unforeseen,
+            LLMServeError: _answered,
+            Exception: _answered,
         },
     )
     app.router.redirect_slashes = False  # a 404 that says what was meant
     app.state.services = services
-    return _Watched(_with_cors(app, services.config.server), services)
+    answering = _Answering(_Keys(_Dispatch(app), services.config.server))
+    return _Watched(_with_cors(answering, services.config.server), services)
+
+
+class _Dispatch:
+    """A model's work goes straight to its endpoint: it is most of what comes.
+
+    Starlette would compare the path with every route and wrap every message.
+    """
+
+    def __init__(self, app: Starlette) -> None:
+        self._app = app
+        self._work = {
+            route.path: route.app
+            for route in app.routes
+            if isinstance(route, Route) and isinstance(route.app, Work)
+        }
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "POST":
+            work = self._work.get(scope["path"])
+            if work is not None:
+                scope["app"] = self._app
+                await work(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+class _Answering:
+    """The one error handler: what is raised before the first byte is an answer."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self._app(scope, receive, send)
+        except Exception as error:
+            if scope["type"] != "http" or scope["state"]["began"]:
+                raise
+            await _answer_to(error, scope)(scope, receive, send)
+
+
+def _answer_to(error: Exception, scope: Scope) -> ASGIApp:
+    if isinstance(error, LLMServeError):
+        return error_response(error)
+    if isinstance(error, HTTPException):  # a form that Starlette cannot read
+        return error_response(_refusal(error))
+    if isinstance(error, ClientDisconnect):
+        return _nobody
+    log.error("path=%s unforeseen", scope["path"], exc_info=error)
+    return error_response(
+        LLMServeError("Something went wrong in the server.", code="internal_error")
+    )
+
+
+async def _nobody(_: Scope, __: Receive, ___: Send) -> None:
+    """There is nobody to answer."""
 
 
 def _with_cors(app: ASGIApp, server: ServerSpec) -> ASGIApp:
@@ -102,13 +156,15 @@ class _Watched:
         request_id = _request_id(scope)
         # vLLM's handlers take the id of an answer from here.
         MutableHeaders(scope=scope)[_ID] = request_id
-        scope.setdefault("state", {})["request_id"] = request_id
+        state = scope.setdefault("state", {})
+        state |= {"request_id": request_id, "began": False}
         status, whole = _CLIENT_CLOSED, False
 
         async def with_id(message: Message) -> None:
             nonlocal status, whole
             if message["type"] == "http.response.start":
                 status = message["status"]
+                state["began"] = True
                 MutableHeaders(scope=message)[_ID] = request_id
             else:
                 whole = not message.get("more_body", False)
@@ -132,7 +188,7 @@ class _Watched:
 def _request_id(scope: Scope) -> str:
     given = Headers(scope=scope).get(_ID, "")
     fit = 0 < len(given) <= 128 and given.isascii() and given.isprintable()
-    return given if fit else uuid.uuid4().hex
+    return given if fit else os.urandom(16).hex()
 
 
 class _Keys:
@@ -147,11 +203,7 @@ class _Keys:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self._keys and scope["type"] == "http" and scope["path"] not in _OPEN:
-            try:
-                self._check(Headers(scope=scope))
-            except Unauthorized as error:
-                await error_response(error)(scope, receive, send)
-                return
+            self._check(Headers(scope=scope))
         await self._app(scope, receive, send)
 
     def _check(self, headers: Headers) -> None:
@@ -168,12 +220,12 @@ class _Keys:
 # --- errors
 
 
-async def _refused(_: Request, error: Exception) -> Response:
-    return error_response(cast("LLMServeError", error))
+async def _answered(request: Request, error: Exception) -> Response:
+    return cast("Response", _answer_to(error, request.scope))
 
 
 async def _unrouted(request: Request, error: Exception) -> Response:
-    """Starlette's own refusals: no such route, wrong method, a form it cannot read."""
+    """Starlette's own refusals: no such route, wrong method."""
     error = cast("HTTPException", error)
     if error.status_code == 405:
         allowed = sorted(set(_methods(request)))
@@ -186,9 +238,13 @@ async def _unrouted(request: Request, error: Exception) -> Response:
         )
     if error.status_code == 404:
         return error_response(_no_route(request))
+    return error_response(_refusal(error))
+
+
+def _refusal(error: HTTPException) -> RequestError:
     refusal = RequestError(str(error.detail))
     refusal.status = error.status_code
-    return error_response(refusal)
+    return refusal
 
 
 def _methods(request: Request) -> Iterable[str]:
@@ -202,19 +258,3 @@ def _no_route(request: Request) -> RouteNotFound:
     near = nearest(request.url.path, known)
     hint = f"did you mean {near}?" if near else "GET /openapi.json lists all routes."
     return RouteNotFound(f"There is no route {quoted(request.url.path)}; {hint}")
-
-
-async def _left(_: Request, __: Exception) -> Response:
-    return _Unsent()
-
-
-async def _unforeseen(request: Request, error: Exception) -> Response:
-    log.error("path=%s unforeseen", request.url.path, exc_info=error)
-    return error_response(LLMServeError("Something went wrong in the server.", code="internal_error"))
-
-
-class _Unsent(Response):
-    """There is nobody to answer."""
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        pass

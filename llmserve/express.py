@@ -55,6 +55,8 @@ _RECIPES = 256  # kinds of requests that are remembered, per endpoint
 _KEY_LIMIT = 4096  # bytes of a body without its messages
 _TEXT_LIMIT = 8192  # characters; longer texts are tokenized in vLLM's threads
 _ROLES = frozenset({"system", "user", "assistant"})
+# Numbers of a body that only set a field of the request to the engine.
+_NUMBERS = ("max_tokens", "max_completion_tokens", "seed")
 # Headers that vLLM's handlers read besides the request's id.
 _HEADERS = frozenset(
     {b"x-data-parallel-rank", b"x-session-id", b"x-vllm-priority", b"traceparent", b"tracestate"}
@@ -114,12 +116,10 @@ class Noted:
 class Lane(Protocol):
     """What chat and completions do each in their own way."""
 
-    def plain(self, body: dict[str, Any]) -> Any:
-        """The prompt of a body that a recipe can take; None if it cannot."""
-        ...
+    prompt: str  # the key of a body that holds it
 
-    def key(self, body: dict[str, Any]) -> dict[str, Any]:
-        """The body without its prompt."""
+    def plain(self, prompt: Any) -> bool:
+        """Whether a recipe can take it."""
         ...
 
     def able(self, request: Any) -> bool: ...
@@ -133,9 +133,6 @@ class Lane(Protocol):
         ...
 
     def request_id(self, base: str) -> str: ...
-    def limit(self, request: Any) -> int | None:
-        """`max_tokens` as asked for."""
-        ...
 
 
 @dataclass
@@ -150,19 +147,23 @@ class Recipe:
     encode: Encode
     first: Asked  # what vLLM's handler made of the first body; never begun again
     tok_params: Any
-    limit: int | None
+    limit: int | None  # `max_tokens` of a body that names none
     terms: Terms
 
-    def asked(self, prompt: Any, base_id: str) -> Asked | None:
-        """None if vLLM should have a look at it: it is long, or does not fit."""
-        text = self.text(prompt)
+    def asked(self, body: dict[str, Any], base_id: str) -> Asked | None:
+        """The request to the engine; None if vLLM should have a look at the body.
+
+        Raises what vLLM finds wrong with it.
+        """
+        text = self.text(body[self.lane.prompt])
         if len(text) > _TEXT_LIMIT:
             return None
         ids = self.encode(text, add_special_tokens=self.tok_params.add_special_tokens)
         tokens = self.tok_params.apply_post_tokenization(None, TokensPrompt(prompt_token_ids=ids))
         ids = tokens["prompt_token_ids"]
         params = copy.copy(self.first.params)
-        params.max_tokens = self._max_tokens(len(ids))
+        params.max_tokens = self._max_tokens(body, len(ids))
+        params.seed = body.get("seed", params.seed)
         made = {**self.first.prompt, "prompt_token_ids": ids, "arrival_time": time.time()}
         if "prompt" in made:
             made["prompt"] = text
@@ -175,11 +176,12 @@ class Recipe:
             self.terms.translate,
         )
 
-    def _max_tokens(self, length: int) -> int:
+    def _max_tokens(self, body: dict[str, Any], length: int) -> int:
+        limit = body.get("max_completion_tokens", body.get("max_tokens", self.limit))
         return int(
             get_max_tokens(
                 self.client.model_config.max_model_len,
-                self.limit,
+                limit,
                 length,
                 self.serving.default_sampling_params,
                 self.serving.override_max_tokens,
@@ -227,21 +229,29 @@ class Express:
 
     def stream(self, body: dict[str, Any], asked_name: str, scope: Scope) -> TokenStream | None:
         """The answer to a body whose recipe is known; None: go the long way."""
-        prompt = self._lane.plain(body) if self.open else None
-        if prompt is None or any(name in _HEADERS for name, _ in scope["headers"]):
+        if not (self.open and self._fits(body)):
+            return None
+        if any(name in _HEADERS for name, _ in scope["headers"]):
             return None
         recipe = self._recipes.find(self._key(body, asked_name))
         if recipe is None:
             return None
         try:
-            asked = recipe.asked(prompt, scope["state"]["request_id"])
+            asked = recipe.asked(body, scope["state"]["request_id"])
         except Exception:
             # A template that refuses, a prompt that is too long: in vLLM's own words.
             return None
         return None if asked is None else self._carried(asked, recipe.template)
 
+    def _fits(self, body: dict[str, Any]) -> bool:
+        if body.get("stream") is not True or not self._lane.plain(body.get(self._lane.prompt)):
+            return False
+        return all(_is_number(body[name]) for name in _NUMBERS if name in body)
+
     def _key(self, body: dict[str, Any], asked_name: str) -> bytes:
-        rest = self._lane.key(body)
+        """All of a body but the prompt, and of numbers that they are there."""
+        rest = {name: None if name in _NUMBERS else value for name, value in body.items()}
+        del rest[self._lane.prompt]
         return asked_name.encode() + orjson.dumps(rest, option=orjson.OPT_SORT_KEYS)
 
     # --- tokens
@@ -272,13 +282,12 @@ class Express:
         asked: Asked,
         template: Template,
     ) -> None:
-        prompt = self._lane.plain(body)
-        if prompt is None or self._encode is None or not _repeatable(request, asked):
+        if self._encode is None or not self._fits(body) or not _repeatable(request, asked):
             return
         key = self._key(body, asked_name)
         if len(key) <= _KEY_LIMIT and key not in self._recipes.kept:
             recipe = self._recipe(request, asked, template)
-            self._recipes.keep(key, recipe if _proven(recipe, prompt, asked) else None)
+            self._recipes.keep(key, recipe if _proven(recipe, body, asked) else None)
 
     def _recipe(self, request: Any, asked: Asked, template: Template) -> Recipe | None:
         assert self._encode is not None  # noqa: S101  # _learn asks
@@ -298,17 +307,17 @@ class Express:
             self._encode,
             first,
             request.build_tok_params(self._client.model_config),
-            self._lane.limit(request),
+            request.max_tokens,
             self._terms,
         )
 
 
-def _proven(recipe: Recipe | None, prompt: Any, asked: Asked) -> bool:
+def _proven(recipe: Recipe | None, body: dict[str, Any], asked: Asked) -> bool:
     """Whether it makes of the first body what vLLM's handler made of it."""
     if recipe is None:
         return False
     try:
-        again = recipe.asked(prompt, "")
+        again = recipe.asked(body, "")
     except Exception:
         log.info("no short way for this kind of request", exc_info=True)
         return False
@@ -341,6 +350,21 @@ def _open(serving: Any, client: AsyncLLM) -> bool:
         and config.speculative_config is None
         and not config.model_config.is_encoder_decoder
         and not config.model_config.skip_tokenizer_init
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _is_text(message: Any) -> bool:
+    """A message of a role and a text, and nothing else."""
+    return (
+        type(message) is dict
+        and len(message) == 2
+        and message.get("role") in _ROLES
+        and type(message.get("content")) is str
+        and bool(message["content"])
     )
 
 
@@ -385,26 +409,13 @@ def encoder_of(client: AsyncLLM) -> Encode | None:
 
 
 class Chat:
+    prompt = "messages"
+
     def __init__(self, serving: Any) -> None:
         self._serving = serving
 
-    def plain(self, body: dict[str, Any]) -> Any:
-        messages = body.get("messages")
-        if body.get("stream") is not True or not isinstance(messages, list) or not messages:
-            return None
-        for message in messages:
-            if (
-                not isinstance(message, dict)
-                or len(message) != 2
-                or message.get("role") not in _ROLES
-                or not isinstance(message.get("content"), str)
-                or not message["content"]
-            ):
-                return None
-        return messages
-
-    def key(self, body: dict[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in body.items() if name != "messages"}
+    def plain(self, prompt: Any) -> bool:
+        return isinstance(prompt, list) and all(map(_is_text, prompt)) and bool(prompt)
 
     def able(self, request: Any) -> bool:
         return not request.return_prompt_text and not request.tools
@@ -427,8 +438,9 @@ class Chat:
         given = request.build_chat_params(
             renderer.chat_template, renderer.chat_template_content_format
         ).with_defaults({**(renderer.default_chat_template_kwargs or {}), "tools": None})
-        options = given.get_apply_chat_template_kwargs() | {"tokenize": False}
-        options.pop("tools", None)
+        options = given.get_apply_chat_template_kwargs()
+        for name in ("tools", "tokenize"):
+            options.pop(name, None)
         template = resolve_chat_template(
             tokenizer, chat_template=options.pop("chat_template", None), tools=None, model_config=config
         )
@@ -455,22 +467,15 @@ class Chat:
     def request_id(self, base: str) -> str:
         return f"chatcmpl-{base}"
 
-    def limit(self, request: Any) -> int | None:
-        limit: int | None = request.max_completion_tokens
-        return request.max_tokens if limit is None else limit
-
 
 class Completions:
+    prompt = "prompt"
+
     def __init__(self, serving: Any) -> None:
         self._serving = serving
 
-    def plain(self, body: dict[str, Any]) -> Any:
-        prompt = body.get("prompt")
-        plain = body.get("stream") is True and isinstance(prompt, str) and prompt
-        return prompt if plain else None
-
-    def key(self, body: dict[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in body.items() if name != "prompt"}
+    def plain(self, prompt: Any) -> bool:
+        return isinstance(prompt, str) and bool(prompt)
 
     def able(self, request: Any) -> bool:
         return True
@@ -491,7 +496,3 @@ class Completions:
 
     def request_id(self, base: str) -> str:
         return f"cmpl-{base}-0"
-
-    def limit(self, request: Any) -> int | None:
-        limit: int | None = request.max_tokens
-        return limit

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
     from starlette.requests import Request
     from starlette.responses import Response
-    from starlette.types import ASGIApp
+    from starlette.types import ASGIApp, Scope
 
     from llmserve.config import ModelSpec
     from llmserve.metrics import Metrics
@@ -61,7 +61,7 @@ class Running(Protocol):
     @property
     def registry(self) -> CollectorRegistry: ...
     def express(
-        self, endpoint: str, body: dict[str, Any], asked: str, request: Request
+        self, endpoint: str, body: dict[str, Any], asked: str, scope: Scope
     ) -> ASGIApp | None:
         """The answer to a request like an earlier one; None if it needs `call`."""
         ...

@@ -1,4 +1,4 @@
-"""A function per endpoint; those of ENDPOINTS share one, `serve`."""
+"""Every route there is: the models' work, and the server's own."""
 
 from __future__ import annotations
 
@@ -9,33 +9,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import orjson
 from pydantic import BaseModel, Field, ValidationError
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from llmserve import __version__, metrics
-from llmserve.constraints import check_constraints
-from llmserve.errors import BodyTooLarge, LLMServeError, RequestError, RouteNotFound, quoted
-from llmserve.pool import STARTING, State, cut_off
-from llmserve.protocol import (
-    ENDPOINTS,
-    Endpoint,
-    Ongoing,
-    model_card,
-    parse_object,
-    requested_model,
-)
-from llmserve.sse import EventStream
-from llmserve.stream import TokenStream
+from llmserve.errors import LLMServeError, RequestError, RouteNotFound, quoted
+from llmserve.pool import STARTING, State
+from llmserve.protocol import ENDPOINTS, model_card
+from llmserve.turns import Turns
+from llmserve.work import Work
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable
-
-    from starlette.types import ASGIApp, Message, Receive, Scope, Send
-
     from llmserve.config import Config
     from llmserve.metrics import Metrics
-    from llmserve.pool import Entry, Lease, Pool
+    from llmserve.pool import Entry, Pool
 
 
 @dataclass(frozen=True)
@@ -45,13 +33,14 @@ class Services:
     config: Config
     pool: Pool
     metrics: Metrics
+    turns: Turns = field(default_factory=Turns)
     created: int = field(default_factory=lambda: int(time.time()))
 
 
 def table() -> list[Route]:
     """Every route there is."""
     served = [
-        Route(path, _serving(endpoint), methods=["POST"])
+        Route(path, Work(endpoint), methods=["POST"], name=endpoint.name)
         for endpoint in ENDPOINTS
         for path in endpoint.paths
     ]
@@ -69,129 +58,7 @@ def table() -> list[Route]:
     ]
 
 
-# --- a model's work
-
-
-def _serving(endpoint: Endpoint) -> Any:
-    async def serve(request: Request) -> Response:
-        services = _services(request)
-        limit = services.config.server.max_body
-        bounded = Request(request.scope, _counted(request.receive, limit))
-        try:
-            body = await _body(bounded, endpoint, limit)
-            return await _answer(request, endpoint, body, services.pool)
-        finally:
-            await bounded.close()  # an upload's temporary file
-
-    return serve
-
-
-async def _answer(
-    request: Request, endpoint: Endpoint, body: dict[str, Any], pool: Pool
-) -> Response:
-    check_constraints(body)
-    name = requested_model(body, pool.registry)
-    request.state.model = pool.registry.find(name).name  # for the metrics, refused or not
-    lease = pool.lease(name, asyncio.current_task())
-    try:
-        answer = lease.running.express(endpoint.name, body, name, request)
-        if answer is None:
-            work = lease.running.call(endpoint.name, body, name, request)
-            answer = await _unless_gone(request, work)
-        return Leased(answer, lease)
-    except BaseException as error:
-        lease.release()
-        if lease.was_cut and isinstance(error, asyncio.CancelledError):
-            raise cut_off() from None
-        raise
-
-
-class Leased(Response):
-    """Gives its lease back when the work is done, also when no byte was sent."""
-
-    def __init__(self, response: ASGIApp, lease: Lease) -> None:
-        super().__init__()
-        self._response = response
-        self._lease = lease
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        began = False
-
-        async def watched(message: Message) -> None:
-            nonlocal began
-            began = True
-            await send(message)
-
-        try:
-            await self._response(scope, receive, watched)
-        except asyncio.CancelledError:
-            if not self._lease.was_cut:
-                raise
-            if not began:
-                raise cut_off() from None
-            await self._end_early(send)
-        finally:
-            if isinstance(self._response, Ongoing):
-                self._response.task.add_done_callback(lambda _: self._lease.release())
-            else:
-                self._lease.release()
-
-    async def _end_early(self, send: Send) -> None:
-        streamed = isinstance(self._response, EventStream | TokenStream)
-        last = self._response.failure(cut_off()) if streamed else b""
-        await send({"type": "http.response.body", "body": last, "more_body": False})
-
-
-async def _body(request: Request, endpoint: Endpoint, limit: int) -> dict[str, Any]:
-    length = request.headers.get("content-length", "0")
-    if length.isascii() and length.isdigit() and int(length[:20]) > limit:
-        raise BodyTooLarge(f"The body has {length[:20]} bytes; server.max_body is {limit}.")
-    return await _form(request) if endpoint.multipart else parse_object(await request.body())
-
-
-def _counted(receive: Receive, limit: int) -> Receive:
-    received = 0
-
-    async def counting() -> Message:
-        nonlocal received
-        message = await receive()
-        received += len(message.get("body", b""))
-        if received > limit:
-            raise BodyTooLarge(f"The body is larger than server.max_body, {limit} bytes.")
-        return message
-
-    return counting
-
-
-async def _form(request: Request) -> dict[str, Any]:
-    """An upload's fields; a name that ends in [] is a list."""
-    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
-        raise RequestError("Send the audio as multipart/form-data.", param="file")
-    form = await request.form()
-    return {key: form.getlist(key) if key.endswith("[]") else form[key] for key in form}
-
-
-async def _unless_gone(request: Request, work: Awaitable[ASGIApp]) -> ASGIApp:
-    """Do `work`, but stop it when the client leaves.
-
-    Starlette watches for that in streams only; a plain answer can take as long.
-    """
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_gone(request))
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientDisconnect
-        return task.result()
-    finally:
-        for each in (task, gone):
-            each.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
-
-
-async def _gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+# --- stored responses
 
 
 async def fetch_response(request: Request) -> Response:

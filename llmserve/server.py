@@ -259,6 +259,7 @@ def _uvicorn_config(server: ServerSpec, application: object) -> uvicorn.Config:
         log_config=None,
         access_log=False,
         server_header=False,
+        proxy_headers=False,  # nobody asks for a client's address
         # The pool cuts off requests; this is for what holds a connection and no model.
         timeout_graceful_shutdown=math.ceil(server.drain_timeout) + _LINGER_S,
         ssl_certfile=server.ssl_certfile,

@@ -72,7 +72,7 @@ from llmserve.protocol import (
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
     from starlette.requests import Request
-    from starlette.types import ASGIApp
+    from starlette.types import ASGIApp, Scope
     from vllm.lora.request import LoRARequest
 
     from llmserve.config import ModelSpec
@@ -246,11 +246,11 @@ class Serving:
         await asyncio.to_thread(self.engine.stop)
 
     def express(
-        self, endpoint: str, body: dict[str, Any], asked: str, request: Request
+        self, endpoint: str, body: dict[str, Any], asked: str, scope: Scope
     ) -> ASGIApp | None:
         """The answer to a request like an earlier one; None if it needs `call`."""
         express = self._express.get(endpoint)
-        return None if express is None else express.stream(body, asked, request.scope)
+        return None if express is None else express.stream(body, asked, scope)
 
     async def call(
         self, endpoint: str, body: dict[str, Any], asked: str, request: Request

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
     from starlette.requests import Request
+    from starlette.types import Scope
 
     from llmserve.pool import Running, State
 
@@ -114,6 +115,9 @@ class FakeRunning:
         self.stopped = 0
         self.stop_gate: Gate | None = None
         self.stop_error: Exception | None = None
+
+    def express(self, endpoint: str, body: dict[str, Any], asked: str, scope: Scope) -> None:
+        return None
 
     async def call(
         self, endpoint: str, body: dict[str, Any], asked: str, request: Request
