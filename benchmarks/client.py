@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,7 @@ import orjson
 _TEXT = re.compile(rb'"(?:content|text)":\s?"(?!")')
 _USAGE = re.compile(rb'"completion_tokens":\s?(\d+)')
 _EVENT, _DONE = b"data: ", b"data: [DONE]"
+_END = 48  # bytes of a read that can hold the stream's end and what frames it
 
 
 @dataclass(slots=True)
@@ -75,6 +77,7 @@ class _Reading(asyncio.Protocol):
         self._answer = answer
         self._ended = ended
         self._tail = b""
+        self._last: deque[bytes] = deque(maxlen=8)  # the last reads: usage is in them
         self._started = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -92,10 +95,11 @@ class _Reading(asyncio.Protocol):
         answer.events += whole.count(_EVENT) - self._tail.count(_EVENT)
         # What may be the first half of a name or a marker comes again with the next read.
         self._tail = whole[-24:]
-        if b'"usage"' in whole and (usage := _USAGE.search(whole)):
-            answer.tokens = int(usage[1])
-        if _DONE in whole:
+        self._last.append(data)
+        if _DONE in whole[-_END:]:
             answer.done_s = now
+            if usage := _USAGE.search(b"".join(self._last)):
+                answer.tokens = int(usage[1])
             self._end()
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -114,13 +114,26 @@ class Streamed(RequestState):
         assert self.detokenizer is not None  # noqa: S101  # Asked requests have text
         text = self.detokenizer.get_next_output_text(finish_reason is not None, True)
         if text or new_token_ids:
-            self.stream.took(text, len(new_token_ids), since_s)
+            self.stream.pieces.append(text)
+            self.stream.took(len(new_token_ids), since_s)
         if finish_reason is not None:
             self.stream.finished(str(finish_reason), stop_reason, since_s)
 
 
 class Plain(Streamed):
     """Nothing can happen at a token of it but the end: no stop strings to look for."""
+
+    def take(self, ids: list[int], now: float) -> None:
+        """The text of new tokens, one id at a time: a character is never split.
+
+        `DecodeStream.step` of a list that ends inside a character holds back all of it.
+        """
+        detokenizer: Any = self.detokenizer
+        stream = self.stream
+        for token in ids:
+            detokenizer.token_ids.append(token)
+            stream.pieces.append(detokenizer.decode_next(token))
+        stream.took(len(ids), now)
 
 
 class Silent(RequestState):
@@ -159,55 +172,39 @@ class Outputs(OutputProcessor):
         others: list[EngineCoreOutput] = []
         states = self.request_states
         now: float = engine_core_timestamp or 0.0
-        tokens = 0
-        gaps: dict[float, int] = {}
+        tokens = same = 0
+        before = 0.0  # when most requests of this step had their last token
         for output in engine_core_outputs:
-            state = states.get(output.request_id)
+            state: Any = states.get(output.request_id)
             kind = state.__class__
             if (
                 (kind is not Plain and kind is not Silent)
                 or output.finish_reason is not None
                 or output.events is not None
-                or state.is_prefilling  # type: ignore[union-attr]
+                or state.is_prefilling
             ):
                 others.append(output)
                 continue
             ids = output.new_token_ids
             if kind is Plain:
-                _take(state, ids, now)  # type: ignore[arg-type]
+                state.take(ids, now)
             else:
-                state.detokenizer.update(ids, False)  # type: ignore[union-attr]
-            stats = state.stats  # type: ignore[union-attr]
+                state.detokenizer.update(ids, False)
+            stats = state.stats
             if stats is not None:
-                stats.num_generation_tokens += len(ids)
-                gap = now - stats.last_token_ts
-                gaps[gap] = gaps.get(gap, 0) + 1
+                count = len(ids)
+                tokens += count
+                stats.num_generation_tokens += count
+                if stats.last_token_ts == before:
+                    same += 1
+                else:
+                    note_gap(iteration_stats, now - before, same)
+                    same, before = 1, stats.last_token_ts
                 stats.last_token_ts = now
-                tokens += len(ids)
         if iteration_stats is not None:
             iteration_stats.num_generation_tokens += tokens
-            note_gaps(iteration_stats, gaps)
-        return super().process_outputs(
-            others, engine_core_timestamp, iteration_stats, **more
-        )
-
-
-def _take(state: Plain, ids: list[int], now: float) -> None:
-    """The text of new tokens, one id at a time: a character is never split.
-
-    `DecodeStream.step` of a list that ends inside a character holds back all of it.
-    """
-    detokenizer = state.detokenizer
-    if len(ids) == 1:
-        detokenizer.token_ids.append(ids[0])  # type: ignore[union-attr]
-        state.stream.took(detokenizer.decode_next(ids[0]), 1, now)  # type: ignore[union-attr]
-        return
-    pieces = []
-    for token in ids:
-        detokenizer.token_ids.append(token)  # type: ignore[union-attr]
-        pieces.append(detokenizer.decode_next(token))  # type: ignore[union-attr]
-    if ids:
-        state.stream.took("".join(pieces), len(ids), now)
+            note_gap(iteration_stats, now - before, same)
+        return super().process_outputs(others, engine_core_timestamp, iteration_stats, **more)
 
 
 def _silent(state: RequestState) -> bool:
@@ -227,8 +224,8 @@ def _unwatched(state: RequestState) -> bool:
     return isinstance(detokenizer, BaseIncrementalDetokenizer) and not detokenizer.stop
 
 
-def note_gaps(stats: IterationStats, gaps: dict[float, int]) -> None:
-    """How often which inter-token latency was seen; a step's streams share one."""
-    known: dict[float, int] = stats.__dict__.setdefault("gaps", {})
-    for gap, count in gaps.items():
-        known[gap] = known.get(gap, 0) + count
+def note_gap(stats: IterationStats | None, gap_s: float, count: int) -> None:
+    """An inter-token latency that `count` requests had; a step's streams share one."""
+    if stats is not None and count:
+        gaps: list[tuple[float, int]] = stats.__dict__.setdefault("gaps", [])
+        gaps.append((gap_s, count))

@@ -62,7 +62,7 @@ def stat_logger(registry: CollectorRegistry) -> type[PrometheusStatLogger]:
             engine_idx: int = 0,
         ) -> None:
             super().record(scheduler_stats, iteration_stats, mm_cache_stats, engine_idx)
-            for gap, count in getattr(iteration_stats, "gaps", {}).items():
+            for gap, count in getattr(iteration_stats, "gaps", ()):
                 self.histogram_inter_token_latency[engine_idx].observe_many(gap, count)
 
     return EngineLogger

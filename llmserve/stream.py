@@ -136,7 +136,7 @@ class TokenStream:
         self._send: Send
         self._abort: Callable[[], None] = _nothing
         self._sending: asyncio.Task[None] | None = None
-        self._pieces: list[str] = []
+        self.pieces: list[str] = []  # of text, made and not yet written
         self._tokens = 0
         self._finish: tuple[str, int | str | None] | None = None
         self._error: LLMServeError | None = None
@@ -146,9 +146,8 @@ class TokenStream:
 
     # --- the engine's side
 
-    def took(self, text: str, tokens: int, since_s: float) -> None:
-        """`tokens` more, made at `since_s` (`time.monotonic`), and the text they completed."""
-        self._pieces.append(text)
+    def took(self, tokens: int, since_s: float) -> None:
+        """`tokens` more, made at `since_s` (`time.monotonic`); their text is in `pieces`."""
         self._tokens += tokens
         if not self._waits:
             self._waits = True
@@ -192,17 +191,19 @@ class TokenStream:
         if self._error is not None:
             self._fail(self._error)
             return
-        pieces, self._pieces = self._pieces, []
+        pieces = self.pieces
         text = pieces[0] if len(pieces) == 1 else "".join(pieces)
-        frame = b"" if self._text_sent else self._frames.first
-        self._text_sent = True
-        if self._finish is None:
-            self._step(frame + self._frames.middle(text), more=True)
-        else:
+        pieces.clear()
+        if self._finish is not None:
             self._over = True
             prompt_tokens = self._source.prompt_tokens
-            last = self._frames.last(text, *self._finish, prompt_tokens, self._tokens)
-            self._step(frame + last, more=False)
+            body = self._frames.last(text, *self._finish, prompt_tokens, self._tokens)
+        else:
+            body = self._frames.middle(text)
+        if not self._text_sent:
+            self._text_sent = True
+            body = self._frames.first + body
+        self._step(body, more=not self._over)
 
     def _fail(self, error: LLMServeError) -> None:
         self._over = True
@@ -224,19 +225,20 @@ class TokenStream:
         await self._send({"type": "http.response.body", "body": response.body})
 
     def _step(self, body: bytes, *, more: bool) -> None:
+        """Run `send` here and now. It waits for a slow client only: then a task takes over."""
         message = {"type": "http.response.body", "body": body, "more_body": more}
         if self._headers_sent:
-            self._run(self._send(message))
+            sending = self._send(message)
         else:
             self._headers_sent = True
-            self._run(self._start(message))
+            sending = self._start(message)
+        self._run(sending)
 
     async def _start(self, message: dict[str, Any]) -> None:
         await self._send({"type": "http.response.start", "status": 200, "headers": HEADERS})
         await self._send(message)
 
     def _run(self, sending: Coroutine[Any, Any, None]) -> None:
-        """Run it here and now. It waits for a slow client only: then a task takes over."""
         self._moved_s = time.monotonic()
         try:
             waits_for = sending.send(None)
@@ -254,7 +256,7 @@ class TokenStream:
         except Exception:
             self._broke()
         self._sending = None
-        if self._pieces or self._finish or self._error:
+        if self.pieces or self._finish or self._error:
             self.write()
 
     # --- quiet ones
@@ -264,7 +266,7 @@ class TokenStream:
         when the client does not read."""
         quiet_s = now - self._moved_s
         if self._sending is not None:
-            if quiet_s > STUCK_S or sum(map(len, self._pieces)) > HELD_LIMIT:
+            if quiet_s > STUCK_S or sum(map(len, self.pieces)) > HELD_LIMIT:
                 self._give_up()
         elif self._over:
             pass

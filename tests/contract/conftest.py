@@ -31,6 +31,7 @@ MODELS = Path(__file__).parents[2] / "models"
 CHAT = MODELS / "SmolLM2-135M-Instruct"
 EMBED = MODELS / "all-MiniLM-L6-v2"
 FAKE_CORE = Path(__file__).with_name("fake_core.py")
+STEP_S = 0.005  # of the fake core
 
 
 @pytest.fixture(scope="session")
@@ -47,14 +48,16 @@ def engine_environment(engine_logs: Path) -> None:
 
 
 @asynccontextmanager
-async def on_fake_core(spec: ModelSpec) -> AsyncIterator[tuple[Serving, Popen[bytes]]]:
+async def on_fake_core(
+    spec: ModelSpec, step_s: float = STEP_S
+) -> AsyncIterator[tuple[Serving, Popen[bytes]]]:
     """vLLM's front end for `spec`, attached to a fake engine core."""
     from llmserve.engine import Launcher
     from llmserve.serving import Serving
 
     names = [f"ipc://@llmserve-test-{uuid.uuid4().hex}" for _ in range(2)]
     addresses = {"input_address": names[0], "output_address": names[1]}
-    core = _fake_core(*names)
+    core = _fake_core(*names, str(step_s))
     try:
         launcher = Launcher(Path(os.environ[environment.LOG_DIR]))
         engine = await asyncio.to_thread(launcher.start, spec, addresses)
@@ -66,8 +69,8 @@ async def on_fake_core(spec: ModelSpec) -> AsyncIterator[tuple[Serving, Popen[by
         core.wait()
 
 
-def _fake_core(*addresses: str) -> Popen[bytes]:
-    return Popen([sys.executable, str(FAKE_CORE), *addresses], env=os.environ)
+def _fake_core(*arguments: str) -> Popen[bytes]:
+    return Popen([sys.executable, str(FAKE_CORE), *arguments], env=os.environ)
 
 
 class Started:

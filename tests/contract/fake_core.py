@@ -1,8 +1,8 @@
 """A stand-in for vLLM's engine core: its ZMQ and msgpack protocol, no model.
 
-Run as `python fake_core.py INPUT OUTPUT`. Each request gets one token a step, the ids
-of its own prompt over and over. A request with `seed` 13 makes the engine die at its
-third token, one with `seed` 14 fails alone.
+Run as `python fake_core.py INPUT OUTPUT [STEP_S]`. Each request gets one token a step,
+the ids of its own prompt over and over, until its `max_tokens` or one of its
+`stop_token_ids`. Some values of `seed` ask for more: see below.
 
 Source: vllm/v1/engine/core.py (EngineCoreProc) and core_client.py (AsyncMPClient).
 """
@@ -12,12 +12,14 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import dataclass
-from itertools import cycle
+from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 import zmq
 from vllm.v1.engine import (
+    EngineCoreEvent,
+    EngineCoreEventType,
     EngineCoreOutput,
     EngineCoreOutputs,
     EngineCoreReadyResponse,
@@ -26,13 +28,18 @@ from vllm.v1.engine import (
     FinishReason,
     UtilityOutput,
 )
+from vllm.v1.metrics.stats import PrefillStats
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder, UtilityResult
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 STEP_S = 0.005
-DIES, FAILS = 13, 14
+DIES_AT_ONCE = 12  # the engine dies instead of its first step
+DIES = 13  # the engine dies at the third token
+FAILS = 14  # the request alone fails at its third token
+TRIPLES = 15  # three tokens a step
+SILENT = 16  # no token ever
 _DEAD = b"ENGINE_CORE_DEAD"  # vllm/v1/engine/core_client.py
 
 _READY = {
@@ -59,13 +66,38 @@ _READY = {
 @dataclass
 class Running:
     ids: Iterator[int]
-    left: int
+    prompt_tokens: int
+    max_tokens: int
+    stop_ids: frozenset[int]
     seed: int | None
+    came_s: float
     done: int = 0
+
+    def start(self) -> dict[str, Any]:
+        """What only the first output of a request carries."""
+        queued = EngineCoreEvent(EngineCoreEventType.QUEUED, self.came_s)
+        scheduled = EngineCoreEvent(EngineCoreEventType.SCHEDULED, time.monotonic())
+        computed = self.prompt_tokens
+        stats = PrefillStats(num_prompt_tokens=computed, num_computed_tokens=computed)
+        return {"events": [queued, scheduled], "prefill_stats": stats}
+
+    def step(self) -> tuple[list[int], FinishReason | None, int | None]:
+        """The next tokens, and how it ends with them if it does."""
+        wanted = 3 if self.seed == TRIPLES else 1
+        ids: list[int] = []
+        for token in islice(self.ids, min(wanted, self.max_tokens - self.done)):
+            ids.append(token)
+            self.done += 1
+            if token in self.stop_ids:
+                return ids, FinishReason.STOP, token
+        if self.seed == FAILS and self.done >= 3:
+            return ids, FinishReason.ERROR, None
+        return ids, FinishReason.LENGTH if self.done >= self.max_tokens else None, None
 
 
 class FakeCore:
-    def __init__(self, inputs: str, outputs: str) -> None:
+    def __init__(self, inputs: str, outputs: str, step_s: str = str(STEP_S)) -> None:
+        self.step_s = float(step_s)
         context = zmq.Context()
         self.inputs = context.socket(zmq.DEALER)
         self.inputs.setsockopt(zmq.IDENTITY, (0).to_bytes(2, "little"))
@@ -75,6 +107,7 @@ class FakeCore:
         self.inputs.send(msgspec.msgpack.encode(EngineCoreReadyResponse(**_READY)))
         self.requests: dict[str, Running] = {}
         self.aborted = 0
+        self.last: dict[str, Any] = {}
         self.encode = MsgpackEncoder().encode
         self.decode_request = MsgpackDecoder(EngineCoreRequest).decode
         self.decode = MsgpackDecoder().decode
@@ -85,17 +118,14 @@ class FakeCore:
                 self.receive()
             if self.requests:
                 self.step()
-                time.sleep(STEP_S)
+                time.sleep(self.step_s)
 
     def receive(self) -> None:
         kind, *frames = self.inputs.recv_multipart(copy=False)
         match EngineCoreRequestType(bytes(kind.buffer)):
             case EngineCoreRequestType.ADD:
                 request = self.decode_request(frames)
-                params = request.sampling_params
-                self.requests[request.request_id] = Running(
-                    cycle(request.prompt_token_ids), params.max_tokens, params.seed
-                )
+                self.add(request)
             case EngineCoreRequestType.ABORT:
                 for request_id in self.decode(frames):
                     self.aborted += self.requests.pop(request_id, None) is not None
@@ -103,25 +133,50 @@ class FakeCore:
                 _, call_id, method, _ = self.decode(frames)
                 answers: dict[str, Any] = {
                     "get_supported_tasks": ("generate",),
-                    "aborted": self.aborted,  # ours, for tests
+                    "aborted": self.aborted,  # the rest is ours, for tests
+                    "running": len(self.requests),
+                    "last_request": self.last,
                 }
                 result = UtilityOutput(call_id, result=UtilityResult(answers.get(method)))
                 self.send(EngineCoreOutputs(utility_output=result))
 
+    def add(self, request: EngineCoreRequest) -> None:
+        params = request.sampling_params
+        self.last = {
+            "max_tokens": params.max_tokens,
+            "seed": params.seed,
+            "temperature": params.temperature,
+            "stop": params.stop,
+            "prompt_token_ids": list(request.prompt_token_ids),
+        }
+        self.requests[request.request_id] = Running(
+            cycle(request.prompt_token_ids),
+            len(request.prompt_token_ids),
+            params.max_tokens,
+            frozenset(params.stop_token_ids or ()),
+            params.seed,
+            time.monotonic(),
+        )
+
     def step(self) -> None:
         outputs = []
         for request_id, running in list(self.requests.items()):
-            running.done += 1
-            if running.seed == DIES and running.done == 3:
+            if running.seed == SILENT:
+                continue
+            if running.seed == DIES_AT_ONCE or (running.seed == DIES and running.done == 2):
                 self.outputs.send(_DEAD)
                 sys.exit(1)
-            reason = FinishReason.LENGTH if running.done >= running.left else None
-            if running.seed == FAILS and running.done == 3:
-                reason = FinishReason.ERROR
-            outputs.append(EngineCoreOutput(request_id, [next(running.ids)], finish_reason=reason))
+            start = {} if running.done else running.start()
+            ids, reason, stop = running.step()
+            outputs.append(
+                EngineCoreOutput(
+                    request_id, ids, finish_reason=reason, stop_reason=stop, **start
+                )
+            )
             if reason is not None:
                 del self.requests[request_id]
-        self.send(EngineCoreOutputs(outputs=outputs))
+        if outputs:
+            self.send(EngineCoreOutputs(outputs=outputs))
 
     def send(self, outputs: EngineCoreOutputs) -> None:
         self.outputs.send_multipart(self.encode(outputs), copy=False)

@@ -1,0 +1,83 @@
+"""A front end on engine cores that run already: the child process of a benchmark.
+
+    python -m benchmarks.attached ours REGISTRY ADDRESSES
+    python -m benchmarks.attached stock ADDRESSES VLLM-SERVE-ARGUMENTS...
+
+ADDRESSES is JSON: for each model the `input_address` and `output_address` of its core.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import orjson
+import uvloop
+from rich.console import Console
+
+from llmserve import config, server
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from llmserve.config import ModelSpec
+    from llmserve.pool import Running, State
+
+Addresses = dict[str, dict[str, str]]  # of each model
+
+
+class AttachedBackend:
+    """Engines whose cores run already."""
+
+    def __init__(self, addresses: Addresses, log_dir: Path) -> None:
+        self._addresses = addresses
+        self._log_dir = log_dir
+
+    async def start(self, spec: ModelSpec, _: Callable[[State, str], None]) -> Running:
+        # Only now: `up` has prepared the environment.
+        from llmserve.engine import Launcher  # noqa: PLC0415
+        from llmserve.serving import Serving  # noqa: PLC0415
+
+        launcher = Launcher(self._log_dir)
+        engine = await asyncio.to_thread(launcher.start, spec, self._addresses[spec.name])
+        running: Running = await Serving.build(spec, engine)
+        return running
+
+    def kill(self) -> None:
+        """Nothing: the cores are the benchmark's."""
+
+
+def ours(registry: Path, addresses: Addresses) -> None:
+    server.up(config.load(registry), Console(), AttachedBackend(addresses, registry.parent))
+
+
+def stock(addresses: dict[str, str], arguments: list[str]) -> None:
+    """vLLM's API server as `vllm serve --api-server-count` runs it: one worker of several."""
+    from vllm.entrypoints.launchers.api_server.entry import run_server_worker  # noqa: PLC0415
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser  # noqa: PLC0415
+    from vllm.entrypoints.launchers.launcher import setup_server  # noqa: PLC0415
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup  # noqa: PLC0415
+    from vllm.utils.argparse_utils import FlexibleArgumentParser  # noqa: PLC0415
+
+    cli_env_setup()
+    args = make_arg_parser(FlexibleArgumentParser()).parse_args(arguments)
+    address, listener = setup_server(args, reuse_port=False)
+    client = addresses | {"client_count": 1, "client_index": 0}
+    uvloop.run(run_server_worker(address, listener, args, client_config=client))
+
+
+def main() -> None:
+    match sys.argv[1:]:
+        case ["ours", registry, addresses]:
+            ours(Path(registry), orjson.loads(addresses))
+        case ["stock", addresses, *arguments]:
+            (only,) = orjson.loads(addresses).values()
+            stock(only, arguments)
+        case _:
+            raise SystemExit(__doc__)
+
+
+if __name__ == "__main__":
+    main()
