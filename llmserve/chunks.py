@@ -1,8 +1,7 @@
 """The events of a streamed answer, cut from vLLM's own response models.
 
 vLLM builds and serializes a model per token. Here one is built per kind of request,
-with a marker where the text goes; what is around the marker is the same for every token.
-The end of an answer, once per request, is built by the models themselves.
+with markers where the text, the id and the counts go; the rest is the same for all.
 
 Source: `chat_completion_stream_generator` and `completion_stream_generator` in
 vllm/entrypoints/openai/{chat_completion,completion}/serving.py.
@@ -35,6 +34,10 @@ if TYPE_CHECKING:
 _ID = "\N{OBJECT REPLACEMENT CHARACTER}id"
 _TEXT = "\N{OBJECT REPLACEMENT CHARACTER}text"
 _CREATED = 8_888_888_888_888_888
+_COUNTS = (7_777_777_777_777_771, 7_777_777_777_777_772, 7_777_777_777_777_773)
+_ENDS = 64  # ways to end that are remembered
+
+Lead = tuple[bytes, bytes]  # what differs between two answers: the id, and the time
 
 
 
@@ -180,9 +183,8 @@ class Template:
     def __init__(
         self, models: Models, prune: Callable[[bytes], bytes], *, include_usage: bool
     ) -> None:
-        self.models = models
-        self.prune = prune
-        self.include_usage = include_usage
+        self._models = models
+        self._prune = prune
         first = models.first(_ID, _CREATED)
         self._first = _cut(prune(first)) if first else ()
         head, found, self.tail = prune(models.chunk(_ID, _CREATED, _TEXT)).partition(
@@ -190,14 +192,46 @@ class Template:
         )
         assert found  # noqa: S101  # a chunk holds its text
         self._head = _cut(head)
+        self._ends: dict[tuple[str, int | str | None], tuple[bytes, ...]] = {}
+        self._usage = self._numbered() if include_usage else ()
 
     def answer(self, answer_id: str) -> Answer:
         return Answer(self, answer_id, int(time.time()))
 
-    def filled(self, answer_id: str, created: int) -> tuple[bytes, bytes]:
-        """The first frame, and a middle one up to its text, of one answer."""
-        values = (orjson.dumps(answer_id), b'"created":%d' % created)
-        return _fill(self._first, values), _fill(self._head, values)
+    def first(self, lead: Lead) -> bytes:
+        return _fill(self._first, lead)
+
+    def head(self, lead: Lead) -> bytes:
+        """A middle frame up to its text."""
+        return _fill(self._head, lead)
+
+    def end(self, lead: Lead, text: bytes, finish: str, stop: int | str | None) -> bytes:
+        """The last frame that has text."""
+        parts = self._ends.get((finish, stop))
+        if parts is None:
+            frame = self._prune(self._models.chunk(_ID, _CREATED, _TEXT, finish, stop))
+            head, _, tail = frame.partition(orjson.dumps(_TEXT))
+            parts = (*_cut(head), tail)
+            if len(self._ends) < _ENDS:
+                self._ends[finish, stop] = parts
+        return _fill(parts[:3], lead) + text + parts[3]
+
+    def usage(self, lead: Lead, prompt_tokens: int, tokens: int) -> bytes:
+        """The frame with the token counts, where it was asked for."""
+        if not self._usage:
+            return b""
+        *ahead, after = self._usage
+        counts = (prompt_tokens, tokens, prompt_tokens + tokens)
+        for marker, count in zip(_COUNTS, counts, strict=True):
+            after = after.replace(b"%d" % marker, b"%d" % count, 1)
+        return _fill((*ahead, after), lead)
+
+    def _numbered(self) -> tuple[bytes, ...]:
+        prompt, completion, total = _COUNTS
+        usage = UsageInfo(
+            prompt_tokens=prompt, completion_tokens=completion, total_tokens=total
+        )
+        return _cut(self._prune(self._models.usage(_ID, _CREATED, usage)))
 
 
 class Answer:
@@ -205,10 +239,10 @@ class Answer:
 
     def __init__(self, template: Template, answer_id: str, created: int) -> None:
         self._template = template
-        self._id = answer_id
-        self._created = created
+        self._lead = (orjson.dumps(answer_id), b'"created":%d' % created)
+        self._head = template.head(self._lead)
         self._tail = template.tail
-        self.first, self._head = template.filled(answer_id, created)
+        self.first = template.first(self._lead)
 
     def middle(self, text: str) -> bytes:
         return self._head + orjson.dumps(text) + self._tail
@@ -216,17 +250,8 @@ class Answer:
     def last(
         self, text: str, finish: str, stop: int | str | None, prompt_tokens: int, tokens: int
     ) -> bytes:
-        template = self._template
-        chunk = template.models.chunk(self._id, self._created, text, finish, stop)
-        frames = template.prune(chunk)
-        if template.include_usage:
-            usage = UsageInfo(
-                prompt_tokens=prompt_tokens,
-                completion_tokens=tokens,
-                total_tokens=prompt_tokens + tokens,
-            )
-            frames += template.prune(template.models.usage(self._id, self._created, usage))
-        return frames + sse.DONE
+        end = self._template.end(self._lead, orjson.dumps(text), finish, stop)
+        return end + self._template.usage(self._lead, prompt_tokens, tokens) + sse.DONE
 
 
 def _frame(json: str) -> bytes:
@@ -241,8 +266,8 @@ def _cut(frame: bytes) -> tuple[bytes, ...]:
     return before, between, after
 
 
-def _fill(parts: tuple[bytes, ...], values: tuple[bytes, bytes]) -> bytes:
+def _fill(parts: tuple[bytes, ...], lead: Lead) -> bytes:
     if not parts:
         return b""
     before, between, after = parts
-    return b"".join((before, values[0], between, values[1], after))
+    return b"".join((before, lead[0], between, lead[1], after))

@@ -18,8 +18,8 @@ import typing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from prometheus_client import CollectorRegistry
 from pydantic import TypeAdapter
+from vllm import envs
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.platforms import current_platform
 from vllm.usage.usage_lib import UsageContext
@@ -28,11 +28,13 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from llmserve.child import log_file
 from llmserve.errors import StartupError
 from llmserve.outputs import Outputs
-from llmserve.stats import stat_logger, stream_lag
+from llmserve.stats import Figures, stream_lag
 from llmserve.stream import Flow
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
+
+    from prometheus_client import CollectorRegistry
 
     from llmserve.config import ModelSpec
 
@@ -45,14 +47,20 @@ class Engine:
     """A started `AsyncLLM`, the arguments it has, and its metrics."""
 
     def __init__(
-        self, client: AsyncLLM, arguments: AsyncEngineArgs, registry: CollectorRegistry
+        self, client: AsyncLLM, arguments: AsyncEngineArgs, figures: Figures
     ) -> None:
         self.client = client
         self.arguments = arguments
-        self.registry = registry
+        self._figures = figures
         waiting = client.engine_core.outputs_queue
-        lag = stream_lag(registry, str(client.model_config.served_model_name))
+        lag = stream_lag(figures.registry, str(client.model_config.served_model_name))
         self.flow = Flow(lambda: not waiting.empty(), lag)
+
+    @property
+    def registry(self) -> CollectorRegistry:
+        """Its figures, up to now."""
+        self._figures.enter()
+        return self._figures.registry
 
     def stop(self) -> None:
         """End the engine and its processes. Blocks for some seconds."""
@@ -66,6 +74,7 @@ class Launcher:
         self._log_dir = log_dir
         # Building a config can change os.environ (vllm/config/vllm.py): one at a time.
         self._configuring = threading.Lock()
+        self._starting = 0
         self._stopped = threading.Event()
 
     def start(self, spec: ModelSpec, addresses: dict[str, str] | None = None) -> Engine:
@@ -75,24 +84,45 @@ class Launcher:
         processes get them; without, one is started.
         """
         log = log_file(self._log_dir, spec.name)
-        registry = CollectorRegistry()
         try:
-            log.unlink(missing_ok=True)
-            with self._configuring:
-                self._unless_stopped()
-                arguments = engine_arguments(spec)
-                _log_in_engine_only(arguments)
-                config = arguments.create_engine_config(UsageContext.OPENAI_API_SERVER)
-            self._unless_stopped()
-            client = AsyncLLM.from_vllm_config(
-                config, stat_loggers=[stat_logger(registry)], client_addresses=addresses
-            )
+            with self._reading_environment():
+                return self._start(spec, log, addresses)
         except StartupError:
             raise
         except Exception as error:
             raise StartupError(cause_of(error, log)) from error
+
+    def _start(self, spec: ModelSpec, log: Path, addresses: dict[str, str] | None) -> Engine:
+        figures = Figures()
+        log.unlink(missing_ok=True)
+        with self._configuring:
+            self._unless_stopped()
+            arguments = engine_arguments(spec)
+            _log_in_engine_only(arguments)
+            config = arguments.create_engine_config(UsageContext.OPENAI_API_SERVER)
+        self._unless_stopped()
+        client = AsyncLLM.from_vllm_config(
+            config, stat_loggers=[figures.logger_class], client_addresses=addresses
+        )
         Outputs.take_over(client)
-        return Engine(client, arguments, registry)
+        return Engine(client, arguments, figures)
+
+    @contextlib.contextmanager
+    def _reading_environment(self) -> Iterator[None]:
+        """vLLM reads os.environ for settings, some at every token, unless it keeps them.
+
+        It keeps them while no engine starts: a start can change them.
+        """
+        with self._configuring:
+            self._starting += 1
+            envs.disable_envs_cache()
+        try:
+            yield
+        finally:
+            with self._configuring:
+                self._starting -= 1
+                if not self._starting:
+                    envs.enable_envs_cache()
 
     def stop(self) -> None:
         """Let no start begin, and end the processes of those under way and of all engines."""

@@ -4,6 +4,7 @@ vLLM's output loop makes a `RequestOutput` per token and puts it into a queue th
 a task (vllm/v1/engine/output_processor.py). `Outputs` keeps that loop for all that has
 meaning beyond a token (the first one, the end, stop strings, preemptions, errors, other
 kinds of requests) and takes the rest short: text to its stream, statistics once per step.
+Requests that only answer at the end go short as well.
 """
 
 from __future__ import annotations
@@ -14,16 +15,19 @@ from typing import TYPE_CHECKING, Any
 from vllm.exceptions import GenerationError
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine import FinishReason
-from vllm.v1.engine.detokenizer import BaseIncrementalDetokenizer
+from vllm.v1.engine.detokenizer import FastIncrementalDetokenizer
 from vllm.v1.engine.output_processor import OutputProcessor, OutputProcessorOutput, RequestState
 
+from llmserve.detokenizer import ByTable, text_table
+
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.metrics.stats import IterationStats
 
+    from llmserve.detokenizer import Table
     from llmserve.errors import LLMServeError
     from llmserve.stream import TokenStream
 
@@ -65,6 +69,8 @@ class Asked:
 
     def began(self, state: Streamed, stream: TokenStream) -> None:
         self._state = state
+        if state.detokenizer is not None:
+            stream.decode = state.detokenizer.decode_next
         state.stream = stream
         state.asked = self
         # Where vLLM puts an engine's failure; tokens do not come this way.
@@ -92,10 +98,16 @@ class _Failures:
 
 
 class Streamed(RequestState):
-    """A request whose text goes to a stream. vLLM's loop sees every token of it."""
+    """A request whose text goes to a stream."""
 
     stream: TokenStream
     asked: Asked
+
+    def settle(self) -> None:
+        """Enter what its stream has had since vLLM's loop last saw it."""
+        if self.stats is not None:
+            self.stats.num_generation_tokens = self.stream.tokens
+            self.stats.last_token_ts = self.stream.last_s
 
     def make_request_output(
         self,
@@ -120,46 +132,46 @@ class Streamed(RequestState):
             self.stream.finished(str(finish_reason), stop_reason, since_s)
 
 
-class Plain(Streamed):
-    """Nothing can happen at a token of it but the end: no stop strings to look for."""
-
-    def take(self, ids: list[int], now: float) -> None:
-        """The text of new tokens, one id at a time: a character is never split.
-
-        `DecodeStream.step` of a list that ends inside a character holds back all of it.
-        """
-        detokenizer: Any = self.detokenizer
-        stream = self.stream
-        for token in ids:
-            detokenizer.token_ids.append(token)
-            stream.pieces.append(detokenizer.decode_next(token))
-        stream.took(len(ids), now)
-
-
 class Silent(RequestState):
     """A request that says nothing before it is finished, and has no stop strings."""
 
 
 class Outputs(OutputProcessor):
-    """vLLM's, with a short way for `Plain` and `Silent` requests."""
+    """vLLM's, with a short way for tokens at which nothing else happens."""
+
+    plain: dict[str, TokenStream]  # by request; past their first token, no stop strings
+    table: Table | None
 
     @classmethod
     def take_over(cls, client: AsyncLLM) -> None:
         """Become the output processor of a client that has had no request yet."""
-        client.output_processor.__class__ = cls
+        outputs: Any = client.output_processor
+        outputs.__class__ = cls
+        outputs.plain = {}
+        outputs.table = text_table(outputs.tokenizer, str(client.model_config.served_model_name))
 
     def add_request(
         self, request: EngineCoreRequest, prompt: str | None, *rest: Any, **more: Any
     ) -> None:
         super().add_request(request, prompt, *rest, **more)
-        state = self.request_states[request.request_id]
+        state: Any = self.request_states.get(request.request_id)
+        if state is None or type(state) is not RequestState:
+            return  # more input for a request that is here already
+        if self.table is not None:
+            ByTable.take_over(state.detokenizer, self.table)
         beginning = _beginning.get()
         if beginning is not None:
-            state.__class__ = Plain if _unwatched(state) else Streamed
+            state.__class__ = Streamed
             asked, stream = beginning
-            asked.began(state, stream)  # type: ignore[arg-type]  # its class is set above
-        elif _silent(state) and _unwatched(state):
+            asked.began(state, stream)
+        elif _silent(state):
             state.__class__ = Silent
+
+    def abort_requests(self, request_ids: Iterable[str], internal: bool) -> list[str]:  # noqa: FBT001
+        aborted = super().abort_requests(request_ids, internal)
+        for request_id in aborted:
+            self.plain.pop(request_id, None)
+        return aborted
 
     def process_outputs(
         self,
@@ -170,46 +182,69 @@ class Outputs(OutputProcessor):
     ) -> OutputProcessorOutput:
         """Once per engine step. `engine_core_timestamp` is the engine's `time.monotonic()`."""
         others: list[EngineCoreOutput] = []
-        states = self.request_states
+        plain = self.plain
         now: float = engine_core_timestamp or 0.0
         tokens = same = 0
         before = 0.0  # when most requests of this step had their last token
         for output in engine_core_outputs:
-            state: Any = states.get(output.request_id)
-            kind = state.__class__
-            if (
-                (kind is not Plain and kind is not Silent)
-                or output.finish_reason is not None
-                or output.events is not None
-                or state.is_prefilling
-            ):
+            stream = plain.get(output.request_id)
+            if stream is None or output.finish_reason is not None or output.events is not None:
                 others.append(output)
                 continue
             ids = output.new_token_ids
-            if kind is Plain:
-                state.take(ids, now)
+            # One id at a time: `DecodeStream` holds back all of a list that ends inside a
+            # character.
+            for token in ids:
+                stream.pieces.append(stream.decode(token))
+            tokens += len(ids)
+            if stream.last_s == before:
+                same += 1
             else:
-                state.detokenizer.update(ids, False)
-            stats = state.stats
-            if stats is not None:
-                count = len(ids)
-                tokens += count
-                stats.num_generation_tokens += count
-                if stats.last_token_ts == before:
-                    same += 1
-                else:
-                    note_gap(iteration_stats, now - before, same)
-                    same, before = 1, stats.last_token_ts
-                stats.last_token_ts = now
+                note_gap(iteration_stats, now - before, same)
+                same, before = 1, stream.last_s
+            stream.took(len(ids), now)
         if iteration_stats is not None:
             iteration_stats.num_generation_tokens += tokens
             note_gap(iteration_stats, now - before, same)
-        return super().process_outputs(others, engine_core_timestamp, iteration_stats, **more)
+        return self._others(others, engine_core_timestamp, iteration_stats, **more)
+
+    def _others(
+        self,
+        outputs: list[EngineCoreOutput],
+        timestamp: float | None,
+        stats: IterationStats | None,
+        **more: Any,
+    ) -> OutputProcessorOutput:
+        """vLLM's own loop. What a stream has had without it is entered first."""
+        left = []
+        for output in outputs:
+            state: Any = self.request_states.get(output.request_id)
+            if type(state) is Streamed and not state.is_prefilling:
+                state.settle()
+            if type(state) is Silent and _adds_only_tokens(state, output):
+                self._update_stats_from_output(state, output, timestamp, stats)
+                state.detokenizer.update(output.new_token_ids, False)
+            else:
+                left.append(output)
+            if output.finish_reason is not None:
+                self.plain.pop(output.request_id, None)
+        done = super().process_outputs(left, timestamp, stats, **more)
+        for output in left:
+            state = self.request_states.get(output.request_id)
+            if type(state) is Streamed and _unwatched(state):
+                self.plain[output.request_id] = state.stream
+        return done
+
+
+def _adds_only_tokens(state: RequestState, output: EngineCoreOutput) -> bool:
+    return output.finish_reason is None and output.events is None and not state.is_prefilling
 
 
 def _silent(state: RequestState) -> bool:
+    """Whether it is for one answer at the end, of tokens alone."""
     return (
-        state.output_kind is RequestOutputKind.FINAL_ONLY
+        _unwatched(state)
+        and state.output_kind is RequestOutputKind.FINAL_ONLY
         and state.parent_req is None
         and not state.streaming_input
         and state.logprobs_processor is not None
@@ -221,7 +256,7 @@ def _silent(state: RequestState) -> bool:
 def _unwatched(state: RequestState) -> bool:
     """Whether its text is made token by token and nobody looks for a stop string in it."""
     detokenizer = state.detokenizer
-    return isinstance(detokenizer, BaseIncrementalDetokenizer) and not detokenizer.stop
+    return isinstance(detokenizer, FastIncrementalDetokenizer) and not detokenizer.stop
 
 
 def note_gap(stats: IterationStats | None, gap_s: float, count: int) -> None:

@@ -13,14 +13,15 @@ import signal
 import socket
 import sys
 import uuid
+from functools import partial
 from typing import TYPE_CHECKING, NoReturn
 
 import orjson
 import uvicorn
 import uvloop
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from llmserve import app, environment, table
+from llmserve import app, environment, stream, table
 from llmserve.backend import VllmBackend
 from llmserve.errors import RequestError, StartupError
 from llmserve.metrics import Metrics
@@ -135,7 +136,22 @@ class _Uvicorn(uvicorn.Server):
 
 
 class _Protocol(HttpToolsProtocol):
-    """uvicorn's, but what is no HTTP gets our error object and an id as well."""
+    """uvicorn's, with a direct way to write, to end, and our error object for no HTTP."""
+
+    def on_headers_complete(self) -> None:
+        super().on_headers_complete()
+        # The task that this starts has not run yet.
+        self.scope["extensions"] = {
+            stream.WRITE: partial(self._write, self.cycle),
+            stream.ABORT: self.transport.abort,
+        }
+
+    def _write(self, cycle: RequestResponseCycle, body: bytes) -> bool:
+        """What `cycle.send` does for a chunk, when it would not wait."""
+        if self.flow.write_paused or cycle.disconnected or not cycle.chunked_encoding:
+            return False
+        self.transport.write(b"%x\r\n%b\r\n" % (len(body), body))
+        return True
 
     def send_400_response(self, msg: str) -> None:
         body = orjson.dumps(error_body(RequestError(msg, code="invalid_http")))

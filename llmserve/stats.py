@@ -7,6 +7,7 @@ and it observes the inter-token latency of every token by itself.
 
 from __future__ import annotations
 
+import asyncio
 from bisect import bisect_left
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -21,25 +22,45 @@ if TYPE_CHECKING:
 
     from vllm.v1.metrics.stats import IterationStats, SchedulerStats
 
+EVERY_S = 0.1
 _LAG_BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 
 
 class Weighted(Histogram):
-    """A histogram that takes a value several times in one call.
+    """A histogram that finds its bucket at once, and takes a value several times in one call.
 
-    prometheus_client has no such call; these are its own fields (metrics.py, observe).
+    prometheus_client walks all buckets and has no such call; these are its own fields
+    (metrics.py, Histogram.observe).
     """
 
-    def observe_many(self, value: float, count: int) -> None:
-        self._sum.inc(value * count)
-        self._buckets[bisect_left(self._upper_bounds, value)].inc(count)
+    def observe(self, amount: float, exemplar: dict[str, str] | None = None) -> None:
+        if exemplar is None:
+            self.observe_many(amount, 1)
+        else:
+            super().observe(amount, exemplar)
+
+    def observe_many(self, amount: float, count: int) -> None:
+        self._sum.inc(amount * count)
+        self._buckets[bisect_left(self._upper_bounds, amount)].inc(count)
 
 
-def stat_logger(registry: CollectorRegistry) -> type[PrometheusStatLogger]:
-    """The class of vLLM's logger for one engine."""
-    gauge = staticmethod(partial(Gauge, registry=registry))
-    counter = staticmethod(partial(Counter, registry=registry))
-    histogram = staticmethod(partial(Weighted, registry=registry))
+class Figures:
+    """One engine's registry, and the class of vLLM's logger that writes into it.
+
+    A step's figures are added up and entered every EVERY_S: entering them costs as much
+    as carrying some dozens of tokens. What cannot be added up is entered at once.
+    """
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.logger_class = _logger_class(self)
+        self.enter: Callable[[], None] = lambda: None  # what has been added up; the logger's
+
+
+def _logger_class(figures: Figures) -> type[PrometheusStatLogger]:
+    gauge = staticmethod(partial(Gauge, registry=figures.registry))
+    counter = staticmethod(partial(Counter, registry=figures.registry))
+    histogram = staticmethod(partial(Weighted, registry=figures.registry))
 
     class SpecDecoding(SpecDecodingProm):
         _counter_cls = counter
@@ -54,6 +75,15 @@ def stat_logger(registry: CollectorRegistry) -> type[PrometheusStatLogger]:
         _spec_decoding_cls = SpecDecoding
         _perf_metrics_cls = Perf
 
+        def __init__(self, *arguments: Any, **more: Any) -> None:
+            super().__init__(*arguments, **more)
+            self._steps: dict[int, _Steps] = {}  # by engine
+            self._timer: asyncio.TimerHandle | None = None
+            # Of a step, not of a sum of steps: observed here.
+            self._step_tokens = self.histogram_iteration_tokens
+            self.histogram_iteration_tokens = dict.fromkeys(self._step_tokens, _Ignored())
+            figures.enter = self._enter
+
         def record(
             self,
             scheduler_stats: SchedulerStats | None,
@@ -61,11 +91,97 @@ def stat_logger(registry: CollectorRegistry) -> type[PrometheusStatLogger]:
             mm_cache_stats: Any = None,
             engine_idx: int = 0,
         ) -> None:
+            steps = self._steps.setdefault(engine_idx, _Steps())
+            self._observe(iteration_stats, engine_idx)
+            if mm_cache_stats is None and steps.add(scheduler_stats, iteration_stats):
+                self._enter_soon()
+                return
+            self._enter()
             super().record(scheduler_stats, iteration_stats, mm_cache_stats, engine_idx)
-            for gap, count in getattr(iteration_stats, "gaps", ()):
-                self.histogram_inter_token_latency[engine_idx].observe_many(gap, count)
+
+        def _observe(self, stats: IterationStats | None, engine: int) -> None:
+            if stats is None:
+                return
+            tokens = stats.prompt_token_stats.computed + stats.num_generation_tokens
+            self._step_tokens[engine].observe(tokens)
+            for gap, count in stats.__dict__.pop("gaps", ()):
+                self.histogram_inter_token_latency[engine].observe_many(gap, count)
+
+        def _enter_soon(self) -> None:
+            if self._timer is None:
+                self._timer = asyncio.get_running_loop().call_later(EVERY_S, self._enter)
+
+        def _enter(self) -> None:
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+            entered, self._steps = self._steps, {}
+            for engine, steps in entered.items():
+                if steps.scheduler is not None or steps.iteration is not None:
+                    super().record(steps.scheduler, steps.iteration, None, engine)
 
     return EngineLogger
+
+
+class _Ignored:
+    def observe(self, _: float) -> None:
+        pass
+
+
+# Of SchedulerStats: gauges, of which the last value counts. All other fields must be as
+# they are in a new object, or the step is entered by itself.
+_GAUGES = frozenset(
+    {
+        "num_running_reqs",
+        "num_waiting_reqs",
+        "num_skipped_waiting_reqs",
+        "num_kv_fetch_reqs_by_stage",
+        "step_counter",
+        "current_wave",
+        "kv_cache_usage",
+        "encoder_cache_usage",
+        "waiting_lora_adapters",
+        "running_lora_adapters",
+        "prefix_cache_stats",
+    }
+)
+
+
+class _Steps:
+    """Several steps' figures as one's."""
+
+    def __init__(self) -> None:
+        self.scheduler: SchedulerStats | None = None
+        self.iteration: IterationStats | None = None
+
+    def add(self, scheduler: SchedulerStats | None, iteration: IterationStats | None) -> bool:
+        """False if they cannot be added up."""
+        if scheduler is not None:
+            if any(value for name, value in vars(scheduler).items() if name not in _GAUGES):
+                return False
+            if self.scheduler is not None:
+                _add(scheduler.prefix_cache_stats, self.scheduler.prefix_cache_stats)
+            self.scheduler = scheduler
+        if iteration is not None:
+            if self.iteration is not None:
+                _add(self.iteration, iteration)
+            else:
+                self.iteration = iteration
+        return True
+
+
+def _add(into: Any, other: Any) -> None:
+    """Numbers and lists of one object to those of another of its class."""
+    mine = vars(into)
+    for name, value in vars(other).items():
+        if isinstance(value, list):
+            mine[name].extend(value)
+        elif isinstance(value, bool) or name == "iteration_timestamp":
+            mine[name] = value
+        elif isinstance(value, int | float):
+            mine[name] += value
+        elif hasattr(value, "__dict__"):
+            _add(mine[name], value)
 
 
 def stream_lag(registry: CollectorRegistry, model: str) -> Callable[[float], None]:

@@ -33,7 +33,9 @@ HELD_LIMIT = 500_000  # characters that wait for one client
 _TEND_S = 0.5
 _PING = b": ping\n\n"
 
-ABORT = "llmserve.abort"  # ASGI extension: end the connection without flushing it
+# ASGI extensions of our server. Write a piece of a body that has begun, without waiting:
+# False if that is not possible now. End the connection without flushing it.
+WRITE, ABORT = "llmserve.write", "llmserve.abort"
 
 
 class Source(Protocol):
@@ -120,6 +122,29 @@ class TokenStream:
     own; later it is `failure(error)`, a last event.
     """
 
+    __slots__ = (
+        "_abort",
+        "_error",
+        "_finish",
+        "_flow",
+        "_frames",
+        "_headers_sent",
+        "_moved_s",
+        "_over",
+        "_refusal",
+        "_send",
+        "_sending",
+        "_source",
+        "_text_sent",
+        "_waits",
+        "_write",
+        "decode",
+        "failure",
+        "last_s",
+        "pieces",
+        "tokens",
+    )
+
     def __init__(
         self,
         source: Source,
@@ -134,10 +159,13 @@ class TokenStream:
         self._frames = frames
         self._refusal = refusal
         self._send: Send
+        self._write: Callable[[bytes], bool] = _cannot
         self._abort: Callable[[], None] = _nothing
         self._sending: asyncio.Task[None] | None = None
         self.pieces: list[str] = []  # of text, made and not yet written
-        self._tokens = 0
+        self.tokens = 0
+        self.last_s = 0.0  # when the engine made the last of them, `time.monotonic`
+        self.decode: Callable[[int], str]  # a token id to the text that it completes
         self._finish: tuple[str, int | str | None] | None = None
         self._error: LLMServeError | None = None
         self._waits = False  # in the flow's list
@@ -147,8 +175,9 @@ class TokenStream:
     # --- the engine's side
 
     def took(self, tokens: int, since_s: float) -> None:
-        """`tokens` more, made at `since_s` (`time.monotonic`); their text is in `pieces`."""
-        self._tokens += tokens
+        """`tokens` more, made at `since_s`; their text is in `pieces`."""
+        self.tokens += tokens
+        self.last_s = since_s
         if not self._waits:
             self._waits = True
             self._flow.add(self, since_s)
@@ -169,7 +198,9 @@ class TokenStream:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._send = send
-        self._abort = (scope.get("extensions") or {}).get(ABORT, _nothing)
+        extensions = scope.get("extensions") or {}
+        self._write = extensions.get(WRITE, _cannot)
+        self._abort = extensions.get(ABORT, _nothing)
         self._moved_s = time.monotonic()
         self._flow.enter(self)
         try:
@@ -197,9 +228,12 @@ class TokenStream:
         if self._finish is not None:
             self._over = True
             prompt_tokens = self._source.prompt_tokens
-            body = self._frames.last(text, *self._finish, prompt_tokens, self._tokens)
+            body = self._frames.last(text, *self._finish, prompt_tokens, self.tokens)
         else:
             body = self._frames.middle(text)
+            if self._text_sent and self._write(body):
+                self._moved_s = time.monotonic()
+                return
         if not self._text_sent:
             self._text_sent = True
             body = self._frames.first + body
@@ -287,6 +321,10 @@ class TokenStream:
 
 def _nothing() -> None:
     pass
+
+
+def _cannot(_: bytes) -> bool:
+    return False
 
 
 @types.coroutine
