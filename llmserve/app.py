@@ -8,7 +8,7 @@ import os
 from typing import TYPE_CHECKING, cast
 
 from starlette.applications import Starlette
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _OPEN = frozenset({"/health"})  # a probe has no key
-_ID = "x-request-id"
+_ID = b"x-request-id"
 _CLIENT_CLOSED = 499  # nginx's status for a client that left; never sent
 _ENDPOINT_OF = {path: endpoint.name for endpoint in ENDPOINTS for path in endpoint.paths}
 
@@ -125,7 +125,7 @@ def _with_cors(app: ASGIApp, server: ServerSpec) -> ASGIApp:
         allow_methods=server.allowed_methods,
         allow_headers=server.allowed_headers,
         allow_credentials=server.allow_credentials,
-        expose_headers=[_ID],
+        expose_headers=[_ID.decode()],
     )
 
 
@@ -154,8 +154,9 @@ class _Watched:
             await self._app(scope, receive, send)
             return
         request_id = _request_id(scope)
+        named = (_ID, request_id.encode("ascii"))
         # vLLM's handlers take the id of an answer from here.
-        MutableHeaders(scope=scope)[_ID] = request_id
+        scope["headers"] = [*(h for h in scope["headers"] if h[0] != _ID), named]
         state = scope.setdefault("state", {})
         state |= {"request_id": request_id, "began": False}
         status, whole = _CLIENT_CLOSED, False
@@ -165,7 +166,7 @@ class _Watched:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 state["began"] = True
-                MutableHeaders(scope=message)[_ID] = request_id
+                message = {**message, "headers": [*message["headers"], named]}
             else:
                 whole = not message.get("more_body", False)
             await send(message)
@@ -186,7 +187,7 @@ class _Watched:
 
 
 def _request_id(scope: Scope) -> str:
-    given = Headers(scope=scope).get(_ID, "")
+    given = next((value for name, value in scope["headers"] if name == _ID), b"").decode("latin-1")
     fit = 0 < len(given) <= 128 and given.isascii() and given.isprintable()
     return given if fit else os.urandom(16).hex()
 

@@ -32,7 +32,7 @@ from llmserve.stats import Figures, stream_lag
 from llmserve.stream import Flow
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from prometheus_client import CollectorRegistry
 
@@ -105,6 +105,8 @@ class Launcher:
             config, stat_loggers=[figures.logger_class], client_addresses=addresses
         )
         Outputs.take_over(client)
+        # Asked for at every request, and found anew by transformers each time.
+        client.renderer.get_eos_token_id = _constant(client.renderer.get_eos_token_id())  # type: ignore[method-assign]
         return Engine(client, arguments, figures)
 
     @contextlib.contextmanager
@@ -136,6 +138,10 @@ class Launcher:
     def _unless_stopped(self) -> None:
         if self._stopped.is_set():
             raise StartupError("the server is stopping")
+
+
+def _constant(value: Any) -> Callable[[], Any]:
+    return lambda: value
 
 
 def engine_arguments(spec: ModelSpec) -> AsyncEngineArgs:

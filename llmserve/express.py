@@ -24,9 +24,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import orjson
-from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 from vllm.entrypoints.serve.utils.api_utils import get_max_tokens, should_include_usage
-from vllm.inputs import TokensPrompt
 from vllm.renderers.hf import (
     resolve_chat_template,
     resolve_chat_template_content_format,
@@ -55,8 +54,7 @@ _RECIPES = 256  # kinds of requests that are remembered, per endpoint
 _KEY_LIMIT = 4096  # bytes of a body without its messages
 _TEXT_LIMIT = 8192  # characters; longer texts are tokenized in vLLM's threads
 _ROLES = frozenset({"system", "user", "assistant"})
-# Numbers of a body that only set a field of the request to the engine.
-_NUMBERS = ("max_tokens", "max_completion_tokens", "seed")
+_SEED_LIMIT = 2**63
 # Headers that vLLM's handlers read besides the request's id.
 _HEADERS = frozenset(
     {b"x-data-parallel-rank", b"x-session-id", b"x-vllm-priority", b"traceparent", b"tracestate"}
@@ -117,6 +115,7 @@ class Lane(Protocol):
     """What chat and completions do each in their own way."""
 
     prompt: str  # the key of a body that holds it
+    limits: tuple[str, ...]  # keys for `max_tokens`, the one that counts first
 
     def plain(self, prompt: Any) -> bool:
         """Whether a recipe can take it."""
@@ -146,23 +145,24 @@ class Recipe:
     text: Callable[[Any], str]
     encode: Encode
     first: Asked  # what vLLM's handler made of the first body; never begun again
-    tok_params: Any
+    add_special_tokens: bool
     limit: int | None  # `max_tokens` of a body that names none
     terms: Terms
 
     def asked(self, body: dict[str, Any], base_id: str) -> Asked | None:
         """The request to the engine; None if vLLM should have a look at the body.
 
-        Raises what vLLM finds wrong with it.
+        Raises what the template finds wrong with it.
         """
         text = self.text(body[self.lane.prompt])
         if len(text) > _TEXT_LIMIT:
             return None
-        ids = self.encode(text, add_special_tokens=self.tok_params.add_special_tokens)
-        tokens = self.tok_params.apply_post_tokenization(None, TokensPrompt(prompt_token_ids=ids))
-        ids = tokens["prompt_token_ids"]
+        ids = self.encode(text, add_special_tokens=self.add_special_tokens)
+        limit = next((body[name] for name in self.lane.limits if name in body), self.limit)
+        if len(ids) + (limit or 1) > self.client.model_config.max_model_len:
+            return None
         params = copy.copy(self.first.params)
-        params.max_tokens = self._max_tokens(body, len(ids))
+        params.max_tokens = self._max_tokens(limit, len(ids))
         params.seed = body.get("seed", params.seed)
         made = {**self.first.prompt, "prompt_token_ids": ids, "arrival_time": time.time()}
         if "prompt" in made:
@@ -176,8 +176,7 @@ class Recipe:
             self.terms.translate,
         )
 
-    def _max_tokens(self, body: dict[str, Any], length: int) -> int:
-        limit = body.get("max_completion_tokens", body.get("max_tokens", self.limit))
+    def _max_tokens(self, limit: int | None, length: int) -> int:
         return int(
             get_max_tokens(
                 self.client.model_config.max_model_len,
@@ -246,11 +245,18 @@ class Express:
     def _fits(self, body: dict[str, Any]) -> bool:
         if body.get("stream") is not True or not self._lane.plain(body.get(self._lane.prompt)):
             return False
-        return all(_is_number(body[name]) for name in _NUMBERS if name in body)
+        limits = (body[name] for name in self._lane.limits if name in body)
+        seed = body.get("seed", 0)
+        return (
+            all(type(limit) is int and limit > 0 for limit in limits)
+            and type(seed) is int
+            and 0 <= seed < _SEED_LIMIT
+        )
 
     def _key(self, body: dict[str, Any], asked_name: str) -> bytes:
-        """All of a body but the prompt, and of numbers that they are there."""
-        rest = {name: None if name in _NUMBERS else value for name, value in body.items()}
+        """All of a body but the prompt, and of its limits and its seed that they are there."""
+        given = (*self._lane.limits, "seed")
+        rest = {name: None if name in given else value for name, value in body.items()}
         del rest[self._lane.prompt]
         return asked_name.encode() + orjson.dumps(rest, option=orjson.OPT_SORT_KEYS)
 
@@ -306,7 +312,7 @@ class Express:
             text,
             self._encode,
             first,
-            request.build_tok_params(self._client.model_config),
+            request.add_special_tokens,
             request.max_tokens,
             self._terms,
         )
@@ -351,10 +357,6 @@ def _open(serving: Any, client: AsyncLLM) -> bool:
         and not config.model_config.is_encoder_decoder
         and not config.model_config.skip_tokenizer_init
     )
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) is int and value > 0
 
 
 def _is_text(message: Any) -> bool:
@@ -410,6 +412,7 @@ def encoder_of(client: AsyncLLM) -> Encode | None:
 
 class Chat:
     prompt = "messages"
+    limits = ("max_completion_tokens", "max_tokens")
 
     def __init__(self, serving: Any) -> None:
         self._serving = serving
@@ -435,19 +438,19 @@ class Chat:
         renderer = self._serving.online_renderer
         tokenizer = renderer.renderer.tokenizer
         config = renderer.model_config
-        given = request.build_chat_params(
+        asked = request.build_chat_params(
             renderer.chat_template, renderer.chat_template_content_format
         ).with_defaults({**(renderer.default_chat_template_kwargs or {}), "tools": None})
-        options = given.get_apply_chat_template_kwargs()
+        options = asked.get_apply_chat_template_kwargs()
         for name in ("tools", "tokenize"):
             options.pop(name, None)
         template = resolve_chat_template(
             tokenizer, chat_template=options.pop("chat_template", None), tools=None, model_config=config
         )
         form = resolve_chat_template_content_format(
-            chat_template=given.chat_template,
+            chat_template=asked.chat_template,
             tools=None,
-            given_format=given.chat_template_content_format,
+            given_format=asked.chat_template_content_format,
             tokenizer=tokenizer,
             model_config=config,
         )
@@ -456,10 +459,10 @@ class Chat:
         known = resolve_chat_template_kwargs(
             tokenizer=tokenizer, chat_template=template, chat_template_kwargs=options
         )
-        render = partial(PreTrainedTokenizerBase.apply_chat_template, tokenizer)
-        return lambda messages: str(
-            render(messages, tools=None, chat_template=template, tokenize=False, **known)
-        )
+        # What `tokenizer.apply_chat_template` comes down to.
+        given = {**tokenizer.special_tokens_map, **known, "chat_template": template}
+        render = partial(render_jinja_template, **given)
+        return lambda messages: str(render(conversations=[messages])[0][0])
 
     def answer_id(self, request_id: str) -> str:
         return request_id
@@ -470,6 +473,7 @@ class Chat:
 
 class Completions:
     prompt = "prompt"
+    limits = ("max_tokens",)
 
     def __init__(self, serving: Any) -> None:
         self._serving = serving

@@ -192,6 +192,8 @@ class Outputs(OutputProcessor):
                 others.append(output)
                 continue
             ids = output.new_token_ids
+            if not ids:
+                continue
             # One id at a time: `DecodeStream` holds back all of a list that ends inside a
             # character.
             for token in ids:

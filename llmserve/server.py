@@ -43,6 +43,7 @@ log = logging.getLogger(__name__)
 
 _BACKLOG = 2048
 _LINGER_S = 2
+_GC_THRESHOLD = (20_000, 20, 20)  # a burst of requests is no reason to look for cycles
 _LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 
 
@@ -226,6 +227,7 @@ class _Process:
         # What is alive now stays: later collections need not walk vLLM's large heap.
         gc.collect()
         gc.freeze()
+        gc.set_threshold(*_GC_THRESHOLD)
         await signalled
         return 0
 

@@ -48,7 +48,7 @@ from vllm.entrypoints.speech_to_text.translation.protocol import TranslationRequ
 from vllm.exceptions import VLLMError, VLLMValidationError
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from llmserve import sse
+from llmserve import sse, wire
 from llmserve.errors import (
     ContextTooLong,
     EngineDead,
@@ -207,6 +207,7 @@ class Serving:
     @classmethod
     async def build(cls, spec: ModelSpec, engine: Engine) -> Serving:
         """Also the first call into the engine: one that died at once is noticed here."""
+        await wire.take_over(engine.client)
         tasks = await engine.client.get_supported_tasks()
         state = State()
         await init_app_state(engine.client, state, _frontend_arguments(spec, engine), tasks)

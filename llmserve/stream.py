@@ -223,6 +223,8 @@ class TokenStream:
             self._fail(self._error)
             return
         pieces = self.pieces
+        if not pieces and self._finish is None:
+            return
         text = pieces[0] if len(pieces) == 1 else "".join(pieces)
         pieces.clear()
         if self._finish is not None:
@@ -290,7 +292,7 @@ class TokenStream:
         except Exception:
             self._broke()
         self._sending = None
-        if self.pieces or self._finish or self._error:
+        if self._waits:
             self.write()
 
     # --- quiet ones

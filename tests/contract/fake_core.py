@@ -16,6 +16,7 @@ from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+import numpy as np
 import zmq
 from vllm.v1.engine import (
     EngineCoreEvent,
@@ -29,6 +30,7 @@ from vllm.v1.engine import (
     UtilityOutput,
 )
 from vllm.v1.metrics.stats import PrefillStats
+from vllm.v1.outputs import LogprobsLists
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder, UtilityResult
 
 if TYPE_CHECKING:
@@ -36,10 +38,11 @@ if TYPE_CHECKING:
 
 STEP_S = 0.005
 DIES_AT_ONCE = 12  # the engine dies instead of its first step
-DIES = 13  # the engine dies at the third token
-FAILS = 14  # the request alone fails at its third token
+DIES = 13  # the engine dies at the third token, a while after the second
+FAILS = 14  # the request alone fails at its third token, a while after the second
 TRIPLES = 15  # three tokens a step
 SILENT = 16  # no token ever
+LATE_S = 0.1  # so that what came before has been written
 _DEAD = b"ENGINE_CORE_DEAD"  # vllm/v1/engine/core_client.py
 
 _READY = {
@@ -70,6 +73,7 @@ class Running:
     max_tokens: int
     stop_ids: frozenset[int]
     seed: int | None
+    logprobs: int | None
     came_s: float
     done: int = 0
 
@@ -80,6 +84,13 @@ class Running:
         computed = self.prompt_tokens
         stats = PrefillStats(num_prompt_tokens=computed, num_computed_tokens=computed)
         return {"events": [queued, scheduled], "prefill_stats": stats}
+
+    def logprobs_of(self, ids: list[int]) -> LogprobsLists | None:
+        """All that were wanted are the token itself."""
+        if self.logprobs is None:
+            return None
+        wanted = np.array([[token] * (self.logprobs + 1) for token in ids])
+        return LogprobsLists(wanted, np.full(wanted.shape, -0.5), np.ones(len(ids), int))
 
     def step(self) -> tuple[list[int], FinishReason | None, int | None]:
         """The next tokens, and how it ends with them if it does."""
@@ -155,6 +166,7 @@ class FakeCore:
             params.max_tokens,
             frozenset(params.stop_token_ids or ()),
             params.seed,
+            params.logprobs,
             time.monotonic(),
         )
 
@@ -163,6 +175,8 @@ class FakeCore:
         for request_id, running in list(self.requests.items()):
             if running.seed == SILENT:
                 continue
+            if running.done == 2 and running.seed in {DIES, FAILS}:
+                time.sleep(LATE_S)
             if running.seed == DIES_AT_ONCE or (running.seed == DIES and running.done == 2):
                 self.outputs.send(_DEAD)
                 sys.exit(1)
@@ -170,7 +184,12 @@ class FakeCore:
             ids, reason, stop = running.step()
             outputs.append(
                 EngineCoreOutput(
-                    request_id, ids, finish_reason=reason, stop_reason=stop, **start
+                    request_id,
+                    ids,
+                    new_logprobs=running.logprobs_of(ids),
+                    finish_reason=reason,
+                    stop_reason=stop,
+                    **start,
                 )
             )
             if reason is not None:

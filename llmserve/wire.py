@@ -1,0 +1,100 @@
+"""The two sockets to an engine core, without what zmq.asyncio does around each message.
+
+zmq.asyncio makes futures, timers and several system calls per message, also when it can
+be sent or is here already. vLLM only awaits `send_multipart` and `recv_multipart`
+(vllm/v1/engine/core_client.py, AsyncMPClient), so that is what these two offer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from typing import TYPE_CHECKING, Any
+
+import zmq
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Generator, Sequence
+
+    import zmq.asyncio
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+
+async def take_over(client: AsyncLLM) -> None:
+    """Replace the sockets of a client that has had no request yet.
+
+    vLLM's receiving task keeps the socket that it finds when it starts; what vLLM closes in
+    the end is its own.
+    """
+    core: Any = client.engine_core
+    core.input_socket = Outbox(core.input_socket)
+    own = core.resources.output_socket
+    core.resources.output_socket = Inbox(own)
+    try:
+        await client.get_supported_tasks()  # a first message back and forth starts the task
+    finally:
+        core.resources.output_socket = own
+
+
+class Outbox:
+    """A socket that sends at once; only a full one waits."""
+
+    def __init__(self, socket: zmq.asyncio.Socket) -> None:
+        self._socket = socket
+        self._now: zmq.Socket[bytes] = zmq.Socket.shadow(socket.underlying)
+
+    def send_multipart(self, message: Sequence[Any], *, copy: bool) -> Awaitable[None]:
+        try:
+            self._now.send_multipart(message, zmq.NOBLOCK, copy=copy)
+        except zmq.Again:
+            return self._socket.send_multipart(message, copy=copy)
+        return _DONE
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._socket, name)
+
+
+class Inbox:
+    """A socket whose messages one task receives."""
+
+    def __init__(self, socket: zmq.asyncio.Socket) -> None:
+        self._now: zmq.Socket[bytes] = zmq.Socket.shadow(socket.underlying)
+        # A descriptor of our own: vLLM closes the socket before it cancels the task.
+        self._fd = os.dup(socket.FD)
+        self._waiting: asyncio.Future[None] | None = None
+        self._watched = False
+
+    async def recv_multipart(self, *, copy: bool) -> list[Any]:
+        while True:
+            try:
+                return self._now.recv_multipart(zmq.NOBLOCK, copy=copy)
+            except zmq.Again:
+                await self._readable()
+
+    async def _readable(self) -> None:
+        loop = asyncio.get_running_loop()
+        if not self._watched:
+            self._watched = True
+            loop.add_reader(self._fd, self._on_readable)
+        self._waiting = loop.create_future()
+        try:
+            await self._waiting
+        except asyncio.CancelledError:  # the engine's end
+            loop.remove_reader(self._fd)
+            os.close(self._fd)
+            raise
+
+    def _on_readable(self) -> None:
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
+
+
+class _Done:
+    """An awaitable that does not wait."""
+
+    def __await__(self) -> Generator[Any, None, None]:
+        return
+        yield
+
+
+_DONE = _Done()

@@ -1,0 +1,205 @@
+"""Clients that read slowly or not at all, on a socket as `llmserve up` serves it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import socket
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+import pytest_asyncio
+
+from llmserve import server, stream
+from llmserve.config import ServerSpec
+from tests.contract.test_express import CHATS, COMPLETIONS, EMOJI, Box, boxed, events
+from tests.fakes import soon, until
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+SMALL = 4096  # of the kernel's buffers; uvicorn's own is 64 KiB
+LONG_ID = "i" * 128  # in every event, so that buffers are soon full
+SHRUNK = [(socket.SOL_SOCKET, socket.SO_RCVBUF, SMALL)]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def box() -> AsyncIterator[Box]:
+    """Its engine takes some seconds for a long answer."""
+    async with boxed(0.003) as made:
+        yield made
+
+
+@asynccontextmanager
+async def served(box: Box) -> AsyncIterator[int]:
+    """The port of a server with small buffers."""
+    spec = ServerSpec(port=0, drain_timeout=1)
+    with server.bind(spec) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SMALL)  # accepted ones inherit it
+        uvicorn = server._Uvicorn(server._uvicorn_config(spec, box.app))
+        serving = asyncio.create_task(uvicorn.serve(sockets=[listener]))
+        try:
+            yield listener.getsockname()[1]
+        finally:
+            uvicorn.should_exit = True
+            await soon(serving, 10)
+
+
+def asking(prompt: str, max_tokens: int) -> dict[str, Any]:
+    return {
+        "model": "chat",
+        "prompt": prompt,
+        "max_tokens": max_tokens,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+
+
+async def connected(port: int, path: str, body: dict[str, Any]) -> socket.socket:
+    """A client that has asked and reads nothing."""
+    loop = asyncio.get_running_loop()
+    client = socket.socket()
+    client.setsockopt(*SHRUNK[0])
+    client.setblocking(False)
+    await loop.sock_connect(client, ("127.0.0.1", port))
+    content = json.dumps(body).encode()
+    head = (
+        f"POST {path} HTTP/1.1\r\nhost: test\r\nx-request-id: {LONG_ID}\r\n"
+        "content-type: application/json\r\nconnection: close\r\n"
+        f"content-length: {len(content)}\r\n\r\n"
+    )
+    await loop.sock_sendall(client, head.encode() + content)
+    return client
+
+
+async def rest_of(client: socket.socket) -> bytes:
+    """All that still comes, until the server ends the connection."""
+    loop = asyncio.get_running_loop()
+    parts = []
+    with contextlib.suppress(ConnectionResetError):
+        while part := await loop.sock_recv(client, 1 << 16):
+            parts.append(part)
+    return b"".join(parts)
+
+
+def reply_of(received: bytes) -> httpx.Response:
+    """An answer in chunks, as it came."""
+    head, _, rest = received.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200 ")
+    body = b""
+    while rest:
+        size, _, rest = rest.partition(b"\r\n")
+        length = int(size, 16)
+        body, rest = body + rest[:length], rest[length + 2 :]
+        if not length:
+            break
+    else:
+        raise AssertionError("it was cut off")
+    return httpx.Response(200, content=body)
+
+
+def waiting(box: Box) -> int:
+    """Streams whose client has to read before more can be written."""
+    return sum(stream._sending is not None for stream in box.serving.engine.flow._streams)
+
+
+async def whole(box: Box, body: dict[str, Any]) -> str:
+    """The text of an answer that nobody waits for."""
+    plain = {name: value for name, value in body.items() if "stream" not in name}
+    text: str = (await box.ask(COMPLETIONS, plain)).json()["choices"][0]["text"]
+    return text
+
+
+def text_of(reply: httpx.Response) -> tuple[str, int]:
+    """The text of a stream, and how many tokens it says it has."""
+    *chunks, usage, done = events(reply)
+    assert done == "data: [DONE]"
+    pieces = [chunk["choices"][0]["text"] for chunk in chunks]
+    assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
+    return "".join(pieces), usage["usage"]["completion_tokens"]
+
+
+@pytest.mark.parametrize("path", [CHATS, COMPLETIONS])
+async def test_a_client_that_reads_nothing_is_cut_off_and_no_other(
+    box: Box, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "STUCK_S", 1.0)
+    before = await box.core("aborted")
+    stuck = asking(EMOJI, 1900)
+    if path == CHATS:
+        stuck["messages"] = [{"role": "user", "content": stuck.pop("prompt")}]
+    reading = asking(EMOJI, 900)
+    expected = await whole(box, reading)
+    async with served(box) as port, httpx.AsyncClient(timeout=60) as client:
+        with await connected(port, path, stuck) as never:
+            url = f"http://127.0.0.1:{port}{COMPLETIONS}"
+            reader = asyncio.create_task(client.post(url, json=reading))
+            async with asyncio.timeout(20):
+                while await box.core("aborted") == before:
+                    await asyncio.sleep(0.05)
+            left = await soon(rest_of(never), 10)
+        assert left.startswith(b"HTTP/1.1 200 ")
+        assert b"[DONE]" not in left
+        assert text_of(await soon(reader, 30)) == (expected, 900)
+        await until(lambda: box.services.pool.entries["chat"].slots.in_flight == 0)
+    assert await box.core("aborted") == before + 1
+    assert not box.serving.engine.flow._streams
+
+
+async def test_a_client_that_pauses_gets_all_of_its_text_in_order(box: Box) -> None:
+    body = asking(EMOJI, 1200)
+    expected = await whole(box, body)
+    before = await box.core("aborted")
+    loop = asyncio.get_running_loop()
+    received = b""
+    async with served(box) as port:
+        with await connected(port, COMPLETIONS, body) as client:
+            for _ in range(2):
+                await until(lambda: waiting(box) == 1, 15)
+                await asyncio.sleep(0.3)
+                enough = len(received) + 100_000
+                while len(received) < enough:
+                    received += await soon(loop.sock_recv(client, SMALL))
+            received += await soon(rest_of(client), 30)
+    reply = reply_of(received)
+    assert text_of(reply) == (expected, 1200)
+    assert len(events(reply)) < 1200, "what waited came in longer events"
+    assert await box.core("aborted") == before
+
+
+async def test_clients_of_many_speeds_all_get_their_own_text(box: Box) -> None:
+    bodies = [asking(f"number {n}: {EMOJI}", 400) for n in range(8)]
+    expected = [await whole(box, body) for body in bodies]
+
+    async def read(client: httpx.AsyncClient, url: str, n: int) -> tuple[str, int]:
+        headers = {"x-request-id": LONG_ID}
+        parts = []
+        async with client.stream("POST", url, json=bodies[n], headers=headers) as reply:
+            async for part in reply.aiter_raw(SMALL):
+                parts.append(part)
+                await asyncio.sleep(n * 0.005)
+        return text_of(httpx.Response(200, content=b"".join(parts)))
+
+    transport = httpx.AsyncHTTPTransport(socket_options=SHRUNK)
+    async with (
+        served(box) as port,
+        httpx.AsyncClient(transport=transport, timeout=60) as client,
+    ):
+        url = f"http://127.0.0.1:{port}{COMPLETIONS}"
+        got = await asyncio.gather(*(read(client, url, n) for n in range(8)))
+    assert got == [(text, 400) for text in expected]
+
+
+async def test_a_stuck_client_that_leaves_has_its_request_aborted(box: Box) -> None:
+    before = await box.core("aborted")
+    async with served(box) as port:
+        with await connected(port, COMPLETIONS, asking(EMOJI, 1900)):
+            await until(lambda: waiting(box) == 1, 15)
+        async with asyncio.timeout(10):
+            while await box.core("aborted") == before:
+                await asyncio.sleep(0.05)
+        await until(lambda: box.services.pool.entries["chat"].slots.in_flight == 0)
+    assert await box.core("aborted") == before + 1

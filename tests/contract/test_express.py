@@ -1,0 +1,890 @@
+"""The short way of streams: what a client gets is what vLLM's own generators give.
+
+Three ways lead to an answer: vLLM's generator (`LONG`), vLLM's handler with our stream
+(the first request of a kind), and a recipe with our stream (those after it).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import re
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+import pytest_asyncio
+
+from llmserve import app
+from llmserve.config import ModelSpec
+from tests.contract.conftest import CHAT, on_fake_core, services_of
+from tests.contract.fake_core import DIES_AT_ONCE, FAILS, SILENT, TRIPLES
+from tests.fakes import soon, until
+from tests.listening import listening
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+
+    from llmserve.routes import Services
+    from llmserve.serving import Serving
+
+CHATS, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+STEP_S = 0.001
+
+FOX = "The quick brown fox jumps over the lazy dog."
+FOX_ID = 16438  # " fox"
+EMOJI = "👨‍👩‍👧‍👦 met 🇩🇪🇯🇵 and 👍🏽 at 🏳️‍🌈 🙂🙃"
+CJK = "東京は日本の首都です。你好世界。한국어"
+INDIC = "नमस्ते दुनिया مرحبا بالعالم שלום"
+SPECIAL = "one<|im_end|>\n<|im_start|>two<|endoftext|>three"
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+QUOTES = 'a "quoted" \\ back\tslash </script> \x7f é'
+
+
+class Box:
+    """A server on a fake core, and the three ways through it."""
+
+    def __init__(self, services: Services, serving: Serving) -> None:
+        self.services, self.serving = services, serving
+        self.app = app.build(services)
+        transport = httpx.ASGITransport(self.app)
+        self.client = httpx.AsyncClient(transport=transport, base_url="http://test", timeout=60)
+
+    async def ask(self, path: str, body: dict[str, Any]) -> httpx.Response:
+        # The id of an answer is made of the request's.
+        headers = {"x-request-id": "same"}
+        return await self.client.post(path, json={"model": "chat"} | body, headers=headers)
+
+    async def core(self, method: str) -> Any:
+        return await self.serving.engine.client.engine_core.call_utility_async(method)
+
+    def forget(self) -> None:
+        """No recipe is known."""
+        for express in self.serving._express.values():
+            express._recipes.kept.clear()
+
+    @property
+    def written(self) -> float:
+        """Grows with what leaves by the short way."""
+        return self.figures()["llmserve_stream_lag_seconds_count"]
+
+    def figures(self) -> dict[str, float]:
+        """Each sample of the engine's registry, those of one name and reason as one."""
+        sums: dict[str, float] = {}
+        for family in self.serving.registry.collect():
+            for sample in family.samples:
+                reason = sample.labels.get("finished_reason", "")
+                name = f"{sample.name} {reason}".rstrip()
+                if "le" not in sample.labels:
+                    sums[name] = sums.get(name, 0.0) + sample.value
+        return sums
+
+    @contextlib.contextmanager
+    def long_way(self) -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patch:
+            for express in self.serving._express.values():
+                patch.setattr(express, "open", False)
+            yield
+
+    @contextlib.contextmanager
+    def handler_calls(self) -> Iterator[list[str]]:
+        """The endpoints of requests that went through vLLM's handlers meanwhile."""
+        calls: list[str] = []
+        call = self.serving.call
+
+        async def counted(endpoint: str, *rest: Any) -> Any:
+            calls.append(endpoint)
+            return await call(endpoint, *rest)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(self.serving, "call", counted)
+            yield calls
+
+
+@asynccontextmanager
+async def boxed(step_s: float = STEP_S) -> AsyncIterator[Box]:
+    spec = ModelSpec(
+        name="chat", model=str(CHAT), aliases=("alias",), engine={"max_model_len": 2048}
+    )
+    async with on_fake_core(spec, step_s) as (serving, _):
+        box = Box(await services_of([spec], {"chat": serving}), serving)
+        async with box.client:
+            yield box
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def box() -> AsyncIterator[Box]:
+    async with boxed() as made:
+        yield made
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_known(request: pytest.FixtureRequest) -> None:
+    if "box" in request.fixturenames:
+        request.getfixturevalue("box").forget()
+
+
+# --- what a client sees
+
+_TEXT = re.compile(rb'"(content|text)":("(?:[^"\\]|\\.)*")')
+
+
+@dataclass
+class Seen:
+    """An answer, but for its time and where its text is cut into pieces.
+
+    Text may wait for more on any way, at last for the event of the end: a short answer
+    can do without `middles`.
+    """
+
+    status: int
+    headers: dict[str, str]
+    frames: list[bytes]
+    middles: set[bytes] = field(compare=False)
+    text: str
+
+
+def seen(reply: httpx.Response) -> Seen:
+    found = Seen(reply.status_code, dict(reply.headers), [], set(), "")
+    assert reply.content.endswith(b"\n\n"), reply.text
+    for frame in reply.content.removesuffix(b"\n\n").split(b"\n\n"):
+        for _, text in _TEXT.findall(frame):
+            found.text += json.loads(text)
+        masked = re.sub(rb'"created":\d+', b'"created":0', _TEXT.sub(rb'"\1":TEXT', frame))
+        if b"TEXT" in masked and b'"finish_reason":null' in masked and b'"role"' not in masked:
+            assert b'finish_reason":"' not in b"".join(found.frames), "text after the end"
+            found.middles.add(masked)
+        else:
+            found.frames.append(masked)
+    assert len(found.middles) <= 1, found.middles
+    return found
+
+
+def assert_same(got: Seen, expected: Seen) -> None:
+    assert got == expected
+    assert got.middles == expected.middles or not (got.middles and expected.middles)
+
+
+def events(reply: httpx.Response) -> list[Any]:
+    """The data of each event; [DONE] as it is."""
+    lines = [line for line in reply.text.splitlines() if line.startswith("data: ")]
+    return [line if line == "data: [DONE]" else json.loads(line[6:]) for line in lines]
+
+
+def user(text: str) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": text}], "max_tokens": 100}
+
+
+def prompt(text: str) -> dict[str, Any]:
+    return {"prompt": text, "max_tokens": 60}
+
+
+@dataclass
+class Case:
+    """What is asked, and what must be in the answer.
+
+    `kept`: whether it leaves a recipe. `broken`: whether its tokens are no UTF-8.
+    """
+
+    path: str
+    body: dict[str, Any]
+    holds: str = ""
+    finish: str = "length"
+    kept: bool = True
+    broken: bool = False
+
+
+def cases() -> Iterator[tuple[str, Case]]:
+    """Name and case; those of both endpoints first."""
+    texts = {
+        "plain": FOX,
+        "emoji": EMOJI,
+        "CJK": CJK,
+        "indic and arabic": INDIC,
+        "quotes": QUOTES,
+    }
+    for path, ask in ((CHATS, user), (COMPLETIONS, prompt)):
+        kind = path.split("/")[2]
+
+        def case(
+            text: str, *, holds: str = "", finish: str = "length", kept: bool = True, **more: Any
+        ) -> Case:
+            return Case(path, ask(text) | more, holds, finish, kept)  # noqa: B023  # called below
+
+        for name, text in texts.items():
+            yield f"{kind}, {name}", case(text, holds=text)
+            yield f"{kind}, {name}, three at a time", case(text, holds=text, seed=TRIPLES)
+        stop: dict[str, Any] = {"stop": ["never", "ck bro"], "finish": "stop"}
+        include: dict[str, Any] = {"include_stop_str_in_output": True}
+        yield f"{kind}, stop", case(FOX, holds="The qui", **stop)
+        yield f"{kind}, stop, three at a time", case(FOX, **stop, seed=TRIPLES)
+        yield f"{kind}, stop, included", case(FOX, holds="quick bro", **stop, **include)
+        yield f"{kind}, stop inside emoji", case(EMOJI, stop=["🇯🇵 a"], finish="stop")
+        yield f"{kind}, stop that never comes", case(EMOJI, holds=EMOJI, stop="a long stop string")
+        ids: dict[str, Any] = {"stop_token_ids": [FOX_ID], "finish": "stop"}
+        yield f"{kind}, stop id", case(FOX, holds="quick brown", **ids)
+        yield f"{kind}, stop id, included", case(FOX, holds="brown fox", **ids, **include)
+        yield f"{kind}, stop id, three at a time", case(FOX, **ids, seed=TRIPLES)
+        yield f"{kind}, usage", case(EMOJI, stream_options={"include_usage": True})
+        yield (
+            f"{kind}, usage and stop",
+            case(FOX, **stop, stream_options={"include_usage": True}),
+        )
+        yield f"{kind}, one token", case(FOX, max_tokens=1)
+        yield f"{kind}, special tokens shown", case(SPECIAL, skip_special_tokens=False)
+        yield (
+            f"{kind}, special tokens shown, close",
+            case(SPECIAL, skip_special_tokens=False, spaces_between_special_tokens=False),
+        )
+        yield f"{kind}, special tokens", case(SPECIAL)
+        sampling: dict[str, Any] = {
+            "temperature": 0.3,
+            "top_p": 0.9,
+            "top_k": 7,
+            "presence_penalty": 0.5,
+        }
+        yield f"{kind}, sampling", case(FOX, holds=FOX, **sampling, user="me", seed=7)
+        yield f"{kind}, alias", case(FOX, holds=FOX, model="alias")
+        choice: dict[str, Any] = {"structured_outputs": {"choice": ["yes", "no"]}}
+        yield f"{kind}, structured", case(FOX, **choice, kept=False)
+        yield f"{kind}, at least", case(FOX, min_tokens=3, kept=False)
+    more = user(FOX)
+    del more["max_tokens"]
+    yield "chat, max_completion_tokens", Case(CHATS, more | {"max_completion_tokens": 50})
+    turns = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "  " + FOX},
+        {"role": "assistant", "content": EMOJI},
+        {"role": "user", "content": CJK + "\n"},
+    ]
+    yield "chat, turns", Case(CHATS, {"messages": turns, "max_tokens": 200}, holds=EMOJI)
+    parts = [{"role": "user", "content": [{"type": "text", "text": FOX}]}]
+    yield "chat, parts", Case(CHATS, {"messages": parts, "max_tokens": 80}, FOX, kept=False)
+    yield (
+        "chat, JSON",
+        Case(CHATS, user(FOX) | {"response_format": {"type": "json_object"}}, kept=False),
+    )
+    ids = {"prompt": [504, 2365, 6354], "max_tokens": 8}
+    yield "completions, ids", Case(COMPLETIONS, ids, "The quick brown", kept=False)
+    # The prompt ends inside a character, and the answer begins with the rest of it.
+    split = {"prompt": [235, 118, 504, 321, 231, 10813], "max_tokens": 20}
+    yield "completions, a split character", Case(COMPLETIONS, split, kept=False, broken=True)
+    yield (
+        "completions, a split character, three at a time",
+        Case(COMPLETIONS, split | {"seed": TRIPLES}, kept=False, broken=True),
+    )
+    broken = {"prompt": [504, 10813, 235], "max_tokens": 20}
+    yield "completions, half a character", Case(COMPLETIONS, broken, kept=False, broken=True)
+    yield "completions, no limit", Case(COMPLETIONS, {"prompt": FOX}, FOX)
+
+
+CASES = dict(cases())
+
+
+@pytest.mark.parametrize("name", CASES)
+async def test_a_stream_is_the_same_on_all_ways(box: Box, name: str) -> None:
+    case = CASES[name]
+    body = case.body | {"stream": True}
+    start = box.written
+    with box.long_way():
+        expected = seen(await box.ask(case.path, body))
+    asked = await box.core("last_request")
+    assert box.written == start, "the long way is vLLM's alone"
+    assert expected.status == 200
+    assert case.holds in expected.text
+    assert (REPLACEMENT in expected.text) == case.broken
+    assert f'"finish_reason":"{case.finish}"'.encode() in b"".join(expected.frames)
+
+    for known in (False, case.kept):
+        before = box.written
+        with box.handler_calls() as calls:
+            got = seen(await box.ask(case.path, body))
+        assert_same(got, expected)
+        assert await box.core("last_request") == asked
+        assert box.written > before, "the short way was not taken"
+        assert len(calls) == (0 if known else 1)
+
+
+WHOLE = {
+    "plain": user(FOX),
+    "emoji": user(EMOJI),
+    "emoji, three at a time": user(EMOJI) | {"seed": TRIPLES},
+    "stop": user(FOX) | {"stop": ["ck bro"]},
+    "stop, included": user(FOX) | {"stop": ["ck bro"], "include_stop_str_in_output": True},
+    "stop id": user(FOX) | {"stop_token_ids": [FOX_ID]},
+    "one token": user(FOX) | {"max_tokens": 1},
+    "token ids": user(FOX) | {"max_tokens": 9, "return_token_ids": True},
+    "logprobs": user(FOX) | {"max_tokens": 9, "logprobs": True},
+    "two": user(FOX) | {"n": 2},
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+async def test_a_whole_answer_is_the_same_whether_or_not_its_tokens_are_followed(
+    box: Box, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llmserve import outputs
+
+    got = (await box.ask(CHATS, WHOLE[name])).json()
+    monkeypatch.setattr(outputs, "_silent", lambda _: False)
+    expected = (await box.ask(CHATS, WHOLE[name])).json()
+    assert expected["usage"]["completion_tokens"] > 0
+    del got["created"], expected["created"]
+    assert got == expected
+
+
+async def test_requests_that_are_answered_whole_are_silent_unless_they_have_stop_strings(
+    box: Box,
+) -> None:
+    from llmserve.outputs import Silent
+
+    async def kind(**more: Any) -> type:
+        body = user(FOX) | {"seed": SILENT} | more
+        asking = asyncio.ensure_future(box.ask(CHATS, body))
+        states = box.serving.engine.client.output_processor.request_states
+        await until(lambda: len(states) == 1)
+        (state,) = states.values()
+        asking.cancel()
+        await asyncio.wait({asking})
+        await until(lambda: not states)
+        return type(state)
+
+    assert await kind() is Silent
+    assert await kind(stop=["x"]) is not Silent
+
+
+# --- recipes
+
+
+async def asked_by_recipe(box: Box, path: str, body: dict[str, Any]) -> bool:
+    with box.handler_calls() as calls:
+        reply = await box.ask(path, body)
+    assert reply.status_code == 200, reply.text
+    return not calls
+
+
+async def test_texts_seeds_and_limits_share_a_recipe_and_reach_the_engine(box: Box) -> None:
+    first = user("one") | {"stream": True, "seed": 1, "max_tokens": 2}
+    assert not await asked_by_recipe(box, CHATS, first)
+    for seed, limit in ((2, 3), (99, 4)):
+        body = user(f"text {seed}") | {"stream": True, "seed": seed, "max_tokens": limit}
+        assert await asked_by_recipe(box, CHATS, body)
+        last = await box.core("last_request")
+        assert (last["seed"], last["max_tokens"]) == (seed, limit)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"temperature": 0.5},
+        {"seed": 1},
+        {"user": "me"},
+        {"max_completion_tokens": 5},
+        {"stream_options": {"include_usage": True}},
+        {"model": "alias"},
+        {"unknown": 1},
+        {"chat_template_kwargs": {"x": 1}},
+    ],
+)
+async def test_a_body_with_another_field_is_not_served_by_a_recipe(
+    box: Box, other: dict[str, Any]
+) -> None:
+    body = user(FOX) | {"stream": True, "max_tokens": 4}
+    await box.ask(CHATS, body)
+    assert await asked_by_recipe(box, CHATS, body)
+    assert not await asked_by_recipe(box, CHATS, body | other)
+
+
+@pytest.mark.parametrize("value", [True, 1, 1.0, "1", [1], {"a": 1}])
+async def test_values_that_look_alike_are_different_fields(box: Box, value: Any) -> None:
+    body = user(FOX) | {"stream": True, "max_tokens": 2}
+    await box.ask(CHATS, body | {"unknown": None})
+    assert not await asked_by_recipe(box, CHATS, body | {"unknown": value})
+
+
+async def test_a_body_with_a_limit_and_one_without_share_no_recipe(box: Box) -> None:
+    limited = {"prompt": FOX, "max_tokens": 3, "stream": True}
+    unlimited = {"prompt": FOX, "stream": True}
+    for _ in range(2):
+        for body, limit in ((limited, 3), (unlimited, 16)):
+            await box.ask(COMPLETIONS, body)
+            assert (await box.core("last_request"))["max_tokens"] == limit
+
+
+async def test_a_field_that_means_nothing_to_vllm_means_nothing_to_a_recipe(box: Box) -> None:
+    """`max_completion_tokens` is no field of completions, and 16 is their limit anyway."""
+    body = {"prompt": FOX, "stream": True}
+    await box.ask(COMPLETIONS, body | {"max_completion_tokens": 16})
+    await box.ask(COMPLETIONS, body | {"max_completion_tokens": 5})
+    assert (await box.core("last_request"))["max_tokens"] == 16
+
+
+async def test_other_roles_and_shapes_of_a_message_are_vllms(box: Box) -> None:
+    body = user(FOX) | {"stream": True, "max_tokens": 4}
+    await box.ask(CHATS, body)
+    for message in (
+        {"role": "user", "content": [{"type": "text", "text": "x"}]},
+        {"role": "user", "content": "x", "name": "me"},
+        {"role": "developer", "content": "x"},
+    ):
+        assert not await asked_by_recipe(box, CHATS, body | {"messages": [message]})
+
+
+@pytest.mark.parametrize("name", ["x-vllm-priority", "traceparent", "x-data-parallel-rank"])
+async def test_a_header_that_vllm_reads_is_vllms(box: Box, name: str) -> None:
+    body = {"model": "chat", "prompt": FOX, "stream": True, "max_tokens": 2}
+    await box.ask(COMPLETIONS, body)
+    with box.handler_calls() as calls:
+        await box.client.post(COMPLETIONS, json=body, headers={name: "0"})
+    assert calls == ["completions"]
+
+
+async def test_the_last_kinds_of_requests_are_remembered(
+    box: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llmserve import express
+
+    monkeypatch.setattr(express, "_RECIPES", 2)
+    bodies = [{"prompt": "x", "max_tokens": 1, "stream": True, "user": str(n)} for n in range(3)]
+    for body in bodies:
+        await box.ask(COMPLETIONS, body)
+    assert not await asked_by_recipe(box, COMPLETIONS, bodies[0])
+    assert await asked_by_recipe(box, COMPLETIONS, bodies[2])
+
+
+# --- errors
+
+LONG_TEXT = "word " * 3000
+BAD: dict[str, tuple[str, dict[str, Any]]] = {
+    "prompt too long": (CHATS, user("word " * 1500) | {"max_tokens": 4}),
+    "prompt far too long": (CHATS, user(LONG_TEXT)),
+    "text too long": (COMPLETIONS, {"prompt": "one two " * 1000, "max_tokens": 4}),
+    "no messages": (CHATS, {"messages": []}),
+    "a message that is no object": (CHATS, {"messages": ["hi"], "max_tokens": 8}),
+    "no content": (CHATS, {"messages": [{"role": "user"}], "max_tokens": 8}),
+    "an empty content": (CHATS, user("") | {"max_tokens": 8}),
+    "content that is null": (
+        CHATS,
+        {"messages": [{"role": "user", "content": None}], "max_tokens": 8},
+    ),
+    "an unknown role": (
+        CHATS,
+        {"messages": [{"role": "robot", "content": "hi"}], "max_tokens": 8},
+    ),
+    "no tokens": (CHATS, user(FOX) | {"max_tokens": 0}),
+    "fewer than no tokens": (CHATS, user(FOX) | {"max_tokens": -1}),
+    "a limit that is no number": (CHATS, user(FOX) | {"max_tokens": "many"}),
+    "a limit that is half a number": (CHATS, user(FOX) | {"max_tokens": 1.5}),
+    "a seed beyond 64 bits": (CHATS, user(FOX) | {"seed": 2**63}),
+    "a seed beyond 64 bits, completions": (COMPLETIONS, prompt(FOX) | {"seed": 2**64 - 1}),
+    "a limit that leaves no room for a text": (COMPLETIONS, prompt("one two " * 990)),
+    "a limit that leaves no room for a chat": (CHATS, user("one two " * 980)),
+    "a limit of just the context": (COMPLETIONS, {"prompt": "one two " * 990, "max_tokens": 2048}),
+    "a limit above the context": (COMPLETIONS, {"prompt": "one two " * 990, "max_tokens": 2049}),
+    "a limit beyond the context": (CHATS, user(FOX) | {"max_tokens": 99_999}),
+    "a limit beyond 32 bits": (CHATS, user(FOX) | {"max_tokens": 2**40}),
+    "a limit beyond 64 bits": (CHATS, user(FOX) | {"max_tokens": 2**64 - 1}),
+    "a temperature below zero": (CHATS, user(FOX) | {"temperature": -1}),
+    "no prompt": (COMPLETIONS, {"max_tokens": 4}),
+    "an empty prompt": (COMPLETIONS, {"prompt": "", "max_tokens": 4}),
+    "too many logprobs": (COMPLETIONS, prompt(FOX) | {"logprobs": 99}),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+async def test_what_is_wrong_with_a_body_is_said_alike_whatever_is_known(
+    box: Box, name: str
+) -> None:
+    path, body = BAD[name]
+    body = body | {"stream": True}
+    with box.long_way():
+        expected = await box.ask(path, body)
+    fresh = await box.ask(path, body)
+    box.forget()
+    good = (user(FOX) if path == CHATS else prompt(FOX)) | {"stream": True}
+    for known in ({"max_tokens": 4}, {"max_tokens": 4, "seed": 1}):
+        await box.ask(path, good | known)
+        assert await asked_by_recipe(box, path, good | known)
+    with_recipe = await box.ask(path, body)
+    for got in (fresh, with_recipe):
+        assert got.status_code == expected.status_code, got.text
+        if expected.status_code == 200:
+            assert_same(seen(got), seen(expected))
+        else:
+            assert got.json() == expected.json()
+            assert got.headers == expected.headers
+
+
+async def test_a_request_that_fails_in_mid_stream_ends_alike_on_all_ways(box: Box) -> None:
+    body = user(FOX) | {"seed": FAILS, "stream": True}
+    with box.long_way():
+        *_, expected, end = events(await box.ask(CHATS, body))
+    assert end == "data: [DONE]"
+    assert expected["error"]["code"] == "engine_error"
+    with box.handler_calls() as calls:
+        for _ in range(2):
+            reply = await box.ask(CHATS, body)
+            first, *_, failure, done = events(reply)
+            assert reply.status_code == 200
+            assert first["choices"][0]["delta"]["role"] == "assistant"
+            assert (failure, done) == (expected, end)
+    assert len(calls) == 1
+    assert await box.core("running") == 0
+
+
+async def test_an_engine_that_dies_is_an_event_in_mid_stream_and_a_503_before() -> None:
+    long = {"model": "chat", "max_tokens": 1900, "stream": True}
+    killing = {"model": "chat", "prompt": "die", "seed": DIES_AT_ONCE, "stream": True}
+    async with boxed() as box, listening(box.app) as url, httpx.AsyncClient(timeout=30) as client:
+
+        async def ask(way: Any) -> tuple[asyncio.Event, asyncio.Task[str]]:
+            began = asyncio.Event()
+
+            async def read() -> str:
+                with way:
+                    stream = client.stream("POST", url + COMPLETIONS, json=long | {"prompt": FOX})
+                    reply = await stream.__aenter__()
+                try:
+                    parts = reply.aiter_text()
+                    text = await anext(parts)
+                    began.set()
+                    return text + "".join([part async for part in parts])
+                finally:
+                    await stream.__aexit__(None, None, None)
+
+            return began, asyncio.create_task(read())
+
+        reading = []
+        for way in (box.long_way(), contextlib.nullcontext(), contextlib.nullcontext()):
+            began, task = await ask(way)
+            await soon(began.wait(), 10)
+            reading.append(task)
+        refused = await client.post(url + COMPLETIONS, json=killing)
+        assert refused.status_code == 503
+        assert refused.json()["error"]["code"] == "engine_dead"
+        texts = [await soon(task, 10) for task in reading]
+        for text in texts:
+            *_, failure, done = [part for part in text.split("\n\n") if part]
+            assert done == "data: [DONE]"
+            assert json.loads(failure[6:])["error"] == refused.json()["error"]
+        # By recipe, for the first time, and by vLLM's generator.
+        later = [await box.ask(COMPLETIONS, long | {"prompt": FOX}) for _ in range(2)]
+        later.append(await box.ask(COMPLETIONS, long | {"prompt": FOX, "user": "me"}))
+        with box.long_way():
+            later.append(await box.ask(COMPLETIONS, long | {"prompt": FOX}))
+        for reply in later:
+            assert (reply.status_code, reply.json()) == (503, refused.json())
+
+
+# --- what goes the long way
+
+LONG: dict[str, tuple[str, dict[str, Any]]] = {
+    "two choices": (CHATS, user(FOX) | {"n": 2, "max_tokens": 8}),
+    "logprobs": (COMPLETIONS, prompt(FOX) | {"logprobs": 1}),
+    "logprobs of a chat": (CHATS, user(FOX) | {"logprobs": True, "top_logprobs": 1}),
+    "echo": (COMPLETIONS, prompt(FOX) | {"echo": True}),
+    "token ids": (COMPLETIONS, prompt(FOX) | {"return_token_ids": True}),
+    "token ids of a chat": (CHATS, user(FOX) | {"return_token_ids": True}),
+    "usage all the time": (
+        CHATS,
+        user(FOX) | {"stream_options": {"include_usage": True, "continuous_usage_stats": True}},
+    ),
+    "tools": (
+        CHATS,
+        user(FOX)
+        | {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "none"},
+    ),
+    "two prompts": (COMPLETIONS, {"prompt": [FOX, CJK], "max_tokens": 40}),
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+async def test_what_is_more_than_text_goes_the_long_way(box: Box, name: str) -> None:
+    path, body = LONG[name]
+    before = box.written
+    for _ in range(2):
+        reply = await box.ask(path, body | {"stream": True})
+        assert reply.status_code == 200, reply.text
+        *chunks, done = events(reply)
+        assert done == "data: [DONE]"
+        texts = dict.fromkeys(range(2), "")
+        for chunk in chunks:
+            for choice in chunk["choices"]:
+                texts[choice["index"]] += choice.get("text") or choice.get("delta", {}).get(
+                    "content", ""
+                )
+        assert texts[0]
+        if "two" in name:
+            assert texts[1]
+        else:
+            assert FOX in texts[0]
+    assert box.written == before
+
+
+async def test_what_vllm_adds_on_the_long_way_is_there(box: Box) -> None:
+    path, body = LONG["usage all the time"]
+    *chunks, _ = events(await box.ask(path, body | {"stream": True}))
+    assert all(chunk["usage"]["total_tokens"] > 0 for chunk in chunks)
+    path, body = LONG["logprobs of a chat"]
+    *chunks, _ = events(await box.ask(path, body | {"stream": True}))
+    assert any(chunk["choices"][0]["logprobs"] for chunk in chunks)
+    path, body = LONG["token ids"]
+    *chunks, _ = events(await box.ask(path, body | {"stream": True}))
+    ids = [token for chunk in chunks for token in chunk["choices"][0]["token_ids"]]
+    assert len(ids) == body["max_tokens"]
+
+
+# --- clients that leave
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["first", "by recipe"])
+@pytest.mark.parametrize("silent", [False, True], ids=["in mid-stream", "before the first token"])
+async def test_a_client_that_leaves_has_its_request_aborted(
+    box: Box, known: bool, silent: bool
+) -> None:
+    body = {"model": "chat", "prompt": FOX, "max_tokens": 2000, "stream": True, "seed": 1}
+    if known:
+        await box.ask(COMPLETIONS, body | {"max_tokens": 1})
+        assert await asked_by_recipe(box, COMPLETIONS, body | {"max_tokens": 1})
+    before = await box.core("aborted")
+    asking = body | {"seed": SILENT if silent else 1}
+    async with listening(box.app) as url, httpx.AsyncClient(timeout=30) as client:
+        if silent:
+            waiting = asyncio.ensure_future(client.post(url + COMPLETIONS, json=asking))
+            async with asyncio.timeout(5):
+                while not await box.core("running"):
+                    await asyncio.sleep(0.01)
+            waiting.cancel()
+            await asyncio.wait({waiting})
+        else:
+            async with client.stream("POST", url + COMPLETIONS, json=asking) as reply:
+                await anext(reply.aiter_bytes())
+        async with asyncio.timeout(5):
+            while await box.core("aborted") == before:
+                await asyncio.sleep(0.01)
+    assert await box.core("aborted") == before + 1
+    assert await box.core("running") == 0
+    assert not box.serving.engine.client.output_processor.request_states
+    await until(lambda: box.services.pool.entries["chat"].slots.in_flight == 0)
+
+
+async def test_a_request_that_ended_is_not_aborted(box: Box) -> None:
+    before = await box.core("aborted")
+    for _ in range(2):
+        await box.ask(COMPLETIONS, prompt(FOX) | {"stream": True})
+    assert await box.core("aborted") == before
+
+
+async def test_a_stop_string_ends_the_request_in_the_engine(box: Box) -> None:
+    before = await box.core("aborted")
+    body = {"prompt": FOX, "stop": ["ck bro"], "max_tokens": 2000, "stream": True}
+    await box.ask(COMPLETIONS, body)
+    async with asyncio.timeout(5):
+        while await box.core("aborted") == before:
+            await asyncio.sleep(0.01)
+    assert await box.core("running") == 0
+
+
+async def test_concurrent_streams_get_their_own_texts(box: Box) -> None:
+    async def ask(n: int) -> None:
+        text = f"number {n} {EMOJI}"
+        body = {"prompt": text, "max_tokens": 150, "stream": True, "seed": (1, TRIPLES)[n % 2]}
+        answer = seen(await box.ask(COMPLETIONS, body)).text
+        assert answer.startswith(text)
+        assert REPLACEMENT not in answer
+
+    await asyncio.gather(*(ask(n) for n in range(24)))
+
+
+# --- figures
+
+# Observed once per step of the engine, of which there are more when it is told to stop.
+_PER_STEP = "vllm:iteration_tokens_total"
+
+
+def counted(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
+    """How counters, the counts of histograms, and sums of tokens have grown."""
+    return {
+        name: value - before.get(name, 0.0)
+        for name, value in after.items()
+        if name.startswith("vllm:") and not name.startswith(_PER_STEP)
+        if re.search(r"(_total|_count)( |$)|tokens\w*_sum$", name)
+    }
+
+
+async def test_vllms_figures_grow_alike_on_all_ways(box: Box) -> None:
+    bodies = [
+        (CHATS, user(FOX) | {"stream": True}),
+        (CHATS, user(EMOJI) | {"stream": True, "seed": TRIPLES}),
+        (COMPLETIONS, prompt(FOX) | {"stream": True, "stop": ["ck bro"]}),
+        (COMPLETIONS, prompt(FOX) | {"stream": True, "stop_token_ids": [FOX_ID]}),
+        (COMPLETIONS, {"prompt": FOX, "stream": True, "max_tokens": 1}),
+        (CHATS, user(FOX)),
+        (CHATS, user(FOX) | {"seed": TRIPLES}),
+    ]
+
+    async def growth() -> dict[str, float]:
+        before = box.figures()
+        for path, body in bodies:
+            await box.ask(path, body)
+        return counted(before, box.figures())
+
+    with box.long_way(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("llmserve.outputs._silent", lambda _: False)
+        expected = await growth()
+    for name, least in {
+        "vllm:generation_tokens_total": 300,
+        "vllm:prompt_tokens_total": 100,
+        "vllm:time_to_first_token_seconds_count": len(bodies),
+        "vllm:inter_token_latency_seconds_count": 200,
+        "vllm:e2e_request_latency_seconds_count": len(bodies),
+        "vllm:request_success_total stop": 2,
+    }.items():
+        assert expected[name] >= least, name
+    assert await growth() == expected
+    assert await growth() == expected
+
+
+async def test_the_inter_token_latencies_add_up_to_the_time_of_decoding(box: Box) -> None:
+    def sums() -> tuple[float, float]:
+        figures = box.figures()
+        return (
+            figures["vllm:inter_token_latency_seconds_sum"],
+            figures["vllm:request_decode_time_seconds_sum"],
+        )
+
+    before = sums()
+    await asyncio.gather(
+        *(box.ask(CHATS, user(f"{FOX} {n}") | {"stream": n % 3 > 0}) for n in range(9))
+    )
+    gaps, decoding = (after - start for after, start in zip(sums(), before, strict=True))
+    assert gaps == pytest.approx(decoding)
+    assert gaps > 0
+
+
+async def test_the_buckets_of_the_inter_token_latency_hold_every_token(box: Box) -> None:
+    await box.ask(CHATS, user(FOX) | {"stream": True})
+    (family,) = [
+        f for f in box.serving.registry.collect() if f.name == "vllm:inter_token_latency_seconds"
+    ]
+    samples = {(s.name, s.labels.get("le")): s.value for s in family.samples}
+    top = samples["vllm:inter_token_latency_seconds_bucket", "+Inf"]
+    assert top == samples["vllm:inter_token_latency_seconds_count", None] > 0
+
+
+# --- the names of vLLM's and prometheus_client's that this rests on
+
+
+async def test_a_requests_state_has_what_outputs_reads(box: Box) -> None:
+    from vllm.v1.engine.output_processor import OutputProcessor
+
+    processor = box.serving.engine.client.output_processor
+    assert isinstance(processor, OutputProcessor)
+    asking = asyncio.ensure_future(box.ask(CHATS, user(FOX) | {"seed": SILENT}))
+    await until(lambda: bool(processor.request_states))
+    (state,) = processor.request_states.values()
+    parts = {
+        "state": (
+            state,
+            "request_id is_prefilling detokenizer stats queue output_kind parent_req "  # noqa: ISC004
+            "streaming_input logprobs_processor prompt_len make_request_output",
+        ),
+        "stats": (state.stats, "num_generation_tokens last_token_ts arrival_time"),
+        "detokenizer": (
+            state.detokenizer,
+            "token_ids stop decode_next update get_next_output_text stream"  # noqa: ISC004
+            " skip_special_tokens spaces_between_special_tokens",
+        ),
+        "logprobs": (state.logprobs_processor, "num_logprobs num_prompt_logprobs"),
+    }
+    asking.cancel()
+    await asyncio.wait({asking})
+    await until(lambda: not processor.request_states)
+    missing = [
+        f"{name}.{field}"
+        for name, (owner, fields) in parts.items()
+        for field in fields.split()
+        if not hasattr(owner, field)
+    ]
+    assert not missing, f"llmserve/outputs.py uses what this vLLM has moved: {missing}"
+
+
+def test_vllms_output_loop_calls_what_outputs_overrides() -> None:
+    import inspect
+
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.output_processor import OutputProcessor, RequestState
+
+    def parameters(function: Any) -> list[str]:
+        return list(inspect.signature(function).parameters)
+
+    said = "llmserve/outputs.py overrides it; look at what this vLLM does there"
+    assert parameters(OutputProcessor.process_outputs)[:4] == [
+        "self",
+        "engine_core_outputs",
+        "engine_core_timestamp",
+        "iteration_stats",
+    ], said
+    assert parameters(OutputProcessor.add_request)[:3] == ["self", "request", "prompt"], said
+    assert parameters(RequestState.make_request_output)[:5] == [
+        "self",
+        "new_token_ids",
+        "pooling_output",
+        "finish_reason",
+        "stop_reason",
+    ], said
+    loop = inspect.getsource(AsyncLLM._run_output_handler)
+    assert "output_processor.process_outputs(" in loop, said
+    assert "propagate_error" in loop, said
+    assert "queue.put(" in inspect.getsource(OutputProcessor.propagate_error), said
+    source = inspect.getsource(OutputProcessor.process_outputs)
+    for step in ("_update_stats_from_output", "detokenizer.update", "make_request_output"):
+        assert step in source, said
+
+
+def test_a_steps_statistics_have_what_outputs_writes() -> None:
+    from vllm.v1.metrics.stats import IterationStats
+
+    stats = IterationStats()
+    assert stats.num_generation_tokens == 0
+    assert stats.inter_token_latencies_iter == []
+    # Ours are kept beside its own.
+    assert hasattr(stats, "__dict__"), "llmserve/outputs.py keeps its gaps there"
+
+
+def test_a_histogram_takes_many_as_it_takes_one() -> None:
+    from prometheus_client import CollectorRegistry, Histogram
+
+    from llmserve.stats import Weighted
+
+    bounds = (0.1, 0.5, 1.0)
+    registries = CollectorRegistry(), CollectorRegistry()
+    ours = Weighted("h", "H", ("model",), registry=registries[0], buckets=bounds).labels("m")
+    theirs = Histogram("h", "H", ("model",), registry=registries[1], buckets=bounds).labels("m")
+    for value, count in ((0.05, 3), (0.1, 2), (0.11, 1), (1.0, 4), (7.0, 5), (0.2, 0)):
+        ours.observe_many(value, count)
+        for _ in range(count):
+            theirs.observe(value)
+
+    def samples(registry: CollectorRegistry) -> dict[tuple[str, str], float]:
+        return {
+            (sample.name, sample.labels.get("le", "")): sample.value
+            for family in registry.collect()
+            for sample in family.samples
+            if not sample.name.endswith("_created")
+        }
+
+    assert samples(registries[0]) == pytest.approx(samples(registries[1]))
+
+
+def test_the_engines_logger_has_the_histogram_that_stats_fills() -> None:
+    import inspect
+
+    from vllm.v1.metrics.loggers import PrometheusStatLogger
+
+    source = inspect.getsource(PrometheusStatLogger)
+    assert "self.histogram_inter_token_latency" in source, "llmserve/stats.py fills it"
+    assert "_histogram_cls" in source, "llmserve/stats.py sets it"

@@ -1,0 +1,629 @@
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+import pytest
+from starlette.responses import Response
+
+from llmserve import stream
+from llmserve.errors import LLMServeError, Overloaded, RequestError
+from llmserve.sse import HEADERS
+from llmserve.stream import ABORT, WRITE, Flow, TokenStream
+from tests.fakes import Gate, failure, soon, until
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from starlette.types import Message
+
+
+class Engine:
+    """The far side of a stream; `stream.Source`."""
+
+    prompt_tokens = 7
+
+    def __init__(self, *, gate: Gate | None = None, error: LLMServeError | None = None) -> None:
+        self._gate, self._error = gate, error
+        self.begun = asyncio.Event()
+        self.aborts = 0
+        self._stream: TokenStream
+
+    async def begin(self, stream: TokenStream) -> None:
+        self._stream = stream
+        self.begun.set()
+        if self._gate is not None:
+            await self._gate.wait()
+        if self._error is not None:
+            raise self._error
+
+    async def abort(self) -> None:
+        self.aborts += 1
+
+    def gives(self, text: str, since_s: float | None = None) -> None:
+        self._stream.pieces.append(text)
+        self._stream.took(1, time.monotonic() if since_s is None else since_s)
+
+    def ends(self, reason: str = "stop", stop: str | None = None) -> None:
+        self._stream.finished(reason, stop, time.monotonic())
+
+    def fails(self, error: LLMServeError) -> None:
+        self._stream.failed(error)
+
+
+class Frames:
+    first = b"first "
+
+    def middle(self, text: str) -> bytes:
+        return f"[{text}]".encode()
+
+    def last(
+        self, text: str, finish: str, stop: int | str | None, prompt_tokens: int, tokens: int
+    ) -> bytes:
+        return f"[{text}] {finish} {stop} {prompt_tokens}+{tokens}".encode()
+
+
+class Client:
+    """The near side: an ASGI server's `receive` and `send`."""
+
+    def __init__(self) -> None:
+        self.sent: list[Message] = []
+        self.reads = asyncio.Event()
+        self.reads.set()
+        self.breaks: Exception | None = None
+        self.aborts = 0
+        self.written: list[bytes] = []
+        self._gone = asyncio.Event()
+
+    def leaves(self) -> None:
+        self._gone.set()
+
+    def stops_reading(self) -> None:
+        self.reads.clear()
+
+    async def receive(self) -> Message:
+        await self._gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(self, message: Message) -> None:
+        if not self.reads.is_set():
+            await self.reads.wait()
+        if self.breaks is not None:
+            raise self.breaks
+        self.sent.append(message)
+        if message["type"] == "http.response.body" and not message.get("more_body", False):
+            self._gone.set()  # as servers say it
+
+    def abort(self) -> None:
+        self.aborts += 1
+        self._gone.set()
+
+    def write(self, body: bytes) -> bool:
+        """A server's direct way, which is open while the client reads."""
+        if not self.reads.is_set():
+            return False
+        self.written.append(body)
+        self.sent.append({"type": "http.response.body", "body": body, "more_body": True})
+        return True
+
+    @property
+    def status(self) -> int:
+        status: int = self.sent[0]["status"]
+        return status
+
+    @property
+    def bodies(self) -> list[bytes]:
+        return [message["body"] for message in self.sent[1:]]
+
+
+class Line:
+    """A stream between an engine and a client."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine, self.client = engine, Client()
+        self.behind = False
+        self.lags: list[float] = []
+        flow = Flow(lambda: self.behind, self.lags.append)
+        self.stream = TokenStream(engine, flow, Frames(), refusal, failure)
+        self.answering: asyncio.Task[None]
+        self.extensions: dict[str, object] = {ABORT: self.client.abort}
+
+    async def answer(self) -> None:
+        scope = {"type": "http", "extensions": self.extensions}
+        await self.stream(scope, self.client.receive, self.client.send)
+
+
+def refusal(error: LLMServeError) -> Response:
+    return Response(error.code, error.status, {"x-ours": "1"})
+
+
+@asynccontextmanager
+async def begun(engine: Engine | None = None, *, direct: bool = False) -> AsyncIterator[Line]:
+    """A stream whose request is in the engine; at the end the client has left."""
+    line = Line(engine or Engine())
+    if direct:
+        line.extensions[WRITE] = line.client.write
+    line.answering = asyncio.create_task(line.answer())
+    await soon(line.engine.begun.wait())
+    yield line
+    line.client.leaves()
+    await soon(asyncio.wait({line.answering}))
+
+
+async def turn() -> None:
+    """What is due in the loop is done."""
+    await asyncio.sleep(0)
+
+
+@pytest.fixture
+def hurried(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Quiet streams are looked after often."""
+    monkeypatch.setattr(stream, "_TEND_S", 0.005)
+    return monkeypatch
+
+
+# --- text
+
+
+async def test_text_leaves_in_the_same_turn_with_the_headers_before_it() -> None:
+    async with begun() as line:
+        assert line.client.sent == []
+        line.engine.gives("a")
+        await turn()
+        assert line.client.sent == [
+            {"type": "http.response.start", "status": 200, "headers": HEADERS},
+            {"type": "http.response.body", "body": b"first [a]", "more_body": True},
+        ]
+        line.engine.gives("b")
+        await turn()
+        assert line.client.bodies == [b"first [a]", b"[b]"]
+
+
+async def test_what_a_turn_brings_leaves_as_one_event() -> None:
+    async with begun() as line:
+        for text in "abc":
+            line.engine.gives(text)
+        await turn()
+        assert line.client.bodies == [b"first [abc]"]
+
+
+async def test_the_end_leaves_with_the_last_text_and_the_count_of_tokens() -> None:
+    async with begun() as line:
+        line.engine.gives("a")
+        await turn()
+        line.engine.gives("b")
+        line.engine.ends("stop", "x")
+        await soon(line.answering)
+    assert line.client.bodies == [b"first [a]", b"[b] stop x 7+2"]
+    assert [message["more_body"] for message in line.client.sent[1:]] == [True, False]
+    assert line.engine.aborts == 0
+
+
+async def test_an_answer_of_one_event_has_its_first_frame() -> None:
+    async with begun() as line:
+        line.engine.gives("a")
+        line.engine.ends("length")
+        await soon(line.answering)
+    assert line.client.bodies == [b"first [a] length None 7+1"]
+
+
+async def test_an_end_without_text_is_an_end() -> None:
+    async with begun() as line:
+        line.engine.gives("a")
+        await turn()
+        line.engine.ends("abort")
+        await soon(line.answering)
+    assert line.client.bodies[-1] == b"[] abort None 7+1"
+
+
+async def test_tokens_without_text_are_counted() -> None:
+    async with begun() as line:
+        for text in ("", "", "é"):
+            line.engine.gives(text)
+            await turn()
+        line.engine.ends()
+        await soon(line.answering)
+    assert line.client.bodies[-1].endswith(b"7+3")
+    assert b"\xc3\xa9" in b"".join(line.client.bodies)
+
+
+async def test_streams_of_one_turn_are_all_written_and_tell_the_lag_of_the_oldest() -> None:
+    lags: list[float] = []
+    flow = Flow(lambda: False, lags.append)
+    engines, clients = [Engine() for _ in range(3)], [Client() for _ in range(3)]
+    answering = [
+        asyncio.create_task(
+            TokenStream(engine, flow, Frames(), refusal, failure)({}, client.receive, client.send)
+        )
+        for engine, client in zip(engines, clients, strict=True)
+    ]
+    await turn()
+    for engine in engines:
+        engine.gives("a", time.monotonic() - 5)
+    await turn()
+    assert [client.bodies for client in clients] == [[b"first [a]"]] * 3
+    (lag,) = lags
+    assert 5 <= lag < 10
+    for client in clients:
+        client.leaves()
+    await soon(asyncio.gather(*answering))
+
+
+# --- an engine that is ahead
+
+
+async def test_text_waits_for_a_step_that_is_here_already(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "BEHIND_S", 60)
+    async with begun() as line:
+        line.behind = True
+        line.engine.gives("a")
+        for _ in range(5):
+            await turn()
+        assert line.client.sent == []
+        line.engine.gives("b")
+        line.behind = False
+        await turn()
+        assert line.client.bodies == [b"first [ab]"]
+
+
+async def test_text_waits_no_longer_than_it_may() -> None:
+    async with begun() as line:
+        line.behind = True
+        line.engine.gives("a")
+        await until(lambda: bool(line.client.sent))
+        line.engine.gives("b", time.monotonic() - stream.BEHIND_S)
+        await turn()
+        assert line.client.bodies == [b"first [a]", b"[b]"]
+
+
+# --- errors
+
+
+async def test_what_fails_before_the_first_byte_is_a_refusal() -> None:
+    async with begun() as line:
+        line.engine.fails(Overloaded("busy", retry_after_s=1))
+        await soon(line.answering)
+    assert line.client.status == 503
+    assert (b"x-ours", b"1") in line.client.sent[0]["headers"]
+    assert line.client.bodies == [b"overloaded"]
+    assert line.engine.aborts == 0
+
+
+async def test_what_fails_later_is_the_last_event() -> None:
+    async with begun() as line:
+        line.engine.gives("a")
+        await turn()
+        line.engine.fails(RequestError("no", code="late"))
+        await soon(line.answering)
+    assert line.client.status == 200
+    assert line.client.bodies == [b"first [a]", b"data: late\n\n"]
+    assert line.client.sent[-1]["more_body"] is False
+    assert line.engine.aborts == 0
+
+
+async def test_what_the_engine_does_not_take_is_raised() -> None:
+    line = Line(Engine(error=RequestError("too long")))
+    with pytest.raises(RequestError, match="too long"):
+        await soon(line.answer())
+    assert line.client.sent == []
+
+
+async def test_what_comes_after_the_end_is_not_written() -> None:
+    async with begun() as line:
+        line.engine.gives("a")
+        line.engine.ends()
+        await turn()
+        line.engine.gives("b")
+        line.engine.fails(RequestError("no"))
+        await turn()
+        assert len(line.client.bodies) == 1
+
+
+# --- quiet streams
+
+
+async def test_headers_go_alone_when_the_first_text_takes_long(
+    hurried: pytest.MonkeyPatch,
+) -> None:
+    hurried.setattr(stream, "FIRST_S", 0.01)
+    async with begun() as line:
+        await until(lambda: bool(line.client.sent))
+        assert line.client.status == 200
+        assert b"".join(line.client.bodies) == b""
+        line.engine.gives("a")
+        await turn()
+        assert line.client.bodies[-1] == b"first [a]"
+        line.engine.fails(RequestError("no", code="late"))
+        await soon(line.answering)
+    assert line.client.bodies[-1] == b"data: late\n\n"
+
+
+async def test_headers_go_alone_also_while_the_engine_takes_the_request(
+    hurried: pytest.MonkeyPatch,
+) -> None:
+    hurried.setattr(stream, "FIRST_S", 0.01)
+    gate = Gate()
+    async with begun(Engine(gate=gate)) as line:
+        await until(lambda: bool(line.client.sent))
+        gate.opened.set()
+        line.engine.gives("a")
+        await turn()
+        assert line.client.bodies[-1] == b"first [a]"
+
+
+async def test_a_quiet_stream_gets_a_comment(hurried: pytest.MonkeyPatch) -> None:
+    hurried.setattr(stream, "PING_S", 0.01)
+    async with begun() as line:
+        line.engine.gives("a")
+        await until(lambda: len(line.client.bodies) > 2)
+        assert line.client.bodies[:3] == [b"first [a]", b": ping\n\n", b": ping\n\n"]
+        line.engine.gives("b")
+        await turn()
+        assert line.client.bodies[-1] == b"[b]"
+
+
+async def test_a_stream_with_text_gets_no_comment(hurried: pytest.MonkeyPatch) -> None:
+    hurried.setattr(stream, "PING_S", 60)
+    async with begun() as line:
+        line.engine.gives("a")
+        await asyncio.sleep(0.03)
+        assert line.client.bodies == [b"first [a]"]
+
+
+async def test_an_answer_that_is_out_gets_no_comment(hurried: pytest.MonkeyPatch) -> None:
+    """Until the server has told that the client is gone or done."""
+    hurried.setattr(stream, "PING_S", 0.0)
+    async with begun() as line:
+        line.engine.gives("a")
+        line.engine.ends()
+        await turn()
+        bodies = list(line.client.bodies)
+        line.stream.tend(time.monotonic() + 100)
+        assert line.client.bodies == bodies
+
+
+# --- clients that read slowly or not at all
+
+
+async def test_text_for_a_slow_client_becomes_one_event_in_order() -> None:
+    async with begun() as line:
+        line.engine.gives("a")
+        await turn()
+        line.client.stops_reading()
+        for text in "bcd":
+            line.engine.gives(text)
+            await turn()
+        assert line.client.bodies == [b"first [a]"]
+        line.client.reads.set()
+        await until(lambda: len(line.client.bodies) == 3)
+        assert line.client.bodies == [b"first [a]", b"[b]", b"[cd]"]
+        line.engine.gives("e")
+        await turn()
+        assert line.client.bodies[-1] == b"[e]"
+
+
+async def test_a_client_may_pause_before_the_headers() -> None:
+    async with begun() as line:
+        line.client.stops_reading()
+        line.engine.gives("a")
+        await turn()
+        line.engine.gives("b")
+        line.engine.ends()
+        await turn()
+        assert line.client.sent == []
+        line.client.reads.set()
+        await soon(line.answering)
+    assert line.client.status == 200
+    assert line.client.bodies == [b"first [a]", b"[b] stop None 7+2"]
+
+
+async def test_a_client_may_pause_again_and_again() -> None:
+    async with begun() as line:
+        for n in range(5):
+            line.client.stops_reading()
+            for _ in range(3):
+                line.engine.gives(str(n))
+                await turn()
+            line.client.reads.set()
+            await turn()
+        line.engine.ends()
+        await soon(line.answering)
+    text = b"".join(line.client.bodies).replace(b"][", b"")
+    assert text == b"first [000111222333444] stop None 7+15"
+
+
+async def test_a_step_without_text_does_not_stop_the_stream_of_a_slow_client() -> None:
+    async with begun() as line:
+        line.engine.gives("a")
+        await turn()
+        line.client.stops_reading()
+        line.engine.gives("b")
+        await turn()
+        line.stream.took(0, time.monotonic())
+        await turn()
+        line.client.reads.set()
+        await until(lambda: len(line.client.bodies) == 2)
+        await turn()
+        line.engine.gives("c")
+        await until(lambda: b"[c]" in line.client.bodies)
+
+
+async def test_an_end_and_a_failure_wait_for_a_slow_client() -> None:
+    async with begun() as line:
+        line.engine.gives("a")
+        await turn()
+        line.client.stops_reading()
+        line.engine.gives("b")
+        await turn()
+        line.engine.fails(RequestError("no", code="late"))
+        await turn()
+        line.client.reads.set()
+        await soon(line.answering)
+    assert line.client.bodies == [b"first [a]", b"[b]", b"data: late\n\n"]
+    assert line.engine.aborts == 0
+
+
+async def test_a_client_that_reads_nothing_is_cut_off(hurried: pytest.MonkeyPatch) -> None:
+    hurried.setattr(stream, "STUCK_S", 0.02)
+    async with begun() as line:
+        line.engine.gives("a")
+        await turn()
+        line.client.stops_reading()
+        line.engine.gives("b")
+        await soon(line.answering)
+        line.client.reads.set()
+    assert line.client.aborts >= 1
+    assert line.engine.aborts == 1
+
+
+async def test_a_client_for_which_too_much_waits_is_cut_off(hurried: pytest.MonkeyPatch) -> None:
+    hurried.setattr(stream, "HELD_LIMIT", 10)
+    async with begun() as line:
+        line.client.stops_reading()
+        line.engine.gives("a")
+        await turn()
+        line.engine.gives("x" * 11)
+        await soon(line.answering)
+        line.client.reads.set()
+    assert line.client.aborts >= 1
+    assert line.engine.aborts == 1
+
+
+async def test_a_client_that_pauses_for_a_while_is_not_cut_off(
+    hurried: pytest.MonkeyPatch,
+) -> None:
+    async with begun() as line:
+        line.client.stops_reading()
+        line.engine.gives("a")
+        await asyncio.sleep(0.03)
+        line.client.reads.set()
+        await until(lambda: bool(line.client.bodies))
+    assert line.client.aborts == 0
+
+
+@pytest.mark.parametrize("later", [False, True], ids=["at once", "after a wait"])
+async def test_a_write_that_breaks_ends_the_connection(
+    caplog: pytest.LogCaptureFixture, *, later: bool
+) -> None:
+    async with begun() as line:
+        line.engine.gives("a")
+        await turn()
+        if later:
+            line.client.stops_reading()
+        line.client.breaks = OSError("connection lost")
+        line.engine.gives("b")
+        await turn()
+        line.client.reads.set()
+        await soon(line.answering)
+    assert line.client.aborts == 1
+    assert line.engine.aborts == 1
+    assert "an event could not be written" in caplog.text
+
+
+# --- a server that writes without being awaited
+
+
+async def test_what_is_between_the_first_and_the_last_event_is_written_directly() -> None:
+    async with begun(direct=True) as line:
+        for text in "abc":
+            line.engine.gives(text)
+            await turn()
+        line.engine.ends()
+        await soon(line.answering)
+    assert line.client.written == [b"[b]", b"[c]"]
+    assert line.client.bodies == [b"first [a]", b"[b]", b"[c]", b"[] stop None 7+3"]
+
+
+async def test_nothing_overtakes_what_could_not_be_written_directly() -> None:
+    async with begun(direct=True) as line:
+        line.engine.gives("a")
+        await turn()
+        line.client.stops_reading()
+        line.engine.gives("b")
+        await turn()
+        line.engine.gives("c")
+        await turn()
+        line.client.reads.set()
+        line.engine.gives("d")
+        await until(lambda: len(line.client.bodies) > 2)
+        line.engine.gives("e")
+        await turn()
+        line.engine.ends()
+        await soon(line.answering)
+    text = b"".join(line.client.bodies).replace(b"][", b"")
+    assert text == b"first [abcde] stop None 7+5"
+
+
+async def test_a_stream_that_is_written_directly_is_not_quiet(hurried: pytest.MonkeyPatch) -> None:
+    hurried.setattr(stream, "PING_S", 1.0)
+    async with begun(direct=True) as line:
+        for text in "ab":
+            line.engine.gives(text)
+            await turn()
+        line.stream.tend(time.monotonic() + 0.5)
+        assert line.client.bodies == [b"first [a]", b"[b]"]
+        line.stream.tend(time.monotonic() + 1.5)
+        assert line.client.bodies[-1] == b": ping\n\n"
+
+
+# --- the end
+
+
+@pytest.mark.parametrize("texts", [0, 2])
+async def test_a_client_that_leaves_aborts_its_request_once(texts: int) -> None:
+    async with begun() as line:
+        for _ in range(texts):
+            line.engine.gives("a")
+            await turn()
+        line.client.leaves()
+        await soon(line.answering)
+        line.engine.gives("late")
+        await turn()
+    assert line.engine.aborts == 1
+    assert len(line.client.bodies) == texts
+
+
+async def test_a_client_that_leaves_with_text_under_way_aborts_its_request_once() -> None:
+    async with begun() as line:
+        line.client.stops_reading()
+        line.engine.gives("a")
+        await turn()
+        line.client.leaves()
+        await soon(line.answering)
+        line.client.reads.set()
+        await turn()
+    assert line.engine.aborts == 1
+
+
+async def test_an_answer_that_is_cut_aborts_its_request_once() -> None:
+    async with begun() as line:
+        line.engine.gives("a")
+        await turn()
+        line.answering.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await soon(line.answering)
+    assert line.engine.aborts == 1
+
+
+async def test_a_request_that_is_cut_while_the_engine_takes_it_is_aborted() -> None:
+    gate = Gate()
+    async with begun(Engine(gate=gate)) as line:
+        await soon(gate.reached.wait())
+        line.answering.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await soon(line.answering)
+    assert line.engine.aborts == 1
+
+
+async def test_streams_that_are_over_are_not_looked_after(hurried: pytest.MonkeyPatch) -> None:
+    line = Line(Engine())
+    flow = line.stream._flow
+    line.answering = asyncio.create_task(line.answer())
+    await turn()
+    assert flow._streams == {line.stream}
+    line.client.leaves()
+    await soon(line.answering)
+    assert not flow._streams
+    await until(lambda: not flow._tending)
