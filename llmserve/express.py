@@ -117,8 +117,8 @@ class Lane(Protocol):
     prompt: str  # the key of a body that holds it
     limits: tuple[str, ...]  # keys for `max_tokens`, the one that counts first
 
-    def plain(self, prompt: Any) -> bool:
-        """Whether a recipe can take it."""
+    def plain(self, prompt: Any) -> Any:
+        """A prompt as `text` takes it; None if a recipe cannot take it."""
         ...
 
     def able(self, request: Any) -> bool: ...
@@ -149,12 +149,12 @@ class Recipe:
     limit: int | None  # `max_tokens` of a body that names none
     terms: Terms
 
-    def asked(self, body: dict[str, Any], base_id: str) -> Asked | None:
+    def asked(self, prompt: Any, body: dict[str, Any], base_id: str) -> Asked | None:
         """The request to the engine; None if vLLM should have a look at the body.
 
         Raises what the template finds wrong with it.
         """
-        text = self.text(body[self.lane.prompt])
+        text = self.text(prompt)
         if len(text) > _TEXT_LIMIT:
             return None
         ids = self.encode(text, add_special_tokens=self.add_special_tokens)
@@ -228,7 +228,8 @@ class Express:
 
     def stream(self, body: dict[str, Any], asked_name: str, scope: Scope) -> TokenStream | None:
         """The answer to a body whose recipe is known; None: go the long way."""
-        if not (self.open and self._fits(body)):
+        prompt = self._lane.plain(body.get(self._lane.prompt)) if self.open else None
+        if prompt is None or not self._fits(body):
             return None
         if any(name in _HEADERS for name, _ in scope["headers"]):
             return None
@@ -236,19 +237,18 @@ class Express:
         if recipe is None:
             return None
         try:
-            asked = recipe.asked(body, scope["state"]["request_id"])
+            asked = recipe.asked(prompt, body, scope["state"]["request_id"])
         except Exception:
             # A template that refuses, a prompt that is too long: in vLLM's own words.
             return None
         return None if asked is None else self._carried(asked, recipe.template)
 
     def _fits(self, body: dict[str, Any]) -> bool:
-        if body.get("stream") is not True or not self._lane.plain(body.get(self._lane.prompt)):
-            return False
         limits = (body[name] for name in self._lane.limits if name in body)
         seed = body.get("seed", 0)
         return (
-            all(type(limit) is int and limit > 0 for limit in limits)
+            body.get("stream") is True
+            and all(type(limit) is int and limit > 0 for limit in limits)
             and type(seed) is int
             and 0 <= seed < _SEED_LIMIT
         )
@@ -288,12 +288,15 @@ class Express:
         asked: Asked,
         template: Template,
     ) -> None:
-        if self._encode is None or not self._fits(body) or not _repeatable(request, asked):
+        prompt = self._lane.plain(body.get(self._lane.prompt))
+        if prompt is None or self._encode is None or not self._fits(body):
+            return
+        if not _repeatable(request, asked):
             return
         key = self._key(body, asked_name)
         if len(key) <= _KEY_LIMIT and key not in self._recipes.kept:
             recipe = self._recipe(request, asked, template)
-            self._recipes.keep(key, recipe if _proven(recipe, body, asked) else None)
+            self._recipes.keep(key, recipe if _proven(recipe, prompt, body, asked) else None)
 
     def _recipe(self, request: Any, asked: Asked, template: Template) -> Recipe | None:
         assert self._encode is not None  # noqa: S101  # _learn asks
@@ -318,12 +321,12 @@ class Express:
         )
 
 
-def _proven(recipe: Recipe | None, body: dict[str, Any], asked: Asked) -> bool:
+def _proven(recipe: Recipe | None, prompt: Any, body: dict[str, Any], asked: Asked) -> bool:
     """Whether it makes of the first body what vLLM's handler made of it."""
     if recipe is None:
         return False
     try:
-        again = recipe.asked(body, "")
+        again = recipe.asked(prompt, body, "")
     except Exception:
         log.info("no short way for this kind of request", exc_info=True)
         return False
@@ -359,15 +362,23 @@ def _open(serving: Any, client: AsyncLLM) -> bool:
     )
 
 
-def _is_text(message: Any) -> bool:
-    """A message of a role and a text, and nothing else."""
-    return (
-        type(message) is dict
-        and len(message) == 2
-        and message.get("role") in _ROLES
-        and type(message.get("content")) is str
-        and bool(message["content"])
-    )
+def _as_text(message: Any) -> dict[str, str] | None:
+    """A message that has a role, a text and nothing else; the text may be one part of a list.
+
+    vLLM joins parts of text with newlines, where a template takes strings.
+    """
+    if type(message) is not dict or len(message) != 2 or message.get("role") not in _ROLES:
+        return None
+    content = message.get("content")
+    if type(content) is str:
+        return message if content else None
+    if type(content) is not list or len(content) != 1 or type(content[0]) is not dict:
+        return None
+    (part,) = content
+    text = part.get("text")
+    if len(part) != 2 or part.get("type") != "text" or type(text) is not str or not text:
+        return None
+    return {"role": message["role"], "content": text}
 
 
 def _plain(request: Any, params: Any) -> bool:
@@ -417,8 +428,11 @@ class Chat:
     def __init__(self, serving: Any) -> None:
         self._serving = serving
 
-    def plain(self, prompt: Any) -> bool:
-        return isinstance(prompt, list) and all(map(_is_text, prompt)) and bool(prompt)
+    def plain(self, prompt: Any) -> Any:
+        if type(prompt) is not list or not prompt:
+            return None
+        messages = [_as_text(message) for message in prompt]
+        return None if None in messages else messages
 
     def able(self, request: Any) -> bool:
         return not request.return_prompt_text and not request.tools
@@ -478,8 +492,8 @@ class Completions:
     def __init__(self, serving: Any) -> None:
         self._serving = serving
 
-    def plain(self, prompt: Any) -> bool:
-        return isinstance(prompt, str) and bool(prompt)
+    def plain(self, prompt: Any) -> Any:
+        return prompt if type(prompt) is str and prompt else None
 
     def able(self, request: Any) -> bool:
         return True
