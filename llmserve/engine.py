@@ -104,6 +104,7 @@ class Launcher:
         client = AsyncLLM.from_vllm_config(
             config, stat_loggers=[figures.logger_class], client_addresses=addresses
         )
+        figures.take_over(client)
         Outputs.take_over(client)
         # Asked for at every request, and found anew by transformers each time.
         client.renderer.get_eos_token_id = _constant(client.renderer.get_eos_token_id())  # type: ignore[method-assign]

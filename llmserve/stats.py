@@ -20,6 +20,7 @@ from vllm.v1.spec_decode.metrics import SpecDecodingProm
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.metrics.stats import IterationStats, SchedulerStats
 
 EVERY_S = 0.1
@@ -55,6 +56,13 @@ class Figures:
         self.registry = CollectorRegistry()
         self.logger_class = _logger_class(self)
         self.enter: Callable[[], None] = lambda: None  # what has been added up; the logger's
+
+    def take_over(self, client: AsyncLLM) -> None:
+        """Be the only one who is told: vLLM's other logger is for lines that nobody asks for."""
+        manager = client.logger_manager
+        if manager is not None:
+            own = [each for each in manager.stat_loggers if isinstance(each, self.logger_class)]
+            manager.stat_loggers = own or manager.stat_loggers
 
 
 def _logger_class(figures: Figures) -> type[PrometheusStatLogger]:
