@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("registry", type=Path)
     parser.add_argument("--in-flight", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=8, help="requests of each one in flight")
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--input-tokens", type=int, default=256)
     parser.add_argument("--output-tokens", type=int, default=128)
     options = parser.parse_args()
@@ -46,12 +47,11 @@ async def measure(options: argparse.Namespace, specs: Any, logs: Path) -> None:
     engines = await asyncio.gather(*(asyncio.to_thread(launcher.start, spec) for spec in specs))
     try:
         await asyncio.gather(*(load(engine.client, options, 1) for engine in engines))
-        rates = await asyncio.gather(
-            *(load(engine.client, options, options.rounds) for engine in engines)
-        )
-        for spec, rate in zip(specs, rates, strict=True):
-            print(f"{spec.name}: {rate:.0f} tok/s")
-        print(f"sum: {sum(rates):.0f} tok/s")
+        for _ in range(options.repeats):
+            loads = (load(engine.client, options, options.rounds) for engine in engines)
+            rates = await asyncio.gather(*loads)
+            each = ", ".join(f"{s.name} {r:.0f}" for s, r in zip(specs, rates, strict=True))
+            print(f"sum {sum(rates):.0f} tok/s: {each}", flush=True)
     finally:
         await asyncio.gather(*(asyncio.to_thread(engine.stop) for engine in engines))
 
