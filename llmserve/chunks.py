@@ -29,7 +29,6 @@ from llmserve import sse
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from pydantic import BaseModel
 
 _ID = "\N{OBJECT REPLACEMENT CHARACTER}id"
 _TEXT = "\N{OBJECT REPLACEMENT CHARACTER}text"
@@ -38,7 +37,6 @@ _COUNTS = (7_777_777_777_777_771, 7_777_777_777_777_772, 7_777_777_777_777_773)
 _ENDS = 64  # ways to end that are remembered
 
 Lead = tuple[bytes, bytes]  # what differs between two answers: the id, and the time
-
 
 
 class Models(Protocol):
@@ -228,9 +226,7 @@ class Template:
 
     def _numbered(self) -> tuple[bytes, ...]:
         prompt, completion, total = _COUNTS
-        usage = UsageInfo(
-            prompt_tokens=prompt, completion_tokens=completion, total_tokens=total
-        )
+        usage = UsageInfo(prompt_tokens=prompt, completion_tokens=completion, total_tokens=total)
         return _cut(self._prune(self._models.usage(_ID, _CREATED, usage)))
 
 

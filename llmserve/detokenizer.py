@@ -45,10 +45,10 @@ class ByTable(FastIncrementalDetokenizer):
 
     def decode_next(self, next_token_id: int) -> str:
         if not self.partial and next_token_id < len(self.table):
-            text = self.table[next_token_id]
-            if text is not None:
-                return text
-        text = super().decode_next(next_token_id)
+            known = self.table[next_token_id]
+            if known is not None:
+                return known
+        text: str = super().decode_next(next_token_id)
         self.partial = not text
         return text
 

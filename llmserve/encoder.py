@@ -20,8 +20,8 @@ _SAMPLES = (
     "def f(x: int) -> str:\n    return f'{x!r}'  # comment\n\n\tif x == 1:\n\t\tpass",
     '{"key": [1, 2.5e-3, null, true], "nested": {"ünïcode": "\\u00e9"}}',
     "Größe, naïve café, Señor, Übermäßig, Žluťoučký kůň, İstanbul, ﬁ, e\u0301, å",
-    "東京は日本の首都です。你好，世界！한국어 문장입니다. ภาษาไทย",
-    "नमस्ते दुनिया مرحبا بالعالم שלום עולם Привет, мир! Γειά σου",
+    "東京は日本の首都です。你好，世界！한국어 문장입니다. ภาษาไทย",  # noqa: RUF001
+    "नमस्ते दुनिया مرحبا بالعالم שלום עולם Привет, мир! Γειά σου",  # noqa: RUF001
     "🙂🙃 👨‍👩‍👧‍👦 🏳️‍🌈 👍🏽 🇩🇪 ✅ \u200b\u200d\ufeff\u2028",
     "https://example.com/a?b=c&d=%20#e user@example.com C:\\path\\file.txt $PATH",
     "aaaaaaaaaaaaaaaaaaaaaaaa ------------------------ \x00\x01\x7f <>",

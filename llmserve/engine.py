@@ -1,7 +1,4 @@
-"""One vLLM engine: its arguments, start, end, figures, and why it did not start.
-
-
-"""
+"""One vLLM engine: its arguments, start, end, figures, and why it did not start."""
 
 from __future__ import annotations
 
@@ -46,9 +43,7 @@ _STOP_S = 5.0  # what an engine gets to end by itself
 class Engine:
     """A started `AsyncLLM`, the arguments it has, and its metrics."""
 
-    def __init__(
-        self, client: AsyncLLM, arguments: AsyncEngineArgs, figures: Figures
-    ) -> None:
+    def __init__(self, client: AsyncLLM, arguments: AsyncEngineArgs, figures: Figures) -> None:
         self.client = client
         self.arguments = arguments
         self._figures = figures
@@ -107,7 +102,7 @@ class Launcher:
         figures.take_over(client)
         Outputs.take_over(client)
         # Asked for at every request, and found anew by transformers each time.
-        client.renderer.get_eos_token_id = _constant(client.renderer.get_eos_token_id())  # type: ignore[method-assign]
+        client.renderer.get_eos_token_id = _constant(client.renderer.get_eos_token_id())
         return Engine(client, arguments, figures)
 
     @contextlib.contextmanager

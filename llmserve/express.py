@@ -19,7 +19,7 @@ import logging
 import time
 from collections import OrderedDict
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -35,7 +35,7 @@ from vllm.sampling_params import SamplingParams
 
 from llmserve.chunks import ChatModels, CompletionModels, Template
 from llmserve.encoder import Encode, encoder
-from llmserve.outputs import Asked
+from llmserve.outputs import Asked, Call
 from llmserve.stream import TokenStream
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ _HEADERS = frozenset(
     {b"x-data-parallel-rank", b"x-session-id", b"x-vllm-priority", b"traceparent", b"tracestate"}
 )
 
-_noted: ContextVar[list[Asked] | None] = ContextVar("noted", default=None)
+_noted: ContextVar[list[Call] | None] = ContextVar("noted", default=None)
 
 
 @dataclass(frozen=True)
@@ -80,9 +80,8 @@ class Noting:
     nobody reads has not happened.
     """
 
-    def __init__(self, client: AsyncLLM, terms: Terms) -> None:
+    def __init__(self, client: AsyncLLM) -> None:
         self._client = client
-        self._terms = terms
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._client, name)
@@ -92,18 +91,18 @@ class Noting:
     ) -> AsyncGenerator[Any, None]:
         noted = _noted.get()
         if noted is not None:
-            translate = self._terms.translate
-            noted.append(
-                Asked(self._client, prompt, sampling_params, request_id, more, translate)
-            )
-        return self._client.generate(prompt, sampling_params, request_id, **more)
+            noted.append(Call(prompt, sampling_params, request_id, more))
+        answer: AsyncGenerator[Any, None] = self._client.generate(
+            prompt, sampling_params, request_id, **more
+        )
+        return answer
 
 
 class Noted:
     """`with Noted() as calls`: the calls of `generate` made inside."""
 
-    def __enter__(self) -> list[Asked]:
-        self._calls: list[Asked] = []
+    def __enter__(self) -> list[Call]:
+        self._calls: list[Call] = []
         self._token = _noted.set(self._calls)
         return self._calls
 
@@ -144,12 +143,11 @@ class Recipe:
     template: Template
     text: Callable[[Any], str]
     encode: Encode
-    first: Asked  # what vLLM's handler made of the first body; never begun again
+    first: Call  # what vLLM's handler made of the first body
     add_special_tokens: bool
     limit: int | None  # `max_tokens` of a body that names none
-    terms: Terms
 
-    def asked(self, prompt: Any, body: dict[str, Any], base_id: str) -> Asked | None:
+    def call(self, prompt: Any, body: dict[str, Any], base_id: str) -> Call | None:
         """The request to the engine; None if vLLM should have a look at the body.
 
         Raises what the template finds wrong with it.
@@ -167,14 +165,7 @@ class Recipe:
         made = {**self.first.prompt, "prompt_token_ids": ids, "arrival_time": time.time()}
         if "prompt" in made:
             made["prompt"] = text
-        return Asked(
-            self.client,
-            made,
-            params,
-            self.lane.request_id(base_id),
-            self.first.more,
-            self.terms.translate,
-        )
+        return Call(made, params, self.lane.request_id(base_id), self.first.more)
 
     def _max_tokens(self, limit: int | None, length: int) -> int:
         return int(
@@ -222,7 +213,7 @@ class Express:
         self._encode = encode
         self.open = _open(serving, client)
         if self.open:
-            serving.engine_client = Noting(client, terms)
+            serving.engine_client = Noting(client)
 
     # --- requests
 
@@ -237,11 +228,11 @@ class Express:
         if recipe is None:
             return None
         try:
-            asked = recipe.asked(prompt, body, scope["state"]["request_id"])
+            call = recipe.call(prompt, body, scope["state"]["request_id"])
         except Exception:
             # A template that refuses, a prompt that is too long: in vLLM's own words.
             return None
-        return None if asked is None else self._carried(asked, recipe.template)
+        return None if call is None else self._carried(call, recipe.template)
 
     def _fits(self, body: dict[str, Any]) -> bool:
         limits = (body[name] for name in self._lane.limits if name in body)
@@ -263,80 +254,70 @@ class Express:
     # --- tokens
 
     def carry(
-        self, request: Any, body: dict[str, Any], asked_name: str, calls: list[Asked]
+        self, request: Any, body: dict[str, Any], asked_name: str, calls: list[Call]
     ) -> TokenStream | None:
         """The answer to a request that vLLM has prepared; None if it must give it itself."""
         if not (self.open and len(calls) == 1 and _plain(request, calls[0].params)):
             return None
         if not self._lane.able(request):
             return None
-        asked = calls[0]
-        name = self._serving.models.model_name(asked.more.get("lora_request"))
+        name = self._serving.models.model_name(calls[0].more.get("lora_request"))
         template = self._lane.template(request, name, self._terms.prune)
-        self._learn(request, body, asked_name, asked, template)
-        return self._carried(asked, template)
+        key = self._key_to_learn(request, body, asked_name, calls[0])
+        if key is not None:
+            self._recipes.keep(key, self._proven(request, body, calls[0], template))
+        return self._carried(calls[0], template)
 
-    def _carried(self, asked: Asked, template: Template) -> TokenStream:
-        frames = template.answer(self._lane.answer_id(asked.request_id))
+    def _carried(self, call: Call, template: Template) -> TokenStream:
+        asked = Asked(self._client, call, self._terms.translate)
+        frames = template.answer(self._lane.answer_id(call.request_id))
         return TokenStream(asked, self._flow, frames, self._terms.refusal, self._terms.failure)
 
-    def _learn(
-        self,
-        request: Any,
-        body: dict[str, Any],
-        asked_name: str,
-        asked: Asked,
-        template: Template,
-    ) -> None:
-        prompt = self._lane.plain(body.get(self._lane.prompt))
-        if prompt is None or self._encode is None or not self._fits(body):
-            return
-        if not _repeatable(request, asked):
-            return
-        key = self._key(body, asked_name)
-        if len(key) <= _KEY_LIMIT and key not in self._recipes.kept:
-            recipe = self._recipe(request, asked, template)
-            self._recipes.keep(key, recipe if _proven(recipe, prompt, body, asked) else None)
+    # --- learning
 
-    def _recipe(self, request: Any, asked: Asked, template: Template) -> Recipe | None:
-        assert self._encode is not None  # noqa: S101  # _learn asks
+    def _key_to_learn(
+        self, request: Any, body: dict[str, Any], asked_name: str, call: Call
+    ) -> bytes | None:
+        """The key of a kind of request that can have a recipe and has not been seen."""
+        prompt = self._lane.plain(body.get(self._lane.prompt))
+        if prompt is None or not self._fits(body) or not _repeatable(request, call):
+            return None
+        key = self._key(body, asked_name)
+        return key if len(key) <= _KEY_LIMIT and key not in self._recipes.kept else None
+
+    def _proven(
+        self, request: Any, body: dict[str, Any], call: Call, template: Template
+    ) -> Recipe | None:
+        """A recipe that makes of the first body what vLLM's handler made of it."""
         try:
-            text = self._lane.text(request)
+            recipe = self._recipe(request, call, template)
+            again = recipe.call(self._lane.plain(body[self._lane.prompt]), body, "")
         except Exception:
             log.info("no short way for this kind of request", exc_info=True)
             return None
-        first = copy.copy(asked)
-        first.params = copy.deepcopy(asked.params)
+        if again is None:
+            return None
+        again.prompt["arrival_time"] = call.prompt.get("arrival_time")
+        if again.prompt == call.prompt and again.params == call.params:
+            return recipe
+        log.warning("a short way gave another request than vLLM and is not used")
+        return None
+
+    def _recipe(self, request: Any, call: Call, template: Template) -> Recipe:
+        """Raises ValueError for a kind of request that has none."""
+        if self._encode is None:
+            raise ValueError("a tokenizer without a fast backend")
         return Recipe(
             self._lane,
             self._client,
             self._serving,
             template,
-            text,
+            self._lane.text(request),
             self._encode,
-            first,
+            replace(call, params=copy.deepcopy(call.params)),
             request.add_special_tokens,
             request.max_tokens,
-            self._terms,
         )
-
-
-def _proven(recipe: Recipe | None, prompt: Any, body: dict[str, Any], asked: Asked) -> bool:
-    """Whether it makes of the first body what vLLM's handler made of it."""
-    if recipe is None:
-        return False
-    try:
-        again = recipe.asked(prompt, body, "")
-    except Exception:
-        log.info("no short way for this kind of request", exc_info=True)
-        return False
-    if again is None:
-        return False
-    again.prompt["arrival_time"] = asked.prompt.get("arrival_time")
-    same = again.prompt == asked.prompt and again.params == asked.params
-    if not same:
-        log.warning("a short way gave another request than vLLM and is not used")
-    return same
 
 
 # --- who may go
@@ -397,11 +378,11 @@ def _plain(request: Any, params: Any) -> bool:
     )
 
 
-def _repeatable(request: Any, asked: Asked) -> bool:
+def _repeatable(request: Any, call: Call) -> bool:
     """Whether all that depends on the prompt is the prompt and `max_tokens`."""
-    params = asked.params
+    params = call.params
     return (
-        asked.prompt.get("type") == "token"
+        call.prompt.get("type") == "token"
         and request.truncate_prompt_tokens is None
         and params.structured_outputs is None
         and not params.bad_words
@@ -423,7 +404,7 @@ def encoder_of(client: AsyncLLM) -> Encode | None:
 
 class Chat:
     prompt = "messages"
-    limits = ("max_completion_tokens", "max_tokens")
+    limits: tuple[str, ...] = ("max_completion_tokens", "max_tokens")
 
     def __init__(self, serving: Any) -> None:
         self._serving = serving
@@ -459,7 +440,10 @@ class Chat:
         for name in ("tools", "tokenize"):
             options.pop(name, None)
         template = resolve_chat_template(
-            tokenizer, chat_template=options.pop("chat_template", None), tools=None, model_config=config
+            tokenizer,
+            chat_template=options.pop("chat_template", None),
+            tools=None,
+            model_config=config,
         )
         form = resolve_chat_template_content_format(
             chat_template=asked.chat_template,
@@ -487,7 +471,7 @@ class Chat:
 
 class Completions:
     prompt = "prompt"
-    limits = ("max_tokens",)
+    limits: tuple[str, ...] = ("max_tokens",)
 
     def __init__(self, serving: Any) -> None:
         self._serving = serving

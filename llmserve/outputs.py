@@ -10,6 +10,7 @@ Requests that only answer at the end go short as well.
 from __future__ import annotations
 
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vllm.exceptions import GenerationError
@@ -35,33 +36,35 @@ if TYPE_CHECKING:
 _beginning: ContextVar[tuple[Asked, TokenStream] | None] = ContextVar("beginning", default=None)
 
 
+@dataclass(frozen=True)
+class Call:
+    """The arguments of a call of `AsyncLLM.generate`."""
+
+    prompt: Any
+    params: Any
+    request_id: str
+    more: dict[str, Any]
+
+
 class Asked:
-    """A call of `AsyncLLM.generate` that is not made: its request goes to a stream.
+    """A call that is not made: its request goes to a stream.
 
     `stream.Source`. `translate` turns vLLM's exceptions into ours.
     """
 
     def __init__(
-        self,
-        client: AsyncLLM,
-        prompt: Any,
-        params: Any,
-        request_id: str,
-        more: dict[str, Any],
-        translate: Callable[[Exception], LLMServeError],
+        self, client: AsyncLLM, call: Call, translate: Callable[[Exception], LLMServeError]
     ) -> None:
         self._client = client
+        self._call = call
         self._translate = translate
-        self.prompt = prompt
-        self.params = params
-        self.request_id = request_id
-        self.more = more
         self._state: Streamed | None = None
 
     async def begin(self, stream: TokenStream) -> None:
         token = _beginning.set((self, stream))
+        call = self._call
         try:
-            await self._client.add_request(self.request_id, self.prompt, self.params, **self.more)
+            await self._client.add_request(call.request_id, call.prompt, call.params, **call.more)
         except Exception as error:
             raise self._translate(error) from error
         finally:
@@ -74,7 +77,7 @@ class Asked:
         state.stream = stream
         state.asked = self
         # Where vLLM puts an engine's failure; tokens do not come this way.
-        state.queue = _Failures(self, stream)  # type: ignore[assignment]
+        state.queue = _Failures(self, stream)
 
     def failure(self, error: Exception) -> LLMServeError:
         return self._translate(error)
@@ -167,8 +170,8 @@ class Outputs(OutputProcessor):
         elif _silent(state):
             state.__class__ = Silent
 
-    def abort_requests(self, request_ids: Iterable[str], internal: bool) -> list[str]:  # noqa: FBT001
-        aborted = super().abort_requests(request_ids, internal)
+    def abort_requests(self, request_ids: Iterable[str], internal: bool) -> list[str]:
+        aborted: list[str] = super().abort_requests(request_ids, internal)
         for request_id in aborted:
             self.plain.pop(request_id, None)
         return aborted

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import orjson
 from pydantic import BaseModel, Field, ValidationError
-from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
@@ -21,6 +20,8 @@ from llmserve.turns import Turns
 from llmserve.work import Work
 
 if TYPE_CHECKING:
+    from starlette.requests import Request
+
     from llmserve.config import Config
     from llmserve.metrics import Metrics
     from llmserve.pool import Entry, Pool

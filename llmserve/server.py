@@ -14,7 +14,7 @@ import socket
 import sys
 import uuid
 from functools import partial
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import orjson
 import uvicorn
@@ -142,7 +142,8 @@ class _Protocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         super().on_headers_complete()
         # The task that this starts has not run yet.
-        self.scope["extensions"] = {
+        scope = cast("dict[str, Any]", self.scope)
+        scope["extensions"] = {
             stream.WRITE: partial(self._write, self.cycle),
             stream.ABORT: self.transport.abort,
         }

@@ -13,7 +13,7 @@ import logging
 import re
 from argparse import Namespace
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Awaitable, Callable, Container
+from collections.abc import AsyncGenerator, Awaitable, Container
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
@@ -59,7 +59,7 @@ from llmserve.errors import (
     Unsupported,
     quoted,
 )
-from llmserve.express import Chat, Completions, Express, Lane, Noted, Terms, encoder_of
+from llmserve.express import Chat, Completions, Express, Noted, Terms, encoder_of
 from llmserve.protocol import (
     Ongoing,
     cannot,
@@ -186,7 +186,7 @@ HANDLERS: dict[str, Handler] = {
 }
 
 
-LANES: dict[str, Callable[[Any], Lane]] = {"chat completions": Chat, "completions": Completions}
+LANES: dict[str, type[Chat | Completions]] = {"chat completions": Chat, "completions": Completions}
 
 
 class Serving:

@@ -66,69 +66,75 @@ class Figures:
 
 
 def _logger_class(figures: Figures) -> type[PrometheusStatLogger]:
-    gauge = staticmethod(partial(Gauge, registry=figures.registry))
-    counter = staticmethod(partial(Counter, registry=figures.registry))
-    histogram = staticmethod(partial(Weighted, registry=figures.registry))
+    """A logger that writes into a registry of its own."""
 
     class SpecDecoding(SpecDecodingProm):
-        _counter_cls = counter
+        _counter_cls = staticmethod(partial(Counter, registry=figures.registry))
 
     class Perf(PerfMetricsProm):
-        _counter_cls = counter
+        _counter_cls = staticmethod(partial(Counter, registry=figures.registry))
 
-    class EngineLogger(PrometheusStatLogger):
-        _gauge_cls = gauge
-        _counter_cls = counter
-        _histogram_cls = histogram
+    class EngineLogger(_Adding):
+        _gauge_cls = staticmethod(partial(Gauge, registry=figures.registry))
+        _counter_cls = staticmethod(partial(Counter, registry=figures.registry))
+        _histogram_cls = staticmethod(partial(Weighted, registry=figures.registry))
         _spec_decoding_cls = SpecDecoding
         _perf_metrics_cls = Perf
-
-        def __init__(self, *arguments: Any, **more: Any) -> None:
-            super().__init__(*arguments, **more)
-            self._steps: dict[int, _Steps] = {}  # by engine
-            self._timer: asyncio.TimerHandle | None = None
-            # Of a step, not of a sum of steps: observed here.
-            self._step_tokens = self.histogram_iteration_tokens
-            self.histogram_iteration_tokens = dict.fromkeys(self._step_tokens, _Ignored())
-            figures.enter = self._enter
-
-        def record(
-            self,
-            scheduler_stats: SchedulerStats | None,
-            iteration_stats: IterationStats | None,
-            mm_cache_stats: Any = None,
-            engine_idx: int = 0,
-        ) -> None:
-            steps = self._steps.setdefault(engine_idx, _Steps())
-            self._observe(iteration_stats, engine_idx)
-            if mm_cache_stats is None and steps.add(scheduler_stats, iteration_stats):
-                self._enter_soon()
-                return
-            self._enter()
-            super().record(scheduler_stats, iteration_stats, mm_cache_stats, engine_idx)
-
-        def _observe(self, stats: IterationStats | None, engine: int) -> None:
-            if stats is None:
-                return
-            tokens = stats.prompt_token_stats.computed + stats.num_generation_tokens
-            self._step_tokens[engine].observe(tokens)
-            for gap, count in stats.__dict__.pop("gaps", ()):
-                self.histogram_inter_token_latency[engine].observe_many(gap, count)
-
-        def _enter_soon(self) -> None:
-            if self._timer is None:
-                self._timer = asyncio.get_running_loop().call_later(EVERY_S, self._enter)
-
-        def _enter(self) -> None:
-            if self._timer is not None:
-                self._timer.cancel()
-                self._timer = None
-            entered, self._steps = self._steps, {}
-            for engine, steps in entered.items():
-                if steps.scheduler is not None or steps.iteration is not None:
-                    super().record(steps.scheduler, steps.iteration, None, engine)
+        _figures = figures
 
     return EngineLogger
+
+
+class _Adding(PrometheusStatLogger):
+    """vLLM's Prometheus logger, entering several steps at a time."""
+
+    _figures: Figures
+
+    def __init__(self, *arguments: Any, **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        self._steps: dict[int, _Steps] = {}  # by engine
+        self._timer: asyncio.TimerHandle | None = None
+        # Of a step, not of a sum of steps: observed here.
+        vllm: Any = self
+        self._step_tokens: dict[int, Weighted] = vllm.histogram_iteration_tokens
+        vllm.histogram_iteration_tokens = dict.fromkeys(self._step_tokens, _Ignored())
+        self._figures.enter = self._enter
+
+    def record(
+        self,
+        scheduler_stats: SchedulerStats | None,
+        iteration_stats: IterationStats | None,
+        mm_cache_stats: Any = None,
+        engine_idx: int = 0,
+    ) -> None:
+        steps = self._steps.setdefault(engine_idx, _Steps())
+        self._observe(iteration_stats, engine_idx)
+        if mm_cache_stats is None and steps.add(scheduler_stats, iteration_stats):
+            self._enter_soon()
+            return
+        self._enter()
+        super().record(scheduler_stats, iteration_stats, mm_cache_stats, engine_idx)
+
+    def _observe(self, stats: IterationStats | None, engine: int) -> None:
+        if stats is None:
+            return
+        tokens = stats.prompt_token_stats.computed + stats.num_generation_tokens
+        self._step_tokens[engine].observe(tokens)
+        for gap, count in stats.__dict__.pop("gaps", ()):
+            self.histogram_inter_token_latency[engine].observe_many(gap, count)
+
+    def _enter_soon(self) -> None:
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(EVERY_S, self._enter)
+
+    def _enter(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        entered, self._steps = self._steps, {}
+        for engine, steps in entered.items():
+            if steps.scheduler is not None or steps.iteration is not None:
+                super().record(steps.scheduler, steps.iteration, None, engine)
 
 
 class _Ignored:

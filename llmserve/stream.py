@@ -12,7 +12,7 @@ import asyncio
 import logging
 import time
 import types
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from llmserve.sse import HEADERS, PING_S
 
@@ -264,7 +264,8 @@ class TokenStream:
         """Run `send` here and now. It waits for a slow client only: then a task takes over."""
         message = {"type": "http.response.body", "body": body, "more_body": more}
         if self._headers_sent:
-            sending = self._send(message)
+            # As uvicorn's is; ASGI only says that it can be awaited.
+            sending = cast("Coroutine[Any, Any, None]", self._send(message))
         else:
             self._headers_sent = True
             sending = self._start(message)
@@ -280,8 +281,8 @@ class TokenStream:
             waits_for = sending.send(None)
         except StopIteration:
             return
-        except Exception:
-            self._broke()
+        except Exception as error:
+            self._broke(error)
         else:
             rest = self._rest(sending, waits_for)
             self._sending = asyncio.get_running_loop().create_task(rest)
@@ -289,8 +290,8 @@ class TokenStream:
     async def _rest(self, sending: Coroutine[Any, Any, None], waits_for: Any) -> None:
         try:
             await _resume(sending, waits_for)
-        except Exception:
-            self._broke()
+        except Exception as error:
+            self._broke(error)
         self._sending = None
         if self._waits:
             self.write()
@@ -298,8 +299,7 @@ class TokenStream:
     # --- quiet ones
 
     def tend(self, now: float) -> None:
-        """Headers when they are due, a comment when nothing else goes out, an end to it
-        when the client does not read."""
+        """Headers or a comment when they are due; an end if the client does not read."""
         quiet_s = now - self._moved_s
         if self._sending is not None:
             if quiet_s > STUCK_S or sum(map(len, self.pieces)) > HELD_LIMIT:
@@ -312,8 +312,8 @@ class TokenStream:
         elif quiet_s >= PING_S:
             self._step(_PING, more=True)
 
-    def _broke(self) -> None:
-        log.exception("an event could not be written")
+    def _broke(self, error: Exception) -> None:
+        log.error("an event could not be written", exc_info=error)
         self._give_up()
 
     def _give_up(self) -> None:
@@ -333,4 +333,4 @@ def _cannot(_: bytes) -> bool:
 def _resume(coroutine: Coroutine[Any, Any, None], waits_for: Any) -> Generator[Any, Any, None]:
     """What is left of a coroutine that was stepped as far as `waits_for`."""
     yield waits_for
-    yield from coroutine  # type: ignore[misc]
+    yield from coroutine

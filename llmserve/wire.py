@@ -12,11 +12,11 @@ import os
 from typing import TYPE_CHECKING, Any
 
 import zmq
+import zmq.asyncio
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Generator, Sequence
 
-    import zmq.asyncio
     from vllm.v1.engine.async_llm import AsyncLLM
 
 
@@ -43,7 +43,7 @@ class Outbox:
         self._socket = socket
         self._now: zmq.Socket[bytes] = zmq.Socket.shadow(socket.underlying)
 
-    def send_multipart(self, message: Sequence[Any], *, copy: bool) -> Awaitable[None]:
+    def send_multipart(self, message: Sequence[Any], *, copy: bool) -> Awaitable[Any]:
         try:
             self._now.send_multipart(message, zmq.NOBLOCK, copy=copy)
         except zmq.Again:

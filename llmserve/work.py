@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-    from llmserve.pool import Lease, Pool
+    from llmserve.pool import Lease
     from llmserve.routes import Services
 
 
@@ -94,8 +94,10 @@ class Leased:
                 self._lease.release()
 
     async def _end_early(self, send: Send) -> None:
-        streamed = isinstance(self._answer, EventStream | TokenStream)
-        last = self._answer.failure(cut_off()) if streamed else b""
+        answer = self._answer
+        last = b""
+        if isinstance(answer, EventStream | TokenStream):
+            last = answer.failure(cut_off())
         await send({"type": "http.response.body", "body": last, "more_body": False})
 
 

@@ -6,7 +6,6 @@ import inspect
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from prometheus_client import CollectorRegistry
 
 from llmserve.config import ModelSpec, SamplingSpec
 from tests.contract.conftest import CHAT
@@ -73,14 +72,15 @@ def test_tensor_parallel_engines_do_without_ray() -> None:
 
 
 def test_each_engine_writes_its_figures_into_a_registry_of_its_own() -> None:
-    from llmserve.engine import _stat_logger, engine_arguments
+    from llmserve.engine import engine_arguments
+    from llmserve.stats import Figures
 
-    registries = [CollectorRegistry(), CollectorRegistry()]
+    each = [Figures(), Figures()]
     config = engine_arguments(spec(engine={"max_model_len": 512})).create_engine_config()
-    for registry in registries:
-        _stat_logger(registry)(config)
-    for registry in registries:
-        names = {family.name for family in registry.collect()}
+    for figures in each:
+        figures.logger_class(config)
+    for figures in each:
+        names = {family.name for family in figures.registry.collect()}
         assert {"vllm:num_requests_running", "vllm:generation_tokens"} <= names
 
 

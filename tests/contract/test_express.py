@@ -262,7 +262,7 @@ def cases() -> Iterator[tuple[str, Case]]:
     ]
     yield "chat, turns", Case(CHATS, {"messages": turns, "max_tokens": 200}, holds=EMOJI)
     parts = [{"role": "user", "content": [{"type": "text", "text": FOX}]}]
-    yield "chat, parts", Case(CHATS, {"messages": parts, "max_tokens": 80}, FOX, kept=False)
+    yield "chat, parts", Case(CHATS, {"messages": parts, "max_tokens": 80}, FOX)
     yield (
         "chat, JSON",
         Case(CHATS, user(FOX) | {"response_format": {"type": "json_object"}}, kept=False),
