@@ -42,13 +42,23 @@ class Outbox:
     def __init__(self, socket: zmq.asyncio.Socket) -> None:
         self._socket = socket
         self._now: zmq.Socket[bytes] = zmq.Socket.shadow(socket.underlying)
+        self._queued = 0
 
     def send_multipart(self, message: Sequence[Any], *, copy: bool) -> Awaitable[Any]:
-        try:
-            self._now.send_multipart(message, zmq.NOBLOCK, copy=copy)
-        except zmq.Again:
-            return self._socket.send_multipart(message, copy=copy)
-        return _DONE
+        if not self._queued:  # else it would overtake them
+            try:
+                self._now.send_multipart(message, zmq.NOBLOCK, copy=copy)
+            except zmq.Again:
+                pass
+            else:
+                return _DONE
+        sent = asyncio.ensure_future(self._socket.send_multipart(message, copy=copy))
+        self._queued += 1
+        sent.add_done_callback(self._dequeue)
+        return sent
+
+    def _dequeue(self, _: asyncio.Future[Any]) -> None:
+        self._queued -= 1
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._socket, name)
