@@ -14,7 +14,7 @@ import random
 from typing import Any
 
 import tokenizers.decoders
-from vllm.v1.engine.detokenizer import FastIncrementalDetokenizer
+from vllm.v1.engine.detokenizer import FastIncrementalDetokenizer, uses_fast_detokenizer
 
 log = logging.getLogger(__name__)
 
@@ -58,8 +58,10 @@ def text_table(tokenizer: Any, name: str) -> Table | None:
 
     Takes some tenths of a second.
     """
-    backend = getattr(tokenizer, "_tokenizer", None)
-    if backend is None or not _is_byte_level(json.loads(backend.to_str())):
+    if not uses_fast_detokenizer(tokenizer):
+        return None
+    backend = tokenizer._tokenizer  # noqa: SLF001  # as vLLM's own takes it
+    if not _is_byte_level(json.loads(backend.to_str())):
         return None
     table = _table(backend)
     if _agrees(backend, table):

@@ -7,8 +7,11 @@ dropped on any difference.
 
 from __future__ import annotations
 
+import copy
 import logging
 from typing import Any, Protocol
+
+_ADDED = 128  # of a model's added tokens, which are compared too
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +38,10 @@ class Encode(Protocol):
 
 def encoder(tokenizer: Any, name: str) -> Encode:
     """For a tokenizer of transformers with a fast backend; `name` is for the log."""
-    backend = tokenizer._tokenizer  # noqa: SLF001  # as vLLM's own detokenizer takes it
+    # A copy: what the file says of truncation and padding is vLLM's to decide.
+    backend = copy.deepcopy(tokenizer._tokenizer)  # noqa: SLF001  # as vLLM's detokenizer does
+    backend.no_truncation()
+    backend.no_padding()
 
     def own(text: str, *, add_special_tokens: bool) -> list[int]:
         ids: list[int] = backend.encode(text, add_special_tokens=add_special_tokens).ids
@@ -44,7 +50,7 @@ def encoder(tokenizer: Any, name: str) -> Encode:
     fast = _fast(backend, name)
     if fast is None:
         return own
-    different = next((text for text in _texts(tokenizer) if not _same(own, fast, text)), None)
+    different = next((text for text in _texts(backend) if not _same(own, fast, text)), None)
     if different is None:
         return fast
     log.warning("model=%s fastokens differs on %r and is not used", name, different)
@@ -66,10 +72,11 @@ def _fast(backend: Any, name: str) -> Encode | None:
     return encode
 
 
-def _texts(tokenizer: Any) -> list[str]:
-    """The samples, also between the model's own special tokens."""
-    special = [str(token) for token in tokenizer.all_special_tokens[:8]]
-    return [*_SAMPLES, *(f"{token}{text}{token}" for token in special for text in _SAMPLES[:7])]
+def _texts(backend: Any) -> list[str]:
+    """The samples, one that is long, and each token that the model adds, between words."""
+    added = [token.content for token in backend.get_added_tokens_decoder().values()]
+    between = [f"a{token}b {token} c\n{token}" for token in added[:_ADDED]]
+    return [*_SAMPLES, " ".join(_SAMPLES) * 20, *between]
 
 
 def _same(own: Encode, fast: Encode, text: str) -> bool:

@@ -32,6 +32,7 @@ from vllm.renderers.hf import (
     resolve_chat_template_kwargs,
 )
 from vllm.sampling_params import SamplingParams
+from vllm.v1.engine.detokenizer import uses_fast_detokenizer
 
 from llmserve.chunks import ChatModels, CompletionModels, Template
 from llmserve.encoder import Encode, encoder
@@ -53,6 +54,7 @@ log = logging.getLogger(__name__)
 _RECIPES = 256  # kinds of requests that are remembered, per endpoint
 _KEY_LIMIT = 4096  # bytes of a body without its messages
 _TEXT_LIMIT = 8192  # characters; longer texts are tokenized in vLLM's threads
+_MESSAGES = 256  # of a chat; longer ones are rendered in vLLM's threads
 _ROLES = frozenset({"system", "user", "assistant"})
 _SEED_LIMIT = 2**63
 # Headers that vLLM's handlers read besides the request's id.
@@ -219,22 +221,21 @@ class Express:
 
     def stream(self, body: dict[str, Any], asked_name: str, scope: Scope) -> TokenStream | None:
         """The answer to a body whose recipe is known; None: go the long way."""
-        prompt = self._lane.plain(body.get(self._lane.prompt)) if self.open else None
-        if prompt is None or not self._fits(body):
+        if not (self.open and self._fits(body, scope)):
             return None
-        if any(name in _HEADERS for name, _ in scope["headers"]):
-            return None
-        recipe = self._recipes.find(self._key(body, asked_name))
+        prompt = self._lane.plain(body.get(self._lane.prompt))
+        recipe = self._recipes.find(self._key(body, asked_name)) if prompt is not None else None
         if recipe is None:
             return None
         try:
             call = recipe.call(prompt, body, scope["state"]["request_id"])
         except Exception:
-            # A template that refuses, a prompt that is too long: in vLLM's own words.
-            return None
+            log.debug("model=%s the template refuses", asked_name, exc_info=True)
+            return None  # in vLLM's own words
         return None if call is None else self._carried(call, recipe.template)
 
-    def _fits(self, body: dict[str, Any]) -> bool:
+    def _fits(self, body: dict[str, Any], scope: Scope) -> bool:
+        """Whether nothing but the body says what is asked for, and its numbers are plain."""
         limits = (body[name] for name in self._lane.limits if name in body)
         seed = body.get("seed", 0)
         return (
@@ -242,19 +243,26 @@ class Express:
             and all(type(limit) is int and limit > 0 for limit in limits)
             and type(seed) is int
             and 0 <= seed < _SEED_LIMIT
+            and not any(name in _HEADERS for name, _ in scope["headers"])
         )
 
     def _key(self, body: dict[str, Any], asked_name: str) -> bytes:
-        """All of a body but the prompt, and of its limits and its seed that they are there."""
+        """All of a body but the prompt, and of its limits and its seed that they are there.
+
+        Empty for a body that is nested too deep to be written down.
+        """
         given = (*self._lane.limits, "seed")
         rest = {name: None if name in given else value for name, value in body.items()}
         del rest[self._lane.prompt]
-        return asked_name.encode() + orjson.dumps(rest, option=orjson.OPT_SORT_KEYS)
+        try:
+            return asked_name.encode() + orjson.dumps(rest, option=orjson.OPT_SORT_KEYS)
+        except TypeError:
+            return b""
 
     # --- tokens
 
     def carry(
-        self, request: Any, body: dict[str, Any], asked_name: str, calls: list[Call]
+        self, request: Any, body: dict[str, Any], asked_name: str, scope: Scope, calls: list[Call]
     ) -> TokenStream | None:
         """The answer to a request that vLLM has prepared; None if it must give it itself."""
         if not (self.open and len(calls) == 1 and _plain(request, calls[0].params)):
@@ -263,9 +271,8 @@ class Express:
             return None
         name = self._serving.models.model_name(calls[0].more.get("lora_request"))
         template = self._lane.template(request, name, self._terms.prune)
-        key = self._key_to_learn(request, body, asked_name, calls[0])
-        if key is not None:
-            self._recipes.keep(key, self._proven(request, body, calls[0], template))
+        if self._fits(body, scope) and _repeatable(request, calls[0]):
+            self._learn(request, body, asked_name, calls[0], template)
         return self._carried(calls[0], template)
 
     def _carried(self, call: Call, template: Template) -> TokenStream:
@@ -275,33 +282,34 @@ class Express:
 
     # --- learning
 
-    def _key_to_learn(
-        self, request: Any, body: dict[str, Any], asked_name: str, call: Call
-    ) -> bytes | None:
-        """The key of a kind of request that can have a recipe and has not been seen."""
+    def _learn(
+        self,
+        request: Any,
+        body: dict[str, Any],
+        asked_name: str,
+        call: Call,
+        template: Template,
+    ) -> None:
+        """Keep a recipe if it makes of this body what vLLM's handler made of it."""
         prompt = self._lane.plain(body.get(self._lane.prompt))
-        if prompt is None or not self._fits(body) or not _repeatable(request, call):
-            return None
         key = self._key(body, asked_name)
-        return key if len(key) <= _KEY_LIMIT and key not in self._recipes.kept else None
-
-    def _proven(
-        self, request: Any, body: dict[str, Any], call: Call, template: Template
-    ) -> Recipe | None:
-        """A recipe that makes of the first body what vLLM's handler made of it."""
+        if prompt is None or key in self._recipes.kept or not 0 < len(key) <= _KEY_LIMIT:
+            return
         try:
             recipe = self._recipe(request, call, template)
-            again = recipe.call(self._lane.plain(body[self._lane.prompt]), body, "")
+            again = recipe.call(prompt, body, "")
         except Exception:
-            log.info("no short way for this kind of request", exc_info=True)
-            return None
+            log.info("model=%s no short way for this kind", asked_name, exc_info=True)
+            self._recipes.keep(key, None)
+            return
         if again is None:
-            return None
+            return  # too long for it: that says nothing of its kind
         again.prompt["arrival_time"] = call.prompt.get("arrival_time")
         if again.prompt == call.prompt and again.params == call.params:
-            return recipe
-        log.warning("a short way gave another request than vLLM and is not used")
-        return None
+            self._recipes.keep(key, recipe)
+        else:
+            log.warning("model=%s a short way differs from vLLM's and is not used", asked_name)
+            self._recipes.keep(key, None)
 
     def _recipe(self, request: Any, call: Call, template: Template) -> Recipe:
         """Raises ValueError for a kind of request that has none."""
@@ -352,7 +360,7 @@ def _as_text(message: Any) -> dict[str, str] | None:
         return None
     content = message.get("content")
     if type(content) is str:
-        return message if content else None
+        return {"role": message["role"], "content": content} if content else None
     if type(content) is not list or len(content) != 1 or type(content[0]) is not dict:
         return None
     (part,) = content
@@ -394,7 +402,7 @@ def _repeatable(request: Any, call: Call) -> bool:
 
 def encoder_of(client: AsyncLLM) -> Encode | None:
     tokenizer = client.renderer.tokenizer
-    if not hasattr(tokenizer, "_tokenizer"):
+    if not uses_fast_detokenizer(tokenizer):
         return None  # not one of transformers' with a fast backend
     return encoder(tokenizer, str(client.model_config.served_model_name))
 
@@ -410,10 +418,13 @@ class Chat:
         self._serving = serving
 
     def plain(self, prompt: Any) -> Any:
-        if type(prompt) is not list or not prompt:
+        if type(prompt) is not list or not 0 < len(prompt) <= _MESSAGES:
             return None
         messages = [_as_text(message) for message in prompt]
-        return None if None in messages else messages
+        if None in messages:
+            return None
+        short = sum(len(message["content"]) for message in messages if message) <= _TEXT_LIMIT
+        return messages if short else None
 
     def able(self, request: Any) -> bool:
         return not request.return_prompt_text and not request.tools
@@ -477,7 +488,7 @@ class Completions:
         self._serving = serving
 
     def plain(self, prompt: Any) -> Any:
-        return prompt if type(prompt) is str and prompt else None
+        return prompt if type(prompt) is str and 0 < len(prompt) <= _TEXT_LIMIT else None
 
     def able(self, request: Any) -> bool:
         return True

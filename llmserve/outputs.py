@@ -70,6 +70,10 @@ class Asked:
         finally:
             _beginning.reset(token)
 
+    def is_for(self, request: EngineCoreRequest) -> bool:
+        """A task that vLLM starts while one begins inherits the context: it is for no other."""
+        return self._state is None and request.external_req_id == self._call.request_id
+
     def began(self, state: Streamed, stream: TokenStream) -> None:
         self._state = state
         if state.detokenizer is not None:
@@ -163,7 +167,7 @@ class Outputs(OutputProcessor):
         if self.table is not None:
             ByTable.take_over(state.detokenizer, self.table)
         beginning = _beginning.get()
-        if beginning is not None:
+        if beginning is not None and beginning[0].is_for(request):
             state.__class__ = Streamed
             asked, stream = beginning
             asked.began(state, stream)
@@ -226,7 +230,7 @@ class Outputs(OutputProcessor):
             state: Any = self.request_states.get(output.request_id)
             if type(state) is Streamed and not state.is_prefilling:
                 state.settle()
-            if type(state) is Silent and _adds_only_tokens(state, output):
+            if type(state) is Silent and not any(more.values()) and _only_tokens(state, output):
                 self._update_stats_from_output(state, output, timestamp, stats)
                 state.detokenizer.update(output.new_token_ids, False)
             else:
@@ -241,8 +245,14 @@ class Outputs(OutputProcessor):
         return done
 
 
-def _adds_only_tokens(state: RequestState, output: EngineCoreOutput) -> bool:
-    return output.finish_reason is None and output.events is None and not state.is_prefilling
+def _only_tokens(state: RequestState, output: EngineCoreOutput) -> bool:
+    return (
+        output.finish_reason is None
+        and output.events is None
+        and output.routed_experts is None
+        and output.new_sampling_mask is None
+        and not state.is_prefilling
+    )
 
 
 def _silent(state: RequestState) -> bool:

@@ -139,8 +139,22 @@ class _Uvicorn(uvicorn.Server):
 class _Protocol(HttpToolsProtocol):
     """uvicorn's, with a direct way to write, to end, and our error object for no HTTP."""
 
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._cycles: list[RequestResponseCycle] = []
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """uvicorn tells the newest request only; the one that runs may be older."""
+        super().connection_lost(exc)
+        for cycle in self._cycles:
+            if not cycle.response_complete:
+                cycle.disconnected = True
+            cycle.message_event.set()
+
     def on_headers_complete(self) -> None:
         super().on_headers_complete()
+        self._cycles = [cycle for cycle in self._cycles if not cycle.response_complete]
+        self._cycles.append(self.cycle)
         # The task that this starts has not run yet.
         scope = cast("dict[str, Any]", self.scope)
         scope["extensions"] = {
@@ -150,7 +164,8 @@ class _Protocol(HttpToolsProtocol):
 
     def _write(self, cycle: RequestResponseCycle, body: bytes) -> bool:
         """What `cycle.send` does for a chunk, when it would not wait."""
-        if self.flow.write_paused or cycle.disconnected or not cycle.chunked_encoding:
+        paused = self.flow.write_paused or self.transport.is_closing()
+        if paused or cycle.disconnected or not cycle.chunked_encoding:
             return False
         self.transport.write(b"%x\r\n%b\r\n" % (len(body), body))
         return True

@@ -68,6 +68,7 @@ from llmserve.protocol import (
     error_response,
     without_nulls,
 )
+from llmserve.stream import FIRST_S
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -89,7 +90,6 @@ TOO_LONG = (
     "maximum model length",
     "exceeds the max_model_len",
 )
-_FIRST_FRAME_S = 2.0  # how long a stream's headers wait for what could still be an error
 _KEPT_RESPONSES = 1000  # answers of /v1/responses that can be fetched again, per model
 
 # The name that the running request used for its model.
@@ -270,7 +270,7 @@ class Serving:
             result = await self._translating(self._handled(handler, parsed, request))
         express = self._express.get(endpoint)
         if express is not None and isinstance(result, AsyncGenerator):
-            stream = express.carry(parsed, body, asked, calls)
+            stream = express.carry(parsed, body, asked, request.scope, calls)
             if stream is not None:
                 return stream
         response = await self._respond(result, handler)
@@ -320,7 +320,7 @@ class Serving:
     async def _stream(self, source: AsyncGenerator[Any, None], handler: Handler) -> Response:
         """An event stream; what fails at once is an error answer instead."""
         frames = sse.Frames(self._frames(source, handler), partial(_failure, handler))
-        await frames.begin(_FIRST_FRAME_S)
+        await frames.begin(FIRST_S)
         return sse.EventStream(frames)
 
     async def _frames(

@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from vllm.v1.metrics.loggers import PrometheusStatLogger
+from vllm.v1.metrics.loggers import LoggingStatLogger, PrometheusStatLogger
 from vllm.v1.metrics.perf import PerfMetricsProm
 from vllm.v1.spec_decode.metrics import SpecDecodingProm
 
@@ -58,11 +58,12 @@ class Figures:
         self.enter: Callable[[], None] = lambda: None  # what has been added up; the logger's
 
     def take_over(self, client: AsyncLLM) -> None:
-        """Be the only one who is told: vLLM's other logger is for lines that nobody asks for."""
+        """Spare vLLM its logger of lines: `AsyncLLM.do_log_stats` is what would print them."""
         manager = client.logger_manager
         if manager is not None:
-            own = [each for each in manager.stat_loggers if isinstance(each, self.logger_class)]
-            manager.stat_loggers = own or manager.stat_loggers
+            manager.stat_loggers = [
+                each for each in manager.stat_loggers if not isinstance(each, LoggingStatLogger)
+            ]
 
 
 def _logger_class(figures: Figures) -> type[PrometheusStatLogger]:

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 FIRST_S = 2.0  # how long the headers wait for what could still be an error
 BEHIND_S = 0.02  # text is collected before any is written, for at most this long
-STUCK_S = 60.0  # a client that has read nothing for so long has left
+STUCK_S = 60.0  # a client that has not taken an event for so long has left
 HELD_LIMIT = 500_000  # characters that wait for one client
 _TEND_S = 0.5
 _PING = b": ping\n\n"
@@ -76,7 +76,8 @@ class Flow:
         self._behind = behind
         self._lag = lag
         self._waiting: list[TokenStream] = []
-        self._since_s = 0.0
+        self._since_s = 0.0  # when the engine made the oldest text, by the engine's clock
+        self._added_s = 0.0
         self._streams: set[TokenStream] = set()
         self._tending = False
 
@@ -84,17 +85,21 @@ class Flow:
         """`stream` has something to write that the engine made at `since_s`."""
         if not self._waiting:
             self._since_s = since_s
+            self._added_s = time.monotonic()
             asyncio.get_running_loop().call_soon(self._write)
         self._waiting.append(stream)
 
     def _write(self) -> None:
-        if self._behind() and time.monotonic() - self._since_s < BEHIND_S:
+        if self._behind() and time.monotonic() - self._added_s < BEHIND_S:
             asyncio.get_running_loop().call_soon(self._write)
             return
         waiting, self._waiting = self._waiting, []
         for stream in waiting:
-            stream.write()
-        self._lag(time.monotonic() - self._since_s)
+            try:
+                stream.write()
+            except Exception as error:  # this one's; the others go on
+                stream.broke(error)
+        self._lag(max(0.0, time.monotonic() - self._since_s))
 
     def enter(self, stream: TokenStream) -> None:
         self._streams.add(stream)
@@ -124,6 +129,7 @@ class TokenStream:
 
     __slots__ = (
         "_abort",
+        "_cut_short",
         "_error",
         "_finish",
         "_flow",
@@ -135,6 +141,7 @@ class TokenStream:
         "_send",
         "_sending",
         "_source",
+        "_task",
         "_text_sent",
         "_waits",
         "_write",
@@ -169,7 +176,8 @@ class TokenStream:
         self._finish: tuple[str, int | str | None] | None = None
         self._error: LLMServeError | None = None
         self._waits = False  # in the flow's list
-        self._headers_sent = self._text_sent = self._over = False
+        self._headers_sent = self._text_sent = self._over = self._cut_short = False
+        self._task: asyncio.Task[Any] | None = None
         self._moved_s = 0.0  # when `send` was last called
 
     # --- the engine's side
@@ -202,17 +210,29 @@ class TokenStream:
         self._write = extensions.get(WRITE, _cannot)
         self._abort = extensions.get(ABORT, _nothing)
         self._moved_s = time.monotonic()
+        self._task = asyncio.current_task()
         self._flow.enter(self)
         try:
             await self._source.begin(self)
             # Both ends are told the same way: the answer is out, or the client has gone.
             while (await receive())["type"] != "http.disconnect":
                 pass
+        except asyncio.CancelledError:
+            if self._task is not None:  # by another than `_give_up`
+                raise
         finally:
             self._flow.leave(self)
             if not self._over:
-                self._over = True
+                self._over = self._cut_short = True
                 await self._source.abort()
+
+    async def end_early(self, error: LLMServeError) -> None:
+        """The last event of an answer that the server's end cut short."""
+        if self._sending is not None:
+            self._abort()
+        elif self._cut_short:
+            last = self.failure(error)
+            await self._send({"type": "http.response.body", "body": last, "more_body": False})
 
     def write(self) -> None:
         """All that is pending as one event; later, if the client has not taken the last."""
@@ -282,7 +302,7 @@ class TokenStream:
         except StopIteration:
             return
         except Exception as error:
-            self._broke(error)
+            self.broke(error)
         else:
             rest = self._rest(sending, waits_for)
             self._sending = asyncio.get_running_loop().create_task(rest)
@@ -291,7 +311,7 @@ class TokenStream:
         try:
             await _resume(sending, waits_for)
         except Exception as error:
-            self._broke(error)
+            self.broke(error)
         self._sending = None
         if self._waits:
             self.write()
@@ -312,13 +332,17 @@ class TokenStream:
         elif quiet_s >= PING_S:
             self._step(_PING, more=True)
 
-    def _broke(self, error: Exception) -> None:
+    def broke(self, error: Exception) -> None:
         log.error("an event could not be written", exc_info=error)
         self._give_up()
 
     def _give_up(self) -> None:
-        """The connection ends, and with it the wait in `__call__`, which aborts."""
+        """End the connection and the wait in `__call__`, which aborts the request."""
         self._abort()
+        task, self._task = self._task, None
+        if task is not None:
+            task.cancel()
+            task.uncancel()  # it ends there as if the client had gone
 
 
 def _nothing() -> None:

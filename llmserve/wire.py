@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from vllm.v1.engine.async_llm import AsyncLLM
 
+_MISSED = 100  # calls for a task that is not waiting, before the socket is left alone
+
 
 async def take_over(client: AsyncLLM) -> None:
     """Replace the sockets of a client that has had no request yet.
@@ -73,6 +75,7 @@ class Inbox:
         self._fd = os.dup(socket.FD)
         self._waiting: asyncio.Future[None] | None = None
         self._watched = False
+        self._missed = 0
 
     async def recv_multipart(self, *, copy: bool) -> list[Any]:
         while True:
@@ -86,17 +89,27 @@ class Inbox:
         if not self._watched:
             self._watched = True
             loop.add_reader(self._fd, self._on_readable)
+        self._missed = 0
         self._waiting = loop.create_future()
         try:
             await self._waiting
         except asyncio.CancelledError:  # the engine's end
-            loop.remove_reader(self._fd)
+            self._unwatch()
             os.close(self._fd)
             raise
 
     def _on_readable(self) -> None:
         if self._waiting is not None and not self._waiting.done():
             self._waiting.set_result(None)
+            return
+        # Readable until somebody receives: nobody may come any more.
+        self._missed += 1
+        if self._missed > _MISSED:
+            self._unwatch()
+
+    def _unwatch(self) -> None:
+        self._watched = False
+        asyncio.get_running_loop().remove_reader(self._fd)
 
 
 class _Done:

@@ -94,10 +94,10 @@ class Leased:
                 self._lease.release()
 
     async def _end_early(self, send: Send) -> None:
-        answer = self._answer
-        last = b""
-        if isinstance(answer, EventStream | TokenStream):
-            last = answer.failure(cut_off())
+        if isinstance(self._answer, TokenStream):
+            await self._answer.end_early(cut_off())
+            return
+        last = self._answer.failure(cut_off()) if isinstance(self._answer, EventStream) else b""
         await send({"type": "http.response.body", "body": last, "more_body": False})
 
 

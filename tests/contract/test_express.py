@@ -426,7 +426,7 @@ async def test_other_roles_and_shapes_of_a_message_are_vllms(box: Box) -> None:
     body = user(FOX) | {"stream": True, "max_tokens": 4}
     await box.ask(CHATS, body)
     for message in (
-        {"role": "user", "content": [{"type": "text", "text": "x"}]},
+        {"role": "user", "content": [{"type": "text", "text": "x"}] * 2},
         {"role": "user", "content": "x", "name": "me"},
         {"role": "developer", "content": "x"},
     ):
@@ -440,6 +440,31 @@ async def test_a_header_that_vllm_reads_is_vllms(box: Box, name: str) -> None:
     with box.handler_calls() as calls:
         await box.client.post(COMPLETIONS, json=body, headers={name: "0"})
     assert calls == ["completions"]
+
+
+async def test_what_a_header_asked_for_is_not_learned(box: Box) -> None:
+    body = {"model": "chat", "prompt": FOX, "stream": True, "max_tokens": 2, "top_p": 0.123}
+    await box.client.post(COMPLETIONS, json=body, headers={"x-session-id": "mine"})
+    assert not await asked_by_recipe(box, COMPLETIONS, body)
+    assert await asked_by_recipe(box, COMPLETIONS, body)
+
+
+async def test_a_long_prompt_says_nothing_of_its_kind(box: Box) -> None:
+    body = {"model": "chat", "stream": True, "max_tokens": 2, "top_p": 0.456}
+    assert not await asked_by_recipe(
+        box, COMPLETIONS, body | {"prompt": "the quick brown fox " * 420}
+    )
+    assert not await asked_by_recipe(box, COMPLETIONS, body | {"prompt": FOX})
+    assert await asked_by_recipe(box, COMPLETIONS, body | {"prompt": FOX})
+
+
+async def test_a_body_that_is_nested_deep_is_answered(box: Box) -> None:
+    deep: Any = []
+    for _ in range(300):
+        deep = [deep]
+    body = user("hi") | {"stream": True, "max_tokens": 2, "metadata": deep}
+    for _ in range(2):
+        assert not await asked_by_recipe(box, CHATS, body)
 
 
 async def test_the_last_kinds_of_requests_are_remembered(

@@ -15,17 +15,35 @@ START = 1_000_000  # the id of a token before every text
 
 
 class Model:
-    """A tokenizer of transformers: a character is its number."""
+    """A tokenizer of transformers: a character is its number.
 
-    all_special_tokens = ("<s>", "</s>")
+    Its file says that texts are cut; transformers takes that back when it is asked.
+    """
 
     def __init__(self) -> None:
         self._tokenizer = self
         self.asked: list[str] = []
+        self.limit: int | None = 4
+        self.padded = True
+
+    def __deepcopy__(self, _: Any) -> Model:
+        again = Model()
+        again.asked = self.asked
+        return again
+
+    def no_truncation(self) -> None:
+        self.limit = None
+
+    def no_padding(self) -> None:
+        self.padded = False
+
+    def get_added_tokens_decoder(self) -> dict[int, Any]:
+        return {n: SimpleNamespace(content=token) for n, token in enumerate(("<s>", "</s>"))}
 
     def encode(self, text: str, *, add_special_tokens: bool) -> Any:
         self.asked.append(text)
-        return SimpleNamespace(ids=ids_of(text, add_special_tokens))
+        ids = ids_of(text, add_special_tokens)[: self.limit]
+        return SimpleNamespace(ids=[*ids, 0] if self.padded else ids)
 
     def to_str(self) -> str:
         return "the file"
@@ -128,6 +146,15 @@ def test_fastokens_that_refuses_the_model_is_not_used(
     monkeypatch.setitem(sys.modules, "fastokens", SimpleNamespace(Tokenizer=refusing))
     assert encoder(Model(), "chat")("hi", add_special_tokens=True) == ids_of("hi", True)
     assert "fastokens is not used: unsupported model type" in caplog.text
+
+
+def test_texts_are_neither_cut_nor_padded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fastokens", None)
+    model = Model()
+    assert encoder(model, "chat")("a long text", add_special_tokens=False) == ids_of(
+        "a long text", False
+    )
+    assert model.limit == 4  # the model's own is left as it is
 
 
 def test_without_fastokens_the_model_s_own_tokenizer_is_used(
