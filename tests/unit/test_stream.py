@@ -251,6 +251,34 @@ async def test_streams_of_one_turn_are_all_written_and_tell_the_lag_of_the_oldes
     await soon(asyncio.gather(*answering))
 
 
+def failing(_: bytes) -> bool:
+    raise RuntimeError("the transport is closed")
+
+
+async def test_a_stream_that_cannot_be_written_ends_and_the_others_go_on() -> None:
+    flow = Flow(lambda: False, lambda _: None)
+    engines, clients = [Engine() for _ in range(2)], [Client() for _ in range(2)]
+    direct = [{WRITE: failing}, {WRITE: clients[1].write}]  # no way to end a connection either
+    answering = [
+        asyncio.create_task(
+            TokenStream(engine, flow, Frames(), refusal, failure)(
+                {"extensions": extensions}, client.receive, client.send
+            )
+        )
+        for engine, client, extensions in zip(engines, clients, direct, strict=True)
+    ]
+    await turn()
+    for text in "ab":
+        for engine in engines:
+            engine.gives(text)
+        await turn()
+    await soon(answering[0])
+    assert engines[0].aborts == 1
+    assert clients[1].bodies == [b"first [a]", b"[b]"]
+    clients[1].leaves()
+    await soon(answering[1])
+
+
 # --- an engine that is ahead
 
 
@@ -273,8 +301,8 @@ async def test_text_waits_no_longer_than_it_may() -> None:
         line.behind = True
         line.engine.gives("a")
         await until(lambda: bool(line.client.sent))
-        line.engine.gives("b", time.monotonic() - stream.BEHIND_S)
-        await turn()
+        line.engine.gives("b")
+        await until(lambda: len(line.client.bodies) == 2)
         assert line.client.bodies == [b"first [a]", b"[b]"]
 
 
