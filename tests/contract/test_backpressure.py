@@ -203,3 +203,24 @@ async def test_a_stuck_client_that_leaves_has_its_request_aborted(box: Box) -> N
                 await asyncio.sleep(0.05)
         await until(lambda: box.services.pool.entries["chat"].slots.in_flight == 0)
     assert await box.core("aborted") == before + 1
+
+
+async def test_a_client_that_leaves_with_a_second_request_waiting_is_gone(box: Box) -> None:
+    """uvicorn tells the newest request of a connection that the client has left."""
+    before = await box.core("aborted")
+    body = json.dumps(asking(EMOJI, 1900)).encode()
+    head = f"POST {COMPLETIONS} HTTP/1.1\r\nhost: test\r\ncontent-length: {len(body)}\r\n\r\n"
+    async with served(box) as port, httpx.AsyncClient(timeout=60) as client:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(head.encode() + body)
+        await soon(reader.readuntil(b'"text":'), 10)
+        writer.write(head.encode() + body)  # while the first one runs
+        await writer.drain()
+        await asyncio.sleep(0.1)
+        writer.transport.abort()
+        reading = asking("one two three", 200)
+        reply = await client.post(f"http://127.0.0.1:{port}{COMPLETIONS}", json=reading)
+        assert text_of(reply) == (await whole(box, reading), 200)
+        await until(lambda: box.services.pool.entries["chat"].slots.in_flight == 0)
+    assert await box.core("aborted") > before
+    assert not box.serving.engine.flow._streams
