@@ -192,7 +192,7 @@ LANES: dict[str, type[Chat | Completions]] = {"chat completions": Chat, "complet
 class Serving:
     """What one engine answers."""
 
-    def __init__(self, name: str, engine: Engine, state: State) -> None:
+    def __init__(self, name: str, engine: Engine, state: State, encode: Encode | None) -> None:
         self.name = name
         self.engine = engine
         self._state = state
@@ -201,7 +201,6 @@ class Serving:
             for endpoint, handler in HANDLERS.items()
             if getattr(state, handler.owner, None) is not None
         )
-        encode = encoder_of(engine.client)
         self._express = {name: self._opened(name, encode) for name in LANES if name in self.able}
 
     @classmethod
@@ -216,7 +215,9 @@ class Serving:
         _bound_stores(state)
         if spec.sampling.max_tokens is not None:
             _default_not_limit(state)
-        return cls(spec.name, engine, state)
+        # Reads the tokenizer again and compares: the other models go on meanwhile.
+        encode = await asyncio.to_thread(encoder_of, engine.client)
+        return cls(spec.name, engine, state, encode)
 
     def _opened(self, endpoint: str, encode: Encode | None) -> Express:
         handler = HANDLERS[endpoint]
