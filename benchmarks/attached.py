@@ -37,8 +37,8 @@ class AttachedBackend:
 
     async def start(self, spec: ModelSpec, _: Callable[[State, str], None]) -> Running:
         # Only now: `up` has prepared the environment.
-        from llmserve.engine import Launcher  # noqa: PLC0415
-        from llmserve.serving import Serving  # noqa: PLC0415
+        from llmserve.engine import Launcher  # noqa: PLC0415  # imports vLLM
+        from llmserve.serving import Serving  # noqa: PLC0415  # as above
 
         launcher = Launcher(self._log_dir)
         engine = await asyncio.to_thread(launcher.start, spec, self._addresses[spec.name])
