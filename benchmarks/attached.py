@@ -35,13 +35,14 @@ class AttachedBackend:
         self._addresses = addresses
         self._log_dir = log_dir
 
-    async def start(self, spec: ModelSpec, _: Callable[[State, str], None]) -> Running:
+    async def start(self, spec: ModelSpec, number: int, _: Callable[[State, str], None]) -> Running:
         # Only now: `up` has prepared the environment.
         from llmserve.engine import Launcher  # noqa: PLC0415  # imports vLLM
         from llmserve.serving import Serving  # noqa: PLC0415  # as above
 
         launcher = Launcher(self._log_dir)
-        engine = await asyncio.to_thread(launcher.start, spec, self._addresses[spec.name])
+        addresses = self._addresses[spec.name]
+        engine = await asyncio.to_thread(launcher.start, spec, number, addresses)
         running: Running = await Serving.build(spec, engine)
         return running
 

@@ -3,51 +3,124 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib
+import time
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from llmserve.child import log_file
 from llmserve.errors import StartupError
 from llmserve.pool import State
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
     from pathlib import Path
 
     from llmserve.config import ModelSpec
     from llmserve.pool import Running
+    from llmserve.space import Keep, Space
 
 _LOOK_S = 0.5  # how often a start's log is read for progress
 
 
+class _Modules(NamedTuple):
+    """What imports vLLM, and so is imported late."""
+
+    engine: Any
+    serving: Any
+    launcher: Any
+
+
+class _Clock:
+    """The seconds of a start, step by step."""
+
+    def __init__(self) -> None:
+        self.took: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def lap(self, step: str, inner: Sequence[Mapping[str, float]] = ()) -> None:
+        """What has passed since the last one; `inner` are steps of it, of workers side by side."""
+        now = time.monotonic()
+        slowest = {name: max(each[name] for each in inner) for name in (inner[0] if inner else ())}
+        self.took[step] = max(0.0, now - self._last - sum(slowest.values()))
+        self.took |= slowest
+        self._last = now
+
+
+@contextlib.asynccontextmanager
+async def _or_ended(modules: _Modules, engine: Any, log: Path) -> AsyncIterator[None]:
+    """Whatever goes wrong with a started engine, a template that vLLM cannot use, ends it."""
+    try:
+        yield
+    except Exception as error:
+        await asyncio.to_thread(engine.stop)
+        raise StartupError(modules.engine.cause_of(error, log)) from error
+
+
 class VllmBackend:
-    def __init__(self, engines: int, log_dir: Path) -> None:
+    """`space` is the plan of the GPUs; None on a CPU, where there is none."""
+
+    def __init__(self, engines: int, log_dir: Path, space: Space | None = None) -> None:
         self._log_dir = log_dir
+        self._space = space
         # A thread for each: an engine's constructor blocks until it is ready.
         self._threads = ThreadPoolExecutor(max_workers=max(1, engines), thread_name_prefix="start")
-        self._launcher: Any = None
+        self._imported: _Modules | None = None
+        self._stored: dict[str, Any] = {}  # by model: what its replicas share
         self._importing = asyncio.Lock()
+        # By model: its replicas wait for one download.
+        self._downloading: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._killed = False
 
-    async def start(self, spec: ModelSpec, report: Callable[[State, str], None]) -> Running:
+    async def start(
+        self, spec: ModelSpec, number: int, report: Callable[[State, str], None]
+    ) -> Running:
+        clock = _Clock()
         spec = await self._downloaded(spec, report)
+        clock.lap("download")
         report(State.LOADING, "")
-        engine_module, serving_module = await self._modules()
-        log = log_file(self._log_dir, spec.name)
+        modules = await self._modules()
+        clock.lap("server_imports")
+        async with self._placed(spec, number) as (placed, keep):
+            clock.lap("gpu_wait")
+            log = modules.launcher.log_of(spec, number)
+            engine = await self._engine(modules, placed, number, report)
+            async with _or_ended(modules, engine, log):
+                reports = await engine.start_reports()
+            keep(reports)
+            clock.lap("engine", [each["seconds"] for each in reports])
+        stored = self._stored.setdefault(spec.name, modules.serving.Stored())
+        async with _or_ended(modules, engine, log):
+            serving: Running = await modules.serving.Serving.build(placed, engine, stored)
+        clock.lap("serving")
+        serving.took = clock.took
+        return serving
+
+    @contextlib.asynccontextmanager
+    async def _placed(self, spec: ModelSpec, number: int) -> AsyncIterator[tuple[ModelSpec, Keep]]:
+        """The replica's entry with its GPUs, while it has them to start on."""
+        if self._space is None:
+            yield spec, lambda _: None
+            return
+        async with self._space.start(spec, number) as placed:
+            yield placed
+
+    async def _engine(
+        self,
+        modules: _Modules,
+        spec: ModelSpec,
+        number: int,
+        report: Callable[[State, str], None],
+    ) -> Any:
+        log = modules.launcher.log_of(spec, number)
         loop = asyncio.get_running_loop()
-        start = loop.run_in_executor(self._threads, self._launcher.start, spec)
+        start = loop.run_in_executor(self._threads, modules.launcher.start, spec, number)
         while not start.done():
             await asyncio.wait({start}, timeout=_LOOK_S)
-            if await asyncio.to_thread(engine_module.phase_of, log) == "warming":
+            if await asyncio.to_thread(modules.engine.phase_of, log) == "warming":
                 report(State.WARMING, "")
-        engine = await start
-        try:
-            serving: Running = await serving_module.Serving.build(spec, engine)
-        except Exception as error:  # a template, adapter or parser that vLLM cannot use
-            await asyncio.to_thread(engine.stop)
-            raise StartupError(engine_module.cause_of(error, log)) from error
-        return serving
+        return await start
 
     async def _downloaded(self, spec: ModelSpec, report: Callable[[State, str], None]) -> ModelSpec:
         if not spec.hub_names:
@@ -60,23 +133,24 @@ class VllmBackend:
             loop.call_soon_threadsafe(report, State.DOWNLOADING, note)
 
         hub = await loop.run_in_executor(self._threads, importlib.import_module, "llmserve.hub")
-        downloaded: ModelSpec = await loop.run_in_executor(
-            self._threads, hub.download, spec, progress
-        )
+        async with self._downloading[spec.name]:
+            downloaded: ModelSpec = await loop.run_in_executor(
+                self._threads, hub.download, spec, progress
+            )
         return downloaded
 
-    async def _modules(self) -> tuple[Any, Any]:
+    async def _modules(self) -> _Modules:
         """The importers of vLLM; the first import takes seconds."""
         async with self._importing:
-            engine = await asyncio.to_thread(importlib.import_module, "llmserve.engine")
-            serving = await asyncio.to_thread(importlib.import_module, "llmserve.serving")
-            if self._launcher is None:
-                self._launcher = engine.Launcher(self._log_dir)
+            if self._imported is None:
+                engine = await asyncio.to_thread(importlib.import_module, "llmserve.engine")
+                serving = await asyncio.to_thread(importlib.import_module, "llmserve.serving")
+                self._imported = _Modules(engine, serving, engine.Launcher(self._log_dir))
                 if self._killed:
-                    self._launcher.stop()
-        return engine, serving
+                    self._imported.launcher.stop()
+        return self._imported
 
     def kill(self) -> None:
         self._killed = True
-        if self._launcher is not None:
-            self._launcher.stop()
+        if self._imported is not None:
+            self._imported.launcher.stop()

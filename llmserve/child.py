@@ -28,17 +28,37 @@ def enter() -> None:
     config = _config_of(multiprocessing.current_process())
     if parent is None or config is None or LOG_DIR not in os.environ:
         return  # the server itself, or a worker, which inherits all this from its core
-    model = config.model_config.served_model_name
+    replica = _replica_of(config.instance_id)
+    file = log_file(Path(os.environ[LOG_DIR]), config.model_config.served_model_name, replica)
     with contextlib.suppress(PermissionError):  # it leads its group already
         os.setpgid(0, 0)
-    _write_to(log_file(Path(os.environ[LOG_DIR]), model))
+    _write_to(file)
     _log_again(config)
     threading.Thread(target=_end_with, args=(parent,), daemon=True, name="parent-watch").start()
 
 
-def log_file(folder: Path, model: str) -> Path:
-    """Where the output of a model's engine goes; `server.log` beside it is the server's own."""
-    return folder / f"model-{quote(model, safe='@ ')}.log"
+def log_file(folder: Path, model: str, replica: int | None = None) -> Path:
+    """Where the output of an engine goes; `server.log` beside it is the server's own.
+
+    `replica` is its number where its model has several.
+    """
+    number = "" if replica is None else f"+{replica}"  # `quote` leaves no + in a name
+    return folder / f"model-{quote(model, safe='@ ')}{number}.log"
+
+
+def instance_of(replica: int, own: str) -> str:
+    """What tells an engine core that it is one of several replicas.
+
+    A VllmConfig's `instance_id` is free text that names things of the host, so vLLM's
+    own, which differs from any other, stays in it. It does not enter the config's hash:
+    replicas share what torch.compile has made.
+    """
+    return f"{replica}-{own}"
+
+
+def _replica_of(instance: str) -> int | None:
+    number, separator, _ = instance.partition("-")
+    return int(number) if separator else None
 
 
 def _config_of(process: BaseProcess) -> Any:

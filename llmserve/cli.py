@@ -1,9 +1,9 @@
-"""`llmserve up | check | chat | version`."""
+"""`llmserve up | check | plan | chat | version`."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -11,6 +11,9 @@ from rich.console import Console
 from llmserve import __version__
 from llmserve.config import Config, ServerSpec, load
 from llmserve.errors import ConfigError, StartupError
+
+if TYPE_CHECKING:
+    from llmserve.gpus import Box
 
 app = typer.Typer(
     help="Serve every model of a GPU box from one YAML file.",
@@ -39,7 +42,7 @@ def up(
     console = Console()
     try:
         server.up(config, console)
-    except StartupError as error:
+    except (StartupError, ConfigError) as error:
         _fail(error.message, error.exit_code)
 
 
@@ -50,6 +53,50 @@ def check(registry: Registry = Path("models.yaml")) -> None:
     names = ", ".join(spec.name for spec in config.models)
     count = f"{len(config.models)} model" + ("s" if len(config.models) > 1 else "")
     Console().print(f"{registry}: {count}: {names}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def plan(
+    registry: Registry = Path("models.yaml"),
+    gpus: Annotated[
+        str | None, typer.Option(help="A box as in 8xH100-80G,2xL4; omitted: this machine's GPUs.")
+    ] = None,
+    box: Annotated[Path | None, typer.Option(help="A box described in a YAML file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    svg: Annotated[Path | None, typer.Option(help="Draw it into this file as well.")] = None,
+) -> None:
+    """Show what each model takes of which GPU, and what does not fit. Touches no GPU."""
+    from llmserve import report, survey  # noqa: PLC0415  # `check` answers without them
+
+    config = _load(registry)
+    planned = survey.plan(config, _box(gpus, box))
+    if svg is not None:
+        svg.write_text(report.svg(planned), encoding="utf-8")
+    console = Console()
+    if as_json:
+        console.print_json(data=report.document(planned))
+    else:
+        console.print(report.terminal(planned))
+    if planned.problems:
+        raise typer.Exit(ConfigError.exit_code)
+
+
+def _box(gpus: str | None, file: Path | None) -> Box:
+    from llmserve import nvml  # noqa: PLC0415  # `check` answers without it
+    from llmserve.gpus import described, from_file  # noqa: PLC0415
+
+    if gpus is not None and file is not None:
+        _fail("--gpus and --box both describe the box; use one", ConfigError.exit_code)
+    try:
+        found = described(gpus) if gpus else from_file(file) if file else nvml.visible()
+    except ConfigError as error:
+        _fail(error.message, error.exit_code)
+    if not found:
+        _fail(
+            "No NVIDIA GPU is visible here; describe a box: --gpus 8xH100-80G",
+            ConfigError.exit_code,
+        )
+    return found
 
 
 @app.command()

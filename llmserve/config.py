@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(strict=True, gt=0)]  # strict: YAML's `yes` is no 1
+Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Dispatch = Literal["lottery", "shortest_queue", "prefix_affinity"]
 
 # A key of ours and the engine argument that it sets.
 ENGINE_KEYS: Mapping[str, str] = {
@@ -83,6 +85,7 @@ class ServerSpec(_Spec):
         30  # seconds that running requests get at the end
     )
     max_body: Size = ByteSize(64 * 2**20)  # largest request body
+    gpu_headroom: Annotated[float, Field(ge=0, lt=1)] = 0.08  # share of each GPU left free
     log_dir: Path = Path("~/.local/state/llmserve")  # a folder per port in it
 
     @model_validator(mode="after")
@@ -113,12 +116,16 @@ class ModelSpec(_Spec):
     aliases: tuple[str, ...] = ()
     hidden: bool = False  # served, but not in GET /v1/models
     required: bool = False  # the server ends with 3 if it cannot start
-    devices: tuple[int | str, ...] | None = None  # GPU ids or UUIDs; omitted: vLLM's choice
-    tensor_parallel_size: Count = 1  # devices that share each layer
+    devices: tuple[int | str, ...] | None = None  # GPU ids or UUIDs; omitted: placed
+    tensor_parallel_size: Count | None = None  # devices that share each layer; omitted: placed
     pipeline_parallel_size: Count = 1  # devices that share the layers out
     gpu_memory_utilization: Fraction | None = None  # share of each device, all in
     memory: Size | None = None  # the same as an amount
     kv_cache: Size | None = None  # exactly this much KV cache per device
+    concurrency: Count = 1  # requests of full length that the KV cache must hold, where placed
+    replicas: Count = 1  # engines that share the requests
+    dispatch: Dispatch = "shortest_queue"  # which of them gets a request
+    weights: tuple[Weight, ...] | None = None  # of the replicas in the lottery; omitted: equal
     max_in_flight: Count = 1024  # requests, queued and running
     chat_template: str | None = None  # Jinja: a file or the text itself
     chat_template_kwargs: dict[str, Any] = {}
@@ -162,23 +169,32 @@ class ModelSpec(_Spec):
     def _devices_fit_parallelism(self, info: ValidationInfo) -> Self:
         if info.context == _PART:  # defaults: a model may say the rest
             return self
-        sizes = self.parallel_sizes
-        if self.devices is not None and len(self.devices) != math.prod(sizes.values()):
+        sizes = self.parallel_sizes | ({"replicas": self.replicas} if self.replicas > 1 else {})
+        needed = math.prod(sizes.values())
+        if self.devices is not None and len(self.devices) != needed:
             product = " x ".join(f"{name} {size}" for name, size in sizes.items())
-            raise ValueError(
-                f"lists {len(self.devices)} devices, but {product} needs {math.prod(sizes.values())}"
-            )
+            raise ValueError(f"lists {len(self.devices)} devices, but {product} needs {needed}")
+        return self
+
+    @model_validator(mode="after")
+    def _weights_are_for_the_lottery(self, info: ValidationInfo) -> Self:
+        if self.weights is None or info.context == _PART:
+            return self
+        if self.dispatch != "lottery":
+            raise ValueError(f"weights are for `dispatch: lottery`, not for {self.dispatch}")
+        if len(self.weights) != self.replicas:
+            raise ValueError(f"gives {len(self.weights)} weights for {self.replicas} replicas")
         return self
 
     @property
     def parallel_sizes(self) -> dict[str, int]:
         """What multiplies to the number of devices, wherever it was said."""
         said = {
-            "tensor_parallel_size": self.tensor_parallel_size,
+            "tensor_parallel_size": self.tensor_parallel_size or 1,
             "pipeline_parallel_size": self.pipeline_parallel_size,
         }
         counted = (*said, "data_parallel_size")
-        return said | {name: self.engine[name] for name in counted if name in self.engine}
+        return said | {name: self.engine[name] for name in counted if self.engine.get(name)}
 
     @property
     def hub_names(self) -> tuple[str, ...]:
@@ -195,6 +211,15 @@ class Config(_Spec):
     file: Path
     server: ServerSpec = ServerSpec()
     models: tuple[ModelSpec, ...]
+    lines: dict[tuple[int | str, ...], int] = {}  # of the file, by path in it
+
+    def told(self, path: yamlfile.Path, message: str) -> str:
+        """A problem of a place in the file, as `load` tells them."""
+        near = path
+        while near and near not in self.lines:
+            near = near[:-1]
+        problem = yamlfile.Problem(self.lines.get(near, 0), yamlfile.dotted(path), message)
+        return problem.within(_shown(self.file))
 
 
 def _one_of(name: str | None, known: frozenset[str] | None) -> str | None:
@@ -239,7 +264,9 @@ class _Reader:
         models = self._models(top)
         if self.document.problems or server is None:
             return None
-        return Config(file=self.file, server=server, models=tuple(models))
+        return Config(
+            file=self.file, server=server, models=tuple(models), lines=self.document.lines
+        )
 
     # --- server
 

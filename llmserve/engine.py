@@ -22,10 +22,10 @@ from vllm.platforms import current_platform
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from llmserve.child import log_file
+from llmserve.child import instance_of, log_file
 from llmserve.errors import StartupError
 from llmserve.outputs import Outputs
-from llmserve.stats import Figures, stream_lag
+from llmserve.stats import Figures
 from llmserve.stream import Flow
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 _CPU_KV_CACHE_BYTES = 1 << 30  # per engine, where a registry says nothing
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vllm/config/lora.py, MaxLoRARanks
+# By whether the platform is a CPU; named, since the class lives in the engine's own process.
+_WORKERS = {True: "llmserve.worker.CpuWorker", False: "llmserve.worker.GpuWorker"}
 _STOP_S = 5.0  # what an engine gets to end by itself
 
 
@@ -48,14 +50,18 @@ class Engine:
         self.arguments = arguments
         self._figures = figures
         waiting = client.engine_core.outputs_queue
-        lag = stream_lag(figures.registry, str(client.model_config.served_model_name))
-        self.flow = Flow(lambda: not waiting.empty(), lag)
+        self.flow = Flow(lambda: not waiting.empty(), figures.stream_lag())
 
     @property
     def registry(self) -> CollectorRegistry:
         """Its figures, up to now."""
         self._figures.enter()
         return self._figures.registry
+
+    async def start_reports(self) -> list[dict[str, Any]]:
+        """What the start took, by worker (`llmserve.worker`)."""
+        reports: list[dict[str, Any]] = await self.client.collective_rpc("start_report")
+        return reports
 
     def stop(self) -> None:
         """End the engine and its processes. Blocks for some seconds."""
@@ -72,29 +78,36 @@ class Launcher:
         self._starting = 0
         self._stopped = threading.Event()
 
-    def start(self, spec: ModelSpec, addresses: dict[str, str] | None = None) -> Engine:
+    def start(
+        self, spec: ModelSpec, number: int = 0, addresses: dict[str, str] | None = None
+    ) -> Engine:
         """Blocks until the engine is ready. Raises StartupError with the cause in one line.
 
-        `addresses` lead to an engine core that runs already, as vLLM's own API server
-        processes get them; without, one is started.
+        `number` is that of the model's replica. `addresses` lead to an engine core that
+        runs already, as vLLM's own API server processes get them; without, one is started.
         """
-        log = log_file(self._log_dir, spec.name)
         try:
             with self._reading_environment():
-                return self._start(spec, log, addresses)
+                return self._start(spec, number, addresses)
         except StartupError:
             raise
         except Exception as error:
-            raise StartupError(cause_of(error, log)) from error
+            raise StartupError(cause_of(error, self.log_of(spec, number))) from error
 
-    def _start(self, spec: ModelSpec, log: Path, addresses: dict[str, str] | None) -> Engine:
-        figures = Figures()
-        log.unlink(missing_ok=True)
+    def log_of(self, spec: ModelSpec, number: int) -> Path:
+        """Where the engine of a model's replica writes."""
+        return log_file(self._log_dir, spec.name, number if spec.replicas > 1 else None)
+
+    def _start(self, spec: ModelSpec, number: int, addresses: dict[str, str] | None) -> Engine:
+        figures = Figures(spec.name, number, spec.parallel_sizes.get("data_parallel_size", 1))
+        self.log_of(spec, number).unlink(missing_ok=True)
         with self._configuring:
             self._unless_stopped()
             arguments = engine_arguments(spec)
             _log_in_engine_only(arguments)
             config = arguments.create_engine_config(UsageContext.OPENAI_API_SERVER)
+        if spec.replicas > 1:
+            config.instance_id = instance_of(number, config.instance_id)
         self._unless_stopped()
         client = AsyncLLM.from_vllm_config(
             config, stat_loggers=[figures.logger_class], client_addresses=addresses
@@ -155,6 +168,7 @@ def engine_arguments(spec: ModelSpec) -> AsyncEngineArgs:
     if sampling := spec.sampling.model_dump(exclude_none=True):
         renamed = {"max_tokens": "max_new_tokens"}  # as in generation_config.json
         said["override_generation_config"] = {renamed.get(k, k): v for k, v in sampling.items()}
+    said["worker_cls"] = _WORKERS[current_platform.is_cpu()]
     said |= _typed(spec.engine)
     if current_platform.is_cpu():
         said.setdefault("kv_cache_memory_bytes", _CPU_KV_CACHE_BYTES)
@@ -179,24 +193,7 @@ def _placement(spec: ModelSpec) -> dict[str, Any]:
         said["device_ids"] = list(spec.devices)
     if spec.gpu_memory_utilization is not None:
         said["gpu_memory_utilization"] = spec.gpu_memory_utilization
-    elif spec.memory is not None:
-        said["gpu_memory_utilization"] = _fraction(spec.memory, spec.devices)
     return said
-
-
-def _fraction(memory: int, devices: tuple[int | str, ...] | None) -> float:
-    """An amount as a share of the smallest of the devices. Raises StartupError if it has less."""
-    ids = [device for device in devices or () if isinstance(device, int)] or [0]
-    totals: dict[int, int] = {
-        device: current_platform.get_device_total_memory(device) for device in ids
-    }
-    device = min(totals, key=totals.__getitem__)
-    if memory > totals[device]:
-        raise StartupError(
-            f"memory: {memory / 2**30:.1f} GiB, but device {device} has "
-            f"{totals[device] / 2**30:.1f} GiB"
-        )
-    return memory / totals[device]
 
 
 def _loras(loras: Mapping[str, str]) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
     LLMServeError
       ConfigError              exit 2, before anything starts
+        PlacementError
+      ShapeUnknown             (a model whose size cannot be read)
       StartupError             exit 3
       RequestError             400
         Unauthorized           401
@@ -51,6 +53,14 @@ class ConfigError(LLMServeError):
     def __init__(self, problems: Sequence[str]) -> None:
         super().__init__("\n".join(problems))
         self.problems = tuple(problems)
+
+
+class PlacementError(ConfigError):
+    """Models that do not fit on the GPUs, one line each."""
+
+
+class ShapeUnknown(LLMServeError):
+    """What a model takes cannot be told; one line says what is missing."""
 
 
 class StartupError(LLMServeError):

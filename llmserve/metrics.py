@@ -47,14 +47,32 @@ class Metrics:
         )
         self.state = Gauge(
             "llmserve_model_state",
-            "1 for the state a model is in.",
-            ("model", "state"),
+            "1 for the state a replica of a model is in.",
+            ("model", "replica", "state"),
             registry=self.registry,
         )
         self.start_seconds = Gauge(
             "llmserve_model_start_seconds",
-            "How long the last start of a model took.",
-            ("model",),
+            "How long the last start of a replica took.",
+            ("model", "replica"),
+            registry=self.registry,
+        )
+        self.start_step_seconds = Gauge(
+            "llmserve_model_start_step_seconds",
+            "Where the seconds of a replica's last start went.",
+            ("model", "replica", "step"),
+            registry=self.registry,
+        )
+        self.tokens_in_flight = Gauge(
+            "llmserve_replica_tokens_in_flight",
+            "Estimated tokens, prompts and answers, of a replica's requests in flight.",
+            ("model", "replica"),
+            registry=self.registry,
+        )
+        self.dispatched = Counter(
+            "llmserve_requests_dispatched",
+            "Requests that a replica was chosen for, by the model's policy.",
+            ("model", "replica", "policy"),
             registry=self.registry,
         )
         self.loop_lag = Histogram(

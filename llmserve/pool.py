@@ -1,4 +1,4 @@
-"""Every model's life: waiting, downloading, loading, warming, ready, failed, stopped.
+"""Every replica's life: waiting, downloading, loading, warming, ready, failed, stopped.
 
 The one owner of these states. Engines are started by a `Backend`, so that all of this
 can be run without one.
@@ -9,22 +9,26 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Protocol
 
 from llmserve.admission import Slot, Slots
+from llmserve.dispatch import Ask, Load, policy_of
 from llmserve.errors import EngineDead, LLMServeError, Overloaded, StartupError, quoted
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
-    from prometheus_client import CollectorRegistry
+    from prometheus_client import CollectorRegistry, Counter
     from starlette.requests import Request
     from starlette.responses import Response
     from starlette.types import ASGIApp, Scope
 
     from llmserve.config import ModelSpec
+    from llmserve.dispatch import Policy
     from llmserve.metrics import Metrics
+    from llmserve.protocol import Endpoint
     from llmserve.registry import Model, Registry
 
 log = logging.getLogger(__name__)
@@ -47,12 +51,23 @@ class State(StrEnum):
 
 
 STARTING = frozenset({State.WAITING, State.DOWNLOADING, State.LOADING, State.WARMING})
+# A model's state is that of its replica which comes first here.
+_FURTHEST = (
+    State.READY,
+    State.WARMING,
+    State.LOADING,
+    State.DOWNLOADING,
+    State.WAITING,
+    State.STOPPED,
+    State.FAILED,
+)
 
 
 class Running(Protocol):
-    """A model that answers."""
+    """A replica that answers."""
 
     able: frozenset[str]
+    took: Mapping[str, float]  # seconds of its start, by step
 
     @property
     def max_model_len(self) -> int: ...
@@ -69,14 +84,22 @@ class Running(Protocol):
     async def call(
         self, endpoint: str, body: dict[str, Any], asked: str, request: Request
     ) -> ASGIApp: ...
-    async def fetch_response(self, response_id: str, query: dict[str, Any]) -> Response: ...
+    async def fetch_response(self, response_id: str, query: dict[str, Any]) -> Response:
+        """Any replica of the model has it, whichever made it."""
+        ...
+
     async def cancel_response(self, response_id: str) -> Response: ...
     async def stop(self) -> None: ...
 
 
 class Backend(Protocol):
-    async def start(self, spec: ModelSpec, report: Callable[[State, str], None]) -> Running:
-        """Raises StartupError with the cause in one line."""
+    async def start(
+        self, spec: ModelSpec, number: int, report: Callable[[State, str], None]
+    ) -> Running:
+        """Start one of the model's replicas, which are numbered from 0.
+
+        Raises StartupError with the cause in one line.
+        """
         ...
 
     def kill(self) -> None:
@@ -84,40 +107,90 @@ class Backend(Protocol):
         ...
 
 
-class Entry:
-    """A model and where it is in its life."""
+class Replica:
+    """One engine of a model and where it is in its life."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, number: int) -> None:
         self.model = model
+        self.number = number  # of the model's replicas, from 0
         self.state = State.WAITING
         self.note = ""  # progress, or why it failed
         self.running: Running | None = None
-        self.slots = Slots(model.name, model.spec.max_in_flight)
         self.started = time.monotonic()
         self.seconds = 0.0  # what the start took
+        self.load = Load()
+
+    @property
+    def took(self) -> Mapping[str, float]:
+        """Seconds of its start, by step."""
+        return self.running.took if self.running is not None else {}
+
+    @property
+    def name(self) -> str:
+        several = self.model.spec.replicas > 1
+        return f"{self.model.name}/{self.number}" if several else self.model.name
+
+
+class Entry:
+    """A model: its replicas, and what they share."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.replicas = tuple(Replica(model, number) for number in range(model.spec.replicas))
+        self.ready: tuple[Replica, ...] = ()
+        self.slots = Slots(model.name, model.spec.max_in_flight)
+        self.policy: Policy | None = policy_of(model.spec)  # None: there is one replica
 
     @property
     def name(self) -> str:
         return self.model.name
 
+    @property
+    def furthest(self) -> Replica:
+        """The replica by which the model is judged."""
+        if self.ready:
+            return self.ready[0]
+        return min(self.replicas, key=lambda replica: _FURTHEST.index(replica.state))
 
+    @property
+    def state(self) -> State:
+        return self.furthest.state
+
+    @property
+    def note(self) -> str:
+        return self.furthest.note
+
+    @property
+    def running(self) -> Running | None:
+        return self.furthest.running
+
+
+@dataclass(eq=False, slots=True)
 class Lease:
-    """A running model and a slot of it, until released."""
+    """A running replica and a slot of its model, until released."""
 
-    def __init__(
-        self, entry: Entry, running: Running, slot: Slot, leases: set[Lease], task: Task | None
-    ) -> None:
-        self.model = entry.name
-        self.running = running
-        self.was_cut = False  # its request was ended by the server's own end
-        self._slot = slot
-        self._task = task
-        self._leases = leases
-        leases.add(self)
+    replica: Replica
+    running: Running
+    _slot: Slot
+    _tokens: int
+    _leases: set[Lease]
+    _task: Task | None
+    was_cut: bool = False  # its request was ended by the server's own end
+
+    def __post_init__(self) -> None:
+        self.replica.load.add(self._tokens)
+        self._leases.add(self)
+
+    @property
+    def model(self) -> str:
+        return self.replica.model.name
 
     def release(self) -> None:
-        self._slot.release()
-        self._leases.discard(self)
+        """Give back what it holds; again is no mistake."""
+        if self in self._leases:
+            self._leases.discard(self)
+            self._slot.release()
+            self.replica.load.remove(self._tokens)
 
     def cut(self) -> None:
         """Cancel the request; whoever handles it answers for that (`cut_off`)."""
@@ -140,7 +213,7 @@ class Pool:
         registry: Registry,
         backend: Backend,
         metrics: Metrics,
-        on_change: Callable[[Entry], None] = lambda _: None,
+        on_change: Callable[[Replica], None] = lambda _: None,
     ) -> None:
         self.registry = registry
         self.entries = {model.name: Entry(model) for model in registry.models}
@@ -149,13 +222,24 @@ class Pool:
         self._on_change = on_change
         self._closed = False
         self._leases: set[Lease] = set()
+        self._dispatched: dict[Replica, Counter] = {}  # where there is a choice
         for entry in self.entries.values():
             metrics.in_flight.labels(entry.name).set_function(entry.slots.count)
-            self._show(entry)
+        for replica in self.replicas:
+            self._show(replica)
+            if replica.model.spec.replicas > 1:
+                self._count(replica)
 
     # --- asking
 
-    def lease(self, name: str, task: Task | None = None) -> Lease:
+    @property
+    def replicas(self) -> list[Replica]:
+        """Those of every model, in the order of the registry."""
+        return [replica for entry in self.entries.values() for replica in entry.replicas]
+
+    def lease(
+        self, name: str, endpoint: Endpoint, body: dict[str, Any], task: Task | None = None
+    ) -> Lease:
         """Leave to send one request to the model of a public name; `task` handles it.
 
         Raises ModelNotFound, or Overloaded while it loads, is full, or the server
@@ -164,9 +248,30 @@ class Pool:
         entry = self.entries[self.registry.find(name).name]
         if self._closed:
             raise cut_off()
-        if entry.running is None or entry.state is not State.READY:
+        replica, tokens = entry.replicas[0], 0
+        if entry.policy is not None:
+            replica, tokens = self._chosen(entry, entry.policy, name, endpoint, body)
+        if replica.running is None or replica.state is not State.READY:
             raise self._not_ready(entry)
-        return Lease(entry, entry.running, entry.slots.take(), self._leases, task)
+        slot = entry.slots.take()
+        if entry.policy is not None:
+            self._dispatched[replica].inc()
+        return Lease(replica, replica.running, slot, tokens, self._leases, task)
+
+    def _chosen(
+        self, entry: Entry, policy: Policy, name: str, endpoint: Endpoint, body: dict[str, Any]
+    ) -> tuple[Replica, int]:
+        """The replica for a request, and the request's tokens; one that is not ready if none is.
+
+        An engine that died a moment ago has the least to do, and would get every request.
+        """
+        longest = entry.running.max_model_len if entry.running is not None else 0
+        ask = Ask.of(name, body, endpoint.answer_tokens, longest)
+        while entry.ready:
+            replica = policy.choose(entry.ready, ask)
+            if not self._died(replica):
+                return replica, ask.tokens
+        return entry.furthest, ask.tokens
 
     def _not_ready(self, entry: Entry) -> LLMServeError:
         name = quoted(entry.name)
@@ -176,27 +281,27 @@ class Pool:
                 retry_after_s=_LOADING_RETRY_S,
                 code="model_not_ready",
             )
-        if entry.running is not None:
+        if any(replica.running is not None for replica in entry.replicas):
             return EngineDead(f"The engine of {name} has died.")
         return EngineDead(f"The model {name} could not be started.", code="model_failed")
 
     def ready(self) -> list[Entry]:
-        return [entry for entry in self.entries.values() if entry.state is State.READY]
+        return [entry for entry in self.entries.values() if entry.ready]
 
     def registries(self) -> Iterable[CollectorRegistry]:
-        return [e.running.registry for e in self.entries.values() if e.running is not None]
+        return [each.running.registry for each in self.replicas if each.running is not None]
 
     # --- life
 
     async def start(self) -> None:
-        """Start every model, all at once; returns when each is ready or has failed.
+        """Start every replica, all at once; returns when each is ready or has failed.
 
-        Raises StartupError if none is ready, or as soon as a required one has failed.
+        Raises StartupError if none is ready, or as soon as none of a required model can be.
         """
-        starts = [asyncio.create_task(self._start(entry)) for entry in self.entries.values()]
+        starts = [asyncio.create_task(self._start(replica)) for replica in self.replicas]
         try:
             for finished in asyncio.as_completed(starts):
-                _unless_required(await finished)
+                _unless_required(self.entries[await finished])
         except BaseException:
             for start in starts:
                 start.cancel()
@@ -204,45 +309,76 @@ class Pool:
         if not self.ready():
             raise StartupError("no model could be started")
 
-    async def _start(self, entry: Entry) -> Entry:
-        entry.started = time.monotonic()
+    async def _start(self, replica: Replica) -> str:
+        """The name of the replica's model, when it is ready or has failed."""
+        replica.started = time.monotonic()
         try:
-            entry.running = await self._backend.start(
-                entry.model.spec, lambda state, note: self._change(entry, state, note)
+            replica.running = await self._backend.start(
+                replica.model.spec,
+                replica.number,
+                lambda state, note: self._change(replica, state, note),
             )
         except StartupError as error:
-            self._change(entry, State.FAILED, error.message)
+            self._change(replica, State.FAILED, error.message)
         except Exception as error:
-            # Whatever it is, it is this model's: the others go on.
-            log.exception("model=%s unforeseen", entry.name)
-            self._change(entry, State.FAILED, f"{type(error).__name__}: {error}")
+            # Whatever it is, it is this replica's: the others go on.
+            log.exception("model=%s unforeseen", replica.name)
+            self._change(replica, State.FAILED, f"{type(error).__name__}: {error}")
         else:
-            self._change(entry, State.READY)
-        return entry
+            self._change(replica, State.READY)
+        return replica.model.name
 
-    def _change(self, entry: Entry, state: State, note: str = "") -> None:
-        moved = state is not entry.state
-        if entry.state in STARTING and state not in STARTING:
-            entry.seconds = time.monotonic() - entry.started
-        entry.state, entry.note = state, note
-        if moved:
-            self._show(entry)
-            if state is State.READY:
-                self._metrics.start_seconds.labels(entry.name).set(entry.seconds)
-            log.info("model=%s state=%s", entry.name, state)
-        self._on_change(entry)
+    def _change(self, replica: Replica, state: State, note: str = "") -> None:
+        before = replica.state
+        if before in STARTING and state not in STARTING:
+            replica.seconds = time.monotonic() - replica.started
+        replica.state, replica.note = state, note
+        if state is not before:
+            self._moved(replica, before)
+        self._on_change(replica)
 
-    def _show(self, entry: Entry) -> None:
+    def _moved(self, replica: Replica, before: State) -> None:
+        entry = self.entries[replica.model.name]
+        entry.ready = tuple(each for each in entry.replicas if each.state is State.READY)
+        if before is State.READY and entry.policy is not None:
+            entry.policy.forget(replica.number)
+        if replica.state is State.READY:
+            self._show_start(replica)
+        self._show(replica)
+        log.info("model=%s state=%s", replica.name, replica.state)
+
+    def _show_start(self, replica: Replica) -> None:
+        model, number = replica.model.name, replica.number
+        self._metrics.start_seconds.labels(model, number).set(replica.seconds)
+        for step, seconds in replica.took.items():
+            self._metrics.start_step_seconds.labels(model, number, step).set(seconds)
+
+    def _show(self, replica: Replica) -> None:
         for state in State:
-            self._metrics.state.labels(entry.name, state.value).set(state is entry.state)
+            shown = self._metrics.state.labels(replica.model.name, replica.number, state.value)
+            shown.set(state is replica.state)
+
+    def _count(self, replica: Replica) -> None:
+        model, number = replica.model.name, replica.number
+        tokens = self._metrics.tokens_in_flight.labels(model, number)
+        tokens.set_function(lambda: replica.load.tokens)
+        policy = replica.model.spec.dispatch
+        self._dispatched[replica] = self._metrics.dispatched.labels(model, number, policy)
 
     async def watch(self) -> None:
         """Notice engines that die, until cancelled."""
         while True:
             await asyncio.sleep(_WATCH_S)
             for entry in self.ready():
-                if entry.running is not None and entry.running.dead:
-                    self._change(entry, State.FAILED, "its engine died")
+                for replica in entry.ready:
+                    self._died(replica)
+
+    def _died(self, replica: Replica) -> bool:
+        """Whether the engine of a ready replica has died, which is then known everywhere."""
+        if replica.running is None or not replica.running.dead:
+            return False
+        self._change(replica, State.FAILED, "its engine died")
+        return True
 
     def close(self) -> None:
         """Admit no more requests."""
@@ -260,15 +396,16 @@ class Pool:
     async def stop(self) -> None:
         """End all engines, all at once."""
         self.close()
-        running = [entry for entry in self.entries.values() if entry.running is not None]
-        if any(entry.state in STARTING for entry in self.entries.values()):
+        replicas = self.replicas
+        if any(replica.state in STARTING for replica in replicas):
             self._backend.kill()
-        ends = [entry.running.stop() for entry in running if entry.running is not None]
+        running = [replica for replica in replicas if replica.running is not None]
+        ends = [replica.running.stop() for replica in running if replica.running is not None]
         for error in await asyncio.gather(*ends, return_exceptions=True):
             if error is not None:
                 log.error("an engine did not stop cleanly", exc_info=error)
-        for entry in running:
-            self._change(entry, State.STOPPED)
+        for replica in running:
+            self._change(replica, State.STOPPED)
 
     def kill(self) -> None:
         self._backend.kill()

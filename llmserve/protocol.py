@@ -22,19 +22,24 @@ if TYPE_CHECKING:
 class Endpoint:
     """A thing a model can be asked to do.
 
-    `name` is how errors and metrics speak of it; every path of `paths` leads to it.
+    `name` is how errors and metrics speak of it; every path of `paths` leads to it. An
+    answer is taken for `answer_tokens` long where a request gives no limit; 0: it is no
+    generated text.
     """
 
     name: str
     paths: tuple[str, ...]
     multipart: bool = False  # an upload; all others are JSON
+    answer_tokens: int = 0
 
+
+_ANSWER_TOKENS = 256
 
 ENDPOINTS: tuple[Endpoint, ...] = (
-    Endpoint("chat completions", ("/v1/chat/completions",)),
-    Endpoint("completions", ("/v1/completions",)),
-    Endpoint("responses", ("/v1/responses",)),
-    Endpoint("messages", ("/v1/messages",)),
+    Endpoint("chat completions", ("/v1/chat/completions",), answer_tokens=_ANSWER_TOKENS),
+    Endpoint("completions", ("/v1/completions",), answer_tokens=_ANSWER_TOKENS),
+    Endpoint("responses", ("/v1/responses",), answer_tokens=_ANSWER_TOKENS),
+    Endpoint("messages", ("/v1/messages",), answer_tokens=_ANSWER_TOKENS),
     Endpoint("token counts", ("/v1/messages/count_tokens",)),
     Endpoint("embeddings", ("/v1/embeddings",)),
     Endpoint("scores", ("/v1/score", "/score")),
@@ -43,8 +48,8 @@ ENDPOINTS: tuple[Endpoint, ...] = (
     Endpoint("classification", ("/classify",)),
     Endpoint("tokenization", ("/tokenize",)),
     Endpoint("detokenization", ("/detokenize",)),
-    Endpoint("transcriptions", ("/v1/audio/transcriptions",), multipart=True),
-    Endpoint("translations", ("/v1/audio/translations",), multipart=True),
+    Endpoint("transcriptions", ("/v1/audio/transcriptions",), True, _ANSWER_TOKENS),
+    Endpoint("translations", ("/v1/audio/translations",), True, _ANSWER_TOKENS),
 )
 
 

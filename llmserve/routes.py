@@ -14,7 +14,7 @@ from starlette.routing import Route
 
 from llmserve import __version__, metrics
 from llmserve.errors import LLMServeError, RequestError, RouteNotFound, quoted
-from llmserve.pool import STARTING, State
+from llmserve.pool import STARTING
 from llmserve.protocol import ENDPOINTS, model_card
 from llmserve.turns import Turns
 from llmserve.work import Work
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from llmserve.config import Config
     from llmserve.metrics import Metrics
-    from llmserve.pool import Entry, Pool
+    from llmserve.pool import Entry, Pool, Replica
 
 
 @dataclass(frozen=True)
@@ -116,14 +116,21 @@ async def health(_: Request) -> Response:
 async def ready(request: Request) -> Response:
     """200 when every model is ready, else 503; each model's state either way."""
     entries = _services(request).pool.entries.values()
-    states = {entry.name: {"state": entry.state.value} | _progress(entry) for entry in entries}
-    all_ready = all(entry.state is State.READY for entry in entries)
+    states = {entry.name: _shown(entry) for entry in entries}
+    all_ready = all(entry.ready for entry in entries)
     return _json({"ready": all_ready, "models": states}, 200 if all_ready else 503)
 
 
-def _progress(entry: Entry) -> dict[str, str]:
-    """Of a download, say; why a model failed is for the operator's terminal and log."""
-    return {"note": entry.note} if entry.note and entry.state in STARTING else {}
+def _shown(entry: Entry) -> dict[str, Any]:
+    """A model's state, and, if it has several replicas, the state of each."""
+    replicas = [_state_of(replica) for replica in entry.replicas]
+    return _state_of(entry) | ({"replicas": replicas} if len(replicas) > 1 else {})
+
+
+def _state_of(one: Entry | Replica) -> dict[str, str]:
+    """With progress, of a download say; why it failed is for the operator's terminal and log."""
+    progress = {"note": one.note} if one.note and one.state in STARTING else {}
+    return {"state": one.state.value} | progress
 
 
 async def version(_: Request) -> Response:

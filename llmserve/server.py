@@ -21,7 +21,7 @@ import uvicorn
 import uvloop
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from llmserve import app, environment, stream, table
+from llmserve import app, environment, nvml, stream, survey, table
 from llmserve.backend import VllmBackend
 from llmserve.errors import RequestError, StartupError
 from llmserve.metrics import Metrics
@@ -29,6 +29,7 @@ from llmserve.pool import Pool, State
 from llmserve.protocol import error_body
 from llmserve.registry import Registry
 from llmserve.routes import Services
+from llmserve.space import Space
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -51,19 +52,39 @@ def up(config: Config, console: Console, backend: Backend | None = None) -> NoRe
     """Serve a registry until a signal, then end the process.
 
     `backend` starts the engines; without one it is vLLM. Raises StartupError before
-    anything is loaded if the port is taken or the certificate cannot be used.
+    anything is loaded if the port is taken, the certificate cannot be used or others hold the
+    GPUs, PlacementError if the models do not fit on them.
     """
     listener = bind(config.server)
     try:
         logs = _log_folder(config.server, listener)
-        notices = environment.prepare(len(config.models), logs)
+        engines = sum(spec.replicas for spec in config.models)
+        notices = environment.prepare(engines, logs)
         for notice in notices:
             console.print(notice, style="yellow", markup=False)
         runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
-        backend = backend or VllmBackend(len(config.models), logs)
+        backend = backend or VllmBackend(engines, logs, _space(config))
         leave(runner.run(_Process(config, listener, console, backend).run()))
     finally:
         listener.close()
+
+
+def _space(config: Config) -> Space | None:
+    """The plan of this machine's GPUs; None where vLLM runs on the CPU.
+
+    Raises PlacementError if the models do not fit, StartupError if others hold the memory.
+    """
+    if environment.is_cpu_build():
+        return None
+    box = nvml.visible()
+    if not box:
+        raise StartupError(
+            "no NVIDIA GPU is visible: look at `nvidia-smi` and CUDA_VISIBLE_DEVICES, "
+            "or install the variant for CPUs"
+        )
+    space = Space(survey.plan(config, box).unless_infeasible(config))
+    space.unless_taken()
+    return space
 
 
 def bind(server: ServerSpec) -> socket.socket:
@@ -198,7 +219,7 @@ class _Process:
             self._metrics,
             self._display.changed,
         )
-        self._display.add(list(self._pool.entries.values()))
+        self._display.add(self._pool.replicas)
         services = Services(config, self._pool, self._metrics)
         self._uvicorn = _Uvicorn(_uvicorn_config(config.server, app.build(services)))
         self._signalled = asyncio.Event()
@@ -248,8 +269,7 @@ class _Process:
         return 0
 
     def _announce(self) -> None:
-        entries = self._pool.entries.values()
-        failed = sum(entry.state is State.FAILED for entry in entries)
+        failed = sum(replica.state is State.FAILED for replica in self._pool.replicas)
         ready = ", ".join(entry.name for entry in self._pool.ready())
         self._say(f"Serving {ready} on {self._url()}" + (f" ({failed} failed)" if failed else ""))
 

@@ -71,6 +71,8 @@ from llmserve.protocol import (
 from llmserve.stream import FIRST_S
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from prometheus_client import CollectorRegistry
     from starlette.requests import Request
     from starlette.types import ASGIApp, Scope
@@ -195,6 +197,7 @@ class Serving:
     def __init__(self, name: str, engine: Engine, state: State, encode: Encode | None) -> None:
         self.name = name
         self.engine = engine
+        self.took: Mapping[str, float] = {}  # seconds of its start, by step
         self._state = state
         self.able = frozenset(
             endpoint
@@ -204,15 +207,19 @@ class Serving:
         self._express = {name: self._opened(name, encode) for name in LANES if name in self.able}
 
     @classmethod
-    async def build(cls, spec: ModelSpec, engine: Engine) -> Serving:
-        """Also the first call into the engine: one that died at once is noticed here."""
+    async def build(cls, spec: ModelSpec, engine: Engine, stored: Stored | None = None) -> Serving:
+        """Also the first call into the engine: one that died at once is noticed here.
+
+        A model's replicas share what is `stored`.
+        """
         await wire.take_over(engine.client)
         tasks = await engine.client.get_supported_tasks()
         state = State()
         await init_app_state(engine.client, state, _frontend_arguments(spec, engine), tasks)
         # init_app_state makes this object itself; no argument of it sets the class.
         state.openai_serving_models.__class__ = PublicNames
-        _bound_stores(state)
+        if (responses := getattr(state, "openai_serving_responses", None)) is not None:
+            (stored or Stored()).keep_for(responses)
         if spec.sampling.max_tokens is not None:
             _default_not_limit(state)
         # Reads the tokenizer again and compares: the other models go on meanwhile.
@@ -416,14 +423,25 @@ def _frontend_arguments(spec: ModelSpec, engine: Engine) -> Namespace:
     return Namespace(**vars(frontend) | vars(engine.arguments))
 
 
-def _bound_stores(state: State) -> None:
-    """vLLM keeps every answer of /v1/responses for ever; keep the last ones."""
-    responses = getattr(state, "openai_serving_responses", None)
-    if responses is not None:
-        running = responses.background_tasks
-        responses.response_store = Bounded(_KEPT_RESPONSES, running)
-        responses.msg_store = Bounded(_KEPT_RESPONSES, running)
-        responses.event_store = Bounded(_KEPT_RESPONSES, running)
+class Stored:
+    """A model's answers of /v1/responses, for whoever goes on with one or fetches it.
+
+    vLLM keeps each engine's for ever; these are the last ones, whichever replica gave them.
+    """
+
+    def __init__(self) -> None:
+        self._running: dict[str, asyncio.Task[Any]] = {}
+        self._stores = {
+            store: Bounded(_KEPT_RESPONSES, self._running)
+            for store in ("response_store", "msg_store", "event_store")
+        }
+        self._lock = asyncio.Lock()
+
+    def keep_for(self, responses: Any) -> None:
+        """Be the stores of a replica's OpenAIServingResponses, which has had no request yet."""
+        vars(responses).update(
+            self._stores, response_store_lock=self._lock, background_tasks=self._running
+        )
 
 
 class Bounded(OrderedDict[str, Any]):

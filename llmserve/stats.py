@@ -18,8 +18,10 @@ from vllm.v1.metrics.perf import PerfMetricsProm
 from vllm.v1.spec_decode.metrics import SpecDecodingProm
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
+    from prometheus_client.metrics_core import Metric
+    from prometheus_client.samples import Sample
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.metrics.stats import IterationStats, SchedulerStats
 
@@ -46,14 +48,17 @@ class Weighted(Histogram):
 
 
 class Figures:
-    """One engine's registry, and the class of vLLM's logger that writes into it.
+    """One replica's registry, and the class of vLLM's logger that writes into it.
+
+    `cores` are the engine cores of each replica: more than one with data parallelism.
 
     A step's figures are added up and entered every EVERY_S: entering them costs as much
     as carrying some dozens of tokens. What cannot be added up is entered at once.
     """
 
-    def __init__(self) -> None:
-        self.registry = CollectorRegistry()
+    def __init__(self, model: str, replica: int = 0, cores: int = 1) -> None:
+        self.registry = _Labelled(model, replica * cores)
+        self._labels = (model, replica)
         self.logger_class = _logger_class(self)
         self.enter: Callable[[], None] = lambda: None  # what has been added up; the logger's
 
@@ -64,6 +69,44 @@ class Figures:
             manager.stat_loggers = [
                 each for each in manager.stat_loggers if not isinstance(each, LoggingStatLogger)
             ]
+
+    def stream_lag(self) -> Callable[[float], None]:
+        """Takes the seconds from the engine's having a token to our having written it."""
+        histogram = Histogram(
+            "llmserve_stream_lag_seconds",
+            "From the engine's step to its last event being written, once per write of a step.",
+            ("model", "replica"),
+            registry=self.registry,
+            buckets=_LAG_BUCKETS_S,
+        )
+        observe: Callable[[float], None] = histogram.labels(*self._labels).observe
+        return observe
+
+
+class _Labelled(CollectorRegistry):
+    """vLLM's samples with the labels that tell one replica's from another's.
+
+    Every AsyncLLM counts its engine cores from 0, and some families name neither the
+    model nor the engine (vllm/v1/metrics/loggers.py: cache_config_info,
+    lora_requests_info). Two samples of one name and the same labels are no valid page.
+    """
+
+    def __init__(self, model: str, first_engine: int) -> None:
+        super().__init__()
+        self._model = model
+        self._first_engine = first_engine
+
+    def collect(self) -> Iterator[Metric]:
+        for family in super().collect():
+            if family.name.startswith("vllm:"):
+                family.samples = [
+                    sample._replace(labels=self._labels_of(sample)) for sample in family.samples
+                ]
+            yield family
+
+    def _labels_of(self, sample: Sample) -> dict[str, str]:
+        engine = self._first_engine + int(sample.labels.get("engine", 0))
+        return {"model_name": self._model} | sample.labels | {"engine": str(engine)}
 
 
 def _logger_class(figures: Figures) -> type[PrometheusStatLogger]:
@@ -197,16 +240,3 @@ def _add(into: Any, other: Any) -> None:
             mine[name] += value
         elif hasattr(value, "__dict__"):
             _add(mine[name], value)
-
-
-def stream_lag(registry: CollectorRegistry, model: str) -> Callable[[float], None]:
-    """Takes the seconds from the engine's having a token to our having written it."""
-    histogram = Histogram(
-        "llmserve_stream_lag_seconds",
-        "From the engine's step to its last event being written, once per write of a step.",
-        ("model",),
-        registry=registry,
-        buckets=_LAG_BUCKETS_S,
-    )
-    observe: Callable[[float], None] = histogram.labels(model).observe
-    return observe

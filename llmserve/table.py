@@ -15,14 +15,15 @@ from llmserve.pool import STARTING, State
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from llmserve.pool import Entry
+    from llmserve.pool import Replica
 
+_SHOWN_S = 0.5  # a step of a start that is worth a word
 _STYLES = {State.READY: "green", State.FAILED: "bold red", State.STOPPED: "dim"}
 
 
 class Display(Protocol):
-    def add(self, entries: list[Entry]) -> None: ...
-    def changed(self, entry: Entry) -> None: ...
+    def add(self, replicas: list[Replica]) -> None: ...
+    def changed(self, replica: Replica) -> None: ...
     def live(self) -> AbstractContextManager[object]:
         """What is shown while models start."""
         ...
@@ -36,21 +37,21 @@ def display(console: Console) -> Display:
 class Lines:
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._shown: dict[str, State] = {}
+        self._shown: dict[Replica, State] = {}
 
-    def add(self, entries: list[Entry]) -> None:
+    def add(self, replicas: list[Replica]) -> None:
         pass
 
-    def changed(self, entry: Entry) -> None:
-        if self._shown.get(entry.name) is entry.state:
+    def changed(self, replica: Replica) -> None:
+        if self._shown.get(replica) is replica.state:
             return
-        self._shown[entry.name] = entry.state
-        started = entry.state in (State.READY, State.FAILED)
-        seconds = f" {entry.seconds:.1f} s" if started else ""
-        note = f": {entry.note}" if entry.note else ""
+        self._shown[replica] = replica.state
+        started = replica.state in (State.READY, State.FAILED)
+        seconds = f" {replica.seconds:.1f} s" if started else ""
+        note = f": {_note(replica)}" if _note(replica) else ""
         self._console.print(
-            f"{entry.name}: {entry.state}{seconds}{note}",
-            style=_STYLES.get(entry.state, ""),
+            f"{replica.name}: {replica.state}{seconds}{note}",
+            style=_STYLES.get(replica.state, ""),
             markup=False,
             highlight=False,
             soft_wrap=True,
@@ -65,28 +66,36 @@ class LiveTable(Lines):
 
     def __init__(self, console: Console) -> None:
         super().__init__(console)
-        self._entries: list[Entry] = []
+        self._replicas: list[Replica] = []
         self._live = Live(console=console, refresh_per_second=4, get_renderable=self._table)
 
-    def add(self, entries: list[Entry]) -> None:
-        self._entries = entries
+    def add(self, replicas: list[Replica]) -> None:
+        self._replicas = replicas
 
-    def changed(self, entry: Entry) -> None:
+    def changed(self, replica: Replica) -> None:
         if self._live.is_started:
             self._live.refresh()
         else:
-            super().changed(entry)
+            super().changed(replica)
 
     def _table(self) -> Table:
         table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
         for heading in ("MODEL", "STATE", "SECONDS", ""):
             table.add_column(heading, style="dim" if not heading else "", no_wrap=bool(heading))
-        for entry in self._entries:
-            starting = entry.state in STARTING
-            seconds = time.monotonic() - entry.started if starting else entry.seconds
-            state = Text(entry.state, style=_STYLES.get(entry.state, "yellow"))
-            table.add_row(Text(entry.name), state, f"{seconds:.1f}", Text(entry.note))
+        for replica in self._replicas:
+            starting = replica.state in STARTING
+            seconds = time.monotonic() - replica.started if starting else replica.seconds
+            state = Text(replica.state, style=_STYLES.get(replica.state, "yellow"))
+            table.add_row(Text(replica.name), state, f"{seconds:.1f}", Text(_note(replica)))
         return table
 
     def live(self) -> AbstractContextManager[object]:
         return self._live
+
+
+def _note(replica: Replica) -> str:
+    """Progress, why it failed, or where the seconds of its start went."""
+    if replica.state is not State.READY:
+        return replica.note
+    steps = [(step, seconds) for step, seconds in replica.took.items() if seconds >= _SHOWN_S]
+    return ", ".join(f"{step.replace('_', ' ')} {seconds:.1f}" for step, seconds in steps)

@@ -55,7 +55,7 @@ class Work:
         registry = services.pool.registry
         name = requested_model(body, registry)
         scope["state"]["model"] = registry.find(name).name  # for the metrics, refused or not
-        lease = services.pool.lease(name, asyncio.current_task())
+        lease = services.pool.lease(name, self.endpoint, body, asyncio.current_task())
         try:
             await services.turns.take()
             answer = lease.running.express(self.endpoint.name, body, name, scope)

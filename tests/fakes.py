@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -106,6 +106,7 @@ class FakeRunning:
 
     def __init__(self, answer: Answer | None = None, *, able: frozenset[str] | None = None) -> None:
         self.able = able or frozenset(endpoint.name for endpoint in ENDPOINTS)
+        self.took: Mapping[str, float] = {}
         self.max_model_len = 2048
         self.dead = False
         self.registry = CollectorRegistry()
@@ -158,7 +159,10 @@ class Plan:
 
 
 class FakeBackend:
-    """Starts the models of its plans; a model without a plan is ready at once."""
+    """Starts the replicas of its plans; one without a plan is ready at once.
+
+    Their names are those of `pool.Replica`.
+    """
 
     def __init__(self, **plans: Plan) -> None:
         self.plans = plans
@@ -168,9 +172,12 @@ class FakeBackend:
     def running(self, name: str) -> FakeRunning:
         return self.plans[name].running
 
-    async def start(self, spec: ModelSpec, report: Callable[[State, str], None]) -> Running:
-        plan = self.plans.setdefault(spec.name, Plan())
-        self.started.append(spec.name)
+    async def start(
+        self, spec: ModelSpec, number: int, report: Callable[[State, str], None]
+    ) -> Running:
+        name = f"{spec.name}/{number}" if spec.replicas > 1 else spec.name
+        plan = self.plans.setdefault(name, Plan())
+        self.started.append(name)
         for state, note in plan.reports:
             report(state, note)
         if plan.gate is not None:

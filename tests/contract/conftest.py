@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
     from llmserve.pool import Running
-    from llmserve.serving import Serving
+    from llmserve.serving import Serving, Stored
 
 MODELS = Path(__file__).parents[2] / "models"
 CHAT = MODELS / "SmolLM2-135M-Instruct"
@@ -49,9 +49,9 @@ def engine_environment(engine_logs: Path) -> None:
 
 @asynccontextmanager
 async def on_fake_core(
-    spec: ModelSpec, step_s: float = STEP_S
+    spec: ModelSpec, step_s: float = STEP_S, number: int = 0, stored: Stored | None = None
 ) -> AsyncIterator[tuple[Serving, Popen[bytes]]]:
-    """vLLM's front end for `spec`, attached to a fake engine core."""
+    """vLLM's front end for a replica of `spec`, attached to a fake engine core."""
     from llmserve.engine import Launcher
     from llmserve.serving import Serving
 
@@ -60,8 +60,8 @@ async def on_fake_core(
     core = _fake_core(*names, str(step_s))
     try:
         launcher = Launcher(Path(os.environ[environment.LOG_DIR]))
-        engine = await asyncio.to_thread(launcher.start, spec, addresses)
-        serving = await Serving.build(spec, engine)
+        engine = await asyncio.to_thread(launcher.start, spec, number, addresses)
+        serving = await Serving.build(spec, engine, stored)
         yield serving, core
         await serving.stop()
     finally:
@@ -74,13 +74,16 @@ def _fake_core(*arguments: str) -> Popen[bytes]:
 
 
 class Started:
-    """A backend for models that run already."""
+    """A backend for models that run already, each by its name or, of several, all replicas."""
 
     def __init__(self, running: dict[str, Any]) -> None:
         self._running = running
 
-    async def start(self, spec: ModelSpec, report: Callable[[State, str], None]) -> Running:
-        running: Running = self._running[spec.name]
+    async def start(
+        self, spec: ModelSpec, number: int, report: Callable[[State, str], None]
+    ) -> Running:
+        found = self._running[spec.name]
+        running: Running = found[number] if spec.replicas > 1 else found
         return running
 
     def kill(self) -> None:

@@ -75,7 +75,7 @@ def test_each_engine_writes_its_figures_into_a_registry_of_its_own() -> None:
     from llmserve.engine import engine_arguments
     from llmserve.stats import Figures
 
-    each = [Figures(), Figures()]
+    each = [Figures("chat"), Figures("embed")]
     config = engine_arguments(spec(engine={"max_model_len": 512})).create_engine_config()
     for figures in each:
         figures.logger_class(config)

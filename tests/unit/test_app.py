@@ -13,7 +13,7 @@ from llmserve import __version__, app, server
 from llmserve.config import Config, ModelSpec, ServerSpec
 from llmserve.errors import EngineError, Overloaded
 from llmserve.metrics import Metrics
-from llmserve.pool import Pool
+from llmserve.pool import Pool, State
 from llmserve.protocol import ENDPOINTS
 from llmserve.registry import Registry
 from llmserve.routes import Services
@@ -649,6 +649,51 @@ async def test_not_ready_tells_which() -> None:
             "embed": {"state": "failed"},  # why is the operator's to see
         },
     }
+
+
+async def test_several_replicas_are_told_one_by_one() -> None:
+    loading = Plan(reports=((State.DOWNLOADING, "0.1 of 2 GiB"),), gate=Gate())
+    models = (spec("chat", replicas=2), spec("embed", replicas=2))
+    plans: dict[str, Any] = {
+        "chat/0": broken("OSError: no space left"),
+        "embed/1": broken(),
+        "embed/0": loading,
+    }
+    box = Box(*models, **plans)
+    starting = asyncio.ensure_future(box.pool.start())
+    await until(lambda: bool(box.pool.entries["chat"].ready))
+    await until(lambda: box.pool.replicas[3].state is State.FAILED)
+    transport = httpx.ASGITransport(box.app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://box") as client:
+        reply = await client.get("/ready")
+    starting.cancel()
+    downloading = {"state": "downloading", "note": "0.1 of 2 GiB"}
+    assert reply.status_code == 503
+    assert reply.json()["models"] == {
+        "chat": {"state": "ready", "replicas": [{"state": "failed"}, {"state": "ready"}]},
+        "embed": downloading | {"replicas": [downloading, {"state": "failed"}]},
+    }
+
+
+async def test_a_model_is_ready_with_one_of_its_replicas() -> None:
+    plans: dict[str, Any] = {"chat/0": broken()}
+    async with asgi(spec("chat", replicas=2), **plans) as box:
+        assert (await box.client.get("/ready")).status_code == 200
+        (card,) = (await box.client.get("/v1/models")).json()["data"]
+        assert card["max_model_len"] == 2048
+        for _ in range(3):
+            assert (await box.client.post(CHAT, json=HI)).status_code == 200
+        assert len(box.backend.running("chat/1").calls) == 3
+
+
+async def test_replicas_share_the_requests() -> None:
+    async with asgi(spec("chat", replicas=3)) as box:
+        for _ in range(6):
+            assert (await box.client.post(CHAT, json=HI)).status_code == 200
+        calls = [len(box.backend.running(f"chat/{number}").calls) for number in range(3)]
+        tokens = [replica.load.tokens for replica in box.pool.replicas]
+    assert calls == [2, 2, 2]
+    assert tokens == [0, 0, 0]
 
 
 SHOWN = (

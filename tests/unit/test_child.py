@@ -23,8 +23,21 @@ def test_each_model_has_a_log_file_inside_the_folder(model: str, file: str) -> N
 
 
 def test_names_that_differ_have_files_that_differ() -> None:
-    names = ["a/b", "a%2Fb", "a b", "a_b"]
-    assert len({child.log_file(Path("logs"), name) for name in names}) == len(names)
+    names = ["a/b", "a%2Fb", "a b", "a_b", "a", "a+0", "a+1", "a.0", "a/0"]
+    files = {child.log_file(Path("logs"), name) for name in names}
+    files |= {child.log_file(Path("logs"), "a", number) for number in (0, 1)}
+    assert len(files) == len(names) + 2
+
+
+@pytest.mark.parametrize("instance", ["3-1712345678", "3-1712345678_dp1"])
+def test_an_engine_core_knows_which_replica_it_is(instance: str) -> None:
+    assert child.instance_of(3, "1712345678") == "3-1712345678"
+    assert child._replica_of(instance) == 3
+
+
+@pytest.mark.parametrize("instance", ["1712345678", "0f3ab_dp1"], ids=["alone", "vLLM's others"])
+def test_an_engine_core_without_siblings_has_no_number(instance: str) -> None:
+    assert child._replica_of(instance) is None
 
 
 def test_the_server_s_own_process_stays_as_it_is() -> None:

@@ -18,8 +18,10 @@ from llmserve.errors import (
     MethodNotAllowed,
     ModelNotFound,
     Overloaded,
+    PlacementError,
     RequestError,
     RouteNotFound,
+    ShapeUnknown,
     StartupError,
     Unauthorized,
     Unsupported,
@@ -34,6 +36,8 @@ UNAVAILABLE = "service_unavailable_error"
 TREE: list[tuple[LLMServeError, type[Exception], int, str, str | None, dict[str, str]]] = [
     (LLMServeError("m"), Exception, 500, "server_error", None, {}),
     (ConfigError(["m"]), LLMServeError, 500, "server_error", None, {}),
+    (PlacementError(["m"]), ConfigError, 500, "server_error", None, {}),
+    (ShapeUnknown("m"), LLMServeError, 500, "server_error", None, {}),
     (StartupError("m"), LLMServeError, 500, "server_error", None, {}),
     (RequestError("m"), LLMServeError, 400, INVALID, "invalid_value", {}),
     (

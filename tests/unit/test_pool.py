@@ -1,41 +1,70 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from llmserve.errors import EngineDead, ModelNotFound, Overloaded, StartupError
 from llmserve.metrics import Metrics
-from llmserve.pool import Entry, Pool, State
+from llmserve.pool import Lease, Pool, Replica, State
+from llmserve.protocol import ENDPOINTS
 from llmserve.registry import Registry
 from tests.fakes import FakeBackend, Gate, Plan, broken, soon, spec, until
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from llmserve.config import ModelSpec
+
+CHAT, EMBED = (
+    next(endpoint for endpoint in ENDPOINTS if endpoint.name == name)
+    for name in ("chat completions", "embeddings")
+)
 
 
 class Box:
     """A pool of `chat`, `embed` and `draft` with a scripted backend."""
 
-    def __init__(self, *, required: bool = False, max_in_flight: int = 2, **plans: Plan) -> None:
-        specs = [
+    def __init__(
+        self,
+        *specs: ModelSpec,
+        required: bool = False,
+        max_in_flight: int = 2,
+        **plans: Plan,
+    ) -> None:
+        specs = specs or (
             spec("chat", aliases=["gpt-4o"], required=required, max_in_flight=max_in_flight),
             spec("embed"),
             spec("draft", hidden=True),
-        ]
+        )
         self.backend = FakeBackend(**plans)
         self.metrics = Metrics()
         self.seen: list[tuple[str, State, str]] = []
         self.pool = Pool(Registry(specs), self.backend, self.metrics, self._changed)
 
-    def _changed(self, entry: Entry) -> None:
-        self.seen.append((entry.name, entry.state, entry.note))
+    def _changed(self, replica: Replica) -> None:
+        self.seen.append((replica.name, replica.state, replica.note))
+
+    def lease(self, name: str, task: asyncio.Future[None] | None = None, **body: Any) -> Lease:
+        return self.pool.lease(name, CHAT, body, task)  # type: ignore[arg-type]  # any future
 
     def states(self) -> dict[str, str]:
         return {name: entry.state.value for name, entry in self.pool.entries.items()}
 
     def shown_states(self) -> dict[str, str]:
-        """The states that the metrics show."""
+        """The states that the metrics show; of one of several replicas by `MODEL/NUMBER`."""
         samples = [s for family in self.metrics.state.collect() for s in family.samples]
-        return {s.labels["model"]: s.labels["state"] for s in samples if s.value == 1}
+        several = {s.labels["model"] for s in samples if s.labels["replica"] != "0"}
+        return {
+            s.labels["model"]
+            + ("/" + s.labels["replica"] if s.labels["model"] in several else ""): (
+                s.labels["state"]
+            )
+            for s in samples
+            if s.value == 1
+        }
 
     def in_flight(self, model: str) -> float | None:
         labels = {"model": model}
@@ -67,7 +96,7 @@ async def test_a_model_serves_while_another_still_starts() -> None:
     box = Box(embed=Plan(gate=gate))
     starting = asyncio.ensure_future(box.pool.start())
     await until(lambda: box.states()["chat"] == "ready")
-    assert box.pool.lease("chat").running is box.backend.running("chat")
+    assert box.lease("chat").running is box.backend.running("chat")
     gate.opened.set()
     await soon(starting)
 
@@ -137,7 +166,7 @@ async def test_progress_is_passed_on_as_it_comes() -> None:
         (State.WARMING, ""),
         (State.READY, ""),
     ]
-    assert box.pool.entries["chat"].seconds > 0
+    assert box.pool.replicas[0].seconds > 0
 
 
 # --- leases
@@ -150,19 +179,19 @@ async def test_a_model_that_is_not_ready_yet_says_when_to_come_back(state: State
     starting = asyncio.ensure_future(box.pool.start())
     await soon(gate.reached.wait())
     with pytest.raises(Overloaded) as refused:
-        box.pool.lease("chat")
+        box.lease("chat")
     assert refused.value.message == f"The model `chat` is {state}; try again."
     assert refused.value.code == "model_not_ready"
     assert refused.value.headers() == {"retry-after": "5"}
     assert box.pool.entries["chat"].slots.in_flight == 0
     gate.opened.set()
     await soon(starting)
-    box.pool.lease("chat").release()
+    box.lease("chat").release()
 
 
 def test_a_model_that_was_never_started_is_not_ready() -> None:
     with pytest.raises(Overloaded, match="`chat` is waiting") as refused:
-        Box().pool.lease("chat")
+        Box().lease("chat")
     assert refused.value.code == "model_not_ready"
 
 
@@ -170,7 +199,7 @@ async def test_a_model_that_could_not_start_is_not_worth_another_try() -> None:
     box = Box(embed=broken())
     await box.pool.start()
     with pytest.raises(EngineDead, match="`embed` could not be started") as refused:
-        box.pool.lease("embed")
+        box.lease("embed")
     assert refused.value.code == "model_failed"
     assert refused.value.headers() == {}
 
@@ -179,7 +208,7 @@ async def test_an_unknown_name_gets_the_names_there_are_and_the_nearest() -> Non
     box = Box()
     await box.pool.start()
     with pytest.raises(ModelNotFound) as refused:
-        box.pool.lease("gpt-4")
+        box.lease("gpt-4")
     assert refused.value.message == (
         "The model `gpt-4` does not exist; did you mean `gpt-4o`? models here: chat, embed, gpt-4o."
     )
@@ -188,20 +217,20 @@ async def test_an_unknown_name_gets_the_names_there_are_and_the_nearest() -> Non
 async def test_aliases_share_the_slots_of_their_model() -> None:
     box = Box(max_in_flight=2)
     await box.pool.start()
-    leases = [box.pool.lease("chat"), box.pool.lease("gpt-4o")]
+    leases = [box.lease("chat"), box.lease("gpt-4o")]
     assert {lease.model for lease in leases} == {"chat"}
     assert box.in_flight("chat") == 2
     with pytest.raises(Overloaded, match="its max_in_flight") as refused:
-        box.pool.lease("chat")
+        box.lease("chat")
     assert refused.value.code == "overloaded"
-    box.pool.lease("embed").release()
+    box.lease("embed").release()
 
 
 async def test_a_lease_is_given_back_once() -> None:
     box = Box(max_in_flight=2)
     await box.pool.start()
-    other = box.pool.lease("chat")
-    lease = box.pool.lease("chat")
+    other = box.lease("chat")
+    lease = box.lease("chat")
     lease.release()
     assert box.in_flight("chat") == 1
     lease.release()
@@ -224,18 +253,18 @@ async def test_an_engine_that_dies_is_noticed_and_the_others_serve_on() -> None:
         await watching
     assert box.pool.entries["chat"].note == "its engine died"
     with pytest.raises(EngineDead, match="The engine of `chat` has died") as refused:
-        box.pool.lease("chat")
+        box.lease("chat")
     assert refused.value.code == "engine_dead"
-    box.pool.lease("embed").release()
+    box.lease("embed").release()
 
 
 async def test_a_closed_pool_admits_nobody_but_lets_requests_finish() -> None:
     box = Box()
     await box.pool.start()
-    lease = box.pool.lease("chat")
+    lease = box.lease("chat")
     box.pool.close()
     with pytest.raises(Overloaded) as refused:
-        box.pool.lease("embed")
+        box.lease("embed")
     assert refused.value.code == "shutting_down"
     assert "retry-after" in refused.value.headers()
     assert box.in_flight("chat") == 1
@@ -246,7 +275,7 @@ async def test_a_closed_pool_admits_nobody_but_lets_requests_finish() -> None:
 async def test_a_drain_waits_for_requests_and_no_longer() -> None:
     box = Box()
     await box.pool.start()
-    lease = box.pool.lease("chat")
+    lease = box.lease("chat")
     draining = asyncio.ensure_future(box.pool.drain(10))
     await asyncio.sleep(0.1)
     assert not draining.done()
@@ -258,7 +287,7 @@ async def test_what_takes_longer_than_the_drain_is_cut_off() -> None:
     box = Box()
     await box.pool.start()
     work = asyncio.ensure_future(asyncio.sleep(60))
-    lease = box.pool.lease("chat", work)
+    lease = box.lease("chat", work)
     await soon(box.pool.drain(0.05))
     with pytest.raises(asyncio.CancelledError):
         await work
@@ -275,7 +304,7 @@ async def test_all_engines_stop_at_the_same_time() -> None:
     for gate in gates.values():
         await soon(gate.reached.wait())
     with pytest.raises(Overloaded):
-        box.pool.lease("chat")
+        box.lease("chat")
     for gate in gates.values():
         gate.opened.set()
     await soon(stopping)
@@ -316,7 +345,7 @@ async def test_a_stopped_pool_says_that_the_server_stops() -> None:
     await box.pool.start()
     await box.pool.stop()
     with pytest.raises(Overloaded, match="The server is stopping"):
-        box.pool.lease("chat")
+        box.lease("chat")
 
 
 # --- figures
@@ -333,7 +362,7 @@ async def test_states_are_in_the_metrics() -> None:
     gate.opened.set()
     await soon(starting)
     assert box.shown_states()["chat"] == "ready"
-    seconds = {"model": "chat"}
+    seconds = {"model": "chat", "replica": "0"}
     assert box.metrics.registry.get_sample_value("llmserve_model_start_seconds", seconds)
     await box.pool.stop()
     assert box.shown_states() == {"chat": "stopped", "embed": "failed", "draft": "stopped"}
@@ -345,3 +374,196 @@ async def test_the_figures_of_running_engines_are_collected() -> None:
     await box.pool.start()
     running = [box.backend.running(name).registry for name in ("chat", "draft")]
     assert list(box.pool.registries()) == running
+
+
+# --- replicas
+
+
+def twins(**said: Any) -> ModelSpec:
+    return spec("chat", replicas=2, **said)
+
+
+def plans(*each: Plan) -> dict[str, Any]:
+    """Of the replicas of `chat`, in order."""
+    return {f"chat/{number}": plan for number, plan in enumerate(each)}
+
+
+@asynccontextmanager
+async def watched(box: Box) -> AsyncIterator[None]:
+    watching = asyncio.ensure_future(box.pool.watch())
+    yield
+    watching.cancel()
+    with suppress(asyncio.CancelledError):
+        await watching
+
+
+async def test_all_replicas_start_at_the_same_time_and_share_the_model_s_slots() -> None:
+    gates = [Gate(), Gate()]
+    box = Box(twins(max_in_flight=3), **plans(*(Plan(gate=gate) for gate in gates)))
+    starting = asyncio.ensure_future(box.pool.start())
+    for gate in gates:
+        await soon(gate.reached.wait())
+    for gate in gates:
+        gate.opened.set()
+    await soon(starting)
+    assert box.shown_states() == {"chat/0": "ready", "chat/1": "ready"}
+    leases = [box.lease("chat") for _ in range(3)]
+    assert {lease.replica.name for lease in leases} == {"chat/0", "chat/1"}
+    with pytest.raises(Overloaded, match="its max_in_flight"):
+        box.lease("chat")
+
+
+async def test_a_model_is_ready_with_its_first_replica_and_serves_from_it_alone() -> None:
+    gate = Gate()
+    slow = Plan(reports=((State.LOADING, ""),), gate=gate)
+    box = Box(twins(), **plans(slow))
+    starting = asyncio.ensure_future(box.pool.start())
+    await until(lambda: box.states() == {"chat": "ready"})
+    assert box.shown_states() == {"chat/0": "loading", "chat/1": "ready"}
+    for _ in range(2):
+        assert box.lease("chat").replica.name == "chat/1"
+    gate.opened.set()
+    await soon(starting)
+    assert [each.state for each in box.pool.replicas] == [State.READY, State.READY]
+
+
+@pytest.mark.parametrize(
+    ("states", "model"),
+    [
+        ((State.WAITING, State.DOWNLOADING), State.DOWNLOADING),
+        ((State.WARMING, State.LOADING), State.WARMING),
+        ((State.FAILED, State.WAITING), State.WAITING),
+        ((State.READY, State.FAILED), State.READY),
+        ((State.LOADING, State.READY), State.READY),
+        ((State.FAILED, State.STOPPED), State.STOPPED),
+        ((State.FAILED, State.FAILED), State.FAILED),
+    ],
+)
+def test_a_model_is_where_its_furthest_replica_is(
+    states: tuple[State, State], model: State
+) -> None:
+    box = Box(twins())
+    for replica, state in zip(box.pool.replicas, states, strict=True):
+        box.pool._change(replica, state)
+    entry = box.pool.entries["chat"]
+    assert entry.state is model
+    assert box.pool.ready() == ([entry] if model is State.READY else [])
+
+
+async def test_a_required_model_needs_one_replica() -> None:
+    box = Box(twins(required=True), **plans(broken("OSError: no space left")))
+    await box.pool.start()
+    assert box.states() == {"chat": "ready"}
+    assert ("chat/0", State.FAILED, "OSError: no space left") in box.seen
+
+    none = Box(twins(required=True), **plans(broken("first"), broken("second")))
+    with pytest.raises(StartupError, match="chat is required and failed: first"):
+        await soon(none.pool.start())
+
+
+async def test_a_replica_that_dies_fails_alone() -> None:
+    box = Box(twins())
+    await box.pool.start()
+    async with watched(box):
+        box.backend.running("chat/0").dead = True
+        await until(lambda: box.shown_states() == {"chat/0": "failed", "chat/1": "ready"})
+        assert box.states() == {"chat": "ready"}
+        assert box.lease("chat").replica.name == "chat/1"
+        box.backend.running("chat/1").dead = True
+        await until(lambda: box.states() == {"chat": "failed"})
+    with pytest.raises(EngineDead, match="The engine of `chat` has died"):
+        box.lease("chat")
+    await box.pool.stop()
+    assert box.shown_states() == {"chat/0": "stopped", "chat/1": "stopped"}
+
+
+async def test_a_replica_that_died_a_moment_ago_gets_nothing() -> None:
+    box = Box(twins(max_in_flight=9))
+    await box.pool.start()
+    box.lease("chat", prompt="busy " * 99)
+    busy = [replica.name for replica in box.pool.replicas if replica.load.requests]
+    (idle,) = {"chat/0", "chat/1"} - set(busy)
+    box.backend.running(idle).dead = True
+    assert [box.lease("chat").replica.name for _ in range(3)] == busy * 3
+    assert box.shown_states()[idle] == "failed"
+    box.backend.running(busy[0]).dead = True
+    with pytest.raises(EngineDead, match="The engine of `chat` has died"):
+        box.lease("chat")
+    assert box.in_flight("chat") == 4
+
+
+async def test_tokens_in_flight_are_those_of_the_leases_that_are_held() -> None:
+    box = Box(twins(max_in_flight=9))
+    await box.pool.start()
+
+    def shown() -> list[float | None]:
+        name = "llmserve_replica_tokens_in_flight"
+        labels = [{"model": "chat", "replica": number} for number in "01"]
+        return [box.metrics.registry.get_sample_value(name, each) for each in labels]
+
+    first = box.lease("chat", prompt="x" * 400, max_tokens=50)
+    second = box.lease("chat", prompt=[1] * 30, max_tokens=9000)  # no answer is longer than 2048
+    third = box.pool.lease("chat", EMBED, {"input": "x" * 40, "max_tokens": 50})
+    assert shown() == [160.0, 2078.0]
+    for lease in (first, third, second, second, first):
+        lease.release()
+    assert shown() == [0.0, 0.0]
+    assert box.in_flight("chat") == 0
+
+
+async def test_a_refused_request_counts_for_no_replica() -> None:
+    box = Box(twins(max_in_flight=1))
+    await box.pool.start()
+    held = box.lease("chat", prompt="x" * 40)
+    with pytest.raises(Overloaded):
+        box.lease("chat", prompt="x" * 40)
+    assert [each.load.requests for each in box.pool.replicas] == [1, 0]
+    dispatched = {
+        (s.labels["replica"], s.labels["policy"]): s.value
+        for family in box.metrics.dispatched.collect()
+        for s in family.samples
+        if s.name.endswith("_total")
+    }
+    assert dispatched == {("0", "shortest_queue"): 1.0, ("1", "shortest_queue"): 0.0}
+    held.release()
+    assert [each.load.requests for each in box.pool.replicas] == [0, 0]
+
+
+async def test_a_lone_replica_s_requests_are_not_weighed() -> None:
+    box = Box()
+    await box.pool.start()
+    lease = box.lease("chat", prompt="x" * 400)
+    assert lease.replica.name == "chat"
+    assert lease.replica.load.tokens == 0
+    page = box.metrics.page([]).decode()
+    assert "llmserve_replica_tokens_in_flight{" not in page
+    assert "llmserve_requests_dispatched_total{" not in page
+
+
+async def test_a_prefix_is_forgotten_with_its_replica() -> None:
+    box = Box(twins(dispatch="prefix_affinity", max_in_flight=99))
+    await box.pool.start()
+    prompt = "same " * 400
+
+    def asked() -> Replica:
+        lease = box.lease("chat", prompt=prompt)
+        lease.release()
+        return lease.replica
+
+    holder = asked()
+    assert {asked() for _ in range(5)} == {holder}
+    box.backend.running(holder.name).dead = True
+    other = asked()
+    assert other is not holder
+    box.backend.running(holder.name).dead = False
+    box.pool._change(holder, State.READY)  # a new engine, with nothing in its cache
+    assert {asked() for _ in range(5)} == {other}
+
+
+async def test_every_replica_stops_and_shows_its_figures() -> None:
+    box = Box(twins())
+    await box.pool.start()
+    running = [box.backend.running(f"chat/{number}") for number in (0, 1)]
+    assert list(box.pool.registries()) == [each.registry for each in running]
+    await box.pool.stop()
+    assert [each.stopped for each in running] == [1, 1]

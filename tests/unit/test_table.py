@@ -5,14 +5,16 @@ import io
 import pytest
 from rich.console import Console
 
-from llmserve.pool import Entry, State
+from llmserve.pool import Replica, State
 from llmserve.registry import Model
 from llmserve.table import Lines, LiveTable, display
 from tests.fakes import spec
 
 
-def entry(name: str, state: State, note: str = "", seconds: float = 0.0) -> Entry:
-    made = Entry(Model(spec(name)))
+def replica(
+    name: str, state: State, note: str = "", seconds: float = 0.0, *, number: int = 0, of: int = 1
+) -> Replica:
+    made = Replica(Model(spec(name, replicas=of)), number)
     made.state, made.note, made.seconds = state, note, seconds
     return made
 
@@ -38,7 +40,7 @@ def test_a_terminal_gets_a_table_and_a_file_lines() -> None:
 def test_a_line_for_each_change_of_state() -> None:
     console = plain_console()
     shown = display(console)
-    chat = entry("chat", State.DOWNLOADING)
+    chat = replica("chat", State.DOWNLOADING)
     shown.add([chat])
     with shown.live():
         shown.changed(chat)
@@ -54,7 +56,7 @@ def test_a_line_for_each_change_of_state() -> None:
 def test_a_failure_is_one_whole_line_with_its_cause_as_it_is() -> None:
     console = plain_console(width=40)
     cause = "ValueError: [red]no[/red] KV cache for max_model_len 32768; " + "x" * 60
-    display(console).changed(entry("org/chat", State.FAILED, cause, 3.0))
+    display(console).changed(replica("org/chat", State.FAILED, cause, 3.0))
     assert text(console) == f"org/chat: failed 3.0 s: {cause}\n"
 
 
@@ -77,7 +79,7 @@ def test_the_table_has_model_state_seconds_and_note(
 ) -> None:
     console = terminal()
     table = display(console)
-    table.add([entry("chat[1]", state, note, seconds)])
+    table.add([replica("chat[1]", state, note, seconds)])
     with table.live():
         pass
     drawn = text(console)
@@ -88,7 +90,7 @@ def test_the_table_has_model_state_seconds_and_note(
 def test_the_table_follows_changes_and_lines_come_after_it() -> None:
     console = terminal()
     table = display(console)
-    chat = entry("chat", State.LOADING)
+    chat = replica("chat", State.LOADING)
     table.add([chat])
     with table.live():
         chat.state, chat.seconds = State.READY, 9.5
@@ -104,7 +106,24 @@ def test_a_long_cause_is_wrapped_and_not_cut() -> None:
     console = terminal()
     table = display(console)
     cause = " ".join(f"word{i}" for i in range(60))
-    table.add([entry("chat", State.FAILED, cause)])
+    table.add([replica("chat", State.FAILED, cause)])
     with table.live():
         pass
     assert "word59" in text(console)
+
+
+def test_each_of_several_replicas_has_a_row_and_a_line() -> None:
+    several = [replica("chat", State.LOADING, number=number, of=2) for number in (0, 1)]
+    several += [replica("chat/0", State.LOADING)]  # another model
+    console = terminal()
+    table = display(console)
+    table.add(several)
+    with table.live():
+        pass
+    for name in ("chat/0", "chat/1"):
+        assert name in text(console)
+    console = plain_console()
+    lines = display(console)
+    for each in several:
+        lines.changed(each)
+    assert text(console) == "chat/0: loading\nchat/1: loading\nchat/0: loading\n"

@@ -1,0 +1,351 @@
+"""A model's files, in a folder or on the hub: its config.json and which tensors it holds.
+
+Of weights only the headers are read.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import math
+import re
+import struct
+from abc import ABC, abstractmethod
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import huggingface_hub
+
+from llmserve.errors import ShapeUnknown
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from llmserve.config import ModelSpec
+
+_HUB_TIMEOUT_S = 10
+_HUB_THREADS = 8
+_HEADER_LIMIT = 100_000_000  # bytes; the format's own
+_FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # bytes; what is loaded in the model's dtype
+_KINDS = (".safetensors", ".bin", ".pt")  # in vLLM's order of preference
+_INDEX = "model.safetensors.index.json"
+_NO_WEIGHTS = ("adapter_", "optimizer", "scaler", "scheduler", "training_args")
+_TEXT = ("thinker_config", "text_config", "llm_config", "language_config")
+
+
+@dataclass(frozen=True)
+class Tensor:
+    name: str
+    dtype: str  # as safetensors calls it: "BF16"
+    shape: tuple[int, ...]
+    stored: int  # bytes
+
+    @property
+    def count(self) -> int:
+        return math.prod(self.shape)
+
+    def loaded(self, float_bytes: int) -> int:
+        """Bytes in an engine whose model dtype takes `float_bytes`.
+
+        Packed integers and 8-bit floats stay as they are, and so do the scales beside them.
+        """
+        cast = self.dtype in _FLOATS and "scale" not in self.name
+        return self.count * float_bytes if cast else self.stored
+
+
+class Config:
+    """config.json, with what transformers fills in for the keys that it leaves out."""
+
+    def __init__(self, said: dict[str, Any], where: str) -> None:
+        self.said = said
+        self.where = where  # for messages
+        self.model_type = str(said.get("model_type") or "")
+
+    def get(self, *keys: str) -> Any:
+        """The first of `keys` that has a value; null in the file is none."""
+        values = (self._value(key) for key in keys)
+        return next((value for value in values if value is not None), None)
+
+    def number(self, *keys: str) -> int:
+        """Raises ShapeUnknown without one."""
+        value = self.get(*keys)
+        if not isinstance(value, int):
+            raise ShapeUnknown(f"{self.where} does not say {keys[0]}")
+        return value
+
+    def _value(self, key: str) -> Any:
+        defaults, aliases = _filled_in(self.model_type)
+        for name in (key, aliases.get(key)):
+            if name in self.said:
+                return self.said[name]
+        return defaults.get(key, defaults.get(aliases.get(key, key)))
+
+    def part(self, key: str) -> Config | None:
+        value = self.said.get(key)
+        return Config(value, f"{self.where}: {key}") if isinstance(value, dict) else None
+
+    @property
+    def text(self) -> Config:
+        """The language model's part of a multimodal model, else the whole."""
+        parts = (self.part(key) for key in _TEXT)
+        return next((part.text for part in parts if part), self)
+
+
+class Checkpoint(ABC):
+    def __init__(self, name: str, sizes: Mapping[str, int]) -> None:
+        self.name = name
+        self.sizes = sizes  # of the files at the top, bytes
+
+    @abstractmethod
+    def content(self, file: str) -> bytes: ...
+
+    @abstractmethod
+    def headers(self, files: Sequence[str]) -> list[Tensor]: ...
+
+    def json(self, file: str) -> dict[str, Any]:
+        """A JSON file; empty if there is none. Raises ShapeUnknown if it is none."""
+        if file not in self.sizes:
+            return {}
+        try:
+            value = json.loads(self.content(file))
+        except ValueError:
+            value = None
+        if not isinstance(value, dict):
+            raise ShapeUnknown(f"{self.name}: {file} is no JSON object")
+        return value
+
+    def config(self, overrides: Any = None) -> Config:
+        """Raises ShapeUnknown if there is none."""
+        if "config.json" not in self.sizes:
+            raise ShapeUnknown(f"{self.name} has no config.json")
+        said = self.json("config.json")
+        return Config(
+            _merged(said, overrides if isinstance(overrides, dict) else {}),
+            f"{self.name}: config.json",
+        )
+
+    @cached_property
+    def weights(self) -> tuple[str, ...]:
+        """The files that vLLM loads: one kind, no second copy, no adapter, no training state."""
+        for kind in _KINDS:
+            files = sorted(
+                file
+                for file in self.sizes
+                if file.endswith(kind) and not file.startswith(_NO_WEIGHTS)
+            )
+            if files:
+                return self._indexed(files) if kind == ".safetensors" else tuple(files)
+        return ()
+
+    def _indexed(self, files: list[str]) -> tuple[str, ...]:
+        index = self.json(_INDEX).get("weight_map")
+        if isinstance(index, dict):
+            return tuple(sorted(set(index.values())))
+        # Mistral's own format of the same weights.
+        others = [file for file in files if not file.startswith("consolidated")]
+        return tuple(others or files)
+
+    @property
+    def missing(self) -> list[str]:
+        """Files of weights that the index names and that are not there."""
+        return [file for file in self.weights if file not in self.sizes]
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor of the safetensors files; none where there are no such files."""
+        if not self.weights or not self.weights[0].endswith(".safetensors"):
+            return []
+        if self.missing:
+            raise ShapeUnknown(f"{self.name}: {_INDEX} names {self.missing[0]}, which is missing")
+        return self.headers(self.weights)
+
+
+class Folder(Checkpoint):
+    def __init__(self, path: Path, name: str | None = None) -> None:
+        if not path.is_dir():
+            raise ShapeUnknown(f"there is no folder {path}")
+        name = name or str(path)
+        with _readable(name):
+            sizes = {file.name: file.stat().st_size for file in path.iterdir() if file.is_file()}
+        super().__init__(name, sizes)
+        self.path = path
+
+    def content(self, file: str) -> bytes:
+        with _readable(f"{self.name}: {file}"):
+            return (self.path / file).read_bytes()
+
+    def headers(self, files: Sequence[str]) -> list[Tensor]:
+        return [tensor for file in files for tensor in self._header(file)]
+
+    def _header(self, file: str) -> Iterable[Tensor]:
+        try:
+            with _readable(f"{self.name}: {file}"), (self.path / file).open("rb") as stream:
+                (length,) = struct.unpack("<Q", stream.read(8))
+                header = json.loads(stream.read(length) if length < _HEADER_LIMIT else b"")
+            header.pop("__metadata__", None)
+            return [_tensor(name, **entry) for name, entry in header.items()]
+        except (struct.error, ValueError, TypeError, AttributeError):
+            raise ShapeUnknown(f"{self.name}: {file} is no whole safetensors file") from None
+
+
+class Repository(Checkpoint):
+    """A model on the hub; config files come into the cache, weights stay there."""
+
+    def __init__(self, repo: str, engine: Mapping[str, Any]) -> None:
+        self.api = huggingface_hub.HfApi(token=engine.get("hf_token"))
+        self.revision = engine.get("revision")
+        self.folder = engine.get("download_dir")
+        with _told(repo, self.revision):
+            info = self.api.model_info(
+                repo, revision=self.revision, files_metadata=True, timeout=_HUB_TIMEOUT_S
+            )
+        super().__init__(
+            repo, {f.rfilename: f.size or 0 for f in info.siblings or () if "/" not in f.rfilename}
+        )
+
+    def content(self, file: str) -> bytes:
+        with _told(self.name, self.revision):
+            path = self.api.hf_hub_download(
+                self.name, file, revision=self.revision, cache_dir=self.folder
+            )
+        return Path(path).read_bytes()
+
+    def headers(self, files: Sequence[str]) -> list[Tensor]:
+        with _told(self.name, self.revision), ThreadPoolExecutor(_HUB_THREADS) as threads:
+            return [tensor for part in threads.map(self._header, files) for tensor in part]
+
+    def _header(self, file: str) -> list[Tensor]:
+        header = self.api.parse_safetensors_file_metadata(self.name, file, revision=self.revision)
+        return [
+            _tensor(name, info.dtype, info.shape, info.data_offsets)
+            for name, info in header.tensors.items()
+        ]
+
+
+def of(spec: ModelSpec) -> Checkpoint:
+    """A model's files: the folder, the hub's cache, or the hub. Raises ShapeUnknown.
+
+    Blocks. `download_dir`, `revision` and `hf_token` of `engine:` hold as in vLLM.
+    """
+    if Path(spec.model).is_absolute():
+        return Folder(Path(spec.model))
+    cached = _cached(spec)
+    if cached and cached.weights and not cached.missing:
+        return cached
+    try:
+        return Repository(spec.model, spec.engine)
+    except ShapeUnknown:
+        if cached and "config.json" in cached.sizes:
+            return cached
+        raise
+
+
+def _cached(spec: ModelSpec) -> Folder | None:
+    errors = huggingface_hub.errors
+    try:
+        path = huggingface_hub.snapshot_download(
+            spec.model,
+            revision=spec.engine.get("revision"),
+            cache_dir=spec.engine.get("download_dir"),
+            local_files_only=True,
+        )
+    except (errors.LocalEntryNotFoundError, errors.HFValidationError):
+        return None
+    return Folder(Path(path), spec.model)
+
+
+def _tensor(
+    name: str, dtype: str, shape: Sequence[int], data_offsets: tuple[int, int], **_: Any
+) -> Tensor:
+    start, end = data_offsets
+    return Tensor(name, dtype, tuple(shape), end - start)
+
+
+@contextmanager
+def _readable(what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ShapeUnknown(f"{what} cannot be read: {error.strerror}") from None
+
+
+@contextmanager
+def _told(repo: str, revision: str | None) -> Iterator[None]:
+    """Errors of the hub as ShapeUnknown with the cause in one line."""
+    errors = huggingface_hub.errors
+    transport = errors.HfHubHTTPError.__mro__[1]  # of the HTTP client that the library uses
+    try:
+        yield
+    except errors.GatedRepoError:
+        cause = "is gated on the hub: accept its terms, set HF_TOKEN"
+    except errors.RevisionNotFoundError:
+        cause = f"has no revision {revision} on the hub"
+    except errors.RepositoryNotFoundError:
+        cause = "is neither a folder here nor a model on the hub (if it is private, set HF_TOKEN)"
+    except errors.HFValidationError:
+        cause = "is neither a folder here nor a name the hub allows"
+    except errors.SafetensorsParsingError:
+        cause = "has a broken safetensors file on the hub"
+    except errors.HfHubHTTPError as error:
+        cause = f"could not be read: the hub said {getattr(error.response, 'status_code', error)}"
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, transport, OSError):
+        cause = "is not in the cache, and the hub is not reachable"
+    else:
+        return
+    raise ShapeUnknown(f"{repo} {cause}")
+
+
+def _merged(said: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """`hf_overrides` as vLLM applies them: parts are merged, all else is replaced."""
+    merged = dict(said)
+    for key, value in overrides.items():
+        old: Any = merged.get(key)
+        parts = isinstance(old, dict) and isinstance(value, dict)
+        merged[key] = _merged(old, value) if parts else value
+    return merged
+
+
+@cache
+def _filled_in(model_type: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """Defaults of a model type's keys, and the file's names of keys that have another one.
+
+    From the source of transformers' config classes, since importing them takes seconds;
+    nothing where transformers or the model type is missing.
+    """
+    spec = importlib.util.find_spec("transformers")  # finds without importing
+    if not spec or not spec.origin or not re.fullmatch(r"[\w-]+", model_type):
+        return {}, {}
+    words = re.split(r"[_-]", model_type)
+    for end in range(len(words), 0, -1):  # siglip_vision_model is in siglip/
+        folder = Path(spec.origin).parent / "models" / "_".join(words[:end])
+        for file in sorted(folder.glob("configuration_*.py")):
+            for node in ast.parse(file.read_text(encoding="utf-8")).body:
+                if isinstance(node, ast.ClassDef):
+                    values = _class_values(node)
+                    if values.get("model_type") == model_type:
+                        return values, values.get("attribute_map", {})
+    return {}, {}
+
+
+def _class_values(node: ast.ClassDef) -> dict[str, Any]:
+    """What the body of a class assigns, where it is a literal."""
+    values = {}
+    for statement in node.body:
+        if isinstance(statement, ast.Assign):
+            target = statement.targets[0]
+        elif isinstance(statement, ast.AnnAssign):
+            target = statement.target
+        else:
+            continue
+        if isinstance(target, ast.Name) and isinstance(
+            statement.value, ast.Constant | ast.Dict | ast.List | ast.Tuple
+        ):
+            try:
+                values[target.id] = ast.literal_eval(statement.value)
+            except ValueError:  # names something else
+                continue
+    return values

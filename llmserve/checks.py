@@ -1,0 +1,146 @@
+"""What a box cannot do for a model, whatever else is on it. Pure."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from llmserve.gpus import find, listed, short_name
+from llmserve.plan import Problem
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from llmserve.config import ModelSpec
+    from llmserve.gpus import Box, Gpu
+    from llmserve.shape import Shape
+
+# The compute capability that a format of weights needs, x 10. Source: get_min_capability of
+# vllm/model_executor/layers/quantization; a contract test compares.
+QUANTIZATION_NEEDS = {
+    "awq": 75,
+    "auto_awq": 75,
+    "awq_marlin": 75,
+    "gptq": 60,
+    "auto_gptq": 60,
+    "gptq_marlin": 60,
+    "fp8": 75,
+    "fbgemm_fp8": 80,
+    "modelopt": 80,
+    "modelopt_fp4": 75,
+    "modelopt_mxfp8": 80,
+    "mxfp4": 80,
+    "gpt_oss_mxfp4": 80,
+    "experts_int8": 80,
+    "compressed-tensors": 70,
+    "torchao": 75,
+    "fp_quant": 100,
+}
+_BFLOAT16_NEEDS = 80
+
+
+def flaws(spec: ModelSpec, shape: Shape | str, box: Box) -> list[Problem]:
+    """Everything about an entry that no placement can mend; for a shape, why it is not known."""
+    told = _unknown(spec, shape) if isinstance(shape, str) else _of_shape(spec, shape, box)
+    return [*_of_devices(spec, box), *told]
+
+
+def tensor_parallel_sizes(spec: ModelSpec, shape: Shape, box: Box) -> list[int]:
+    """The degrees that may be tried: what the entry says, else powers of two that divide."""
+    if spec.tensor_parallel_size or spec.devices is not None:
+        return [spec.parallel_sizes["tensor_parallel_size"]]
+    others = math.prod(spec.parallel_sizes.values())
+    tried = (2**power for power in range(11))
+    return [tp for tp in tried if tp * others <= len(box) and divides(tp, shape)] or [1]
+
+
+def divides(tensor_parallel_size: int, shape: Shape) -> bool:
+    """Whether so many devices can share the model's heads.
+
+    Source: vllm/config/model.py, verify_with_parallel_config.
+    """
+    heads, kv_heads = shape.heads, shape.kv_heads
+    fits = kv_heads % tensor_parallel_size == 0 or tensor_parallel_size % kv_heads == 0
+    return heads % tensor_parallel_size == 0 and (fits or not shape.attention_layers)
+
+
+def groups(spec: ModelSpec, box: Box) -> list[tuple[Gpu, ...]]:
+    """The GPUs of each replica, as the entry names them; only where all are there."""
+    found = [find(box, device) for device in spec.devices or ()]
+    size = math.prod(spec.parallel_sizes.values())
+    there = [gpu for gpu in found if gpu is not None]
+    return [tuple(there[at : at + size]) for at in range(0, len(there), size)]
+
+
+def _of_devices(spec: ModelSpec, box: Box) -> Iterator[Problem]:
+    needed = math.prod(spec.parallel_sizes.values())
+    if needed > len(box):
+        message = f"needs {needed} GPUs for each replica; this box has {len(box)} ({listed(box)})"
+        yield Problem(spec.name, message, key=_parallel_key(spec))
+        return
+    missing = [device for device in spec.devices or () if find(box, device) is None]
+    if missing:
+        said = ", ".join(str(device) for device in missing)
+        there = f"0 to {len(box) - 1}" if len(box) > 1 else "0"
+        message = f"GPU {said} is not there; this box has {there} ({listed(box)})"
+        yield Problem(spec.name, message, key="devices")
+        return
+    for group in groups(spec, box):
+        kinds = {gpu.kind for gpu in group}
+        if len(kinds) > 1:
+            said = ", ".join(f"{gpu.index} is {short_name(gpu.name)}" for gpu in group)
+            message = f"GPUs of different kinds share a replica: {said}; take GPUs of one kind"
+            yield Problem(spec.name, message, key="devices")
+
+
+def _parallel_key(spec: ModelSpec) -> str:
+    many = spec.pipeline_parallel_size > 1 and not spec.tensor_parallel_size
+    return "pipeline_parallel_size" if many else "tensor_parallel_size"
+
+
+def _of_shape(spec: ModelSpec, shape: Shape, box: Box) -> Iterator[Problem]:
+    tp = spec.parallel_sizes["tensor_parallel_size"]
+    if not divides(tp, shape):
+        possible = [n for n in range(1, len(box) + 1) if divides(n, shape)]
+        message = (
+            f"{tp} devices cannot share {shape.heads} attention heads ({shape.kv_heads} for keys)"
+        )
+        remedy = "tensor_parallel_size: " + " or ".join(str(n) for n in possible)
+        yield Problem(spec.name, message, remedy, "tensor_parallel_size")
+    asked = spec.engine.get("max_model_len")
+    if asked and asked > shape.context and not spec.engine.get("hf_overrides"):
+        message = f"max_model_len {asked} is longer than the model's context"
+        yield Problem(spec.name, message, f"max_model_len: {shape.context}", "engine")
+    yield from _of_kinds(spec, shape, box)
+
+
+def _of_kinds(spec: ModelSpec, shape: Shape, box: Box) -> Iterator[Problem]:
+    """What the GPUs that it may get cannot compute."""
+    chosen = [gpu for group in groups(spec, box) for gpu in group]
+    capable = [gpu for gpu in chosen or box if gpu.capability is not None]
+    if not capable:
+        return
+    weak = (min if chosen else max)(capable, key=lambda gpu: gpu.capability or (0, 0))
+    major, minor = weak.capability or (0, 0)
+    has = f"{short_name(weak.name)} has compute capability {major}.{minor}"
+    quantization = spec.engine.get("quantization") or shape.quantization
+    needs = QUANTIZATION_NEEDS.get(quantization or "", 0)
+    if needs > major * 10 + minor:
+        message = (
+            f"{quantization} weights need compute capability {needs // 10}.{needs % 10}; {has}"
+        )
+        yield Problem(spec.name, message, "weights of another format, or a newer GPU", "engine")
+    if spec.engine.get("dtype") == "bfloat16" and major * 10 + minor < _BFLOAT16_NEEDS:
+        message = f"bfloat16 needs compute capability 8.0; {has}"
+        yield Problem(spec.name, message, "dtype: float16", "engine")
+
+
+def _unknown(spec: ModelSpec, why: str) -> Iterator[Problem]:
+    """Of a model whose files cannot be read, only what the entry says is known."""
+    if spec.devices is None or not (spec.memory or spec.gpu_memory_utilization):
+        yield Problem(
+            spec.name,
+            f"cannot be placed, since its size is not known: {why}",
+            "`devices` and `memory` in its entry",
+            "model",
+        )

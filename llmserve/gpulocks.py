@@ -1,0 +1,57 @@
+"""Who may start, sleep or wake on which GPUs at the same time.
+
+Engines whose memory is known start side by side. One that is measured, sleeps or wakes
+has its GPUs for itself, since vLLM and we read the free memory of the whole device then.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Collection
+
+
+@dataclass(eq=False)
+class _Claim:
+    devices: frozenset[int]
+    alone: bool
+
+    def excludes(self, other: _Claim) -> bool:
+        return (self.alone or other.alone) and bool(self.devices & other.devices)
+
+
+class GpuLocks:
+    """First come, first served; claims on different GPUs do not wait for each other."""
+
+    def __init__(self) -> None:
+        self._claims: list[_Claim] = []  # held and waiting, in the order of their coming
+        self._changed = asyncio.Condition()
+
+    @contextlib.asynccontextmanager
+    async def hold(self, devices: Collection[int], *, alone: bool) -> AsyncIterator[None]:
+        """Wait for the GPUs; `alone` shuts out everybody else meanwhile."""
+        claim = _Claim(frozenset(devices), alone)
+        async with self._changed:
+            self._claims.append(claim)
+            try:
+                await self._changed.wait_for(lambda: self._is_next(claim))
+            except BaseException:
+                self._leave(claim)
+                raise
+        try:
+            yield
+        finally:
+            async with self._changed:
+                self._leave(claim)
+
+    def _is_next(self, claim: _Claim) -> bool:
+        before = self._claims[: self._claims.index(claim)]
+        return not any(claim.excludes(earlier) for earlier in before)
+
+    def _leave(self, claim: _Claim) -> None:
+        self._claims.remove(claim)
+        self._changed.notify_all()

@@ -1,0 +1,302 @@
+"""Plans a registry on a box: sizes every replica, places it, and says what would fit. Pure."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from llmserve import checks, memory, remedies
+from llmserve.gpus import gib, listed
+from llmserve.measured import fingerprint
+from llmserve.placement import Demand, Option, place
+from llmserve.plan import Plan, Problem, Replica
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from llmserve.config import ModelSpec
+    from llmserve.gpus import Box, Gpu
+    from llmserve.memory import Settings
+    from llmserve.placement import Misfit, Placed
+    from llmserve.shape import Shape
+
+
+@dataclass(frozen=True)
+class Size:
+    """A replica at one degree of tensor parallelism. Bytes are those on each device."""
+
+    settings: Settings
+    weights: int
+    overhead: int
+    least: int  # KV cache that it must have; 0: an encoder
+    most: int  # KV cache that it can use
+    fingerprint: str
+    measured: bool
+
+    @property
+    def besides(self) -> int:
+        return self.weights + self.overhead
+
+    @property
+    def needs(self) -> int:
+        return self.besides + self.least
+
+    def told(self, concurrency: int) -> str:
+        times = f"{concurrency} x " if concurrency > 1 else ""
+        kv = f", KV cache of {times}{self.settings.context:,} tokens {gib(self.least)}"
+        return (
+            f"{gib(self.needs)} (weights {gib(self.weights)}, activations and graphs "
+            f"{gib(self.overhead)}{kv if self.least else ''})"
+        )
+
+
+class Wanted:
+    """An entry of the registry as the GPUs see it."""
+
+    def __init__(self, spec: ModelSpec, shape: Shape | None, sizes: Sequence[Size], box: Box):
+        self.spec = spec
+        self.sizes = {self._option(size): size for size in sizes}
+        self._shape = shape
+        self._box = box
+        self._groups = checks.groups(spec, box)
+
+    @property
+    def names(self) -> list[str]:
+        """Of its replicas."""
+        many = self.spec.replicas > 1
+        return [
+            f"{self.spec.name}/{n}" if many else self.spec.name for n in range(self.spec.replicas)
+        ]
+
+    @property
+    def least(self) -> Size | None:
+        """On as few GPUs as possible; None if its shape is unknown."""
+        return next(iter(self.sizes.values()), None)
+
+    def _option(self, size: Size | None) -> Option:
+        parallel = self.spec.parallel_sizes
+        if size is not None:
+            parallel = parallel | {"tensor_parallel_size": size.settings.tensor_parallel_size}
+        besides, least = (size.besides, size.least) if size else (0, 0)
+        kv = int(self.spec.kv_cache) if self.spec.kv_cache and (least or not size) else least
+        budget = 0 if self.spec.kv_cache else int(self.spec.memory or 0)
+        share = 0.0 if self.spec.kv_cache else self.spec.gpu_memory_utilization or 0.0
+        return Option(math.prod(parallel.values()), max(besides + kv, budget), share)
+
+    def budget(self, gpu: Gpu) -> int | None:
+        """What it may take of a GPU; None if the entry does not say."""
+        if self.spec.kv_cache is not None:
+            return None
+        if self.spec.memory is not None:
+            return int(self.spec.memory)
+        share = self.spec.gpu_memory_utilization
+        return None if share is None else int(share * gpu.memory)
+
+    def too_small(self) -> Problem | None:
+        """A KV cache or budget in which the model cannot answer one request."""
+        size = min(self.sizes.values(), key=lambda size: size.needs, default=None)
+        if size is None:
+            return None
+        kv = self.spec.kv_cache
+        if kv is not None and kv < size.least:
+            asked = f"{self.spec.concurrency} x " if self.spec.concurrency > 1 else ""
+            return self._problem(
+                f"{gib(kv)} of KV cache is less than {asked}{size.settings.context:,} tokens "
+                f"take, {gib(size.least)}",
+                "kv_cache",
+            )
+        gpus = [gpu for group in self._groups for gpu in group]
+        widest = min(gpus, key=_memory) if gpus else max(self._box, key=_memory)
+        budget = self.budget(widest)
+        if budget is None or budget >= size.needs:
+            return None
+        key = "memory" if self.spec.memory is not None else "gpu_memory_utilization"
+        return self._problem(
+            f"{gib(budget)} of {gib(widest.memory)} is less than the {size.told(self.spec.concurrency)} "
+            "that it needs on each GPU",
+            key,
+        )
+
+    def no_room(self, misfit: Misfit) -> Problem:
+        size = self.least
+        option = misfit.demand.options[0]
+        on = self.spec.devices
+        needs = (
+            f"needs {size.told(self.spec.concurrency)}" if size else f"wants {gib(option.needs)}"
+        )
+        wanted = max(option.needs, *(int(option.share * gpu.memory) for gpu in self._box))
+        if size and wanted > size.needs:
+            needs = f"wants {gib(wanted)}"
+        each = f" on each of {option.devices} GPUs" if option.devices > 1 else ""
+        free = ", ".join(f"GPU {index} {gib(size)}" for index, size in self._free(misfit))
+        return self._problem(
+            f"{needs}{each}; free of {listed(self._box)}: {free}", "devices" if on else ""
+        )
+
+    def _free(self, misfit: Misfit) -> list[tuple[int, int]]:
+        """Those of the GPUs that matter: its own, or the four with most room."""
+        free = dict(enumerate(misfit.free))
+        if misfit.demand.devices is not None:
+            return [(index, free[index]) for index in misfit.demand.devices]
+        return sorted(free.items(), key=lambda each: -each[1])[:4]
+
+    def demands(self) -> Iterator[Demand]:
+        options = tuple(self.sizes) or (self._option(None),)
+        least = self.least
+        said = self.spec.kv_cache or self.spec.memory or self.spec.gpu_memory_utilization
+        grows = least.least if least and not said else 0
+        for number, name in enumerate(self.names):
+            group = self._groups[number] if self._groups else None
+            yield Demand(
+                name,
+                options,
+                None if group is None else tuple(gpu.index for gpu in group),
+                grows,
+                least.most - least.least if least and grows else None,
+            )
+
+    def replica(self, number: int, placed: Placed) -> Replica:
+        smallest = min((self._box[index] for index in placed.devices), key=_memory)
+        size = self.sizes.get(placed.option)
+        if size is None or self._shape is None:
+            return Replica(
+                model=self.spec.name,
+                number=number,
+                of=self.spec.replicas,
+                devices=placed.devices,
+                tensor_parallel_size=self.spec.parallel_sizes["tensor_parallel_size"],
+                pipeline_parallel_size=self.spec.pipeline_parallel_size,
+                weights=0,
+                overhead=self.budget(smallest) or 0,
+                kv=0,
+                tokens=0,
+                context=0,
+                measured=False,
+                known=False,
+            )
+        kv = self._kv(size, smallest, placed.extra)
+        return Replica(
+            model=self.spec.name,
+            number=number,
+            of=self.spec.replicas,
+            devices=placed.devices,
+            tensor_parallel_size=size.settings.tensor_parallel_size,
+            pipeline_parallel_size=size.settings.pipeline_parallel_size,
+            weights=size.weights,
+            overhead=size.overhead,
+            kv=kv,
+            tokens=memory.kv_tokens(self._shape, size.settings, kv),
+            context=size.settings.context,
+            measured=size.measured,
+            approximate=self._shape.approximate,
+            fingerprint=size.fingerprint,
+        )
+
+    def _kv(self, size: Size, gpu: Gpu, extra: int) -> int:
+        """Bytes of KV cache on each device: what the entry says, or the rest of its budget."""
+        if not size.least:
+            return 0
+        if self.spec.kv_cache is not None:
+            return int(self.spec.kv_cache)
+        budget = self.budget(gpu)
+        return size.least + extra if budget is None else budget - size.besides
+
+    def _problem(self, message: str, key: str) -> Problem:
+        return Problem(self.spec.name, message, key=key)
+
+
+class Planner:
+    """Of each model its shape, or why that is not known.
+
+    `overhead_of` gives what a start was measured to take besides, by fingerprint.
+    """
+
+    def __init__(
+        self,
+        box: Box,
+        headroom: float,
+        shapes: Mapping[str, Shape | str],
+        overhead_of: Callable[[str], int | None] = lambda _: None,
+    ) -> None:
+        self._box = box
+        self._headroom = headroom
+        self._shapes = shapes
+        self._overhead_of = overhead_of
+        self._overheads: dict[str, int | None] = {}
+
+    def plan(self, specs: Sequence[ModelSpec]) -> Plan:
+        """Where every replica goes; what does not fit is among the problems and nowhere else."""
+        plan = self._laid_out(specs)
+        return replace(
+            plan, problems=tuple(self._with_remedy(p, specs, plan) for p in plan.problems)
+        )
+
+    def _laid_out(self, specs: Sequence[ModelSpec], *, finish: bool = True) -> Plan:
+        problems: list[Problem] = []
+        wanted: list[Wanted] = []
+        for spec in specs:
+            found = checks.flaws(spec, self._shapes[spec.name], self._box)
+            each = None if found else self._wanted(spec)
+            if each is not None and (small := each.too_small()) is not None:
+                found = [small]
+            problems += found
+            if each is not None and not found:
+                wanted.append(each)
+        demands = [demand for each in wanted for demand in each.demands()]
+        placement = place(demands, self._box, self._headroom, finish=finish)
+        misfits = {misfit.demand.name: misfit for misfit in placement.left}
+        replicas: list[Replica] = []
+        for each in wanted:
+            left = [misfits[name] for name in each.names if name in misfits]
+            if left:
+                problems.append(each.no_room(left[0]))
+                continue
+            placed = [placement.placed[name] for name in each.names]
+            replicas += [each.replica(number, one) for number, one in enumerate(placed)]
+        return Plan(self._box, self._headroom, tuple(replicas), tuple(problems))
+
+    def _wanted(self, spec: ModelSpec) -> Wanted:
+        shape = self._shapes[spec.name]
+        if isinstance(shape, str):
+            return Wanted(spec, None, (), self._box)
+        degrees = checks.tensor_parallel_sizes(spec, shape, self._box)
+        sizes = [self._size(spec, shape, degree) for degree in degrees]
+        return Wanted(spec, shape, sizes, self._box)
+
+    def _size(self, spec: ModelSpec, shape: Shape, tensor_parallel_size: int) -> Size:
+        first = self._box[0]
+        settings = memory.Settings.of(spec, shape, tensor_parallel_size, first)
+        chosen = [gpu for group in checks.groups(spec, self._box) for gpu in group]
+        mark = fingerprint(spec, shape, settings, (chosen or [first])[0])
+        if mark not in self._overheads:
+            self._overheads[mark] = self._overhead_of(mark)
+        known = self._overheads[mark]
+        return Size(
+            settings=settings,
+            weights=memory.weights_bytes(shape, settings),
+            overhead=memory.overhead_bytes(shape, settings) if known is None else known,
+            least=memory.kv_bytes(shape, settings, spec.concurrency),
+            most=memory.kv_bytes(shape, settings, max(settings.seqs, spec.concurrency)),
+            fingerprint=mark,
+            measured=known is not None,
+        )
+
+    # --- what would fit
+
+    def _with_remedy(self, problem: Problem, specs: Sequence[ModelSpec], plan: Plan) -> Problem:
+        shape = self._shapes[problem.model]
+        if problem.remedy is not None or isinstance(shape, str):
+            return problem
+        spec = next(spec for spec in specs if spec.name == problem.model)
+        failed = {each.model for each in plan.problems} - {spec.name}
+        for remedy in remedies.of(spec, shape, self._box, self._wanted(spec).least, plan):
+            changed = remedy.applied(specs)
+            tried = self._laid_out(changed, finish=False)
+            if {each.model for each in tried.problems} <= failed:
+                return replace(problem, remedy=remedy.told(self._laid_out(changed)))
+        return problem
+
+
+def _memory(gpu: Gpu) -> int:
+    return gpu.memory

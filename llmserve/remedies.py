@@ -1,0 +1,113 @@
+"""Changes of an entry that may make it fit, cheapest for its users first. Pure."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from llmserve import checks
+from llmserve.gpus import GIB
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from llmserve.config import ModelSpec
+    from llmserve.gpus import Box
+    from llmserve.plan import Plan
+    from llmserve.planner import Size
+    from llmserve.shape import Shape
+
+_SHORTEST = 2048  # tokens; a context below is no help to anyone
+_FP8_NEEDS = checks.QUANTIZATION_NEEDS["fp8"]
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """Entries instead of others; none instead of one leaves it out."""
+
+    model: str
+    words: str  # {devices}, {degree}: as they will be planned
+    instead: ModelSpec | None
+
+    def applied(self, specs: Sequence[ModelSpec]) -> list[ModelSpec]:
+        changed = [self.instead if spec.name == self.model else spec for spec in specs]
+        return [spec for spec in changed if spec is not None]
+
+    def told(self, plan: Plan) -> str:
+        """In the registry's words, with where the plan then puts it."""
+        mine = [replica for replica in plan.replicas if replica.model == self.model]
+        devices = [device for replica in mine for device in replica.devices]
+        degree = mine[0].tensor_parallel_size if mine else 1
+        return self.words.replace("{devices}", str(devices)).replace("{degree}", str(degree))
+
+
+def of(spec: ModelSpec, shape: Shape, box: Box, size: Size | None, plan: Plan) -> Iterator[Remedy]:
+    """What to try, in order; whether it fits is the planner's to see."""
+    anywhere: dict[str, Any] = {"devices": None}
+    if spec.devices is not None:
+        yield _remedy(spec, "devices: {devices}", **anywhere)
+    if size is not None:
+        yield from _budgets(spec, box, size)
+    if spec.concurrency > 1:
+        yield _remedy(spec, "concurrency: 1", concurrency=1)
+    if spec.devices is not None or spec.tensor_parallel_size is not None:
+        words = "tensor_parallel_size: {degree}" + (", devices: {devices}" if spec.devices else "")
+        yield _remedy(spec, words, tensor_parallel_size=None, **anywhere)
+    yield from _smaller(spec, shape, box)
+    for other in sorted({r.model for r in plan.replicas}, key=lambda name: _taken(plan, name)):
+        yield Remedy(other, f"leaving {other} out", None)
+
+
+def _budgets(spec: ModelSpec, box: Box, size: Size) -> Iterator[Remedy]:
+    """The least of what it says that holds it."""
+    if spec.kv_cache is not None and size.least:
+        text, amount = _amount(size.least)
+        yield _remedy(spec, f"kv_cache: {text}", kv_cache=amount)
+    elif spec.memory is not None:
+        text, amount = _amount(size.needs)
+        yield _remedy(spec, f"memory: {text}", memory=amount)
+    elif spec.gpu_memory_utilization is not None:
+        gpus = [gpu for group in checks.groups(spec, box) for gpu in group] or box
+        share = math.ceil(100 * size.needs / min(gpu.memory for gpu in gpus)) / 100
+        if share <= 1:
+            yield _remedy(spec, f"gpu_memory_utilization: {share:g}", gpu_memory_utilization=share)
+
+
+def _smaller(spec: ModelSpec, shape: Shape, box: Box) -> Iterator[Remedy]:
+    """A shorter context, 8-bit weights, both."""
+    asked = spec.engine.get("max_model_len") or shape.context
+    halves = [asked >> n for n in range(1, 12) if asked >> n >= _SHORTEST]
+    shorter: list[dict[str, Any]] = [
+        {"max_model_len": context} for context in halves if shape.attention_layers
+    ]
+    eight_bit: list[dict[str, Any]] = (
+        [{"quantization": "fp8"}] if _may_be_fp8(spec, shape, box) else []
+    )
+    both = [fp8 | short for fp8 in eight_bit for short in shorter]
+    for change in (*shorter, *eight_bit, *both):
+        words = ", ".join(f"{key}: {value}" for key, value in change.items())
+        yield _remedy(spec, f"engine: {{{words}}}", engine=spec.engine | change)
+
+
+def _may_be_fp8(spec: ModelSpec, shape: Shape, box: Box) -> bool:
+    weak = any(_capability(gpu.capability) < _FP8_NEEDS for gpu in box if gpu.capability)
+    return not (weak or shape.quantization or spec.engine.get("quantization"))
+
+
+def _capability(pair: tuple[int, int]) -> int:
+    return pair[0] * 10 + pair[1]
+
+
+def _amount(size: int) -> tuple[str, int]:
+    """Rounded up to a tenth of a GiB, in the registry's words and in bytes."""
+    tenths = math.ceil(size * 10 / GIB)
+    return f"{tenths / 10:g}GiB", tenths * GIB // 10 + 1
+
+
+def _taken(plan: Plan, model: str) -> tuple[int, str]:
+    return sum(r.bytes * len(r.devices) for r in plan.replicas if r.model == model), model
+
+
+def _remedy(spec: ModelSpec, words: str, **changed: Any) -> Remedy:
+    return Remedy(spec.name, words, spec.model_copy(update=changed))

@@ -1,0 +1,116 @@
+"""The GPUs of a running server: what the plan gives each engine, and who starts when.
+
+The one place that reads how full a GPU is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from llmserve import nvml
+from llmserve.errors import StartupError
+from llmserve.gpulocks import GpuLocks
+from llmserve.gpus import gib, short_name
+from llmserve.measured import Measured
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from llmserve.config import ModelSpec
+    from llmserve.gpus import Gpu
+    from llmserve.plan import Plan, Replica
+
+log = logging.getLogger(__name__)
+Keep = Callable[[Sequence[Mapping[str, Any]]], None]  # takes what the workers report
+
+
+class Space:
+    """What the plan says, carried out."""
+
+    def __init__(self, plan: Plan, kept: Measured | None = None) -> None:
+        self.plan = plan
+        self._kept = kept or Measured()
+        self._locks = GpuLocks()
+        self._seen: set[str] = set()  # fingerprints measured since the start
+
+    def unless_taken(self) -> None:
+        """Raises StartupError if others hold memory that the plan needs, with their names."""
+        short = [told for gpu in self.plan.box if (told := self._short(gpu)) is not None]
+        if short:
+            raise StartupError("\n".join(short))
+
+    def _short(self, gpu: Gpu) -> str | None:
+        needed = self.plan.used(gpu.index)
+        free = gpu.memory - nvml.used_bytes(gpu) if needed else 0
+        if needed <= free:
+            return None
+        held = ", ".join(
+            f"pid {holder.pid} {holder.name}"
+            + (f" {gib(holder.bytes)}" if holder.bytes is not None else "")
+            for holder in nvml.holders(gpu)
+        )
+        return (
+            f"GPU {gpu.index} ({short_name(gpu.name)}): the plan needs {gib(needed)}, {gib(free)} "
+            f"of {gib(gpu.memory)} are free; held by {held or 'nobody whom the driver names'}; "
+            "end them, or give the models less"
+        )
+
+    @contextlib.asynccontextmanager
+    async def start(self, spec: ModelSpec, number: int) -> AsyncIterator[tuple[ModelSpec, Keep]]:
+        """Wait for the replica's GPUs; its entry with all said, and where its report goes.
+
+        A replica whose overhead nobody has measured has its GPUs for itself, so that the
+        difference of the device's memory is its own.
+        """
+        replica = self.plan.replica(spec.name, number)
+        alone = not (replica.measured or replica.fingerprint in self._seen)
+        async with self._locks.hold(replica.devices, alone=alone):
+            before = self._used(replica)
+            yield (
+                self.plan.spec_of(spec, number),
+                lambda reports: self._keep(replica, before, reports) if alone else None,
+            )
+
+    def _used(self, replica: Replica) -> list[int]:
+        return [nvml.used_bytes(self.plan.box[index]) for index in replica.devices]
+
+    def _keep(
+        self, replica: Replica, before: Sequence[int], reports: Sequence[Mapping[str, Any]]
+    ) -> None:
+        if not replica.known:
+            return
+        grown = [now - then for now, then in zip(self._used(replica), before, strict=True)]
+        overhead = max(
+            overhead_bytes(each, report["bytes"], replica.weights + replica.kv)
+            for each, report in zip(grown, reports, strict=True)
+        )
+        self._seen.add(replica.fingerprint)
+        log.info(
+            "model=%s overhead planned=%s measured=%s grown=%s",
+            replica.name,
+            gib(replica.overhead),
+            gib(overhead),
+            ", ".join(gib(each) for each in grown),
+        )
+        about = {
+            "replica": asdict(replica),
+            "grown_bytes": grown,
+            "workers": [dict(report["bytes"]) for report in reports],
+        }
+        self._kept.keep(replica.fingerprint, overhead, about)
+
+
+def overhead_bytes(grown: int, worker: Mapping[str, int], planned: int) -> int:
+    """What a worker needs on its device besides the weights and KV cache that were planned.
+
+    `grown` is by how much the device's used memory grew: what torch has reserved, and CUDA's
+    context, modules and graphs beside it. A step of full size may need more than what torch
+    has reserved at the end of the start: all that is allocated then, and the activations.
+    """
+    beside = grown - worker["reserved"]
+    at_most = max(worker["reserved"], worker["allocated"] + worker["activations"])
+    return max(0, beside + at_most - planned)

@@ -1,0 +1,339 @@
+"""Plans of described boxes: who lies where, what fits, what would."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from llmserve.config import ModelSpec
+from llmserve.gpus import GIB, described
+from llmserve.planner import Planner
+from tests.unit.shapes import LLAMA_8B, LLAMA_70B, MINI_LM
+
+if TYPE_CHECKING:
+    from llmserve.plan import Plan, Problem
+    from llmserve.shape import Shape
+
+SHAPES = {"8b": LLAMA_8B, "70b": LLAMA_70B, "bert": MINI_LM}
+
+
+def planned(
+    gpus: str, models: dict[str, dict[str, Any]], overheads: dict[str, int] | None = None
+) -> Plan:
+    """The plan of entries whose `model` is one of SHAPES, or anything else: not known."""
+    specs = [ModelSpec.model_validate({"name": name} | entry) for name, entry in models.items()]
+    shapes: dict[str, Shape | str] = {
+        spec.name: SHAPES.get(spec.model, "the hub is not reachable") for spec in specs
+    }
+    return Planner(described(gpus), 0.08, shapes, (overheads or {}).get).plan(specs)
+
+
+def problem(gpus: str, **entry: Any) -> Problem:
+    """The one problem of a model that is alone in the registry."""
+    (found,) = planned(gpus, {"m": {"model": "8b"} | entry}).problems
+    return found
+
+
+def balance(plan: Plan) -> float:
+    uses = [plan.used(gpu.index) / gpu.memory for gpu in plan.box]
+    return max(uses) / min(uses)
+
+
+# --- what fits
+
+
+def test_one_model_gets_a_gpu_up_to_the_headroom() -> None:
+    plan = planned("H100", {"chat": {"model": "8b"}})
+    (replica,) = plan.replicas
+    assert not plan.problems
+    assert replica.devices == (0,)
+    assert plan.used(0) == pytest.approx(0.92 * plan.box[0].memory, rel=1e-3)
+    assert replica.tokens > 6 * replica.context
+    assert not replica.measured
+
+
+def test_two_models_share_what_is_left_by_what_a_request_takes() -> None:
+    plan = planned("H100", {"a": {"model": "8b"}, "b": {"model": "8b", "concurrency": 3}})
+    a, b = plan.replicas
+    assert b.kv == pytest.approx(3 * a.kv, rel=0.01)
+    assert plan.used(0) == pytest.approx(0.92 * plan.box[0].memory, rel=1e-3)
+
+
+def test_a_share_is_that_of_the_gpu_with_everything_in_it() -> None:
+    plan = planned(
+        "H100",
+        {
+            "a": {"model": "8b", "devices": [0], "gpu_memory_utilization": 0.3},
+            "b": {"model": "8b", "devices": [0], "gpu_memory_utilization": 0.5},
+        },
+    )
+    a, b = plan.replicas
+    total = plan.box[0].memory
+    assert a.bytes == pytest.approx(0.3 * total, abs=2)
+    assert b.bytes == pytest.approx(0.5 * total, abs=2)
+    assert b.kv - a.kv == pytest.approx(0.2 * total, abs=2)
+
+
+def test_an_amount_is_all_in_and_a_kv_cache_is_exact() -> None:
+    plan = planned(
+        "2xH100",
+        {"a": {"model": "8b", "memory": "30GiB"}, "b": {"model": "8b", "kv_cache": "12GiB"}},
+    )
+    a, b = plan.replicas
+    assert a.bytes == 30 * GIB
+    assert b.kv == 12 * GIB
+    assert a.devices != b.devices
+
+
+def test_a_model_too_large_for_one_gpu_gets_as_few_as_hold_it() -> None:
+    plan = planned("8xH100", {"large": {"model": "70b"}, "small": {"model": "8b"}})
+    large, small = plan.replicas
+    assert large.tensor_parallel_size == len(large.devices) == 2
+    assert small.tensor_parallel_size == 1
+    assert not set(large.devices) & set(small.devices)
+
+
+def test_replicas_go_to_gpus_of_their_own() -> None:
+    plan = planned("4xH100", {"m": {"model": "8b", "replicas": 4}})
+    assert [replica.devices for replica in plan.replicas] == [(0,), (1,), (2,), (3,)]
+    assert [replica.name for replica in plan.replicas] == ["m/0", "m/1", "m/2", "m/3"]
+
+
+def test_named_devices_are_the_replicas_in_turn() -> None:
+    entry = {"model": "8b", "replicas": 2, "tensor_parallel_size": 2, "devices": [3, 1, 0, 2]}
+    plan = planned("4xH100", {"m": entry})
+    assert [replica.devices for replica in plan.replicas] == [(3, 1), (0, 2)]
+
+
+def test_five_models_on_two_gpus_are_balanced() -> None:
+    models = {f"m{n}": {"model": "8b", "memory": f"{14 + 3 * n}GiB"} for n in range(2, 6)}
+    plan = planned("2xH100", models | {"bert": {"model": "bert"}})
+    assert not plan.problems
+    assert balance(plan) <= 1.10
+
+
+def test_what_was_measured_is_planned_with() -> None:
+    first = planned("H100", {"m": {"model": "8b", "memory": "40GiB"}}).replicas[0]
+    again = planned(
+        "H100", {"m": {"model": "8b", "memory": "40GiB"}}, {first.fingerprint: 3 * GIB}
+    ).replicas[0]
+    assert again.measured
+    assert again.overhead == 3 * GIB
+    assert again.bytes == first.bytes == 40 * GIB
+
+
+def test_a_measurement_holds_for_any_size_of_kv_cache_and_no_other_settings() -> None:
+    def mark(**entry: Any) -> str:
+        return planned("H100", {"m": {"model": "8b"} | entry}).replicas[0].fingerprint
+
+    assert mark() == mark(memory="40GiB") == mark(kv_cache="20GiB", aliases=["x"])
+    others = {
+        mark(engine={"max_num_seqs": 7}),
+        mark(engine={"enforce_eager": True}),
+        mark(engine={"max_model_len": 4096}),
+        mark(engine={"quantization": "fp8"}),
+    }
+    assert len(others | {mark()}) == 5
+
+
+def test_a_replicas_entry_says_everything_to_the_engine() -> None:
+    plan = planned("2xH100", {"m": {"model": "8b", "gpu_memory_utilization": 0.5, "replicas": 2}})
+    spec = ModelSpec(name="m", model="8b", gpu_memory_utilization=0.5, replicas=2)
+    said = plan.spec_of(spec, 1)
+    assert said.devices == (1,)
+    assert said.kv_cache == plan.replicas[1].kv
+    assert said.memory is None
+    # vLLM compares this with the free memory: no more than what surely is taken.
+    assert said.gpu_memory_utilization is not None
+    assert said.gpu_memory_utilization <= plan.replicas[1].bytes / plan.box[1].memory
+
+
+def test_a_model_of_which_nothing_is_known_gets_its_share_alone() -> None:
+    entry = {"model": "odd", "devices": [0], "gpu_memory_utilization": 0.4}
+    plan = planned("H100", {"odd": entry, "m": {"model": "8b"}})
+    odd, m = plan.replicas
+    assert not plan.problems
+    assert (odd.known, odd.bytes) == (False, int(0.4 * plan.box[0].memory))
+    assert m.bytes == pytest.approx(0.52 * plan.box[0].memory, rel=1e-3)
+    said = plan.spec_of(ModelSpec.model_validate({"name": "odd"} | entry), 0)
+    assert said.kv_cache is None  # vLLM measures
+    assert said.gpu_memory_utilization == pytest.approx(0.4)
+
+
+# --- what does not, and what would
+
+
+@pytest.mark.parametrize(
+    ("gpus", "entry", "message", "remedy", "key"),
+    [
+        (
+            "4xH100",
+            {"devices": [5]},
+            "GPU 5 is not there; this box has 0 to 3",
+            "devices: [0]",
+            "devices",
+        ),
+        (
+            "4xH100",
+            {"tensor_parallel_size": 8},
+            "needs 8 GPUs for each replica; this box has 4 (4 x H100 80GB HBM3)",
+            "tensor_parallel_size: 1",
+            "tensor_parallel_size",
+        ),
+        (
+            "4xH100",
+            {"tensor_parallel_size": 3},
+            "3 devices cannot share 32 attention heads",
+            "tensor_parallel_size: 1 or 2 or 4",
+            "tensor_parallel_size",
+        ),
+        (
+            "H100,L40S",
+            {"devices": [0, 1], "tensor_parallel_size": 2},
+            "different kinds share a replica: 0 is H100 80GB HBM3, 1 is L40S",
+            "tensor_parallel_size: 1, devices: [0]",
+            "devices",
+        ),
+        (
+            "H100",
+            {"devices": [0], "gpu_memory_utilization": 0.1},
+            "8.0 GiB of 79.6 GiB is less than the",
+            "gpu_memory_utilization: 0.24",
+            "gpu_memory_utilization",
+        ),
+        (
+            "H100",
+            {"memory": "16GiB"},
+            "16.0 GiB of 79.6 GiB is less than the",
+            "memory: 18.5GiB",
+            "memory",
+        ),
+        (
+            "H100",
+            {"kv_cache": "512MiB"},
+            "0.5 GiB of KV cache is less than 8,192 tokens take, 1.0 GiB",
+            "kv_cache: 1.1GiB",
+            "kv_cache",
+        ),
+        (
+            "2xH100",
+            {"model": "70b", "tensor_parallel_size": 1},
+            "needs 1",
+            "tensor_parallel_size: 2",
+            "",
+        ),
+        (
+            "L4",
+            {"concurrency": 40},
+            "KV cache of 40 x 8,192 tokens 40.0 GiB",
+            "concurrency: 1",
+            "",
+        ),
+        (
+            "T4",
+            {"engine": {"dtype": "bfloat16"}, "devices": [0]},
+            "bfloat16 needs compute capability 8.0; T4 has compute capability 7.5",
+            "dtype: float16",
+            "engine",
+        ),
+        (
+            "H100",
+            {"engine": {"max_model_len": 100_000}},
+            "max_model_len 100000 is longer than the model's context",
+            "max_model_len: 8192",
+            "engine",
+        ),
+        ("RTX4090", {"model": "70b"}, "needs 1", None, ""),
+        (
+            "H100",
+            {"model": "elsewhere"},
+            "its size is not known: the hub is not reachable",
+            "`devices` and `memory` in its entry",
+            "model",
+        ),
+    ],
+)
+def test_what_cannot_be_is_told_with_what_could(
+    gpus: str, entry: dict[str, Any], message: str, remedy: str | None, key: str
+) -> None:
+    found = problem(gpus, **entry)
+    assert message in found.message
+    assert found.remedy == remedy
+    assert found.key == key
+
+
+def test_a_remedy_fits_once_it_is_taken() -> None:
+    told = problem("RTX3090", engine={"max_model_len": 8192}, concurrency=1, kv_cache="8GiB")
+    assert told.remedy == "kv_cache: 1.1GiB"
+    assert not planned("RTX3090", {"m": {"model": "8b", "kv_cache": "1.1GiB"}}).problems
+
+
+def test_shares_that_are_more_than_a_gpu_are_told_with_what_is_free() -> None:
+    plan = planned(
+        "H100",
+        {
+            "a": {"model": "8b", "devices": [0], "gpu_memory_utilization": 0.6},
+            "b": {"model": "8b", "devices": [0], "gpu_memory_utilization": 0.6},
+        },
+    )
+    (found,) = plan.problems
+    assert found.model == "b"
+    assert "wants 47.8 GiB; free of 1 x H100 80GB HBM3: GPU 0 31.9 GiB" in found.message
+    assert found.remedy == "gpu_memory_utilization: 0.24"
+    assert [replica.model for replica in plan.replicas] == ["a"]
+
+
+def test_eight_bit_weights_are_offered_where_nothing_milder_fits() -> None:
+    found = problem("A10-18G", engine={"max_model_len": 2048})
+    assert found.remedy == "engine: {quantization: fp8}"
+
+
+def test_leaving_another_model_out_comes_last() -> None:
+    models = {"a": {"model": "8b", "memory": "20GiB"}, "b": {"model": "8b", "memory": "20GiB"}}
+    (found,) = planned("RTX4090", models).problems
+    assert found.remedy == "leaving a out"
+
+
+def test_twelve_models_on_eight_gpus_take_no_time() -> None:
+    models: dict[str, dict[str, Any]] = {
+        "large": {"model": "70b"},
+        "pair": {"model": "8b", "replicas": 2},
+        **{f"m{n}": {"model": "8b", "concurrency": n} for n in range(1, 6)},
+        **{f"e{n}": {"model": "bert"} for n in range(4)},
+        "huge": {"model": "70b", "tensor_parallel_size": 1, "replicas": 9},
+    }
+    began = time.process_time()
+    plan = planned("8xH100", models)
+    assert time.process_time() - began < 1
+    assert [found.model for found in plan.problems] == ["huge"]
+    assert len(plan.replicas) == 12
+    for gpu in plan.box:
+        assert plan.used(gpu.index) <= gpu.memory
+
+
+def test_planning_is_deterministic() -> None:
+    models: dict[str, dict[str, Any]] = {
+        f"m{n}": {"model": "8b", "concurrency": 1 + n % 3} for n in range(9)
+    }
+    assert planned("4xH100", models) == planned("4xH100", models)
+
+
+def test_pipeline_stages_take_a_gpu_each() -> None:
+    plan = planned("4xL4", {"m": {"model": "8b", "pipeline_parallel_size": 4}})
+    (replica,) = plan.replicas
+    assert len(replica.devices) == 4
+    assert replica.weights < LLAMA_8B.weights / 2
+
+
+def test_an_unknown_quantization_is_not_checked_and_a_known_one_is() -> None:
+    SHAPES["awq"] = replace(LLAMA_8B, quantization="awq", weights=5_700_000_000)
+    found = planned("V100-32G", {"m": {"model": "awq"}}).problems
+    assert "awq weights need compute capability 7.5; V100-SXM2-32GB has" in found[0].message
+    assert not planned("T4", {"m": {"model": "awq", "engine": {"max_model_len": 4096}}}).problems
+    assert math.isclose(
+        planned("MINE-80G", {"m": {"model": "awq"}}).used(0), 0.92 * 80 * GIB, rel_tol=0.01
+    )

@@ -1,0 +1,694 @@
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from llmserve import shape
+from llmserve.errors import ShapeUnknown
+from tests.fakes import spec
+from tests.unit.test_checkpoint import write_tensors
+
+if TYPE_CHECKING:
+    from llmserve.shape import Shape
+
+MODELS = Path(os.environ.get("LLMSERVE_TEST_MODELS", Path(__file__).parents[2] / "models"))
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 131072,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "rope_scaling": {
+        "factor": 8.0,
+        "high_freq_factor": 4.0,
+        "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 128256,
+}
+AWQ = {"bits": 4, "group_size": 128, "quant_method": "awq", "version": "gemm", "zero_point": True}
+LLAMA_AWQ = LLAMA | {"torch_dtype": "float16", "quantization_config": AWQ}
+QWEN3 = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "head_dim": 128,
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 36,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 36,
+    "num_key_value_heads": 8,
+    "rope_scaling": None,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+QWEN3_MOE = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "decoder_sparse_step": 1,
+    "head_dim": 128,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "max_position_embeddings": 40960,
+    "mlp_only_layers": [],
+    "moe_intermediate_size": 768,
+    "num_attention_heads": 32,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 4,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 151936,
+}
+QWEN2_MOE = {
+    "architectures": ["Qwen2MoeForCausalLM"],
+    "model_type": "qwen2_moe",
+    "decoder_sparse_step": 1,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "max_position_embeddings": 32768,
+    "moe_intermediate_size": 2560,
+    "num_attention_heads": 28,
+    "num_experts": 64,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 4,
+    "shared_expert_intermediate_size": 20480,
+    "sliding_window": 65536,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+MIXTRAL = {
+    "architectures": ["MixtralForCausalLM"],
+    "model_type": "mixtral",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 32768,
+    "num_attention_heads": 32,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "num_local_experts": 8,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 32000,
+}
+MISTRAL = {
+    "architectures": ["MistralForCausalLM"],
+    "model_type": "mistral",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 32768,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 32768,
+}
+GEMMA3 = {  # the file leaves head_dim, vocab_size and the length to transformers
+    "architectures": ["Gemma3ForConditionalGeneration"],
+    "model_type": "gemma3",
+    "mm_tokens_per_image": 256,
+    "text_config": {
+        "hidden_size": 3840,
+        "intermediate_size": 15360,
+        "model_type": "gemma3_text",
+        "num_attention_heads": 16,
+        "num_hidden_layers": 48,
+        "num_key_value_heads": 8,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window": 1024,
+    },
+    "torch_dtype": "bfloat16",
+    "vision_config": {
+        "hidden_size": 1152,
+        "image_size": 896,
+        "intermediate_size": 4304,
+        "model_type": "siglip_vision_model",
+        "num_attention_heads": 16,
+        "num_hidden_layers": 27,
+        "patch_size": 14,
+        "vision_use_head": False,
+    },
+}
+DEEPSEEK = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "model_type": "deepseek_v3",
+    "first_k_dense_replace": 3,
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "kv_lora_rank": 512,
+    "max_position_embeddings": 163840,
+    "moe_intermediate_size": 2048,
+    "moe_layer_freq": 1,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "num_attention_heads": 128,
+    "num_hidden_layers": 61,
+    "num_key_value_heads": 128,
+    "num_nextn_predict_layers": 1,
+    "q_lora_rank": 1536,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "quantization_config": {
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "quant_method": "fp8",
+        "weight_block_size": [128, 128],
+    },
+    "rope_scaling": {
+        "factor": 40,
+        "mscale": 1.0,
+        "original_max_position_embeddings": 4096,
+        "type": "yarn",
+    },
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "v_head_dim": 128,
+    "vocab_size": 129280,
+}
+LLAMA4 = {
+    "architectures": ["Llama4ForCausalLM"],
+    "model_type": "llama4_text",
+    "attention_chunk_size": 8192,
+    "head_dim": 128,
+    "hidden_size": 5120,
+    "interleave_moe_layer_step": 1,
+    "intermediate_size": 8192,
+    "intermediate_size_mlp": 16384,
+    "max_position_embeddings": 10485760,
+    "num_attention_heads": 40,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 8,
+    "num_local_experts": 16,
+    "rope_scaling": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 202048,
+}
+GPT_OSS = {
+    "architectures": ["GptOssForCausalLM"],
+    "model_type": "gpt_oss",
+    "head_dim": 64,
+    "hidden_size": 2880,
+    "intermediate_size": 2880,
+    "layer_types": ["sliding_attention", "full_attention"] * 12,
+    "max_position_embeddings": 131072,
+    "num_attention_heads": 64,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 8,
+    "num_local_experts": 32,
+    "quantization_config": {
+        "modules_to_not_convert": [
+            "model.layers.*.self_attn",
+            "model.layers.*.mlp.router",
+            "model.embed_tokens",
+            "lm_head",
+        ],
+        "quant_method": "mxfp4",
+    },
+    "rope_scaling": {
+        "factor": 32.0,
+        "original_max_position_embeddings": 4096,
+        "rope_type": "yarn",
+    },
+    "sliding_window": 128,
+    "tie_word_embeddings": False,
+    "vocab_size": 201088,
+}
+QWEN_VL = {
+    "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+    "model_type": "qwen2_5_vl",
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "max_position_embeddings": 128000,
+    "max_window_layers": 28,
+    "num_attention_heads": 28,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 4,
+    "rope_scaling": {"mrope_section": [16, 24, 24], "type": "mrope"},
+    "sliding_window": 32768,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "use_sliding_window": False,
+    "vision_config": {
+        "depth": 32,
+        "hidden_act": "silu",
+        "hidden_size": 1280,
+        "in_chans": 3,
+        "intermediate_size": 3420,
+        "num_heads": 16,
+        "out_hidden_size": 3584,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+    },
+    "vocab_size": 152064,
+}
+PHI3 = {
+    "architectures": ["Phi3ForCausalLM"],
+    "model_type": "phi3",
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "max_position_embeddings": 131072,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 32,
+    "original_max_position_embeddings": 4096,
+    "rope_scaling": {"long_factor": [1.0], "short_factor": [1.0], "type": "longrope"},
+    "sliding_window": 262144,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 32064,
+}
+GPT2 = {
+    "architectures": ["GPT2LMHeadModel"],
+    "model_type": "gpt2",
+    "n_ctx": 1024,
+    "n_embd": 768,
+    "n_head": 12,
+    "n_layer": 12,
+    "n_positions": 1024,
+    "vocab_size": 50257,
+}
+MINILM = {
+    "architectures": ["BertModel"],
+    "model_type": "bert",
+    "hidden_size": 384,
+    "intermediate_size": 1536,
+    "max_position_embeddings": 512,
+    "num_attention_heads": 12,
+    "num_hidden_layers": 6,
+    "position_embedding_type": "absolute",
+    "type_vocab_size": 2,
+    "vocab_size": 30522,
+}
+BGE_M3 = {
+    "architectures": ["XLMRobertaModel"],
+    "model_type": "xlm-roberta",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "max_position_embeddings": 8194,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 24,
+    "position_embedding_type": "absolute",
+    "torch_dtype": "float32",
+    "type_vocab_size": 1,
+    "vocab_size": 250002,
+}
+HYBRID = QWEN3 | {"architectures": ["HybridForCausalLM"], "model_type": "hybrid"}
+
+
+def write(folder: Path, config: dict[str, Any], **files: Any) -> Path:
+    for name, content in {"config": config, **files}.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return folder
+
+
+def read(folder: Path, config: dict[str, Any], **engine: Any) -> Shape:
+    return shape.read(spec(model=str(write(folder, config)), engine=engine))
+
+
+@pytest.mark.parametrize(
+    ("config", "gigabytes"),
+    [
+        (LLAMA, 2 * 8.030),
+        (QWEN3, 2 * 8.191),
+        (QWEN3_MOE, 2 * 30.53),
+        (QWEN2_MOE, 2 * 57.4),
+        (MIXTRAL, 2 * 46.70),
+        (LLAMA4, 2 * 107.77),
+        (MISTRAL, 2 * 7.248),
+        (GEMMA3, 2 * 12.187),
+        (QWEN_VL, 2 * 8.292),
+        (PHI3, 2 * 3.821),
+        (GPT2, 2 * 0.1244),
+        (MINILM, 2 * 0.02271),
+        (BGE_M3, 2 * 0.5678),
+        (LLAMA_AWQ, 5.73),
+        (DEEPSEEK, 671.0 + 1.85),  # a byte each, and a second one for the embeddings
+        (GPT_OSS, 13.76),
+    ],
+    ids=lambda value: value["architectures"][0] if isinstance(value, dict) else None,
+)
+def test_bytes_counted_from_the_config_alone(
+    tmp_path: Path, config: dict[str, Any], gigabytes: float
+) -> None:
+    found = read(tmp_path, config)
+    assert found.weights == pytest.approx(gigabytes * 1e9, rel=0.02)
+    assert found.linear + found.embeddings <= found.weights
+
+
+def test_parts_of_the_bytes(tmp_path: Path) -> None:
+    found = read(tmp_path, LLAMA)
+    assert found.embeddings == 2 * 2 * 128256 * 4096
+    assert found.linear == 2 * 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
+    tied = read(tmp_path, LLAMA | {"tie_word_embeddings": True})
+    assert tied.embeddings == found.embeddings // 2
+
+
+@pytest.mark.parametrize(
+    ("config", "facts"),
+    [
+        (LLAMA, (32, 32, 8, 128, 131072, None, False)),
+        (QWEN3, (36, 32, 8, 128, 40960, None, False)),
+        (MISTRAL, (32, 32, 8, 128, 32768, None, False)),
+        (GEMMA3, (48, 16, 8, 256, 131072, None, True)),
+        (DEEPSEEK, (61, 128, 128, 192, 163840, 576, False)),
+        (LLAMA4, (48, 40, 8, 128, 10485760, None, True)),
+        (GPT_OSS, (24, 64, 8, 64, 131072, None, True)),
+        (QWEN_VL, (28, 28, 4, 128, 128000, None, False)),
+        (PHI3, (32, 32, 32, 96, 4096, None, True)),
+        (GPT2, (12, 12, 12, 64, 1024, None, False)),
+        (MINILM, (0, 12, 12, 32, 512, None, False)),
+        (BGE_M3, (0, 16, 16, 64, 8194, None, False)),
+    ],
+    ids=lambda value: value["architectures"][0] if isinstance(value, dict) else None,
+)
+def test_what_a_token_keeps(
+    tmp_path: Path, config: dict[str, Any], facts: tuple[int | bool | None, ...]
+) -> None:
+    found = read(tmp_path, config)
+    assert (
+        found.attention_layers,
+        found.heads,
+        found.kv_heads,
+        found.head_dim,
+        found.context,
+        found.latent_dim,
+        found.approximate,
+    ) == facts
+
+
+@pytest.mark.parametrize(
+    ("said", "layers"),
+    [
+        ({"layer_types": ["linear_attention", "full_attention"] * 18}, 18),
+        ({"layers_block_type": ["mamba"] * 30 + ["hybrid"] * 6}, 6),
+        ({"attn_layer_indices": [3, 9]}, 2),
+        ({"full_attention_interval": 4}, 9),
+        ({"attn_layer_period": 8, "attn_layer_offset": 4}, 4),
+        ({"attn_type_list": [0, 0, 1] * 12}, 12),
+        ({"hybrid_override_pattern": "M-M*-" + "M" * 31}, 1),
+        ({"linear_attn_config": {"full_attn_layers": [4, 8, 36]}}, 3),
+        ({"model_type": "mamba"}, 0),
+    ],
+)
+def test_layers_with_a_state_keep_no_keys_and_values(
+    tmp_path: Path, said: dict[str, Any], layers: int
+) -> None:
+    write_tensors(tmp_path / "model.safetensors", {"model.embed_tokens.weight": ("BF16", (9, 4))})
+    found = read(tmp_path, HYBRID | said)
+    assert found.attention_layers == layers
+    assert found.approximate
+
+
+def test_a_hybrid_cannot_be_counted_from_its_config(tmp_path: Path) -> None:
+    with pytest.raises(ShapeUnknown, match=r"HybridForCausalLM cannot be counted .*safetensors"):
+        read(tmp_path, HYBRID | {"full_attention_interval": 4})
+
+
+@pytest.mark.parametrize(
+    ("said", "encodes"),
+    [
+        ({}, False),
+        ({"is_causal": False}, True),
+        ({"architectures": ["Qwen3Model"]}, False),  # causal, and pools
+        ({"architectures": ["LlamaBidirectionalModel"]}, True),
+        ({"architectures": ["ModernBertModel"], "model_type": "modernbert"}, True),
+        ({"architectures": ["BertLMHeadModel"], "model_type": "bert", "is_decoder": True}, False),
+    ],
+)
+def test_an_encoder_keeps_nothing(tmp_path: Path, said: dict[str, Any], encodes: bool) -> None:
+    assert (read(tmp_path, QWEN3 | said).attention_layers == 0) is encodes
+
+
+@pytest.mark.parametrize(
+    ("said", "head_dim"),
+    [
+        ({"head_dim": None}, 128),
+        ({"head_dim": 256, "global_head_dim": 512}, 512),  # the largest, for all
+        ({"qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "kv_lora_rank": None}, 96),
+        ({"qk_nope_head_dim": 0, "kv_lora_rank": None}, 128),
+    ],
+)
+def test_the_size_of_a_head(tmp_path: Path, said: dict[str, Any], head_dim: int) -> None:
+    write_tensors(tmp_path / "model.safetensors", {"model.embed_tokens.weight": ("BF16", (9, 4))})
+    assert read(tmp_path, QWEN3 | said).head_dim == head_dim
+
+
+def test_layers_that_share_the_keys_of_others(tmp_path: Path) -> None:
+    said = {"layer_types": ["full_attention"] * 36, "num_kv_shared_layers": 10}
+    assert read(tmp_path, QWEN3 | said).attention_layers == 26
+
+
+def test_the_indexer_of_sparse_attention_counts(tmp_path: Path) -> None:
+    found = read(tmp_path, DEEPSEEK | {"index_head_dim": 128})
+    assert (found.latent_dim, found.approximate) == (576 + 128, True)
+
+
+def test_one_key_for_all_heads(tmp_path: Path) -> None:
+    assert read(tmp_path, QWEN3 | {"multi_query": True}).kv_heads == 1
+
+
+@pytest.mark.parametrize(
+    ("config", "engine", "dtype"),
+    [
+        (LLAMA, {}, "bfloat16"),
+        (LLAMA | {"torch_dtype": "float32"}, {}, "bfloat16"),
+        (LLAMA | {"torch_dtype": "float16"}, {"dtype": "auto"}, "float16"),
+        (LLAMA | {"torch_dtype": None, "dtype": "float16"}, {}, "float16"),
+        (LLAMA, {"dtype": "float32"}, "float32"),
+        (LLAMA, {"dtype": "half"}, "float16"),
+        (LLAMA | {"torch_dtype": "float32"}, {"runner": "pooling"}, "float16"),
+        (BGE_M3, {}, "float16"),
+        (MINILM, {}, "float16"),
+    ],
+)
+def test_the_dtype_that_weights_are_loaded_as(
+    tmp_path: Path, config: dict[str, Any], engine: dict[str, Any], dtype: str
+) -> None:
+    found = read(tmp_path, config, **engine)
+    assert found.dtype == dtype
+    half = read(tmp_path, config, dtype="bfloat16").weights
+    assert found.weights == half * (2 if dtype == "float32" else 1)
+
+
+@pytest.mark.parametrize(
+    ("said", "context"),
+    [
+        ({"rope_scaling": {"factor": 4.0, "type": "linear"}}, 4 * 40960),
+        ({"rope_scaling": {"factor": 4.0, "rope_type": "yarn"}}, 40960),
+        ({"rope_parameters": {"full_attention": {"rope_type": "dynamic", "factor": 2}}}, 81920),
+        ({"model_max_length": 50000}, 50000),
+        ({"max_sequence_length": 1000}, 1000),
+        ({"max_position_embeddings": None}, 2048),
+    ],
+)
+def test_the_longest_context(tmp_path: Path, said: dict[str, Any], context: int) -> None:
+    assert read(tmp_path, {**QWEN3, "model_type": "other", **said}).context == context
+
+
+def test_the_context_of_a_sentence_encoder(tmp_path: Path) -> None:
+    write(tmp_path, MINILM, tokenizer_config={"model_max_length": 500})
+    assert read(tmp_path, MINILM).context == 500
+    write(tmp_path, MINILM, sentence_bert_config={"max_seq_length": 256})
+    assert read(tmp_path, MINILM).context == 256
+
+
+@pytest.mark.parametrize(
+    ("said", "method"),
+    [
+        ({}, None),
+        ({"quantization_config": AWQ}, "awq"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 8, "group_size": -1}}, "gptq"),
+        (
+            {
+                "compression_config": {
+                    "quant_method": "compressed_tensors",
+                    "config_groups": {"group_0": {"weights": {"num_bits": 8}}},
+                    "ignore": ["lm_head", "re:.*layers.0.*"],
+                }
+            },
+            "compressed-tensors",
+        ),
+        ({"quantization_config": {"quantization": {"quant_algo": "NVFP4"}}}, "modelopt_fp4"),
+    ],
+)
+def test_the_quantization_of_the_stored_weights(
+    tmp_path: Path, said: dict[str, Any], method: str | None
+) -> None:
+    found = read(tmp_path, LLAMA | said)
+    assert found.quantization == method
+    assert (found.weights < read(tmp_path, LLAMA).weights) is (method is not None)
+
+
+def test_quantization_in_a_file_of_its_own(tmp_path: Path) -> None:
+    write(tmp_path, LLAMA, hf_quant_config={"quantization": {"quant_algo": "FP8"}})
+    found = read(tmp_path, LLAMA)
+    assert found.quantization == "modelopt"
+    assert found.weights == pytest.approx(9.1e9, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"mlp_only_layers": list(range(24))},
+        {"decoder_sparse_step": 2},
+        {"moe_layer_freq": [0, 1] * 24},
+        {"moe_layer_freq": 2},
+        {"first_k_dense_replace": 24},
+    ],
+)
+def test_half_of_the_layers_without_experts(tmp_path: Path, said: dict[str, Any]) -> None:
+    every, half = read(tmp_path, QWEN3_MOE), read(tmp_path, QWEN3_MOE | said)
+    layer = 3 * 2048 * (128 * 768 - 6144)
+    assert every.linear - half.linear == 2 * 24 * layer
+
+
+def test_matrices_that_stay_unquantized(tmp_path: Path) -> None:
+    kept = {"quantization_config": AWQ | {"modules_to_not_convert": ["self_attn", "mlp.gate"]}}
+    attention = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024)
+    more = read(tmp_path, LLAMA | kept).weights - read(tmp_path, LLAMA_AWQ).weights
+    assert more == pytest.approx(attention * (2 - (4 + 20 / 128) / 8), rel=1e-6)
+
+
+def test_bits_that_nothing_tells(tmp_path: Path) -> None:
+    with pytest.raises(ShapeUnknown, match="how many bits aqlm takes"):
+        read(tmp_path, LLAMA | {"quantization_config": {"quant_method": "aqlm"}})
+
+
+def test_overrides_of_the_registry_hold(tmp_path: Path) -> None:
+    overrides = {"text_config": {"num_hidden_layers": 2}}
+    found = read(tmp_path, GEMMA3, hf_overrides=overrides)
+    assert (found.layers, found.kv_heads) == (2, 8)
+
+
+TINY = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 8,
+    "intermediate_size": 16,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 1,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 100,
+}
+TENSORS = {
+    "model.embed_tokens.weight": ("BF16", (100, 8)),
+    "lm_head.weight": ("BF16", (100, 8)),
+    "model.layers.0.self_attn.q_proj.weight": ("BF16", (8, 8)),
+    "model.layers.0.mlp.experts.down_proj": ("F32", (4, 8, 16)),
+    "model.layers.0.mlp.gate.weight": ("BF16", (4, 8)),
+    "model.norm.weight": ("F32", (8,)),
+}
+
+
+def test_bytes_from_the_headers(tmp_path: Path) -> None:
+    write_tensors(tmp_path / "model.safetensors", TENSORS)
+    found = read(tmp_path, TINY)  # float32 is loaded in the model's dtype, the tied head is not
+    assert found.embeddings == 2 * 800
+    assert found.linear == 2 * (64 + 512)
+    assert found.weights == found.embeddings + found.linear + 2 * (32 + 8)
+    assert read(tmp_path, TINY | {"tie_word_embeddings": False}).embeddings == 2 * 1600
+    assert read(tmp_path, TINY, dtype="float32").weights == 2 * found.weights
+
+
+def test_packed_weights_stay_as_they_are(tmp_path: Path) -> None:
+    tensors = {
+        "model.layers.0.mlp.up_proj.qweight": ("I32", (8, 2)),
+        "model.layers.0.mlp.up_proj.weight": ("F8_E4M3", (8, 8)),
+        "model.layers.0.mlp.up_proj.weight_scale_inv": ("F32", (1, 1)),
+    }
+    write_tensors(tmp_path / "model.safetensors", tensors)
+    assert read(tmp_path, TINY, dtype="float32").weights == 64 + 64 + 4
+    assert read(tmp_path, TINY).weights == 64 + 64 + 4
+
+
+def test_layers_that_only_predict_further_tokens_are_not_loaded(tmp_path: Path) -> None:
+    more = {
+        "model.layers.1.mlp.up_proj.weight": ("BF16", (8, 8)),
+        "mtp.fc.weight": ("BF16", (8, 16)),
+    }
+    config = TINY | {"num_nextn_predict_layers": 1}
+    write_tensors(tmp_path / "model.safetensors", TENSORS)
+    found = read(tmp_path, config).weights
+    write_tensors(tmp_path / "model.safetensors", TENSORS | more)
+    assert read(tmp_path, config).weights == found
+
+
+def test_the_speaking_parts_of_an_omni_model_are_not_loaded(tmp_path: Path) -> None:
+    tensors = {f"thinker.{name}": entry for name, entry in TENSORS.items()}
+    write_tensors(tmp_path / "model.safetensors", TENSORS)
+    alone = read(tmp_path, TINY)
+    write_tensors(tmp_path / "model.safetensors", tensors | {"talker.x.weight": ("BF16", (9, 9))})
+    config = {"architectures": ["OmniModel"], "thinker_config": {"text_config": TINY}}
+    found = read(tmp_path, config)
+    assert (found.weights, found.embeddings, found.linear) == (
+        alone.weights,
+        alone.embeddings,
+        alone.linear,
+    )
+
+
+def test_other_weights_by_the_size_of_their_files(tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").write_bytes(b"w" * 40_000)
+    (tmp_path / "training_args.bin").write_bytes(b"w" * 9_000)
+    found = read(tmp_path, TINY | {"torch_dtype": "float32"})
+    assert (found.weights, found.embeddings, found.linear) == (20_000, 1600, 18_400)
+    assert read(tmp_path, TINY).weights == 40_000
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({k: v for k, v in QWEN3.items() if k != "vocab_size"}, "does not say vocab_size"),
+        (QWEN3 | {"is_encoder_decoder": True}, "what an encoder-decoder keeps"),
+        (QWEN3 | {"block_configs": [{}]}, "Qwen3ForCausalLM cannot be counted"),
+        (QWEN3 | {"num_hidden_layers": "many"}, "does not say num_hidden_layers"),
+    ],
+)
+def test_what_is_missing_is_told(tmp_path: Path, config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ShapeUnknown, match=message) as refused:
+        read(tmp_path, config | {"model_type": "other"})
+    assert str(tmp_path) in refused.value.message
+    assert refused.value.message.isprintable()
+
+
+def test_gguf_alone(tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ShapeUnknown, match="GGUF files only"):
+        read(tmp_path, QWEN3)
+
+
+@pytest.mark.parametrize("name", ["SmolLM2-135M-Instruct", "all-MiniLM-L6-v2"])
+def test_a_config_counts_as_much_as_the_headers(tmp_path: Path, name: str) -> None:
+    folder = MODELS / name
+    if not (folder / "model.safetensors").is_file():
+        pytest.skip(f"no {folder}; `make models` makes it")
+    exact = shape.read(spec(model=str(folder)))
+    counted = read(tmp_path, json.loads((folder / "config.json").read_text()))
+    assert counted.weights == pytest.approx(exact.weights, rel=0.01)
+    assert counted.linear == pytest.approx(exact.linear, rel=0.01)
+    assert counted.embeddings == exact.embeddings
