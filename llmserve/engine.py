@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 _CPU_KV_CACHE_BYTES = 1 << 30  # per engine, where a registry says nothing
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vllm/config/lora.py, MaxLoRARanks
 # By whether the platform is a CPU; named, since the class lives in the engine's own process.
-_WORKERS = {True: "llmserve.worker.CpuWorker", False: "llmserve.worker.GpuWorker"}
+_WORKERS = {True: "llmserve.cpuworker.CpuWorker", False: "llmserve.worker.GpuWorker"}
 _STOP_S = 5.0  # what an engine gets to end by itself
 
 

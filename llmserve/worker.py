@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import torch
 from vllm.platforms import current_platform
-from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_worker import Worker
 
 if TYPE_CHECKING:
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 _IMPORTED = time.time()
 
 
-class _Telling(Worker):
+class GpuWorker(Worker):
     """The steps of a start in the order in which vLLM's executor asks for them."""
 
     def __init__(self, *arguments: Any, **more: Any) -> None:
@@ -87,14 +86,6 @@ class _Telling(Worker):
                 "activations": self._activations,
             }
         return report
-
-
-class GpuWorker(_Telling):
-    pass
-
-
-class CpuWorker(_Telling, CPUWorker):
-    pass
 
 
 def _peak_from_now() -> int:
