@@ -3,7 +3,8 @@
     python -m benchmarks.attached ours REGISTRY ADDRESSES
     python -m benchmarks.attached stock ADDRESSES VLLM-SERVE-ARGUMENTS...
 
-ADDRESSES is JSON: for each model the `input_address` and `output_address` of its core.
+ADDRESSES is JSON: for each model, and each replica of it, the `input_address` and
+`output_address` of its core.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from llmserve.config import ModelSpec
     from llmserve.pool import Running, State
 
-Addresses = dict[str, dict[str, str]]  # of each model
+Addresses = dict[str, list[dict[str, str]]]  # of each model's replicas
 
 
 class AttachedBackend:
@@ -41,7 +42,7 @@ class AttachedBackend:
         from llmserve.serving import Serving  # noqa: PLC0415  # as above
 
         launcher = Launcher(self._log_dir)
-        addresses = self._addresses[spec.name]
+        addresses = self._addresses[spec.name][number]
         engine = await asyncio.to_thread(launcher.start, spec, number, addresses)
         running: Running = await Serving.build(spec, engine)
         return running
@@ -74,7 +75,7 @@ def main() -> None:
         case ["ours", registry, addresses]:
             ours(Path(registry), orjson.loads(addresses))
         case ["stock", addresses, *arguments]:
-            (only,) = orjson.loads(addresses).values()
+            ((only,),) = orjson.loads(addresses).values()
             stock(only, arguments)
         case _:
             raise SystemExit(__doc__)

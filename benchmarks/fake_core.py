@@ -3,12 +3,12 @@
     python benchmarks/fake_core.py INPUT OUTPUT [--step-ms 15] [--core 1]
 
 It speaks vLLM's ZMQ and msgpack protocol and gives every request one token a step, with
-the statistics of a real core. (The one for tests is tests/contract/fake_core.py.)
+the statistics of a real core. An answer ends at `max_tokens`, or before at a request's
+`seed`: what a front end is told and how long an answer gets are two things. (The one for
+tests is tests/contract/fake_core.py.)
 
-A line of JSON on stdin sets `step_ms` or `gate` and is answered by a line: what has been
-sent since the line before. With a gate of N, requests wait until there are N of them and
-start in one step, so that a load can be measured without the set-up of its requests.
-The core ends when stdin does.
+A line of JSON on stdin sets what is in `Settings` and is answered by a line: the `Report`
+since the line before. The core ends when stdin does.
 
 Source: vllm/v1/engine/core.py (EngineCoreProc), core_client.py (AsyncMPClient).
 """
@@ -19,7 +19,8 @@ import argparse
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,6 +91,7 @@ class _Params(msgspec.Struct):
     """Of `SamplingParams` what is looked at here."""
 
     max_tokens: int | None = 16
+    seed: int | None = None
 
 
 class _Request(msgspec.Struct, array_like=True):
@@ -125,19 +127,36 @@ class Stream:
         )
 
 
+@dataclass(frozen=True)
+class Settings:
+    step_ms: float = 15.0
+    # Requests wait until there are so many of them and start in one step, so that a load
+    # can be measured without the set-up of its requests.
+    gate: int = 1
+    max_running: int = sys.maxsize  # others wait until one has ended
+    prefill_us: float = 0.0  # by which a prompt token makes the step longer that starts its request
+    prefix_tokens: int = 0  # by which prompts are told apart in the report; 0: not at all
+
+    @property
+    def step_s(self) -> float:
+        return self.step_ms / 1000
+
+
 @dataclass
 class Report:
-    """What was sent since the last settings. Times are `time.monotonic()`."""
+    """What was done since the last settings. Times are `time.monotonic()`."""
 
     tokens: int = 0
     steps: int = 0
     first_s: float = 0.0  # when the step of the first token began
     final_s: float = 0.0  # when the last token that ended a request was sent
     aborted: int = 0
+    running_s: float = 0.0  # of all requests together, in steps
+    prefixes: dict[str, list[float]] = field(default_factory=dict)  # when prompts of each came
 
 
 class FakeCore:
-    def __init__(self, inputs: str, outputs: str, step_ms: float, tokens: list[int]) -> None:
+    def __init__(self, inputs: str, outputs: str, settings: Settings, tokens: list[int]) -> None:
         context = zmq.Context()
         self._inputs = context.socket(zmq.DEALER)
         self._inputs.setsockopt(zmq.IDENTITY, (0).to_bytes(2, "little"))
@@ -157,9 +176,9 @@ class FakeCore:
         self._period = len(tokens)
         self._text = tokens * (MAX_MODEL_LEN // len(tokens) + 2)
         self._count = 0
-        self._step_s = step_ms / 1000
-        self._gate = 1
+        self._settings = settings
         self._step = 0
+        self._prefill_s = 0.0  # of what starts in the next step
         self._waiting: dict[str, Stream] = {}
         self._running: dict[str, Stream] = {}
         self._ends: dict[int, list[Stream]] = {}  # which requests end with a step
@@ -172,15 +191,24 @@ class FakeCore:
         """A step takes what waits at its beginning, and sends at its end."""
         while True:
             while not self._running:
-                self._listen(1.0 if not self._waiting else self._step_s)
+                self._listen(1.0 if not self._waiting else self._settings.step_s)
                 self._schedule()
-            tick = time.monotonic() + self._step_s
-            self._report.first_s = self._report.first_s or tick - self._step_s
+            began = time.monotonic()
+            tick = began + self._step_s
+            self._report.first_s = self._report.first_s or began
             while self._running:
                 self._listen_until(tick)
+                now = time.monotonic()
+                self._report.running_s += len(self._running) * (now - began)
+                began = now
                 self._send_step()
                 self._schedule()
                 tick = max(tick + self._step_s, time.monotonic())
+
+    @property
+    def _step_s(self) -> float:
+        """How long the next step takes."""
+        return self._settings.step_s + self._prefill_s
 
     # --- what comes in
 
@@ -215,13 +243,17 @@ class FakeCore:
                 self._send(EngineCoreOutputs(utility_output=result))
 
     def _add(self, request: _Request) -> None:
-        length = request.sampling_params.max_tokens or MAX_MODEL_LEN
+        said = request.sampling_params
+        length = min(said.max_tokens or MAX_MODEL_LEN, said.seed or MAX_MODEL_LEN)
         offset = self._count * 37 % self._period
         self._count += 1
         text = self._text[offset : offset + length]
         stream = Stream(request.request_id, iter(text), len(request.prompt_token_ids))
         stream.last_step = length  # counted from its start, which `_schedule` adds
         self._waiting[request.request_id] = stream
+        if count := self._settings.prefix_tokens:
+            prefix = hash(tuple(request.prompt_token_ids[:count]))
+            self._report.prefixes.setdefault(f"{prefix:x}", []).append(stream.queued_s)
 
     def _abort(self, request_id: str) -> None:
         stream = self._running.pop(request_id, None) or self._waiting.pop(request_id, None)
@@ -237,26 +269,28 @@ class FakeCore:
             said: dict[str, Any] = orjson.loads(line)
             print(orjson.dumps(asdict(self._report)).decode(), flush=True)
             self._report = Report()
-            self._step_s = said.get("step_ms", self._step_s * 1000) / 1000
-            self._gate = said.get("gate", self._gate)
+            self._settings = replace(self._settings, **said)
 
     # --- what goes out
 
     def _schedule(self) -> None:
-        """Start what waits, unless the gate is closed."""
-        if not self._waiting:
+        """Start what waits and has room, unless the gate is closed."""
+        self._prefill_s = 0.0
+        free = self._settings.max_running - len(self._running)
+        if not self._waiting or free <= 0:
             return
         now = time.monotonic()
-        if len(self._waiting) < self._gate:
+        if len(self._waiting) < self._settings.gate:
             oldest = next(iter(self._waiting.values()))
             if now - oldest.queued_s < _GATE_S:
                 return
-        for request_id, stream in self._waiting.items():
+        for request_id in list(islice(self._waiting, free)):
+            stream = self._waiting.pop(request_id)
             stream.describe_start(now)
             stream.last_step += self._step
             self._running[request_id] = stream
             self._ends.setdefault(stream.last_step, []).append(stream)
-        self._waiting = {}
+            self._prefill_s += stream.prompt_tokens * self._settings.prefill_us / 1e6
         self._settled = False
 
     def _send_step(self) -> None:
@@ -306,7 +340,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("inputs", metavar="INPUT", help="address of the front end's ROUTER")
     parser.add_argument("outputs", metavar="OUTPUT", help="address of the front end's PULL")
-    parser.add_argument("--step-ms", type=float, default=15.0)
+    parser.add_argument("--step-ms", type=float, default=Settings.step_ms)
     parser.add_argument("--core", type=int, help="run on this CPU core")
     parser.add_argument("--model", type=Path, default=MODEL, help="folder of the tokenizer")
     options = parser.parse_args()
@@ -314,7 +348,7 @@ def main() -> None:
         os.sched_setaffinity(0, {options.core})
     tokenizer = Tokenizer.from_file(str(options.model / "tokenizer.json"))
     tokens = tokenizer.encode(TEXT.replace("\n", " "), add_special_tokens=False).ids
-    FakeCore(options.inputs, options.outputs, options.step_ms, tokens).run()
+    FakeCore(options.inputs, options.outputs, Settings(options.step_ms), tokens).run()
 
 
 if __name__ == "__main__":

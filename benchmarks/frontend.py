@@ -85,7 +85,8 @@ def _on_front(
     runs: list[dict[str, Any]],
 ) -> loads.Figures:
     sizes = loads.QUICK if options.quick else loads.Sizes()
-    with fronts.front(name, options.cores, models, options.vllm_rs) as front:
+    said: dict[str, dict[str, Any]] = {model: {} for model in models}
+    with fronts.front(name, options.cores, said, options.vllm_rs) as front:
         load = loads.Load(front, sizes, seed=start * 1000)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             figures = runner.run(_all(load, chosen))

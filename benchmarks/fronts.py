@@ -105,7 +105,7 @@ class Process:
 
 
 class Core:
-    """A fake engine core."""
+    """A fake engine core: one replica of a model."""
 
     def __init__(self, name: str, folder: Path, core: int) -> None:
         self.paths = folder / f"{name}.in", folder / f"{name}.out"
@@ -122,9 +122,12 @@ class Core:
         return {"input_address": f"ipc://{inputs}", "output_address": f"ipc://{outputs}"}
 
     def set(self, **settings: float) -> dict[str, Any]:
-        """Change `step_ms` or `gate`; returns what was sent since the last call."""
+        """Change its settings; returns its report since the last call (fake_core.py)."""
         report: dict[str, Any] = json.loads(self.process.ask(json.dumps(settings).encode()))
         return report
+
+
+Engines = dict[str, list[Core]]  # by model, one for each replica
 
 
 @dataclass
@@ -134,11 +137,11 @@ class Front:
     name: str
     process: Process
     port: int
-    cores: dict[str, Core]  # by model
+    cores: Engines
 
     @property
     def core(self) -> Core:
-        return next(iter(self.cores.values()))
+        return next(iter(self.cores.values()))[0]
 
     @property
     def model(self) -> str:
@@ -152,23 +155,33 @@ class Front:
 
 @contextmanager
 def front(
-    kind: str, cores: Cores, models: tuple[str, ...] = ("chat",), vllm_rs: Path | None = None
+    kind: str,
+    cores: Cores,
+    models: Mapping[str, Mapping[str, Any]],
+    vllm_rs: Path | None = None,
 ) -> Iterator[Front]:
-    """A front end of a kind with a fake engine core for each model, until the block ends."""
+    """A front end of a kind, each replica of a model on a fake engine core, until the block ends.
+
+    `models` has what the registry says of each besides what it says of all.
+    """
     with ExitStack() as stack:
         folder = Path(tempfile.mkdtemp(prefix="llmserve-bench-"))
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
-        engines: dict[str, Core] = {}
-        for model in models:
-            engines[model] = Core(model, folder, cores.engine)
-            stack.callback(engines[model].process.end)
+        engines: Engines = {}
+        for model, said in models.items():
+            engines[model] = []
+            for number in range(said.get("replicas", 1)):
+                engine = Core(f"{model}.{number}", folder, cores.engine)
+                stack.callback(engine.process.end)
+                engines[model].append(engine)
         port = _free_port()
         if kind == "rust":
             assert vllm_rs is not None
             process = _rust(vllm_rs, folder, port, engines, cores.front)
         else:
-            command = _ours if kind == "ours" else _stock
-            line = [sys.executable, "-m", "benchmarks.attached", *command(folder, port, engines)]
+            ours = kind == "ours"
+            arguments = _ours(folder, port, models, engines) if ours else _stock(port, engines)
+            line = [sys.executable, "-m", "benchmarks.attached", *arguments]
             process = Process(line, folder / "front.log", cores.front)
         stack.callback(process.end)
         started = Front(kind, process, port, engines)
@@ -176,8 +189,10 @@ def front(
         yield started
 
 
-def _ours(folder: Path, port: int, engines: dict[str, Core]) -> list[str]:
-    entry = {
+def _ours(
+    folder: Path, port: int, models: Mapping[str, Mapping[str, Any]], engines: Engines
+) -> list[str]:
+    entry: dict[str, Any] = {
         "model": str(MODEL),
         "max_in_flight": 2048,
         "engine": {"max_model_len": MAX_MODEL_LEN, "max_num_seqs": MAX_NUM_SEQS},
@@ -185,12 +200,14 @@ def _ours(folder: Path, port: int, engines: dict[str, Core]) -> list[str]:
     registry = folder / "models.yaml"
     server = {"host": HOST, "port": port, "log_dir": str(folder)}
     registry.write_text(
-        yaml.safe_dump({"server": server, "models": {name: dict(entry) for name in engines}})
+        yaml.safe_dump(
+            {"server": server, "models": {name: {**entry, **said} for name, said in models.items()}}
+        )
     )
     return ["ours", str(registry), _addresses(engines)]
 
 
-def _stock(_: Path, port: int, engines: dict[str, Core]) -> list[str]:
+def _stock(port: int, engines: Engines) -> list[str]:
     (name,) = engines
     return [
         "stock",
@@ -202,13 +219,13 @@ def _stock(_: Path, port: int, engines: dict[str, Core]) -> list[str]:
     ]
 
 
-def _addresses(engines: dict[str, Core]) -> str:
-    return json.dumps({name: core.urls for name, core in engines.items()})
+def _addresses(engines: Engines) -> str:
+    return json.dumps({name: [core.urls for core in each] for name, each in engines.items()})
 
 
-def _rust(binary: Path, folder: Path, port: int, engines: dict[str, Core], core: int) -> Process:
+def _rust(binary: Path, folder: Path, port: int, engines: Engines, core: int) -> Process:
     """vLLM's Rust front end as `vllm serve` starts it: RustFrontendProcessManager."""
-    (name, engine), *_ = engines.items()
+    (name, (engine,)), *_ = engines.items()
     with ExitStack() as stack:
         http = stack.enter_context(socket.create_server((HOST, port), backlog=2048))
         inputs, outputs = (stack.enter_context(_unix_listener(path)) for path in engine.paths)
@@ -251,10 +268,10 @@ def _free_port() -> int:
 def _wait_for(started: Front) -> None:
     """Until each model answers. Raises RuntimeError if it does not."""
     end = time.monotonic() + _START_S
-    for model, core in started.cores.items():
+    for model, cores in started.cores.items():
         while time.monotonic() < end:
-            started.process.check()
-            core.process.check()
+            for process in (started.process, *(core.process for core in cores)):
+                process.check()
             if asyncio.run(_answers(started, model)):
                 break
             time.sleep(0.25)

@@ -198,7 +198,7 @@ class Load:
 
     async def fairness(self) -> Figures:
         """One stream of the first model, alone and while the second one is flooded."""
-        for core in self.front.cores.values():
+        for (core,) in self.front.cores.values():
             core.set(step_ms=self.sizes.step_ms)
         quiet, busy = self.front.cores
         alone = await self._single(quiet)
@@ -222,19 +222,19 @@ class Load:
         }
 
     async def _single(self, model: str) -> Answer:
-        body = _body("Write a story about a lighthouse.", self.sizes.single_tokens)
-        return _whole(await self.front.ask(body | {"model": model}), self.sizes.single_tokens)
+        body = body_of("Write a story about a lighthouse.", self.sizes.single_tokens)
+        return whole(await self.front.ask(body | {"model": model}), self.sizes.single_tokens)
 
     async def _ask_for_ever(self, model: str) -> None:
         tokens = self.sizes.flood_tokens
         while True:
-            answer = await self.front.ask(_body("Write a story.", tokens) | {"model": model})
-            _whole(answer, tokens)
+            answer = await self.front.ask(body_of("Write a story.", tokens) | {"model": model})
+            whole(answer, tokens)
 
     async def _run(self, name: str, prompts: list[str], tokens: list[int]) -> Run:
         """One request for each prompt, all at once, each with its number of tokens."""
         await asyncio.sleep(_REST_S)
-        bodies = list(map(_body, prompts, tokens))
+        bodies = list(map(body_of, prompts, tokens))
         self.front.core.set()  # begin a new report
         before, began = self._times(), time.monotonic()
         async with asyncio.timeout(_RUN_S):
@@ -245,7 +245,7 @@ class Load:
         await asyncio.sleep(_REST_S)
         after = self._times()
         run = Run(
-            answers=list(map(_whole, answers, tokens)),
+            answers=list(map(whole, answers, tokens)),
             core=self.front.core.set(),
             front_s=after.front_s - before.front_s,
             waited_s=after.waited_s - before.waited_s,
@@ -293,7 +293,7 @@ def _stories(count: int) -> list[str]:
     return [f"Write a story about number {n}." for n in range(count)]
 
 
-def _body(prompt: str, tokens: int) -> dict[str, Any]:
+def body_of(prompt: str, tokens: int) -> dict[str, Any]:
     return {
         "messages": [{"role": "user", "content": prompt}],
         "max_tokens": tokens,
@@ -304,7 +304,7 @@ def _body(prompt: str, tokens: int) -> dict[str, Any]:
     }
 
 
-def _whole(answer: Answer, tokens: int) -> Answer:
+def whole(answer: Answer, tokens: int) -> Answer:
     """The answer if it is all that was asked for. Raises RuntimeError."""
     if answer.error:
         raise RuntimeError(f"a request failed: {answer.error}")

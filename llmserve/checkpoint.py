@@ -20,8 +20,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import huggingface_hub
+from huggingface_hub import errors
 
 from llmserve.errors import ShapeUnknown
+from llmserve.hub import told
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -199,7 +201,7 @@ class Repository(Checkpoint):
         self.api = huggingface_hub.HfApi(token=engine.get("hf_token"))
         self.revision = engine.get("revision")
         self.folder = engine.get("download_dir")
-        with _told(repo, self.revision):
+        with told(repo, self.revision, ShapeUnknown):
             info = self.api.model_info(
                 repo, revision=self.revision, files_metadata=True, timeout=_HUB_TIMEOUT_S
             )
@@ -208,14 +210,17 @@ class Repository(Checkpoint):
         )
 
     def content(self, file: str) -> bytes:
-        with _told(self.name, self.revision):
+        with told(self.name, self.revision, ShapeUnknown):
             path = self.api.hf_hub_download(
                 self.name, file, revision=self.revision, cache_dir=self.folder
             )
         return Path(path).read_bytes()
 
     def headers(self, files: Sequence[str]) -> list[Tensor]:
-        with _told(self.name, self.revision), ThreadPoolExecutor(_HUB_THREADS) as threads:
+        with (
+            told(self.name, self.revision, ShapeUnknown),
+            ThreadPoolExecutor(_HUB_THREADS) as threads,
+        ):
             return [tensor for part in threads.map(self._header, files) for tensor in part]
 
     def _header(self, file: str) -> list[Tensor]:
@@ -245,7 +250,6 @@ def of(spec: ModelSpec) -> Checkpoint:
 
 
 def _cached(spec: ModelSpec) -> Folder | None:
-    errors = huggingface_hub.errors
     try:
         path = huggingface_hub.snapshot_download(
             spec.model,
@@ -271,32 +275,6 @@ def _readable(what: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise ShapeUnknown(f"{what} cannot be read: {error.strerror}") from None
-
-
-@contextmanager
-def _told(repo: str, revision: str | None) -> Iterator[None]:
-    """Errors of the hub as ShapeUnknown with the cause in one line."""
-    errors = huggingface_hub.errors
-    transport = errors.HfHubHTTPError.__mro__[1]  # of the HTTP client that the library uses
-    try:
-        yield
-    except errors.GatedRepoError:
-        cause = "is gated on the hub: accept its terms, set HF_TOKEN"
-    except errors.RevisionNotFoundError:
-        cause = f"has no revision {revision} on the hub"
-    except errors.RepositoryNotFoundError:
-        cause = "is neither a folder here nor a model on the hub (if it is private, set HF_TOKEN)"
-    except errors.HFValidationError:
-        cause = "is neither a folder here nor a name the hub allows"
-    except errors.SafetensorsParsingError:
-        cause = "has a broken safetensors file on the hub"
-    except errors.HfHubHTTPError as error:
-        cause = f"could not be read: the hub said {getattr(error.response, 'status_code', error)}"
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, transport, OSError):
-        cause = "is not in the cache, and the hub is not reachable"
-    else:
-        return
-    raise ShapeUnknown(f"{repo} {cause}")
 
 
 def _merged(said: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:

@@ -47,7 +47,8 @@ def flaws(spec: ModelSpec, shape: Shape | str, box: Box) -> list[Problem]:
 
 def tensor_parallel_sizes(spec: ModelSpec, shape: Shape, box: Box) -> list[int]:
     """The degrees that may be tried: what the entry says, else powers of two that divide."""
-    if spec.tensor_parallel_size or spec.devices is not None:
+    said = spec.tensor_parallel_size or spec.engine.get("tensor_parallel_size")
+    if said or spec.devices is not None:
         return [spec.parallel_sizes["tensor_parallel_size"]]
     others = math.prod(spec.parallel_sizes.values())
     tried = (2**power for power in range(11))

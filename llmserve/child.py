@@ -28,6 +28,7 @@ def enter() -> None:
     config = _config_of(multiprocessing.current_process())
     if parent is None or config is None or LOG_DIR not in os.environ:
         return  # the server itself, or a worker, which inherits all this from its core
+    _see_only_own_gpus(config)
     replica = _replica_of(config.instance_id)
     file = log_file(Path(os.environ[LOG_DIR]), config.model_config.served_model_name, replica)
     with contextlib.suppress(PermissionError):  # it leads its group already
@@ -35,6 +36,19 @@ def enter() -> None:
     _write_to(file)
     _log_again(config)
     threading.Thread(target=_end_with, args=(parent,), daemon=True, name="parent-watch").start()
+
+
+def _see_only_own_gpus(config: Any) -> None:
+    """Number the engine's GPUs from 0, before CUDA looks.
+
+    torch.compile writes the device's number into what it caches, and vLLM's key of that
+    cache leaves it out: what was compiled on one GPU fails on another with "invalid
+    argument". vLLM maps its physical ids through this variable itself
+    (vllm/platforms/interface.py, logical_device_id_to_visible_device_id).
+    """
+    ids = config.parallel_config.assigned_physical_gpu_ids
+    if ids is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(str(each) for each in ids)
 
 
 def log_file(folder: Path, model: str, replica: int | None = None) -> Path:

@@ -71,7 +71,7 @@ def plan(
     config = _load(registry)
     planned = survey.plan(config, _box(gpus, box))
     if svg is not None:
-        svg.write_text(report.svg(planned), encoding="utf-8")
+        _write(svg, report.svg(planned))
     console = Console()
     if as_json:
         console.print_json(data=report.document(planned))
@@ -88,7 +88,7 @@ def _box(gpus: str | None, file: Path | None) -> Box:
     if gpus is not None and file is not None:
         _fail("--gpus and --box both describe the box; use one", ConfigError.exit_code)
     try:
-        found = described(gpus) if gpus else from_file(file) if file else nvml.visible()
+        found = described(gpus) if gpus is not None else from_file(file) if file else nvml.visible()
     except ConfigError as error:
         _fail(error.message, error.exit_code)
     if not found:
@@ -137,6 +137,13 @@ def version() -> None:
 
 def main() -> None:
     app()
+
+
+def _write(file: Path, text: str) -> None:
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        _fail(f"{file} cannot be written: {error.strerror}", ConfigError.exit_code)
 
 
 def _load(registry: Path) -> Config:

@@ -33,7 +33,11 @@ def prepare(engines: int, log_dir: Path, env: MutableMapping[str, str] = os.envi
     env[LOG_DIR] = str(log_dir)
     # A forked child of a process with threads can deadlock; spawned ones start clean.
     env["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+    # GPUs are planned as the driver counts them; left to itself, CUDA puts the fastest first.
+    env["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
     env.setdefault("VLLM_NO_USAGE_STATS", "1")
+    # CUDA counts GPUs as the driver does; its own order is by speed.
+    env.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     # A step's output in one slice: between slices vLLM would let the loop go round.
     env.setdefault("VLLM_V1_OUTPUT_PROC_CHUNK_SIZE", "4096")
     # Answers can be fetched again by id; serving.py bounds how many are kept.

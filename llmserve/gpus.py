@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from pathlib import Path
 
+    from pydantic_core import ErrorDetails
+
 GIB = 2**30
 _MIB = 2**20
 GPU_LIMIT = 1024  # in one box
@@ -152,11 +154,25 @@ def from_file(file: Path) -> Box:
         lines = [] if document.problems else _BoxFile.model_validate(document.value).gpus
     except ValidationError as error:
         for detail in error.errors(include_url=False):
-            document.problem(detail["loc"], detail["msg"])
+            document.problem(detail["loc"], _plain(detail))
         lines = []
+    for at, line in enumerate(lines):
+        try:
+            _gpu(line.name, line.memory, 0, 0)
+        except ConfigError as error:
+            document.problem(("gpus", at, "name"), error.message)
     if document.problems:
         raise ConfigError([problem.within(file.name) for problem in sorted(document.problems)])
     return tuple(_laid_out(lines))
+
+
+def _plain(detail: ErrorDetails) -> str:
+    """One finding of pydantic in words."""
+    if detail["type"] != "extra_forbidden":
+        return detail["msg"][:1].lower() + detail["msg"][1:]
+    known = _Described.model_fields if len(detail["loc"]) > 1 else _BoxFile.model_fields
+    near = nearest(str(detail["loc"][-1]), known)
+    return "unknown key; " + (f"nearest: {near}" if near else f"known: {', '.join(known)}")
 
 
 def _laid_out(lines: Sequence[_Described]) -> Iterable[Gpu]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 import huggingface_hub
@@ -11,9 +12,10 @@ from tqdm.auto import tqdm
 from llmserve.errors import StartupError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
     from llmserve.config import ModelSpec
+    from llmserve.errors import LLMServeError
 
 _HUB_TIMEOUT_S = 10
 # The hub's library has its own errors derive from those of the HTTP client it uses.
@@ -39,35 +41,38 @@ def download(spec: ModelSpec, progress: Callable[[int, int], None]) -> ModelSpec
     engine, folders = spec.engine, {}
     for repo in spec.hub_names:
         revision = engine.get("revision") if repo == spec.model else None
-        try:
+        with told(repo, revision, StartupError):
             huggingface_hub.utils.validate_repo_id(repo)
             folders[repo] = _fetch(repo, revision, engine, progress)
-        except errors.GatedRepoError:
-            raise StartupError(
-                f"{repo} is gated on the hub: accept its terms, set HF_TOKEN"
-            ) from None
-        except errors.RevisionNotFoundError:
-            raise StartupError(f"{repo} has no revision {revision} on the hub") from None
-        except errors.RepositoryNotFoundError:
-            raise StartupError(
-                f"{repo} is neither a folder here nor a model on the hub "
-                "(if it is private, set HF_TOKEN)"
-            ) from None
-        except errors.HFValidationError:
-            raise StartupError(
-                f"{repo} is neither a folder here nor a name the hub allows"
-            ) from None
-        except errors.HfHubHTTPError as error:
-            status = getattr(error.response, "status_code", "no status")
-            raise StartupError(f"{repo} could not be downloaded: the hub said {status}") from error
-        except _NOT_THERE:
-            raise StartupError(
-                f"{repo} is not in the cache, and the hub is not reachable"
-            ) from None
-        except OSError as error:
-            raise StartupError(f"{repo} could not be downloaded: {error}") from error
     loras = {name: folders.get(source, source) for name, source in spec.loras.items()}
     return spec.model_copy(update={"loras": loras})
+
+
+@contextlib.contextmanager
+def told(repo: str, revision: str | None, raised: Callable[[str], LLMServeError]) -> Iterator[None]:
+    """Errors of the hub as one of ours, with the cause in one line."""
+    try:
+        yield
+    except errors.GatedRepoError:
+        cause = "is gated on the hub: accept its terms, set HF_TOKEN"
+    except errors.RevisionNotFoundError:
+        cause = f"has no revision {revision} on the hub"
+    except errors.RepositoryNotFoundError:
+        cause = "is neither a folder here nor a model on the hub (if it is private, set HF_TOKEN)"
+    except errors.HFValidationError:
+        cause = "is neither a folder here nor a name the hub allows"
+    except errors.SafetensorsParsingError:
+        cause = "has a broken safetensors file on the hub"
+    except errors.HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", "no status")
+        cause = f"could not be downloaded: the hub said {status}"
+    except _NOT_THERE:
+        cause = "is not in the cache, and the hub is not reachable"
+    except OSError as error:
+        cause = f"could not be downloaded: {error}"
+    else:
+        return
+    raise raised(f"{repo} {cause}") from None
 
 
 def _fetch(

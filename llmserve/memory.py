@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 BLOCK_TOKENS = 16  # of a KV cache, unless `block_size` says otherwise
 _MIB = 2**20
-_CONTEXT = 0.6 * GIB  # CUDA context, kernels, cuBLAS workspaces
+_CONTEXT = 0.95 * GIB  # CUDA context, kernels, workspaces; H100s with vLLM 0.32 measured
 _COMMUNICATION = 0.9 * GIB  # NCCL and all-reduce buffers of a group
 _GRAPHS_PER_LAYER = 14 * _MIB
 _SAMPLER_BYTES = 12  # a logit: as float32, and twice while it is sorted

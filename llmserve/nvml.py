@@ -71,7 +71,7 @@ def _name_of(pid: int) -> str:
 
 
 def _seen(env: Mapping[str, str]) -> Iterator[Gpu]:
-    """NVML counts in PCI order; vLLM too, since it sets no CUDA_DEVICE_ORDER of its own."""
+    """NVML counts in PCI order; CUDA too, by the CUDA_DEVICE_ORDER that `environment` sets."""
     handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
     uuids = [pynvml.nvmlDeviceGetUUID(handle) for handle in handles]
     islands = _islands(handles)
@@ -88,7 +88,10 @@ def _seen(env: Mapping[str, str]) -> Iterator[Gpu]:
 
 
 def _order(chosen: str | None, uuids: list[str]) -> list[int]:
-    """Which GPUs CUDA_VISIBLE_DEVICES leaves; as CUDA does, it ends at the first unknown one."""
+    """Which GPUs CUDA_VISIBLE_DEVICES leaves.
+
+    As in CUDA, it ends at the first unknown one, and leaves none if one is named twice.
+    """
     if chosen is None:
         return list(range(len(uuids)))
     left: list[int] = []
@@ -100,7 +103,7 @@ def _order(chosen: str | None, uuids: list[str]) -> list[int]:
             left += by_uuid
         else:
             break
-    return left
+    return left if len(set(left)) == len(left) else []
 
 
 def _islands(handles: list[Any]) -> list[int]:

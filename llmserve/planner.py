@@ -56,10 +56,11 @@ class Wanted:
 
     def __init__(self, spec: ModelSpec, shape: Shape | None, sizes: Sequence[Size], box: Box):
         self.spec = spec
-        self.sizes = {self._option(size): size for size in sizes}
         self._shape = shape
         self._box = box
         self._groups = checks.groups(spec, box)
+        enough = [size for size in sizes if not self._exceeds(size, self._widest)]
+        self.sizes = {self._option(size): size for size in enough or sizes}
 
     @property
     def names(self) -> list[str]:
@@ -80,18 +81,28 @@ class Wanted:
             parallel = parallel | {"tensor_parallel_size": size.settings.tensor_parallel_size}
         besides, least = (size.besides, size.least) if size else (0, 0)
         kv = int(self.spec.kv_cache) if self.spec.kv_cache and (least or not size) else least
-        budget = 0 if self.spec.kv_cache else int(self.spec.memory or 0)
-        share = 0.0 if self.spec.kv_cache else self.spec.gpu_memory_utilization or 0.0
+        exact = size is not None and self.spec.kv_cache is not None
+        budget = 0 if exact else int(self.spec.memory or 0)
+        share = 0.0 if exact else self.spec.gpu_memory_utilization or 0.0
         return Option(math.prod(parallel.values()), max(besides + kv, budget), share)
 
-    def budget(self, gpu: Gpu) -> int | None:
+    @property
+    def _widest(self) -> Gpu:
+        """The GPU that matters for its budget: the smallest of its own, or the largest of all."""
+        own = [gpu for group in self._groups for gpu in group]
+        return min(own, key=_memory) if own else max(self._box, key=_memory)
+
+    def _budget(self, gpu: Gpu) -> int | None:
         """What it may take of a GPU; None if the entry does not say."""
-        if self.spec.kv_cache is not None:
-            return None
         if self.spec.memory is not None:
             return int(self.spec.memory)
         share = self.spec.gpu_memory_utilization
         return None if share is None else int(share * gpu.memory)
+
+    def _exceeds(self, size: Size, gpu: Gpu) -> bool:
+        """Whether a size needs more than the entry gives it; a KV cache that is said wins."""
+        budget = None if self.spec.kv_cache is not None else self._budget(gpu)
+        return budget is not None and size.needs > budget
 
     def too_small(self) -> Problem | None:
         """A KV cache or budget in which the model cannot answer one request."""
@@ -106,17 +117,25 @@ class Wanted:
                 f"take, {gib(size.least)}",
                 "kv_cache",
             )
-        gpus = [gpu for group in self._groups for gpu in group]
-        widest = min(gpus, key=_memory) if gpus else max(self._box, key=_memory)
-        budget = self.budget(widest)
-        if budget is None or budget >= size.needs:
+        return self._short(size, self._widest)
+
+    def short_on(self, placed: Placed) -> Problem | None:
+        """A share of a GPU, small among others, in which it cannot answer one request."""
+        size = self.sizes.get(placed.option)
+        return None if size is None else self._short(size, self._smallest(placed))
+
+    def _short(self, size: Size, gpu: Gpu) -> Problem | None:
+        if not self._exceeds(size, gpu):
             return None
         key = "memory" if self.spec.memory is not None else "gpu_memory_utilization"
         return self._problem(
-            f"{gib(budget)} of {gib(widest.memory)} is less than the {size.told(self.spec.concurrency)} "
-            "that it needs on each GPU",
+            f"{gib(self._budget(gpu) or 0)} of {gib(gpu.memory)} is less than the "
+            f"{size.told(self.spec.concurrency)} that it needs on each GPU",
             key,
         )
+
+    def _smallest(self, placed: Placed) -> Gpu:
+        return min((self._box[index] for index in placed.devices), key=_memory)
 
     def no_room(self, misfit: Misfit) -> Problem:
         size = self.least
@@ -157,7 +176,7 @@ class Wanted:
             )
 
     def replica(self, number: int, placed: Placed) -> Replica:
-        smallest = min((self._box[index] for index in placed.devices), key=_memory)
+        smallest = self._smallest(placed)
         size = self.sizes.get(placed.option)
         if size is None or self._shape is None:
             return Replica(
@@ -168,7 +187,7 @@ class Wanted:
                 tensor_parallel_size=self.spec.parallel_sizes["tensor_parallel_size"],
                 pipeline_parallel_size=self.spec.pipeline_parallel_size,
                 weights=0,
-                overhead=self.budget(smallest) or 0,
+                overhead=self._budget(smallest) or 0,
                 kv=0,
                 tokens=0,
                 context=0,
@@ -199,7 +218,7 @@ class Wanted:
             return 0
         if self.spec.kv_cache is not None:
             return int(self.spec.kv_cache)
-        budget = self.budget(gpu)
+        budget = self._budget(gpu)
         return size.least + extra if budget is None else budget - size.besides
 
     def _problem(self, message: str, key: str) -> Problem:
@@ -253,6 +272,10 @@ class Planner:
                 problems.append(each.no_room(left[0]))
                 continue
             placed = [placement.placed[name] for name in each.names]
+            short = [problem for one in placed if (problem := each.short_on(one)) is not None]
+            if short:
+                problems.append(short[0])
+                continue
             replicas += [each.replica(number, one) for number, one in enumerate(placed)]
         return Plan(self._box, self._headroom, tuple(replicas), tuple(problems))
 
@@ -294,7 +317,9 @@ class Planner:
             changed = remedy.applied(specs)
             tried = self._laid_out(changed, finish=False)
             if {each.model for each in tried.problems} <= failed:
-                return replace(problem, remedy=remedy.told(self._laid_out(changed)))
+                told = remedy.told(self._laid_out(changed))
+                if told:
+                    return replace(problem, remedy=told)
         return problem
 
 

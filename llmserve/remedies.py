@@ -24,36 +24,44 @@ _FP8_NEEDS = checks.QUANTIZATION_NEEDS["fp8"]
 
 @dataclass(frozen=True)
 class Remedy:
-    """Entries instead of others; none instead of one leaves it out."""
+    """An entry instead of another; none instead of one leaves it out."""
 
     model: str
-    words: str  # {devices}, {degree}: as they will be planned
+    words: str  # empty: where the plan puts it
     instead: ModelSpec | None
+    before: ModelSpec | None = None
 
     def applied(self, specs: Sequence[ModelSpec]) -> list[ModelSpec]:
         changed = [self.instead if spec.name == self.model else spec for spec in specs]
         return [spec for spec in changed if spec is not None]
 
     def told(self, plan: Plan) -> str:
-        """In the registry's words, with where the plan then puts it."""
-        mine = [replica for replica in plan.replicas if replica.model == self.model]
+        """In the registry's words; empty if nothing would change."""
+        return self.words or (self._placed(plan, self.before) if self.before else "")
+
+    @staticmethod
+    def _placed(plan: Plan, before: ModelSpec) -> str:
+        mine = [replica for replica in plan.replicas if replica.model == before.name]
         devices = [device for replica in mine for device in replica.devices]
-        degree = mine[0].tensor_parallel_size if mine else 1
-        return self.words.replace("{devices}", str(devices)).replace("{degree}", str(degree))
+        words = []
+        if mine[0].tensor_parallel_size != before.parallel_sizes["tensor_parallel_size"]:
+            words.append(f"tensor_parallel_size: {mine[0].tensor_parallel_size}")
+        if before.devices is not None and tuple(devices) != before.devices:
+            words.append(f"devices: {devices}")
+        return ", ".join(words)
 
 
 def of(spec: ModelSpec, shape: Shape, box: Box, size: Size | None, plan: Plan) -> Iterator[Remedy]:
     """What to try, in order; whether it fits is the planner's to see."""
-    anywhere: dict[str, Any] = {"devices": None}
     if spec.devices is not None:
-        yield _remedy(spec, "devices: {devices}", **anywhere)
+        elsewhere = spec.parallel_sizes["tensor_parallel_size"]
+        yield _remedy(spec, "", devices=None, tensor_parallel_size=elsewhere)
     if size is not None:
         yield from _budgets(spec, box, size)
     if spec.concurrency > 1:
         yield _remedy(spec, "concurrency: 1", concurrency=1)
     if spec.devices is not None or spec.tensor_parallel_size is not None:
-        words = "tensor_parallel_size: {degree}" + (", devices: {devices}" if spec.devices else "")
-        yield _remedy(spec, words, tensor_parallel_size=None, **anywhere)
+        yield _remedy(spec, "", devices=None, tensor_parallel_size=None)
     yield from _smaller(spec, shape, box)
     for other in sorted({r.model for r in plan.replicas}, key=lambda name: _taken(plan, name)):
         yield Remedy(other, f"leaving {other} out", None)
@@ -110,4 +118,4 @@ def _taken(plan: Plan, model: str) -> tuple[int, str]:
 
 
 def _remedy(spec: ModelSpec, words: str, **changed: Any) -> Remedy:
-    return Remedy(spec.name, words, spec.model_copy(update=changed))
+    return Remedy(spec.name, words, spec.model_copy(update=changed), spec)

@@ -5,8 +5,10 @@ The one place that reads how full a GPU is.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -36,6 +38,7 @@ class Space:
         self._kept = kept or Measured()
         self._locks = GpuLocks()
         self._seen: set[str] = set()  # fingerprints measured since the start
+        self._kinds: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     def unless_taken(self) -> None:
         """Raises StartupError if others hold memory that the plan needs, with their names."""
@@ -67,13 +70,25 @@ class Space:
         difference of the device's memory is its own.
         """
         replica = self.plan.replica(spec.name, number)
-        alone = not (replica.measured or replica.fingerprint in self._seen)
-        async with self._locks.hold(replica.devices, alone=alone):
+        async with (
+            self._measuring(replica) as alone,
+            self._locks.hold(replica.devices, alone=alone),
+        ):
             before = self._used(replica)
             yield (
                 self.plan.spec_of(spec, number),
                 lambda reports: self._keep(replica, before, reports) if alone else None,
             )
+
+    @contextlib.asynccontextmanager
+    async def _measuring(self, replica: Replica) -> AsyncIterator[bool]:
+        """Whether this start is measured: one of a kind is, and the others wait for it."""
+        if not replica.measured:
+            async with self._kinds[replica.fingerprint or replica.name]:
+                if replica.fingerprint not in self._seen:
+                    yield True
+                    return
+        yield False
 
     def _used(self, replica: Replica) -> list[int]:
         return [nvml.used_bytes(self.plan.box[index]) for index in replica.devices]
@@ -84,9 +99,10 @@ class Space:
         if not replica.known:
             return
         grown = [now - then for now, then in zip(self._used(replica), before, strict=True)]
+        # Of data parallel ranks, vLLM asks the first alone.
         overhead = max(
             overhead_bytes(each, report["bytes"], replica.weights + replica.kv)
-            for each, report in zip(grown, reports, strict=True)
+            for each, report in zip(grown, reports, strict=False)
         )
         self._seen.add(replica.fingerprint)
         log.info(

@@ -1,7 +1,7 @@
-"""`llmserve up` on a GPU: two models share it, from the command to the answer.
+"""`llmserve up` on a GPU: two models share it as planned, from the command to the answer.
 
-The weights are made up (`load_format: dummy`): what is shown is that engines start
-together, get the KV cache that the registry says, and answer.
+The weights are made up (`load_format: dummy`): what is shown is that engines get the KV
+cache that the plan says, take the memory that it says, and answer.
 """
 
 from __future__ import annotations
@@ -10,19 +10,19 @@ import json
 import shutil
 import signal
 import subprocess
+import sys
 import time
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
 
+from benchmarks import shapes
 from tests.integration.conftest import CHAT, EMBED, STOP_S, Server, write_registry
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
-
-KV_GIB = 8
 
 
 def gpus() -> list[str]:
@@ -38,44 +38,38 @@ pytestmark = [
 ]
 
 
-def shape_of_1b(folder: Path) -> str:
-    """A folder with the demo chat model's tokenizer and the shape of a 1B Llama."""
-    shutil.copytree(CHAT, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    config = json.loads((folder / "config.json").read_text())
-    config |= {
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 64,
-        "max_position_embeddings": 8192,
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    return str(folder)
-
-
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("gpu")
     dummy = {"load_format": "dummy"}
+    model = str(shapes.make("llama-1b", Path(CHAT), folder / "1b"))
     models = {
         "chat": {
-            "model": shape_of_1b(folder / "1b"),
+            "model": model,
             "devices": [gpus()[0]],
             "gpu_memory_utilization": 0.3,
-            "kv_cache": f"{KV_GIB}GiB",
             "engine": dummy | {"max_model_len": 4096},
         },
         "embed": {"model": EMBED, "devices": [0], "memory": "6GiB", "engine": dummy},
-        "absurd": {
-            "model": EMBED,
-            "devices": [0],
-            "gpu_memory_utilization": 0.1,
-            "engine": dummy | {"max_model_len": 10**6},
-        },
+        # Its weights are asked for, and there are none.
+        "empty": {"model": model, "devices": [0], "memory": "8GiB"},
     }
-    with Server(write_registry(folder, models=models)) as running:
+    return write_registry(folder, models=models)
+
+
+@pytest.fixture(scope="module")
+def plan(registry: Path) -> dict[str, Any]:
+    command = [sys.executable, "-m", "llmserve", "plan", str(registry), "--json"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    planned: dict[str, Any] = json.loads(printed)
+    return {replica["name"]: replica for replica in planned["replicas"]}
+
+
+@pytest.fixture(scope="module")
+def server(registry: Path, plan: dict[str, Any]) -> Iterator[Server]:
+    """Started after the plan was made: its overhead is that of the first start."""
+    assert plan.keys() == {"chat", "embed", "empty"}
+    with Server(registry) as running:
         began = time.monotonic()
         running.wait_for("Serving", timeout_s=400)
         print(f"ready after {time.monotonic() - began:.1f} s\n{running.printed()}")
@@ -89,18 +83,27 @@ def test_both_answer(server: Server) -> None:
     assert len(vector) == 384
 
 
-def test_the_kv_cache_is_what_the_registry_says(server: Server) -> None:
+def test_the_kv_cache_is_what_was_planned(server: Server, plan: dict[str, Any]) -> None:
     log = next(server.registry.parent.glob("logs/*/model-chat.log")).read_text()
-    tokens = next(line for line in log.splitlines() if "KV cache size" in line)
-    count = int(tokens.split("KV cache size: ")[1].split(" tokens")[0].replace(",", ""))
+    line = next(line for line in log.splitlines() if "KV cache size" in line)
+    tokens = int(line.split("KV cache size: ")[1].split(" tokens")[0].replace(",", ""))
+    assert tokens == pytest.approx(plan["chat"]["kv_cache_tokens"], rel=0.02)
     bytes_per_token = 2 * 16 * 8 * 64 * 2  # key and value, layers, kv heads, head_dim, bfloat16
-    assert count * bytes_per_token == pytest.approx(KV_GIB * 2**30, rel=0.02)
+    assert tokens * bytes_per_token == pytest.approx(plan["chat"]["kv_cache_bytes"], rel=0.02)
+
+
+def test_the_memory_is_what_was_planned(server: Server, plan: dict[str, Any]) -> None:
+    assert server.process.poll() is None
+    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "-i", "0"]
+    used = subprocess.run(query, capture_output=True, text=True, check=True).stdout
+    planned = sum(plan[name]["total_bytes"] for name in ("chat", "embed"))
+    assert int(used) * 2**20 == pytest.approx(planned, rel=0.05)
 
 
 def test_what_cannot_start_is_told_in_a_line(server: Server) -> None:
-    failed = [line for line in server.printed().splitlines() if line.startswith("absurd: failed")]
+    failed = [line for line in server.printed().splitlines() if line.startswith("empty: failed")]
     assert len(failed) == 1
-    assert "max_model_len" in failed[0]
+    assert "weights" in failed[0]
     assert "Traceback" not in server.printed()
 
 

@@ -4,19 +4,24 @@ import asyncio
 import threading
 import time
 from collections import Counter
-from typing import TYPE_CHECKING
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
 
 from llmserve import hub
-from llmserve.backend import VllmBackend
+from llmserve.backend import VllmBackend, _Clock, _Modules
+from llmserve.errors import StartupError
 from tests.fakes import soon, spec
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
     from pathlib import Path
 
-    import pytest
-
     from llmserve.config import ModelSpec
+    from llmserve.pool import State
 
 
 async def test_replicas_do_not_download_the_same_side_by_side(
@@ -40,3 +45,155 @@ async def test_replicas_do_not_download_the_same_side_by_side(
     starts = [backend._downloaded(each, lambda *_: None) for each in specs for _ in range(2)]
     assert await soon(asyncio.gather(*starts)) == [each for each in specs for _ in range(2)]
     assert side_by_side == [1, 1, 1, 1]
+
+
+# --- a start, with fakes of what imports vLLM
+
+
+@dataclass
+class FakeEngine:
+    reports: Sequence[Mapping[str, Any]] = ({"seconds": {"weights": 0.0}, "bytes": {}},)
+    fails: bool = False
+    stopped: int = 0
+
+    async def start_reports(self) -> Sequence[Mapping[str, Any]]:
+        if self.fails:
+            raise RuntimeError("the worker has no report")
+        return self.reports
+
+    def stop(self) -> None:
+        self.stopped += 1
+
+
+@dataclass
+class FakeVllm:
+    """The modules `engine` and `serving` and the launcher, as far as a start needs them."""
+
+    engine: FakeEngine = field(default_factory=FakeEngine)
+    refuses: bool = False  # to build what serves
+    launched: list[tuple[ModelSpec, int]] = field(default_factory=list)
+    built: list[tuple[ModelSpec, Any]] = field(default_factory=list)
+
+    def modules(self, folder: Path) -> _Modules:
+        def start(spec: ModelSpec, number: int) -> FakeEngine:
+            self.launched.append((spec, number))
+            return self.engine
+
+        async def build(spec: ModelSpec, engine: FakeEngine, stored: object) -> SimpleNamespace:
+            self.built.append((spec, stored))
+            if self.refuses:
+                raise ValueError("no such template")
+            return SimpleNamespace(engine=engine, took={})
+
+        def cause_of(error: Exception, log: Path) -> str:
+            return f"{log.name}: {error}"
+
+        return _Modules(
+            engine=SimpleNamespace(phase_of=lambda log: None, cause_of=cause_of),
+            serving=SimpleNamespace(Stored=object, Serving=SimpleNamespace(build=build)),
+            launcher=SimpleNamespace(
+                log_of=lambda spec, number: folder / f"{spec.name}.log", start=start
+            ),
+        )
+
+    def backend(self, folder: Path, space: Any = None) -> VllmBackend:
+        backend = VllmBackend(1, folder, space)
+        backend._imported = self.modules(folder)
+        return backend
+
+
+@dataclass
+class FakeSpace:
+    """One GPU's place, and what is reported from it."""
+
+    events: list[str] = field(default_factory=list)
+    reports: list[Any] = field(default_factory=list)
+
+    @asynccontextmanager
+    async def start(self, spec: ModelSpec, number: int) -> AsyncIterator[tuple[ModelSpec, Any]]:
+        self.events.append(f"{spec.name}/{number} in")
+        try:
+            yield spec.model_copy(update={"devices": (number,)}), self.reports.append
+        finally:
+            self.events.append(f"{spec.name}/{number} out")
+
+
+def nothing(state: State, note: str) -> None:
+    pass
+
+
+async def test_a_replica_starts_on_the_gpus_of_the_plan(tmp_path: Path) -> None:
+    vllm, space = FakeVllm(), FakeSpace()
+    wanted = spec(replicas=2)
+    running: Any = await soon(vllm.backend(tmp_path, space).start(wanted, 1, nothing))
+    assert running.engine is vllm.engine
+    ((launched, number),) = vllm.launched
+    ((built, _),) = vllm.built
+    assert (launched.devices, number, built.devices) == ((1,), 1, (1,))
+    assert space.events == ["chat/1 in", "chat/1 out"]
+    assert space.reports == [vllm.engine.reports]
+    assert vllm.engine.stopped == 0
+
+
+async def test_on_a_cpu_the_entry_stays_as_it_is(tmp_path: Path) -> None:
+    vllm = FakeVllm()
+    await soon(vllm.backend(tmp_path).start(spec(), 0, nothing))
+    assert vllm.launched == [(spec(), 0)]
+
+
+async def test_a_replica_says_what_its_start_took(tmp_path: Path) -> None:
+    side_by_side = [
+        {"seconds": {"imports": 0.001, "weights": 0.002}, "bytes": {}},
+        {"seconds": {"imports": 0.003, "weights": 0.001}, "bytes": {}},
+    ]
+    vllm = FakeVllm(FakeEngine(side_by_side))
+    running = await soon(vllm.backend(tmp_path, FakeSpace()).start(spec(), 0, nothing))
+    steps = ["download", "server_imports", "gpu_wait", "engine", "imports", "weights", "serving"]
+    assert list(running.took) == steps
+    assert (running.took["imports"], running.took["weights"]) == (0.003, 0.002)
+    assert all(took >= 0 for took in running.took.values())
+
+
+def test_inner_steps_are_taken_out_of_the_outer_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter([100.0, 110.0, 140.0, 141.0])
+    monkeypatch.setattr("llmserve.backend.time.monotonic", lambda: next(now))
+    clock = _Clock()
+    clock.lap("download")
+    clock.lap("engine", [{"weights": 5.0, "graphs": 8.0}, {"weights": 7.0, "graphs": 6.0}])
+    clock.lap("serving", [{"more": 2.0}])  # of another clock: never below nothing
+    assert clock.took == {
+        "download": 10.0,
+        "engine": 15.0,
+        "weights": 7.0,
+        "graphs": 8.0,
+        "serving": 0.0,
+        "more": 2.0,
+    }
+
+
+async def test_an_engine_that_does_not_report_is_ended_and_leaves_its_gpus(
+    tmp_path: Path,
+) -> None:
+    vllm, space = FakeVllm(FakeEngine(fails=True)), FakeSpace()
+    with pytest.raises(StartupError) as failed:
+        await soon(vllm.backend(tmp_path, space).start(spec(), 0, nothing))
+    assert failed.value.message == "chat.log: the worker has no report"
+    assert vllm.engine.stopped == 1
+    assert space.events == ["chat/0 in", "chat/0 out"]
+    assert space.reports == []
+
+
+async def test_an_engine_that_cannot_be_served_is_ended(tmp_path: Path) -> None:
+    vllm = FakeVllm(refuses=True)
+    with pytest.raises(StartupError, match="no such template"):
+        await soon(vllm.backend(tmp_path, FakeSpace()).start(spec(), 0, nothing))
+    assert vllm.engine.stopped == 1
+
+
+async def test_replicas_share_what_is_stored_and_models_do_not(tmp_path: Path) -> None:
+    vllm = FakeVllm()
+    backend = vllm.backend(tmp_path, FakeSpace())
+    for name, number in (("a", 0), ("a", 1), ("b", 0)):
+        await soon(backend.start(spec(name, replicas=2), number, nothing))
+    first, second, other = (stored for _, stored in vllm.built)
+    assert first is second is not other

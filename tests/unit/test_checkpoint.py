@@ -215,7 +215,7 @@ def test_a_config_in_the_cache_does_when_the_hub_is_away(
             "org/m is neither a folder here nor a model on the hub (if it is pri",
         ),
         (403, "GatedRepo", "org/m is gated on the hub: accept its terms, set HF_TOKEN"),
-        (400, "", "org/m could not be read: the hub said 400"),
+        (400, "", "org/m could not be downloaded: the hub said 400"),
     ],
 )
 def test_what_the_hub_refuses_is_told_in_one_line(

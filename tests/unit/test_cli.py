@@ -1,15 +1,24 @@
 from __future__ import annotations
 
+import json
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+from xml.etree import ElementTree as ET
 
 import pytest
 from typer.testing import CliRunner, Result
 
-from llmserve import __version__
+from llmserve import __version__, environment, nvml, server
 from llmserve.cli import app
+from llmserve.gpus import GIB, described
+from llmserve.nvml import Holder
+from tests.unit.shapes import LLAMA_8B
+
+if TYPE_CHECKING:
+    from llmserve.gpus import Box
 
 SAMPLE = Path(__file__).parents[2] / "models.yaml"
 
@@ -38,7 +47,7 @@ def test_check_of_one_model_is_singular(registry: Path) -> None:
     assert llmserve("check", registry).stdout == f"{registry}: 1 model: chat\n"
 
 
-@pytest.mark.parametrize("command", ["check", "up"])
+@pytest.mark.parametrize("command", ["check", "plan", "up"])
 def test_a_bad_registry_ends_with_2_and_every_problem_on_stderr(
     command: str, registry: Path
 ) -> None:
@@ -66,7 +75,7 @@ def test_the_version() -> None:
 
 def test_without_a_command_there_is_help() -> None:
     result = llmserve()
-    for command in ("up", "check", "chat", "version"):
+    for command in ("up", "check", "plan", "chat", "version"):
         assert command in result.output
 
 
@@ -99,3 +108,165 @@ def test_nothing_heavy_is_imported_before_an_engine_starts(work: str) -> None:
         [sys.executable, "-c", f"{work}\n{heavy}"], capture_output=True, text=True, check=True
     )
     assert done.stdout == "[]\n"
+
+
+# --- plan
+
+
+@pytest.fixture
+def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A registry of two models that can be planned: `big` is of 16 GiB, `odd` says its memory."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("llmserve.shape.read", lambda spec: LLAMA_8B)
+    for folder in ("m", "n"):
+        (tmp_path / folder).mkdir()
+    file = tmp_path / "models.yaml"
+    file.write_text(
+        "server: {log_dir: logs}\n"
+        "models:\n"
+        "  big: {model: m, devices: [0]}\n"
+        "  odd: {model: n, memory: 30GiB, devices: [1]}\n",
+        encoding="utf-8",
+    )
+    return file
+
+
+def see(monkeypatch: pytest.MonkeyPatch, box: Box, used: int = 0) -> None:
+    """As on a machine with these GPUs and vLLM's build for CUDA."""
+    monkeypatch.setattr(nvml, "visible", lambda: box)
+    monkeypatch.setattr(nvml, "used_bytes", lambda gpu: used)
+    monkeypatch.setattr(nvml, "holders", lambda gpu: [Holder(7, "python", used)])
+    monkeypatch.setattr(environment, "is_cpu_build", lambda: False)
+    monkeypatch.setattr(environment, "prepare", lambda engines, logs: [])
+    monkeypatch.setattr(server, "_log_to", lambda file: None)
+
+
+def test_a_plan_is_shown_with_every_gpu_and_model(models: Path) -> None:
+    result = llmserve("plan", models, "--gpus", "2xH100")
+    assert (result.exit_code, result.stderr) == (0, "")
+    for word in ("big", "odd", "H100", "GPU"):
+        assert word in result.stdout
+
+
+def test_a_plan_for_programs_is_json_and_nothing_else(models: Path) -> None:
+    result = llmserve("plan", models, "--gpus", "2xH100", "--json")
+    assert (result.exit_code, result.stderr) == (0, "")
+    plan = json.loads(result.stdout)
+    assert plan["problems"] == []
+    assert [gpu["name"] for gpu in plan["gpus"]] == ["NVIDIA H100 80GB HBM3"] * 2
+    assert [(one["name"], one["gpus"]) for one in plan["replicas"]] == [("big", [0]), ("odd", [1])]
+    assert plan["replicas"][1]["total_bytes"] == 30 * GIB
+
+
+def test_a_box_in_a_file_is_planned_for(models: Path, tmp_path: Path) -> None:
+    box = tmp_path / "box.yaml"
+    box.write_text("gpus:\n- {name: H100, count: 2}\n", encoding="utf-8")
+    described = llmserve("plan", models, "--gpus", "2xH100", "--json").stdout
+    assert llmserve("plan", models, "--box", box, "--json").stdout == described
+
+
+def test_this_machine_s_gpus_are_planned_for_where_nothing_is_said(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    see(monkeypatch, described("2xA100-80G"))
+    plan = json.loads(llmserve("plan", models, "--json").stdout)
+    assert {gpu["name"] for gpu in plan["gpus"]} == {"NVIDIA A100-SXM4-80GB"}
+
+
+def test_a_plan_is_drawn_as_well(models: Path, tmp_path: Path) -> None:
+    result = llmserve("plan", models, "--gpus", "2xH100", "--json", "--svg", tmp_path / "p.svg")
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["problems"] == []
+    drawn = ET.fromstring((tmp_path / "p.svg").read_text(encoding="utf-8"))
+    assert drawn.tag == "{http://www.w3.org/2000/svg}svg"
+    assert "big" in "".join(drawn.itertext())
+
+
+def test_a_drawing_that_cannot_be_written_is_told(models: Path, tmp_path: Path) -> None:
+    file = tmp_path / "none" / "p.svg"
+    result = llmserve("plan", models, "--gpus", "2xH100", "--svg", file)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == f"{file} cannot be written: No such file or directory\n"
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_a_plan_with_problems_is_shown_and_ends_with_2(models: Path, as_json: bool) -> None:
+    result = llmserve("plan", models, "--gpus", "H100", *(["--json"] if as_json else []))
+    assert result.exit_code == 2
+    assert "GPU 1 is not there" in result.stdout
+    if as_json:
+        plan = json.loads(result.stdout)
+        assert [problem["model"] for problem in plan["problems"]] == ["odd"]
+        assert [one["name"] for one in plan["replicas"]] == ["big"]
+
+
+def test_two_descriptions_of_a_box_are_one_too_many(models: Path, tmp_path: Path) -> None:
+    result = llmserve("plan", models, "--gpus", "H100", "--box", tmp_path / "box.yaml")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == "--gpus and --box both describe the box; use one\n"
+
+
+def test_without_a_gpu_there_is_told_how_to_describe_one(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    see(monkeypatch, ())
+    result = llmserve("plan", models)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == "No NVIDIA GPU is visible here; describe a box: --gpus 8xH100-80G\n"
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        (("--gpus", "8xH1000"), "nearest: H100"),
+        (("--gpus", ""), "an empty term is no GPU"),
+        (("--box", "nowhere.yaml"), "nowhere.yaml"),
+    ],
+)
+def test_what_describes_no_box_is_told(models: Path, said: tuple[str, str], told: str) -> None:
+    result = llmserve("plan", models, *said)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert told in result.stderr
+
+
+def test_a_plan_of_a_bad_registry_tells_its_problems(models: Path) -> None:
+    models.write_text("models: {chat: {}}\n", encoding="utf-8")
+    result = llmserve("plan", models, "--gpus", "H100")
+    assert result.exit_code == 2
+    assert result.stderr == "models.yaml:1: models.chat.model: is missing\n"
+
+
+# --- up, and the GPUs
+
+
+def test_up_without_a_gpu_ends_with_3_and_says_what_to_look_at(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    see(monkeypatch, ())
+    result = llmserve("up", models, "--port", 0)
+    assert result.exit_code == 3
+    assert result.stderr == (
+        "no NVIDIA GPU is visible: look at `nvidia-smi` and CUDA_VISIBLE_DEVICES, "
+        "or install the variant for CPUs\n"
+    )
+
+
+def test_up_of_models_that_do_not_fit_ends_with_2_and_their_lines(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    see(monkeypatch, described("H100"))
+    result = llmserve("up", models, "--port", 0)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("models.yaml:4: models.odd.devices: GPU 1 is not there; ")
+
+
+def test_up_on_gpus_that_others_hold_ends_with_3_and_names_them(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    see(monkeypatch, described("2xH100"), used=60 * GIB)
+    result = llmserve("up", models, "--port", 0)
+    assert result.exit_code == 3
+    first, second = result.stderr.splitlines()
+    assert first.startswith("GPU 0 (H100 80GB HBM3): the plan needs ")
+    assert second.startswith("GPU 1 (H100 80GB HBM3): the plan needs 30.0 GiB, 19.6 GiB of ")
+    assert "held by pid 7 python 60.0 GiB; " in second

@@ -21,6 +21,12 @@ def test_engines_are_spawned_whatever_was_said(tmp_path: Path) -> None:
     assert env["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"
 
 
+def test_cuda_counts_gpus_as_the_driver_does_whatever_was_said(tmp_path: Path) -> None:
+    env = {"CUDA_DEVICE_ORDER": "FASTEST_FIRST"}
+    environment.prepare(1, tmp_path, env)
+    assert env["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
+
+
 def test_what_the_operator_said_stays(tmp_path: Path) -> None:
     said = {
         "VLLM_NO_USAGE_STATS": "0",

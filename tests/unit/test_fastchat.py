@@ -8,7 +8,7 @@ from llmserve.fastchat import SUCCESSORS, successor
 @pytest.mark.parametrize("key", ["num_gpus", "num-gpus", "NUM_GPUS"])
 def test_an_option_is_known_however_it_is_spelled(key: str) -> None:
     assert successor(key) == (
-        f"FastChat's {key} is `tensor_parallel_size` here, with the GPUs listed in `devices`"
+        f"FastChat's {key} is `tensor_parallel_size` here; `devices` says which GPUs, if any will not do"
     )
 
 

@@ -70,10 +70,13 @@ def test_a_box_in_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("gpus:\n- {name: H100, cuont: 2}\n", "box.yaml:2: gpus.0.cuont"),
+        (
+            "gpus:\n- {name: H100, cuont: 2}\n",
+            "box.yaml:2: gpus.0.cuont: unknown key; nearest: count",
+        ),
         ("gpus: []\n", "box.yaml:1: gpus"),
         ("- H100\n", "box.yaml"),
-        ("gpus:\n- {name: Mine}\n", "Mine is no GPU that is known here"),
+        ("gpus:\n- {name: Mine}\n", "box.yaml:2: gpus.0.name: Mine is no GPU that is known here"),
         ("gpus: [\n", "box.yaml"),
     ],
 )

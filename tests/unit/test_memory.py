@@ -102,4 +102,4 @@ def test_the_allowance_grows_with_what_it_stands_for() -> None:
     assert memory.overhead_bytes(LLAMA_8B, settings(tp=2)) > usual - GIB // 2
     wide = settings(max_num_batched_tokens=65536)
     assert memory.overhead_bytes(LLAMA_8B, wide) > usual
-    assert memory.overhead_bytes(MINI_LM, settings(MINI_LM)) < GIB
+    assert memory.overhead_bytes(MINI_LM, settings(MINI_LM)) < 1.5 * GIB

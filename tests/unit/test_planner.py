@@ -209,7 +209,7 @@ def test_a_model_of_which_nothing_is_known_gets_its_share_alone() -> None:
             "H100",
             {"memory": "16GiB"},
             "16.0 GiB of 79.6 GiB is less than the",
-            "memory: 18.5GiB",
+            "memory: 18.9GiB",
             "memory",
         ),
         (
@@ -313,6 +313,31 @@ def test_twelve_models_on_eight_gpus_take_no_time() -> None:
     assert len(plan.replicas) == 12
     for gpu in plan.box:
         assert plan.used(gpu.index) <= gpu.memory
+
+
+def test_a_share_of_a_small_gpu_is_never_less_than_nothing() -> None:
+    plan = planned("L4", {"m": {"model": "8b", "gpu_memory_utilization": 0.5}})
+    assert not plan.replicas
+    assert plan.problems[0].key == "gpu_memory_utilization"
+    mixed = planned("H100,2xL4", {"m": {"model": "8b", "gpu_memory_utilization": 0.25}})
+    assert all(replica.kv > 0 and replica.tokens > replica.context for replica in mixed.replicas)
+    assert mixed.replicas or mixed.problems
+
+
+def test_where_it_would_fit_is_told_as_the_registry_takes_it() -> None:
+    found = problem("2xL40S", model="70b", devices=[0], engine={"quantization": "fp8"})
+    assert found.remedy == "tensor_parallel_size: 2, devices: [0, 1]"
+
+
+def test_nothing_known_but_a_kv_cache_takes_its_memory_all_the_same() -> None:
+    entry = {"model": "odd", "devices": [0], "memory": "20GiB", "kv_cache": "8GiB"}
+    plan = planned("H100", {"odd": entry})
+    assert plan.used(0) == 20 * GIB
+    said = plan.spec_of(ModelSpec.model_validate({"name": "odd"} | entry), 0)
+    assert (said.kv_cache, said.gpu_memory_utilization) == (
+        8 * GIB,
+        pytest.approx(20 / 79.6, rel=1e-2),
+    )
 
 
 def test_planning_is_deterministic() -> None:

@@ -1,16 +1,21 @@
 from __future__ import annotations
 
 import socket
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from llmserve import server
-from llmserve.config import ServerSpec
-from llmserve.errors import StartupError
+from llmserve import environment, nvml, server, shape
+from llmserve.config import Config, ModelSpec, ServerSpec
+from llmserve.errors import PlacementError, StartupError
+from llmserve.gpus import GIB, described
+from llmserve.measured import Measured
+from tests.unit.shapes import LLAMA_8B
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from llmserve.gpus import Box
 
 
 def test_any_free_port_is_bound_and_listens() -> None:
@@ -83,3 +88,72 @@ def test_a_log_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
 def test_what_holds_a_connection_and_no_model_ends_soon_after_the_drain() -> None:
     config = server._uvicorn_config(ServerSpec(drain_timeout=0.5), object())
     assert config.timeout_graceful_shutdown == 3
+
+
+# --- the GPUs
+
+
+def registry(folder: Path, **entry: Any) -> Config:
+    """One model that is an 8B Llama wherever its files are read."""
+    made = ModelSpec.model_validate({"name": "m", "model": "/m"} | entry)
+    return Config(file=folder / "models.yaml", models=(made,))
+
+
+def on_gpus(monkeypatch: pytest.MonkeyPatch, folder: Path, box: Box, used: int = 0) -> None:
+    """As with vLLM's build for CUDA and these GPUs."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    monkeypatch.setattr(environment, "is_cpu_build", lambda: False)
+    monkeypatch.setattr(nvml, "visible", lambda: box)
+    monkeypatch.setattr(nvml, "used_bytes", lambda gpu: used)
+    monkeypatch.setattr(nvml, "holders", lambda gpu: [])
+    monkeypatch.setattr(shape, "read", lambda spec: LLAMA_8B)
+
+
+def test_the_build_for_cpus_has_no_gpus_to_plan(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    on_gpus(monkeypatch, tmp_path, described("H100"))
+    monkeypatch.setattr(environment, "is_cpu_build", lambda: True)
+    assert server._space(registry(tmp_path, devices=[5])) is None
+
+
+def test_the_build_for_cuda_does_not_start_without_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    on_gpus(monkeypatch, tmp_path, ())
+    with pytest.raises(StartupError, match="no NVIDIA GPU is visible") as refused:
+        server._space(registry(tmp_path))
+    assert refused.value.exit_code == 3
+
+
+def test_models_that_do_not_fit_do_not_start(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    on_gpus(monkeypatch, tmp_path, described("RTX4090"))
+    with pytest.raises(PlacementError, match="what would fit: ") as refused:
+        server._space(registry(tmp_path, concurrency=40))
+    assert refused.value.exit_code == 2
+
+
+def test_gpus_that_others_hold_are_told_before_anything_starts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    on_gpus(monkeypatch, tmp_path, described("H100"), used=30 * GIB)
+    with pytest.raises(StartupError, match=r"49\.6 GiB of 79\.6 GiB are free"):
+        server._space(registry(tmp_path))
+    space = server._space(registry(tmp_path, memory="40GiB"))  # the rest is enough
+    assert space is not None
+    assert space.plan.replica("m", 0).bytes == 40 * GIB
+
+
+def test_the_plan_is_made_with_what_was_measured_here(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    on_gpus(monkeypatch, tmp_path, described("H100"))
+    first = server._space(registry(tmp_path))
+    assert first is not None
+    mark = first.plan.replica("m", 0).fingerprint
+    Measured(tmp_path / "llmserve" / "memory").keep(mark, 5 * GIB, {})
+    again = server._space(registry(tmp_path))
+    assert again is not None
+    assert again.plan.replica("m", 0).overhead == 5 * GIB

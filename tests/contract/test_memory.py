@@ -1,0 +1,119 @@
+"""What the plan takes for vLLM's own arithmetic, defaults and limits."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from types import SimpleNamespace
+
+import pytest
+
+from llmserve import checks, memory, plan
+from llmserve.gpus import GIB, Gpu, described
+
+
+def gpu(name: str, gib: float) -> Gpu:
+    return Gpu(0, name, int(gib * GIB))
+
+
+@pytest.mark.parametrize(
+    "box0",
+    [
+        gpu("NVIDIA A100-SXM4-40GB", 40),
+        gpu("NVIDIA H100 80GB HBM3", 80),
+        gpu("NVIDIA A100-SXM4-80GB", 80),
+        gpu("NVIDIA B200", 180),
+        gpu("NVIDIA MINE", 70),
+        gpu("NVIDIA MINE", 69.99),
+        gpu("NVIDIA A100-SXM4-MINE", 160),
+        gpu("NVIDIA MINE", 159.99),
+        *described("H100,H200,B200,A100-80G,A100-40G,L40S,L4,RTX5090,T4"),
+    ],
+    ids=lambda each: f"{each.name}-{each.memory / GIB:.0f}",
+)
+def test_default_steps_are_those_of_vllm(box0: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.platforms import current_platform
+    from vllm.usage.usage_lib import UsageContext
+
+    platform = type(current_platform)
+    monkeypatch.setattr(platform, "is_cpu", lambda _: False)
+    monkeypatch.setattr(platform, "get_device_total_memory", lambda *_: box0.memory)
+    monkeypatch.setattr(platform, "get_device_name", lambda *_: box0.name)
+    tokens, seqs = EngineArgs.get_batch_defaults(world_size=4)
+    server = UsageContext.OPENAI_API_SERVER
+    assert memory.default_steps(box0) == (tokens[server], seqs[server])
+
+
+def test_a_block_is_as_long_as_vllm_s() -> None:
+    from vllm.config import CacheConfig
+    from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
+
+    assert memory.BLOCK_TOKENS == CacheConfig.DEFAULT_BLOCK_SIZE == CacheConfig().block_size
+    assert FlashAttentionBackend.supports_block_size(memory.BLOCK_TOKENS)
+
+
+def test_vllm_keeps_one_block_empty() -> None:
+    from vllm.v1.core.block_pool import BlockPool
+
+    pool = BlockPool(10, enable_caching=False, hash_block_size=memory.BLOCK_TOKENS)
+    assert pool.get_num_free_blocks() == 9
+
+
+def test_formats_of_weights_need_what_vllm_says() -> None:
+    from vllm.model_executor.layers.quantization import get_quantization_config
+
+    needs = {
+        name: get_quantization_config(name).get_min_capability()
+        for name in checks.QUANTIZATION_NEEDS
+    }
+    assert needs == checks.QUANTIZATION_NEEDS
+
+
+def test_quantization_while_loading_is_called_what_vllm_calls_it() -> None:
+    from vllm.config.quantization import ONLINE_QUANT_SHORTHAND_NAMES
+    from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
+
+    assert memory._ONLINE.keys() <= set(QUANTIZATION_METHODS)
+    # These were methods before there were shorthands.
+    assert memory._ONLINE.keys() - set(ONLINE_QUANT_SHORTHAND_NAMES) == {"fp8", "experts_int8"}
+
+
+def test_a_kv_cache_that_is_said_is_not_measured_and_0_is_not_said() -> None:
+    """`if size := ...kv_cache_memory_bytes:` returns before memory is profiled."""
+    from vllm.v1.worker.gpu_worker import Worker
+
+    tree = ast.parse(textwrap.dedent(inspect.getsource(Worker.determine_available_memory)))
+    (said,) = (
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "kv_cache_memory_bytes" in ast.unparse(node.test)
+    )
+    assert isinstance(said.test, ast.NamedExpr)
+    assert ast.unparse(said.test.value) == "self.cache_config.kv_cache_memory_bytes"
+    assert isinstance(said.body[-1], ast.Return)
+    profiles = [
+        node.lineno
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "memory_profiling"
+    ]
+    assert profiles
+    assert min(profiles) > said.body[-1].lineno
+    # What is compiled, and the peak that is reported, come from this pass.
+    assert "self.model_runner.profile_run(" in ast.unparse(said)
+    assert plan._KEPT > 0
+
+
+def test_the_share_is_asked_of_the_free_memory_as_a_share_of_all() -> None:
+    from vllm.v1.worker.gpu_worker import Worker
+    from vllm.v1.worker.utils import request_memory
+
+    def free(gib: float) -> SimpleNamespace:
+        return SimpleNamespace(total_memory=100 * GIB, free_memory=int(gib * GIB), device_="cuda:0")
+
+    third = SimpleNamespace(gpu_memory_utilization=0.3)
+    assert request_memory(free(30.1), third) == pytest.approx(30 * GIB, abs=1)
+    with pytest.raises(ValueError, match="less than desired GPU memory utilization"):
+        request_memory(free(29.9), third)
+    assert "request_memory(" in inspect.getsource(Worker.init_device)

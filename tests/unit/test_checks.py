@@ -1,0 +1,158 @@
+"""What no placement can mend, of single entries on described boxes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from llmserve import checks
+from llmserve.gpus import Gpu, described
+from tests.fakes import spec
+from tests.unit.shapes import LLAMA_8B, MINI_LM
+
+
+def told(gpus: str, shape: Any = LLAMA_8B, **entry: Any) -> list[tuple[str, str]]:
+    """The key and the message of every flaw."""
+    found = checks.flaws(spec(**entry), shape, described(gpus))
+    assert all(problem.model == "chat" for problem in found)
+    return [(problem.key, problem.message) for problem in found]
+
+
+def test_an_entry_without_a_flaw_has_none() -> None:
+    assert told("8xH100") == []
+    assert told("8xH100", tensor_parallel_size=4, replicas=2, devices=range(8)) == []
+
+
+@pytest.mark.parametrize(
+    ("tp", "divides"), [(1, True), (2, True), (3, False), (8, True), (16, True), (32, True)]
+)
+def test_devices_share_whole_heads(tp: int, divides: bool) -> None:
+    """32 heads, 8 of keys: 16 devices have half a group's keys each, twice."""
+    assert checks.divides(tp, LLAMA_8B) is divides
+
+
+def test_heads_of_keys_are_shared_or_doubled() -> None:
+    odd = replace(LLAMA_8B, heads=24, kv_heads=6)
+    assert [n for n in range(1, 25) if checks.divides(n, odd)] == [1, 2, 3, 6, 12, 24]
+    assert checks.divides(4, replace(odd, attention_layers=0))  # an encoder keeps no keys
+
+
+@pytest.mark.parametrize(
+    ("gpus", "entry", "sizes"),
+    [
+        ("8xH100", {}, [1, 2, 4, 8]),
+        ("6xH100", {}, [1, 2, 4]),
+        ("8xH100", {"pipeline_parallel_size": 2}, [1, 2, 4]),
+        ("8xH100", {"tensor_parallel_size": 4}, [4]),
+        ("8xH100", {"engine": {"tensor_parallel_size": 2}}, [2]),
+        ("8xH100", {"devices": (0,)}, [1]),
+        ("64xH100", {}, [1, 2, 4, 8, 16, 32]),  # no more devices than heads
+    ],
+)
+def test_degrees_that_may_be_tried(gpus: str, entry: dict[str, Any], sizes: list[int]) -> None:
+    box = described(gpus)
+    assert checks.tensor_parallel_sizes(spec(**entry), LLAMA_8B, box) == sizes
+
+
+def test_replicas_have_the_named_gpus_in_turn() -> None:
+    box = described("4xH100")
+    four = spec(devices=(3, 1, 0, 2), tensor_parallel_size=2, replicas=2)
+    assert checks.groups(four, box) == [(box[3], box[1]), (box[0], box[2])]
+    assert checks.groups(spec(), box) == []
+
+
+def test_gpus_that_are_not_there_are_told() -> None:
+    assert told("2xH100", devices=(1, 2, 5), replicas=3) == [
+        (
+            "devices",
+            "GPU 2, 5 is not there; this box has 0 to 1 (2 x H100 80GB HBM3)",
+        )
+    ]
+    assert told("L4", devices=("GPU-1",)) == [
+        ("devices", "GPU GPU-1 is not there; this box has 0 (1 x L4)")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("entry", "key"),
+    [
+        ({"tensor_parallel_size": 4}, "tensor_parallel_size"),
+        ({"pipeline_parallel_size": 4}, "pipeline_parallel_size"),
+        ({"tensor_parallel_size": 2, "pipeline_parallel_size": 2}, "tensor_parallel_size"),
+    ],
+)
+def test_more_gpus_than_there_are(entry: dict[str, Any], key: str) -> None:
+    message = "needs 4 GPUs for each replica; this box has 2 (2 x L4)"
+    assert told("2xL4", **entry) == [(key, message)]
+
+
+@pytest.mark.parametrize("quantization", sorted(checks.QUANTIZATION_NEEDS))
+def test_a_format_of_weights_needs_its_gpu(quantization: str) -> None:
+    needs = checks.QUANTIZATION_NEEDS[quantization]
+    stored = replace(LLAMA_8B, quantization=quantization)
+    for capability in (needs - 1, needs):
+        box = (Gpu(0, "NVIDIA X", 80 * 2**30, divmod(capability, 10)),)
+        found = checks.flaws(spec(), stored, box)
+        assert bool(found) is (capability < needs)
+        online = checks.flaws(spec(engine={"quantization": quantization}), LLAMA_8B, box)
+        assert bool(online) is (capability < needs)
+    assert found == []
+
+
+def test_what_a_gpu_cannot_compute_is_told_with_what_it_is() -> None:
+    (flaw,) = checks.flaws(spec(), replace(LLAMA_8B, quantization="mxfp4"), described("T4"))
+    assert flaw.message == (
+        "mxfp4 weights need compute capability 8.0; T4 has compute capability 7.5"
+    )
+    assert flaw.remedy == "weights of another format, or a newer GPU"
+
+
+def test_of_a_mixed_box_the_best_gpu_counts_unless_others_are_named() -> None:
+    eight = replace(LLAMA_8B, quantization="mxfp4")
+    assert told("T4,L4", eight) == []
+    assert [key for key, _ in told("T4,L4", eight, devices=(0,))] == ["engine"]
+    assert told("T4,L4", eight, devices=(1,)) == []
+
+
+def test_of_an_unknown_gpu_nothing_is_claimed() -> None:
+    assert told("MINE-80G", replace(LLAMA_8B, quantization="fp_quant")) == []
+    assert told("MINE-80G", engine={"dtype": "bfloat16"}) == []
+
+
+def test_a_context_beyond_the_model_s_is_a_flaw_unless_it_is_stretched() -> None:
+    assert told("H100", engine={"max_model_len": 8192}) == []
+    assert told("H100", engine={"max_model_len": 8193}) == [
+        ("engine", "max_model_len 8193 is longer than the model's context")
+    ]
+    stretched = {"max_model_len": 16384, "hf_overrides": {"rope_scaling": {}}}
+    assert told("H100", engine=stretched) == []
+    assert told("H100", engine={"max_model_len": -1}) == []  # vLLM's `auto`
+
+
+@pytest.mark.parametrize(
+    ("entry", "placed"),
+    [
+        ({}, False),
+        ({"devices": (0,)}, False),
+        ({"memory": "20GiB"}, False),
+        ({"devices": (0,), "memory": "20GiB"}, True),
+        ({"devices": (0,), "gpu_memory_utilization": 0.2}, True),
+    ],
+)
+def test_a_model_of_unknown_shape_must_say_where_and_how_much(
+    entry: dict[str, Any], placed: bool
+) -> None:
+    message = "cannot be placed, since its size is not known: the hub is away"
+    assert told("H100", "the hub is away", **entry) == ([] if placed else [("model", message)])
+
+
+def test_all_flaws_come_at_once() -> None:
+    keys = [key for key, _ in told("T4", tensor_parallel_size=3, engine={"dtype": "bfloat16"})]
+    assert keys == ["tensor_parallel_size", "tensor_parallel_size", "engine"]
+
+
+def test_an_encoder_is_shared_out_by_its_heads() -> None:
+    assert checks.divides(4, MINI_LM)
+    assert not checks.divides(8, MINI_LM)

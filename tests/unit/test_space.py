@@ -1,0 +1,355 @@
+"""A plan carried out on GPUs whose driver is a fake."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from llmserve import nvml
+from llmserve.config import ModelSpec
+from llmserve.errors import StartupError
+from llmserve.gpus import GIB, described
+from llmserve.measured import Measured
+from llmserve.nvml import Holder
+from llmserve.planner import Planner
+from llmserve.space import Space, overhead_bytes
+from tests.unit.shapes import LLAMA_8B
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+    from llmserve.gpus import Gpu
+    from llmserve.plan import Plan
+    from llmserve.shape import Shape
+    from llmserve.space import Keep
+
+
+@dataclass
+class Gpus:
+    """How full each GPU is, and by whom."""
+
+    used: dict[int, int] = field(default_factory=dict)
+    holders: dict[int, list[Holder]] = field(default_factory=dict)
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> Gpus:
+    fake = Gpus()
+
+    def used_bytes(gpu: Gpu) -> int:
+        return fake.used.get(gpu.index, 0)
+
+    def holders(gpu: Gpu) -> list[Holder]:
+        return fake.holders.get(gpu.index, [])
+
+    monkeypatch.setattr(nvml, "used_bytes", used_bytes)
+    monkeypatch.setattr(nvml, "holders", holders)
+    return fake
+
+
+def entry(name: str = "m", **said: Any) -> ModelSpec:
+    return ModelSpec(name=name, **({"model": "8b"} | said))
+
+
+def planned(kept: Measured, *specs: ModelSpec, box: str = "H100") -> Plan:
+    """Models are Llamas of 8B, or, if called `odd`, of unknown shape."""
+    shapes: dict[str, Shape | str] = {
+        spec.name: "no config.json" if spec.model == "odd" else LLAMA_8B for spec in specs
+    }
+    plan = Planner(described(box), 0.08, shapes, kept.overhead).plan(specs)
+    assert not plan.problems
+    return plan
+
+
+class Starts:
+    """Starts of replicas that go on until they are ended."""
+
+    def __init__(self, space: Space) -> None:
+        self.space = space
+        self.running: list[str] = []
+        self.keeps: dict[str, Keep] = {}
+        self._ends: dict[str, asyncio.Event] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def begin(self, spec: ModelSpec, number: int = 0) -> None:
+        name = self.space.plan.replica(spec.name, number).name
+        self._ends[name] = asyncio.Event()
+        self._tasks.append(asyncio.create_task(self._start(name, spec, number)))
+        await self._settle()
+
+    async def _start(self, name: str, spec: ModelSpec, number: int) -> None:
+        async with self.space.start(spec, number) as (_, keep):
+            self.keeps[name] = keep
+            self.running.append(name)
+            try:
+                await self._ends[name].wait()
+            finally:
+                self.running.remove(name)
+
+    async def end(self, name: str) -> None:
+        self._ends[name].set()
+        await self._settle()
+
+    async def stop(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    @staticmethod
+    async def _settle() -> None:
+        for _ in range(20):
+            await asyncio.sleep(0)
+
+
+@asynccontextmanager
+async def starts(kept: Measured, *specs: ModelSpec, box: str = "H100") -> AsyncIterator[Starts]:
+    made = Starts(Space(planned(kept, *specs, box=box), kept))
+    try:
+        yield made
+    finally:
+        await made.stop()
+
+
+def report(reserved: float, allocated: float = 0, activations: float = 0) -> dict[str, Any]:
+    """What a worker says, in GiB."""
+    said = {"weights": 0, "reserved": reserved, "allocated": allocated, "activations": activations}
+    return {"seconds": {}, "bytes": {name: int(size * GIB) for name, size in said.items()}}
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.iterdir())
+
+
+# --- whether the GPUs are free
+
+
+def test_a_box_with_room_for_the_plan_is_not_taken(gpus: Gpus, tmp_path: Path) -> None:
+    plan = planned(Measured(tmp_path), entry(memory="40GiB"), box="2xH100")
+    (used,) = plan.replicas[0].devices
+    gpus.used = {used: plan.box[used].memory - 40 * GIB, 1 - used: plan.box[used].memory}
+    Space(plan, Measured(tmp_path)).unless_taken()
+
+
+def test_whoever_holds_the_memory_is_told(gpus: Gpus, tmp_path: Path) -> None:
+    plan = planned(Measured(tmp_path), entry(memory="40GiB", devices=[1]), box="2xH100")
+    gpus.used = {0: 70 * GIB, 1: 50 * GIB}
+    gpus.holders = {
+        1: [
+            Holder(7, "python", 48 * GIB + GIB // 2),
+            Holder(9, "of another container", None),
+        ]
+    }
+    with pytest.raises(StartupError) as taken:
+        Space(plan, Measured(tmp_path)).unless_taken()
+    assert taken.value.exit_code == 3
+    assert taken.value.message == (
+        "GPU 1 (H100 80GB HBM3): the plan needs 40.0 GiB, 29.6 GiB of 79.6 GiB are free; "
+        "held by pid 7 python 48.5 GiB, pid 9 of another container; "
+        "end them, or give the models less"
+    )
+
+
+def test_every_taken_gpu_is_told_also_where_the_driver_names_nobody(
+    gpus: Gpus, tmp_path: Path
+) -> None:
+    plan = planned(Measured(tmp_path), entry(tensor_parallel_size=2), box="2xH100")
+    gpus.used = {0: 20 * GIB, 1: 30 * GIB}
+    with pytest.raises(StartupError) as taken:
+        Space(plan, Measured(tmp_path)).unless_taken()
+    first, second = taken.value.message.splitlines()
+    assert first.startswith("GPU 0 ")
+    assert "59.6 GiB of 79.6 GiB are free; held by nobody whom the driver names; " in first
+    assert second.startswith("GPU 1 ")
+
+
+def test_one_byte_too_many_is_too_many(gpus: Gpus, tmp_path: Path) -> None:
+    plan = planned(Measured(tmp_path), entry(memory="40GiB"))
+    space = Space(plan, Measured(tmp_path))
+    gpus.used = {0: plan.box[0].memory - 40 * GIB}
+    space.unless_taken()
+    gpus.used[0] += 1
+    with pytest.raises(StartupError):
+        space.unless_taken()
+
+
+# --- who starts when
+
+
+async def test_what_nobody_measured_starts_alone(gpus: Gpus, tmp_path: Path) -> None:
+    a, b = entry("a"), entry("b", engine={"max_num_seqs": 8})
+    async with starts(Measured(tmp_path), a, b) as each:
+        await each.begin(a)
+        await each.begin(b)
+        assert each.running == ["a"]
+        await each.end("a")
+        assert each.running == ["b"]
+
+
+async def test_what_was_measured_starts_together(gpus: Gpus, tmp_path: Path) -> None:
+    kept = Measured(tmp_path)
+    a, b = entry("a"), entry("b", engine={"max_num_seqs": 8})
+    for replica in planned(kept, a, b).replicas:
+        kept.keep(replica.fingerprint, 2 * GIB, {})
+    async with starts(kept, a, b) as each:
+        await each.begin(a)
+        await each.begin(b)
+        assert each.running == ["a", "b"]
+        gpus.used[0] = 70 * GIB
+        each.keeps["a"]([report(60)])  # its own growth is not known: others start beside it
+        assert kept.overhead(each.space.plan.replica("a", 0).fingerprint) == 2 * GIB
+
+
+async def test_others_of_a_kind_wait_for_the_one_that_is_measured_and_start_together(
+    gpus: Gpus, tmp_path: Path
+) -> None:
+    many = entry(replicas=3)
+    async with starts(Measured(tmp_path), many, box="3xH100") as each:
+        for number in range(3):
+            await each.begin(many, number)
+        assert each.running == ["m/0"]
+        gpus.used[0] = 70 * GIB
+        each.keeps["m/0"]([report(60)])
+        await each.end("m/0")
+        assert each.running == ["m/1", "m/2"]
+
+
+async def test_a_kind_whose_first_start_failed_is_measured_at_its_second(
+    gpus: Gpus, tmp_path: Path
+) -> None:
+    many = entry(replicas=3)
+    async with starts(Measured(tmp_path), many, box="3xH100") as each:
+        for number in range(3):
+            await each.begin(many, number)
+        await each.end("m/0")  # nothing was reported
+        assert each.running == ["m/1"]
+
+
+async def test_kinds_on_different_gpus_do_not_wait_for_each_other(
+    gpus: Gpus, tmp_path: Path
+) -> None:
+    a, b = entry("a", devices=[0]), entry("b", devices=[1], engine={"max_num_seqs": 8})
+    async with starts(Measured(tmp_path), a, b, box="2xH100") as each:
+        await each.begin(a)
+        await each.begin(b)
+        assert each.running == ["a", "b"]
+
+
+async def test_a_start_that_is_given_up_lets_the_next_one_in(gpus: Gpus, tmp_path: Path) -> None:
+    a, b = entry("a"), entry("b", engine={"max_num_seqs": 8})
+    space = Space(planned(Measured(tmp_path), a, b), Measured(tmp_path))
+
+    async def failing() -> None:
+        async with space.start(a, 0):
+            raise StartupError("no")
+
+    with pytest.raises(StartupError):
+        await failing()
+    async with asyncio.timeout(1), space.start(b, 0) as (spec, _):
+        assert spec.name == "b"
+
+
+async def test_a_replica_s_entry_says_its_gpus_and_its_cache(gpus: Gpus, tmp_path: Path) -> None:
+    many = entry(replicas=2)
+    space = Space(planned(Measured(tmp_path), many, box="2xH100"), Measured(tmp_path))
+    async with space.start(many, 1) as (spec, _):
+        replica = space.plan.replica("m", 1)
+        assert (spec.devices, spec.kv_cache) == (replica.devices, replica.kv)
+
+
+async def test_of_a_model_of_unknown_shape_nothing_is_kept_and_every_start_is_alone(
+    gpus: Gpus, tmp_path: Path
+) -> None:
+    kept = Measured(tmp_path)
+    odd = entry("odd", model="odd", devices=[0, 1], memory="20GiB", replicas=2)
+    m = entry("m", devices=[1], memory="30GiB")
+    for replica in planned(kept, odd, m, box="2xH100").replicas[-1:]:
+        kept.keep(replica.fingerprint, 2 * GIB, {})
+    before = files(tmp_path)
+    async with starts(kept, odd, m, box="2xH100") as each:
+        await each.begin(odd, 1)
+        await each.begin(m)
+        assert each.running == ["odd/1"]
+        gpus.used[1] = 19 * GIB
+        each.keeps["odd/1"]([report(15)])
+        await each.end("odd/1")
+        assert each.running == ["m"]
+        await each.begin(odd, 1)  # as if for the first time
+        assert each.running == ["m"]
+        await each.end("m")
+        assert each.running == ["odd/1"]
+    assert files(tmp_path) == before
+
+
+# --- what is kept
+
+
+async def test_a_measured_start_is_planned_with_from_then_on(gpus: Gpus, tmp_path: Path) -> None:
+    kept = Measured(tmp_path)
+    m = entry(tensor_parallel_size=2, kv_cache="20GiB")
+    plan = planned(kept, m, box="2xH100")
+    (replica,) = plan.replicas
+    planned_gib = (replica.weights + replica.kv) / GIB
+    gpus.used = {0: 2 * GIB, 1: 0}  # what was there before is nobody's overhead
+    async with Space(plan, kept).start(m, 0) as (_, keep):
+        gpus.used = {0: int((planned_gib + 5) * GIB), 1: int((planned_gib + 4) * GIB)}
+        keep([report(planned_gib + 1), report(planned_gib + 1)])
+    (again,) = planned(kept, m, box="2xH100").replicas
+    assert again.fingerprint == replica.fingerprint
+    assert (replica.measured, again.measured) == (False, True)
+    assert again.overhead == pytest.approx(4 * GIB, abs=2)  # of the fuller one of both
+    assert again.kv == replica.kv
+
+
+async def test_of_data_parallel_ranks_the_first_reports_alone(gpus: Gpus, tmp_path: Path) -> None:
+    kept = Measured(tmp_path)
+    m = entry(engine={"data_parallel_size": 2}, kv_cache="20GiB")
+    plan = planned(kept, m, box="2xH100")
+    (replica,) = plan.replicas
+    assert len(replica.devices) == 2
+    size = replica.weights + replica.kv
+    async with Space(plan, kept).start(m, 0) as (_, keep):
+        gpus.used = {0: size + 2 * GIB, 1: size + 9 * GIB}
+        keep([report(size / GIB)])
+    assert kept.overhead(replica.fingerprint) == pytest.approx(2 * GIB, abs=2)
+
+
+async def test_a_start_that_reports_nothing_keeps_nothing(gpus: Gpus, tmp_path: Path) -> None:
+    m = entry()
+    kept = Measured(tmp_path)
+    with contextlib.suppress(StartupError):
+        async with Space(planned(kept, m), kept).start(m, 0):
+            raise StartupError("no")
+    assert files(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("grown", "reserved", "allocated", "activations", "planned", "overhead"),
+    [
+        # The context beside torch, and what torch reserved beyond the plan.
+        (50, 49, 40, 3, 47, 3),
+        # A full step needs more than is reserved at the end: 40 + 12 beside a context of 1.
+        (50, 49, 40, 12, 47, 6),
+        # Exactly as much as is reserved.
+        (50, 49, 40, 9, 47, 3),
+        # Less than was planned: the weights came out smaller.
+        (40, 39, 39, 0, 47, 0),
+        # Nothing but what was planned.
+        (47, 47, 47, 0, 47, 0),
+    ],
+)
+def test_the_overhead_is_what_a_full_step_takes_beyond_the_plan(
+    grown: int, reserved: int, allocated: int, activations: int, planned: int, overhead: int
+) -> None:
+    worker = {
+        "weights": 0,
+        "reserved": reserved,
+        "allocated": allocated,
+        "activations": activations,
+    }
+    assert overhead_bytes(grown, worker, planned) == overhead
