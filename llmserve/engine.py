@@ -100,7 +100,7 @@ class Launcher:
 
     def _start(self, spec: ModelSpec, number: int, addresses: dict[str, str] | None) -> Engine:
         figures = Figures(spec.name, number, spec.parallel_sizes.get("data_parallel_size", 1))
-        self.log_of(spec, number).unlink(missing_ok=True)
+        _keep_one(self.log_of(spec, number))
         with self._configuring:
             self._unless_stopped()
             arguments = engine_arguments(spec)
@@ -147,6 +147,12 @@ class Launcher:
     def _unless_stopped(self) -> None:
         if self._stopped.is_set():
             raise StartupError("the server is stopping")
+
+
+def _keep_one(log: Path) -> None:
+    """The log of the engine before, which may have died, gets a `.1` at its end."""
+    with contextlib.suppress(FileNotFoundError):
+        log.replace(log.with_name(log.name + ".1"))
 
 
 def _constant(value: Any) -> Callable[[], Any]:

@@ -57,6 +57,12 @@ class Metrics:
             ("model", "replica"),
             registry=self.registry,
         )
+        self.deaths = Counter(
+            "llmserve_engine_deaths",
+            "Engines that died; each is started again, until it died too often in a row.",
+            ("model", "replica"),
+            registry=self.registry,
+        )
         self.start_step_seconds = Gauge(
             "llmserve_model_start_step_seconds",
             "Where the seconds of a replica's last start went.",

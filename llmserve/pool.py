@@ -1,6 +1,6 @@
 """Every replica's life: waiting, downloading, loading, warming, ready, failed, stopped.
 
-The one owner of these states. Engines are started by a `Backend`, so that all of this
+One whose engine dies is started again. The one owner of these states. Engines are started by a `Backend`, so that all of this
 can be run without one.
 """
 
@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Protocol
 
 from llmserve.admission import Slot, Slots
+from llmserve.deaths import Deaths
 from llmserve.dispatch import Ask, Load, policy_of
 from llmserve.errors import EngineDead, LLMServeError, Overloaded, StartupError, quoted
 
@@ -116,14 +118,24 @@ class Replica:
         self.state = State.WAITING
         self.note = ""  # progress, or why it failed
         self.running: Running | None = None
-        self.started = time.monotonic()
+        self.started = time.monotonic()  # or when it will be
         self.seconds = 0.0  # what the start took
+        self.usual_s: float | None = None  # what the last one took that succeeded
+        self.ready_since = math.inf
+        self.deaths = Deaths()
         self.load = Load()
 
     @property
     def took(self) -> Mapping[str, float]:
         """Seconds of its start, by step."""
         return self.running.took if self.running is not None else {}
+
+    @property
+    def ready_in_s(self) -> int:
+        """An estimate, in whole seconds, while it waits or starts."""
+        if self.usual_s is None:
+            return _LOADING_RETRY_S
+        return max(1, math.ceil(self.started + self.usual_s - time.monotonic()))
 
     @property
     def name(self) -> str:
@@ -222,6 +234,7 @@ class Pool:
         self._on_change = on_change
         self._closed = False
         self._leases: set[Lease] = set()
+        self._revivals: set[Task] = set()
         self._dispatched: dict[Replica, Counter] = {}  # where there is a choice
         for entry in self.entries.values():
             metrics.in_flight.labels(entry.name).set_function(entry.slots.count)
@@ -278,11 +291,11 @@ class Pool:
         if entry.state in STARTING:
             return Overloaded(
                 f"The model {name} is {entry.state}; try again.",
-                retry_after_s=_LOADING_RETRY_S,
+                retry_after_s=entry.furthest.ready_in_s,
                 code="model_not_ready",
             )
-        if any(replica.running is not None for replica in entry.replicas):
-            return EngineDead(f"The engine of {name} has died.")
+        if deaths := entry.furthest.deaths.in_a_row:
+            return EngineDead(f"The engine of {name} died {deaths} times and is not started again.")
         return EngineDead(f"The model {name} could not be started.", code="model_failed")
 
     def ready(self) -> list[Entry]:
@@ -343,6 +356,7 @@ class Pool:
         if before is State.READY and entry.policy is not None:
             entry.policy.forget(replica.number)
         if replica.state is State.READY:
+            replica.usual_s, replica.ready_since = replica.seconds, time.monotonic()
             self._show_start(replica)
         self._show(replica)
         log.info("model=%s state=%s", replica.name, replica.state)
@@ -377,8 +391,45 @@ class Pool:
         """Whether the engine of a ready replica has died, which is then known everywhere."""
         if replica.running is None or not replica.running.dead:
             return False
-        self._change(replica, State.FAILED, "its engine died")
+        self._metrics.deaths.labels(replica.model.name, replica.number).inc()
+        lived_s = time.monotonic() - replica.ready_since
+        if self._closed:
+            self._change(replica, State.FAILED, "its engine died")
+        elif self._again(replica, "its engine died", lived_s):
+            revival = asyncio.create_task(self._revive(replica))
+            self._revivals.add(revival)
+            revival.add_done_callback(self._revivals.discard)
         return True
+
+    def _again(self, replica: Replica, note: str, lived_s: float) -> bool:
+        """Whether a dead replica is started again, which it then waits for."""
+        pause_s = replica.deaths.pause_s(lived_s)
+        if pause_s is None:
+            times = replica.deaths.in_a_row
+            self._change(replica, State.FAILED, f"{note}; {times} times, not started again")
+            return False
+        replica.started = time.monotonic() + pause_s
+        self._change(replica, State.WAITING, f"{note}; again in {pause_s:g} s")
+        return True
+
+    async def _revive(self, replica: Replica) -> None:
+        """End what is left of a dead engine and start another, later each time."""
+        again = True
+        while again:
+            await self._end(replica)
+            await asyncio.sleep(replica.started - time.monotonic())
+            await self._start(replica)
+            again = replica.state is not State.READY and self._again(replica, replica.note, 0.0)
+
+    async def _end(self, replica: Replica) -> None:
+        """End an engine, dead or alive, and forget it."""
+        running, replica.running = replica.running, None
+        if running is None:
+            return
+        try:
+            await running.stop()
+        except Exception:
+            log.exception("model=%s did not stop cleanly", replica.name)
 
     def close(self) -> None:
         """Admit no more requests."""
@@ -396,14 +447,12 @@ class Pool:
     async def stop(self) -> None:
         """End all engines, all at once."""
         self.close()
-        replicas = self.replicas
-        if any(replica.state in STARTING for replica in replicas):
+        if any(replica.state in STARTING for replica in self.replicas):
             self._backend.kill()
-        running = [replica for replica in replicas if replica.running is not None]
-        ends = [replica.running.stop() for replica in running if replica.running is not None]
-        for error in await asyncio.gather(*ends, return_exceptions=True):
-            if error is not None:
-                log.error("an engine did not stop cleanly", exc_info=error)
+        for revival in self._revivals:
+            revival.cancel()
+        running = [replica for replica in self.replicas if replica.running is not None]
+        await asyncio.gather(*(self._end(replica) for replica in running))
         for replica in running:
             self._change(replica, State.STOPPED)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -20,14 +21,18 @@ from llmserve.gpus import gib, short_name
 from llmserve.measured import Measured
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Iterable
 
     from llmserve.config import ModelSpec
     from llmserve.gpus import Gpu
+    from llmserve.nvml import Holder
     from llmserve.plan import Plan, Replica
 
 log = logging.getLogger(__name__)
 Keep = Callable[[Sequence[Mapping[str, Any]]], None]  # takes what the workers report
+
+_RELEASE_S = 15.0  # what a dead engine's memory gets to come back
+_LOOK_S = 0.2
 
 
 class Space:
@@ -42,25 +47,21 @@ class Space:
 
     def unless_taken(self) -> None:
         """Raises StartupError if others hold memory that the plan needs, with their names."""
-        short = [told for gpu in self.plan.box if (told := self._short(gpu)) is not None]
-        if short:
+        needs = [(gpu, self.plan.used(gpu.index)) for gpu in self.plan.box]
+        if short := _short("the plan", needs):
             raise StartupError("\n".join(short))
 
-    def _short(self, gpu: Gpu) -> str | None:
-        needed = self.plan.used(gpu.index)
-        free = gpu.memory - nvml.used_bytes(gpu) if needed else 0
-        if needed <= free:
-            return None
-        held = ", ".join(
-            f"pid {holder.pid} {holder.name}"
-            + (f" {gib(holder.bytes)}" if holder.bytes is not None else "")
-            for holder in nvml.holders(gpu)
-        )
-        return (
-            f"GPU {gpu.index} ({short_name(gpu.name)}): the plan needs {gib(needed)}, {gib(free)} "
-            f"of {gib(gpu.memory)} are free; held by {held or 'nobody whom the driver names'}; "
-            "end them, or give the models less"
-        )
+    async def _room(self, replica: Replica) -> None:
+        """Wait for what a dead engine held, which the driver gives back some moments later.
+
+        Raises StartupError if others hold it.
+        """
+        needs = [(self.plan.box[index], replica.bytes) for index in replica.devices]
+        end = time.monotonic() + _RELEASE_S
+        while short := _short(replica.name, needs):
+            if time.monotonic() >= end:
+                raise StartupError("; ".join(short))
+            await asyncio.sleep(_LOOK_S)
 
     @contextlib.asynccontextmanager
     async def start(self, spec: ModelSpec, number: int) -> AsyncIterator[tuple[ModelSpec, Keep]]:
@@ -74,6 +75,7 @@ class Space:
             self._measuring(replica) as alone,
             self._locks.hold(replica.devices, alone=alone),
         ):
+            await self._room(replica)
             before = self._used(replica)
             yield (
                 self.plan.spec_of(spec, number),
@@ -118,6 +120,26 @@ class Space:
             "workers": [dict(report["bytes"]) for report in reports],
         }
         self._kept.keep(replica.fingerprint, overhead, about)
+
+
+def _short(who: str, needs: Iterable[tuple[Gpu, int]]) -> list[str]:
+    """A line for each GPU that has too little free memory, with who holds it."""
+    lines: list[str] = []
+    for gpu, needed in needs:
+        free = gpu.memory - nvml.used_bytes(gpu) if needed else 0
+        if needed > free:
+            held = ", ".join(map(_told, nvml.holders(gpu)))
+            lines.append(
+                f"GPU {gpu.index} ({short_name(gpu.name)}): {who} needs {gib(needed)}, {gib(free)} "
+                f"of {gib(gpu.memory)} are free; held by {held or 'nobody whom the driver names'}; "
+                "end them, or give the models less"
+            )
+    return lines
+
+
+def _told(holder: Holder) -> str:
+    size = "" if holder.bytes is None else f" {gib(holder.bytes)}"
+    return f"pid {holder.pid} {holder.name}{size}"
 
 
 def overhead_bytes(grown: int, worker: Mapping[str, int], planned: int) -> int:

@@ -184,6 +184,7 @@ class FakeBackend:
             await plan.gate.wait()
         if plan.error is not None:
             raise plan.error
+        plan.running.dead = False
         return plan.running
 
     def kill(self) -> None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -22,7 +23,7 @@ from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI, OpenAIEmbeddings
 from pydantic import BaseModel, SecretStr
 
-from tests.integration.conftest import STOP_S, Server, until
+from tests.integration.conftest import START_S, STOP_S, Server, until
 
 FRANCE: list[Any] = [{"role": "user", "content": "What is the capital of France?"}]
 
@@ -310,6 +311,58 @@ def test_nothing_but_states_was_printed(server: Server) -> None:
     assert lines[-1] == f"Serving chat, embed on {server.url}"
     for line in lines[1:-1]:
         assert line.startswith(("chat: ", "embed: ")), server.printed()
+
+
+# --- an engine dies
+
+
+def engine_of(server: Server, model: str) -> psutil.Process:
+    """The engine core that writes the model's log."""
+    files = {engine: Path(f"/proc/{engine.pid}/fd/1").readlink() for engine in server.engines()}
+    return next(engine for engine, file in files.items() if file.name == f"model-{model}.log")
+
+
+def test_a_killed_engine_comes_back_and_the_other_model_loses_nothing(server: Server) -> None:
+    over = threading.Event()
+    statuses: list[int] = []
+    lines: list[str] = []
+
+    def embed() -> None:
+        while not over.is_set():
+            statuses.append(server.post("/v1/embeddings", model="embed", input="x").status_code)
+
+    def chat() -> None:
+        body = {"model": "chat", "prompt": "x", "max_tokens": 2000, "stream": True}
+        url = f"{server.url}/v1/completions"
+        with httpx.stream("POST", url, json=body | {"ignore_eos": True}, timeout=60) as reply:
+            lines.extend(line for line in reply.iter_lines() if line)
+
+    asking = [threading.Thread(target=embed), threading.Thread(target=chat)]
+    for each in asking:
+        each.start()
+    try:
+        until(lambda: server.running("chat") == 1)
+        engine_of(server, "chat").kill()
+        killed = time.monotonic()
+        asking[1].join(timeout=10)
+        assert time.monotonic() - killed < 2
+        assert json.loads(lines[-2].removeprefix("data: "))["error"]["code"] == "engine_dead"
+        assert lines[-1] == "data: [DONE]"
+        until(lambda: not httpx.get(f"{server.url}/ready", timeout=10).is_success)
+        refused = server.post("/v1/completions", model="chat", prompt="x")
+        assert refused.status_code == 503
+        assert int(refused.headers["retry-after"]) >= 1
+        until(lambda: httpx.get(f"{server.url}/ready", timeout=10).is_success, START_S)
+        took = server.metric("llmserve_model_start_seconds", model="chat")
+        assert time.monotonic() - killed < took + 10
+    finally:
+        over.set()
+        asking[0].join()
+    assert server.post("/v1/completions", model="chat", prompt="x").status_code == 200
+    assert len(statuses) > 10
+    assert set(statuses) == {200}
+    assert server.metric("llmserve_engine_deaths_total", model="chat") == 1
+    assert server.metric("llmserve_engine_deaths_total", model="embed") == 0
 
 
 # --- the end: this test is the last that the server sees

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from llmserve import deaths
 from llmserve.errors import EngineDead, ModelNotFound, Overloaded, StartupError
 from llmserve.metrics import Metrics
 from llmserve.pool import Lease, Pool, Replica, State
@@ -242,20 +243,72 @@ async def test_a_lease_is_given_back_once() -> None:
 # --- deaths and ends
 
 
-async def test_an_engine_that_dies_is_noticed_and_the_others_serve_on() -> None:
+async def test_an_engine_that_dies_is_started_again_and_the_others_serve_on() -> None:
     box = Box()
     await box.pool.start()
-    watching = asyncio.ensure_future(box.pool.watch())
-    box.backend.running("chat").dead = True
-    await until(lambda: box.states()["chat"] == "failed")
-    watching.cancel()
-    with suppress(asyncio.CancelledError):
-        await watching
-    assert box.pool.entries["chat"].note == "its engine died"
-    with pytest.raises(EngineDead, match="The engine of `chat` has died") as refused:
+    async with watched(box):
+        box.backend.running("chat").dead = True
+        await until(lambda: box.states()["chat"] == "waiting")
+        assert box.pool.entries["chat"].note == "its engine died; again in 1 s"
+        with pytest.raises(Overloaded, match="The model `chat` is waiting") as refused:
+            box.lease("chat")
+        assert refused.value.code == "model_not_ready"
+        assert refused.value.retry_after_s == 1  # the pause, and a start that took no time
+        box.lease("embed").release()
+        await until(lambda: box.states()["chat"] == "ready")
+    box.lease("chat").release()
+    assert box.backend.started.count("chat") == 2
+    assert box.backend.running("chat").stopped
+    page = box.metrics.page([]).decode()
+    assert 'llmserve_engine_deaths_total{model="chat",replica="0"} 1.0' in page
+
+
+@pytest.fixture
+def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pauses of thousandths of seconds."""
+    monkeypatch.setattr(deaths, "_FIRST_S", 0.001)
+
+
+@pytest.mark.usefixtures("hurried")
+async def test_an_engine_that_dies_again_and_again_is_left() -> None:
+    box = Box()
+    await box.pool.start()
+    async with watched(box):
+        for life in range(1, deaths.GIVE_UP):
+            box.backend.running("chat").dead = True
+            await until(lambda life=life: box.backend.started.count("chat") == life + 1)
+            await until(lambda: box.states()["chat"] == "ready")
+        box.backend.running("chat").dead = True
+        await until(lambda: box.states()["chat"] == "failed")
+    assert box.pool.entries["chat"].note == "its engine died; 5 times, not started again"
+    with pytest.raises(EngineDead, match="The engine of `chat` died 5 times") as refused:
         box.lease("chat")
     assert refused.value.code == "engine_dead"
+    assert box.backend.started.count("chat") == deaths.GIVE_UP
     box.lease("embed").release()
+
+
+@pytest.mark.usefixtures("hurried")
+async def test_a_start_that_fails_after_a_death_counts_as_one() -> None:
+    box = Box()
+    await box.pool.start()
+    box.backend.plans["chat"].error = StartupError("no memory left")
+    async with watched(box):
+        box.backend.running("chat").dead = True
+        await until(lambda: "5 times" in box.pool.entries["chat"].note)
+    assert box.pool.entries["chat"].note == "no memory left; 5 times, not started again"
+    assert box.backend.started.count("chat") == deaths.GIVE_UP
+
+
+async def test_the_end_of_the_server_ends_a_revival() -> None:
+    box = Box()
+    await box.pool.start()
+    async with watched(box):
+        box.backend.running("chat").dead = True
+        await until(lambda: box.states()["chat"] == "waiting")
+    await soon(box.pool.stop())
+    await asyncio.sleep(1.1)
+    assert box.backend.started.count("chat") == 1
 
 
 async def test_a_closed_pool_admits_nobody_but_lets_requests_finish() -> None:
@@ -466,13 +519,14 @@ async def test_a_replica_that_dies_fails_alone() -> None:
     await box.pool.start()
     async with watched(box):
         box.backend.running("chat/0").dead = True
-        await until(lambda: box.shown_states() == {"chat/0": "failed", "chat/1": "ready"})
+        await until(lambda: box.shown_states() == {"chat/0": "waiting", "chat/1": "ready"})
         assert box.states() == {"chat": "ready"}
         assert box.lease("chat").replica.name == "chat/1"
         box.backend.running("chat/1").dead = True
-        await until(lambda: box.states() == {"chat": "failed"})
-    with pytest.raises(EngineDead, match="The engine of `chat` has died"):
-        box.lease("chat")
+        await until(lambda: box.states() == {"chat": "waiting"})
+        with pytest.raises(Overloaded, match="The model `chat` is waiting"):
+            box.lease("chat")
+        await until(lambda: box.shown_states() == {"chat/0": "ready", "chat/1": "ready"})
     await box.pool.stop()
     assert box.shown_states() == {"chat/0": "stopped", "chat/1": "stopped"}
 
@@ -485,9 +539,9 @@ async def test_a_replica_that_died_a_moment_ago_gets_nothing() -> None:
     (idle,) = {"chat/0", "chat/1"} - set(busy)
     box.backend.running(idle).dead = True
     assert [box.lease("chat").replica.name for _ in range(3)] == busy * 3
-    assert box.shown_states()[idle] == "failed"
+    assert box.shown_states()[idle] == "waiting"
     box.backend.running(busy[0]).dead = True
-    with pytest.raises(EngineDead, match="The engine of `chat` has died"):
+    with pytest.raises(Overloaded, match="The model `chat` is waiting"):
         box.lease("chat")
     assert box.in_flight("chat") == 4
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from llmserve import nvml
+from llmserve import nvml, space
 from llmserve.config import ModelSpec
 from llmserve.errors import StartupError
 from llmserve.gpus import GIB, described
@@ -353,3 +353,28 @@ def test_the_overhead_is_what_a_full_step_takes_beyond_the_plan(
         "activations": activations,
     }
     assert overhead_bytes(grown, worker, planned) == overhead
+
+
+async def test_a_start_waits_for_the_memory_of_a_dead_engine(tmp_path: Path, gpus: Gpus) -> None:
+    spec = entry(memory="40GiB")
+    starts = Starts(Space(planned(Measured(tmp_path), spec), Measured(tmp_path)))
+    gpus.used[0] = 60 * GIB
+    await starts.begin(spec)
+    assert starts.running == []
+    gpus.used[0] = GIB
+    async with asyncio.timeout(3):
+        while not starts.running:  # the driver tells nobody
+            await asyncio.sleep(0.01)
+
+
+async def test_a_start_without_room_tells_who_holds_it(
+    tmp_path: Path, gpus: Gpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(space, "_RELEASE_S", 0.01)
+    gpus.used[0] = 60 * GIB
+    gpus.holders[0] = [Holder(7, "python", 59 * GIB)]
+    spec = entry(memory="40GiB")
+    ground = Space(planned(Measured(tmp_path), spec), Measured(tmp_path))
+    with pytest.raises(StartupError, match=r"m needs 40.0 GiB, 19.6 GiB .* pid 7 python 59.0 GiB"):
+        async with ground.start(spec, 0):
+            pass

@@ -1,0 +1,19 @@
+"""Back-off and quarantine."""
+
+from __future__ import annotations
+
+from llmserve.deaths import GIVE_UP, STABLE_S, Deaths
+
+
+def test_each_death_in_a_row_waits_twice_as_long_until_it_is_enough() -> None:
+    deaths = Deaths()
+    assert [deaths.pause_s(0.0) for _ in range(GIVE_UP)] == [1.0, 2.0, 4.0, 8.0, None]
+    assert deaths.pause_s(0.0) is None
+
+
+def test_an_engine_that_lived_begins_anew() -> None:
+    deaths = Deaths()
+    for _ in range(GIVE_UP - 1):
+        deaths.pause_s(STABLE_S - 1)
+    assert deaths.pause_s(STABLE_S) == 1.0
+    assert deaths.in_a_row == 1
