@@ -88,7 +88,7 @@ class VllmBackend:
             engine = await self._engine(modules, placed, number, report)
             async with _or_ended(modules, engine, log):
                 reports = await engine.start_reports()
-            keep(reports)
+                keep(reports)
             clock.lap("engine", [each["seconds"] for each in reports])
         stored = self._stored.setdefault(spec.name, modules.serving.Stored())
         async with _or_ended(modules, engine, log):

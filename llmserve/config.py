@@ -52,6 +52,13 @@ ENGINE_KEYS: Mapping[str, str] = {
     "sampling": "override_generation_config",
     "loras": "enable_lora",
 }
+# Engine arguments that the plan of the GPUs sets, and what to say instead.
+_PLANNED: Mapping[str, str] = {
+    "device_ids": "`devices` of the entry",
+    "gpu_memory_utilization": "`gpu_memory_utilization` of the entry",
+    "kv_cache_memory_bytes": "`kv_cache` of the entry",
+    "worker_cls": "nothing: llmserve's own worker reports what a start took",
+}
 _NAME_LIMIT = 128
 _SECRETS = frozenset({"api_keys", "hf_token"})  # never shown
 _PART = "part"  # the validation context of `defaults`
@@ -387,6 +394,8 @@ class _Reader:
         if arguments is None or fields is None:
             return arguments or {}
         arguments = self._known(arguments, fields.names, path)
+        for name in arguments.keys() & _PLANNED:
+            self.document.problem((*path, name), f"is set by the plan; say {_PLANNED[name]}")
         for name, value in arguments.items():
             try:
                 arguments[name] = fields.validate(name, value)

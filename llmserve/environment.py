@@ -36,8 +36,6 @@ def prepare(engines: int, log_dir: Path, env: MutableMapping[str, str] = os.envi
     # GPUs are planned as the driver counts them; left to itself, CUDA puts the fastest first.
     env["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
     env.setdefault("VLLM_NO_USAGE_STATS", "1")
-    # CUDA counts GPUs as the driver does; its own order is by speed.
-    env.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     # A step's output in one slice: between slices vLLM would let the loop go round.
     env.setdefault("VLLM_V1_OUTPUT_PROC_CHUNK_SIZE", "4096")
     # Answers can be fetched again by id; serving.py bounds how many are kept.

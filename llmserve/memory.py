@@ -24,16 +24,14 @@ _COMMUNICATION = 0.9 * GIB  # NCCL and all-reduce buffers of a group
 _GRAPHS_PER_LAYER = 14 * _MIB
 _SAMPLER_BYTES = 12  # a logit: as float32, and twice while it is sorted
 _DTYPE_BYTES = {"float32": 4, "float": 4, "float16": 2, "half": 2, "bfloat16": 2}
-# Bits that a weight has once vLLM has quantized it while loading.
+# Bits that a matrix's weight has once vLLM has quantized it while loading; formats for experts
+# alone are planned as they are stored.
 _ONLINE = {
     "fp8": 8,
     "fp8_per_tensor": 8,
     "fp8_per_block": 8,
     "fp8_per_channel": 8,
-    "int8_per_channel_weight_only": 8,
-    "experts_int8": 8,
     "mxfp8": 8.25,
-    "nvfp4_per_token": 4.5,
 }
 
 

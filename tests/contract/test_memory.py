@@ -76,8 +76,8 @@ def test_quantization_while_loading_is_called_what_vllm_calls_it() -> None:
     from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
 
     assert memory._ONLINE.keys() <= set(QUANTIZATION_METHODS)
-    # These were methods before there were shorthands.
-    assert memory._ONLINE.keys() - set(ONLINE_QUANT_SHORTHAND_NAMES) == {"fp8", "experts_int8"}
+    # It was a method before there were shorthands.
+    assert memory._ONLINE.keys() - set(ONLINE_QUANT_SHORTHAND_NAMES) == {"fp8"}
 
 
 def test_a_kv_cache_that_is_said_is_not_measured_and_0_is_not_said() -> None:

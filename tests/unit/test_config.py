@@ -639,16 +639,29 @@ def test_every_engine_argument_is_a_key_of_engine(box: Path) -> None:
     assert [problem for problem in found if "unknown key" in problem] == []
 
 
+@pytest.mark.parametrize(
+    ("argument", "instead"),
+    [
+        ("device_ids: [1]", "`devices` of the entry"),
+        ("gpu_memory_utilization: 0.5", "`gpu_memory_utilization` of the entry"),
+        ("kv_cache_memory_bytes: 1024", "`kv_cache` of the entry"),
+        ("worker_cls: mine.Worker", "llmserve's own worker"),
+    ],
+)
+def test_what_the_plan_sets_is_not_said_around_it(box: Path, argument: str, instead: str) -> None:
+    (found,) = chat_problems(box, f"engine: {{{argument}}}")
+    assert "is set by the plan" in found
+    assert instead in found
+
+
 # --- where something is said
 
 
 @pytest.mark.parametrize(
     ("default", "own"),
     [
-        ("gpu_memory_utilization: 0.5", "gpu_memory_utilization: 0.3"),
-        ("gpu_memory_utilization: 0.5", "memory: 8GiB"),
-        ("kv_cache_memory_bytes: 1024", "kv_cache: 1GiB"),
         ("tensor_parallel_size: 4", "tensor_parallel_size: 2"),
+        ("reasoning_parser: qwen3", "reasoning_parser: deepseek_r1"),
     ],
 )
 def test_a_model_s_key_beats_the_engine_argument_of_the_defaults(
