@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import json
@@ -21,6 +22,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.platforms import current_platform
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from llmserve.child import instance_of, log_file
 from llmserve.errors import StartupError
@@ -30,6 +32,7 @@ from llmserve.stream import Flow
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
+    from multiprocessing.process import BaseProcess
 
     from prometheus_client import CollectorRegistry
 
@@ -62,6 +65,22 @@ class Engine:
         """What the start took, by worker (`llmserve.worker`)."""
         reports: list[dict[str, Any]] = await self.client.collective_rpc("start_report")
         return reports
+
+    async def responds(self, within_s: float) -> bool:
+        """False if the engine core leaves a question unanswered; one that is dead has answered."""
+        try:
+            await asyncio.wait_for(self.client.engine_core.is_sleeping_async(), within_s)
+        except TimeoutError:
+            return False
+        except EngineDeadError:
+            pass
+        return True
+
+    def kill(self) -> None:
+        """End the engine's processes at once; vLLM notices."""
+        manager = self.client.engine_core.resources.engine_manager
+        for process in () if manager is None else manager.processes:
+            _kill_group(process)
 
     def stop(self) -> None:
         """End the engine and its processes. Blocks for some seconds."""
@@ -139,14 +158,18 @@ class Launcher:
         """Let no start begin, and end the processes of those under way and of all engines."""
         self._stopped.set()
         for process in multiprocessing.active_children():
-            process.kill()
-            # llmserve.child made it a group; if it did not come so far, it has no workers.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(cast("int", process.pid), signal.SIGKILL)
+            _kill_group(process)
 
     def _unless_stopped(self) -> None:
         if self._stopped.is_set():
             raise StartupError("the server is stopping")
+
+
+def _kill_group(process: BaseProcess) -> None:
+    process.kill()
+    # llmserve.child made it a group; if it did not come so far, it has no workers.
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(cast("int", process.pid), signal.SIGKILL)
 
 
 def _keep_one(log: Path) -> None:

@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 Task = asyncio.Task[None]
 
 _WATCH_S = 0.5  # a dead engine is noticed this soon
+_ASK_EVERY_S = 10.0
+HUNG_S = 45.0  # an engine that says nothing for so long is taken for dead; steps are shorter
 _LOADING_RETRY_S = 5
 _STOPPING_RETRY_S = 5
 _DRAIN_LOOK_S = 0.05
@@ -91,6 +93,14 @@ class Running(Protocol):
         ...
 
     async def cancel_response(self, response_id: str) -> Response: ...
+    async def responds(self, within_s: float) -> bool:
+        """Whether its engine answers a question that it can answer between two steps."""
+        ...
+
+    def kill(self) -> None:
+        """End its engine's processes now, hung or not; `dead` tells when it is noticed."""
+        ...
+
     async def stop(self) -> None: ...
 
 
@@ -386,6 +396,21 @@ class Pool:
             for entry in self.ready():
                 for replica in entry.ready:
                     self._died(replica)
+
+    async def watch_hung(self) -> None:
+        """End engines that hang, until cancelled; `watch` then finds them dead."""
+        while True:
+            await asyncio.sleep(_ASK_EVERY_S)
+            ready = [replica for entry in self.ready() for replica in entry.ready]
+            await asyncio.gather(*(self._kill_if_hung(replica) for replica in ready))
+
+    async def _kill_if_hung(self, replica: Replica) -> None:
+        running = replica.running
+        if running is None or running.dead or await running.responds(HUNG_S):
+            return
+        if replica.running is running and not running.dead:
+            log.error("model=%s has said nothing for %g s: killed", replica.name, HUNG_S)
+            running.kill()
 
     def _died(self, replica: Replica) -> bool:
         """Whether the engine of a ready replica has died, which is then known everywhere."""

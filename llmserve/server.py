@@ -232,6 +232,7 @@ class _Process:
         watches = [
             asyncio.create_task(self._metrics.watch_loop()),
             asyncio.create_task(self._pool.watch()),
+            asyncio.create_task(self._pool.watch_hung()),
         ]
         try:
             code = await self._until_signalled()

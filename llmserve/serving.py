@@ -249,6 +249,12 @@ class Serving:
     def registry(self) -> CollectorRegistry:
         return self.engine.registry
 
+    async def responds(self, within_s: float) -> bool:
+        return await self.engine.responds(within_s)
+
+    def kill(self) -> None:
+        self.engine.kill()
+
     async def stop(self) -> None:
         if (handler := self.engine.client.output_handler) is not None:
             handler.cancel()  # else it reports the end of its engine as a failure

@@ -114,6 +114,7 @@ class FakeRunning:
         self.calls: list[Call] = []
         self.responses: dict[str, dict[str, Any]] = {}
         self.stopped = 0
+        self.hangs = False
         self.stop_gate: Gate | None = None
         self.stop_error: Exception | None = None
 
@@ -139,6 +140,14 @@ class FakeRunning:
             error.status = 404
             raise error
         return Response(orjson.dumps(self.responses[response_id] | more))
+
+    async def responds(self, within_s: float) -> bool:
+        if self.hangs:
+            await asyncio.sleep(within_s)
+        return not self.hangs
+
+    def kill(self) -> None:
+        self.dead, self.hangs = True, False
 
     async def stop(self) -> None:
         self.stopped += 1

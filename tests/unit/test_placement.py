@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmserve.gpus import GIB, Box, Gpu
-from llmserve.placement import BALANCE, Demand, Option, Placed, Placement, capacity, fill, place
+from llmserve.packing import BALANCE
+from llmserve.placement import Demand, Option, Placed, Placement, capacity, fill, place
 
 HEADROOM = 0.1
 
@@ -72,13 +73,6 @@ def test_uses_are_even() -> None:
     placement = place(demands, box, HEADROOM)
     assert loads(placement.placed, box) == [50 * GIB, 50 * GIB]
     assert list(placement.placed) == list(gib)
-
-
-def test_greedy_is_not_enough() -> None:
-    """Largest first ends with 33 and 27 GiB."""
-    box = box_of(80, 80)
-    demands = [needs(f"m{size}{k}", (1, size)) for k, size in enumerate((15, 15, 10, 10, 10))]
-    assert ratio(place(demands, box, HEADROOM), box) == 1
 
 
 def test_uses_of_unequal_gpus_are_even() -> None:

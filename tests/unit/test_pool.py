@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from llmserve import deaths
+from llmserve import deaths, pool
 from llmserve.errors import EngineDead, ModelNotFound, Overloaded, StartupError
 from llmserve.metrics import Metrics
 from llmserve.pool import Lease, Pool, Replica, State
@@ -269,6 +270,10 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deaths, "_FIRST_S", 0.001)
 
 
+def _started(box: Box, times: int) -> bool:
+    return box.backend.started.count("chat") == times
+
+
 @pytest.mark.usefixtures("hurried")
 async def test_an_engine_that_dies_again_and_again_is_left() -> None:
     box = Box()
@@ -276,7 +281,7 @@ async def test_an_engine_that_dies_again_and_again_is_left() -> None:
     async with watched(box):
         for life in range(1, deaths.GIVE_UP):
             box.backend.running("chat").dead = True
-            await until(lambda life=life: box.backend.started.count("chat") == life + 1)
+            await until(partial(_started, box, life + 1))
             await until(lambda: box.states()["chat"] == "ready")
         box.backend.running("chat").dead = True
         await until(lambda: box.states()["chat"] == "failed")
@@ -298,6 +303,26 @@ async def test_a_start_that_fails_after_a_death_counts_as_one() -> None:
         await until(lambda: "5 times" in box.pool.entries["chat"].note)
     assert box.pool.entries["chat"].note == "no memory left; 5 times, not started again"
     assert box.backend.started.count("chat") == deaths.GIVE_UP
+
+
+@pytest.mark.usefixtures("hurried")
+async def test_an_engine_that_hangs_is_killed_and_started_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pool, "_ASK_EVERY_S", 0.01)
+    monkeypatch.setattr(pool, "HUNG_S", 0.02)
+    box = Box()
+    await box.pool.start()
+    asking = asyncio.ensure_future(box.pool.watch_hung())
+    async with watched(box):
+        await asyncio.sleep(0.1)
+        assert box.backend.started.count("chat") == 1  # those that answer are left alone
+        box.backend.running("chat").hangs = True
+        await until(lambda: box.backend.started.count("chat") == 2)
+        await until(lambda: set(box.states().values()) == {"ready"})
+    asking.cancel()
+    with suppress(asyncio.CancelledError):
+        await asking
 
 
 async def test_the_end_of_the_server_ends_a_revival() -> None:
