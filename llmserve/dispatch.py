@@ -14,12 +14,11 @@ if TYPE_CHECKING:
 
 _CHARACTERS = 4  # of text in a token, about
 _PROMPTS = ("system", "instructions", "messages", "prompt", "input")  # as engines read them
-_LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 
 _BLOCK_TOKENS = 128  # a prefix is known in steps of so many
 _DEEPEST = 64  # blocks of a prefix that are looked at
 _KEPT_BLOCKS = 8192
-_UNEVEN_TOKENS = 4096  # a known prefix may cost so many tokens more in flight,
+_UNEVEN_TOKENS = 8192  # a known prefix may cost so many tokens more in flight,
 _UNEVEN_RATIO = 1.5  # or this many times as many
 
 
@@ -58,17 +57,17 @@ class Ask(NamedTuple):
     tokens: int  # an estimate of prompt and answer
 
     @classmethod
-    def of(cls, model: str, body: dict[str, Any], answer: int, longest: int) -> Ask:
-        """`answer` tokens are taken for a request that says no limit; 0: it writes no text.
+    def of(cls, model: str, body: dict[str, Any], answer: int) -> Ask:
+        """Each answer counts as `answer` tokens, whatever it may take; 0: it writes no text.
 
-        No answer is longer than `longest`.
+        How long it gets is not known, and what it takes of a replica is a place in the batch:
+        with `max_tokens` in its stead, one that may be long keeps a dozen short requests from
+        a replica that has room for them.
         """
         texts = _texts(body)
-        tokens = 0
+        tokens = answer * (_count(body.get("n")) or 1)
         for text in texts:
             tokens += len(text) // _CHARACTERS if type(text) is str else len(text)
-        if answer:
-            tokens += min(_limit(body) or answer, longest) * (_count(body.get("n")) or 1)
         return cls(model, texts, tokens)
 
 
@@ -97,13 +96,6 @@ def _texts(body: dict[str, Any]) -> list[Text]:
             else:
                 left.extend(reversed(value))
     return texts
-
-
-def _limit(body: dict[str, Any]) -> int:
-    for key in _LIMITS:
-        if limit := _count(body.get(key)):
-            return limit
-    return 0
 
 
 def _count(value: object) -> int:

@@ -288,8 +288,7 @@ class Pool:
 
         An engine that died a moment ago has the least to do, and would get every request.
         """
-        longest = entry.running.max_model_len if entry.running is not None else 0
-        ask = Ask.of(name, body, endpoint.answer_tokens, longest)
+        ask = Ask.of(name, body, endpoint.answer_tokens)
         while entry.ready:
             replica = policy.choose(entry.ready, ask)
             if not self._died(replica):

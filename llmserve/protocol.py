@@ -23,7 +23,7 @@ class Endpoint:
     """A thing a model can be asked to do.
 
     `name` is how errors and metrics speak of it; every path of `paths` leads to it. An
-    answer is taken for `answer_tokens` long where a request gives no limit; 0: it is no
+    answer counts as `answer_tokens` where replicas are chosen; 0: it is no
     generated text.
     """
 
@@ -33,7 +33,7 @@ class Endpoint:
     answer_tokens: int = 0
 
 
-_ANSWER_TOKENS = 256
+_ANSWER_TOKENS = 512  # as long as answers tend to be
 
 ENDPOINTS: tuple[Endpoint, ...] = (
     Endpoint("chat completions", ("/v1/chat/completions",), answer_tokens=_ANSWER_TOKENS),
