@@ -5,11 +5,11 @@
 One server with a model for each policy, each of two replicas, each replica on a fake engine
 core of its own (fake_core.py) that runs 16 requests at once, so that queues build. The
 policies get the same requests at the same times, one policy after the other, in another
-order each round; every round has requests of its own. Figures are medians over rounds.
+order each round; every round has requests of its own, and the lottery draws anew. Figures
+are medians over rounds, with the least and the largest.
 
 skewed: Poisson arrivals, nine of ten short, one in ten with a long prompt or a long answer
-(`KINDS`). Every request says how long its answer gets (`max_tokens`), as no real client
-can; the case "no limit" has the same answers, and no request says anything.
+(`KINDS`). Every request says with `max_tokens` how long its answer gets.
 
 alike: 64 system prompts of 2,000 characters, each asked ten times, in random order, all
 answers of one length. A repeat is at home where the prompt was first.
@@ -51,7 +51,7 @@ REPLICAS = 2
 POLICIES = ("lottery", "shortest_queue", "prefix_affinity")
 RUNNING = 16  # at once, in a replica
 ENGINE = {"step_ms": 10, "max_running": RUNNING, "prefill_us": 50}
-RATE = 23.5  # arrivals a second, of both loads: some 0.8 and 0.7 of what the replicas can
+RATE = 23.5  # arrivals a second, of both loads: some 0.75 and 0.65 of what the replicas can
 PROMPTS, ASKS, CHARACTERS = 64, 10, 2000
 QUESTION_TOKENS, ANSWER_TOKENS = 24, 64
 _PREFIX_TOKENS = 128  # of a system prompt: enough to tell it from the others
@@ -84,16 +84,13 @@ class Arrival(NamedTuple):
     body: dict[str, Any]  # its seed is the length of its answer
 
 
-def skewed(seconds: float, seed: int, says_limit: bool = True) -> list[Arrival]:
+def skewed(seconds: float, seed: int) -> list[Arrival]:
     chance, at_s = random.Random(seed), 0.0
     arrivals: list[Arrival] = []
     while (at_s := at_s + chance.expovariate(RATE)) < seconds:
         (kind,) = chance.choices(KINDS, [kind.share for kind in KINDS])
         text = prompt(f"{seed}.{len(arrivals)}", _log_uniform(kind.prompt, chance), chance)
-        body = _body(text, _log_uniform(kind.answer, chance))
-        if not says_limit:
-            del body["max_tokens"]
-        arrivals.append(Arrival(at_s, body))
+        arrivals.append(Arrival(at_s, _body(text, _log_uniform(kind.answer, chance))))
     return arrivals
 
 
@@ -231,19 +228,15 @@ class Benchmark:
         seed = self.seed + number
         turn = number % len(POLICIES)
         for policy in POLICIES[turn:] + POLICIES[:turn]:
-            figures[f"skewed {policy}"] = await self._skewed(policy, seed, says_limit=True)
-            if policy == "shortest_queue":
-                said = await self._skewed(policy, seed, says_limit=False)
-                figures[f"skewed {policy}, no limit"] = said
+            figures[f"skewed {policy}"] = await self._skewed(policy, seed)
             figures[f"alike {policy}"] = await self._alike(policy, seed)
         for case, found in figures.items():
             lottery = figures[f"{case.split()[0]} lottery"]
             found["TTFT p99 / lottery's"] = found["TTFT p99 ms"] / lottery["TTFT p99 ms"]
         return figures
 
-    async def _skewed(self, policy: str, seed: int, says_limit: bool) -> Figures:
-        arrivals = skewed(self.seconds, seed, says_limit)
-        return (await play(self.front, policy, arrivals)).figures()
+    async def _skewed(self, policy: str, seed: int) -> Figures:
+        return (await play(self.front, policy, skewed(self.seconds, seed))).figures()
 
     async def _alike(self, policy: str, seed: int) -> Figures:
         cores = self.front.cores[policy]
@@ -255,7 +248,9 @@ class Benchmark:
         return played.figures() | repeats(played.prefixes)
 
 
-async def measure(front: Front, options: argparse.Namespace, console: Console) -> Cases:
+async def measure(
+    front: Front, options: argparse.Namespace, where: dict[str, Any], console: Console
+) -> Cases:
     benchmark = Benchmark(front, options.seconds, options.seed)
     await benchmark.warm_up()
     cases: Cases = {}
@@ -264,7 +259,7 @@ async def measure(front: Front, options: argparse.Namespace, console: Console) -
             cases.setdefault(case, []).append(figures)
         console.print(f"round {number + 1} of {options.rounds} done")
         if options.json:  # after each, so that a run that is cut short has told something
-            options.json.write_text(json.dumps(report(options, cases), indent=1) + "\n")
+            options.json.write_text(json.dumps(where | report(options, cases), indent=1) + "\n")
     return cases
 
 
@@ -276,16 +271,14 @@ def medians(cases: Cases) -> dict[str, Figures]:
 
 
 def tables(cases: Cases) -> Iterable[Table]:
-    found = medians(cases)
     for load in ("skewed", "alike"):
-        columns = {case: each for case, each in found.items() if case.startswith(load)}
-        shown = Table(title=f"{load}: medians of {len(cases[next(iter(columns))])} rounds")
+        names = sorted((case for case in cases if case.startswith(load)), key=_place)
+        shown = Table(title=f"{load}: medians of {len(cases[names[0]])} rounds, least to largest")
         shown.add_column("")
-        for case in sorted(columns, key=_place):
+        for case in names:
             shown.add_column(case.removeprefix(f"{load} "), justify="right")
-        for name in next(iter(columns.values())):
-            values = (columns[case][name] for case in sorted(columns, key=_place))
-            shown.add_row(name, *(f"{value:.4g}" for value in values))
+        for figure in cases[names[0]][0]:
+            shown.add_row(figure, *(_shown([r[figure] for r in cases[case]]) for case in names))
         yield shown
 
 
@@ -293,10 +286,15 @@ def _place(case: str) -> tuple[int, str]:
     return POLICIES.index(case.split()[1].rstrip(",")), case
 
 
+def _shown(values: list[float]) -> str:
+    median, least, largest = statistics.median(values), min(values), max(values)
+    spread = f"\n{least:.4g} to {largest:.4g}" if least < largest else ""
+    return f"{median:.4g}{spread}"
+
+
 def report(options: argparse.Namespace, cases: Cases) -> dict[str, Any]:
     load = {"rate": RATE, "seconds": options.seconds, "seed": options.seed}
     return {
-        **record.circumstances("benchmarks.replicas"),
         "load": load | {"engine": ENGINE, "kinds": [asdict(kind) for kind in KINDS]},
         "medians": medians(cases),
         "rounds": cases,
@@ -315,13 +313,14 @@ def main() -> None:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     console, cores = Console(), fronts.Cores()
+    where = record.circumstances("benchmarks.replicas")  # before a core is all that there is
     models = {policy: {"replicas": REPLICAS, "dispatch": policy} for policy in POLICIES}
     with (
         fronts.pinned(cores.client),
         fronts.front("ours", cores, models) as front,
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
-        cases = runner.run(measure(front, options, console))
+        cases = runner.run(measure(front, options, where, console))
     for table in tables(cases):
         console.print(table)
 

@@ -69,7 +69,8 @@ class VllmBackend:
         self._imported: _Modules | None = None
         self._stored: dict[str, Any] = {}  # by model: what its replicas share
         self._importing = asyncio.Lock()
-        # By model: its replicas wait for one download.
+        # By model: its replicas wait for one download, and need no other when started again.
+        self._there: dict[str, ModelSpec] = {}
         self._downloading: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._killed = False
 
@@ -134,10 +135,11 @@ class VllmBackend:
 
         hub = await loop.run_in_executor(self._threads, importlib.import_module, "llmserve.hub")
         async with self._downloading[spec.name]:
-            downloaded: ModelSpec = await loop.run_in_executor(
-                self._threads, hub.download, spec, progress
-            )
-        return downloaded
+            if spec.name not in self._there:
+                self._there[spec.name] = await loop.run_in_executor(
+                    self._threads, hub.download, spec, progress
+                )
+        return self._there[spec.name]
 
     async def _modules(self) -> _Modules:
         """The importers of vLLM; the first import takes seconds."""

@@ -130,7 +130,7 @@ class ModelSpec(_Spec):
     memory: Size | None = None  # the same as an amount
     kv_cache: Size | None = None  # exactly this much KV cache per device
     concurrency: Count = 1  # requests of full length that the KV cache must hold, where placed
-    replicas: Count = 1  # engines that share the requests
+    replicas: Annotated[int, Field(strict=True, gt=0, le=64)] = 1  # engines that share the requests
     dispatch: Dispatch = "shortest_queue"  # which of them gets a request
     weights: tuple[Weight, ...] | None = None  # of the replicas in the lottery; omitted: equal
     max_in_flight: Count = 1024  # requests, queued and running
@@ -148,8 +148,10 @@ class ModelSpec(_Spec):
     @classmethod
     def _devices_differ(cls, devices: tuple[int | str, ...] | None) -> tuple[int | str, ...] | None:
         if devices is not None:
-            if not devices:
+            if not devices or "" in devices:
                 raise ValueError("is empty; list GPU ids, or leave it out")
+            # A text of digits is an id, as ${GPU} gives it.
+            devices = tuple(int(d) if str(d).isdigit() else d for d in devices)
             if len(set(devices)) < len(devices):
                 raise ValueError("names a GPU twice")
             if len({type(d) for d in devices}) > 1:
@@ -453,6 +455,8 @@ class _Reader:
             aliases = values.get("aliases") if isinstance(values.get("aliases"), list) else []
             loras = values.get("loras") if isinstance(values.get("loras"), dict) else {}
             named: list[tuple[Any, yamlfile.Path]] = [(entry, ("models", entry))]
+            if isinstance(count := values.get("replicas"), int) and count > 1:
+                named += [(f"{entry}/{n}", ("models", entry, "replicas")) for n in range(count)]
             named += [(a, ("models", entry, "aliases", i)) for i, a in enumerate(aliases or [])]
             named += [(lora, ("models", entry, "loras", lora)) for lora in loras or {}]
             for name, path in named:

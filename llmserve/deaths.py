@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-STABLE_S = 60.0  # an engine that was ready for this long has not died in a row
+# An engine that was ready for this long has not died in a row; longer than it takes to notice
+# that one hangs (`pool.HUNG_S`).
+STABLE_S = 120.0
 GIVE_UP = 5  # deaths in a row
 _FIRST_S = 1.0
-_LONGEST_S = 60.0
 
 
 class Deaths:
@@ -21,4 +22,4 @@ class Deaths:
         self.in_a_row += 1
         if self.in_a_row >= GIVE_UP:
             return None
-        return min(_LONGEST_S, _FIRST_S * 2.0 ** (self.in_a_row - 1))
+        return _FIRST_S * 2.0 ** (self.in_a_row - 1)

@@ -208,7 +208,7 @@ def _blocks(ask: Ask) -> list[int]:
     before = hash(ask.model)
     for end in range(size, min(len(beginning), _DEEPEST * size) + 1, size):
         block = beginning[end - size : end]
-        before = hash((before, block if type(block) is str else tuple(block)))
+        before = hash((before, block if type(block) is str else repr(block)))
         blocks.append(before)
     return blocks
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import tempfile
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -58,7 +59,11 @@ class Measured:
 
 
 def cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "llmserve"
+    said = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    try:
+        return said.expanduser() / "llmserve"
+    except RuntimeError:  # a user without a home
+        return Path(tempfile.gettempdir()) / "llmserve"
 
 
 def fingerprint(spec: ModelSpec, shape: Shape, settings: Settings, gpu: Gpu) -> str:

@@ -59,7 +59,12 @@ class Wanted:
         self._shape = shape
         self._box = box
         self._groups = checks.groups(spec, box)
-        enough = [size for size in sizes if not self._exceeds(size, self._widest)]
+        kv = spec.kv_cache
+        enough = [
+            size
+            for size in sizes
+            if not self._exceeds(size, self._widest) and (kv is None or kv >= size.least)
+        ]
         self.sizes = {self._option(size): size for size in enough or sizes}
 
     @property

@@ -12,6 +12,7 @@ import math
 import time
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from llmserve.admission import Slot, Slots
@@ -245,6 +246,7 @@ class Pool:
         self._closed = False
         self._leases: set[Lease] = set()
         self._revivals: set[Task] = set()
+        self._asked: dict[Replica, Task] = {}  # whether it hangs
         self._dispatched: dict[Replica, Counter] = {}  # where there is a choice
         for entry in self.entries.values():
             metrics.in_flight.labels(entry.name).set_function(entry.slots.count)
@@ -328,7 +330,7 @@ class Pool:
             for start in starts:
                 start.cancel()
             raise
-        if not self.ready():
+        if all(entry.state not in STARTING | {State.READY} for entry in self.entries.values()):
             raise StartupError("no model could be started")
 
     async def _start(self, replica: Replica) -> str:
@@ -400,12 +402,24 @@ class Pool:
         """End engines that hang, until cancelled; `watch` then finds them dead."""
         while True:
             await asyncio.sleep(_ASK_EVERY_S)
-            ready = [replica for entry in self.ready() for replica in entry.ready]
-            await asyncio.gather(*(self._kill_if_hung(replica) for replica in ready))
+            for replica in (each for entry in self.ready() for each in entry.ready):
+                if replica not in self._asked:
+                    asked = asyncio.create_task(self._kill_if_hung(replica))
+                    self._asked[replica] = asked
+                    asked.add_done_callback(partial(self._was_asked, replica))
+
+    def _was_asked(self, replica: Replica, _: Task) -> None:
+        del self._asked[replica]
 
     async def _kill_if_hung(self, replica: Replica) -> None:
         running = replica.running
-        if running is None or running.dead or await running.responds(HUNG_S):
+        if running is None or running.dead:
+            return
+        try:
+            if await running.responds(HUNG_S):
+                return
+        except Exception:
+            log.exception("model=%s could not be asked whether it hangs", replica.name)
             return
         if replica.running is running and not running.dead:
             log.error("model=%s has said nothing for %g s: killed", replica.name, HUNG_S)
@@ -473,8 +487,8 @@ class Pool:
         self.close()
         if any(replica.state in STARTING for replica in self.replicas):
             self._backend.kill()
-        for revival in self._revivals:
-            revival.cancel()
+        for task in (*self._revivals, *self._asked.values()):
+            task.cancel()
         running = [replica for replica in self.replicas if replica.running is not None]
         await asyncio.gather(*(self._end(replica) for replica in running))
         for replica in running:

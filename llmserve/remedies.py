@@ -84,7 +84,7 @@ def _budgets(spec: ModelSpec, box: Box, size: Size) -> Iterator[Remedy]:
 
 def _smaller(spec: ModelSpec, shape: Shape, box: Box) -> Iterator[Remedy]:
     """A shorter context, 8-bit weights, both."""
-    asked = spec.engine.get("max_model_len") or shape.context
+    asked = max(0, spec.engine.get("max_model_len") or 0) or shape.context
     halves = [asked >> n for n in range(1, 12) if asked >> n >= _SHORTEST]
     shorter: list[dict[str, Any]] = [
         {"max_model_len": context} for context in halves if shape.attention_layers

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from llmserve.config import Config, ServerSpec
-    from llmserve.pool import Backend
+    from llmserve.pool import Backend, Replica
 
 log = logging.getLogger(__name__)
 
@@ -217,7 +217,7 @@ class _Process:
             Registry(config.models),
             backend,
             self._metrics,
-            self._display.changed,
+            self._show,
         )
         self._display.add(self._pool.replicas)
         services = Services(config, self._pool, self._metrics)
@@ -268,6 +268,11 @@ class _Process:
         gc.set_threshold(*_GC_THRESHOLD)
         await signalled
         return 0
+
+    def _show(self, replica: Replica) -> None:
+        """A terminal that has gone, with rich's way to end for it, is no reason to end."""
+        with contextlib.suppress(OSError, SystemExit):
+            self._display.changed(replica)
 
     def _announce(self) -> None:
         failed = sum(replica.state is State.FAILED for replica in self._pool.replicas)

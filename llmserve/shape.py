@@ -119,6 +119,8 @@ def read(spec: ModelSpec) -> Shape:
     tensors = [tensor for tensor in files.tensors() if model.loads(tensor)]
     dtype = _dtype(spec, model, tensors)
     attention = [kind for kind in model.layer_kinds() if kind != "state"]
+    if not attention and not model.encodes:
+        raise ShapeUnknown(f"{config.where}: what layers of states alone keep is not known here")
     return Shape(
         architecture=model.architecture,
         **_bytes_of(files, model, tensors, dtype),

@@ -58,7 +58,7 @@ class Space:
         """
         needs = [(self.plan.box[index], replica.bytes) for index in replica.devices]
         end = time.monotonic() + _RELEASE_S
-        while short := _short(replica.name, needs):
+        while short := await asyncio.to_thread(_short, replica.name, needs):
             if time.monotonic() >= end:
                 raise StartupError("; ".join(short))
             await asyncio.sleep(_LOOK_S)
@@ -76,7 +76,7 @@ class Space:
             self._locks.hold(replica.devices, alone=alone),
         ):
             await self._room(replica)
-            before = self._used(replica)
+            before = await asyncio.to_thread(self._used, replica)
             yield (
                 self.plan.spec_of(spec, number),
                 lambda reports: self._keep(replica, before, reports) if alone else None,
@@ -107,6 +107,13 @@ class Space:
             for each, report in zip(grown, reports, strict=False)
         )
         self._seen.add(replica.fingerprint)
+        if any(
+            each <= report["bytes"]["reserved"]
+            for each, report in zip(grown, reports, strict=False)
+        ):
+            # A CUDA context is never free: somebody else's memory came back meanwhile.
+            log.warning("model=%s could not be measured: memory came back", replica.name)
+            return
         log.info(
             "model=%s overhead planned=%s measured=%s grown=%s",
             replica.name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from llmserve.plan import Plan
     from llmserve.shape import Shape
 
+_COUNTS = frozenset(field.name for field in dataclasses.fields(shape.Shape) if field.type == "int")
 _READERS = 16  # of headers at a time; most of it is waiting for a disk or the hub
 
 
@@ -27,12 +29,24 @@ def plan(config: Config, box: Box, kept: Measured | None = None) -> Plan:
     return Planner(box, config.server.gpu_headroom, shapes, overhead_of).plan(config.models)
 
 
+def _whole(read: Shape) -> Shape:
+    """Raises TypeError for a list or a text where a number should be, as some configs have."""
+    for name, value in vars(read).items():
+        if not isinstance(value, str | int | None):
+            raise TypeError(f"{name} is {value!r}")
+        if name in _COUNTS and not isinstance(value, int):
+            raise TypeError(f"{name} is {value!r}")
+    return read
+
+
 def _names(config: Config) -> list[str]:
     return [spec.name for spec in config.models]
 
 
 def _shape(spec: ModelSpec) -> Shape | str:
     try:
-        return shape.read(spec)
+        return _whole(shape.read(spec))
     except LLMServeError as error:
         return error.message
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        return f"its config.json is not understood: {error}"

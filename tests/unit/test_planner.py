@@ -360,3 +360,10 @@ def test_an_unknown_quantization_is_not_checked_and_a_known_one_is() -> None:
     assert math.isclose(
         planned("MINE-80G", {"m": {"model": "awq"}}).used(0), 0.92 * 80 * GIB, rel_tol=0.01
     )
+
+
+def test_a_kv_cache_that_is_said_holds_a_request_on_the_gpus_that_it_gets() -> None:
+    SHAPES["long"] = replace(LLAMA_8B, context=131_072)
+    (replica,) = planned("4xH100", {"m": {"model": "long", "kv_cache": "5GiB"}}).replicas
+    assert replica.tokens >= replica.context
+    assert replica.tensor_parallel_size == 4

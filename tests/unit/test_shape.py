@@ -411,7 +411,6 @@ def test_what_a_token_keeps(
         ({"attn_type_list": [0, 0, 1] * 12}, 12),
         ({"hybrid_override_pattern": "M-M*-" + "M" * 31}, 1),
         ({"linear_attn_config": {"full_attn_layers": [4, 8, 36]}}, 3),
-        ({"model_type": "mamba"}, 0),
     ],
 )
 def test_layers_with_a_state_keep_no_keys_and_values(
@@ -692,3 +691,17 @@ def test_a_config_counts_as_much_as_the_headers(tmp_path: Path, name: str) -> No
     assert counted.weights == pytest.approx(exact.weights, rel=0.01)
     assert counted.linear == pytest.approx(exact.linear, rel=0.01)
     assert counted.embeddings == exact.embeddings
+
+
+def test_a_model_of_states_alone_is_not_taken_for_an_encoder(tmp_path: Path) -> None:
+    config = {
+        "architectures": ["MambaForCausalLM"],
+        "model_type": "mamba",
+        "num_hidden_layers": 24,
+        "hidden_size": 768,
+        "vocab_size": 50280,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    write_tensors(tmp_path / "model.safetensors", {"backbone.embeddings.weight": ("BF16", (8, 8))})
+    with pytest.raises(ShapeUnknown, match="layers of states alone"):
+        shape.read(spec(model=str(tmp_path)))

@@ -104,7 +104,7 @@ class Starts:
     @staticmethod
     async def _settle() -> None:
         for _ in range(20):
-            await asyncio.sleep(0)
+            await asyncio.sleep(0.005)  # the driver is asked in a thread
 
 
 @asynccontextmanager
