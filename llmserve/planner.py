@@ -142,7 +142,7 @@ class Wanted:
     def _smallest(self, placed: Placed) -> Gpu:
         return min((self._box[index] for index in placed.devices), key=_memory)
 
-    def no_room(self, misfit: Misfit) -> Problem:
+    def no_room(self, misfit: Misfit, headroom: float) -> Problem:
         size = self.least
         option = misfit.demand.options[0]
         on = self.spec.devices
@@ -154,8 +154,9 @@ class Wanted:
             needs = f"wants {gib(wanted)}"
         each = f" on each of {option.devices} GPUs" if option.devices > 1 else ""
         free = ", ".join(f"GPU {index} {gib(size)}" for index, size in self._free(misfit))
+        less = "" if on else f", less the {headroom:.0%} of server.gpu_headroom"
         return self._problem(
-            f"{needs}{each}; free of {listed(self._box)}: {free}", "devices" if on else ""
+            f"{needs}{each}; free of {listed(self._box)}{less}: {free}", "devices" if on else ""
         )
 
     def _free(self, misfit: Misfit) -> list[tuple[int, int]]:
@@ -274,7 +275,7 @@ class Planner:
         for each in wanted:
             left = [misfits[name] for name in each.names if name in misfits]
             if left:
-                problems.append(each.no_room(left[0]))
+                problems.append(each.no_room(left[0], self._headroom))
                 continue
             placed = [placement.placed[name] for name in each.names]
             short = [problem for one in placed if (problem := each.short_on(one)) is not None]

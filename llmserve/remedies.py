@@ -57,7 +57,7 @@ def of(spec: ModelSpec, shape: Shape, box: Box, size: Size | None, plan: Plan) -
         elsewhere = spec.parallel_sizes["tensor_parallel_size"]
         yield _remedy(spec, "", devices=None, tensor_parallel_size=elsewhere)
     if size is not None:
-        yield from _budgets(spec, box, size)
+        yield from _budgets(spec, box, size, plan.headroom)
     if spec.concurrency > 1:
         yield _remedy(spec, "concurrency: 1", concurrency=1)
     if spec.devices is not None or spec.tensor_parallel_size is not None:
@@ -67,8 +67,8 @@ def of(spec: ModelSpec, shape: Shape, box: Box, size: Size | None, plan: Plan) -
         yield Remedy(other, f"leaving {other} out", None)
 
 
-def _budgets(spec: ModelSpec, box: Box, size: Size) -> Iterator[Remedy]:
-    """The least of what it says that holds it."""
+def _budgets(spec: ModelSpec, box: Box, size: Size, headroom: float) -> Iterator[Remedy]:
+    """The most that may be given away, where it asks for more; the least that holds it."""
     if spec.kv_cache is not None and size.least:
         text, amount = _amount(size.least)
         yield _remedy(spec, f"kv_cache: {text}", kv_cache=amount)
@@ -77,9 +77,12 @@ def _budgets(spec: ModelSpec, box: Box, size: Size) -> Iterator[Remedy]:
         yield _remedy(spec, f"memory: {text}", memory=amount)
     elif spec.gpu_memory_utilization is not None:
         gpus = [gpu for group in checks.groups(spec, box) for gpu in group] or box
-        share = math.ceil(100 * size.needs / min(gpu.memory for gpu in gpus)) / 100
-        if share <= 1:
-            yield _remedy(spec, f"gpu_memory_utilization: {share:g}", gpu_memory_utilization=share)
+        most = math.floor(100 * (1 - headroom) + 1e-6) / 100
+        least = math.ceil(100 * size.needs / min(gpu.memory for gpu in gpus)) / 100
+        for share in (most, least):
+            if share < spec.gpu_memory_utilization or (share == least and share <= 1):
+                words = f"gpu_memory_utilization: {share:g}"
+                yield _remedy(spec, words, gpu_memory_utilization=share)
 
 
 def _smaller(spec: ModelSpec, shape: Shape, box: Box) -> Iterator[Remedy]:

@@ -367,3 +367,12 @@ def test_a_kv_cache_that_is_said_holds_a_request_on_the_gpus_that_it_gets() -> N
     (replica,) = planned("4xH100", {"m": {"model": "long", "kv_cache": "5GiB"}}).replicas
     assert replica.tokens >= replica.context
     assert replica.tensor_parallel_size == 4
+
+
+def test_a_share_above_the_headroom_is_offered_all_below_it() -> None:
+    found = problem("H100", gpu_memory_utilization=0.95)
+    assert (
+        "wants 75.7 GiB; free of 1 x H100 80GB HBM3, less the 8% of server.gpu_headroom"
+        in found.message
+    )
+    assert found.remedy == "gpu_memory_utilization: 0.92"
