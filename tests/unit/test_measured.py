@@ -45,6 +45,13 @@ def test_a_later_measurement_takes_the_earlier_one_s_place(tmp_path: Path) -> No
     assert len(list(tmp_path.iterdir())) == 1
 
 
+@pytest.fixture(autouse=True)
+def heard(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever else has been imported: some libraries change every logger there is."""
+    monkeypatch.setattr(measured.log, "disabled", False)
+    caplog.set_level(logging.WARNING, logger="llmserve.measured")
+
+
 def test_a_measurement_that_breaks_off_leaves_the_earlier_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
