@@ -696,3 +696,19 @@ def test_a_secret_is_never_shown(box: Path, monkeypatch: pytest.MonkeyPatch) -> 
         with pytest.raises(ConfigError) as refused:
             load(file)
         assert "sk-very-secret" not in refused.value.message
+
+
+def test_a_name_that_is_a_replicas_is_taken(box: Path) -> None:
+    (box / "models.yaml").write_text(
+        'models: {a: {model: ./m, replicas: 2}, "a/1": {model: ./m}}\n'
+    )
+    with pytest.raises(ConfigError, match=r"the name a/1 is taken by models\.a\.replicas"):
+        load(box / "models.yaml")
+
+
+def test_a_device_of_digits_is_an_id_and_an_empty_one_is_none(box: Path) -> None:
+    (box / "models.yaml").write_text('models: {a: {model: ./m, devices: ["1"]}}\n')
+    assert load(box / "models.yaml").models[0].devices == (1,)
+    (box / "models.yaml").write_text('models: {a: {model: ./m, devices: [""]}}\n')
+    with pytest.raises(ConfigError, match="is empty"):
+        load(box / "models.yaml")

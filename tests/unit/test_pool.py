@@ -646,3 +646,24 @@ async def test_every_replica_stops_and_shows_its_figures() -> None:
     assert list(box.pool.registries()) == [each.registry for each in running]
     await box.pool.stop()
     assert [each.stopped for each in running] == [1, 1]
+
+
+async def test_an_engine_that_cannot_be_asked_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pool, "_ASK_EVERY_S", 0.01)
+    box = Box()
+    await box.pool.start()
+    asked: list[float] = []
+
+    async def broken(within_s: float) -> bool:
+        asked.append(within_s)
+        raise RuntimeError("cores disagree")
+
+    monkeypatch.setattr(box.backend.running("chat"), "responds", broken)
+    asking = asyncio.ensure_future(box.pool.watch_hung())
+    await until(lambda: len(asked) > 2)  # and it goes on
+    asking.cancel()
+    with suppress(asyncio.CancelledError):
+        await asking
+    assert not box.backend.running("chat").dead

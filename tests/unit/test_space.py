@@ -378,3 +378,15 @@ async def test_a_start_without_room_tells_who_holds_it(
     with pytest.raises(StartupError, match=r"m needs 40.0 GiB, 19.6 GiB .* pid 7 python 59.0 GiB"):
         async with ground.start(spec, 0):
             pass
+
+
+async def test_a_start_in_which_memory_came_back_is_no_measurement(
+    gpus: Gpus, tmp_path: Path
+) -> None:
+    kept, m = Measured(tmp_path), entry(kv_cache="20GiB")
+    plan = planned(kept, m)
+    gpus.used[0] = 30 * GIB
+    async with Space(plan, kept).start(m, 0) as (_, keep):
+        gpus.used[0] = 40 * GIB  # 40 came, 30 of somebody else's went
+        keep([report(40)])
+    assert files(tmp_path) == []
