@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from llmserve.config import ModelSpec
-    from llmserve.pool import Running, State
+    from llmserve.replica import Running, State
 
 Addresses = dict[str, list[dict[str, str]]]  # of each model's replicas
 
@@ -47,12 +47,35 @@ class AttachedBackend:
         running: Running = await Serving.build(spec, engine)
         return running
 
+    @property
+    def capacity(self) -> Takes:
+        return {}
+
+    def holds(self, spec: ModelSpec, number: int) -> Mapping[Level, Takes]:
+        del spec, number
+        return {Level.READY: {}}
+
+    @contextlib.asynccontextmanager
+    async def moves(
+        self, spec: ModelSpec, number: int, wakes_from: Level | None = None
+    ) -> AsyncIterator[None]:
+        del spec, number, wakes_from
+        yield
+
+    def log_of(self, spec: ModelSpec, number: int) -> Path:
+        return self._log_dir / f"{spec.name}-{number}.log"
+
+    def planned(self, config: Config, kept: Mapping[str, str]) -> Callable[[], None]:
+        del config, kept
+        return lambda: None
+
     def kill(self) -> None:
         """Nothing: the cores are the benchmark's."""
 
 
 def ours(registry: Path, addresses: Addresses) -> None:
-    server.up(config.load(registry), Console(), AttachedBackend(addresses, registry.parent))
+    read = partial(config.load, registry)
+    server.up(read(), Console(), read, AttachedBackend(addresses, registry.parent))
 
 
 def stock(addresses: dict[str, str], arguments: list[str]) -> None:

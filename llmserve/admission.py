@@ -1,40 +1,193 @@
-"""Who may enter: slots of one model. Decides only; nothing here waits."""
+"""Who may enter a model and who waits: slots, a line in order of arrival, its pace."""
 
 from __future__ import annotations
 
-from llmserve.errors import Overloaded, quoted
+import asyncio
+import bisect
+import itertools
+import math
+import time
+from collections import deque
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+
+from llmserve.errors import DeadlineExceeded, Overloaded, quoted
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from llmserve.errors import LLMServeError
 
 
-class Slots:
-    """The requests a model has in flight, at most `limit`, queued and running."""
+class Held(Protocol):
+    def release(self) -> None: ...
 
-    def __init__(self, model: str, limit: int) -> None:
+
+T = TypeVar("T", bound=Held)
+W = TypeVar("W")
+
+_RECENT = 64  # requests by which the pace is told
+_ENOUGH = 8  # of them before it is
+_LONGEST_S = 600.0  # that anybody is told to wait
+_NUMBERS = itertools.count()
+
+
+class Pace:
+    """How fast a model gets through its requests, by those that ended last."""
+
+    def __init__(self) -> None:
+        self._ends: deque[float] = deque(maxlen=_RECENT)
+
+    def ended(self) -> None:
+        self._ends.append(time.monotonic())
+
+    def seconds(self, requests: int) -> float | None:
+        """What so many will take; None: too few have ended to tell."""
+        if len(self._ends) < _ENOUGH:
+            return None
+        # Up to now: a model that has come to a halt has not kept its pace.
+        return requests * (time.monotonic() - self._ends[0]) / len(self._ends)
+
+
+class Deadline:
+    """When a request must be done; `timeout_s` of None: never."""
+
+    def __init__(self, timeout_s: float | None = None) -> None:
+        self.timeout_s = timeout_s
+        self.at = math.inf if timeout_s is None else time.monotonic() + timeout_s
+        self.number = next(_NUMBERS)  # of its arrival
+
+    @property
+    def left_s(self) -> float:
+        return self.at - time.monotonic()
+
+    def exceeded(self) -> DeadlineExceeded:
+        return DeadlineExceeded(f"The request took longer than its {self.timeout_s:g} s.")
+
+
+class _Place(Generic[W, T]):
+    """Somebody in the line, until given what he waits for."""
+
+    def __init__(self, deadline: Deadline, wish: W) -> None:
+        self.number = deadline.number
+        self.wish = wish
+        self.given: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._line: list[_Place[W, T]] = []
+
+    def stand_in(self, line: list[_Place[W, T]]) -> None:
+        self._line = line
+        bisect.insort(line, self, key=lambda each: each.number)
+
+    def leave(self) -> None:
+        """What was given in the moment of leaving goes back."""
+        if self in self._line:
+            self._line.remove(self)
+        elif self.given.done() and not self.given.cancelled() and not self.given.exception():
+            self.given.result().release()
+
+
+class Slots(Generic[W, T]):
+    """The requests a model has in flight, at most `limit`, and those that wait for a slot."""
+
+    def __init__(self, model: str, limit: int, longest: int) -> None:
         self.model = model
         self.limit = limit
+        self.longest = longest  # line
         self.in_flight = 0
+        self.pace = Pace()
+        self._line: list[_Place[W, T]] = []
 
     def count(self) -> int:
         return self.in_flight
 
+    def waiting(self) -> int:
+        return len(self._line)
+
+    @property
+    def free(self) -> bool:
+        """Whether somebody who comes now need not wait."""
+        return self.in_flight < self.limit and not self._line
+
     def take(self) -> Slot:
-        """Raises Overloaded when all are taken."""
-        if self.in_flight >= self.limit:
-            raise Overloaded(
-                f"The model {quoted(self.model)} has {self.limit} requests in flight, its "
-                "max_in_flight; try again.",
-                retry_after_s=1,
-            )
         self.in_flight += 1
         return Slot(self)
+
+    def left(self) -> None:
+        self.in_flight -= 1
+        self.pace.ended()
+
+    def ahead_s(self) -> float | None:
+        """What those in the line will take, and one more."""
+        return self.pace.seconds(len(self._line) + 1)
+
+    def unless_full(self, deadline: Deadline, ready_in_s: float) -> None:
+        """Raises Overloaded if the line is full, or too long for the request's deadline."""
+        wait_s = ready_in_s + (self.ahead_s() or 0.0)
+        if len(self._line) >= self.longest:
+            raise Overloaded(
+                f"The model {quoted(self.model)} has {self.in_flight} requests in flight and "
+                f"{len(self._line)} that wait, its max_in_flight and max_queue; try again.",
+                retry_after_s=_whole(wait_s),
+            )
+        if wait_s > deadline.left_s:
+            raise Overloaded(
+                f"The model {quoted(self.model)} gets to this request in {wait_s:.1f} s, later "
+                f"than the {deadline.left_s:.1f} s that it has left; try again.",
+                retry_after_s=_whole(wait_s),
+                code="deadline_unreachable",
+            )
+
+    async def wait(self, deadline: Deadline, wish: W) -> T:
+        """What `advance` gives for the wish when it is this one's turn, in order of arrival.
+
+        Raises DeadlineExceeded, or what `advance` was made to raise.
+        """
+        place: _Place[W, T] = _Place(deadline, wish)
+        place.stand_in(self._line)
+        left_s = deadline.left_s
+        try:
+            return await asyncio.wait_for(place.given, None if left_s == math.inf else left_s)
+        except BaseException as error:
+            place.leave()
+            if isinstance(error, TimeoutError):
+                raise deadline.exceeded() from None
+            raise
+
+    def move_to(self, other: Slots[W, T]) -> None:
+        """The whole line goes over, and waits there in order of arrival."""
+        for place in self._line:
+            place.stand_in(other._line)
+        self._line.clear()
+
+    def advance(self, enter: Callable[[W], T]) -> None:
+        """Let in whoever is first, as long as there are slots."""
+        while self._line and self.in_flight < self.limit:
+            place = self._line.pop(0)
+            if place.given.done():  # has left
+                continue
+            try:
+                place.given.set_result(enter(place.wish))
+            except Exception as error:
+                place.given.set_exception(error)
+
+    def refuse(self, error: Callable[[], LLMServeError]) -> None:
+        """Send the whole line away."""
+        for place in self._line:
+            if not place.given.done():
+                place.given.set_exception(error())
+        self._line.clear()
 
 
 class Slot:
     """A place that is given back once, however often it is left."""
 
-    def __init__(self, slots: Slots) -> None:
-        self._slots: Slots | None = slots
+    def __init__(self, slots: Slots[Any, Any]) -> None:
+        self._slots: Slots[Any, Any] | None = slots
 
     def release(self) -> None:
         if self._slots is not None:
-            self._slots.in_flight -= 1
-            self._slots = None
+            slots, self._slots = self._slots, None
+            slots.left()
+
+
+def _whole(seconds: float) -> int:
+    return max(1, math.ceil(min(seconds, _LONGEST_S)))

@@ -14,7 +14,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.routing import Match, Route
 
-from llmserve import routes
+from llmserve import admin, routes
 from llmserve.errors import (
     LLMServeError,
     MethodNotAllowed,
@@ -30,6 +30,7 @@ from llmserve.work import Work
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from pydantic import SecretStr
     from starlette.responses import Response
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -55,7 +56,7 @@ def build(services: Services) -> ASGIApp:
     )
     app.router.redirect_slashes = False  # a 404 that says what was meant
     app.state.services = services
-    answering = _Answering(_Keys(_Dispatch(app), services.config.server))
+    answering = _Answering(_Keys(_Dispatch(app), services))
     return _Watched(_with_cors(answering, services.config.server), services)
 
 
@@ -195,25 +196,33 @@ def _request_id(scope: Scope) -> str:
 class _Keys:
     """Every route but /health needs one of the server's keys, if it has any.
 
-    A key comes as `Authorization: Bearer KEY`, or as `x-api-key`, Anthropic's way.
+    A key comes as `Authorization: Bearer KEY`, or as `x-api-key`, Anthropic's way. The
+    operator's routes have their own.
     """
 
-    def __init__(self, app: ASGIApp, server: ServerSpec) -> None:
+    def __init__(self, app: ASGIApp, services: Services) -> None:
         self._app = app
-        self._keys = [key.get_secret_value().encode() for key in server.api_keys]
+        self._services = services
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self._keys and scope["type"] == "http" and scope["path"] not in _OPEN:
-            self._check(Headers(scope=scope))
+        if scope["type"] == "http":
+            server = self._services.config.server
+            if admin.owns(scope["path"]):
+                admin.check(scope, server.admin_key)
+            elif server.api_keys and scope["path"] not in _OPEN:
+                self._check(Headers(scope=scope), server.api_keys)
         await self._app(scope, receive, send)
 
-    def _check(self, headers: Headers) -> None:
+    def _check(self, headers: Headers, keys: Iterable[SecretStr]) -> None:
         scheme, _, token = headers.get("authorization", "").partition(" ")
         given = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
         if not given:
             raise Unauthorized("No API key came; send `Authorization: Bearer KEY`.")
         # Headers come as latin-1, whatever bytes the client meant.
-        matches = [hmac.compare_digest(given.encode("latin-1"), key) for key in self._keys]
+        matches = [
+            hmac.compare_digest(given.encode("latin-1"), key.get_secret_value().encode())
+            for key in keys
+        ]
         if not any(matches):
             raise Unauthorized("The API key is not one of this server's.")
 

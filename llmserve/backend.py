@@ -8,19 +8,24 @@ import importlib
 import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from llmserve.child import log_file
 from llmserve.errors import StartupError
-from llmserve.pool import State
+from llmserve.replica import State
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+    from contextlib import AbstractAsyncContextManager
     from pathlib import Path
 
-    from llmserve.config import ModelSpec
-    from llmserve.pool import Running
-    from llmserve.space import Keep, Space
+    from llmserve.config import Config, ModelSpec
+    from llmserve.replica import Running
+    from llmserve.residency import Level, Takes
+    from llmserve.space import Keep
 
+_STARTS = 64  # at the same time
 _LOOK_S = 0.5  # how often a start's log is read for progress
 
 
@@ -58,20 +63,39 @@ async def _or_ended(modules: _Modules, engine: Any, log: Path) -> AsyncIterator[
         raise StartupError(modules.engine.cause_of(error, log)) from error
 
 
-class VllmBackend:
-    """`space` is the plan of the GPUs; None on a CPU, where there is none."""
+class Memory(Protocol):
+    """What engines hold, and who starts when."""
 
-    def __init__(self, engines: int, log_dir: Path, space: Space | None = None) -> None:
+    @property
+    def capacity(self) -> Takes: ...
+    def holds(self, spec: ModelSpec, number: int) -> Mapping[Level, Takes]: ...
+    def sleeps(self, spec: ModelSpec, number: int) -> bool: ...
+    def start(
+        self, spec: ModelSpec, number: int
+    ) -> AbstractAsyncContextManager[tuple[ModelSpec, Keep]]:
+        """Its entry with all said, while it may start, and where its report goes."""
+        ...
+
+    def moves(
+        self, spec: ModelSpec, number: int, wakes_from: Level | None
+    ) -> AbstractAsyncContextManager[None]: ...
+    def planned(self, config: Config, kept: Mapping[str, str]) -> Callable[[], None]: ...
+
+
+class VllmBackend:
+    """Engines of vLLM's, in the memory that there is: `space.Space` or `hostspace.HostSpace`."""
+
+    def __init__(self, log_dir: Path, memory: Memory) -> None:
         self._log_dir = log_dir
-        self._space = space
+        self.memory = memory
         # A thread for each: an engine's constructor blocks until it is ready.
-        self._threads = ThreadPoolExecutor(max_workers=max(1, engines), thread_name_prefix="start")
+        self._threads = ThreadPoolExecutor(_STARTS, thread_name_prefix="start")
         self._imported: _Modules | None = None
         self._stored: dict[str, Any] = {}  # by model: what its replicas share
         self._importing = asyncio.Lock()
-        # By model: its replicas wait for one download, and need no other when started again.
-        self._there: dict[str, ModelSpec] = {}
-        self._downloading: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        # By hub names: replicas wait for one download, and need no other when started again.
+        self._there: dict[tuple[str, ...], ModelSpec] = {}
+        self._downloading: defaultdict[tuple[str, ...], asyncio.Lock] = defaultdict(asyncio.Lock)
         self._killed = False
 
     async def start(
@@ -83,7 +107,7 @@ class VllmBackend:
         report(State.LOADING, "")
         modules = await self._modules()
         clock.lap("server_imports")
-        async with self._placed(spec, number) as (placed, keep):
+        async with self.memory.start(spec, number) as (placed, keep):
             clock.lap("gpu_wait")
             log = modules.launcher.log_of(spec, number)
             engine = await self._engine(modules, placed, number, report)
@@ -98,14 +122,23 @@ class VllmBackend:
         serving.took = clock.took
         return serving
 
-    @contextlib.asynccontextmanager
-    async def _placed(self, spec: ModelSpec, number: int) -> AsyncIterator[tuple[ModelSpec, Keep]]:
-        """The replica's entry with its GPUs, while it has them to start on."""
-        if self._space is None:
-            yield spec, lambda _: None
-            return
-        async with self._space.start(spec, number) as placed:
-            yield placed
+    @property
+    def capacity(self) -> Takes:
+        return self.memory.capacity
+
+    def holds(self, spec: ModelSpec, number: int) -> Mapping[Level, Takes]:
+        return self.memory.holds(spec, number)
+
+    def moves(
+        self, spec: ModelSpec, number: int, wakes_from: Level | None = None
+    ) -> AbstractAsyncContextManager[None]:
+        return self.memory.moves(spec, number, wakes_from)
+
+    def planned(self, config: Config, kept: Mapping[str, str]) -> Callable[[], None]:
+        return self.memory.planned(config, kept)
+
+    def log_of(self, spec: ModelSpec, number: int) -> Path:
+        return log_file(self._log_dir, spec.name, number if spec.replicas > 1 else None)
 
     async def _engine(
         self,
@@ -116,7 +149,10 @@ class VllmBackend:
     ) -> Any:
         log = modules.launcher.log_of(spec, number)
         loop = asyncio.get_running_loop()
-        start = loop.run_in_executor(self._threads, modules.launcher.start, spec, number)
+        start = loop.run_in_executor(
+            self._threads,
+            partial(modules.launcher.start, spec, number, sleeps=self.memory.sleeps(spec, number)),
+        )
         while not start.done():
             await asyncio.wait({start}, timeout=_LOOK_S)
             if await asyncio.to_thread(modules.engine.phase_of, log) == "warming":
@@ -134,12 +170,14 @@ class VllmBackend:
             loop.call_soon_threadsafe(report, State.DOWNLOADING, note)
 
         hub = await loop.run_in_executor(self._threads, importlib.import_module, "llmserve.hub")
-        async with self._downloading[spec.name]:
-            if spec.name not in self._there:
-                self._there[spec.name] = await loop.run_in_executor(
+        names = spec.hub_names
+        async with self._downloading[names]:
+            if names not in self._there:
+                self._there[names] = await loop.run_in_executor(
                     self._threads, hub.download, spec, progress
                 )
-        return self._there[spec.name]
+        there = self._there[names]
+        return spec.model_copy(update={"model": there.model, "loras": there.loras})
 
     async def _modules(self) -> _Modules:
         """The importers of vLLM; the first import takes seconds."""

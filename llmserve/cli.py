@@ -1,19 +1,24 @@
-"""`llmserve up | check | plan | chat | version`."""
+"""`llmserve up | check | plan | chat | version`, and what steers a server that runs."""
 
 from __future__ import annotations
 
+from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 
 from llmserve import __version__
-from llmserve.config import Config, ServerSpec, load
+from llmserve.config import Config, ServerSpec
+from llmserve.config import load as read
 from llmserve.errors import ConfigError, StartupError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from llmserve.gpus import Box
+    from llmserve.operate import Client
 
 app = typer.Typer(
     help="Serve every model of a GPU box from one YAML file.",
@@ -23,6 +28,14 @@ app = typer.Typer(
 )
 
 Registry = Annotated[Path, typer.Argument(metavar="[MODELS.YAML]", help="The registry.")]
+Url = Annotated[str, typer.Option(envvar="LLMSERVE_URL", help="Where the server runs.")]
+AdminKey = Annotated[
+    str | None, typer.Option(envvar="LLMSERVE_ADMIN_KEY", help="The server's admin_key.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="For programs.")]
+Names = Annotated[list[str], typer.Argument(metavar="NAME...", help="Models.")]
+
+_HERE = f"http://{ServerSpec().host}:{ServerSpec().port}"
 
 
 @app.command()
@@ -37,11 +50,14 @@ def up(
     from llmserve import server  # noqa: PLC0415  # `check` answers without it
 
     said = {key: value for key, value in (("host", host), ("port", port)) if value is not None}
-    config = _load(registry)
-    config = config.model_copy(update={"server": config.server.model_copy(update=said)})
+
+    def overridden() -> Config:
+        config = read(registry)
+        return config.model_copy(update={"server": config.server.model_copy(update=said)})
+
     console = Console()
     try:
-        server.up(config, console)
+        server.up(overridden(), console, overridden)
     except (StartupError, ConfigError) as error:
         _fail(error.message, error.exit_code)
 
@@ -62,7 +78,7 @@ def plan(
         str | None, typer.Option(help="A box as in 8xH100-80G,2xL4; omitted: this machine's GPUs.")
     ] = None,
     box: Annotated[Path | None, typer.Option(help="A box described in a YAML file.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    as_json: AsJson = False,
     svg: Annotated[Path | None, typer.Option(help="Draw it into this file as well.")] = None,
 ) -> None:
     """Show what each model takes of which GPU, and what does not fit. Touches no GPU."""
@@ -102,9 +118,7 @@ def _box(gpus: str | None, file: Path | None) -> Box:
 @app.command()
 def chat(
     model: Annotated[str | None, typer.Argument(help="A model; omitted: choose.")] = None,
-    url: Annotated[
-        str, typer.Option(envvar="LLMSERVE_URL", help="Where the server runs.")
-    ] = f"http://{ServerSpec().host}:{ServerSpec().port}",
+    url: Url = _HERE,
     key: Annotated[str | None, typer.Option(envvar="LLMSERVE_KEY", help="An API key.")] = None,
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
     temperature: Annotated[float | None, typer.Option()] = None,
@@ -129,6 +143,129 @@ def chat(
     raise typer.Exit(talk(options))
 
 
+# --- a server that runs
+
+
+@app.command()
+def ps(url: Url = _HERE, key: AdminKey = None, as_json: AsJson = False) -> None:
+    """Show what every model is doing and what it holds."""
+    from llmserve import operate  # noqa: PLC0415  # `check` answers without it
+
+    with _server(url, key) as client:
+        operate.ps(client, as_json=as_json)
+
+
+@app.command()
+def load(names: Names, url: Url = _HERE, key: AdminKey = None, as_json: AsJson = False) -> None:
+    """Start models, or wake them, and wait until they are ready."""
+    _steer("load", names, url, key, as_json=as_json)
+
+
+@app.command()
+def unload(
+    names: Names,
+    now: Annotated[bool, typer.Option("--now", help="Cut their requests off.")] = False,
+    url: Url = _HERE,
+    key: AdminKey = None,
+    as_json: AsJson = False,
+) -> None:
+    """End the engines of models, once their requests have ended."""
+    _steer("unload", names, url, key, {"drain": not now}, as_json=as_json)
+
+
+@app.command()
+def sleep(names: Names, url: Url = _HERE, key: AdminKey = None, as_json: AsJson = False) -> None:
+    """Put models to sleep: their GPU memory is given back, their weights stay near."""
+    _steer("sleep", names, url, key, as_json=as_json)
+
+
+@app.command()
+def wake(names: Names, url: Url = _HERE, key: AdminKey = None, as_json: AsJson = False) -> None:
+    """Wake models that sleep."""
+    _steer("wake", names, url, key, as_json=as_json)
+
+
+@app.command()
+def reload(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Tell, and do nothing.")] = False,
+    url: Url = _HERE,
+    key: AdminKey = None,
+    as_json: AsJson = False,
+) -> None:
+    """Let the server read its registry again, and tell what that changes."""
+    from llmserve import operate  # noqa: PLC0415  # `check` answers without it
+
+    with _server(url, key) as client:
+        operate.reload(client, dry_run=dry_run, as_json=as_json)
+
+
+@app.command()
+def logs(
+    name: Annotated[str, typer.Argument(help="A model.")],
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="And what comes.")] = False,
+    lines: Annotated[int, typer.Option("-n", min=0, help="The last so many lines.")] = 200,
+    replica: Annotated[int, typer.Option(min=0, help="Which of its engines.")] = 0,
+    url: Url = _HERE,
+    key: AdminKey = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a model's engine has logged."""
+    from llmserve import operate  # noqa: PLC0415  # `check` answers without it
+
+    with _server(url, key) as client:
+        parts = client.log(name, lines=lines, replica=replica, follow=follow)
+        operate.logs(parts, as_json=as_json)
+
+
+@app.command()
+def events(url: Url = _HERE, key: AdminKey = None, as_json: AsJson = False) -> None:
+    """Show every change of a model's state as it comes, until Ctrl-C."""
+    from llmserve import operate  # noqa: PLC0415  # `check` answers without it
+
+    with _server(url, key) as client:
+        operate.events(client, as_json=as_json)
+
+
+def _steer(
+    action: str,
+    names: list[str],
+    url: str,
+    key: str | None,
+    body: dict[str, Any] | None = None,
+    *,
+    as_json: bool,
+) -> None:
+    """One after the other; what was refused does not keep the rest."""
+    from llmserve import operate  # noqa: PLC0415  # `check` answers without it
+
+    refused = False
+    with _server(url, key) as client:
+        for name in names:
+            try:
+                operate.steer(client, action, name, body or {}, as_json=as_json)
+            except operate.NoServer:
+                raise
+            except operate.Refused as error:
+                _tell(str(error))
+                refused = True
+    if refused:
+        raise typer.Exit(operate.Refused.exit_code)
+
+
+@contextmanager
+def _server(url: str, key: str | None) -> Iterator[Client]:
+    """A client of a running server, and an end to the command if that refuses."""
+    from llmserve.operate import Client, Refused  # noqa: PLC0415  # `check` answers without it
+
+    try:
+        with closing(Client(url, key)) as client:
+            yield client
+    except Refused as error:
+        _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
 @app.command()
 def version() -> None:
     """Print the version."""
@@ -148,11 +285,15 @@ def _write(file: Path, text: str) -> None:
 
 def _load(registry: Path) -> Config:
     try:
-        return load(registry)
+        return read(registry)
     except ConfigError as error:
         _fail(error.message, error.exit_code)
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    Console(stderr=True).print(message, style="red", markup=False, highlight=False, soft_wrap=True)
+    _tell(message)
     raise typer.Exit(code)
+
+
+def _tell(message: str) -> None:
+    Console(stderr=True).print(message, style="red", markup=False, highlight=False, soft_wrap=True)

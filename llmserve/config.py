@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ByteSize,
     ConfigDict,
     Field,
@@ -37,6 +38,7 @@ Fraction = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(strict=True, gt=0)]  # strict: YAML's `yes` is no 1
 Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Dispatch = Literal["lottery", "shortest_queue", "prefix_affinity"]
+Start = Literal["eager", "lazy", "sleeping"]
 
 # A key of ours and the engine argument that it sets.
 ENGINE_KEYS: Mapping[str, str] = {
@@ -60,7 +62,7 @@ _PLANNED: Mapping[str, str] = {
     "worker_cls": "nothing: llmserve's own worker reports what a start took",
 }
 _NAME_LIMIT = 128
-_SECRETS = frozenset({"api_keys", "hf_token"})  # never shown
+_SECRETS = frozenset({"api_keys", "admin_key", "hf_token"})  # never shown
 _PART = "part"  # the validation context of `defaults`
 _TEMPLATES = frozenset({"chat_template"})  # left as they are: `${` may be theirs
 
@@ -73,6 +75,22 @@ def _not_nothing(size: ByteSize) -> ByteSize:
 
 Size = Annotated[ByteSize, AfterValidator(_not_nothing)]
 
+_UNITS: Mapping[str, float] = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def _seconds(value: object) -> object:
+    """`30`, `90s`, `10m`, `1.5h` or `2d` in seconds."""
+    if not isinstance(value, str):
+        return value
+    number, unit = value.strip()[:-1], value.strip()[-1:]
+    try:
+        return float(number) * _UNITS[unit] if unit in _UNITS else float(value)
+    except ValueError:
+        raise ValueError("must be a time, as in 30, 90s, 10m or 1.5h") from None
+
+
+Seconds = Annotated[float, BeforeValidator(_seconds), Field(gt=0, allow_inf_nan=False, strict=True)]
+
 
 class _Spec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
@@ -82,6 +100,7 @@ class ServerSpec(_Spec):
     host: str = "127.0.0.1"
     port: Annotated[int, Field(strict=True, ge=0, le=65535)] = 8000  # 0: any free one
     api_keys: tuple[SecretStr, ...] = ()  # every route but /health needs one of them
+    admin_key: SecretStr | None = None  # for /admin from anywhere; omitted: this machine only
     allowed_origins: tuple[str, ...] = ()  # CORS; empty: no browser page of another origin
     allowed_methods: tuple[str, ...] = ("*",)
     allowed_headers: tuple[str, ...] = ("*",)
@@ -93,6 +112,7 @@ class ServerSpec(_Spec):
     )
     max_body: Size = ByteSize(64 * 2**20)  # largest request body
     gpu_headroom: Annotated[float, Field(ge=0, lt=1)] = 0.08  # share of each GPU left free
+    host_memory: Size | None = None  # for weights of sleeping models; without GPUs: for models
     log_dir: Path = Path("~/.local/state/llmserve")  # a folder per port in it
 
     @model_validator(mode="after")
@@ -115,6 +135,19 @@ class SamplingSpec(_Spec):
     max_tokens: Count | None = None
 
 
+class IdleSpec(_Spec):
+    """What becomes of a model that nobody asks for."""
+
+    sleep_after: Seconds | None = None  # its GPU memory is given back, its weights stay near
+    stop_after: Seconds | None = None  # its engine ends
+
+    @model_validator(mode="after")
+    def _sleeps_before_it_stops(self) -> Self:
+        if self.sleep_after and self.stop_after and self.stop_after <= self.sleep_after:
+            raise ValueError("stop_after must be more than sleep_after")
+        return self
+
+
 class ModelSpec(_Spec):
     """One entry of `models:`, `defaults:` merged in."""
 
@@ -133,7 +166,13 @@ class ModelSpec(_Spec):
     replicas: Annotated[int, Field(strict=True, gt=0, le=64)] = 1  # engines that share the requests
     dispatch: Dispatch = "shortest_queue"  # which of them gets a request
     weights: tuple[Weight, ...] | None = None  # of the replicas in the lottery; omitted: equal
-    max_in_flight: Count = 1024  # requests, queued and running
+    max_in_flight: Count = 1024  # requests that its engines have, queued and running
+    max_queue: Annotated[int, Field(strict=True, ge=0)] = 1024  # more of them, which wait here
+    timeout: Seconds | None = None  # that a request may take, all in
+    start: Start = "eager"  # or when the first request comes, or at once and then asleep
+    pinned: bool = False  # never put to sleep or stopped for another model, nor for being idle
+    priority: Annotated[int, Field(strict=True)] = 0  # the lower gives way first
+    idle: IdleSpec = IdleSpec()
     chat_template: str | None = None  # Jinja: a file or the text itself
     chat_template_kwargs: dict[str, Any] = {}
     tool_call_parser: str | None = None  # also lets the model choose tools itself
@@ -167,6 +206,14 @@ class ModelSpec(_Spec):
     @classmethod
     def _reasoning_parser_exists(cls, name: str | None) -> str | None:
         return _one_of(name, parser_names("reasoning"))
+
+    @model_validator(mode="after")
+    def _pinned_stays(self, info: ValidationInfo) -> Self:
+        if info.context != _PART and self.pinned and self.idle != IdleSpec():
+            raise ValueError("is pinned, and so never idle; leave out `pinned` or `idle`")
+        if info.context != _PART and self.pinned and self.start == "sleeping":
+            raise ValueError("is pinned, and so cannot `start: sleeping`")
+        return self
 
     @model_validator(mode="after")
     def _memory_is_said_once(self) -> Self:
@@ -292,6 +339,8 @@ class _Reader:
         for key in ("ssl_certfile", "ssl_keyfile"):
             if isinstance(values.get(key), str):
                 values[key] = self._file(values[key], ("server", key))
+        if "admin_key" in values:
+            values["admin_key"] = self._secret(values["admin_key"], ("server", "admin_key"))
         if isinstance(values.get("log_dir"), str):
             values["log_dir"] = self.folder / Path(values["log_dir"]).expanduser()
         try:
@@ -372,9 +421,9 @@ class _Reader:
         """The known keys of a model or of `defaults`, what can be resolved resolved."""
         values = self._known(values, ModelSpec.model_fields.keys() - barred, path)
         values["engine"] = self._engine(values.get("engine"), (*path, "engine"))
-        if isinstance(values.get("sampling"), dict):
-            known = SamplingSpec.model_fields
-            values["sampling"] = self._known(values["sampling"], known, (*path, "sampling"))
+        for key, part in (("sampling", SamplingSpec), ("idle", IdleSpec)):
+            if isinstance(values.get(key), dict):
+                values[key] = self._known(values[key], part.model_fields, (*path, key))
         if isinstance(values.get("chat_template"), str):
             values["chat_template"] = self._template(
                 values["chat_template"], (*path, "chat_template")

@@ -14,12 +14,18 @@ class Deaths:
 
     def __init__(self) -> None:
         self.in_a_row = 0
+        self.total = 0
+
+    def forget(self) -> None:
+        """An operator wants it tried again."""
+        self.in_a_row = 0
 
     def pause_s(self, lived_s: float) -> float | None:
         """Counts a death; the seconds until the next start, or None: no more of them."""
         if lived_s >= STABLE_S:
             self.in_a_row = 0
         self.in_a_row += 1
+        self.total += 1
         if self.in_a_row >= GIVE_UP:
             return None
         return _FIRST_S * 2.0 ** (self.in_a_row - 1)

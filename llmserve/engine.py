@@ -1,4 +1,4 @@
-"""One vLLM engine: its arguments, start, end, figures, and why it did not start."""
+"""One vLLM engine: its arguments, start, sleep, end, figures, and why it did not start."""
 
 from __future__ import annotations
 
@@ -25,13 +25,14 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from llmserve.child import instance_of, log_file
-from llmserve.errors import StartupError
+from llmserve.errors import EngineError, StartupError
 from llmserve.outputs import Outputs
+from llmserve.residency import Level
 from llmserve.stats import Figures
 from llmserve.stream import Flow
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from multiprocessing.process import BaseProcess
 
     from prometheus_client import CollectorRegistry
@@ -42,7 +43,9 @@ _CPU_KV_CACHE_BYTES = 1 << 30  # per engine, where a registry says nothing
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vllm/config/lora.py, MaxLoRARanks
 # By whether the platform is a CPU; named, since the class lives in the engine's own process.
 _WORKERS = {True: "llmserve.cpuworker.CpuWorker", False: "llmserve.worker.GpuWorker"}
+_VLLM_LEVELS = {Level.HOST: 1, Level.DISK: 2}
 _STOP_S = 5.0  # what an engine gets to end by itself
+_LOOK_S = 0.1
 
 
 class Engine:
@@ -51,6 +54,7 @@ class Engine:
     def __init__(self, client: AsyncLLM, arguments: AsyncEngineArgs, figures: Figures) -> None:
         self.client = client
         self.arguments = arguments
+        self.level = Level.READY
         self._figures = figures
         waiting = client.engine_core.outputs_queue
         self.flow = Flow(lambda: not waiting.empty(), figures.stream_lag())
@@ -76,10 +80,96 @@ class Engine:
             pass
         return True
 
+    @property
+    def sleeps(self) -> bool:
+        """Whether it was started so that it can."""
+        return bool(self.arguments.enable_sleep_mode)
+
+    async def prepare_sleep(self) -> None:
+        """Copy the weights to the host, which then keeps them, while the engine serves.
+
+        Only a shorter first sleep depends on it. An engine that was at DISK has no copy any
+        more. Raises EngineError if the host has no room.
+        """
+        with self._doing("prepare for sleep"):
+            self._unless(Level.READY)
+            await self.client.collective_rpc("prepare_sleep")
+            # Another process has no event to wait for.
+            while not all(await self.client.collective_rpc("sleep_prepared")):  # noqa: ASYNC110
+                await asyncio.sleep(_LOOK_S)
+
+    async def sleep(self, level: Level) -> None:
+        """Down to KV_RELEASED, HOST or DISK from any level above; nothing is running.
+
+        Raises EngineError; what of the engine is in memory is then unknown.
+        """
+        with self._doing(f"sleep at level {level.name}"):
+            self._unless(*(each for each in Level if each > level))
+            if level is Level.KV_RELEASED:
+                # Not `pause_generation`, which waits for a little while.
+                await self.client.engine_core.pause_scheduler_async("abort", clear_cache=False)
+                await self.client.release_kv_cache_memory()
+            elif (self.level, level) == (Level.HOST, Level.DISK):
+                await self.client.collective_rpc("forget_copies")
+            else:
+                await self.client.sleep(_VLLM_LEVELS[level])
+        self.level = level
+
+    async def wake(self) -> None:
+        """Up to READY. Raises EngineError; what of the engine is in memory is then unknown."""
+        with self._doing("wake"):
+            if self.level is Level.DISK:
+                # Reading takes memory of its own, which must come before the KV cache's.
+                await self.client.wake_up(["weights"])
+            if self.level is not Level.READY:
+                await self.client.wake_up()
+        self.level = Level.READY
+
+    def _unless(self, *levels: Level) -> None:
+        if not self.sleeps:
+            raise EngineError(
+                "the engine cannot sleep: it was not started with `sleeps`, or runs on a CPU"
+            )
+        if self.level not in levels:
+            names = ", ".join(level.name for level in levels)
+            raise EngineError(
+                f"the engine is at {self.level.name}, and would have to be at {names}"
+            )
+
+    @contextlib.contextmanager
+    def _doing(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except EngineError:
+            raise
+        except Exception as error:
+            cause = _one_line(type(error).__name__, str(error))
+            raise EngineError(f"the engine could not {what}: {cause}") from error
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """What vLLM's handlers take for a request that does not say, when they are built."""
+        own: dict[str, Any] = self.client.model_config.override_generation_config
+        return own
+
+    @defaults.setter
+    def defaults(self, said: dict[str, Any]) -> None:
+        of_vllm = {name: value for name, value in self.defaults.items() if value is None}
+        self.client.model_config.override_generation_config = of_vllm | said
+
+    @property
+    def pid(self) -> int | None:
+        """Of its engine core; None if that was not started here."""
+        return next((process.pid for process in self._processes), None)
+
+    @property
+    def _processes(self) -> Sequence[BaseProcess]:
+        manager = self.client.engine_core.resources.engine_manager
+        return () if manager is None else manager.processes
+
     def kill(self) -> None:
         """End the engine's processes at once; vLLM notices."""
-        manager = self.client.engine_core.resources.engine_manager
-        for process in () if manager is None else manager.processes:
+        for process in self._processes:
             _kill_group(process)
 
     def stop(self) -> None:
@@ -98,16 +188,22 @@ class Launcher:
         self._stopped = threading.Event()
 
     def start(
-        self, spec: ModelSpec, number: int = 0, addresses: dict[str, str] | None = None
+        self,
+        spec: ModelSpec,
+        number: int = 0,
+        addresses: dict[str, str] | None = None,
+        *,
+        sleeps: bool = False,
     ) -> Engine:
         """Blocks until the engine is ready. Raises StartupError with the cause in one line.
 
         `number` is that of the model's replica. `addresses` lead to an engine core that
         runs already, as vLLM's own API server processes get them; without, one is started.
+        `sleeps`: so that it can be put to sleep; on a CPU none can.
         """
         try:
             with self._reading_environment():
-                return self._start(spec, number, addresses)
+                return self._start(spec, number, addresses, sleeps=sleeps)
         except StartupError:
             raise
         except Exception as error:
@@ -117,12 +213,14 @@ class Launcher:
         """Where the engine of a model's replica writes."""
         return log_file(self._log_dir, spec.name, number if spec.replicas > 1 else None)
 
-    def _start(self, spec: ModelSpec, number: int, addresses: dict[str, str] | None) -> Engine:
+    def _start(
+        self, spec: ModelSpec, number: int, addresses: dict[str, str] | None, *, sleeps: bool
+    ) -> Engine:
         figures = Figures(spec.name, number, spec.parallel_sizes.get("data_parallel_size", 1))
         _keep_one(self.log_of(spec, number))
         with self._configuring:
             self._unless_stopped()
-            arguments = engine_arguments(spec)
+            arguments = engine_arguments(spec, sleeps=sleeps)
             _log_in_engine_only(arguments)
             config = arguments.create_engine_config(UsageContext.OPENAI_API_SERVER)
         if spec.replicas > 1:
@@ -182,8 +280,8 @@ def _constant(value: Any) -> Callable[[], Any]:
     return lambda: value
 
 
-def engine_arguments(spec: ModelSpec) -> AsyncEngineArgs:
-    """The registry's entry in vLLM's terms."""
+def engine_arguments(spec: ModelSpec, *, sleeps: bool = False) -> AsyncEngineArgs:
+    """The registry's entry in vLLM's terms; `sleeps` as at a launcher's start."""
     said: dict[str, Any] = {
         "model": spec.model,
         "served_model_name": list(spec.names),
@@ -194,16 +292,25 @@ def engine_arguments(spec: ModelSpec) -> AsyncEngineArgs:
         said["kv_cache_memory_bytes"] = int(spec.kv_cache)
     if spec.reasoning_parser is not None:
         said["reasoning_parser"] = spec.reasoning_parser
-    if sampling := spec.sampling.model_dump(exclude_none=True):
-        renamed = {"max_tokens": "max_new_tokens"}  # as in generation_config.json
-        said["override_generation_config"] = {renamed.get(k, k): v for k, v in sampling.items()}
+    if defaults := request_defaults(spec):
+        said["override_generation_config"] = defaults
     said["worker_cls"] = _WORKERS[current_platform.is_cpu()]
+    if sleeps and current_platform.is_cuda():
+        said["enable_sleep_mode"] = True
     said |= _typed(spec.engine)
     if current_platform.is_cpu():
         said.setdefault("kv_cache_memory_bytes", _CPU_KV_CACHE_BYTES)
         # torch.compile takes a minute there and gives some 10 %.
         said.setdefault("enforce_eager", True)
     return AsyncEngineArgs(**said)
+
+
+def request_defaults(spec: ModelSpec) -> dict[str, Any]:
+    """What a request that does not say gets, as in generation_config.json."""
+    renamed = {"max_tokens": "max_new_tokens"}
+    said = spec.sampling.model_dump(exclude_none=True)
+    own: dict[str, Any] = spec.engine.get("override_generation_config") or {}
+    return own or {renamed.get(key, key): value for key, value in said.items()}
 
 
 def _log_in_engine_only(arguments: AsyncEngineArgs) -> None:

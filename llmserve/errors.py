@@ -7,13 +7,15 @@
       StartupError             exit 3
       RequestError             400
         Unauthorized           401
+        Forbidden              403
         ModelNotFound          404
         RouteNotFound          404
         MethodNotAllowed       405
         BodyTooLarge           413
         ContextTooLong         400
         Unsupported            400
-      Overloaded               503, Retry-After   (a model is full or still loading)
+      Overloaded               503, Retry-After   (a model is full or not ready)
+      DeadlineExceeded         504
       EngineError              500
         EngineDead             503
 
@@ -81,6 +83,13 @@ class Unauthorized(RequestError):
         return {"www-authenticate": "Bearer"}
 
 
+class Forbidden(RequestError):
+    """Only an operator may do that."""
+
+    status = 403
+    code = "admin_only"
+
+
 class ModelNotFound(RequestError):
     status = 404
     code = "model_not_found"
@@ -141,6 +150,14 @@ class Overloaded(LLMServeError):
 
     def headers(self) -> dict[str, str]:
         return {"retry-after": str(self.retry_after_s)}
+
+
+class DeadlineExceeded(LLMServeError):
+    """The request's own time is over."""
+
+    status = 504
+    type = "timeout_error"
+    code = "deadline_exceeded"
 
 
 class EngineError(LLMServeError):

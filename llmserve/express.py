@@ -42,7 +42,6 @@ from llmserve.stream import TokenStream
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
 
-    from starlette.responses import Response
     from starlette.types import Scope
     from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -70,7 +69,6 @@ class Terms:
     """What a stream needs from the one who serves it."""
 
     translate: Callable[[Exception], LLMServeError]
-    refusal: Callable[[LLMServeError], Response]
     failure: Callable[[LLMServeError], bytes]
     prune: Callable[[bytes], bytes]
 
@@ -278,7 +276,7 @@ class Express:
     def _carried(self, call: Call, template: Template) -> TokenStream:
         asked = Asked(self._client, call, self._terms.translate)
         frames = template.answer(self._lane.answer_id(call.request_id))
-        return TokenStream(asked, self._flow, frames, self._terms.refusal, self._terms.failure)
+        return TokenStream(asked, self._flow, frames, self._terms.failure)
 
     # --- learning
 

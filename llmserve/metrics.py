@@ -51,10 +51,22 @@ class Metrics:
             ("model", "replica", "state"),
             registry=self.registry,
         )
-        self.start_seconds = Gauge(
-            "llmserve_model_start_seconds",
-            "How long the last start of a replica took.",
-            ("model", "replica"),
+        self.queued = Gauge(
+            "llmserve_requests_queued",
+            "Requests that wait for a slot or for their model, in order of arrival.",
+            ("model",),
+            registry=self.registry,
+        )
+        self.ready_seconds = Gauge(
+            "llmserve_model_ready_seconds",
+            "How long a replica last took to be ready, by where it came from.",
+            ("model", "replica", "level"),
+            registry=self.registry,
+        )
+        self.evictions = Counter(
+            "llmserve_evictions",
+            "Replicas that gave way to another, by where they went.",
+            ("model", "replica", "level"),
             registry=self.registry,
         )
         self.deaths = Counter(

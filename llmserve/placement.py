@@ -1,8 +1,9 @@
 """Which GPUs a replica gets. Pure: demands and GPUs in, placement out.
 
 Explicit devices come first. For the rest an option each is chosen, with the fewest devices with
-which the whole is found to fit, and `packing` finds the places. What is left of the GPUs is
-shared out at the end.
+which the whole is found to fit, and `packing` finds the places. Who is on demand comes after
+them, one by one, and may take the place of others. What is left of the GPUs is shared out at
+the end.
 """
 
 from __future__ import annotations
@@ -25,6 +26,10 @@ _FIT = 20_000  # effort for trying options, for a small box
 _FEW = 12  # demands of which options are tried in the order of their devices,
 _TRIES = 200  # so many times
 _RUNGS = 16  # tries with more demands
+_START = ""  # the scene of the start, before anybody displaces others
+_LESSER = 1024  # bytes that are there at once weigh as much as one that is promised on demand
+
+Scene = tuple[int, str]  # a GPU, and who displaces others there
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,7 @@ class Option:
     devices: int
     needs: int  # bytes on each device, at least
     share: float = 0.0  # of each device's memory, at least
+    asleep: int = 0  # of `needs`, bytes on each device that it holds while it sleeps
 
     def on(self, gpu: Gpu) -> int:
         """The bytes that it takes there."""
@@ -49,6 +55,8 @@ class Demand:
     devices: tuple[int, ...] | None = None  # indices that the registry says; None: choose
     grows: int = 0  # weight in sharing out what is left of its GPUs, bytes; 0: takes none
     at_most: int | None = None  # bytes on each device that it can use besides `needs`
+    pinned: bool = False  # it never sleeps
+    on_demand: bool = False  # not pinned; it may take the place of others that are not
 
     @property
     def model(self) -> str:
@@ -61,6 +69,7 @@ class Placed:
     devices: tuple[int, ...]
     option: Option
     extra: int = 0  # bytes on each device from what was left
+    displaces: bool = False  # while it is awake, those there that are not pinned sleep
 
 
 @dataclass(frozen=True)
@@ -68,7 +77,8 @@ class Misfit:
     """A demand that found no place.
 
     `free` is in the order of the box: for explicit devices, what those before left of the whole
-    memory; else what all that found a place left of the capacity.
+    memory; else what all that found a place left of the capacity. On demand, it is what they
+    leave once they sleep.
     """
 
     demand: Demand
@@ -95,6 +105,35 @@ def place(
     ones by its capacity. Without `finish` only who finds a place counts: it is neither even
     nor shared out. Names of demands are unique.
     """
+    eager = [demand for demand in demands if not demand.on_demand]
+    on_demand = [demand for demand in demands if demand.on_demand]
+    # Who is on demand finds a place or none by where the others are in the end.
+    placed, misfits = _together(eager, box, headroom, even=finish or bool(on_demand))
+    turns = _Turns(box, headroom)
+    for demand in eager:
+        if demand.name in placed:
+            turns.take(demand, placed[demand.name])
+    for demand in sorted(on_demand, key=lambda demand: demand.devices is None):
+        found = turns.place(demand)
+        if found is None:
+            misfits[demand.name] = Misfit(demand, turns.free(demand))
+        else:
+            placed[demand.name] = found
+            turns.take(demand, found)
+    for demand in on_demand:
+        if demand.name in placed:
+            placed[demand.name] = turns.settle(demand, placed[demand.name])
+    ordered = {one.name: placed[one.name] for one in demands if one.name in placed}
+    if finish:
+        ordered = fill(ordered, demands, box, headroom)
+    left = (misfits[one.name] for one in demands if one.name in misfits)
+    return Placement(ordered, tuple(left))
+
+
+def _together(
+    demands: Sequence[Demand], box: Box, headroom: float, *, even: bool
+) -> tuple[dict[str, Placed], dict[str, Misfit]]:
+    """Those that are all there at once."""
     empty = Packing(box, [capacity(gpu, headroom) for gpu in box])
     placed, misfits = _explicit(demands, box, empty)
     options = {
@@ -104,16 +143,13 @@ def place(
         for option in demand.options
     }
     packing = _packed(options, empty)
-    if finish:
+    if even:
         even_out(packing)
     for item, group in packing.where.items():
         placed[item.name] = Placed(tuple(box[g].index for g in group), options[item])
     free = tuple(max(0, packing.room(g)) for g in range(len(box)))
-    ordered = {one.name: placed[one.name] for one in demands if one.name in placed}
-    left = (misfits.get(one.name) or Misfit(one, free) for one in demands if one.name not in placed)
-    if finish:
-        ordered = fill(ordered, demands, box, headroom)
-    return Placement(ordered, tuple(left))
+    left = {one.name: Misfit(one, free) for one in demands if one.name not in placed}
+    return placed, left | misfits
 
 
 def _explicit(
@@ -144,6 +180,106 @@ def _explicit(
 def _item(demand: Demand, option: Option, box: Box) -> Item:
     takes = tuple(option.on(gpu) for gpu in box)
     return Item(demand.name, demand.model, option.devices, takes)
+
+
+# --- on demand
+
+
+class _Turns:
+    """GPUs on which replicas take turns.
+
+    Two things must hold on each: those that are not on demand fit together, with the others
+    asleep; and each of the others fits beside the pinned ones, with all the rest asleep.
+    """
+
+    def __init__(self, box: Box, headroom: float) -> None:
+        self._box = box
+        self._position = {gpu.index: g for g, gpu in enumerate(box)}
+        linked = Packing(box, [capacity(gpu, headroom) for gpu in box])
+        self._packings = (linked, linked.unlinked())
+        # Bytes on each GPU:
+        self._start = [0] * len(box)  # while those on demand sleep
+        self._asleep = [0] * len(box)  # while all sleep that are not pinned
+        self._woken = [0] * len(box)  # that the largest on demand takes besides, awake
+        self._together = [0] * len(box)  # while only those sleep that found no place beside others
+        self._promised = [0] * len(box)  # of all that are on demand, awake
+        self._models: list[list[str]] = [[] for _ in box]  # on demand
+
+    def take(self, demand: Demand, placed: Placed) -> None:
+        asleep = placed.option.asleep
+        for g, whole in self._takes(placed):
+            self._start[g] += asleep if demand.on_demand else whole
+            self._asleep[g] += whole if demand.pinned else asleep
+            self._together[g] += asleep if placed.displaces else whole
+            if demand.on_demand:
+                self._woken[g] = max(self._woken[g], whole - asleep)
+                self._promised[g] += whole
+                self._models[g].append(demand.model)
+
+    def place(self, demand: Demand) -> Placed | None:
+        """Beside all others if there is such a place, or else where it displaces the least."""
+        for displaces in (False, True):
+            for packing in self._packings:
+                for option in demand.options:
+                    devices = self._devices(demand, option, packing, displaces=displaces)
+                    if devices is not None:
+                        return Placed(devices, option, displaces=displaces)
+        return None
+
+    def settle(self, demand: Demand, placed: Placed) -> Placed:
+        """With all there: it displaces others unless it fits beside those, and is counted then."""
+        limits = self._limits(demand)
+        more = [(g, whole - placed.option.asleep) for g, whole in self._takes(placed)]
+        displaces = any(self._start[g] + size > limits[g] for g, size in more)
+        for g, size in more:
+            self._start[g] += 0 if displaces else size
+        return replace(placed, displaces=displaces)
+
+    def free(self, demand: Demand) -> tuple[int, ...]:
+        """Bytes on each GPU that it could have while others sleep."""
+        return tuple(max(0, room) for room in self._room(demand, demand.options[0]))
+
+    def _takes(self, placed: Placed) -> list[tuple[int, int]]:
+        """Its GPUs, and the bytes that it takes there awake."""
+        positions = [self._position[index] for index in placed.devices]
+        return [(g, placed.option.on(self._box[g])) for g in positions]
+
+    def _devices(
+        self, demand: Demand, option: Option, packing: Packing, *, displaces: bool
+    ) -> tuple[int, ...] | None:
+        room = self._room(demand, option)
+        if not displaces:
+            limits = zip(self._limits(demand), self._together, room, strict=True)
+            room = [min(limit - load, left) for limit, load, left in limits]
+        item = _item(demand, option, self._box)
+        if demand.devices is not None:
+            group = [self._position[index] for index in demand.devices if index in self._position]
+            fits = all(item.takes[g] <= room[g] for g in group)
+            return demand.devices if fits and len(group) == option.devices else None
+        there = packing.copy()
+        there.models = self._models
+        there.loads = self._contended() if displaces else self._together
+        there.limits = [load + left for load, left in zip(there.loads, room, strict=True)]
+        best = there.best(item)
+        return None if best is None else tuple(self._box[g].index for g in best)
+
+    def _contended(self) -> list[int]:
+        """What is promised on demand; of equal GPUs, that on which less would be displaced."""
+        pairs = zip(self._promised, self._together, strict=True)
+        return [promised + load // _LESSER for promised, load in pairs]
+
+    def _limits(self, demand: Demand) -> Sequence[int]:
+        explicit = demand.devices is not None
+        return [gpu.memory for gpu in self._box] if explicit else self._packings[0].limits
+
+    def _room(self, demand: Demand, option: Option) -> list[int]:
+        """Bytes on each GPU that are left for it awake; for it asleep, where not even that fits."""
+        rooms = []
+        for g, limit in enumerate(self._limits(demand)):
+            awake = limit - self._asleep[g]
+            asleep = min(limit - self._start[g], awake - self._woken[g])
+            rooms.append(asleep if asleep < option.asleep else awake)
+        return rooms
 
 
 # --- which option
@@ -261,19 +397,16 @@ def fill(
 ) -> dict[str, Placed]:
     """Shares out what is left: all grow in proportion to `grows` until a GPU of theirs is full.
 
-    A replica that is at a full GPU, or has `at_most`, stops; the others go on. What was `extra`
-    before is given anew. Progressive filling (max-min fairness; Bertsekas and Gallager, Data
-    Networks, 6.5.2).
+    A GPU is full when one of its scenes is: the start, or that of one who displaces others. A
+    replica grows in those in which it is awake. One that is at a full GPU, or has `at_most`,
+    stops; the others go on. What was `extra` before is given anew. Progressive filling (max-min
+    fairness; Bertsekas and Gallager, Data Networks, 6.5.2).
     """
     gpus = {gpu.index: gpu for gpu in box}
-    room = {gpu.index: capacity(gpu, headroom) for gpu in box}
-    for there in placed.values():
-        for index in there.devices:
-            room[index] -= there.option.on(gpus[index])
+    there = [(demand, placed[demand.name]) for demand in demands if demand.name in placed]
+    room, scenes = _scenes(there, gpus, headroom)
     growing = [
-        _Growing(demand, placed[demand.name], gpus)
-        for demand in demands
-        if demand.grows and demand.name in placed
+        _Growing(demand, one, scenes[demand.name], gpus) for demand, one in there if demand.grows
     ]
     active = growing
     while active:
@@ -289,39 +422,62 @@ def fill(
     return {name: replace(there, extra=extra.get(name, 0)) for name, there in placed.items()}
 
 
+def _scenes(
+    there: Sequence[tuple[Demand, Placed]], gpus: Mapping[int, Gpu], headroom: float
+) -> tuple[dict[Scene, int], dict[str, list[Scene]]]:
+    """The bytes that are left in each scene, and the scenes in which each replica is awake."""
+    on: dict[int, list[tuple[Demand, Placed]]] = {}
+    for demand, one in there:
+        for index in one.devices:
+            on.setdefault(index, []).append((demand, one))
+    room: dict[Scene, int] = {}
+    scenes: dict[str, list[Scene]] = {demand.name: [] for demand, _ in there}
+    for index, those in on.items():
+        for turn in (_START, *(demand.name for demand, one in those if one.displaces)):
+            room[index, turn] = capacity(gpus[index], headroom)
+            for demand, one in those:
+                awake = demand.pinned or turn == (demand.name if one.displaces else _START)
+                room[index, turn] -= one.option.on(gpus[index]) if awake else one.option.asleep
+                if awake:
+                    scenes[demand.name].append((index, turn))
+    return room, scenes
+
+
 class _Growing:
     """A replica that takes of what is left, the same on each of its devices."""
 
-    def __init__(self, demand: Demand, placed: Placed, gpus: Mapping[int, Gpu]) -> None:
+    def __init__(
+        self, demand: Demand, placed: Placed, scenes: Sequence[Scene], gpus: Mapping[int, Gpu]
+    ) -> None:
         self.name = demand.name
         self.weight = demand.grows
-        self.devices = placed.devices
+        self.scenes = scenes
         self.extra = 0
         self.limit: int | None = None
         if demand.at_most is not None:  # a share may have given some of it
             takes = max(placed.option.on(gpus[index]) for index in placed.devices)
             self.limit = max(0, placed.option.needs + demand.at_most - takes)
 
-    def grow(self, more: int, room: dict[int, int]) -> None:
+    def grow(self, more: int, room: dict[Scene, int]) -> None:
         self.extra += more
-        for index in self.devices:
-            room[index] -= more
+        for scene in self.scenes:
+            room[scene] -= more
 
-    def most(self, room: Mapping[int, int]) -> int:
-        more = max(0, min(room[index] for index in self.devices))
+    def most(self, room: Mapping[Scene, int]) -> int:
+        more = max(0, min(room[scene] for scene in self.scenes))
         return more if self.limit is None else min(more, self.limit - self.extra)
 
 
-def _levels(active: Sequence[_Growing], room: Mapping[int, int]) -> list[Fraction]:
+def _levels(active: Sequence[_Growing], room: Mapping[Scene, int]) -> list[Fraction]:
     """How far each could grow, in bytes per weight, if all others on its GPUs did so as well."""
-    weights: dict[int, int] = {}
+    weights: dict[Scene, int] = {}
     for one in active:
-        for index in one.devices:
-            weights[index] = weights.get(index, 0) + one.weight
-    full = {index: Fraction(max(0, room[index]), total) for index, total in weights.items()}
+        for scene in one.scenes:
+            weights[scene] = weights.get(scene, 0) + one.weight
+    full = {scene: Fraction(max(0, room[scene]), total) for scene, total in weights.items()}
     levels = []
     for one in active:
-        level = min(full[index] for index in one.devices)
+        level = min(full[scene] for scene in one.scenes)
         if one.limit is not None:
             level = min(level, Fraction(one.limit, one.weight))
         levels.append(level)

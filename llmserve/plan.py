@@ -34,6 +34,11 @@ class Replica:
     approximate: bool = False  # `tokens` is a lower bound
     fingerprint: str = ""  # of what the overhead depends on
     known: bool = True  # False: nothing is known of the model but its share
+    on_demand: bool = False  # it is loaded later, or sleeps at first
+    pinned: bool = False  # it never sleeps
+    displaces: bool = False  # while it is awake, those on its GPUs that sleep do so
+    sleeps: bool = False  # it may be put to sleep
+    host: int = 0  # bytes of host memory that its weights take asleep, of all its GPUs
 
     @property
     def name(self) -> str:
@@ -42,6 +47,20 @@ class Replica:
     @property
     def bytes(self) -> int:
         return self.weights + self.overhead + self.kv
+
+    @property
+    def asleep(self) -> int:
+        return self.overhead
+
+    @property
+    def resident(self) -> int:
+        """At the start: asleep if it displaces others, else whole, be it loaded or not."""
+        return self.asleep if self.displaces else self.bytes
+
+    @property
+    def stays(self) -> bool:
+        """Whether it keeps its memory: pinned, or nobody knows what it would hold asleep."""
+        return self.pinned or not self.known
 
 
 @dataclass(frozen=True)
@@ -69,7 +88,15 @@ class Plan:
         return [replica for replica in self.replicas if index in replica.devices]
 
     def used(self, index: int) -> int:
-        return sum(replica.bytes for replica in self.on(index))
+        """Bytes that are taken or promised at the start."""
+        return sum(replica.resident for replica in self.on(index))
+
+    def peak(self, index: int) -> int:
+        """Bytes that are taken at most: at the start, or while one displaces others."""
+        on = self.on(index)
+        asleep = sum(replica.bytes if replica.stays else replica.asleep for replica in on)
+        woken = max((one.bytes - one.asleep for one in on if one.displaces), default=0)
+        return max(self.used(index), asleep + woken)
 
     def replica(self, model: str, number: int) -> Replica:
         return next(r for r in self.replicas if (r.model, r.number) == (model, number))

@@ -80,16 +80,21 @@ class Wanted:
         """On as few GPUs as possible; None if its shape is unknown."""
         return next(iter(self.sizes.values()), None)
 
+    @property
+    def _on_demand(self) -> bool:
+        return self.spec.start != "eager"
+
     def _option(self, size: Size | None) -> Option:
         parallel = self.spec.parallel_sizes
         if size is not None:
             parallel = parallel | {"tensor_parallel_size": size.settings.tensor_parallel_size}
         besides, least = (size.besides, size.least) if size else (0, 0)
         kv = int(self.spec.kv_cache) if self.spec.kv_cache and (least or not size) else least
+        asleep = size.overhead if size else 0
         exact = size is not None and self.spec.kv_cache is not None
         budget = 0 if exact else int(self.spec.memory or 0)
         share = 0.0 if exact else self.spec.gpu_memory_utilization or 0.0
-        return Option(math.prod(parallel.values()), max(besides + kv, budget), share)
+        return Option(math.prod(parallel.values()), max(besides + kv, budget), share, asleep)
 
     @property
     def _widest(self) -> Gpu:
@@ -155,6 +160,7 @@ class Wanted:
         each = f" on each of {option.devices} GPUs" if option.devices > 1 else ""
         free = ", ".join(f"GPU {index} {gib(size)}" for index, size in self._free(misfit))
         less = "" if on else f", less the {headroom:.0%} of server.gpu_headroom"
+        less += ", while all others sleep that may" if misfit.demand.on_demand else ""
         return self._problem(
             f"{needs}{each}; free of {listed(self._box)}{less}: {free}", "devices" if on else ""
         )
@@ -171,6 +177,8 @@ class Wanted:
         least = self.least
         said = self.spec.kv_cache or self.spec.memory or self.spec.gpu_memory_utilization
         grows = least.least if least and not said else 0
+        # What a model of unknown size holds asleep is not known either.
+        stays = self.spec.pinned or least is None
         for number, name in enumerate(self.names):
             group = self._groups[number] if self._groups else None
             yield Demand(
@@ -179,33 +187,36 @@ class Wanted:
                 None if group is None else tuple(gpu.index for gpu in group),
                 grows,
                 least.most - least.least if least and grows else None,
+                pinned=stays,
+                on_demand=self._on_demand and not stays,
             )
 
     def replica(self, number: int, placed: Placed) -> Replica:
         smallest = self._smallest(placed)
-        size = self.sizes.get(placed.option)
-        if size is None or self._shape is None:
-            return Replica(
-                model=self.spec.name,
-                number=number,
-                of=self.spec.replicas,
-                devices=placed.devices,
-                tensor_parallel_size=self.spec.parallel_sizes["tensor_parallel_size"],
-                pipeline_parallel_size=self.spec.pipeline_parallel_size,
-                weights=0,
-                overhead=self._budget(smallest) or 0,
-                kv=0,
-                tokens=0,
-                context=0,
-                measured=False,
-                known=False,
-            )
-        kv = self._kv(size, smallest, placed.extra)
-        return Replica(
+        unknown = Replica(
             model=self.spec.name,
             number=number,
             of=self.spec.replicas,
             devices=placed.devices,
+            tensor_parallel_size=self.spec.parallel_sizes["tensor_parallel_size"],
+            pipeline_parallel_size=self.spec.pipeline_parallel_size,
+            weights=0,
+            overhead=self._budget(smallest) or 0,
+            kv=0,
+            tokens=0,
+            context=0,
+            measured=False,
+            known=False,
+            on_demand=self._on_demand,
+            pinned=self.spec.pinned,
+            displaces=placed.displaces,
+        )
+        size = self.sizes.get(placed.option)
+        if size is None or self._shape is None:
+            return unknown
+        kv = self._kv(size, smallest, placed.extra)
+        return replace(
+            unknown,
             tensor_parallel_size=size.settings.tensor_parallel_size,
             pipeline_parallel_size=size.settings.pipeline_parallel_size,
             weights=size.weights,
@@ -216,6 +227,7 @@ class Wanted:
             measured=size.measured,
             approximate=self._shape.approximate,
             fingerprint=size.fingerprint,
+            known=True,
         )
 
     def _kv(self, size: Size, gpu: Gpu, extra: int) -> int:
@@ -283,7 +295,8 @@ class Planner:
                 problems.append(short[0])
                 continue
             replicas += [each.replica(number, one) for number, one in enumerate(placed)]
-        return Plan(self._box, self._headroom, tuple(replicas), tuple(problems))
+        sleeping = tuple(_with_sleep(replicas, specs))
+        return Plan(self._box, self._headroom, sleeping, tuple(problems))
 
     def _wanted(self, spec: ModelSpec) -> Wanted:
         shape = self._shapes[spec.name]
@@ -319,7 +332,7 @@ class Planner:
             return problem
         spec = next(spec for spec in specs if spec.name == problem.model)
         failed = {each.model for each in plan.problems} - {spec.name}
-        for remedy in remedies.of(spec, shape, self._box, self._wanted(spec).least, plan):
+        for remedy in remedies.of(spec, shape, self._wanted(spec).least, plan, specs):
             changed = remedy.applied(specs)
             tried = self._laid_out(changed, finish=False)
             if {each.model for each in tried.problems} <= failed:
@@ -327,6 +340,16 @@ class Planner:
                 if told:
                     return replace(problem, remedy=told)
         return problem
+
+
+def _with_sleep(replicas: Sequence[Replica], specs: Sequence[ModelSpec]) -> Iterator[Replica]:
+    """Who may be put to sleep, and the host memory that this takes."""
+    idle = {spec.name for spec in specs if spec.idle.sleep_after is not None}
+    shared = {index for one in replicas if one.on_demand and not one.stays for index in one.devices}
+    for one in replicas:
+        wanted = one.on_demand or one.model in idle or not shared.isdisjoint(one.devices)
+        sleeps = wanted and not one.stays
+        yield replace(one, sleeps=sleeps, host=one.weights * len(one.devices) * sleeps)
 
 
 def _memory(gpu: Gpu) -> int:

@@ -1,38 +1,38 @@
-"""Every replica's life: waiting, downloading, loading, warming, ready, failed, stopped.
+"""Every model's replicas and line: who gets a request now, who waits, who comes and goes.
 
-One whose engine dies is started again. The one owner of these states. Engines are started by a `Backend`, so that all of this
-can be run without one.
+What a replica goes through is `life`'s; this decides when. Engines are started by a
+`Backend`, so that all of this can be run without one.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import time
-from dataclasses import dataclass
-from enum import StrEnum
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from llmserve.admission import Slot, Slots
-from llmserve.deaths import Deaths
-from llmserve.dispatch import Ask, Load, policy_of
+from llmserve.admission import Deadline, Slot, Slots
+from llmserve.dispatch import Ask, policy_of
 from llmserve.errors import EngineDead, LLMServeError, Overloaded, StartupError, quoted
+from llmserve.events import Events
+from llmserve.life import Life
+from llmserve.replica import AT_REST, STARTING, Replica, State
+from llmserve.residency import Level
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Coroutine, Iterable
 
     from prometheus_client import CollectorRegistry, Counter
-    from starlette.requests import Request
-    from starlette.responses import Response
-    from starlette.types import ASGIApp, Scope
 
-    from llmserve.config import ModelSpec
     from llmserve.dispatch import Policy
     from llmserve.metrics import Metrics
     from llmserve.protocol import Endpoint
     from llmserve.registry import Model, Registry
+    from llmserve.replica import Backend, Running
 
 log = logging.getLogger(__name__)
 Task = asyncio.Task[None]
@@ -40,129 +40,45 @@ Task = asyncio.Task[None]
 _WATCH_S = 0.5  # a dead engine is noticed this soon
 _ASK_EVERY_S = 10.0
 HUNG_S = 45.0  # an engine that says nothing for so long is taken for dead; steps are shorter
-_LOADING_RETRY_S = 5
 _STOPPING_RETRY_S = 5
+_LOADING_RETRY_S = 5  # of a model that has never been ready
 _DRAIN_LOOK_S = 0.05
-
-
-class State(StrEnum):
-    WAITING = "waiting"
-    DOWNLOADING = "downloading"
-    LOADING = "loading"
-    WARMING = "warming"
-    READY = "ready"
-    FAILED = "failed"
-    STOPPED = "stopped"
-
-
-STARTING = frozenset({State.WAITING, State.DOWNLOADING, State.LOADING, State.WARMING})
 # A model's state is that of its replica which comes first here.
 _FURTHEST = (
     State.READY,
+    State.WAKING,
     State.WARMING,
     State.LOADING,
     State.DOWNLOADING,
     State.WAITING,
+    State.DRAINING,
+    State.SLEEPING,
     State.STOPPED,
     State.FAILED,
 )
 
 
-class Running(Protocol):
-    """A replica that answers."""
-
-    able: frozenset[str]
-    took: Mapping[str, float]  # seconds of its start, by step
-
-    @property
-    def max_model_len(self) -> int: ...
-    @property
-    def dead(self) -> bool: ...
-    @property
-    def registry(self) -> CollectorRegistry: ...
-    def express(
-        self, endpoint: str, body: dict[str, Any], asked: str, scope: Scope
-    ) -> ASGIApp | None:
-        """The answer to a request like an earlier one; None if it needs `call`."""
-        ...
-
-    async def call(
-        self, endpoint: str, body: dict[str, Any], asked: str, request: Request
-    ) -> ASGIApp: ...
-    async def fetch_response(self, response_id: str, query: dict[str, Any]) -> Response:
-        """Any replica of the model has it, whichever made it."""
-        ...
-
-    async def cancel_response(self, response_id: str) -> Response: ...
-    async def responds(self, within_s: float) -> bool:
-        """Whether its engine answers a question that it can answer between two steps."""
-        ...
-
-    def kill(self) -> None:
-        """End its engine's processes now, hung or not; `dead` tells when it is noticed."""
-        ...
-
-    async def stop(self) -> None: ...
-
-
-class Backend(Protocol):
-    async def start(
-        self, spec: ModelSpec, number: int, report: Callable[[State, str], None]
-    ) -> Running:
-        """Start one of the model's replicas, which are numbered from 0.
-
-        Raises StartupError with the cause in one line.
-        """
-        ...
-
-    def kill(self) -> None:
-        """End every engine process at once, those of starts under way too."""
-        ...
-
-
-class Replica:
-    """One engine of a model and where it is in its life."""
-
-    def __init__(self, model: Model, number: int) -> None:
-        self.model = model
-        self.number = number  # of the model's replicas, from 0
-        self.state = State.WAITING
-        self.note = ""  # progress, or why it failed
-        self.running: Running | None = None
-        self.started = time.monotonic()  # or when it will be
-        self.seconds = 0.0  # what the start took
-        self.usual_s: float | None = None  # what the last one took that succeeded
-        self.ready_since = math.inf
-        self.deaths = Deaths()
-        self.load = Load()
-
-    @property
-    def took(self) -> Mapping[str, float]:
-        """Seconds of its start, by step."""
-        return self.running.took if self.running is not None else {}
-
-    @property
-    def ready_in_s(self) -> int:
-        """An estimate, in whole seconds, while it waits or starts."""
-        if self.usual_s is None:
-            return _LOADING_RETRY_S
-        return max(1, math.ceil(self.started + self.usual_s - time.monotonic()))
-
-    @property
-    def name(self) -> str:
-        several = self.model.spec.replicas > 1
-        return f"{self.model.name}/{self.number}" if several else self.model.name
-
-
 class Entry:
     """A model: its replicas, and what they share."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, replicas: Iterable[Replica]) -> None:
         self.model = model
-        self.replicas = tuple(Replica(model, number) for number in range(model.spec.replicas))
+        self.replicas = tuple(replicas)
         self.ready: tuple[Replica, ...] = ()
-        self.slots = Slots(model.name, model.spec.max_in_flight)
+        self.slots: Slots[Wish, Lease] = Slots(
+            model.name, model.spec.max_in_flight, model.spec.max_queue
+        )
         self.policy: Policy | None = policy_of(model.spec)  # None: there is one replica
+
+    def adopt(self, model: Model) -> None:
+        """Go on by a changed entry of the registry, with the same engines."""
+        before, self.model = self.model.spec, model
+        self.slots.model = model.name
+        self.slots.limit, self.slots.longest = model.spec.max_in_flight, model.spec.max_queue
+        if (before.dispatch, before.weights) != (model.spec.dispatch, model.spec.weights):
+            self.policy = policy_of(model.spec)
+        for replica in self.replicas:
+            replica.model = model
 
     @property
     def name(self) -> str:
@@ -187,6 +103,25 @@ class Entry:
     def running(self) -> Running | None:
         return self.furthest.running
 
+    @property
+    def comes(self) -> bool:
+        """Whether a replica is ready, on its way, or can be."""
+        return any(replica.state is not State.FAILED for replica in self.replicas)
+
+    @property
+    def awaits(self) -> bool:
+        """Whether requests wait for it while it is not ready."""
+        return any(
+            replica.may_come or (replica.state in STARTING and replica.patient)
+            for replica in self.replicas
+        )
+
+    @property
+    def retry_after_s(self) -> int:
+        """When it is worth another try."""
+        ready_in_s = self.furthest.ready_in_s
+        return _LOADING_RETRY_S if ready_in_s is None else max(1, math.ceil(ready_in_s))
+
 
 @dataclass(eq=False, slots=True)
 class Lease:
@@ -194,15 +129,17 @@ class Lease:
 
     replica: Replica
     running: Running
+    entry: Entry
     _slot: Slot
     _tokens: int
-    _leases: set[Lease]
+    _pool: Pool
     _task: Task | None
-    was_cut: bool = False  # its request was ended by the server's own end
+    cut_by: LLMServeError | None = None  # why its request was ended from here
+    _timer: asyncio.TimerHandle | None = None
 
     def __post_init__(self) -> None:
         self.replica.load.add(self._tokens)
-        self._leases.add(self)
+        self._pool.leases.add(self)
 
     @property
     def model(self) -> str:
@@ -210,16 +147,44 @@ class Lease:
 
     def release(self) -> None:
         """Give back what it holds; again is no mistake."""
-        if self in self._leases:
-            self._leases.discard(self)
-            self._slot.release()
+        if self in self._pool.leases:
+            self._pool.leases.discard(self)
             self.replica.load.remove(self._tokens)
+            self.replica.used = time.monotonic()
+            self._slot.release()
+            if self._timer is not None:
+                self._timer.cancel()
+            self._pool.released(self)
 
-    def cut(self) -> None:
-        """Cancel the request; whoever handles it answers for that (`cut_off`)."""
-        self.was_cut = True
+    def cut(self, error: LLMServeError) -> None:
+        """Cancel the request; whoever handles it answers with the error."""
+        self.cut_by = error
         if self._task is not None:
             self._task.cancel()
+
+    def until(self, deadline: Deadline) -> None:
+        """Cut it when its time is over."""
+        if deadline.timeout_s is not None:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(deadline.left_s, self._over, deadline)
+
+    def _over(self, deadline: Deadline) -> None:
+        self.cut(deadline.exceeded())
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """A request for a model by one of its public names; `task` handles it."""
+
+    name: str
+    endpoint: Endpoint
+    body: dict[str, Any]
+    deadline: Deadline
+    task: Task | None = None
+    before: bool = False  # an engine died over it
+
+    def again(self) -> Wish:
+        return replace(self, before=True)
 
 
 def cut_off() -> Overloaded:
@@ -239,70 +204,176 @@ class Pool:
         on_change: Callable[[Replica], None] = lambda _: None,
     ) -> None:
         self.registry = registry
-        self.entries = {model.name: Entry(model) for model in registry.models}
+        self.entries: dict[str, Entry] = {}
+        self.leases: set[Lease] = set()
+        self.events = Events()
+        self.life = Life(backend, metrics, self._changed)
         self._backend = backend
         self._metrics = metrics
         self._on_change = on_change
         self._closed = False
-        self._leases: set[Lease] = set()
-        self._revivals: set[Task] = set()
+        self._comings: dict[Replica, Task] = {}  # brought or revived
+        self._restings: dict[Replica, Task] = {}
         self._asked: dict[Replica, Task] = {}  # whether it hangs
         self._dispatched: dict[Replica, Counter] = {}  # where there is a choice
-        for entry in self.entries.values():
-            metrics.in_flight.labels(entry.name).set_function(entry.slots.count)
-        for replica in self.replicas:
-            self._show(replica)
-            if replica.model.spec.replicas > 1:
-                self._count(replica)
+        self._owner: dict[Replica, Entry] = {}  # also of models that leave
+        for model in registry.models:
+            self.enter(self.made(model))
 
-    # --- asking
+    # --- who is here
 
     @property
     def replicas(self) -> list[Replica]:
-        """Those of every model, in the order of the registry."""
-        return [replica for entry in self.entries.values() for replica in entry.replicas]
+        """Those of every model, in the order of the registry, and of those that leave."""
+        return list(self._owner)
 
-    def lease(
-        self, name: str, endpoint: Endpoint, body: dict[str, Any], task: Task | None = None
-    ) -> Lease:
-        """Leave to send one request to the model of a public name; `task` handles it.
+    def made(self, model: Model, kept: Iterable[Replica] = ()) -> Entry:
+        """A model with engines of its own, or with some that run already; not here yet."""
+        there = {replica.number: replica for replica in kept}
+        spec = model.spec
+        replicas = [
+            there.get(number) or Replica(model, number, self._backend.holds(spec, number))
+            for number in range(spec.replicas)
+        ]
+        entry = Entry(model, replicas)
+        entry.adopt(model)
+        entry.ready = tuple(each for each in replicas if each.state is State.READY)
+        for replica in replicas:
+            self._owner[replica] = entry
+        return entry
 
-        Raises ModelNotFound, or Overloaded while it loads, is full, or the server
-        stops, or EngineDead.
+    def enter(self, entry: Entry) -> None:
+        """From now on this is the model of its name; whoever waits for the one before goes on."""
+        before = self.entries.get(entry.name)
+        self.entries[entry.name] = entry
+        self._metrics.in_flight.labels(entry.name).set_function(entry.slots.count)
+        self._metrics.queued.labels(entry.name).set_function(entry.slots.waiting)
+        for replica in entry.replicas:
+            self._show(replica)
+            if entry.policy is not None:
+                self._count(replica)
+        if before not in (None, entry):
+            before.slots.move_to(entry.slots)
+        self._onward(entry)
+
+    def rename(self, entry: Entry, model: Model) -> None:
+        self._forget(self.entries.pop(entry.name))
+        entry.adopt(model)
+        self.enter(entry)
+
+    def sort(self, names: Iterable[str]) -> None:
+        """Show the models in this order."""
+        self.entries = {name: self.entries[name] for name in names}
+        shown = [each for entry in self.entries.values() for each in entry.replicas]
+        rest = [each for each in self._owner if each not in shown]
+        self._owner = {each: self._owner[each] for each in (*shown, *rest)}
+
+    def leave(self, entry: Entry) -> None:
+        """Nobody finds it any more; those in its line may still."""
+        if self.entries.get(entry.name) is entry:
+            del self.entries[entry.name]
+            self._forget(entry)
+
+    async def end(self, entry: Entry, replicas: Iterable[Replica] | None = None) -> None:
+        """End engines of a model that leaves, once its requests have ended."""
+        while entry.slots.waiting() and entry.comes:  # noqa: ASYNC110  # once in its life
+            await asyncio.sleep(_DRAIN_LOOK_S)
+        replicas = entry.replicas if replicas is None else tuple(replicas)
+        await asyncio.gather(*(self.life.rest(each, Level.STOPPED) for each in replicas))
+        for replica in replicas:
+            self._owner.pop(replica, None)
+            self._dispatched.pop(replica, None)
+            here = self.entries.get(entry.name)
+            if here is None or replica.number >= len(here.replicas):
+                self._hide(replica)
+
+    def _forget(self, entry: Entry) -> None:
+        for shown in (self._metrics.in_flight, self._metrics.queued):
+            shown.remove(entry.name)
+        for replica in entry.replicas:
+            self._hide(replica)
+
+    def _hide(self, replica: Replica) -> None:
+        for state in State:
+            with contextlib.suppress(KeyError):
+                self._metrics.state.remove(replica.model.name, replica.number, state.value)
+
+    # --- asking
+
+    def entry(self, name: str) -> Entry:
+        """That of a public name. Raises ModelNotFound."""
+        return self.entries[self.registry.find(name).name]
+
+    def lease(self, wish: Wish) -> Lease | None:
+        """Leave to send one request to its model; None: it has to `wait` for that.
+
+        Raises ModelNotFound, or Overloaded if it may not wait: the line is full or too long,
+        the model starts for another reason than requests (unless the engine died over this
+        one), or the server stops; or EngineDead.
         """
-        entry = self.entries[self.registry.find(name).name]
+        entry = self.entry(wish.name)
         if self._closed:
             raise cut_off()
-        replica, tokens = entry.replicas[0], 0
-        if entry.policy is not None:
-            replica, tokens = self._chosen(entry, entry.policy, name, endpoint, body)
-        if replica.running is None or replica.state is not State.READY:
+        if entry.slots.free and self._living(entry):
+            return self._leased(entry, wish)
+        if not entry.ready and not entry.awaits and not (wish.before and entry.comes):
             raise self._not_ready(entry)
-        slot = entry.slots.take()
-        if entry.policy is not None:
-            self._dispatched[replica].inc()
-        return Lease(replica, replica.running, slot, tokens, self._leases, task)
+        ready_in_s = None if entry.ready else entry.furthest.ready_in_s
+        entry.slots.unless_full(wish.deadline, ready_in_s or 0.0)
+        return None
 
-    def _chosen(
-        self, entry: Entry, policy: Policy, name: str, endpoint: Endpoint, body: dict[str, Any]
-    ) -> tuple[Replica, int]:
-        """The replica for a request, and the request's tokens; one that is not ready if none is.
+    async def wait(self, wish: Wish) -> Lease:
+        """The same, in order of arrival; brings the model if it is at rest.
 
-        An engine that died a moment ago has the least to do, and would get every request.
+        Raises as `lease` does, or DeadlineExceeded.
         """
-        ask = Ask.of(name, body, endpoint.answer_tokens)
-        while entry.ready:
-            replica = policy.choose(entry.ready, ask)
-            if not self._died(replica):
-                return replica, ask.tokens
-        return entry.furthest, ask.tokens
+        entry = self.entry(wish.name)
+        if not entry.ready:
+            self._ask_for(entry)
+        return await entry.slots.wait(wish.deadline, wish)
+
+    def _leased(self, entry: Entry, wish: Wish) -> Lease:
+        replica, tokens = entry.ready[0], 0
+        if entry.policy is not None:
+            ask = Ask.of(wish.name, wish.body, wish.endpoint.answer_tokens)
+            replica, tokens = entry.policy.choose(entry.ready, ask), ask.tokens
+            self._dispatched[replica].inc()
+        if replica.running is None:
+            raise self._not_ready(entry)
+        return Lease(replica, replica.running, entry, entry.slots.take(), tokens, self, wish.task)
+
+    def _living(self, entry: Entry) -> bool:
+        """Whether a replica is ready, without those that died a moment ago.
+
+        They have the least to do, and would get every request.
+        """
+        for replica in entry.ready:
+            self._died(replica)
+        return bool(entry.ready)
+
+    def released(self, lease: Lease) -> None:
+        if lease.entry.slots.waiting():
+            self._onward(lease.entry)
+
+    def _onward(self, entry: Entry) -> None:
+        """Let those in the line in, or see to it that their model comes."""
+        if not entry.slots.waiting():
+            return
+        if self._living(entry):
+            entry.slots.advance(partial(self._leased, entry))
+        elif self._closed:
+            entry.slots.refuse(cut_off)
+        elif entry.comes:
+            self._ask_for(entry)
+        else:
+            entry.slots.refuse(lambda: self._not_ready(entry))
 
     def _not_ready(self, entry: Entry) -> LLMServeError:
         name = quoted(entry.name)
-        if entry.state in STARTING:
+        if entry.comes:
             return Overloaded(
                 f"The model {name} is {entry.state}; try again.",
-                retry_after_s=entry.furthest.ready_in_s,
+                retry_after_s=entry.retry_after_s,
                 code="model_not_ready",
             )
         if deaths := entry.furthest.deaths.in_a_row:
@@ -315,70 +386,103 @@ class Pool:
     def registries(self) -> Iterable[CollectorRegistry]:
         return [each.running.registry for each in self.replicas if each.running is not None]
 
-    # --- life
+    # --- coming
+
+    async def bring(self, entry: Entry) -> None:
+        """Until each of its replicas is ready, or has failed."""
+        for replica in entry.replicas:
+            if replica.state in AT_REST or replica.state is State.FAILED:
+                replica.patient = True
+                self._come(replica, self.life.bring(replica))
+        await self._all_came(entry)
+
+    async def start_late(self, entry: Entry) -> None:
+        """Start the replicas of a model that has just come, and wait for them."""
+        for replica in entry.replicas:
+            if replica.level is Level.STOPPED:
+                self._come(replica, self.life.start(replica))
+        await self._all_came(entry)
+
+    async def _all_came(self, entry: Entry) -> None:
+        coming = [self._comings[each] for each in entry.replicas if each in self._comings]
+        if coming:
+            await asyncio.wait(coming)
 
     async def start(self) -> None:
-        """Start every replica, all at once; returns when each is ready or has failed.
+        """Start every replica that is not lazy, all at once; returns when all have started.
 
-        Raises StartupError if none is ready, or as soon as none of a required model can be.
+        Those that are to sleep come first: later there may be no room to start them. Raises
+        StartupError if none of several could be, or as soon as none of a required model can.
         """
-        starts = [asyncio.create_task(self._start(replica)) for replica in self.replicas]
+        first = [each for each in self.replicas if each.state is State.WAITING]
+        first.sort(key=lambda replica: replica.model.spec.start != "sleeping")
+        starts = [asyncio.create_task(self._started(replica)) for replica in first]
         try:
             for finished in asyncio.as_completed(starts):
-                _unless_required(self.entries[await finished])
+                _unless_required(self._owner[await finished])
         except BaseException:
             for start in starts:
                 start.cancel()
             raise
-        if all(entry.state not in STARTING | {State.READY} for entry in self.entries.values()):
+        if not any(entry.comes for entry in self.entries.values()):
             raise StartupError("no model could be started")
 
-    async def _start(self, replica: Replica) -> str:
-        """The name of the replica's model, when it is ready or has failed."""
-        replica.started = time.monotonic()
-        try:
-            replica.running = await self._backend.start(
-                replica.model.spec,
-                replica.number,
-                lambda state, note: self._change(replica, state, note),
-            )
-        except StartupError as error:
-            self._change(replica, State.FAILED, error.message)
-        except Exception as error:
-            # Whatever it is, it is this replica's: the others go on.
-            log.exception("model=%s unforeseen", replica.name)
-            self._change(replica, State.FAILED, f"{type(error).__name__}: {error}")
-        else:
-            self._change(replica, State.READY)
-        return replica.model.name
+    async def _started(self, replica: Replica) -> Replica:
+        """It, when it is ready, sleeps or has failed."""
+        await self.life.start(replica)
+        return replica
 
-    def _change(self, replica: Replica, state: State, note: str = "") -> None:
-        before = replica.state
-        if before in STARTING and state not in STARTING:
-            replica.seconds = time.monotonic() - replica.started
-        replica.state, replica.note = state, note
-        if state is not before:
+    def _ask_for(self, entry: Entry) -> None:
+        for replica in entry.replicas:
+            if replica.may_come and not self._closed:
+                replica.patient = True
+                self._come(replica, self.life.bring(replica))
+
+    def _come(self, replica: Replica, way: Coroutine[Any, Any, None]) -> None:
+        if replica in self._comings:
+            way.close()  # it is on its way
+            return
+        coming = asyncio.create_task(way)
+        self._comings[replica] = coming
+        coming.add_done_callback(partial(self._came, replica))
+
+    def _came(self, replica: Replica, coming: Task) -> None:
+        del self._comings[replica]
+        if not coming.cancelled() and (error := coming.exception()) is not None:
+            log.error("model=%s unforeseen", replica.name, exc_info=error)
+        if replica in self._owner:
+            self._onward(self._owner[replica])
+
+    # --- states
+
+    def _changed(self, replica: Replica, before: State) -> None:
+        if replica.state is not before:
             self._moved(replica, before)
         self._on_change(replica)
 
     def _moved(self, replica: Replica, before: State) -> None:
-        entry = self.entries[replica.model.name]
+        entry = self._owner[replica]
         entry.ready = tuple(each for each in entry.replicas if each.state is State.READY)
         if before is State.READY and entry.policy is not None:
             entry.policy.forget(replica.number)
         if replica.state is State.READY:
-            replica.usual_s, replica.ready_since = replica.seconds, time.monotonic()
             self._show_start(replica)
         self._show(replica)
+        self.events.tell(replica, before)
         log.info("model=%s state=%s", replica.name, replica.state)
+        if replica.state is State.READY or replica.state in AT_REST:
+            self._onward(entry)
 
     def _show_start(self, replica: Replica) -> None:
         model, number = replica.model.name, replica.number
-        self._metrics.start_seconds.labels(model, number).set(replica.seconds)
+        for level, seconds in replica.cost_s.items():
+            self._metrics.ready_seconds.labels(model, number, level.name.lower()).set(seconds)
         for step, seconds in replica.took.items():
             self._metrics.start_step_seconds.labels(model, number, step).set(seconds)
 
     def _show(self, replica: Replica) -> None:
+        if self.entries.get(replica.model.name) is not self._owner[replica]:
+            return  # it comes or leaves under another's name
         for state in State:
             shown = self._metrics.state.labels(replica.model.name, replica.number, state.value)
             shown.set(state is replica.state)
@@ -390,20 +494,37 @@ class Pool:
         policy = replica.model.spec.dispatch
         self._dispatched[replica] = self._metrics.dispatched.labels(model, number, policy)
 
+    # --- watching
+
     async def watch(self) -> None:
-        """Notice engines that die, until cancelled."""
+        """Notice engines that die and models that nobody asks for, until cancelled."""
         while True:
             await asyncio.sleep(_WATCH_S)
-            for entry in self.ready():
-                for replica in entry.ready:
-                    self._died(replica)
+            for replica in self.replicas:
+                if not self._died(replica):
+                    self._rest_if_idle(replica)
+
+    def _rest_if_idle(self, replica: Replica) -> None:
+        idle, idle_s = replica.model.spec.idle, replica.idle_s
+        if replica.load.requests or replica.turn.locked() or replica in self._restings:
+            return
+        if idle.stop_after is not None and idle_s >= idle.stop_after:
+            wanted = Level.STOPPED
+        elif idle.sleep_after is not None and idle_s >= idle.sleep_after:
+            wanted = Level.HOST
+        else:
+            return
+        if replica.state in (State.READY, State.SLEEPING) and replica.level > wanted:
+            resting = asyncio.create_task(self.life.rest(replica, wanted))
+            self._restings[replica] = resting
+            resting.add_done_callback(lambda _: self._restings.pop(replica, None))
 
     async def watch_hung(self) -> None:
         """End engines that hang, until cancelled; `watch` then finds them dead."""
         while True:
             await asyncio.sleep(_ASK_EVERY_S)
-            for replica in (each for entry in self.ready() for each in entry.ready):
-                if replica not in self._asked:
+            for replica in self.replicas:
+                if replica not in self._asked and replica.state in (State.READY, State.SLEEPING):
                     asked = asyncio.create_task(self._kill_if_hung(replica))
                     self._asked[replica] = asked
                     asked.add_done_callback(partial(self._was_asked, replica))
@@ -426,73 +547,55 @@ class Pool:
             running.kill()
 
     def _died(self, replica: Replica) -> bool:
-        """Whether the engine of a ready replica has died, which is then known everywhere."""
-        if replica.running is None or not replica.running.dead:
+        """Whether the engine of a replica has died, which is then known everywhere."""
+        running = replica.running
+        if running is None or not running.dead:
             return False
+        if replica.turn.locked() or replica.state not in (State.READY, State.SLEEPING):
+            return False  # whoever has the turn finds it dead, or it is known
         self._metrics.deaths.labels(replica.model.name, replica.number).inc()
-        lived_s = time.monotonic() - replica.ready_since
         if self._closed:
-            self._change(replica, State.FAILED, "its engine died")
-        elif self._again(replica, "its engine died", lived_s):
-            revival = asyncio.create_task(self._revive(replica))
-            self._revivals.add(revival)
-            revival.add_done_callback(self._revivals.discard)
+            self.life.change(replica, State.FAILED, "its engine died")
+        elif replica.state is State.SLEEPING:
+            self._come(replica, self.life.rest(replica, Level.STOPPED))
+        elif self.life.again(replica, "its engine died", time.monotonic() - replica.since):
+            self._come(replica, self.life.revive(replica))
         return True
 
-    def _again(self, replica: Replica, note: str, lived_s: float) -> bool:
-        """Whether a dead replica is started again, which it then waits for."""
-        pause_s = replica.deaths.pause_s(lived_s)
-        if pause_s is None:
-            times = replica.deaths.in_a_row
-            self._change(replica, State.FAILED, f"{note}; {times} times, not started again")
-            return False
-        replica.started = time.monotonic() + pause_s
-        self._change(replica, State.WAITING, f"{note}; again in {pause_s:g} s")
-        return True
-
-    async def _revive(self, replica: Replica) -> None:
-        """End what is left of a dead engine and start another, later each time."""
-        again = True
-        while again:
-            await self._end(replica)
-            await asyncio.sleep(replica.started - time.monotonic())
-            await self._start(replica)
-            again = replica.state is not State.READY and self._again(replica, replica.note, 0.0)
-
-    async def _end(self, replica: Replica) -> None:
-        """End an engine, dead or alive, and forget it."""
-        running, replica.running = replica.running, None
-        if running is None:
-            return
-        try:
-            await running.stop()
-        except Exception:
-            log.exception("model=%s did not stop cleanly", replica.name)
+    # --- the end
 
     def close(self) -> None:
-        """Admit no more requests."""
+        """Admit no more requests, and send away those that wait for their model."""
         self._closed = True
+        for entry in self.entries.values():
+            if not entry.ready:
+                entry.slots.refuse(cut_off)
 
     async def drain(self, timeout_s: float) -> None:
         """Admit no more, wait for running requests, cut off those that take too long."""
         self.close()
         end = time.monotonic() + timeout_s
-        while self._leases and time.monotonic() < end:  # noqa: ASYNC110  # once in a life
+        while self._busy() and time.monotonic() < end:  # noqa: ASYNC110  # once in a life
             await asyncio.sleep(_DRAIN_LOOK_S)
-        for lease in list(self._leases):
-            lease.cut()
+        for entry in self.entries.values():
+            entry.slots.refuse(cut_off)
+        for lease in list(self.leases):
+            lease.cut(cut_off())
+
+    def _busy(self) -> bool:
+        return bool(self.leases) or any(e.slots.waiting() for e in self.entries.values())
 
     async def stop(self) -> None:
         """End all engines, all at once."""
         self.close()
         if any(replica.state in STARTING for replica in self.replicas):
             self._backend.kill()
-        for task in (*self._revivals, *self._asked.values()):
+        for task in (*self._comings.values(), *self._restings.values(), *self._asked.values()):
             task.cancel()
         running = [replica for replica in self.replicas if replica.running is not None]
-        await asyncio.gather(*(self._end(replica) for replica in running))
+        await asyncio.gather(*(self.life.end(replica) for replica in running))
         for replica in running:
-            self._change(replica, State.STOPPED)
+            self.life.change(replica, State.STOPPED)
 
     def kill(self) -> None:
         self._backend.kill()

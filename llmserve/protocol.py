@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any
 import orjson
 from starlette.responses import Response
 
+from llmserve import sse
 from llmserve.errors import LLMServeError, RequestError, quoted
 
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import Iterable
 
-    from llmserve.pool import Running
     from llmserve.registry import Model, Registry
+    from llmserve.replica import Running
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Endpoint:
     paths: tuple[str, ...]
     multipart: bool = False  # an upload; all others are JSON
     answer_tokens: int = 0
+    named_events: bool = False  # its stream's events have names; a failure is one called "error"
 
 
 _ANSWER_TOKENS = 512  # as long as answers tend to be
@@ -38,8 +40,8 @@ _ANSWER_TOKENS = 512  # as long as answers tend to be
 ENDPOINTS: tuple[Endpoint, ...] = (
     Endpoint("chat completions", ("/v1/chat/completions",), answer_tokens=_ANSWER_TOKENS),
     Endpoint("completions", ("/v1/completions",), answer_tokens=_ANSWER_TOKENS),
-    Endpoint("responses", ("/v1/responses",), answer_tokens=_ANSWER_TOKENS),
-    Endpoint("messages", ("/v1/messages",), answer_tokens=_ANSWER_TOKENS),
+    Endpoint("responses", ("/v1/responses",), False, _ANSWER_TOKENS, True),
+    Endpoint("messages", ("/v1/messages",), False, _ANSWER_TOKENS, True),
     Endpoint("token counts", ("/v1/messages/count_tokens",)),
     Endpoint("embeddings", ("/v1/embeddings",)),
     Endpoint("scores", ("/v1/score", "/score")),
@@ -51,6 +53,16 @@ ENDPOINTS: tuple[Endpoint, ...] = (
     Endpoint("transcriptions", ("/v1/audio/transcriptions",), True, _ANSWER_TOKENS),
     Endpoint("translations", ("/v1/audio/translations",), True, _ANSWER_TOKENS),
 )
+
+
+NAMED_EVENTS = frozenset(endpoint.name for endpoint in ENDPOINTS if endpoint.named_events)
+
+
+def failure(endpoint: str, error: LLMServeError) -> bytes:
+    """The last events of a stream that failed."""
+    if endpoint in NAMED_EVENTS:
+        return sse.event({"type": "error", **error_body(error)}, "error")
+    return sse.event(error_body(error)) + sse.DONE
 
 
 class Ongoing(Response):

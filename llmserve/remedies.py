@@ -10,7 +10,7 @@ from llmserve import checks
 from llmserve.gpus import GIB
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from llmserve.config import ModelSpec
     from llmserve.gpus import Box
@@ -51,19 +51,23 @@ class Remedy:
         return ", ".join(words)
 
 
-def of(spec: ModelSpec, shape: Shape, box: Box, size: Size | None, plan: Plan) -> Iterator[Remedy]:
+def of(
+    spec: ModelSpec, shape: Shape, size: Size | None, plan: Plan, specs: Sequence[ModelSpec]
+) -> Iterator[Remedy]:
     """What to try, in order; whether it fits is the planner's to see."""
     if spec.devices is not None:
         elsewhere = spec.parallel_sizes["tensor_parallel_size"]
         yield _remedy(spec, "", devices=None, tensor_parallel_size=elsewhere)
     if size is not None:
-        yield from _budgets(spec, box, size, plan.headroom)
+        yield from _budgets(spec, plan.box, size, plan.headroom)
     if spec.concurrency > 1:
         yield _remedy(spec, "concurrency: 1", concurrency=1)
     if spec.devices is not None or spec.tensor_parallel_size is not None:
         yield _remedy(spec, "", devices=None, tensor_parallel_size=None)
-    yield from _smaller(spec, shape, box)
-    for other in sorted({r.model for r in plan.replicas}, key=lambda name: _taken(plan, name)):
+    yield from _smaller(spec, shape, plan.box)
+    others = sorted({r.model for r in plan.replicas}, key=lambda name: _taken(plan, name))
+    yield from _on_demand(spec, others, plan, specs)
+    for other in others:
         yield Remedy(other, f"leaving {other} out", None)
 
 
@@ -99,6 +103,21 @@ def _smaller(spec: ModelSpec, shape: Shape, box: Box) -> Iterator[Remedy]:
     for change in (*shorter, *eight_bit, *both):
         words = ", ".join(f"{key}: {value}" for key, value in change.items())
         yield _remedy(spec, f"engine: {{{words}}}", engine=spec.engine | change)
+
+
+def _on_demand(
+    spec: ModelSpec, others: Iterable[str], plan: Plan, specs: Iterable[ModelSpec]
+) -> Iterator[Remedy]:
+    """It sleeps until it is asked for, or one of the others does."""
+    if spec.start != "eager":
+        return
+    if not spec.pinned:
+        yield _remedy(spec, "start: sleeping", start="sleeping")
+    stay = {replica.model for replica in plan.replicas if replica.stays or replica.on_demand}
+    entries = {each.name: each for each in specs}
+    for other in others:
+        if other not in stay:
+            yield _remedy(entries[other], f"{other} with start: sleeping", start="sleeping")
 
 
 def _may_be_fp8(spec: ModelSpec, shape: Shape, box: Box) -> bool:

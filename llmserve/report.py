@@ -41,6 +41,7 @@ WEIGHTS = Kind("weights", "█")
 KV_CACHE = Kind("KV cache", "▓", 0.5)
 OVERHEAD = Kind("overhead", "▒", 0.25)
 SHARE = Kind("share", "░", 0.25)  # of a model of which nothing else is known
+ASLEEP = Kind("asleep", "▂", 0.25)  # of who displaces others once it is awake
 FREE = Kind("free", "·")
 
 
@@ -71,7 +72,7 @@ def marks(plan: Plan) -> dict[str, Mark]:
 
 
 def parts(plan: Plan, gpu: Gpu) -> list[Part]:
-    """What lies on a GPU, replica by replica, then what is free; none is empty."""
+    """What lies on a GPU at the start, replica by replica, then what is free; none is empty."""
     sizes = [
         Part(kind, size, replica)
         for replica in plan.on(gpu.index)
@@ -82,6 +83,8 @@ def parts(plan: Plan, gpu: Gpu) -> list[Part]:
 
 
 def _sizes(replica: Replica) -> list[tuple[Kind, int]]:
+    if replica.displaces:
+        return [(ASLEEP, replica.resident)]
     if not replica.known:
         return [(SHARE, replica.bytes)]
     return [(WEIGHTS, replica.weights), (KV_CACHE, replica.kv), (OVERHEAD, replica.overhead)]
@@ -89,8 +92,8 @@ def _sizes(replica: Replica) -> list[tuple[Kind, int]]:
 
 def _kinds(plan: Plan) -> list[Kind]:
     """What a legend explains, besides what is free."""
-    unknown = not all(replica.known for replica in plan.replicas)
-    return [WEIGHTS, KV_CACHE, OVERHEAD, *([SHARE] if unknown else [])]
+    shown = {kind for replica in plan.replicas for kind, _ in _sizes(replica)}
+    return [WEIGHTS, KV_CACHE, OVERHEAD, *(kind for kind in (SHARE, ASLEEP) if kind in shown)]
 
 
 def cells(sizes: Sequence[int], width: int) -> list[int]:
@@ -208,7 +211,7 @@ def _rows(plan: Plan, marked: dict[str, Mark]) -> Table:
     for replica in plan.replicas:
         table.add_row(
             _letter(marked[replica.model]),
-            Text(replica.name),
+            Text.assemble(replica.name, ("\non demand" if replica.on_demand else "", "dim")),
             Text(_ranges(replica.devices)),
             Text(_parallel(replica)),
             *map(Text, _figures(replica)),
@@ -269,13 +272,17 @@ def document(plan: Plan) -> dict[str, Any]:
     headroom_fraction: share of each GPU that is left free
     gpus: in the order of the box
         index, name, uuid (null: described, not seen), memory_bytes,
-        used_bytes, free_bytes (memory_bytes - used_bytes, headroom included),
+        used_bytes (at the start), free_bytes (memory_bytes - used_bytes, headroom included),
         replicas (their names)
     replicas: in the order of the plan; bytes are those on each of its GPUs
         name ("chat", or "chat/1"), model, number, replicas (of this model), gpus (indices),
-        tensor_parallel_size, pipeline_parallel_size, total_bytes, and, null where nothing is
-        known of the model but its share of memory (total_bytes):
-        weights_bytes, kv_cache_bytes, overhead_bytes (together total_bytes),
+        tensor_parallel_size, pipeline_parallel_size, total_bytes (awake),
+        resident_bytes (at the start; asleep if displaces), on_demand, pinned,
+        displaces (true: others on its GPUs sleep while it is awake), sleeps (true: it may be
+        put to sleep), host_bytes (of host memory for its weights asleep, of all its GPUs),
+        and, null where nothing is known of the model but its share of memory (total_bytes):
+        weights_bytes, kv_cache_bytes, overhead_bytes (together total_bytes; asleep, it holds
+        overhead_bytes),
         overhead_measured (false: an estimate),
         kv_cache_tokens (on all its GPUs together; 0: an encoder),
         kv_cache_tokens_at_least (true: a lower bound),
@@ -326,6 +333,12 @@ def _replica(replica: Replica) -> dict[str, Any]:
         "tensor_parallel_size": replica.tensor_parallel_size,
         "pipeline_parallel_size": replica.pipeline_parallel_size,
         "total_bytes": replica.bytes,
+        "resident_bytes": replica.resident,
+        "on_demand": replica.on_demand,
+        "pinned": replica.pinned,
+        "displaces": replica.displaces,
+        "sleeps": replica.sleeps,
+        "host_bytes": replica.host,
         **(figures if replica.known else dict.fromkeys(figures)),
     }
 
@@ -395,7 +408,7 @@ class _Picture:
     def _names(self, gpu: Gpu, left: float, right: float, y: float) -> Iterator[str]:
         """Each replica's name, or its letter alone, up to where the next one begins."""
         replicas = self._plan.on(gpu.index)
-        ends = accumulate(replica.bytes * self._scale for replica in replicas)
+        ends = accumulate(replica.resident * self._scale for replica in replicas)
         starts = [left, *(left + end for end in ends)]
         starts[-1] = right  # nobody begins in what is free
         for replica, start, end in zip(replicas, starts, starts[1:], strict=False):
@@ -405,15 +418,17 @@ class _Picture:
             yield from _fitting(start, y, end - start, names, more)
 
     def _part(self, gpu: Gpu, part: Part, x: float, y: float) -> Iterator[str]:
-        whose, color = "", _EMPTY
+        whose, color, awake = "", _EMPTY, ""
         size = f"{_gib(part.size)} GiB"
         if part.replica:
             whose, color = f"{part.replica.name}: ", self._marks[part.replica.model].color
-            size = f"~{size}" if part.kind is OVERHEAD and not part.replica.measured else size
+            estimate = part.kind in {OVERHEAD, ASLEEP} and not part.replica.measured
+            size = f"~{size}" if estimate else size
+            awake = f", awake {_gib(part.replica.bytes)} GiB" if part.kind is ASLEEP else ""
         width = part.size * self._scale
         texts = (f"{part.kind.name} {size}", size, size.removesuffix(" GiB"))
         ink = _PAPER if part.kind is WEIGHTS else _INK
-        title = escape(f"GPU {gpu.index}: {whose}{part.kind.name} {size}")
+        title = escape(f"GPU {gpu.index}: {whose}{part.kind.name} {size}{awake}")
         yield f'<g role="img"><title>{title}</title>'
         yield _rect(x, y, width, _BAR, _fill(color, part.kind))
         yield from _fitting(x + 5, y + 18, width - 10, texts, f'fill="{ink}"')
@@ -423,8 +438,12 @@ class _Picture:
         """The kinds in a line, then the models, and where the card ends."""
         kinds = [(_fill(_INK, kind), kind.name) for kind in _kinds(self._plan)]
         kinds.append((_fill(_EMPTY, FREE), _free(self._plan)))
+        on_demand = {one.model for one in self._plan.replicas if one.on_demand}
         models = [
-            (_fill(mark.color, WEIGHTS), f"{mark.letter} {model}")
+            (
+                _fill(mark.color, WEIGHTS),
+                f"{mark.letter} {model}{' (on demand)' if model in on_demand else ''}",
+            )
             for model, mark in self._marks.items()
         ]
         drawn: list[str] = []

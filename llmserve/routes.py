@@ -12,28 +12,31 @@ from pydantic import BaseModel, Field, ValidationError
 from starlette.responses import Response
 from starlette.routing import Route
 
-from llmserve import __version__, metrics
+from llmserve import __version__, admin, metrics
 from llmserve.errors import LLMServeError, RequestError, RouteNotFound, quoted
-from llmserve.pool import STARTING
 from llmserve.protocol import ENDPOINTS, model_card
+from llmserve.replica import STARTING
 from llmserve.turns import Turns
 from llmserve.work import Work
 
 if TYPE_CHECKING:
     from starlette.requests import Request
 
+    from llmserve.admin import Operator
     from llmserve.config import Config
     from llmserve.metrics import Metrics
-    from llmserve.pool import Entry, Pool, Replica
+    from llmserve.pool import Entry, Pool
+    from llmserve.replica import Replica
 
 
-@dataclass(frozen=True)
+@dataclass
 class Services:
     """What the routes work with; one per server, in `request.app.state.services`."""
 
-    config: Config
+    config: Config  # the one that counts: a reload puts another here
     pool: Pool
     metrics: Metrics
+    operator: Operator
     turns: Turns = field(default_factory=Turns)
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -55,6 +58,7 @@ def table() -> list[Route]:
         Route("/v1/models/{name:path}", model),
         Route("/v1/responses/{response_id}", fetch_response),
         Route("/v1/responses/{response_id}/cancel", cancel_response, methods=["POST"]),
+        *admin.table(),
         *served,
     ]
 

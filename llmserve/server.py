@@ -23,22 +23,26 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from llmserve import app, environment, nvml, stream, survey, table
 from llmserve.backend import VllmBackend
-from llmserve.errors import RequestError, StartupError
+from llmserve.control import Control
+from llmserve.errors import LLMServeError, RequestError, StartupError
+from llmserve.hostspace import HostSpace
 from llmserve.metrics import Metrics
-from llmserve.pool import Pool, State
+from llmserve.pool import Pool
 from llmserve.protocol import error_body
 from llmserve.registry import Registry
+from llmserve.replica import State
 from llmserve.routes import Services
 from llmserve.space import Space
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from rich.console import Console
 
+    from llmserve.backend import Memory
     from llmserve.config import Config, ServerSpec
-    from llmserve.pool import Backend, Replica
+    from llmserve.replica import Backend, Replica
 
 log = logging.getLogger(__name__)
 
@@ -48,8 +52,13 @@ _GC_THRESHOLD = (20_000, 20, 20)  # a burst of requests is no reason to look for
 _LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 
 
-def up(config: Config, console: Console, backend: Backend | None = None) -> NoReturn:
-    """Serve a registry until a signal, then end the process.
+def up(
+    config: Config,
+    console: Console,
+    read: Callable[[], Config],
+    backend: Backend | None = None,
+) -> NoReturn:
+    """Serve a registry until a signal, then end the process; SIGHUP: `read` it again.
 
     `backend` starts the engines; without one it is vLLM. Raises StartupError before
     anything is loaded if the port is taken, the certificate cannot be used or others hold the
@@ -63,26 +72,27 @@ def up(config: Config, console: Console, backend: Backend | None = None) -> NoRe
         for notice in notices:
             console.print(notice, style="yellow", markup=False)
         runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
-        backend = backend or VllmBackend(engines, logs, _space(config))
-        leave(runner.run(_Process(config, listener, console, backend).run()))
+        starts = backend or VllmBackend(logs, _memory(config))
+        leave(runner.run(_Process(config, listener, console, starts, read).run()))
     finally:
         listener.close()
 
 
-def _space(config: Config) -> Space | None:
-    """The plan of this machine's GPUs; None where vLLM runs on the CPU.
+def _memory(config: Config) -> Memory:
+    """The plan of this machine's GPUs, or its host memory where vLLM runs on the CPU.
 
     Raises PlacementError if the models do not fit, StartupError if others hold the memory.
     """
     if environment.is_cpu_build():
-        return None
+        return HostSpace.of(config)
     box = nvml.visible()
     if not box:
         raise StartupError(
             "no NVIDIA GPU is visible: look at `nvidia-smi` and CUDA_VISIBLE_DEVICES, "
             "or install the variant for CPUs"
         )
-    space = Space(survey.plan(config, box).unless_infeasible(config))
+    plan = survey.plan(config, box).unless_infeasible(config)
+    space = Space(plan, host_memory=config.server.host_memory)
     space.unless_taken()
     return space
 
@@ -206,9 +216,13 @@ class _Protocol(HttpToolsProtocol):
 
 class _Process:
     def __init__(
-        self, config: Config, listener: socket.socket, console: Console, backend: Backend
+        self,
+        config: Config,
+        listener: socket.socket,
+        console: Console,
+        backend: Backend,
+        read: Callable[[], Config],
     ) -> None:
-        self._config = config
         self._listener = listener
         self._console = console
         self._display = table.display(console)
@@ -220,14 +234,39 @@ class _Process:
             self._show,
         )
         self._display.add(self._pool.replicas)
-        services = Services(config, self._pool, self._metrics)
-        self._uvicorn = _Uvicorn(_uvicorn_config(config.server, app.build(services)))
+        self._control = Control(config, self._pool, backend, read, self._adopt)
+        self._services = Services(config, self._pool, self._metrics, self._control)
+        self._uvicorn = _Uvicorn(_uvicorn_config(config.server, app.build(self._services)))
         self._signalled = asyncio.Event()
+        self._reloads: set[asyncio.Task[None]] = set()
+
+    def _adopt(self, config: Config) -> None:
+        self._services.config = config
+        self._uvicorn.config.timeout_graceful_shutdown = _graceful_s(config.server)
+
+    def _on_hangup(self) -> None:
+        reload = asyncio.create_task(self._reload())
+        self._reloads.add(reload)
+        reload.add_done_callback(self._reloads.discard)
+
+    async def _reload(self) -> None:
+        """As the operator's route does, told on the terminal."""
+        try:
+            lines = (await self._control.reload(dry_run=False))["lines"]
+        except LLMServeError as error:
+            lines = [error.message, "nothing has changed"]
+        except Exception:
+            log.exception("reload")
+            lines = ["the reload failed; the server's log says why"]
+        for line in lines or ["the registry has not changed"]:
+            log.info("reload: %s", line)
+            self._say(f"reload: {line}")
 
     async def run(self) -> int:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._on_signal, number)
+        loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
         serving = asyncio.create_task(self._uvicorn.serve(sockets=[self._listener]))
         watches = [
             asyncio.create_task(self._metrics.watch_loop()),
@@ -237,13 +276,23 @@ class _Process:
         try:
             code = await self._until_signalled()
             self._uvicorn.should_exit = True  # no new connections, and an end to idle ones
-            await self._pool.drain(self._config.server.drain_timeout)
-            await serving
+            await self._pool.drain(self._server.drain_timeout)
+            await self._without_onlookers(serving)
         finally:
             for watch in watches:
                 watch.cancel()
             await self._pool.stop()
         return code
+
+    @property
+    def _server(self) -> ServerSpec:
+        return self._services.config.server
+
+    async def _without_onlookers(self, serving: asyncio.Task[None]) -> None:
+        """What is still open now watches events or a log, and would not end by itself."""
+        await asyncio.wait({serving}, timeout=_LINGER_S)
+        self._uvicorn.force_exit = True
+        await serving
 
     async def _until_signalled(self) -> int:
         """0 after a signal; the exit code of a start that failed."""
@@ -280,7 +329,7 @@ class _Process:
         self._say(f"Serving {ready} on {self._url()}" + (f" ({failed} failed)" if failed else ""))
 
     def _url(self) -> str:
-        server, port = self._config.server, self._listener.getsockname()[1]
+        server, port = self._server, self._listener.getsockname()[1]
         scheme = "https" if server.ssl_certfile else "http"
         host = f"[{server.host}]" if ":" in server.host else server.host
         return f"{scheme}://{host}:{port}"
@@ -295,7 +344,7 @@ class _Process:
         self._signalled.set()
         in_flight = sum(entry.slots.in_flight for entry in self._pool.entries.values())
         if in_flight:
-            limit = self._config.server.drain_timeout
+            limit = self._server.drain_timeout
             self._say(f"Stopping: {in_flight} requests get up to {limit:g} s; again to end now.")
 
 
@@ -310,6 +359,10 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
+def _graceful_s(server: ServerSpec) -> int:
+    return math.ceil(server.drain_timeout) + _LINGER_S
+
+
 def _uvicorn_config(server: ServerSpec, application: object) -> uvicorn.Config:
     config = uvicorn.Config(
         application,  # type: ignore[arg-type]  # our ASGI app
@@ -321,7 +374,7 @@ def _uvicorn_config(server: ServerSpec, application: object) -> uvicorn.Config:
         server_header=False,
         proxy_headers=False,  # nobody asks for a client's address
         # The pool cuts off requests; this is for what holds a connection and no model.
-        timeout_graceful_shutdown=math.ceil(server.drain_timeout) + _LINGER_S,
+        timeout_graceful_shutdown=_graceful_s(server),
         ssl_certfile=server.ssl_certfile,
         ssl_keyfile=server.ssl_keyfile,
     )

@@ -49,6 +49,7 @@ from vllm.exceptions import VLLMError, VLLMValidationError
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from llmserve import sse, wire
+from llmserve.engine import request_defaults
 from llmserve.errors import (
     ContextTooLong,
     EngineDead,
@@ -60,14 +61,7 @@ from llmserve.errors import (
     quoted,
 )
 from llmserve.express import Chat, Completions, Express, Noted, Terms, encoder_of
-from llmserve.protocol import (
-    Ongoing,
-    cannot,
-    describe_path,
-    error_body,
-    error_response,
-    without_nulls,
-)
+from llmserve.protocol import Ongoing, cannot, describe_path, failure, without_nulls
 from llmserve.stream import FIRST_S
 
 if TYPE_CHECKING:
@@ -81,6 +75,7 @@ if TYPE_CHECKING:
     from llmserve.config import ModelSpec
     from llmserve.encoder import Encode
     from llmserve.engine import Engine
+    from llmserve.residency import Level
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +112,6 @@ class Handler:
     method: str
     request: TypeAdapter[Any]
     nulls: frozenset[str] | None = None
-    named_events: bool = False  # its stream's events have names; a failure is one called "error"
 
 
 _CHAT_NULLS = frozenset({"content", "refusal", "logprobs", "finish_reason", "usage"})
@@ -148,14 +142,12 @@ HANDLERS: dict[str, Handler] = {
         "create_responses",
         TypeAdapter(ResponsesRequest),
         _RESPONSE_NULLS,
-        True,
     ),
     "messages": Handler(
         "anthropic_serving_messages",
         "create_messages",
         TypeAdapter(AnthropicMessagesRequest),
         frozenset({"stop_reason", "stop_sequence"}),
-        True,
     ),
     "token counts": Handler(
         "anthropic_serving_messages",
@@ -194,9 +186,13 @@ LANES: dict[str, type[Chat | Completions]] = {"chat completions": Chat, "complet
 class Serving:
     """What one engine answers."""
 
-    def __init__(self, name: str, engine: Engine, state: State, encode: Encode | None) -> None:
+    def __init__(
+        self, name: str, engine: Engine, state: State, encode: Encode | None, stored: Stored
+    ) -> None:
         self.name = name
         self.engine = engine
+        self._encode = encode
+        self._stored = stored
         self.took: Mapping[str, float] = {}  # seconds of its start, by step
         self._state = state
         self.able = frozenset(
@@ -213,26 +209,43 @@ class Serving:
         A model's replicas share what is `stored`.
         """
         await wire.take_over(engine.client)
+        # Reads the tokenizer again and compares: the other models go on meanwhile.
+        encode = await asyncio.to_thread(encoder_of, engine.client)
+        return await cls._of(spec, engine, stored or Stored(), encode)
+
+    @classmethod
+    async def _of(
+        cls, spec: ModelSpec, engine: Engine, stored: Stored, encode: Encode | None
+    ) -> Serving:
         tasks = await engine.client.get_supported_tasks()
         state = State()
         await init_app_state(engine.client, state, _frontend_arguments(spec, engine), tasks)
         # init_app_state makes this object itself; no argument of it sets the class.
         state.openai_serving_models.__class__ = PublicNames
         if (responses := getattr(state, "openai_serving_responses", None)) is not None:
-            (stored or Stored()).keep_for(responses)
+            stored.keep_for(responses)
         if spec.sampling.max_tokens is not None:
             _default_not_limit(state)
-        # Reads the tokenizer again and compares: the other models go on meanwhile.
-        encode = await asyncio.to_thread(encoder_of, engine.client)
-        return cls(spec.name, engine, state, encode)
+        return cls(spec.name, engine, state, encode, stored)
+
+    async def changed(self, spec: ModelSpec) -> Serving:
+        """The same engine under new serving objects; requests under way keep theirs."""
+        before = self.engine.defaults
+        self.engine.defaults = request_defaults(spec)
+        try:
+            new = await self._of(spec, self.engine, self._stored, self._encode)
+        except Exception:
+            self.engine.defaults = before
+            raise
+        new.took = self.took
+        return new
 
     def _opened(self, endpoint: str, encode: Encode | None) -> Express:
         handler = HANDLERS[endpoint]
         served = getattr(self._state, handler.owner)
         terms = Terms(
             self._translated,
-            error_response,
-            partial(_failure, handler),
+            partial(failure, endpoint),
             partial(_without_nulls, keep=handler.nulls),
         )
         return Express(LANES[endpoint](served), served, self.engine, encode, terms)
@@ -249,8 +262,25 @@ class Serving:
     def registry(self) -> CollectorRegistry:
         return self.engine.registry
 
+    @property
+    def pid(self) -> int | None:
+        return self.engine.pid
+
+    @property
+    def sleeps(self) -> bool:
+        return self.engine.sleeps
+
     async def responds(self, within_s: float) -> bool:
         return await self.engine.responds(within_s)
+
+    async def prepare_sleep(self) -> None:
+        await self.engine.prepare_sleep()
+
+    async def sleep(self, level: Level) -> None:
+        await self.engine.sleep(level)
+
+    async def wake(self) -> None:
+        await self.engine.wake()
 
     def kill(self) -> None:
         self.engine.kill()
@@ -287,7 +317,7 @@ class Serving:
             stream = express.carry(parsed, body, asked, request.scope, calls)
             if stream is not None:
                 return stream
-        response = await self._respond(result, handler)
+        response = await self._respond(result, endpoint)
         if getattr(parsed, "background", False) and (task := self._background_task(result)):
             return Ongoing(response, task)
         return response
@@ -305,7 +335,7 @@ class Serving:
     async def fetch_response(self, response_id: str, query: dict[str, Any]) -> Response:
         """GET /v1/responses/{id}. Raises LLMServeError, 404 if it is not from this model."""
         stored = self._state.openai_serving_responses.retrieve_responses(response_id, **query)
-        return await self._respond(await self._translating(stored), HANDLERS["responses"])
+        return await self._respond(await self._translating(stored), "responses")
 
     async def cancel_response(self, response_id: str) -> Response:
         """Cancel what runs in the background; again is no mistake."""
@@ -313,15 +343,16 @@ class Serving:
         stored = responses.response_store.get(response_id)
         if stored is None or stored.status != "cancelled":
             stored = await self._translating(responses.cancel_responses(response_id))
-        return await self._respond(stored, HANDLERS["responses"])
+        return await self._respond(stored, "responses")
 
-    async def _respond(self, result: Any, handler: Handler) -> Response:
+    async def _respond(self, result: Any, endpoint: str) -> Response:
+        handler = HANDLERS[endpoint]
         if isinstance(result, ErrorResponse):
             raise self._refusal(result.error)
         if isinstance(result, Response):  # vLLM's pooling handlers answer whole
             return _pruned(result) if handler.nulls is not None else result
         if isinstance(result, AsyncGenerator):
-            return await self._stream(result, handler)
+            return await self._stream(result, endpoint)
         if isinstance(result, BaseModel):
             content = result.model_dump(mode="json", by_alias=True)
             if handler.nulls is not None:
@@ -331,9 +362,10 @@ class Serving:
 
     # --- streams
 
-    async def _stream(self, source: AsyncGenerator[Any, None], handler: Handler) -> Response:
+    async def _stream(self, source: AsyncGenerator[Any, None], endpoint: str) -> Response:
         """An event stream; what fails at once is an error answer instead."""
-        frames = sse.Frames(self._frames(source, handler), partial(_failure, handler))
+        written = self._frames(source, HANDLERS[endpoint])
+        frames = sse.Frames(written, partial(failure, endpoint))
         await frames.begin(FIRST_S)
         return sse.EventStream(frames)
 
@@ -424,9 +456,11 @@ def _frontend_arguments(spec: ModelSpec, engine: Engine) -> Namespace:
         default_chat_template_kwargs=spec.chat_template_kwargs or None,
         tool_call_parser=spec.tool_call_parser,
         enable_auto_tool_choice=spec.tool_call_parser is not None,
-        lora_modules=[LoRAModulePath(name, path) for name, path in spec.loras.items()] or None,
+        # In an order of their own: an adapter's id is its place, and the engine keeps it.
+        lora_modules=[LoRAModulePath(*each) for each in sorted(spec.loras.items())] or None,
     )
-    return Namespace(**vars(frontend) | vars(engine.arguments))
+    names = {"served_model_name": list(spec.names)}
+    return Namespace(**vars(frontend) | vars(engine.arguments) | names)
 
 
 class Stored:
@@ -467,7 +501,12 @@ class Bounded(OrderedDict[str, Any]):
 
 def _default_not_limit(state: State) -> None:
     """vLLM takes a max_new_tokens of override_generation_config for a limit as well."""
-    for owner in ("openai_serving_chat", "openai_serving_completion", "openai_serving_responses"):
+    for owner in (
+        "openai_serving_chat",
+        "openai_serving_completion",
+        "openai_serving_responses",
+        "anthropic_serving_messages",
+    ):
         serving = getattr(state, owner, None)
         if serving is not None:
             serving.override_max_tokens = None
@@ -508,12 +547,6 @@ def _short(message: str, limit: int = 500) -> str:
 def _event_of(item: BaseModel) -> bytes:
     data = item.model_dump_json(by_alias=True)
     return f"event: {getattr(item, 'type', 'unknown')}\ndata: {data}\n\n".encode()
-
-
-def _failure(handler: Handler, error: LLMServeError) -> bytes:
-    if handler.named_events:
-        return sse.event({"type": "error", **error_body(error)}, "error")
-    return sse.event(error_body(error)) + sse.DONE
 
 
 def _without_nulls(frame: bytes, keep: frozenset[str] | None) -> bytes:

@@ -12,38 +12,114 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from llmserve import nvml
+import psutil
+
+from llmserve import nvml, survey
 from llmserve.errors import StartupError
 from llmserve.gpulocks import GpuLocks
 from llmserve.gpus import gib, short_name
 from llmserve.measured import Measured
+from llmserve.placement import capacity
+from llmserve.residency import Level
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable
 
-    from llmserve.config import ModelSpec
+    from llmserve.config import Config, ModelSpec
     from llmserve.gpus import Gpu
     from llmserve.nvml import Holder
     from llmserve.plan import Plan, Replica
+    from llmserve.residency import Takes
 
 log = logging.getLogger(__name__)
 Keep = Callable[[Sequence[Mapping[str, Any]]], None]  # takes what the workers report
 
 _RELEASE_S = 15.0  # what a dead engine's memory gets to come back
-_LOOK_S = 0.2
+_LOOK_S = 0.02
+_HOST_SHARE = 0.5  # of the host's memory, for weights of sleepers, unless the registry says
 
 
 class Space:
     """What the plan says, carried out."""
 
-    def __init__(self, plan: Plan, kept: Measured | None = None) -> None:
-        self.plan = plan
+    def __init__(
+        self, plan: Plan, kept: Measured | None = None, host_memory: int | None = None
+    ) -> None:
+        total = psutil.virtual_memory().total
+        self._host_memory = int(total * _HOST_SHARE) if host_memory is None else host_memory
+        self.adopt(plan)
         self._kept = kept or Measured()
         self._locks = GpuLocks()
         self._seen: set[str] = set()  # fingerprints measured since the start
         self._kinds: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+
+    def adopt(self, plan: Plan) -> None:
+        """Go by this plan from now on."""
+        self.plan = plan
+        self._near = _near(plan, self._host_memory)
+
+    def planned(self, config: Config, kept: Mapping[str, str]) -> Callable[[], None]:
+        """Plan another registry; engines of `kept` stay. Raises PlacementError."""
+        models = tuple(
+            self._fixed(spec, kept[spec.name]) if spec.name in kept else spec
+            for spec in config.models
+        )
+        fixed = config.model_copy(update={"models": models})
+        plan = survey.plan(fixed, self.plan.box, self._kept).unless_infeasible(config)
+        return partial(self.adopt, plan)
+
+    def _fixed(self, spec: ModelSpec, now: str) -> ModelSpec:
+        """An entry whose engines run, with all said that they have."""
+        replicas = [self.plan.replica(now, number) for number in range(spec.replicas)]
+        said: dict[str, Any] = {
+            "devices": tuple(index for replica in replicas for index in replica.devices),
+            "tensor_parallel_size": replicas[0].tensor_parallel_size,
+        }
+        if replicas[0].known and replicas[0].kv:
+            said |= {
+                "kv_cache": min(replica.kv for replica in replicas),
+                "memory": None,
+                "gpu_memory_utilization": None,
+            }
+        return spec.model_copy(update=said)
+
+    @property
+    def capacity(self) -> Takes:
+        """Bytes of each GPU that may be held: what is planned at the least."""
+        return {
+            gpu.index: max(self.plan.peak(gpu.index), capacity(gpu, self.plan.headroom))
+            for gpu in self.plan.box
+        }
+
+    def holds(self, spec: ModelSpec, number: int) -> Mapping[Level, Takes]:
+        replica = self.plan.replica(spec.name, number)
+        sizes = {Level.READY: replica.bytes}
+        if replica.sleeps:
+            asleep = Level.HOST if replica.name in self._near else Level.DISK
+            sizes |= {Level.KV_RELEASED: replica.bytes - replica.kv, asleep: replica.asleep}
+        return {level: dict.fromkeys(replica.devices, size) for level, size in sizes.items()}
+
+    def sleeps(self, spec: ModelSpec, number: int) -> bool:
+        return self.plan.replica(spec.name, number).sleeps
+
+    @contextlib.asynccontextmanager
+    async def moves(
+        self, spec: ModelSpec, number: int, wakes_from: Level | None
+    ) -> AsyncIterator[None]:
+        """While nobody is measured on its GPUs; a sleeper first waits for what it needs.
+
+        Raises StartupError if others hold that.
+        """
+        replica = self.plan.replica(spec.name, number)
+        async with self._locks.hold(replica.devices, alone=False):
+            if wakes_from is not None:
+                held = self.holds(spec, number).get(wakes_from, {})
+                needs = {i: replica.bytes - held.get(i, 0) for i in replica.devices}
+                await self._room(replica, needs)
+            yield
 
     def unless_taken(self) -> None:
         """Raises StartupError if others hold memory that the plan needs, with their names."""
@@ -51,12 +127,12 @@ class Space:
         if short := _short("the plan", needs):
             raise StartupError("\n".join(short))
 
-    async def _room(self, replica: Replica) -> None:
+    async def _room(self, replica: Replica, wanted: Takes) -> None:
         """Wait for what a dead engine held, which the driver gives back some moments later.
 
         Raises StartupError if others hold it.
         """
-        needs = [(self.plan.box[index], replica.bytes) for index in replica.devices]
+        needs = [(self.plan.box[index], size) for index, size in wanted.items()]
         end = time.monotonic() + _RELEASE_S
         while short := await asyncio.to_thread(_short, replica.name, needs):
             if time.monotonic() >= end:
@@ -75,7 +151,7 @@ class Space:
             self._measuring(replica) as alone,
             self._locks.hold(replica.devices, alone=alone),
         ):
-            await self._room(replica)
+            await self._room(replica, dict.fromkeys(replica.devices, replica.bytes))
             before = await asyncio.to_thread(self._used, replica)
             yield (
                 self.plan.spec_of(spec, number),
@@ -127,6 +203,16 @@ class Space:
             "workers": [dict(report["bytes"]) for report in reports],
         }
         self._kept.keep(replica.fingerprint, overhead, about)
+
+
+def _near(plan: Plan, host_memory: int) -> frozenset[str]:
+    """The sleepers whose weights have a place in host memory, which is given in order."""
+    near: list[str] = []
+    for replica in plan.replicas:
+        if replica.sleeps and replica.host <= host_memory:
+            host_memory -= replica.host
+            near.append(replica.name)
+    return frozenset(near)
 
 
 def _short(who: str, needs: Iterable[tuple[Gpu, int]]) -> list[str]:

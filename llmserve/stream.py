@@ -19,7 +19,6 @@ from llmserve.sse import HEADERS, PING_S
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Generator
 
-    from starlette.responses import Response
     from starlette.types import Receive, Scope, Send
 
     from llmserve.errors import LLMServeError
@@ -123,8 +122,7 @@ class Flow:
 class TokenStream:
     """`source`'s text to the client, in `frames`.
 
-    What fails before the first byte is `refusal(error)`, an answer with a status of its
-    own; later it is `failure(error)`, a last event.
+    What fails before the first byte is raised; later it is `failure(error)`, a last event.
     """
 
     __slots__ = (
@@ -137,7 +135,6 @@ class TokenStream:
         "_headers_sent",
         "_moved_s",
         "_over",
-        "_refusal",
         "_send",
         "_sending",
         "_source",
@@ -157,14 +154,12 @@ class TokenStream:
         source: Source,
         flow: Flow,
         frames: Frames,
-        refusal: Callable[[LLMServeError], Response],
         failure: Callable[[LLMServeError], bytes],
     ) -> None:
         self.failure = failure
         self._source = source
         self._flow = flow
         self._frames = frames
-        self._refusal = refusal
         self._send: Send
         self._write: Callable[[bytes], bool] = _cannot
         self._abort: Callable[[], None] = _nothing
@@ -218,8 +213,10 @@ class TokenStream:
             while (await receive())["type"] != "http.disconnect":
                 pass
         except asyncio.CancelledError:
-            if self._task is not None:  # by another than `_give_up`
+            if self._task is not None:  # by another than `_leave`
                 raise
+            if self._error is not None and not self._headers_sent:
+                raise self._error from None
         finally:
             self._flow.leave(self)
             if not self._over:
@@ -266,19 +263,7 @@ class TokenStream:
         if self._headers_sent:
             self._step(self.failure(error), more=False)
         else:
-            response = self._refusal(error)
-            self._headers_sent = True
-            self._run(self._answer(response))
-
-    async def _answer(self, response: Response) -> None:
-        await self._send(
-            {
-                "type": "http.response.start",
-                "status": response.status_code,
-                "headers": response.raw_headers,
-            }
-        )
-        await self._send({"type": "http.response.body", "body": response.body})
+            self._leave()
 
     def _step(self, body: bytes, *, more: bool) -> None:
         """Run `send` here and now. It waits for a slow client only: then a task takes over."""
@@ -337,12 +322,16 @@ class TokenStream:
         self._give_up()
 
     def _give_up(self) -> None:
-        """End the connection and the wait in `__call__`, which aborts the request."""
+        """End the connection and the wait, which aborts the request."""
         self._abort()
+        self._leave()
+
+    def _leave(self) -> None:
+        """End the wait in `__call__`, as if the client had gone."""
         task, self._task = self._task, None
         if task is not None:
             task.cancel()
-            task.uncancel()  # it ends there as if the client had gone
+            task.uncancel()
 
 
 def _nothing() -> None:

@@ -29,6 +29,14 @@ def plan(config: Config, box: Box, kept: Measured | None = None) -> Plan:
     return Planner(box, config.server.gpu_headroom, shapes, overhead_of).plan(config.models)
 
 
+def weights(config: Config) -> dict[str, int]:
+    """Bytes of every model whose size is known, by name. Blocks."""
+    with ThreadPoolExecutor(_READERS) as readers:
+        shapes = readers.map(_shape, config.models)
+    sizes = zip(config.models, shapes, strict=True)
+    return {spec.name: read.weights for spec, read in sizes if not isinstance(read, str)}
+
+
 def _whole(read: Shape) -> Shape:
     """Raises TypeError for a list or a text where a number should be, as some configs have."""
     for name, value in vars(read).items():

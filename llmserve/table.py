@@ -10,12 +10,12 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from llmserve.pool import STARTING, State
+from llmserve.replica import STARTING, State
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from llmserve.pool import Replica
+    from llmserve.replica import Replica
 
 _SHOWN_S = 0.5  # a step of a start that is worth a word
 _STYLES = {State.READY: "green", State.FAILED: "bold red", State.STOPPED: "dim"}

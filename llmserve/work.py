@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from starlette.requests import ClientDisconnect, Request
 
+from llmserve.admission import Deadline
 from llmserve.constraints import check_constraints
-from llmserve.errors import BodyTooLarge, LLMServeError, RequestError
-from llmserve.pool import cut_off
+from llmserve.early import COMMENT_S, Early
+from llmserve.errors import BodyTooLarge, EngineDead, LLMServeError, RequestError, quoted
+from llmserve.pool import Wish
 from llmserve.protocol import Endpoint, Ongoing, parse_object, requested_model
 from llmserve.sse import EventStream
 from llmserve.stream import TokenStream
@@ -19,8 +21,10 @@ if TYPE_CHECKING:
 
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-    from llmserve.pool import Lease
+    from llmserve.pool import Lease, Pool
     from llmserve.routes import Services
+
+_TIMEOUT = b"x-request-timeout"
 
 
 class Work:
@@ -35,40 +39,101 @@ class Work:
         if _length(scope) > limit:
             raise BodyTooLarge(f"The body has {_length(scope)} bytes; server.max_body is {limit}.")
         if self.endpoint.multipart:
-            answer = await self._of_form(scope, receive, services)
+            request = Request(scope, _counted(receive, limit))
+            try:
+                await self._serve(scope, receive, send, await _form(request))
+            finally:
+                await request.close()  # an upload's temporary file
         else:
-            body = parse_object(await _read(receive, limit))
-            answer = await self._answer(scope, receive, body, services)
-        await answer(scope, receive, send)
+            await self._serve(scope, receive, send, parse_object(await _read(receive, limit)))
 
-    async def _of_form(self, scope: Scope, receive: Receive, services: Services) -> ASGIApp:
-        request = Request(scope, _counted(receive, services.config.server.max_body))
-        try:
-            return await self._answer(scope, receive, await _form(request), services)
-        finally:
-            await request.close()  # an upload's temporary file
-
-    async def _answer(
-        self, scope: Scope, receive: Receive, body: dict[str, Any], services: Services
-    ) -> ASGIApp:
+    async def _serve(
+        self, scope: Scope, receive: Receive, send: Send, body: dict[str, Any]
+    ) -> None:
+        """Once more if the engine dies before the answer has begun."""
         check_constraints(body)
-        registry = services.pool.registry
-        name = requested_model(body, registry)
-        scope["state"]["model"] = registry.find(name).name  # for the metrics, refused or not
-        lease = services.pool.lease(name, self.endpoint, body, asyncio.current_task())
+        pool = scope["app"].state.services.pool
+        name = requested_model(body, pool.registry)
+        model = pool.registry.find(name)
+        scope["state"]["model"] = model.name  # for the metrics, refused or not
+        deadline = _deadline(scope, model.spec.timeout)
+        wish = Wish(name, self.endpoint, body, deadline, asyncio.current_task())
+        early = Early(send, self.endpoint.name)
+        try:
+            try:
+                await self._once(scope, receive, early, wish)
+            except EngineDead:
+                if early.answered:
+                    raise
+                await self._once(scope, receive, early, wish.again())
+        except LLMServeError as error:
+            if not early.began:
+                raise
+            await early.fail(error)
+
+    async def _once(self, scope: Scope, receive: Receive, early: Early, wish: Wish) -> None:
+        services: Services = scope["app"].state.services
+        lease = services.pool.lease(wish)
+        if lease is None:
+            lease = await self._waited(services.pool, receive, early, wish)
+        lease.until(wish.deadline)
+        answer = await self._answer(scope, receive, wish, lease)
+        await answer(scope, receive, early)
+
+    async def _waited(self, pool: Pool, receive: Receive, early: Early, wish: Wish) -> Lease:
+        """A stream is told every few seconds that it is still waiting."""
+        streams = self.endpoint.answer_tokens and wish.body.get("stream") is True
+        waiting = asyncio.ensure_future(pool.wait(wish))
+        gone = asyncio.ensure_future(_gone(receive))
+        try:
+            while not waiting.done():
+                each_s = COMMENT_S if streams else None
+                await asyncio.wait({waiting, gone}, timeout=each_s, return_when="FIRST_COMPLETED")
+                if gone.done():
+                    waiting.cancel()
+                elif not waiting.done():
+                    entry = pool.entry(wish.name)
+                    await early.comment(
+                        f"{entry.name} is {entry.state}, {entry.slots.waiting()} wait"
+                    )
+            return await _unless_left(waiting)
+        except BaseException:
+            waiting.cancel()
+            waiting.add_done_callback(_released)
+            raise
+        finally:
+            gone.cancel()
+
+    async def _answer(self, scope: Scope, receive: Receive, wish: Wish, lease: Lease) -> ASGIApp:
+        services: Services = scope["app"].state.services
         try:
             await services.turns.take()
-            answer = lease.running.express(self.endpoint.name, body, name, scope)
+            answer = lease.running.express(self.endpoint.name, wish.body, wish.name, scope)
             if answer is None:
                 request = Request(scope, receive)
-                work = lease.running.call(self.endpoint.name, body, name, request)
+                work = lease.running.call(self.endpoint.name, wish.body, wish.name, request)
                 answer = await _unless_gone(receive, work)
         except BaseException as error:
             lease.release()
-            if lease.was_cut and isinstance(error, asyncio.CancelledError):
-                raise cut_off() from None
+            if lease.cut_by is not None and isinstance(error, asyncio.CancelledError):
+                raise lease.cut_by from None
             raise
         return Leased(answer, lease)
+
+
+async def _unless_left(waiting: asyncio.Future[Lease]) -> Lease:
+    try:
+        return await waiting
+    except asyncio.CancelledError:
+        if waiting.cancelled():
+            raise ClientDisconnect from None
+        raise
+
+
+def _released(waiting: asyncio.Future[Lease]) -> None:
+    """Of a request that left in the moment in which it was let in."""
+    if not waiting.cancelled() and waiting.exception() is None:
+        waiting.result().release()
 
 
 class Leased:
@@ -82,23 +147,39 @@ class Leased:
         try:
             await self._answer(scope, receive, send)
         except asyncio.CancelledError:
-            if not self._lease.was_cut:
+            error = self._lease.cut_by
+            if error is None:
                 raise
             if not scope["state"]["began"]:
-                raise cut_off() from None
-            await self._end_early(send)
+                raise error from None
+            await self._end_early(send, error)
         finally:
             if isinstance(self._answer, Ongoing):
                 self._answer.task.add_done_callback(lambda _: self._lease.release())
             else:
                 self._lease.release()
 
-    async def _end_early(self, send: Send) -> None:
+    async def _end_early(self, send: Send, error: LLMServeError) -> None:
         if isinstance(self._answer, TokenStream):
-            await self._answer.end_early(cut_off())
+            await self._answer.end_early(error)
             return
-        last = self._answer.failure(cut_off()) if isinstance(self._answer, EventStream) else b""
+        last = self._answer.failure(error) if isinstance(self._answer, EventStream) else b""
         await send({"type": "http.response.body", "body": last, "more_body": False})
+
+
+def _deadline(scope: Scope, timeout_s: float | None) -> Deadline:
+    """The model's timeout, or a shorter one of the request's own."""
+    given = next((value for name, value in scope["headers"] if name == _TIMEOUT), None)
+    if given is not None:
+        try:
+            own_s = float(given[:32])
+        except ValueError:
+            own_s = 0.0
+        if not 0 < own_s < float("inf"):
+            came = quoted(given.decode("latin-1"))
+            raise RequestError(f"x-request-timeout must be seconds, more than 0; it is {came}.")
+        timeout_s = own_s if timeout_s is None else min(own_s, timeout_s)
+    return Deadline(timeout_s)
 
 
 def _length(scope: Scope) -> int:

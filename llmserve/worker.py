@@ -1,4 +1,4 @@
-"""vLLM's worker, which also tells what a start took: seconds of each step, memory beside the KV cache.
+"""vLLM's worker, which also tells what a start took, and sleeps with `hostcopy`.
 
 Named to vLLM as `worker_cls`, so it runs in the process that holds the model
 (vllm/v1/worker/gpu_worker.py); the server asks it with `collective_rpc`.
@@ -12,17 +12,25 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
+from vllm.distributed.parallel_state import suspend_device_comms
+from vllm.model_executor.model_loader import get_model_loader
 from vllm.platforms import current_platform
 from vllm.v1.worker.gpu_worker import Worker
 
+from llmserve.hostcopy import CudaMemory, HostCopies, trimmed_bytes
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from llmserve.hostcopy import Span
 
 _IMPORTED = time.time()
 
 
 class GpuWorker(Worker):
-    """The steps of a start in the order in which vLLM's executor asks for them."""
+    """The steps of a start in the order in which vLLM's executor asks for them; sleep and wake."""
+
+    _sleep_mode_backend: HostCopies | None  # vLLM's, made when it is first asked for
 
     def __init__(self, *arguments: Any, **more: Any) -> None:
         self._seconds = {"imports": _IMPORTED - psutil.Process().create_time()}
@@ -71,6 +79,63 @@ class GpuWorker(Worker):
         with self._timed(step):
             return work()
 
+    @property
+    def sleep_mode_backend(self) -> HostCopies:
+        """Ours whatever the config names: vLLM 0.32 has no engine argument for it."""
+        if self._sleep_mode_backend is None:
+            self._sleep_mode_backend = HostCopies(CudaMemory(), self._unchanging)
+        return self._sleep_mode_backend
+
+    def _unchanging(self) -> Iterator[Span]:
+        """The model's parameters, where nothing moves or replaces them while it serves."""
+        config = self.vllm_config
+        if config.parallel_config.enable_eplb or config.weight_transfer_config is not None:
+            return
+        for parameter in self.model_runner.get_model().parameters():
+            storage = parameter.untyped_storage()
+            start = parameter.data_ptr()
+            end = start + parameter.numel() * parameter.element_size()
+            yield start, min(end, storage.data_ptr() + storage.nbytes())
+
+    def prepare_sleep(self) -> None:
+        """Begins the copy that makes the first sleep as short as all others."""
+        self.sleep_mode_backend.prepare()
+
+    def sleep_prepared(self) -> bool:
+        return self.sleep_mode_backend.prepared()
+
+    def sleep(self, level: int = 1) -> None:
+        """As vLLM's, which asserts of the whole device that its free memory did not shrink."""
+        if not self.model_config.enable_sleep_mode:
+            super().sleep(level)  # on a CPU: says that it does nothing
+            return
+        if level == 2:
+            self._unless_read_once()
+        self.sleep_mode_backend.suspend(level)
+        if self.model_config.enable_nccl_comm_suspend:
+            suspend_device_comms()
+
+    def forget_copies(self) -> None:
+        """From level 1 to level 2, asleep: gives the host's memory back."""
+        self._unless_read_once()
+        self.sleep_mode_backend.forget()
+
+    def _unless_read_once(self) -> None:
+        """Raises ValueError if the weights cannot be read into a loaded model."""
+        if not hasattr(get_model_loader(self.load_config), "get_all_weights"):
+            raise ValueError(
+                f"weights of load_format {self.load_config.load_format} cannot be read again; "
+                "let the model sleep in host memory, or stop it"
+            )
+
+    def wake_up(self, tags: list[str] | None = None) -> None:
+        super().wake_up(tags)
+        backend = self._sleep_mode_backend
+        if backend is not None and backend.lost and (tags is None or "weights" in tags):
+            self.reload_weights()
+            torch.cuda.empty_cache()  # what loading took: the KV cache comes next
+            backend.lost = False
+
     def start_report(self) -> dict[str, Any]:
         """What the start took: seconds by step; bytes of this worker on its device.
 
@@ -81,7 +146,7 @@ class GpuWorker(Worker):
         if current_platform.is_cuda_alike():
             report["bytes"] = {
                 "weights": int(self.model_runner.model_memory_usage),
-                "reserved": torch.cuda.memory_reserved(),
+                "reserved": torch.cuda.memory_reserved() - trimmed_bytes(),
                 "allocated": torch.cuda.memory_allocated(),
                 "activations": self._activations,
             }

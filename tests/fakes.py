@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import orjson
@@ -14,15 +16,18 @@ from starlette.responses import Response
 from llmserve.config import ModelSpec
 from llmserve.errors import LLMServeError, RequestError, StartupError
 from llmserve.protocol import ENDPOINTS
+from llmserve.residency import Level
 from llmserve.sse import EventStream, Frames
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
+    from collections.abc import AsyncGenerator, AsyncIterator
 
     from starlette.requests import Request
     from starlette.types import Scope
 
-    from llmserve.pool import Running, State
+    from llmserve.config import Config
+    from llmserve.replica import Running, State
+    from llmserve.residency import Takes
 
 
 class Gate:
@@ -117,6 +122,12 @@ class FakeRunning:
         self.hangs = False
         self.stop_gate: Gate | None = None
         self.stop_error: Exception | None = None
+        self.sleeps = False
+        self.slept: list[Level] = []  # READY stands for a wake
+        self.sleep_error: LLMServeError | None = None
+        self.wake_error: LLMServeError | None = None
+        self.prepared = 0
+        self.pid = 4242
 
     def express(self, endpoint: str, body: dict[str, Any], asked: str, scope: Scope) -> None:
         return None
@@ -145,6 +156,25 @@ class FakeRunning:
         if self.hangs:
             await asyncio.sleep(within_s)
         return not self.hangs
+
+    async def prepare_sleep(self) -> None:
+        self.prepared += 1
+
+    async def sleep(self, level: Level) -> None:
+        await asyncio.sleep(0)
+        if self.sleep_error is not None:
+            raise self.sleep_error
+        self.slept.append(level)
+
+    async def wake(self) -> None:
+        await asyncio.sleep(0)
+        if self.wake_error is not None:
+            raise self.wake_error
+        self.slept.append(Level.READY)
+
+    async def changed(self, spec: ModelSpec) -> FakeRunning:
+        self.spec = spec
+        return self
 
     def kill(self) -> None:
         self.dead, self.hangs = True, False
@@ -177,6 +207,31 @@ class FakeBackend:
         self.plans = plans
         self.started: list[str] = []
         self.killed = 0
+        self.capacity: Takes = {}
+        self.sizes: dict[str, Mapping[Level, Takes]] = {}  # by model; others hold nothing
+        self.free_error: StartupError | None = None
+        self.plan_error: LLMServeError | None = None
+        self.plans_made: list[dict[str, str]] = []  # the models that were to stay
+
+    def holds(self, spec: ModelSpec, number: int) -> Mapping[Level, Takes]:
+        return self.sizes.get(spec.name, {Level.READY: {}})
+
+    @asynccontextmanager
+    async def moves(
+        self, spec: ModelSpec, number: int, wakes_from: Level | None = None
+    ) -> AsyncIterator[None]:
+        if wakes_from is not None and self.free_error is not None:
+            raise self.free_error
+        yield
+
+    def log_of(self, spec: ModelSpec, number: int) -> Path:
+        return Path(f"/logs/{spec.name}+{number}")
+
+    def planned(self, config: Config, kept: Mapping[str, str]) -> Callable[[], None]:
+        self.plans_made.append(dict(kept))
+        if self.plan_error is not None:
+            raise self.plan_error
+        return lambda: None
 
     def running(self, name: str) -> FakeRunning:
         return self.plans[name].running

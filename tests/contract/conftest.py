@@ -17,14 +17,15 @@ import pytest_asyncio
 from llmserve import environment
 from llmserve.config import Config, ModelSpec, ServerSpec
 from llmserve.metrics import Metrics
-from llmserve.pool import Pool, State
+from llmserve.pool import Pool
 from llmserve.registry import Registry
+from llmserve.replica import State
 from llmserve.routes import Services
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
-    from llmserve.pool import Running
+    from llmserve.replica import Running
     from llmserve.serving import Serving, Stored
 
 MODELS = Path(__file__).parents[2] / "models"

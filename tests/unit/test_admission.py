@@ -1,26 +1,88 @@
 from __future__ import annotations
 
+import asyncio
+import math
+import re
+from typing import TYPE_CHECKING
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmserve.admission import Slot, Slots
-from llmserve.errors import Overloaded
+from llmserve import admission
+from llmserve.admission import Deadline, Pace, Slot, Slots
+from llmserve.errors import DeadlineExceeded, EngineDead, LLMServeError, Overloaded
+from tests.fakes import soon, until
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
-def test_a_full_model_refuses_and_says_its_limit() -> None:
-    slots = Slots("chat", 2)
-    slots.take()
-    slots.take()
-    with pytest.raises(Overloaded) as refused:
-        slots.take()
-    assert "`chat` has 2 requests in flight" in refused.value.message
-    assert refused.value.headers() == {"retry-after": "1"}
-    assert slots.count() == 2
+class Clock:
+    """`time.monotonic`, which stands still unless told."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(admission, "time", made)
+    return made
+
+
+class Leave:
+    """What somebody in the line is given."""
+
+    def __init__(self, wish: str, slot: Slot) -> None:
+        self.wish = wish
+        self.slot = slot
+        self.released = 0
+
+    def release(self) -> None:
+        self.released += 1
+        self.slot.release()
+
+
+class Line:
+    """A model's slots, and requests that wait for them."""
+
+    def __init__(self, limit: int = 1, longest: int = 9) -> None:
+        self.slots: Slots[str, Leave] = Slots("chat", limit, longest)
+        self.let_in: list[str] = []
+        self.given: list[Leave] = []
+
+    def enter(self, wish: str) -> Leave:
+        self.let_in.append(wish)
+        self.given.append(Leave(wish, self.slots.take()))
+        return self.given[-1]
+
+    def advance(self) -> None:
+        self.slots.advance(self.enter)
+
+    async def stand(self, wish: str, deadline: Deadline | None = None) -> asyncio.Task[Leave]:
+        waiting = asyncio.create_task(self.slots.wait(deadline or Deadline(), wish))
+        await asyncio.sleep(0)
+        return waiting
+
+
+# --- slots
+
+
+def test_there_are_as_many_slots_as_the_limit() -> None:
+    slots: Slots[str, Leave] = Slots("chat", 2, 0)
+    held = [slots.take() for _ in range(2)]
+    assert (slots.count(), slots.free) == (2, False)
+    held[0].release()
+    assert (slots.count(), slots.free) == (1, True)
 
 
 def test_a_slot_left_twice_is_given_back_once() -> None:
-    slots = Slots("chat", 2)
+    slots: Slots[str, Leave] = Slots("chat", 2, 0)
     slots.take()
     slot = slots.take()
     assert slots.count() == 2
@@ -31,8 +93,8 @@ def test_a_slot_left_twice_is_given_back_once() -> None:
 
 @given(limit=st.integers(1, 5), steps=st.lists(st.integers(-1, 9), max_size=60))
 def test_in_flight_stays_between_zero_and_the_limit(limit: int, steps: list[int]) -> None:
-    """A step takes a slot (-1) or leaves the nth one ever taken, perhaps again."""
-    slots = Slots("chat", limit)
+    """A step takes a slot if one is free (-1), or leaves the nth ever taken, perhaps again."""
+    slots: Slots[str, Leave] = Slots("chat", limit, 0)
     taken: list[Slot] = []
     held: set[int] = set()
     for step in steps:
@@ -40,11 +102,277 @@ def test_in_flight_stays_between_zero_and_the_limit(limit: int, steps: list[int]
             if step < len(taken):
                 taken[step].release()
                 held.discard(step)
-        elif len(held) < limit:
+        elif slots.free:
             held.add(len(taken))
             taken.append(slots.take())
         else:
             with pytest.raises(Overloaded):
-                slots.take()
+                slots.unless_full(Deadline(), 0)
         assert slots.count() == len(held)
-        assert 0 <= slots.count() <= limit
+        assert slots.free == (len(held) < limit)
+
+
+# --- the line
+
+
+async def test_whoever_comes_while_others_wait_does_not_pass_them() -> None:
+    line = Line(limit=2)
+    held = [line.slots.take() for _ in range(2)]
+    waiting = await line.stand("first")
+    held[0].release()
+    assert not line.slots.free  # the slot is the first one's
+    line.advance()
+    assert (await soon(waiting)).wish == "first"
+    held[1].release()
+    assert line.slots.free
+
+
+async def test_those_who_wait_are_let_in_as_they_came() -> None:
+    line = Line()
+    waiting = [await line.stand(name) for name in "abc"]
+    assert line.slots.waiting() == 3
+    line.advance()
+    assert line.let_in == ["a"]
+    for each in waiting:
+        (await soon(each)).release()
+        line.advance()
+    assert line.let_in == ["a", "b", "c"]
+    assert (line.slots.waiting(), line.slots.count()) == (0, 0)
+
+
+async def test_as_many_are_let_in_as_there_are_slots() -> None:
+    line = Line(limit=3)
+    held = line.slots.take()
+    for name in "abcd":
+        await line.stand(name)
+    line.advance()
+    assert line.let_in == ["a", "b"]
+    assert line.slots.count() == 3
+    line.advance()
+    assert line.let_in == ["a", "b"]
+    held.release()
+    line.given[0].release()
+    line.advance()
+    assert line.let_in == ["a", "b", "c", "d"]
+
+
+async def test_a_request_that_comes_again_has_its_old_place() -> None:
+    line = Line()
+    early = Deadline()
+    for name in "bc":
+        await line.stand(name)
+    await line.stand("a, again", early)
+    await line.stand("d")
+    for _ in range(4):
+        line.advance()
+        line.given[-1].release()
+    assert line.let_in == ["a, again", "b", "c", "d"]
+
+
+@given(st.permutations(range(6)))
+def test_any_order_of_coming_again_leads_to_that_of_arrival(order: Sequence[int]) -> None:
+    async def run() -> list[str]:
+        line = Line(limit=9)
+        deadlines = [Deadline() for _ in order]
+        for each in order:
+            await line.stand(str(each), deadlines[each])
+        line.advance()
+        return line.let_in
+
+    assert asyncio.run(run()) == [str(each) for each in range(6)]
+
+
+async def test_a_line_that_moves_to_another_s_mixes_in_by_arrival() -> None:
+    old, new = Line(), Line(limit=9)
+    waiting = [await (old if name in "ac" else new).stand(name) for name in "abcd"]
+    old.slots.move_to(new.slots)
+    assert (old.slots.waiting(), new.slots.waiting()) == (0, 4)
+    waiting[2].cancel()  # and who moved can leave
+    await asyncio.sleep(0)
+    new.advance()
+    assert new.let_in == ["a", "b", "d"]
+
+
+async def test_a_wish_that_cannot_be_granted_fails_alone() -> None:
+    line = Line(limit=9)
+    waiting = [await line.stand(name) for name in "ab"]
+
+    def enter(wish: str) -> Leave:
+        if wish == "a":
+            raise EngineDead("gone")
+        return line.enter(wish)
+
+    line.slots.advance(enter)
+    with pytest.raises(EngineDead, match="gone"):
+        await soon(waiting[0])
+    assert (await soon(waiting[1])).wish == "b"
+    assert line.slots.count() == 1
+
+
+async def test_a_line_that_is_sent_away_is_told_why() -> None:
+    line = Line()
+    waiting = [await line.stand(name) for name in "ab"]
+    made: list[LLMServeError] = []
+
+    def refused() -> LLMServeError:
+        made.append(EngineDead("gone"))
+        return made[-1]
+
+    line.slots.refuse(refused)
+    for each in waiting:
+        with pytest.raises(EngineDead, match="gone"):
+            await soon(each)
+    assert len(made) == 2  # one for each: an error that is raised holds its traceback
+    assert (line.slots.waiting(), line.slots.count()) == (0, 0)
+
+
+# --- those who leave
+
+
+async def test_whoever_leaves_the_line_is_not_let_in() -> None:
+    line = Line()
+    waiting = [await line.stand(name) for name in "ab"]
+    waiting[0].cancel()
+    await asyncio.wait(waiting[:1])
+    assert line.slots.waiting() == 1
+    line.advance()
+    assert (await soon(waiting[1])).wish == "b"
+    assert line.let_in == ["b"]
+
+
+@pytest.mark.parametrize("timeout_s", [None, 60.0])
+async def test_whoever_is_let_in_as_he_leaves_keeps_nothing(timeout_s: float | None) -> None:
+    line = Line()
+    waiting = await line.stand("a", Deadline(timeout_s))
+    line.advance()
+    waiting.cancel()
+    await asyncio.wait({waiting})
+    if not waiting.cancelled():  # `wait_for` gives what is there all the same
+        waiting.result().release()
+    assert line.given[0].released == 1
+    assert line.slots.count() == 0
+
+
+async def test_the_slot_of_one_who_left_unseen_goes_to_the_next() -> None:
+    line = Line()
+    waiting = [await line.stand(name) for name in "ab"]
+    waiting[0].cancel()  # and has not run since
+    line.advance()
+    await asyncio.wait(waiting[:1])
+    line.advance()
+    assert (await soon(waiting[1])).wish == "b"
+    assert line.slots.count() == 1
+
+
+# --- a line that is full
+
+
+async def test_a_full_line_refuses_and_says_its_limits() -> None:
+    line = Line(limit=2, longest=1)
+    for _ in range(2):
+        line.slots.take()
+    line.slots.unless_full(Deadline(), 0)
+    await line.stand("a")
+    with pytest.raises(Overloaded) as refused:
+        line.slots.unless_full(Deadline(), 0)
+    assert refused.value.message == (
+        "The model `chat` has 2 requests in flight and 1 that wait, its max_in_flight and "
+        "max_queue; try again."
+    )
+    assert refused.value.code == "overloaded"
+    assert refused.value.headers() == {"retry-after": "1"}
+
+
+async def test_how_soon_to_try_again_is_told_by_the_pace(clock: Clock) -> None:
+    line = Line(limit=1, longest=1)
+    for _ in range(admission._ENOUGH):
+        slot = line.slots.take()
+        clock.now += 2.0
+        slot.release()
+    line.slots.take()
+    await line.stand("a")
+    with pytest.raises(Overloaded) as refused:
+        line.slots.unless_full(Deadline(), 10.0)
+    # Of eight ends in 14 s; two requests to wait for, and the model first.
+    assert refused.value.retry_after_s == 10 + math.ceil(2 * 14 / 8)
+    clock.now += 10_000
+    with pytest.raises(Overloaded) as refused:
+        line.slots.unless_full(Deadline(), 10.0)
+    assert refused.value.retry_after_s == 600  # nobody is told to wait for hours
+
+
+def test_a_few_requests_tell_no_pace(clock: Clock) -> None:
+    pace = Pace()
+    for _ in range(admission._ENOUGH - 1):
+        pace.ended()
+        clock.now += 1.0
+    assert pace.seconds(5) is None
+    pace.ended()
+    assert pace.seconds(8) == pytest.approx(7.0)
+
+
+def test_the_pace_is_that_of_the_last_requests_and_slows_down_in_a_halt(clock: Clock) -> None:
+    pace = Pace()
+    for gap_s in [100.0] * 10 + [1.0] * admission._RECENT:
+        clock.now += gap_s
+        pace.ended()
+    assert pace.seconds(64) == pytest.approx(63.0)
+    clock.now += 63.0
+    assert pace.seconds(64) == pytest.approx(126.0)
+
+
+# --- deadlines
+
+
+async def test_one_that_cannot_be_reached_is_told_at_once(clock: Clock) -> None:
+    slots = Line(limit=1).slots
+    with pytest.raises(Overloaded) as refused:
+        slots.unless_full(Deadline(3.0), 4.5)
+    assert refused.value.code == "deadline_unreachable"
+    assert re.search(r"in 4\.5 s, later than the 3\.0 s that it has left", refused.value.message)
+    assert refused.value.retry_after_s == 5
+    slots.unless_full(Deadline(4.5), 4.5)
+    slots.unless_full(Deadline(), 1e9)
+
+
+async def test_those_in_the_line_count_for_the_deadline(clock: Clock) -> None:
+    line = Line(limit=1)
+    for _ in range(admission._ENOUGH):
+        clock.now += 1.0
+        line.slots.take().release()
+    pace = 7 / 8
+    await line.stand("a")
+    line.slots.unless_full(Deadline(2 * pace + 0.01), 0)
+    with pytest.raises(Overloaded, match=r"gets to this request in 1\.8 s"):
+        line.slots.unless_full(Deadline(2 * pace - 0.01), 0)
+
+
+async def test_one_that_passes_in_the_line_ends_the_wait() -> None:
+    line = Line()
+    late, patient = await line.stand("late", Deadline(0.01)), await line.stand("patient")
+    with pytest.raises(DeadlineExceeded) as ended:
+        await soon(late)
+    assert ended.value.message == "The request took longer than its 0.01 s."
+    assert (ended.value.status, ended.value.code) == (504, "deadline_exceeded")
+    assert line.slots.waiting() == 1
+    line.advance()
+    assert (await soon(patient)).wish == "patient"
+    assert line.slots.count() == 1
+
+
+async def test_one_that_has_passed_does_not_wait_at_all() -> None:
+    line = Line()
+    deadline = Deadline(1e-9)
+    await until(lambda: deadline.left_s < 0)
+    with pytest.raises(DeadlineExceeded):
+        await soon(line.slots.wait(deadline, "late"))
+    assert line.slots.waiting() == 0
+
+
+def test_no_deadline_is_never_over() -> None:
+    assert Deadline().left_s == math.inf
+
+
+def test_deadlines_are_numbered_as_they_come() -> None:
+    first, second = Deadline(), Deadline(9.0)
+    assert first.number < second.number

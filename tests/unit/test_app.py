@@ -11,11 +11,13 @@ from prometheus_client import Counter
 
 from llmserve import __version__, app, server
 from llmserve.config import Config, ModelSpec, ServerSpec
+from llmserve.control import Control
 from llmserve.errors import EngineError, Overloaded
 from llmserve.metrics import Metrics
-from llmserve.pool import Pool, State
+from llmserve.pool import Pool
 from llmserve.protocol import ENDPOINTS
 from llmserve.registry import Registry
+from llmserve.replica import State
 from llmserve.routes import Services
 from llmserve.sse import DONE, EventStream, Frames, event
 from tests.fakes import (
@@ -49,13 +51,17 @@ class Box:
     """A server without engines, and a client of it."""
 
     def __init__(self, *specs: ModelSpec, server: ServerSpec | None = None, **plans: Plan) -> None:
-        models = specs or (spec("chat", max_in_flight=1, aliases=["gpt-4o"]), spec("embed"))
+        models = specs or (
+            spec("chat", max_in_flight=1, max_queue=0, aliases=["gpt-4o"]),
+            spec("embed"),
+        )
         self.server = server or ServerSpec()
         config = Config(file="models.yaml", server=self.server, models=models)
         self.backend = FakeBackend(**plans)
         self.metrics = Metrics()
         self.pool = Pool(Registry(models), self.backend, self.metrics)
-        self.app: ASGIApp = app.build(Services(config, self.pool, self.metrics))
+        self.control = Control(config, self.pool, self.backend, lambda: config, lambda _: None)
+        self.app: ASGIApp = app.build(Services(config, self.pool, self.metrics, self.control))
         self.client = httpx.AsyncClient()
 
     @property

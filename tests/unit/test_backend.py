@@ -13,15 +13,21 @@ import pytest
 
 from llmserve import hub
 from llmserve.backend import VllmBackend, _Clock, _Modules
+from llmserve.child import log_file
+from llmserve.config import Config
 from llmserve.errors import StartupError
+from llmserve.hostspace import HostSpace
+from llmserve.residency import Level
 from tests.fakes import soon, spec
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping, Sequence
     from pathlib import Path
 
+    from llmserve.backend import Memory
     from llmserve.config import ModelSpec
-    from llmserve.pool import State
+    from llmserve.replica import State
+    from llmserve.residency import Takes
 
 
 async def test_replicas_do_not_download_the_same_side_by_side(
@@ -41,7 +47,7 @@ async def test_replicas_do_not_download_the_same_side_by_side(
 
     monkeypatch.setattr(hub, "download", download)
     specs = [spec(name, model=f"org/{name}", replicas=2) for name in ("one", "two")]
-    backend = VllmBackend(4, tmp_path)
+    backend = VllmBackend(tmp_path, FakeSpace())
     starts = [backend._downloaded(each, lambda *_: None) for each in specs for _ in range(2)]
     assert await soon(asyncio.gather(*starts)) == [each for each in specs for _ in range(2)]
     assert side_by_side == [1, 1]  # one for each model: its replicas and revivals need no other
@@ -72,11 +78,13 @@ class FakeVllm:
     engine: FakeEngine = field(default_factory=FakeEngine)
     refuses: bool = False  # to build what serves
     launched: list[tuple[ModelSpec, int]] = field(default_factory=list)
+    sleeping: list[bool] = field(default_factory=list)  # whether launched so that it can
     built: list[tuple[ModelSpec, Any]] = field(default_factory=list)
 
     def modules(self, folder: Path) -> _Modules:
-        def start(spec: ModelSpec, number: int) -> FakeEngine:
+        def start(spec: ModelSpec, number: int, *, sleeps: bool) -> FakeEngine:
             self.launched.append((spec, number))
+            self.sleeping.append(sleeps)
             return self.engine
 
         async def build(spec: ModelSpec, engine: FakeEngine, stored: object) -> SimpleNamespace:
@@ -96,8 +104,8 @@ class FakeVllm:
             ),
         )
 
-    def backend(self, folder: Path, space: Any = None) -> VllmBackend:
-        backend = VllmBackend(1, folder, space)
+    def backend(self, folder: Path, memory: Memory) -> VllmBackend:
+        backend = VllmBackend(folder, memory)
         backend._imported = self.modules(folder)
         return backend
 
@@ -108,6 +116,24 @@ class FakeSpace:
 
     events: list[str] = field(default_factory=list)
     reports: list[Any] = field(default_factory=list)
+    sleepers: frozenset[str] = frozenset()
+    capacity: Takes = field(default_factory=lambda: {0: 80, 1: 80})
+
+    def holds(self, spec: ModelSpec, number: int) -> Mapping[Level, Takes]:
+        return {Level.READY: {number: 50}}
+
+    def sleeps(self, spec: ModelSpec, number: int) -> bool:
+        return spec.name in self.sleepers
+
+    @asynccontextmanager
+    async def moves(
+        self, spec: ModelSpec, number: int, wakes_from: Level | None
+    ) -> AsyncIterator[None]:
+        self.events.append(f"{spec.name}/{number} from {wakes_from!r}")
+        yield
+
+    def planned(self, config: Config, kept: Mapping[str, str]) -> Callable[[], None]:
+        return lambda: self.events.append(f"{len(config.models)} models, kept {dict(kept)}")
 
     @asynccontextmanager
     async def start(self, spec: ModelSpec, number: int) -> AsyncIterator[tuple[ModelSpec, Any]]:
@@ -137,8 +163,40 @@ async def test_a_replica_starts_on_the_gpus_of_the_plan(tmp_path: Path) -> None:
 
 async def test_on_a_cpu_the_entry_stays_as_it_is(tmp_path: Path) -> None:
     vllm = FakeVllm()
-    await soon(vllm.backend(tmp_path).start(spec(), 0, nothing))
+    memory = HostSpace(Config(file=tmp_path / "models.yaml", models=(spec(),)), {})
+    await soon(vllm.backend(tmp_path, memory).start(spec(), 0, nothing))
     assert vllm.launched == [(spec(), 0)]
+    assert vllm.sleeping == [False]
+
+
+async def test_only_what_is_planned_to_sleep_is_started_so_that_it_can(tmp_path: Path) -> None:
+    vllm = FakeVllm()
+    backend = vllm.backend(tmp_path, FakeSpace(sleepers=frozenset({"b"})))
+    for name in ("a", "b"):
+        await soon(backend.start(spec(name), 0, nothing))
+    assert vllm.sleeping == [False, True]
+
+
+async def test_what_is_held_and_planned_is_asked_of_the_memory(tmp_path: Path) -> None:
+    memory = FakeSpace()
+    backend = FakeVllm().backend(tmp_path, memory)
+    assert backend.capacity == {0: 80, 1: 80}
+    assert backend.holds(spec(), 1) == {Level.READY: {1: 50}}
+    async with backend.moves(spec(), 1, Level.HOST), backend.moves(spec(), 0):
+        pass
+    adopt = backend.planned(Config(file=tmp_path / "m.yaml", models=(spec(),)), {"a": "b"})
+    moves = [f"chat/1 from {Level.HOST!r}", "chat/0 from None"]
+    assert memory.events == moves  # nothing is adopted before it is said
+    adopt()
+    assert memory.events == [*moves, "1 models, kept {'a': 'b'}"]
+
+
+def test_each_replica_has_a_log_of_its_own(tmp_path: Path) -> None:
+    backend = FakeVllm().backend(tmp_path, FakeSpace())
+    assert backend.log_of(spec(), 0) == log_file(tmp_path, "chat")
+    several = {backend.log_of(spec(replicas=2), number) for number in (0, 1)}
+    assert several == {log_file(tmp_path, "chat", number) for number in (0, 1)}
+    assert len(several) == 2
 
 
 async def test_a_replica_says_what_its_start_took(tmp_path: Path) -> None:

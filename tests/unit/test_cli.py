@@ -20,6 +20,7 @@ from tests.unit.shapes import LLAMA_8B
 if TYPE_CHECKING:
     from llmserve.gpus import Box
 
+OPERATING = ("ps", "load", "unload", "sleep", "wake", "reload", "logs", "events")
 SAMPLE = Path(__file__).parents[2] / "models.yaml"
 
 
@@ -75,8 +76,15 @@ def test_the_version() -> None:
 
 def test_without_a_command_there_is_help() -> None:
     result = llmserve()
-    for command in ("up", "check", "plan", "chat", "version"):
-        assert command in result.output
+    for command in ("up", "check", "plan", "chat", "version", *OPERATING):
+        assert f" {command} " in result.output
+
+
+@pytest.mark.parametrize("command", OPERATING)
+def test_a_command_to_a_server_says_how_to_name_it(command: str) -> None:
+    shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "120", "NO_COLOR": "1"})
+    for said in ("--url", "LLMSERVE_URL", "http://127.0.0.1:8000", "LLMSERVE_ADMIN_KEY", "--json"):
+        assert said in shown.output
 
 
 def test_the_package_is_the_command_too(registry: Path) -> None:

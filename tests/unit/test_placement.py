@@ -32,7 +32,7 @@ def needs(name: str, *each: tuple[int, float], **others: int | None) -> Demand:
     return Demand(name, options, grows=others.get("grows") or 0, at_most=others.get("at_most"))
 
 
-def pinned(name: str, gib: float, *devices: int, share: float = 0.0) -> Demand:
+def fixed(name: str, gib: float, *devices: int, share: float = 0.0) -> Demand:
     return Demand(name, (Option(len(devices), int(gib * GIB), share),), devices)
 
 
@@ -83,7 +83,7 @@ def test_uses_of_unequal_gpus_are_even() -> None:
 
 def test_an_explicit_replica_is_evened_out_by_the_others() -> None:
     box = box_of(80, 80)
-    demands = [pinned("chat", 50, 1), *(needs(f"m{k}", (1, 10)) for k in range(7))]
+    demands = [fixed("chat", 50, 1), *(needs(f"m{k}", (1, 10)) for k in range(7))]
     assert loads(place(demands, box, HEADROOM).placed, box) == [60 * GIB, 60 * GIB]
 
 
@@ -120,21 +120,21 @@ def test_groups_are_aligned() -> None:
 
 def test_a_crooked_group_is_better_than_none() -> None:
     box = box_of(80, 80, 80, 80)
-    demands = [pinned("a", 70, 0), pinned("b", 70, 3), needs("chat", (2, 40))]
+    demands = [fixed("a", 70, 0), fixed("b", 70, 3), needs("chat", (2, 40))]
     assert where(place(demands, box, HEADROOM))["chat"] == (1, 2)
 
 
 def test_linked_groups_are_preferred() -> None:
     box = box_of(*[80] * 4, linked=2)
-    demands = [pinned("busy", 30, 0), pinned("idle", 1, 2), needs("chat", (2, 40))]
+    demands = [fixed("busy", 30, 0), fixed("idle", 1, 2), needs("chat", (2, 40))]
     assert where(place(demands, box, HEADROOM))["chat"] == (2, 3)
-    demands = [pinned("a", 30, 1), pinned("b", 30, 3), needs("chat", (2, 40))]
+    demands = [fixed("a", 30, 1), fixed("b", 30, 3), needs("chat", (2, 40))]
     assert where(place(demands, box, HEADROOM))["chat"] == (0, 1)
 
 
 def test_unlinked_groups_are_the_last_resort() -> None:
     box = box_of(*[80] * 4, linked=2)
-    demands = [pinned("a", 50, 1), pinned("b", 50, 3), needs("chat", (2, 40))]
+    demands = [fixed("a", 50, 1), fixed("b", 50, 3), needs("chat", (2, 40))]
     assert where(place(demands, box, HEADROOM))["chat"] == (0, 2)
     assert where(place([needs("chat", (4, 20))], box, HEADROOM))["chat"] == (0, 1, 2, 3)
 
@@ -170,7 +170,7 @@ def test_more_replicas_than_gpus_share() -> None:
 
 def test_a_replica_keeps_away_from_an_explicit_one() -> None:
     box = box_of(80, 80)
-    demands = [pinned("chat/0", 1, 0), pinned("code", 40, 1), needs("chat/1", (1, 20))]
+    demands = [fixed("chat/0", 1, 0), fixed("code", 40, 1), needs("chat/1", (1, 20))]
     assert where(place(demands, box, HEADROOM))["chat/1"] == (1,)
 
 
@@ -179,13 +179,13 @@ def test_a_replica_keeps_away_from_an_explicit_one() -> None:
 
 def test_explicit_devices_may_take_the_headroom() -> None:
     box = box_of(80)
-    demands = [pinned("chat", 10, 0, share=0.95)]
+    demands = [fixed("chat", 10, 0, share=0.95)]
     assert loads(place(demands, box, HEADROOM).placed, box) == [int(0.95 * 80 * GIB)]
 
 
 def test_explicit_devices_over_the_memory_are_left_and_take_nothing() -> None:
     box = box_of(80, 80)
-    demands = [pinned("a", 50, 0), pinned("b", 40, 0, 1), pinned("c", 30, 0)]
+    demands = [fixed("a", 50, 0), fixed("b", 40, 0, 1), fixed("c", 30, 0)]
     placement = place(demands, box, HEADROOM)
     assert where(placement) == {"a": (0,), "c": (0,)}
     (misfit,) = placement.left
@@ -242,7 +242,7 @@ def test_a_group_grows_by_the_same_on_each_device() -> None:
     """GPU 0 is full first: with that the group stops, and `code` has GPU 1 to itself."""
     box = box_of(80, 80)
     demands = [
-        pinned("embed", 32, 0),
+        fixed("embed", 32, 0),
         replace(needs("chat", (2, 20), grows=1), devices=(0, 1)),
         replace(needs("code", (1, 10), grows=1), devices=(1,)),
     ]
@@ -257,7 +257,7 @@ def test_what_a_share_gives_counts_as_growth() -> None:
 
 def test_nobody_grows_on_a_gpu_that_is_over_its_capacity() -> None:
     demands = [
-        pinned("a", 75, 0),
+        fixed("a", 75, 0),
         replace(needs("b", (1, 1), grows=1), devices=(0,)),
         replace(needs("c", (2, 1), grows=1), devices=(0, 1)),
     ]
@@ -269,6 +269,164 @@ def test_filling_again_changes_nothing() -> None:
     demands = [needs("chat", (2, 30), grows=3), needs("code", (1, 10), grows=1)]
     placed = place(demands, box, HEADROOM).placed
     assert fill(placed, demands, box, HEADROOM) == placed
+
+
+# --- on demand
+
+
+def turns(demand: Demand, asleep: float = 2, *, on_demand: bool = False) -> Demand:
+    """One that may sleep, and holds so many GiB then."""
+    options = tuple(replace(option, asleep=int(asleep * GIB)) for option in demand.options)
+    return replace(demand, options=options, on_demand=on_demand)
+
+
+def lazy(demand: Demand, asleep: float = 2) -> Demand:
+    return turns(demand, asleep, on_demand=True)
+
+
+def stays(demand: Demand) -> Demand:
+    return replace(turns(demand), pinned=True)
+
+
+def displacing(placement: Placement) -> list[str]:
+    return [name for name, one in placement.placed.items() if one.displaces]
+
+
+def test_on_demand_goes_beside_the_others_where_it_fits() -> None:
+    demands = [lazy(needs("late", (1, 40))), turns(fixed("chat", 50, 0))]
+    placement = place(demands, box_of(80, 80), HEADROOM)
+    assert where(placement) == {"late": (1,), "chat": (0,)}
+    assert not displacing(placement)
+
+
+def test_more_devices_beside_others_are_better_than_displacing() -> None:
+    demands = [
+        *(turns(fixed(f"m{k}", 30, k)) for k in range(2)),
+        lazy(needs("x", (1, 50), (2, 26))),
+    ]
+    placement = place(demands, box_of(80, 80), HEADROOM)
+    assert where(placement)["x"] == (0, 1)
+    assert not displacing(placement)
+
+
+def test_else_it_displaces_where_least_is_promised_on_demand_and_then_where_least_is() -> None:
+    demands = [
+        turns(fixed("chat", 50, 0)),
+        turns(fixed("code", 30, 1)),
+        *(lazy(needs(name, (1, 60))) for name in ("x", "y", "z")),
+    ]
+    placement = place(demands, box_of(80, 80), HEADROOM)
+    assert [where(placement)[name] for name in ("x", "y", "z")] == [(1,), (0,), (1,)]
+    assert displacing(placement) == ["x", "y", "z"]
+
+
+def test_linked_gpus_are_displaced_first() -> None:
+    box = box_of(*[80] * 4, linked=2)
+    demands = [*(turns(fixed(f"m{k}", 40, k)) for k in (1, 3)), lazy(needs("x", (2, 50)))]
+    assert where(place(demands, box, HEADROOM))["x"] == (0, 2)  # nobody is there
+    demands += [turns(fixed(f"m{k}", 40, k)) for k in (0, 2)]
+    assert where(place(demands, box, HEADROOM))["x"] == (0, 1)
+
+
+def test_replicas_on_demand_are_apart() -> None:
+    demands = [
+        turns(fixed("chat", 50, 0)),
+        turns(fixed("code", 30, 1)),
+        *(lazy(needs(f"x/{k}", (1, 60))) for k in range(2)),
+    ]
+    placed = where(place(demands, box_of(80, 80), HEADROOM))
+    assert {placed["x/0"], placed["x/1"]} == {(0,), (1,)}
+    demands = [fixed("chat", 50, 1), *(lazy(needs(f"x/{k}", (1, 20))) for k in range(2))]
+    placed = where(place(demands, box_of(80, 80), HEADROOM))
+    assert [placed["x/0"], placed["x/1"]] == [(0,), (1,)]
+
+
+def test_the_pinned_are_not_displaced() -> None:
+    box = box_of(80, 80)
+    demands = [stays(fixed("chat", 20, 0)), turns(fixed("code", 60, 1)), lazy(needs("x", (1, 60)))]
+    assert where(place(demands, box, HEADROOM))["x"] == (1,)
+    placement = place([*demands, stays(fixed("embed", 5, 1))], box, HEADROOM)
+    assert where(placement)["x"] == (1,)
+    placement = place([*demands, stays(fixed("rerank", 11, 1))], box, HEADROOM)
+    (misfit,) = placement.left
+    assert (misfit.demand.name, misfit.free) == ("x", (52 * GIB, 1 * GIB))
+
+
+def test_who_sleeps_must_fit_beside_who_does_not() -> None:
+    demands = [turns(fixed("chat", 70, 0)), lazy(needs("x", (1, 20)), asleep=5)]
+    (misfit,) = place(demands, box_of(80), HEADROOM).left
+    assert misfit.free == (2 * GIB,)
+    (misfit,) = place(
+        [lazy(needs("x", (1, 70))), lazy(needs("y", (1, 20)), asleep=5)], box_of(80), HEADROOM
+    ).left
+    assert (misfit.demand.name, misfit.free) == ("y", (2 * GIB,))
+
+
+def test_many_take_turns_on_a_gpu() -> None:
+    demands = [lazy(needs(f"x{k}", (1, 60))) for k in range(6)]
+    placement = place(demands, box_of(80), HEADROOM)
+    assert not placement.left
+    assert displacing(placement) == ["x1", "x2", "x3", "x4", "x5"]
+    assert left(place([*demands, lazy(needs("x6", (1, 60)), asleep=3)], box_of(80), HEADROOM))
+
+
+def test_who_was_beside_others_takes_turns_as_well_if_too_many_come() -> None:
+    """`x` fits beside `chat`, but not with `y` asleep there as well."""
+    demands = [turns(fixed("chat", 40, 0)), lazy(needs("x", (1, 30))), lazy(needs("y", (1, 60)), 4)]
+    placement = place(demands, box_of(80), HEADROOM)
+    assert not placement.left
+    assert displacing(placement) == ["x", "y"]
+    assert not displacing(place(demands[:2], box_of(80), HEADROOM))
+
+
+@pytest.mark.parametrize("finish", [True, False])
+def test_who_finds_a_place_on_demand_does_so_whether_the_rest_is_finished(*, finish: bool) -> None:
+    """As they are first placed there is room beside 43 GiB; evenly, 49 and 53 are taken."""
+    demands = [stays(needs(f"m{gib}-{k}", (1, gib))) for k, gib in enumerate((25, 18, 18, 17, 24))]
+    for gib, missing in ((28, ["x"]), (23, [])):
+        asked = [*demands, lazy(needs("x", (1, gib)))]
+        assert left(place(asked, box_of(80, 80), HEADROOM, finish=finish)) == missing
+
+
+def test_named_devices_on_demand_are_bounded_by_the_memory() -> None:
+    demands = [
+        stays(fixed("chat", 10, 0)),
+        turns(fixed("code", 20, 0)),
+        lazy(fixed("x", 68, 0)),
+        lazy(fixed("y", 71, 0), asleep=0),
+    ]
+    placement = place(demands, box_of(80), HEADROOM)
+    assert displacing(placement) == ["x"]
+    (misfit,) = placement.left
+    assert (misfit.demand.name, misfit.free) == ("y", (66 * GIB,))
+
+
+def test_what_is_left_is_shared_among_those_that_are_awake_at_once() -> None:
+    demands = [
+        turns(fixed("embed", 3, 0), asleep=1),
+        turns(needs("chat", (1, 20), grows=1)),
+        lazy(needs("x", (1, 55), grows=1), asleep=4),
+    ]
+    # chat: beside `embed`, and `x` asleep; x: beside both asleep
+    assert extras(demands, box_of(80)) == {"embed": 0, "chat": 45, "x": 14}
+    small = replace(demands[2], options=(Option(1, 9 * GIB, asleep=4 * GIB),))
+    assert extras([*demands[:2], small], box_of(80)) == {"embed": 0, "chat": 20, "x": 20}
+
+
+def test_the_pinned_share_with_each_that_displaces_others() -> None:
+    demands = [
+        replace(stays(needs("chat", (1, 10))), grows=2),
+        turns(needs("code", (1, 20), grows=1)),
+        lazy(needs("x", (1, 50), grows=1)),
+        lazy(needs("y", (1, 48), at_most=5 * GIB, grows=1)),
+    ]
+    # x: 72 less 10, 50 and the 4 of those asleep are 8 for `chat` and `x`, 2 to 1
+    assert {name: round(extra, 3) for name, extra in extras(demands, box_of(80)).items()} == {
+        "chat": 5.333,
+        "code": 32.667,
+        "x": 2.667,
+        "y": 4.667,
+    }
 
 
 # --- any box, any demands
@@ -510,3 +668,85 @@ def test_it_is_quick(gpus: int, models: int, largest: int, limit: float) -> None
     started = time.perf_counter()
     place(demands, box_of(*[80] * gpus, linked=8), HEADROOM)
     assert time.perf_counter() - started < limit
+
+
+@st.composite
+def registries(draw: st.DrawFn) -> tuple[Box, list[Demand]]:
+    """Demands of which some are pinned and some on demand."""
+    box, demands = draw(cases())
+    random_ = random.Random(draw(st.integers(0, 2**32)))
+    kinds = {demand.model: random_.choice(["eager", "pinned", "lazy"]) for demand in demands}
+    asleep = {demand.model: random_.choice([0.02, 0.1, 0.5]) for demand in demands}
+    return box, [
+        replace(
+            demand,
+            options=tuple(
+                replace(option, asleep=int(asleep[demand.model] * option.needs))
+                for option in demand.options
+            ),
+            pinned=kinds[demand.model] == "pinned",
+            on_demand=kinds[demand.model] == "lazy",
+        )
+        for demand in demands
+    ]
+
+
+@settings(max_examples=120, deadline=None)
+@given(registries())
+def test_whoever_is_awake_there_is_room(case: tuple[Box, list[Demand]]) -> None:
+    box, demands = case
+    placement = place(demands, box, HEADROOM)
+    asked = {demand.name: demand for demand in demands}
+    nothing_is_lost(placement, asked)
+    alone = place([demand for demand in demands if not demand.on_demand], box, HEADROOM)
+    assert {n: d for n, d in where(placement).items() if not asked[n].on_demand} == where(alone)
+    sums = {gpu.index: scenes_of(gpu, placement, asked) for gpu in box}
+    for gpu in box:
+        there = [asked[n] for n, one in placement.placed.items() if gpu.index in one.devices]
+        explicit = any(demand.devices is not None for demand in there)
+        limit = gpu.memory if explicit else capacity(gpu, HEADROOM)
+        assert max(sums[gpu.index].values()) <= limit
+    for name, one in placement.placed.items():
+        assert asked[name].on_demand or not one.displaces
+        if asked[name].grows and asked[name].at_most is None:
+            assert any(
+                total > capacity(box[index], HEADROOM) - len(demands)
+                for index in one.devices
+                for turn, total in sums[index].items()
+                if asked[name].pinned or turn == (name if one.displaces else "")
+            )
+    assert place(demands, box, HEADROOM) == placement
+    tried = place(demands, box, HEADROOM, finish=False)
+    assert bool(left(tried)) == bool(placement.left)
+
+
+def scenes_of(gpu: Gpu, placement: Placement, asked: dict[str, Demand]) -> dict[str, int]:
+    """Bytes on a GPU at the start, and while any one that is on demand is awake."""
+    there = {n: one for n, one in placement.placed.items() if gpu.index in one.devices}
+    whole = {n: one.option.on(gpu) + one.extra for n, one in there.items()}
+    asleep = {n: one.option.asleep for n, one in there.items()}
+    start = sum(asleep[n] if one.displaces else whole[n] for n, one in there.items())
+    return {"": start} | {
+        turn: sum(whole[n] if asked[n].pinned or n == turn else asleep[n] for n in there)
+        for turn in there
+        if asked[turn].on_demand
+    }
+
+
+@settings(max_examples=60, deadline=None)
+@given(registries())
+def test_with_nobody_on_demand_nothing_changes(case: tuple[Box, list[Demand]]) -> None:
+    box, demands = case
+    eager = [replace(demand, on_demand=False) for demand in demands]
+    bare_ = [
+        replace(
+            demand,
+            pinned=False,
+            options=tuple(replace(option, asleep=0) for option in demand.options),
+        )
+        for demand in eager
+    ]
+    one, other = place(eager, box, HEADROOM), place(bare_, box, HEADROOM)
+    assert where(one) == where(other)
+    assert loads(one.placed, box) == loads(other.placed, box)
+    assert [misfit.free for misfit in one.left] == [misfit.free for misfit in other.left]

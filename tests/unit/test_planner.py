@@ -8,9 +8,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from llmserve.config import ModelSpec
 from llmserve.gpus import GIB, described
+from llmserve.placement import capacity
 from llmserve.planner import Planner
 from tests.unit.shapes import LLAMA_8B, LLAMA_70B, MINI_LM
 
@@ -293,9 +296,25 @@ def test_eight_bit_weights_are_offered_where_nothing_milder_fits() -> None:
 
 
 def test_leaving_another_model_out_comes_last() -> None:
-    models = {"a": {"model": "8b", "memory": "20GiB"}, "b": {"model": "8b", "memory": "20GiB"}}
-    (found,) = planned("RTX4090", models).problems
+    entry = {"model": "8b", "memory": "20GiB", "pinned": True}
+    (found,) = planned("RTX4090", {"a": entry, "b": entry}).problems
     assert found.remedy == "leaving a out"
+    late = {"model": "8b", "memory": "20GiB", "start": "lazy"}
+    (found,) = planned("RTX4090", {"a": entry, "b": late}).problems
+    assert found.remedy == "leaving a out"
+    assert "server.gpu_headroom, while all others sleep that may: GPU 0 2.1 GiB" in found.message
+
+
+def test_turns_are_offered_before_that() -> None:
+    entry = {"model": "8b", "memory": "30GiB"}
+    models: dict[str, dict[str, Any]] = {"a": entry, "b": entry, "c": entry | {"memory": "20GiB"}}
+    (found,) = planned("H100", models).problems
+    assert (found.model, found.remedy) == ("c", "start: sleeping")
+    models["c"]["pinned"] = True
+    (found,) = planned("H100", models).problems
+    assert (found.model, found.remedy) == ("c", "a with start: sleeping")
+    models["a"] = models["a"] | {"start": "sleeping"}
+    assert not planned("H100", models).problems
 
 
 def test_twelve_models_on_eight_gpus_take_no_time() -> None:
@@ -376,3 +395,132 @@ def test_a_share_above_the_headroom_is_offered_all_below_it() -> None:
         in found.message
     )
     assert found.remedy == "gpu_memory_utilization: 0.92"
+
+
+# --- on demand
+
+LATE: dict[str, Any] = {"model": "8b", "start": "lazy"}
+
+
+def test_on_demand_beside_others_all_stay_together() -> None:
+    plan = planned("H100", {"chat": {"model": "8b"}, "late": LATE})
+    chat, late = plan.replicas
+    assert (late.on_demand, late.displaces, late.resident) == (True, False, late.bytes)
+    assert late.kv == pytest.approx(chat.kv, abs=2)
+    assert plan.used(0) == pytest.approx(0.92 * plan.box[0].memory, rel=1e-3)
+
+
+def test_on_demand_takes_turns_where_not_all_fit() -> None:
+    models = {"chat": {"model": "8b"}, "late": LATE, "last": {"model": "8b", "start": "sleeping"}}
+    plan = planned("A6000", models)  # 44.2 GiB; each needs 18.8
+    chat, late, last = plan.replicas
+    assert not plan.problems
+    assert (chat.displaces, late.displaces, last.displaces) == (False, False, True)
+    most = capacity(plan.box[0], plan.headroom)
+    assert last.bytes == most - chat.asleep - late.asleep
+    assert last.resident == last.asleep == last.overhead
+    assert plan.used(0) == chat.bytes + late.bytes + last.asleep
+    assert plan.used(0) == pytest.approx(most, abs=2)
+    assert plan.peak(0) == pytest.approx(most, abs=2)
+    assert plan.spec_of(ModelSpec.model_validate({"name": "last"} | LATE), 0).kv_cache == last.kv
+
+
+def test_the_pinned_keep_their_place_and_grow_as_those_beside_them_may() -> None:
+    plan = planned("RTX4090,A6000", {"chat": {"model": "8b", "devices": [1], "pinned": True}})
+    alone = plan.replicas[0]
+    models = {"chat": {"model": "8b", "devices": [1], "pinned": True}, "late": LATE, "last": LATE}
+    chat, late, last = planned("RTX4090,A6000", models).replicas
+    assert (chat.pinned, chat.sleeps, chat.displaces) == (True, False, False)
+    assert late.devices == (0,)
+    assert last.devices == (1,)
+    assert chat.kv == last.kv < alone.kv
+
+
+def test_who_is_pinned_and_on_demand_has_its_place() -> None:
+    models = {"chat": {"model": "8b"}, "late": LATE | {"pinned": True}}
+    plan = planned("RTX4090", models)
+    (found,) = plan.problems
+    assert found.model == "late"
+    chat, late = planned("H100", models).replicas
+    assert (late.on_demand, late.pinned, late.displaces, late.sleeps) == (True, True, False, False)
+    assert not chat.sleeps  # nobody takes its place
+
+
+def test_who_may_be_put_to_sleep() -> None:
+    models: dict[str, dict[str, Any]] = {
+        "beside": {"model": "8b", "devices": [0]},
+        "late": LATE | {"devices": [0]},
+        "pinned": {"model": "bert", "devices": [0], "pinned": True},
+        "idle": {"model": "8b", "devices": [1], "idle": {"sleep_after": "10m"}},
+        "busy": {"model": "8b", "devices": [1]},
+        "odd": {"model": "odd", "devices": [0], "memory": "10GiB", "start": "lazy"},
+        "wide": LATE | {"devices": [2, 3], "tensor_parallel_size": 2},
+    }
+    plan = planned("4xH100", models)
+    sleepers = {r.model: r.host for r in plan.replicas if r.sleeps}
+    assert list(sleepers) == ["beside", "late", "idle", "wide"]
+    assert sleepers["late"] == plan.replica("late", 0).weights
+    assert sleepers["wide"] == 2 * plan.replica("wide", 0).weights
+    assert all(r.host == 0 for r in plan.replicas if not r.sleeps)
+
+
+def test_of_unknown_size_on_demand_keeps_its_place() -> None:
+    odd = {"model": "odd", "devices": [0], "memory": "10GiB", "start": "lazy"}
+    plan = planned("RTX4090", {"chat": {"model": "8b"}, "odd": odd})
+    assert [found.model for found in plan.problems] == ["chat"]
+    (replica,) = plan.replicas
+    assert (replica.on_demand, replica.displaces, replica.resident) == (True, False, 10 * GIB)
+
+
+def test_what_fits_nowhere_on_demand_is_told() -> None:
+    (found,) = planned("RTX4090", {"a": {"model": "8b"}, "b": LATE | {"memory": "25GiB"}}).problems
+    assert found.message == (
+        "wants 25.0 GiB; free of 1 x RTX 4090, less the 8% of server.gpu_headroom, while all "
+        "others sleep that may: GPU 0 20.3 GiB"
+    )
+    assert found.remedy == "memory: 17.8GiB"
+
+
+@st.composite
+def registries(draw: st.DrawFn) -> dict[str, dict[str, Any]]:
+    starts: list[dict[str, Any]] = [
+        {},
+        {"pinned": True},
+        {"start": "lazy"},
+        {"start": "sleeping"},
+        {"start": "lazy", "pinned": True},
+        {"idle": {"sleep_after": 60}},
+    ]
+    sizes: list[dict[str, Any]] = [
+        {},
+        {"kv_cache": "4GiB"},
+        {"memory": "21GiB"},
+        {"gpu_memory_utilization": 0.5},
+        {"concurrency": 3},
+        {"replicas": 2},
+    ]
+    return {
+        f"m{n}": {"model": draw(st.sampled_from(["8b", "8b", "70b", "bert"]))}
+        | draw(st.sampled_from(starts))
+        | draw(st.sampled_from(sizes))
+        for n in range(draw(st.integers(1, 6)))
+    }
+
+
+@settings(max_examples=60, deadline=None)
+@given(registries(), st.sampled_from(["H100", "2xA6000", "4xH100", "2xRTX4090,2xH100"]))
+def test_any_one_can_be_awake_beside_the_pinned_and_all_others_asleep(
+    models: dict[str, dict[str, Any]], gpus: str
+) -> None:
+    plan = planned(gpus, models)
+    for gpu in plan.box:
+        on = plan.on(gpu.index)
+        most = capacity(gpu, plan.headroom)
+        assert plan.used(gpu.index) == sum(
+            r.asleep if r.on_demand and r.displaces else r.bytes for r in on
+        )
+        for one in on:
+            others = sum(r.bytes if r.pinned else r.asleep for r in on if r is not one)
+            assert one.bytes + others <= plan.peak(gpu.index) <= most
+            assert not one.displaces or all(r.sleeps or r.pinned for r in on)
+    assert planned(gpus, models) == plan

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from llmserve import deaths, pool
+from llmserve.admission import Deadline
 from llmserve.errors import EngineDead, ModelNotFound, Overloaded, StartupError
 from llmserve.metrics import Metrics
-from llmserve.pool import Lease, Pool, Replica, State
+from llmserve.pool import Lease, Pool, Wish
 from llmserve.protocol import ENDPOINTS
 from llmserve.registry import Registry
+from llmserve.replica import Replica, State
 from tests.fakes import FakeBackend, Gate, Plan, broken, soon, spec, until
 
 if TYPE_CHECKING:
@@ -26,6 +28,10 @@ CHAT, EMBED = (
 )
 
 
+def wish(name: str, task: asyncio.Future[None] | None = None, **body: Any) -> Wish:
+    return Wish(name, CHAT, body, Deadline(), task)  # type: ignore[arg-type]  # any future
+
+
 class Box:
     """A pool of `chat`, `embed` and `draft` with a scripted backend."""
 
@@ -34,10 +40,12 @@ class Box:
         *specs: ModelSpec,
         required: bool = False,
         max_in_flight: int = 2,
+        max_queue: int = 0,
         **plans: Plan,
     ) -> None:
+        limits = {"max_in_flight": max_in_flight, "max_queue": max_queue}
         specs = specs or (
-            spec("chat", aliases=["gpt-4o"], required=required, max_in_flight=max_in_flight),
+            spec("chat", aliases=["gpt-4o"], required=required, **limits),
             spec("embed"),
             spec("draft", hidden=True),
         )
@@ -50,7 +58,9 @@ class Box:
         self.seen.append((replica.name, replica.state, replica.note))
 
     def lease(self, name: str, task: asyncio.Future[None] | None = None, **body: Any) -> Lease:
-        return self.pool.lease(name, CHAT, body, task)  # type: ignore[arg-type]  # any future
+        lease = self.pool.lease(wish(name, task, **body))
+        assert lease is not None
+        return lease
 
     def states(self) -> dict[str, str]:
         return {name: entry.state.value for name, entry in self.pool.entries.items()}
@@ -369,7 +379,7 @@ async def test_what_takes_longer_than_the_drain_is_cut_off() -> None:
     await soon(box.pool.drain(0.05))
     with pytest.raises(asyncio.CancelledError):
         await work
-    assert lease.was_cut
+    assert isinstance(lease.cut_by, Overloaded)
 
 
 async def test_all_engines_stop_at_the_same_time() -> None:
@@ -440,8 +450,8 @@ async def test_states_are_in_the_metrics() -> None:
     gate.opened.set()
     await soon(starting)
     assert box.shown_states()["chat"] == "ready"
-    seconds = {"model": "chat", "replica": "0"}
-    assert box.metrics.registry.get_sample_value("llmserve_model_start_seconds", seconds)
+    seconds = {"model": "chat", "replica": "0", "level": "stopped"}
+    assert box.metrics.registry.get_sample_value("llmserve_model_ready_seconds", seconds)
     await box.pool.stop()
     assert box.shown_states() == {"chat": "stopped", "embed": "failed", "draft": "stopped"}
 
@@ -477,7 +487,7 @@ async def watched(box: Box) -> AsyncIterator[None]:
 
 async def test_all_replicas_start_at_the_same_time_and_share_the_model_s_slots() -> None:
     gates = [Gate(), Gate()]
-    box = Box(twins(max_in_flight=3), **plans(*(Plan(gate=gate) for gate in gates)))
+    box = Box(twins(max_in_flight=3, max_queue=0), **plans(*(Plan(gate=gate) for gate in gates)))
     starting = asyncio.ensure_future(box.pool.start())
     for gate in gates:
         await soon(gate.reached.wait())
@@ -522,7 +532,7 @@ def test_a_model_is_where_its_furthest_replica_is(
 ) -> None:
     box = Box(twins())
     for replica, state in zip(box.pool.replicas, states, strict=True):
-        box.pool._change(replica, state)
+        box.pool.life.change(replica, state)
     entry = box.pool.entries["chat"]
     assert entry.state is model
     assert box.pool.ready() == ([entry] if model is State.READY else [])
@@ -582,7 +592,8 @@ async def test_tokens_in_flight_are_those_of_the_leases_that_are_held() -> None:
 
     first = box.lease("chat", prompt="x" * 400, max_tokens=50)
     second = box.lease("chat", prompt=[1] * 30, max_tokens=9000)
-    third = box.pool.lease("chat", EMBED, {"input": "x" * 40, "max_tokens": 50})
+    third = box.pool.lease(Wish("chat", EMBED, {"input": "x" * 40, "max_tokens": 50}, Deadline()))
+    assert third is not None
     assert shown() == [100 + 512, 30 + 512 + 10]
     for lease in (first, third, second, second, first):
         lease.release()
@@ -591,7 +602,7 @@ async def test_tokens_in_flight_are_those_of_the_leases_that_are_held() -> None:
 
 
 async def test_a_refused_request_counts_for_no_replica() -> None:
-    box = Box(twins(max_in_flight=1))
+    box = Box(twins(max_in_flight=1, max_queue=0))
     await box.pool.start()
     held = box.lease("chat", prompt="x" * 40)
     with pytest.raises(Overloaded):
@@ -635,7 +646,7 @@ async def test_a_prefix_is_forgotten_with_its_replica() -> None:
     other = asked()
     assert other is not holder
     box.backend.running(holder.name).dead = False
-    box.pool._change(holder, State.READY)  # a new engine, with nothing in its cache
+    box.pool.life.change(holder, State.READY)  # a new engine, with nothing in its cache
     assert {asked() for _ in range(5)} == {other}
 
 

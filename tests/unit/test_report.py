@@ -158,6 +158,55 @@ def test_of_an_unknown_model_only_its_share_is_shown() -> None:
     assert written["weights_bytes"] is written["max_model_len"] is None
 
 
+TURNS = Plan(
+    described("1xH100"),
+    0.05,
+    (
+        replica("chat", (0,), 15, 30, 3, sleeps=True, host=15 * GIB),
+        replica("near", (0,), 5, 8, 2, on_demand=True, sleeps=True, host=5 * GIB),
+        replica(
+            "far",
+            (0,),
+            *(30, 35, 4),
+            on_demand=True,
+            displaces=True,
+            measured=False,
+            sleeps=True,
+            host=30 * GIB,
+        ),
+    ),
+)
+
+
+def test_who_displaces_others_is_drawn_asleep_and_listed_awake() -> None:
+    assert (
+        shown(TURNS)
+        == """\
+GPU                    MEMORY                                          USED
+  0  H100 80GB HBM3  79.6 GiB  A█████▓▓▓▓▓▓▓▓▓▓▓▓▓▒B█▓▓▓▓▒C▂·····  67.0 GiB  84%
+█ weights  ▓ KV cache  ▒ overhead  ▂ asleep  · free (5% headroom)  ~ estimate
+
+                        WEIGHTS  KV CACHE  OVERHEAD             CONTEXT
+   MODEL      GPUS  TP  GiB/GPU   GiB/GPU   GiB/GPU  TOKENS  x REQUESTS
+A  chat       0      1     15.0      30.0       3.0       -         512
+B  near       0      1      5.0       8.0       2.0       -         512
+   on demand
+C  far        0      1     30.0      35.0      ~4.0       -         512
+   on demand"""
+    )
+    drawn = list(_fills(TURNS))
+    assert drawn[6:] == ["GPU 0: far: asleep ~4.0 GiB, awake 69.0 GiB", "GPU 0: free 12.6 GiB"]
+    texts = [text.text for text in ET.fromstring(report.svg(TURNS)).iter(f"{SVG}text")]
+    assert {"A chat", "B near (on demand)", "C far (on demand)", "asleep"} <= set(texts)
+
+
+def test_the_document_tells_who_sleeps() -> None:
+    keys = ("on_demand", "displaces", "sleeps", "resident_bytes", "total_bytes", "host_bytes")
+    near, far = report.document(TURNS)["replicas"][1:]
+    assert [near[key] for key in keys] == [True, False, True, 15 * GIB, 15 * GIB, 5 * GIB]
+    assert [far[key] for key in keys] == [True, True, True, 4 * GIB, 69 * GIB, 30 * GIB]
+
+
 def test_more_than_there_is_shows_as_a_full_bar_and_its_percentage() -> None:
     plan = Plan(described("1xL4"), 0, (replica("a", (0,), 20, 20, 5),))
     line = shown(plan).splitlines()[1]
@@ -251,6 +300,8 @@ def plans(draw: st.DrawFn) -> Plan:
         measured=st.booleans(),
         approximate=st.booleans(),
         known=st.booleans(),
+        on_demand=st.booleans(),
+        displaces=st.booleans(),
     )
     problems = st.builds(Problem, PRINTABLE, PRINTABLE, st.none() | PRINTABLE)
     return Plan(
@@ -269,7 +320,7 @@ def test_any_bar_is_as_wide_as_its_cells(plan: Plan, width: int) -> None:
         bar = report.Bar(parts, report.marks(plan)).text(width)
         assert bar.cell_len == width
         if len(parts) <= width:
-            whole = [r for r in plan.on(gpu.index) if r.bytes]
+            whole = [r for r in plan.on(gpu.index) if r.resident]
             letters = [report.marks(plan)[r.model].letter for r in whole]
             assert [c for c in bar.plain if c.isalpha()] == letters
 
@@ -281,7 +332,7 @@ def test_the_document_survives_json_and_adds_up(plan: Plan) -> None:
     for gpu in document["gpus"]:
         on = [r for r in document["replicas"] if gpu["index"] in r["gpus"]]
         assert [r["name"] for r in on] == gpu["replicas"]
-        assert sum(r["total_bytes"] for r in on) == gpu["used_bytes"]
+        assert sum(r["resident_bytes"] for r in on) == gpu["used_bytes"]
         assert gpu["used_bytes"] + gpu["free_bytes"] == gpu["memory_bytes"]
     for one, replica in zip(document["replicas"], plan.replicas, strict=True):
         sizes = [one[f"{kind}_bytes"] for kind in ("weights", "kv_cache", "overhead")]
@@ -321,6 +372,12 @@ def test_the_document_of_a_plan() -> None:
                 "kv_cache_bytes": int(9.6 * GIB),
                 "overhead_bytes": int(1.9 * GIB),
                 "total_bytes": used,
+                "resident_bytes": used,
+                "on_demand": False,
+                "pinned": False,
+                "displaces": False,
+                "sleeps": False,
+                "host_bytes": 0,
                 "overhead_measured": False,
                 "kv_cache_tokens": 314_560,
                 "kv_cache_tokens_at_least": True,

@@ -9,7 +9,9 @@ from llmserve import environment, nvml, server, shape
 from llmserve.config import Config, ModelSpec, ServerSpec
 from llmserve.errors import PlacementError, StartupError
 from llmserve.gpus import GIB, described
+from llmserve.hostspace import HostSpace
 from llmserve.measured import Measured
+from llmserve.space import Space
 from tests.unit.shapes import LLAMA_8B
 
 if TYPE_CHECKING:
@@ -114,7 +116,9 @@ def test_the_build_for_cpus_has_no_gpus_to_plan(
 ) -> None:
     on_gpus(monkeypatch, tmp_path, described("H100"))
     monkeypatch.setattr(environment, "is_cpu_build", lambda: True)
-    assert server._space(registry(tmp_path, devices=[5])) is None
+    memory = server._memory(registry(tmp_path, devices=[5]))
+    assert isinstance(memory, HostSpace)
+    assert memory.capacity == {}
 
 
 def test_the_build_for_cuda_does_not_start_without_a_gpu(
@@ -122,7 +126,7 @@ def test_the_build_for_cuda_does_not_start_without_a_gpu(
 ) -> None:
     on_gpus(monkeypatch, tmp_path, ())
     with pytest.raises(StartupError, match="no NVIDIA GPU is visible") as refused:
-        server._space(registry(tmp_path))
+        server._memory(registry(tmp_path))
     assert refused.value.exit_code == 3
 
 
@@ -131,7 +135,7 @@ def test_models_that_do_not_fit_do_not_start(
 ) -> None:
     on_gpus(monkeypatch, tmp_path, described("RTX4090"))
     with pytest.raises(PlacementError, match="what would fit: ") as refused:
-        server._space(registry(tmp_path, concurrency=40))
+        server._memory(registry(tmp_path, concurrency=40))
     assert refused.value.exit_code == 2
 
 
@@ -140,9 +144,9 @@ def test_gpus_that_others_hold_are_told_before_anything_starts(
 ) -> None:
     on_gpus(monkeypatch, tmp_path, described("H100"), used=30 * GIB)
     with pytest.raises(StartupError, match=r"49\.6 GiB of 79\.6 GiB are free"):
-        server._space(registry(tmp_path))
-    space = server._space(registry(tmp_path, memory="40GiB"))  # the rest is enough
-    assert space is not None
+        server._memory(registry(tmp_path))
+    space = server._memory(registry(tmp_path, memory="40GiB"))  # the rest is enough
+    assert isinstance(space, Space)
     assert space.plan.replica("m", 0).bytes == 40 * GIB
 
 
@@ -150,10 +154,10 @@ def test_the_plan_is_made_with_what_was_measured_here(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     on_gpus(monkeypatch, tmp_path, described("H100"))
-    first = server._space(registry(tmp_path))
-    assert first is not None
+    first = server._memory(registry(tmp_path))
+    assert isinstance(first, Space)
     mark = first.plan.replica("m", 0).fingerprint
     Measured(tmp_path / "llmserve" / "memory").keep(mark, 5 * GIB, {})
-    again = server._space(registry(tmp_path))
-    assert again is not None
+    again = server._memory(registry(tmp_path))
+    assert isinstance(again, Space)
     assert again.plan.replica("m", 0).overhead == 5 * GIB

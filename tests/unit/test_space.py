@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from llmserve import nvml, space
-from llmserve.config import ModelSpec
-from llmserve.errors import StartupError
+from llmserve import nvml, shape, space
+from llmserve.config import Config, ModelSpec
+from llmserve.errors import PlacementError, StartupError
 from llmserve.gpus import GIB, described
 from llmserve.measured import Measured
 from llmserve.nvml import Holder
 from llmserve.planner import Planner
+from llmserve.residency import Level
 from llmserve.space import Space, overhead_bytes
 from tests.unit.shapes import LLAMA_8B
 
@@ -390,3 +391,154 @@ async def test_a_start_in_which_memory_came_back_is_no_measurement(
         gpus.used[0] = 40 * GIB  # 40 came, 30 of somebody else's went
         keep([report(40)])
     assert files(tmp_path) == []
+
+
+# --- what may be held, and sleepers
+
+
+def sleeping(*names: str, **said: Any) -> tuple[ModelSpec, ...]:
+    """Of 25 GiB each, 5 of them KV cache, and on the first GPU."""
+    size = {"kv_cache": "5GiB", "devices": [0]}
+    return tuple(entry(name, start="sleeping", **(size | said)) for name in names)
+
+
+def test_a_gpu_may_be_filled_up_to_its_headroom(gpus: Gpus, tmp_path: Path) -> None:
+    plan = planned(Measured(tmp_path), entry(memory="40GiB"), box="2xH100")
+    memory = plan.box[0].memory
+    held = Space(plan, Measured(tmp_path)).capacity
+    assert sorted(held) == [0, 1]
+    assert held[0] == held[1] <= memory * 0.92
+    assert held[0] > memory * 0.9
+
+
+def test_who_cannot_sleep_holds_all_or_nothing(tmp_path: Path) -> None:
+    m = entry(memory="40GiB", tensor_parallel_size=2)
+    space = Space(planned(Measured(tmp_path), m, box="2xH100"), Measured(tmp_path))
+    assert not space.sleeps(m, 0)
+    assert space.holds(m, 0) == {Level.READY: {0: 40 * GIB, 1: 40 * GIB}}
+
+
+def test_a_sleeper_holds_less_at_each_level(tmp_path: Path) -> None:
+    (m,) = sleeping("m")
+    space = Space(planned(Measured(tmp_path), m), Measured(tmp_path), host_memory=100 * GIB)
+    (replica,) = space.plan.replicas
+    assert space.sleeps(m, 0)
+    assert replica.kv == 5 * GIB
+    holds = space.holds(m, 0)
+    assert [holds[level][0] for level in (Level.READY, Level.KV_RELEASED, Level.HOST)] == [
+        replica.weights + replica.overhead + replica.kv,
+        replica.weights + replica.overhead,
+        replica.overhead,
+    ]
+    assert set(holds) == {Level.READY, Level.KV_RELEASED, Level.HOST}
+
+
+def test_host_memory_is_given_in_order_and_whoever_finds_none_sleeps_without_weights(
+    tmp_path: Path,
+) -> None:
+    specs = sleeping("a", "b", "c")
+    plan = planned(Measured(tmp_path), *specs)
+    host = plan.replica("a", 0).host
+    assert host >= plan.replica("a", 0).weights > 0
+
+    def asleep(host_memory: int) -> list[Level]:
+        space = Space(plan, Measured(tmp_path), host_memory=host_memory)
+        return [min(space.holds(each, 0)) for each in specs]
+
+    assert asleep(3 * host) == [Level.HOST] * 3
+    assert asleep(2 * host) == [Level.HOST, Level.HOST, Level.DISK]
+    assert asleep(host - 1) == [Level.DISK] * 3
+    assert asleep(0) == [Level.DISK] * 3
+
+
+async def test_a_sleeper_wakes_when_what_it_needs_more_is_free(
+    gpus: Gpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(space, "_RELEASE_S", 0.01)
+    (m,) = sleeping("m")
+    ground = Space(planned(Measured(tmp_path), m), Measured(tmp_path), host_memory=100 * GIB)
+    (replica,) = ground.plan.replicas
+    memory, more = ground.plan.box[0].memory, replica.weights + replica.kv
+    gpus.used[0] = memory - more
+    async with ground.moves(m, 0, Level.HOST):
+        pass
+    gpus.used[0] += 1
+    with pytest.raises(StartupError, match="m needs"):
+        async with ground.moves(m, 0, Level.HOST):
+            pass
+    async with ground.moves(m, 0, Level.KV_RELEASED):  # its weights are there
+        pass
+    async with ground.moves(m, 0, None):  # falling asleep takes nothing
+        pass
+
+
+@pytest.mark.parametrize("measured_first", [True, False])
+async def test_nobody_falls_asleep_or_wakes_where_a_start_is_measured(
+    gpus: Gpus, tmp_path: Path, measured_first: bool
+) -> None:
+    (m,) = sleeping("m")
+    other = entry("other", memory="30GiB", devices=[0])
+    made = Starts(Space(planned(Measured(tmp_path), m, other), Measured(tmp_path)))
+    moved = asyncio.Event()
+    done = asyncio.Event()
+
+    async def move() -> None:
+        async with made.space.moves(m, 0, None):
+            moved.set()
+            await done.wait()
+
+    if measured_first:
+        await made.begin(other)
+        moving = asyncio.create_task(move())
+        await made._settle()
+        assert (made.running, moved.is_set()) == (["other"], False)
+        await made.end("other")
+        assert moved.is_set()
+        done.set()
+    else:
+        moving = asyncio.create_task(move())
+        await made.begin(other)
+        assert (made.running, moved.is_set()) == ([], True)
+        done.set()
+        await made._settle()
+        assert made.running == ["other"]
+    await moving
+    await made.stop()
+
+
+# --- another registry
+
+
+def config(folder: Path, *specs: ModelSpec) -> Config:
+    return Config(file=folder / "models.yaml", models=specs)
+
+
+@pytest.fixture
+def llamas(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shape, "read", lambda spec: LLAMA_8B)
+
+
+@pytest.mark.usefixtures("llamas")
+def test_engines_that_go_on_stay_where_they_are_with_what_they_have(tmp_path: Path) -> None:
+    kept = Measured(tmp_path)
+    a, b = entry("a", memory="30GiB"), entry("b", memory="30GiB")
+    ground = Space(planned(kept, a, b, box="2xH100"), kept)
+    before = ground.plan
+    where = before.replica("b", 0).devices
+    renamed = b.model_copy(update={"name": "c"})
+    adopt = ground.planned(config(tmp_path, entry("new", kv_cache="20GiB"), renamed), {"c": "b"})
+    assert ground.plan is before
+    adopt()
+    assert ground.plan.replica("c", 0).devices == where
+    assert ground.plan.replica("c", 0).kv == before.replica("b", 0).kv
+    assert ground.plan.replica("new", 0).kv == 20 * GIB
+
+
+@pytest.mark.usefixtures("llamas")
+def test_a_registry_that_does_not_fit_changes_nothing(tmp_path: Path) -> None:
+    kept, a = Measured(tmp_path), entry("a", memory="30GiB")
+    ground = Space(planned(kept, a), kept)
+    before = ground.plan
+    with pytest.raises(PlacementError, match="large"):
+        ground.planned(config(tmp_path, a, entry("large", memory="60GiB")), {"a": "a"})
+    assert ground.plan is before

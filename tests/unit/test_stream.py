@@ -6,7 +6,6 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 import pytest
-from starlette.responses import Response
 
 from llmserve import stream
 from llmserve.errors import LLMServeError, Overloaded, RequestError
@@ -126,17 +125,13 @@ class Line:
         self.behind = False
         self.lags: list[float] = []
         flow = Flow(lambda: self.behind, self.lags.append)
-        self.stream = TokenStream(engine, flow, Frames(), refusal, failure)
+        self.stream = TokenStream(engine, flow, Frames(), failure)
         self.answering: asyncio.Task[None]
         self.extensions: dict[str, object] = {ABORT: self.client.abort}
 
     async def answer(self) -> None:
         scope = {"type": "http", "extensions": self.extensions}
         await self.stream(scope, self.client.receive, self.client.send)
-
-
-def refusal(error: LLMServeError) -> Response:
-    return Response(error.code, error.status, {"x-ours": "1"})
 
 
 @asynccontextmanager
@@ -235,7 +230,7 @@ async def test_streams_of_one_turn_are_all_written_and_tell_the_lag_of_the_oldes
     engines, clients = [Engine() for _ in range(3)], [Client() for _ in range(3)]
     answering = [
         asyncio.create_task(
-            TokenStream(engine, flow, Frames(), refusal, failure)({}, client.receive, client.send)
+            TokenStream(engine, flow, Frames(), failure)({}, client.receive, client.send)
         )
         for engine, client in zip(engines, clients, strict=True)
     ]
@@ -261,7 +256,7 @@ async def test_a_stream_that_cannot_be_written_ends_and_the_others_go_on() -> No
     direct = [{WRITE: failing}, {WRITE: clients[1].write}]  # no way to end a connection either
     answering = [
         asyncio.create_task(
-            TokenStream(engine, flow, Frames(), refusal, failure)(
+            TokenStream(engine, flow, Frames(), failure)(
                 {"extensions": extensions}, client.receive, client.send
             )
         )
@@ -309,14 +304,19 @@ async def test_text_waits_no_longer_than_it_may() -> None:
 # --- errors
 
 
-async def test_what_fails_before_the_first_byte_is_a_refusal() -> None:
-    async with begun() as line:
-        line.engine.fails(Overloaded("busy", retry_after_s=1))
+async def test_what_fails_before_the_first_byte_is_raised() -> None:
+    busy = Overloaded("busy", retry_after_s=1)
+    line = Line(Engine())
+    line.answering = asyncio.create_task(line.answer())
+    await soon(line.engine.begun.wait())
+    line.engine.fails(busy)
+    with pytest.raises(Overloaded) as raised:
         await soon(line.answering)
-    assert line.client.status == 503
-    assert (b"x-ours", b"1") in line.client.sent[0]["headers"]
-    assert line.client.bodies == [b"overloaded"]
+    assert raised.value is busy
+    assert raised.value.__suppress_context__  # the cancellation by which it got here says nothing
+    assert line.client.sent == []
     assert line.engine.aborts == 0
+    assert not line.answering.cancelling()
 
 
 async def test_what_fails_later_is_the_last_event() -> None:

@@ -5,8 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
-from llmserve.pool import Replica, State
 from llmserve.registry import Model
+from llmserve.replica import Replica, State
 from llmserve.table import Lines, LiveTable, display
 from tests.fakes import spec
 

@@ -9,14 +9,29 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from starlette.responses import PlainTextResponse, Response
 
-from llmserve import turns
-from llmserve.errors import EngineDead, LLMServeError
+from llmserve import deaths, turns, work
+from llmserve.errors import EngineDead, EngineError, LLMServeError, RequestError, StartupError
+from llmserve.replica import State
+from llmserve.sse import EventStream, Frames
 from llmserve.stream import Flow, TokenStream
-from tests.fakes import FakeRunning, Gate, Plan, failure, soon, until
+from tests.fakes import (
+    Answer,
+    Call,
+    FakeRunning,
+    Gate,
+    Plan,
+    failing,
+    failure,
+    plain,
+    soon,
+    spec,
+    stream,
+    until,
+)
 from tests.unit.test_app import CHAT, HI, Box, asgi, error_of, real
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncGenerator, Callable
 
     from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -61,7 +76,7 @@ class Talking:
 
     def answer(self) -> TokenStream:
         flow = Flow(lambda: False, lambda _: None)
-        return TokenStream(self, flow, Words(), lambda e: Response(e.code, e.status), failure)
+        return TokenStream(self, flow, Words(), failure)
 
     async def begin(self, stream: TokenStream) -> None:
         if self._error is not None:
@@ -187,8 +202,6 @@ async def test_many_at_once_are_all_answered() -> None:
 
 
 def _wide() -> tuple[Any, ...]:
-    from tests.fakes import spec
-
     return (spec("chat", max_in_flight=100),)
 
 
@@ -204,3 +217,361 @@ async def test_a_strange_content_length_is_no_crash(length: bytes) -> None:
         body = b'{"model": "chat"}'
         reply = await box.client.post(CHAT, content=body, headers={b"content-length": length})
     assert reply.status_code == (413 if length.isdigit() else 200)
+
+
+# --- a request that waits
+
+STREAMED = HI | {"stream": True}
+DATA = b"data: 1\n\n"
+
+
+def lazy(gate: Gate, running: FakeRunning | None = None, **more: Any) -> dict[str, Any]:
+    """A lazy `chat` that comes once the gate opens."""
+    plan = Plan(running or FakeRunning(stream(DATA)), ((State.LOADING, ""),), gate, **more)
+    return {"chat": plan}
+
+
+LAZY = (spec("chat", start="lazy"),)
+
+
+@pytest.fixture
+def talkative(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A comment every few milliseconds."""
+    monkeypatch.setattr(work, "COMMENT_S", 0.005)
+
+
+async def commented(box: Box, gate: Gate, path: str = CHAT, **more: Any) -> Any:
+    """The answer to a streamed request whose model comes after some comments."""
+    asking = asyncio.ensure_future(box.client.post(path, json=STREAMED, **more))
+    await soon(gate.reached.wait())
+    await asyncio.sleep(0.03)
+    gate.opened.set()
+    return await soon(asking)
+
+
+@pytest.mark.usefixtures("talkative")
+async def test_a_stream_is_told_what_it_waits_for_and_then_answered() -> None:
+    gate = Gate()
+    async with asgi(*LAZY, **lazy(gate)) as box:
+        reply = await commented(box, gate)
+        assert box.in_flight == 0
+        assert box.requests(200) == 1
+    assert reply.status_code == 200
+    assert reply.headers["content-type"].startswith("text/event-stream")
+    assert len(reply.headers["x-request-id"]) == 32
+    *comments, last = reply.content.removesuffix(b"\n\n").split(b"\n\n")
+    assert len(comments) >= 2
+    assert all(each.startswith(b": ") for each in comments)
+    assert b"loading" in comments[-1]
+    assert last == b"data: 1"
+
+
+@pytest.mark.usefixtures("talkative")
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [(CHAT, HI), (CHAT, HI | {"stream": False}), ("/v1/embeddings", STREAMED)],
+    ids=["not a stream", "said so", "no text"],
+)
+async def test_an_answer_that_is_no_stream_has_no_comments(path: str, body: dict[str, Any]) -> None:
+    gate = Gate()
+    async with asgi(*LAZY, **lazy(gate, FakeRunning())) as box:
+        asking = asyncio.ensure_future(box.client.post(path, json=body))
+        await soon(gate.reached.wait())
+        await asyncio.sleep(0.02)
+        gate.opened.set()
+        reply = await soon(asking)
+    assert reply.status_code == 200
+    assert reply.json()["asked"] == "chat"
+
+
+async def test_a_model_that_comes_soon_begins_no_stream_early() -> None:
+    gate = Gate()
+    async with asgi(*LAZY, **lazy(gate)) as box:
+        reply = await commented(box, gate)
+    assert reply.content == DATA
+
+
+@pytest.mark.usefixtures("talkative")
+@pytest.mark.parametrize(
+    ("path", "begins", "ends"),
+    [
+        (CHAT, b"data: {", b"data: [DONE]\n\n"),
+        ("/v1/messages", b"event: error\ndata: {", b"}\n\n"),
+        ("/v1/responses", b"event: error\ndata: {", b"}\n\n"),
+    ],
+)
+async def test_an_error_after_comments_is_the_last_event(
+    path: str, begins: bytes, ends: bytes
+) -> None:
+    gate = Gate()
+    failing_start = lazy(gate, error=StartupError("no memory left"))
+    async with asgi(*LAZY, **failing_start) as box:
+        reply = await commented(box, gate, path)
+        assert box.in_flight == 0
+    assert reply.status_code == 200
+    last = b"\n\n".join(each for each in reply.content.split(b"\n\n") if not each.startswith(b": "))
+    assert last.startswith(begins)
+    assert last.endswith(ends)
+    assert b'"code":"model_failed"' in last
+
+
+@pytest.mark.usefixtures("talkative")
+async def test_a_refusal_of_the_model_s_after_comments_is_the_last_event() -> None:
+    gate = Gate()
+    async with asgi(*LAZY, **lazy(gate, FakeRunning(failing(RequestError("too long"))))) as box:
+        reply = await commented(box, gate)
+    assert reply.status_code == 200
+    assert b"data: {" in reply.content
+    assert b"too long" in reply.content
+    assert reply.content.endswith(b"data: [DONE]\n\n")
+
+
+@pytest.mark.usefixtures("talkative")
+async def test_a_token_stream_goes_on_after_comments() -> None:
+    gate, source = Gate(), Talking("hello")
+    async with asgi(*LAZY, **lazy(gate, Expressed(source.answer))) as box:
+        asking = asyncio.ensure_future(box.client.post(CHAT, json=STREAMED))
+        await soon(gate.reached.wait())
+        await asyncio.sleep(0.02)
+        gate.opened.set()
+        await until(lambda: box.in_flight == 1)
+        await soon(box.pool.drain(0.05))
+        reply = await soon(asking)
+    assert reply.content.startswith(b": ")
+    assert reply.content.endswith(b"\n\nhellodata: shutting_down\n\n")
+
+
+@pytest.mark.usefixtures("talkative")
+@pytest.mark.parametrize("streamed", [True, False])
+async def test_a_client_that_leaves_while_it_waits_leaves_the_line(streamed: bool) -> None:
+    gate = Gate()
+    async with real(spec("chat", start="lazy")) as box:
+        box.backend.plans["chat"] = lazy(gate)["chat"]
+        body = HI | {"stream": streamed}
+        asking = asyncio.ensure_future(box.client.post(CHAT, json=body))
+        await soon(gate.reached.wait())
+        slots = box.pool.entries["chat"].slots
+        await until(lambda: slots.waiting() == 1)
+        await asyncio.sleep(0.01)
+        asking.cancel()
+        await until(lambda: slots.waiting() == 0)
+        gate.opened.set()
+        await until(lambda: box.pool.entries["chat"].state is State.READY)
+        await until(lambda: box.disconnects() == 1)
+        assert (box.in_flight, box.running.calls) == (0, [])
+
+
+async def test_those_who_wait_for_a_slot_get_it_in_order() -> None:
+    gate = Gate()
+    async with asgi(spec("chat", max_in_flight=1, max_queue=2)) as box:
+        box.running.answer = plain(gate=gate)
+        asking = [asyncio.ensure_future(_ask(box, number)) for number in range(3)]
+        await until(lambda: box.pool.entries["chat"].slots.waiting() == 2)
+        refused = await _ask(box, 3)
+        assert (refused.status_code, error_of(refused)["code"]) == (503, "overloaded")
+        gate.opened.set()
+        replies = [await soon(each) for each in asking]
+        assert [call.body["n"] for call in box.running.calls] == [0, 1, 2]
+        assert box.in_flight == 0
+    assert [reply.status_code for reply in replies] == [200] * 3
+
+
+# --- an engine that dies over a request
+
+
+def _dying(times: int, then: Answer) -> Answer:
+    """So many calls end with the engine's death."""
+    left = [True] * times
+
+    async def answer(call: Call) -> Response:
+        if left:
+            left.pop()
+            raise EngineDead("The engine has died.")
+        return await then(call)
+
+    return answer
+
+
+async def test_a_request_is_tried_once_more_if_the_engine_dies_before_it_is_answered() -> None:
+    async with asgi(chat=Plan(FakeRunning(_dying(1, plain())))) as box:
+        reply = await box.client.post(CHAT, json=HI)
+        assert len(box.running.calls) == 2
+        assert box.in_flight == 0
+        assert box.requests(200) == 1
+    assert reply.status_code == 200
+
+
+async def test_it_waits_for_the_engine_that_comes_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deaths, "_FIRST_S", 0.005)
+    async with asgi(spec("chat")) as box:
+
+        async def dies(call: Call) -> Response:
+            if len(box.running.calls) == 1:
+                box.running.dead = True
+                raise EngineDead("The engine has died.")
+            return await plain()(call)
+
+        box.running.answer = dies
+        reply = await soon(box.client.post(CHAT, json=HI))
+    assert reply.status_code == 200
+    assert box.backend.started.count("chat") == 2
+    assert box.in_flight == 0
+
+
+async def test_it_is_not_tried_a_third_time() -> None:
+    async with asgi(chat=Plan(FakeRunning(_dying(2, plain())))) as box:
+        reply = await box.client.post(CHAT, json=HI)
+        assert len(box.running.calls) == 2
+        assert box.in_flight == 0
+    assert (reply.status_code, error_of(reply)["code"]) == (503, "engine_dead")
+
+
+async def test_another_error_is_not_tried_again() -> None:
+    async with asgi(chat=Plan(FakeRunning(failing(EngineError("no"))))) as box:
+        reply = await box.client.post(CHAT, json=HI)
+        assert len(box.running.calls) == 1
+    assert (reply.status_code, error_of(reply)["code"]) == (500, "engine_error")
+
+
+async def test_a_stream_that_has_begun_is_not_tried_again() -> None:
+    async def breaking() -> AsyncGenerator[bytes, None]:
+        yield DATA
+        raise EngineDead("The engine has died.")
+
+    async def answer(_: Call) -> Response:
+        return EventStream(Frames(breaking(), failure))
+
+    async with asgi(chat=Plan(FakeRunning(answer))) as box:
+        reply = await box.client.post(CHAT, json=STREAMED)
+        assert len(box.running.calls) == 1
+    assert (reply.status_code, reply.content) == (200, DATA + b"data: engine_dead\n\n")
+
+
+@pytest.mark.parametrize("text", ["", "hello"], ids=["before its first byte", "in mid-stream"])
+async def test_a_token_stream_is_tried_again_only_before_its_first_byte(text: str) -> None:
+    """Streams whose engine dies, as its output handler says it."""
+    streams: list[TokenStream] = []
+
+    class Dying(Talking):
+        async def begin(self, stream: TokenStream) -> None:
+            await super().begin(stream)
+            asyncio.get_running_loop().call_later(
+                0.01, stream.failed, EngineDead("The engine has died.")
+            )
+
+    def answer() -> TokenStream:
+        streams.append(Dying(text).answer())
+        return streams[-1]
+
+    async with box_of(answer) as box:
+        reply = await soon(box.client.post(CHAT, json=STREAMED))
+        assert box.in_flight == 0
+    if text:
+        assert (reply.status_code, reply.text) == (200, "hellodata: engine_dead\n\n")
+        assert len(streams) == 1
+    else:
+        assert (reply.status_code, error_of(reply)["code"]) == (503, "engine_dead")
+        assert len(streams) == 2
+
+
+# --- deadlines
+
+
+@pytest.mark.parametrize(
+    ("own", "model_s", "told"),
+    [
+        ("0.05", None, "0.05"),
+        (None, 0.05, "0.05"),
+        ("0.05", 60.0, "0.05"),
+        ("60", 0.05, "0.05"),
+    ],
+)
+async def test_the_shorter_deadline_ends_a_request(
+    own: str | None, model_s: float | None, told: str
+) -> None:
+    gate = Gate()
+    headers = {"x-request-timeout": own} if own else {}
+    async with asgi(spec("chat", timeout=model_s)) as box:
+        box.running.answer = plain(gate=gate)
+        reply = await soon(box.client.post(CHAT, json=HI, headers=headers))
+        assert box.in_flight == 0
+        assert box.requests(504) == 1
+    assert gate.cancelled
+    assert (reply.status_code, error_of(reply)["code"]) == (504, "deadline_exceeded")
+    assert error_of(reply)["message"] == f"The request took longer than its {told} s."
+    assert error_of(reply)["type"] == "timeout_error"
+
+
+@pytest.mark.parametrize("token", [True, False], ids=["short way", "long way"])
+async def test_a_deadline_in_mid_stream_is_the_last_event(token: bool) -> None:
+    gate, source = Gate(), Talking("data: 1\n\n")
+    running = Expressed(source.answer) if token else FakeRunning(stream(DATA, gate=gate))
+    async with asgi(chat=Plan(running)) as box:
+        headers = {"x-request-timeout": "0.05"}
+        reply = await soon(box.client.post(CHAT, json=STREAMED, headers=headers))
+        assert box.in_flight == 0
+    assert reply.status_code == 200
+    assert reply.content == DATA + b"data: deadline_exceeded\n\n"
+    assert source.aborts if token else gate.cancelled
+
+
+async def test_a_deadline_ends_a_token_stream_before_its_first_byte() -> None:
+    source = Talking("")
+    async with box_of(source.answer) as box:
+        headers = {"x-request-timeout": "0.02"}
+        reply = await soon(box.client.post(CHAT, json=STREAMED, headers=headers))
+        assert box.in_flight == 0
+    assert (reply.status_code, error_of(reply)["code"]) == (504, "deadline_exceeded")
+    assert source.aborts == 1
+
+
+async def test_a_deadline_in_the_line_is_told_and_the_line_goes_on() -> None:
+    gate = Gate()
+    async with asgi(spec("chat", max_in_flight=1)) as box:
+        box.running.answer = plain(gate=gate)
+        first = asyncio.ensure_future(_ask(box, 0))
+        await soon(gate.reached.wait())
+        last = asyncio.ensure_future(_ask(box, 2))
+        headers = {"x-request-timeout": "0.02"}
+        late = await soon(box.client.post(CHAT, json=HI | {"n": 1}, headers=headers))
+        gate.opened.set()
+        assert [(await soon(each)).status_code for each in (first, last)] == [200, 200]
+        assert [call.body["n"] for call in box.running.calls] == [0, 2]
+    assert (late.status_code, error_of(late)["code"]) == (504, "deadline_exceeded")
+
+
+@pytest.mark.usefixtures("talkative")
+async def test_a_deadline_after_comments_is_the_last_event() -> None:
+    gate = Gate()
+    async with asgi(spec("chat", max_in_flight=1)) as box:
+        box.running.answer = plain(gate=gate)
+        first = asyncio.ensure_future(_ask(box, 0))
+        await soon(gate.reached.wait())
+        headers = {"x-request-timeout": "0.03"}
+        late = await soon(box.client.post(CHAT, json=STREAMED, headers=headers))
+        gate.opened.set()
+        await soon(first)
+    assert late.status_code == 200
+    assert late.content.startswith(b": ")
+    assert b'"code":"deadline_exceeded"' in late.content
+    assert late.content.endswith(b"data: [DONE]\n\n")
+
+
+async def test_a_request_that_is_answered_in_time_is_left_alone() -> None:
+    async with asgi() as box:
+        headers = {"x-request-timeout": "0.02"}
+        reply = await box.client.post(CHAT, json=HI, headers=headers)
+        await asyncio.sleep(0.04)  # nothing cancels this task later
+        assert (await box.client.post(CHAT, json=HI)).status_code == 200
+    assert reply.status_code == 200
+
+
+@pytest.mark.parametrize("given", ["", "abc", "0", "-1", "nan", "inf", "1e999", "1 s", "0x10"])
+async def test_a_timeout_that_is_none_is_refused(given: str) -> None:
+    async with asgi() as box:
+        reply = await box.client.post(CHAT, json=HI, headers={"x-request-timeout": given})
+        assert box.running.calls == []
+    assert (reply.status_code, error_of(reply)["code"]) == (400, "invalid_value")
+    assert error_of(reply)["message"] == (
+        f"x-request-timeout must be seconds, more than 0; it is `{given}`."
+    )

@@ -1,0 +1,321 @@
+"""How replicas get from one state to another: the one owner of these transitions.
+
+Start, sleep, wake, stop, and a new start after a death; and room for whoever comes, which
+others make by going down the ladder of `residency`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from llmserve.errors import LLMServeError, StartupError
+from llmserve.gpulocks import GpuLocks
+from llmserve.gpus import gib
+from llmserve.replica import STARTING, State
+from llmserve.residency import HOST, Level, Resident, room
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from llmserve.metrics import Metrics
+    from llmserve.replica import Backend, Replica, Running
+    from llmserve.residency import Steps, Takes
+
+log = logging.getLogger(__name__)
+
+_LOOK_S = 0.02  # whether somebody has room to give by now
+# How long a replica that is asked for keeps its place when others want it, in times of what
+# its coming cost; one that is idle keeps it for once that.
+_TURN = 5.0
+_TURN_S = (2.0, 60.0)  # not shorter, not longer
+
+
+class Life:
+    """`changed` is told of every change, with the state before it."""
+
+    def __init__(
+        self, backend: Backend, metrics: Metrics, changed: Callable[[Replica, State], None]
+    ) -> None:
+        self._backend = backend
+        self._metrics = metrics
+        self._changed = changed
+        self._booked: dict[Replica, Level] = {}  # what of the memory each may have
+        self._order = GpuLocks()  # of those who want room, first come, first served
+
+    # --- up
+
+    async def start(self, replica: Replica) -> None:
+        """To READY or FAILED, and then down again if it is to start asleep."""
+        await self.bring(replica)
+        if replica.state is State.READY and replica.model.spec.start == "sleeping":
+            await self.rest(replica, Level.HOST)
+
+    async def bring(self, replica: Replica) -> None:
+        """To READY or FAILED from wherever it is."""
+        replica.started = time.monotonic()
+        while self._has_room(replica) or await self._found_room(replica):
+            async with replica.turn:
+                if self._has_room(replica):  # nobody has taken it down meanwhile
+                    if replica.state is not State.READY:
+                        await self._up(replica)
+                    return
+
+    def _has_room(self, replica: Replica) -> bool:
+        return self._booked.get(replica) is Level.READY
+
+    async def _up(self, replica: Replica) -> None:
+        try:
+            if not await self._woke(replica):
+                await self._started(replica)
+        except StartupError as error:
+            await self._failed(replica, error.message)
+        except Exception as error:
+            # Whatever it is, it is this replica's: the others go on.
+            log.exception("model=%s unforeseen", replica.name)
+            await self._failed(replica, f"{type(error).__name__}: {error}")
+        except BaseException:
+            self._book(replica, replica.level)
+            raise
+
+    async def _failed(self, replica: Replica, note: str) -> None:
+        await self.end(replica)
+        self._book(replica, Level.STOPPED)
+        pause_s = replica.failures.pause_s(0.0)
+        replica.again_at = math.inf if pause_s is None else time.monotonic() + pause_s
+        self.change(replica, State.FAILED, note)
+
+    async def _started(self, replica: Replica) -> None:
+        await self.end(replica)  # what could not wake
+        replica.running = await self._backend.start(
+            replica.model.spec,
+            replica.number,
+            lambda state, note: self.change(replica, state, note),
+        )
+        self._arrived(replica)
+        await self._prepared(replica, replica.running)
+
+    async def _prepared(self, replica: Replica, running: Running) -> None:
+        """Nobody wants its place before that is done: its first sleep is short then."""
+        if running.sleeps and Level.HOST in replica.holds:
+            try:
+                await running.prepare_sleep()
+            except LLMServeError as error:
+                log.error("model=%s: %s", replica.name, error.message)  # noqa: TRY400
+
+    async def _woke(self, replica: Replica) -> bool:
+        """False if there is no sleeper, or one that has to be started anew."""
+        if replica.running is None or replica.running.dead:
+            return False
+        self.change(replica, State.WAKING)
+        try:
+            async with self._backend.moves(replica.model.spec, replica.number, replica.level):
+                await replica.running.wake()
+        except LLMServeError as error:
+            log.error("model=%s did not wake: %s", replica.name, error.message)  # noqa: TRY400
+            return False
+        self._arrived(replica)
+        return True
+
+    def _arrived(self, replica: Replica) -> None:
+        replica.cost_s[replica.level] = time.monotonic() - replica.started
+        replica.level = Level.READY
+        replica.used = time.monotonic()
+        self.change(replica, State.READY)
+
+    # --- down
+
+    async def rest(self, replica: Replica, level: Level) -> None:
+        """Down to a level that it has, or the next below, once its requests have ended."""
+        level = max(each for each in (Level.STOPPED, *replica.holds) if each <= level)
+        async with replica.turn:
+            if replica.level > level:
+                await self._down(replica, level)
+
+    async def _down(self, replica: Replica, level: Level) -> None:
+        if replica.state is State.READY:
+            self.change(replica, State.DRAINING)
+            while replica.load.requests:  # noqa: ASYNC110  # rare, and a request ends any time
+                await asyncio.sleep(_LOOK_S)
+        running = replica.running
+        if running is not None and running.sleeps and not running.dead and level:
+            try:
+                async with self._backend.moves(replica.model.spec, replica.number):
+                    await running.sleep(level)
+            except LLMServeError as error:
+                log.error("model=%s did not sleep: %s", replica.name, error.message)  # noqa: TRY400
+            else:
+                self._settle(replica, level, State.SLEEPING)
+                return
+        await self.end(replica)
+        self._settle(replica, Level.STOPPED, State.STOPPED)
+
+    def _settle(self, replica: Replica, level: Level, state: State) -> None:
+        replica.level = level
+        self._book(replica, level)
+        self.change(replica, state)
+
+    async def end(self, replica: Replica) -> None:
+        """End an engine, dead or alive, and forget it."""
+        running, replica.running = replica.running, None
+        replica.level = Level.STOPPED
+        if running is None:
+            return
+        try:
+            await running.stop()
+        except Exception:
+            log.exception("model=%s did not stop cleanly", replica.name)
+
+    # --- death
+
+    async def revive(self, replica: Replica) -> None:
+        """End what is left of a dead engine and start another, later each time.
+
+        It keeps its place for the first time.
+        """
+        again = True
+        while again:
+            async with replica.turn:
+                await self.end(replica)
+            await asyncio.sleep(replica.started - time.monotonic())
+            await self.bring(replica)
+            again = replica.state is not State.READY and self.again(replica, replica.note, 0.0)
+
+    def again(self, replica: Replica, note: str, lived_s: float) -> bool:
+        """Whether a dead replica is started again, which it then waits for."""
+        pause_s = replica.deaths.pause_s(lived_s)
+        if pause_s is None:
+            times = replica.deaths.in_a_row
+            self._book(replica, Level.STOPPED)
+            self.change(replica, State.FAILED, f"{note}; {times} times, not started again")
+            return False
+        replica.started = time.monotonic() + pause_s
+        replica.patient = False
+        self.change(replica, State.WAITING, f"{note}; again in {pause_s:g} s")
+        return True
+
+    # --- states
+
+    def change(self, replica: Replica, state: State, note: str = "") -> None:
+        before = replica.state
+        if before in STARTING and state not in STARTING:
+            replica.seconds = time.monotonic() - replica.started
+        replica.state, replica.note = state, note
+        if state is not before:
+            replica.since = time.monotonic()
+        self._changed(replica, before)
+
+    # --- room
+
+    async def _found_room(self, replica: Replica) -> bool:
+        """Keep room for a replica, once others have made it; it fails if there can be none."""
+        takes = self._takes(replica, Level.READY)
+        places = takes.keys() - {HOST} or takes.keys()
+        async with self._order.hold(places, alone=True):
+            async with replica.turn:  # whoever takes it down has done so
+                pass
+            try:
+                await self._make(replica, takes)
+            except StartupError as error:
+                async with replica.turn:
+                    await self._failed(replica, error.message)
+                return False
+            self._booked[replica] = Level.READY
+            return True
+
+    def _book(self, replica: Replica, level: Level) -> None:
+        if level:
+            self._booked[replica] = level
+        else:
+            self._booked.pop(replica, None)
+
+    def _takes(self, replica: Replica, level: Level) -> Takes:
+        return replica.holds.get(level, {})
+
+    async def _make(self, replica: Replica, takes: Takes) -> None:
+        """Until there is room. Raises StartupError if there can be none."""
+        self._unless_hopeless(replica, takes)
+        while (steps := self._steps(replica, takes)) != []:
+            if steps is None:
+                await self._look_again(replica)
+                continue
+            await asyncio.gather(*(self._give_way(*step, replica) for step in steps))
+
+    async def _give_way(self, replica: Replica, level: Level, comer: Replica) -> None:
+        to = level.name.lower()
+        log.info("model=%s gives way to model=%s level=%s", replica.name, comer.name, to)
+        replica.gave_way += 1
+        self._metrics.evictions.labels(replica.model.name, replica.number, to).inc()
+        await self.rest(replica, level)
+
+    async def _look_again(self, replica: Replica) -> None:
+        if replica.state is not State.WAITING:
+            self.change(replica, State.WAITING, "for memory that others hold")
+        await asyncio.sleep(_LOOK_S)
+
+    def _steps(self, replica: Replica, takes: Takes) -> Steps[Replica] | None:
+        """Who goes where; of those with requests only if the others do not suffice."""
+        for busy in (False, True):
+            others = [
+                Resident(
+                    other,
+                    level,
+                    other.holds,
+                    level is other.level
+                    and other.model.name != replica.model.name
+                    and _gives_way(other, busy=busy),
+                    (other.model.spec.priority, -other.idle_s / max(_cost_s(other), _LOOK_S)),
+                )
+                for other, level in self._booked.items()
+                if other is not replica
+            ]
+            steps = room(takes, self._backend.capacity, others)
+            if steps is not None:
+                return steps
+        return None
+
+    def fits(self, replicas: Iterable[Replica]) -> bool:
+        """Whether they find room beside all that are here, with nobody giving way."""
+        wanted: Counter[int] = Counter()
+        for replica in replicas:
+            wanted.update(self._takes(replica, Level.READY))
+        here = [
+            Resident(each, level, each.holds, gives_way=False)
+            for each, level in self._booked.items()
+        ]
+        return room(wanted, self._backend.capacity, here) == []
+
+    def _unless_hopeless(self, replica: Replica, takes: Takes) -> None:
+        pinned = [
+            self._takes(each, level)
+            for each, level in self._booked.items()
+            if each.model.spec.pinned and each is not replica
+        ]
+        for place, capacity in self._backend.capacity.items():
+            free = capacity - sum(takes.get(place, 0) for takes in pinned)
+            if takes.get(place, 0) > free:
+                where = "server.host_memory" if place == HOST else f"GPU {place}"
+                raise StartupError(
+                    f"it needs {gib(takes[place])}, and {gib(free)} of {where} are not pinned"
+                )
+
+
+def _gives_way(replica: Replica, *, busy: bool) -> bool:
+    if replica.model.spec.pinned or replica.turn.locked():
+        return False
+    if replica.state is not State.READY:
+        return replica.state is State.SLEEPING
+    stayed_s = time.monotonic() - replica.since
+    if not replica.load.requests:
+        return stayed_s >= min(_cost_s(replica), _TURN_S[1])
+    shortest, longest = _TURN_S
+    return busy and stayed_s >= min(max(shortest, _TURN * _cost_s(replica)), longest)
+
+
+def _cost_s(replica: Replica) -> float:
+    """What it took to be ready again, from as near as it has come."""
+    return min(replica.cost_s.values(), default=0.0)

@@ -1,0 +1,877 @@
+"""Sleep without a GPU: `llmserve.hostcopy` on memory that is made up, and vLLM's names that it needs."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import itertools
+import threading
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmserve.errors import EngineError
+from llmserve.residency import Level
+from tests.contract.test_engine import spec
+from tests.contract.test_worker import called, class_of, parameters, source, tree_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from vllm.device_allocator import AllocationData
+
+    from llmserve.hostcopy import HostCopies
+
+HOST = 1 << 40  # host addresses lie above
+MIB = 1 << 20
+
+
+# --- arithmetic of spans
+
+
+def bytes_of(spans: Any) -> list[int]:
+    return [byte for start, stop in spans for byte in range(start, stop)]
+
+
+SPANS = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 12)), max_size=8).map(
+    lambda drawn: [(start, start + size) for start, size in drawn]
+)
+
+
+@settings(deadline=None)  # the first call imports vLLM
+@given(spans=SPANS)
+def test_merged_spans_cover_the_same_in_order_and_apart(spans: list[tuple[int, int]]) -> None:
+    from llmserve.hostcopy import merged
+
+    united = merged(spans)
+    assert bytes_of(united) == sorted(set(bytes_of(spans)))
+    assert all(one[1] < next_[0] for one, next_ in itertools.pairwise(united))
+
+
+@settings(deadline=None)
+@given(spans=SPANS, holes=SPANS)
+def test_what_is_left_without_holes(
+    spans: list[tuple[int, int]], holes: list[tuple[int, int]]
+) -> None:
+    from llmserve.hostcopy import merged, without
+
+    left = without(merged(spans), merged(holes))
+    assert bytes_of(left) == sorted(set(bytes_of(spans)) - set(bytes_of(holes)))
+
+
+def test_spans_that_touch_stay_two() -> None:
+    """They are two allocations: no copy may reach over both."""
+    from llmserve.hostcopy import without
+
+    assert without([(0, 4), (4, 8)], [(2, 3)]) == [(0, 2), (3, 4), (4, 8)]
+
+
+@settings(deadline=None)
+@given(spans=SPANS, size=st.integers(1, 20))
+def test_pieces_fill_one_buffer_after_another(spans: list[tuple[int, int]], size: int) -> None:
+    from llmserve.hostcopy import merged, pieces
+
+    apart = merged(spans)
+    cut = list(pieces(apart, size))
+    assert bytes_of((piece.device, piece.device + piece.size) for piece in cut) == bytes_of(apart)
+    placed = [piece.buffer * size + piece.offset for piece in cut]
+    ends = [at + piece.size for at, piece in zip(placed, cut, strict=True)]
+    assert [0, *ends[:-1]] == placed or not cut
+    assert all(0 < piece.size <= size - piece.offset for piece in cut)
+
+
+# --- a worker's memory, made up
+
+
+class Buffer:
+    def __init__(self, memory: Memory, size: int) -> None:
+        self.address = max((HOST, *(at + len(own) for at, own in memory.pinned.items()))) + MIB
+        self._memory = memory
+        memory.pinned[self.address] = bytearray(size)
+
+    def free(self) -> None:
+        del self._memory.pinned[self.address]
+
+
+class Memory:
+    """Copies are done when they are waited for; what is not mapped cannot be touched."""
+
+    def __init__(self, **sizes: int) -> None:
+        from vllm.device_allocator import AllocationData
+
+        self.found: dict[int, AllocationData] = {}
+        self.mapped: dict[int, bytearray] = {}
+        self.pinned: dict[int, bytearray] = {}
+        self.host_bytes = self.device_bytes = 1 << 30
+        self.copied_bytes = 0
+        self.threads: set[str] = set()
+        self._begun: list[tuple[int, int, int]] = []
+        for at, (tag, size) in enumerate(sizes.items(), start=1):
+            handle = (0, size, at * MIB, at)
+            self.found[at * MIB] = AllocationData(handle, tag)
+            self.mapped[at * MIB] = bytearray([at]) * size
+
+    @property
+    def allocations(self) -> Mapping[int, AllocationData]:
+        return self.found
+
+    def at(self, tag: str) -> int:
+        return next(address for address, data in self.found.items() if data.tag == tag)
+
+    def write(self, address: int, contents: bytes) -> None:
+        area, offset = self._area(address)
+        area[offset : offset + len(contents)] = contents
+
+    def read(self, address: int, size: int) -> bytes:
+        area, offset = self._area(address)
+        assert offset + size <= len(area)
+        return bytes(area[offset : offset + size])
+
+    def _area(self, address: int) -> tuple[bytearray, int]:
+        for areas in (self.mapped, self.pinned):
+            for start, area in areas.items():
+                if start <= address < start + len(area):
+                    return area, address - start
+        raise AssertionError(f"{address:#x} is neither mapped nor pinned")
+
+    def map(self, handle: Any) -> None:
+        _, size, address, _ = handle
+        assert address not in self.mapped
+        if sum(map(len, self.mapped.values())) + size > self.device_bytes:
+            raise RuntimeError("CUDA Error: out of memory at cumem_allocator.cpp:120")
+        self.mapped[address] = bytearray(b"\xee") * size
+
+    def unmap(self, handle: Any) -> None:
+        assert not self._begun
+        del self.mapped[handle[2]]
+
+    def pin(self, size: int) -> Buffer:
+        if sum(map(len, self.pinned.values())) + size > self.host_bytes:
+            raise MemoryError("the host is full")
+        return Buffer(self, size)
+
+    def copy(self, target: int, source: int, size: int) -> None:
+        assert (target < HOST) != (source < HOST)
+        self._begun.append((target, source, size))
+        self.threads.add(threading.current_thread().name)
+
+    def copied(self) -> None:
+        while self._begun:
+            target, source, size = self._begun.pop(0)
+            self.write(target, self.read(source, size))
+            self.copied_bytes += size
+
+    def settle(self) -> None:
+        self.copied()
+
+    def enter(self) -> None:
+        self.threads.add(threading.current_thread().name)
+
+
+@pytest.fixture
+def memory(monkeypatch: pytest.MonkeyPatch) -> Memory:
+    monkeypatch.setattr("llmserve.hostcopy.BUFFER_BYTES", 64)
+    return Memory(weights=1000, kv_cache=2000, runtime=30, workspace=500, default=70)
+
+
+@pytest.fixture
+def copies(memory: Memory) -> HostCopies:
+    """Of a model with parameters in all its weights' memory but 100 bytes in the middle."""
+    from llmserve.hostcopy import HostCopies
+
+    start = memory.at("weights")
+    # The last is elsewhere: weights that vLLM leaves on the host.
+    spans = [(start + 500, start + 1000), (start, start + 400), (HOST, HOST + 9)]
+    return HostCopies(memory, lambda: spans)
+
+
+def contents(memory: Memory, *tags: str) -> list[bytes]:
+    return [memory.read(memory.at(tag), len(memory.mapped[memory.at(tag)])) for tag in tags]
+
+
+def prepared(copies: HostCopies) -> None:
+    copies.prepare()
+    while not copies.prepared():
+        threading.Event().wait(0.001)
+
+
+def test_all_that_is_kept_comes_back(memory: Memory, copies: HostCopies) -> None:
+    weights = bytes(range(250)) * 4
+    memory.write(memory.at("weights"), weights)
+    for _ in range(2):
+        copies.suspend(1)
+        assert not memory.mapped
+        assert all(data.is_asleep for data in memory.found.values())
+        assert copies.state() == "SUSPENDED"
+        copies.resume()
+        assert contents(memory, "weights", "runtime") == [weights, b"\x03" * 30]
+        assert contents(memory, "kv_cache")[0] == b"\xee" * 2000  # whatever was there
+        assert not any(data.is_asleep for data in memory.found.values())
+        assert copies.state() == "RUNNING"
+
+
+def test_what_changes_is_copied_at_each_sleep_and_parameters_once(
+    memory: Memory, copies: HostCopies
+) -> None:
+    prepared(copies)
+    assert memory.copied_bytes == 900
+    counter = memory.at("weights") + 450
+    for value in (b"\x07", b"\x08"):
+        memory.write(counter, value)
+        before = memory.copied_bytes
+        copies.suspend(1)
+        assert memory.copied_bytes - before == 100 + 30
+        copies.resume()
+        assert memory.read(counter, 1) == value
+
+
+def test_preparing_is_done_elsewhere_and_once(memory: Memory, copies: HostCopies) -> None:
+    assert copies.prepared() is False
+    prepared(copies)
+    copies.prepare()
+    assert copies.prepared()
+    assert memory.copied_bytes == sum(map(len, memory.pinned.values())) == 900
+    assert {name[:9] for name in memory.threads} == {"host-copy"}
+
+
+def test_without_parameters_that_stay_all_is_copied_at_each_sleep(memory: Memory) -> None:
+    from llmserve.hostcopy import HostCopies
+
+    copies = HostCopies(memory, lambda: ())
+    prepared(copies)
+    assert not memory.pinned
+    for value in (b"\x07", b"\x08"):
+        memory.write(memory.at("weights"), value * 1000)
+        copies.suspend(1)
+        copies.resume()
+        assert contents(memory, "weights") == [value * 1000]
+    copies.suspend(2)
+    assert not copies.lost
+    copies.resume()
+    assert contents(memory, "weights") == [b"\x08" * 1000]
+
+
+@pytest.mark.parametrize("by_way_of_the_host", [True, False])
+def test_at_level_2_parameters_alone_are_lost(
+    memory: Memory, copies: HostCopies, *, by_way_of_the_host: bool
+) -> None:
+    prepared(copies)
+    if by_way_of_the_host:
+        copies.suspend(1)
+        copies.forget()
+    else:
+        copies.suspend(2)
+    assert copies.lost
+    assert sum(map(len, memory.pinned.values())) == 100 + 30
+    copies.resume(["weights"])
+    (weights,) = contents(memory, "weights")
+    assert weights == b"\xee" * 400 + b"\x01" * 100 + b"\xee" * 500
+    # Read again by the worker, they are copied anew.
+    memory.write(memory.at("weights"), b"\x05" * 400)
+    memory.write(memory.at("weights") + 500, b"\x05" * 500)
+    copies.lost = False
+    copies.resume()
+    prepared(copies)
+    copies.suspend(1)
+    copies.resume()
+    assert contents(memory, "weights") == [b"\x05" * 400 + b"\x01" * 100 + b"\x05" * 500]
+
+
+def test_the_kv_cache_alone(memory: Memory, copies: HostCopies) -> None:
+    copies.discard(("kv_cache",))
+    assert memory.mapped.keys() == memory.found.keys() - {memory.at("kv_cache")}
+    copies.resume()
+    assert memory.mapped.keys() == memory.found.keys()
+    assert contents(memory, "weights", "workspace") == [b"\x01" * 1000, b"\x04" * 500]
+
+
+def test_from_no_kv_cache_to_no_weights(memory: Memory, copies: HostCopies) -> None:
+    copies.discard(("kv_cache",))
+    copies.suspend(1)
+    assert not memory.mapped
+    copies.resume()
+    assert contents(memory, "weights") == [b"\x01" * 1000]
+
+
+def test_a_tag_comes_with_all_that_cannot_be_deferred(memory: Memory, copies: HostCopies) -> None:
+    copies.suspend(1)
+    copies.resume(["weights"])
+    assert memory.mapped.keys() == memory.found.keys() - {memory.at("kv_cache")}
+    copies.resume(["kv_cache"])
+    assert contents(memory, "weights", "runtime") == [b"\x01" * 1000, b"\x03" * 30]
+
+
+@pytest.mark.parametrize("room", [100, 1500])
+def test_without_room_on_the_gpu_it_sleeps_on(
+    memory: Memory, copies: HostCopies, room: int
+) -> None:
+    copies.suspend(1)
+    memory.device_bytes = room
+    with pytest.raises(RuntimeError, match="free GPU memory") as raised:
+        copies.resume()
+    assert "out of memory" in str(raised.value)
+    assert not memory.mapped
+    assert copies.state() == "SUSPENDED"
+    memory.device_bytes = 1 << 30
+    copies.resume()
+    assert contents(memory, "weights", "runtime") == [b"\x01" * 1000, b"\x03" * 30]
+
+
+@pytest.mark.parametrize("room", [500, 950], ids=["for no parameters", "for these alone"])
+def test_without_room_on_the_host_it_stays_awake(
+    memory: Memory, copies: HostCopies, room: int
+) -> None:
+    memory.host_bytes = room
+    with pytest.raises(MemoryError, match="the host is full"):
+        copies.suspend(1)
+    assert memory.mapped.keys() == memory.found.keys()
+    memory.host_bytes = 1 << 30
+    copies.suspend(1)
+    copies.resume()
+    assert contents(memory, "weights", "runtime") == [b"\x01" * 1000, b"\x03" * 30]
+
+
+def test_what_could_not_be_prepared_is_told_and_takes_nothing(
+    memory: Memory, copies: HostCopies
+) -> None:
+    memory.host_bytes = 500
+    with pytest.raises(MemoryError, match="the host is full"):
+        prepared(copies)
+    assert not memory.pinned
+    memory.host_bytes = 1 << 30
+    prepared(copies)
+    assert len(memory.pinned) == -(-900 // 64)
+
+
+# --- pinned memory
+
+
+class Cudart:
+    """Registers host memory if it may."""
+
+    def __init__(self, code: int = 0) -> None:
+        self.code = code
+        self.registered: list[int] = []
+        self.drained = 0
+
+    def cudaHostRegister(self, address: int, size: int) -> int:  # noqa: N802  # CUDA's names
+        assert size == 5000
+        self.registered.append(address)
+        return self.code
+
+    def cudaHostUnregister(self, address: int) -> int:  # noqa: N802
+        self.registered.remove(address)
+        return 0
+
+    def cudaGetLastError(self) -> int:  # noqa: N802
+        self.drained += 1
+        return self.code
+
+    def cudaGetErrorString(self, code: int) -> str:  # noqa: N802
+        return f"error {code}"
+
+
+def test_pinned_memory_can_be_written_and_goes_back() -> None:
+    import ctypes
+
+    from llmserve.hostcopy import _Pinned
+
+    cudart = Cudart()
+    pinned = _Pinned(cudart, 5000)
+    ctypes.memset(pinned.address, 7, 5000)
+    assert ctypes.string_at(pinned.address, 5000) == b"\x07" * 5000
+    assert cudart.registered == [pinned.address]
+    pinned.free()
+    assert not cudart.registered
+
+
+def test_memory_that_cannot_be_pinned_says_what_to_do() -> None:
+    from llmserve.hostcopy import _Pinned
+
+    cudart = Cudart(code=2)
+    with pytest.raises(MemoryError, match=r"could not be pinned \(error 2\); lower `host_memory`"):
+        _Pinned(cudart, 5000)
+    assert cudart.drained == 1
+
+
+# --- what of vLLM's the copies build on
+
+
+def test_the_allocator_is_as_it_was() -> None:
+    import dataclasses
+
+    from vllm.device_allocator import DEFERRABLE_TAGS, AllocationData, cumem
+
+    fields = {field.name for field in dataclasses.fields(AllocationData)}
+    assert fields == {"handle", "tag", "cpu_backup_tensor", "is_asleep"}
+    assert DEFERRABLE_TAGS == ("weights", "kv_cache")
+    for function in (cumem.create_and_map, cumem.unmap_and_release):
+        assert [name for name, _, _ in parameters(function)] == ["allocation_handle"]
+    allocator = cumem.CuMemAllocator()
+    assert allocator.pointer_to_data == {}
+    assert allocator.allocator_and_pools == {}
+    assert cumem.CuMemAllocator.instance is None
+    stores = "self.pointer_to_data[py_d_mem] = AllocationData(allocation_handle, self.current_tag)"
+    text = ast.unparse(tree_of(cumem.CuMemAllocator._python_malloc_callback))
+    assert stores in text
+    assert "py_d_mem = allocation_handle[2]" in text
+    looked_up = "self.pointer_to_data.get(allocation['address'])"
+    assert looked_up in ast.unparse(tree_of(cumem.CuMemAllocator._trim))
+
+
+def test_handles_are_as_they_were() -> None:
+    comment = "# py_device, py_size_or_aligned_size, py_ptr, py_handle"
+    assert comment in source("device_allocator/__init__.py")
+
+
+def test_vllm_keeps_what_we_keep() -> None:
+    from vllm.device_allocator.sleep_mode_backend import CuMemBackend
+
+    from llmserve.hostcopy import _KEPT
+
+    text = ast.unparse(tree_of(CuMemBackend.suspend))
+    assert "offload_tags: tuple[str, ...] = ('runtime', 'cudagraph')" in text
+    assert "offload_tags = ('weights', *offload_tags)" in text
+    assert _KEPT == ("weights", "runtime", "cudagraph")
+
+
+def test_a_backend_is_asked_the_same() -> None:
+    from vllm.device_allocator.sleep_mode_backend import SleepModeBackend
+
+    from llmserve.hostcopy import HostCopies
+
+    for name in ("suspend", "resume", "discard"):
+        ours, theirs = getattr(HostCopies, name), getattr(SleepModeBackend, name)
+        assert parameters(ours) == parameters(theirs)
+    assert not inspect.isabstract(HostCopies)
+
+
+def test_cuda_s_functions_are_those_of_vllm_s_wrapper() -> None:
+    from vllm.distributed.device_communicators.cuda_wrapper import CudaRTLibrary
+
+    assert inspect.signature(CudaRTLibrary.cudaHostRegister).parameters["flags"].default == 0
+    for name in ("cudaHostUnregister", "cudaGetLastError", "cudaGetErrorString", "CUDART_CHECK"):
+        assert callable(getattr(CudaRTLibrary, name))
+    assert "self.lib = " in inspect.getsource(CudaRTLibrary.__init__)
+    assert "libcudart = CudaRTLibrary()" in source("device_allocator/cumem.py")
+
+
+def test_without_an_allocator_nothing_was_trimmed() -> None:
+    from llmserve.hostcopy import trimmed_bytes
+
+    assert trimmed_bytes() == 0
+
+
+def test_segments_given_back_behind_torch_s_back_are_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from vllm.device_allocator.cumem import CuMemAllocator
+
+    from llmserve.hostcopy import trimmed_bytes
+
+    def pool(*addresses: int) -> Any:
+        segments = [{"address": at, "total_size": at * 10, "allocated_size": 0} for at in addresses]
+        return SimpleNamespace(snapshot=lambda: segments), object()
+
+    allocator = CuMemAllocator()
+    allocator.pointer_to_data = {1: None, 2: None}
+    allocator.allocator_and_pools = {"weights": [pool(1, 3), pool(4)], "kv_cache": [pool(2)]}
+    monkeypatch.setattr(CuMemAllocator, "instance", allocator)
+    assert trimmed_bytes() == 70
+
+
+# --- the worker
+
+
+class Backend:
+    lost = False
+
+    def __init__(self) -> None:
+        self.asked: list[Any] = []
+
+    def suspend(self, level: int) -> None:
+        self.asked.append(level)
+        self.lost = level == 2
+
+    def resume(self, tags: list[str] | None) -> None:
+        self.asked.append(tags)
+
+    def forget(self) -> None:
+        self.asked.append("forget")
+        self.lost = True
+
+
+@pytest.fixture
+def worker(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Ours, of an engine that can sleep, with vLLM's `wake_up`."""
+    import torch
+    from vllm.config.load import LoadConfig
+    from vllm.v1.worker.gpu_worker import Worker
+
+    from llmserve.worker import GpuWorker
+
+    monkeypatch.setattr(Worker, "__init__", lambda _: None)
+    monkeypatch.setattr(Worker, "synchronize_device", lambda _: None)
+    monkeypatch.setattr(
+        Worker, "reload_weights", lambda own: own.sleep_mode_backend.asked.append("reload")
+    )
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    made: Any = GpuWorker()
+    made._sleep_mode_backend = Backend()
+    made._sleep_saved_buffers = made._sleep_saved_draft_buffers = {}
+    made._sleep_saved_parameters = {}
+    made.model_config = SimpleNamespace(enable_sleep_mode=True, enable_nccl_comm_suspend=False)
+    made.vllm_config = SimpleNamespace(
+        model_config=made.model_config,
+        parallel_config=SimpleNamespace(enable_eplb=False),
+        weight_transfer_config=None,
+    )
+    made.load_config = LoadConfig()
+    return made
+
+
+def test_names_of_our_own_are_not_vllm_s() -> None:
+    from llmserve.worker import GpuWorker
+
+    ours = {"prepare_sleep", "sleep_prepared", "forget_copies", "_unchanging", "_unless_read_once"}
+    assert ours <= vars(GpuWorker).keys()
+    for file in ("worker_base.py", "gpu_worker.py", "cpu_worker.py"):
+        nodes = list(ast.walk(ast.parse(source(f"v1/worker/{file}"))))
+        assert not ours & {getattr(node, "name", None) for node in nodes}
+        assert not ours & {getattr(node, "attr", None) for node in nodes}
+
+
+@pytest.mark.parametrize("name", ["sleep", "wake_up"])
+def test_the_worker_is_asked_the_same(name: str) -> None:
+    from vllm.v1.worker.gpu_worker import Worker
+
+    from llmserve.worker import GpuWorker
+
+    assert parameters(getattr(GpuWorker, name)) == parameters(getattr(Worker, name))
+
+
+def test_vllm_s_worker_asks_the_backend_for_all() -> None:
+    from vllm.v1.worker.gpu_worker import Worker
+
+    asks = {"sleep": "suspend(level)", "wake_up": "resume(tags)", "discard": "discard(tags)"}
+    for method, call in asks.items():
+        text = ast.unparse(tree_of(getattr(Worker, method)))
+        assert f"self.sleep_mode_backend.{call}" in text
+    assert isinstance(vars(Worker)["sleep_mode_backend"], property)
+    assert "self._sleep_mode_backend: SleepModeBackend | None = None" in inspect.getsource(
+        Worker.__init__
+    )
+
+
+def test_no_engine_argument_names_a_backend() -> None:
+    """Else ours could be registered and named, instead of the worker's property."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    assert not hasattr(AsyncEngineArgs, "sleep_mode_backend")
+
+
+def test_weights_are_read_again_only_when_they_are_lost(worker: Any) -> None:
+    asked = worker.sleep_mode_backend.asked
+    worker.sleep(1)
+    worker.wake_up()
+    assert asked == [1, None]
+    worker.sleep(2)
+    worker.wake_up(["weights"])
+    worker.wake_up()
+    assert asked[2:] == [2, ["weights"], "reload", None]
+    worker.sleep(1)
+    worker.forget_copies()
+    worker.wake_up(["kv_cache"])
+    worker.wake_up(["weights"])
+    assert asked[6:] == [1, "forget", ["kv_cache"], ["weights"], "reload"]
+
+
+def test_weights_that_cannot_be_read_again_are_not_given_up(worker: Any) -> None:
+    from vllm.config.load import LoadConfig
+
+    worker.load_config = LoadConfig(load_format="dummy")
+    for give_up in (lambda: worker.sleep(2), worker.forget_copies):
+        with pytest.raises(ValueError, match="load_format dummy cannot be read again"):
+            give_up()
+    assert worker.sleep_mode_backend.asked == []
+
+
+def test_loaders_that_read_again_are_told_by_the_method_that_vllm_looks_for() -> None:
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+    from vllm.model_executor.model_loader.reload.inplace import reload_weights
+
+    assert hasattr(DefaultModelLoader, "get_all_weights")
+    assert "hasattr(model_loader, 'get_all_weights')" in ast.unparse(tree_of(reload_weights))
+    for file in ("v1/worker/gpu_model_runner.py", "v1/worker/gpu/model_runner.py"):
+        arguments = class_of(file, "GPUModelRunner")["reload_weights"].args
+        assert len(arguments.defaults) == len(arguments.args) - 1
+
+
+def test_parameters_are_those_of_the_model_within_their_storage(worker: Any) -> None:
+    import torch
+
+    model = torch.nn.Linear(4, 2, bias=False)
+    model.seen_twice = torch.nn.Parameter(torch.ones(3).expand(5, 3), requires_grad=False)
+    model.turned = torch.nn.Parameter(torch.ones(2, 6).t(), requires_grad=False)
+    worker.model_runner = SimpleNamespace(get_model=lambda: model)
+    spans = {start: stop - start for start, stop in worker._unchanging()}
+    assert spans == {
+        model.weight.data_ptr(): 32,
+        model.seen_twice.data_ptr(): 12,
+        model.turned.data_ptr(): 48,
+    }
+
+
+@pytest.mark.parametrize("change", ["eplb", "weight_transfer"])
+def test_where_weights_change_none_stays(worker: Any, change: str) -> None:
+    import torch
+
+    worker.model_runner = SimpleNamespace(get_model=lambda: torch.nn.Linear(4, 2))
+    assert list(worker._unchanging())
+    worker.vllm_config.parallel_config.enable_eplb = change == "eplb"
+    if change == "weight_transfer":
+        worker.vllm_config.weight_transfer_config = object()
+    assert list(worker._unchanging()) == []
+
+
+def test_configs_tell_what_changes_weights() -> None:
+    from vllm.config import ParallelConfig, VllmConfig
+
+    assert ParallelConfig().enable_eplb is False
+    assert VllmConfig().weight_transfer_config is None
+
+
+def test_a_worker_on_a_cpu_does_what_vllm_s_does() -> None:
+    """Which is to say that it does nothing."""
+    from vllm.v1.worker.gpu_worker import Worker
+
+    from llmserve.worker import GpuWorker
+
+    assert {"sleep", "wake_up"} <= class_of("v1/worker/cpu_worker.py", "CPUWorker").keys()
+    asked: list[Any] = []
+    own: dict[str, Any] = {
+        "__init__": lambda _: None,
+        "sleep": lambda _, level: asked.append(level),
+        "wake_up": lambda _, tags: asked.append(tags),
+    }
+    base = type("OfCpus", (Worker,), own)
+    worker: Any = type("CpuWorker", (GpuWorker, base), {})()
+    worker.model_config = SimpleNamespace(enable_sleep_mode=False)
+    worker._sleep_mode_backend = None
+    worker.sleep(1)
+    worker.wake_up(["weights"])
+    assert asked == [1, ["weights"]]
+    assert worker._sleep_mode_backend is None
+
+
+# --- who asks the worker
+
+
+class Workers:
+    """What an executor asks its workers."""
+
+    def __init__(self) -> None:
+        self.asked: list[Any] = []
+        self.fails: str | None = None
+
+    def __call__(self, method: str, args: Any = (), kwargs: Any = None) -> list[Any]:
+        if method == self.fails:
+            raise RuntimeError("no room")
+        self.asked.append((method, *args, *(kwargs or {}).values()))
+        return [True]
+
+
+@pytest.fixture
+def executor(monkeypatch: pytest.MonkeyPatch) -> Any:
+    from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+    made = object.__new__(UniProcExecutor)
+    made.sleeping_tags = set()
+    made.collective_rpc = Workers()
+    return made
+
+
+class Core:
+    """vLLM's executor under the calls that its client makes."""
+
+    def __init__(self, executor: Any) -> None:
+        self.executor = executor
+        self.outputs_queue = SimpleNamespace(empty=lambda: True)
+        self.paused = False
+
+    async def pause_scheduler_async(self, mode: str = "abort", clear_cache: bool = True) -> None:
+        assert (mode, clear_cache) == ("abort", False)
+        self.paused = True
+
+
+class Client:
+    """AsyncLLM's methods over that, without the process between."""
+
+    def __init__(self, executor: Any) -> None:
+        self.executor = executor
+        self.engine_core = Core(executor)
+
+    async def collective_rpc(self, method: str) -> list[Any]:
+        answers: list[Any] = self.executor.collective_rpc(method)
+        return answers
+
+    async def release_kv_cache_memory(self) -> None:
+        assert self.engine_core.paused
+        assert not self.executor.is_sleeping
+        self.executor.discard(("kv_cache",))
+
+    async def sleep(self, level: int) -> None:
+        self.executor.sleep(level)
+
+    async def wake_up(self, tags: list[str] | None = None) -> bool:
+        self.executor.wake_up(tags)
+        return not self.executor.is_sleeping
+
+
+@pytest.fixture
+def engine(executor: Any) -> Any:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    from llmserve.engine import Engine
+    from llmserve.stats import Figures
+
+    client: Any = Client(executor)
+    return Engine(client, AsyncEngineArgs(model="m", enable_sleep_mode=True), Figures("chat"))
+
+
+SLEEP, WAKE = "sleep", "wake_up"
+RELEASE, FORGET = ("discard", ("kv_cache",)), ("forget_copies",)
+FROM_DISK = [(WAKE, ["weights"]), (WAKE, None)]
+
+
+@pytest.mark.parametrize(
+    ("levels", "asked"),
+    [
+        ([Level.KV_RELEASED], [RELEASE, (WAKE, None)]),
+        ([Level.HOST], [(SLEEP, 1), (WAKE, None)]),
+        ([Level.DISK], [(SLEEP, 2), *FROM_DISK]),
+        ([Level.KV_RELEASED, Level.HOST], [RELEASE, (SLEEP, 1), (WAKE, None)]),
+        ([Level.KV_RELEASED, Level.DISK], [RELEASE, (SLEEP, 2), *FROM_DISK]),
+        ([Level.HOST, Level.DISK], [(SLEEP, 1), FORGET, *FROM_DISK]),
+    ],
+    ids=lambda value: "-".join(getattr(each, "name", "") for each in value).strip("-"),
+)
+async def test_down_and_up(engine: Any, levels: list[Level], asked: list[Any]) -> None:
+    workers = engine.client.executor.collective_rpc
+    for _ in range(2):
+        workers.asked.clear()
+        for level in levels:
+            await engine.sleep(level)
+            assert engine.level is level
+            assert engine.client.executor.is_sleeping
+        await engine.wake()
+        assert engine.level is Level.READY
+        assert not engine.client.executor.is_sleeping
+        assert workers.asked == asked
+
+
+async def test_one_that_is_awake_has_nothing_to_wake(engine: Any) -> None:
+    await engine.wake()
+    assert engine.client.executor.collective_rpc.asked == []
+
+
+@pytest.mark.parametrize("to", [Level.HOST, Level.KV_RELEASED, Level.READY])
+async def test_sleep_leads_down_only(engine: Any, to: Level) -> None:
+    await engine.sleep(Level.HOST)
+    with pytest.raises(EngineError, match="the engine is at HOST"):
+        await engine.sleep(to)
+    assert engine.level is Level.HOST
+
+
+async def test_preparing_waits_until_all_workers_are_done(engine: Any) -> None:
+    answers: list[list[Any]] = [[None], [True, False], [True, True]]
+    asked: list[str] = []
+
+    async def rpc(method: str) -> list[Any]:
+        asked.append(method)
+        return answers.pop(0)
+
+    engine.client.collective_rpc = rpc
+    await engine.prepare_sleep()
+    assert asked == ["prepare_sleep", "sleep_prepared", "sleep_prepared"]
+
+
+@pytest.mark.parametrize(("fails", "said"), [("sleep", "sleep at level HOST"), ("wake_up", "wake")])
+async def test_what_fails_is_one_line_and_leaves_the_level(
+    engine: Any, fails: str, said: str
+) -> None:
+    if fails == "wake_up":
+        await engine.sleep(Level.HOST)
+    before = engine.level
+    engine.client.executor.collective_rpc.fails = fails
+    with pytest.raises(EngineError) as raised:
+        await (engine.wake() if fails == "wake_up" else engine.sleep(Level.HOST))
+    assert raised.value.message == f"the engine could not {said}: RuntimeError: no room"
+    assert engine.level is before
+
+
+async def test_an_engine_on_a_cpu_does_not_sleep(engine: Any) -> None:
+    from llmserve.engine import engine_arguments
+
+    engine.arguments = engine_arguments(spec(), sleeps=True)
+    assert not engine.sleeps
+    for refused in (engine.sleep(Level.HOST), engine.prepare_sleep()):
+        with pytest.raises(EngineError, match="cannot sleep"):
+            await refused
+    assert engine.client.executor.collective_rpc.asked == []
+
+
+def test_one_on_cuda_does_if_it_is_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.platforms import current_platform
+
+    from llmserve.engine import engine_arguments
+
+    monkeypatch.setattr(type(current_platform), "is_cuda", lambda _: True)
+    assert engine_arguments(spec(), sleeps=True).enable_sleep_mode is True
+    assert engine_arguments(spec()).enable_sleep_mode is False
+    said = spec(engine={"enable_sleep_mode": False})
+    assert engine_arguments(said, sleeps=True).enable_sleep_mode is False
+
+
+def test_vllm_s_client_and_core_are_asked_by_these_names() -> None:
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.core import EngineCore
+    from vllm.v1.engine.core_client import AsyncMPClient
+
+    assert [name for name, _, _ in parameters(AsyncLLM.sleep)] == ["self", "level", "mode"]
+    assert [name for name, _, _ in parameters(AsyncLLM.wake_up)] == ["self", "tags"]
+    assert [name for name, _, _ in parameters(AsyncLLM.release_kv_cache_memory)] == ["self"]
+    assert [name for name, _, _ in parameters(AsyncMPClient.pause_scheduler_async)] == [
+        "self",
+        "mode",
+        "clear_cache",
+    ]
+    assert parameters(AsyncLLM.collective_rpc)[1][0] == "method"
+    asked = ("_reset_caches", "discard")  # so that a pause need not clear them too
+    assert called(tree_of(EngineCore.release_kv_cache_memory), asked) == list(asked)
+    woken = ("wake_up", "resume_scheduler")
+    assert called(tree_of(EngineCore.wake_up), woken) == list(woken)
+
+
+def test_a_sleeping_core_answers_that_it_sleeps() -> None:
+    """`Engine.responds` asks nothing else."""
+    from vllm.v1.engine.core import EngineCore
+
+    core = object.__new__(EngineCore)
+    core.scheduler = SimpleNamespace(pause_state=None)
+    core.model_executor = SimpleNamespace(is_sleeping=True)
+    assert core.is_sleeping() is True
+
+
+def test_levels_are_vllm_s() -> None:
+    from vllm.v1.engine.core import EngineCore
+
+    from llmserve.engine import _VLLM_LEVELS
+
+    text = inspect.getsource(EngineCore.sleep)
+    assert "Level 1: Offload model weights to CPU, discard KV cache." in text
+    assert "Level 2: Discard all GPU memory." in text
+    assert _VLLM_LEVELS == {Level.HOST: 1, Level.DISK: 2}

@@ -1,0 +1,564 @@
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import re
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
+
+import httpx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import SecretStr
+from starlette.applications import Starlette
+
+from llmserve import admin
+from llmserve.errors import ConfigError, Forbidden, LLMServeError, StartupError
+from llmserve.protocol import error_response
+from tests.listening import listening
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+    from pathlib import Path
+
+    from starlette.requests import Request
+    from starlette.responses import Response
+    from starlette.types import ASGIApp, Receive, Scope, Send
+
+KEY = SecretStr("k\u00e9y")
+
+
+class FakeOperator:
+    """Two models; `done` is what it was asked to do."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.done: list[tuple[Any, ...]] = []
+        self.listeners: set[asyncio.Queue[dict[str, Any]]] = set()
+        self.fails: LLMServeError | None = None
+        self.states = {"chat": "ready", "org/embed": "stopped"}
+
+    def models(self) -> list[dict[str, Any]]:
+        return [self._model("chat", ["gpt-4o"], 2), self._model("org/embed", [], 1)]
+
+    def _model(self, name: str, aliases: list[str], count: int) -> dict[str, Any]:
+        state = self.states[name]
+        return {
+            "name": name,
+            "aliases": aliases,
+            "start": "eager",
+            "pinned": False,
+            "priority": 0,
+            "state": state,
+            "level": state,
+            "in_flight": 3,
+            "queued": 1,
+            "idle_s": 90.0,
+            "swaps": 7,
+            "deaths": 0,
+            "note": "",
+            "replicas": [self._replica(state, number) for number in range(count)],
+        }
+
+    def _replica(self, state: str, number: int) -> dict[str, Any]:
+        up = state == "ready"
+        return {
+            "number": number,
+            "state": state,
+            "level": state,
+            "note": "warm" if up else "",
+            "devices": [number, number + 2],
+            "since_s": 1.0,
+            "start_s": 41.0,
+            "wake_s": 2.25 if up else None,
+            "gpu_bytes": 3 * 2**30 if up else 0,
+            "host_bytes": 0,
+            "pid": 7,
+        }
+
+    async def load(self, name: str) -> None:
+        await self._do("load", name, state="ready")
+
+    async def unload(self, name: str, *, drain: bool) -> None:
+        await self._do("unload", name, drain, state="stopped")
+
+    async def sleep(self, name: str) -> None:
+        await self._do("sleep", name, state="sleeping")
+
+    async def wake(self, name: str) -> None:
+        await self._do("wake", name, state="ready")
+
+    async def _do(self, action: str, name: str, *arguments: object, state: str) -> None:
+        if self.fails is not None:
+            raise self.fails
+        self.done.append((action, name, *arguments))
+        self.states[name] = state
+
+    async def reload(self, *, dry_run: bool) -> dict[str, Any]:
+        if self.fails is not None:
+            raise self.fails
+        self.done.append(("reload", dry_run))
+        return {"changed": True, "lines": ["chat: restarts", "code: added"]}
+
+    async def events(self) -> AsyncIterator[dict[str, Any]]:
+        queue: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        self.listeners.add(queue)
+        try:
+            while True:
+                happened = await queue.get()
+                if happened.get("to") == "broken":
+                    raise LLMServeError("no more events")
+                yield happened
+        finally:
+            self.listeners.discard(queue)
+
+    def happens(self, to: str) -> None:
+        for queue in self.listeners:
+            queue.put_nowait(change(to))
+
+    def log_of(self, name: str, replica: int) -> Path:
+        return self.folder / f"{name.replace('/', '-')}-{replica}.log"
+
+
+def change(to: str) -> dict[str, Any]:
+    return {"at": 0.0, "model": "chat", "replica": 1, "from": "loading", "to": to, "note": "4 s"}
+
+
+def served(operator: FakeOperator, key: SecretStr | None = None) -> ASGIApp:
+    """The routes behind `check`, as the server has them."""
+
+    async def render(_: Request, error: Exception) -> Response:
+        return error_response(cast("LLMServeError", error))
+
+    app = Starlette(routes=admin.table(), exception_handlers={LLMServeError: render})
+    app.state.services = SimpleNamespace(operator=operator)
+
+    async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            admin.check(scope, key)
+        except LLMServeError as error:
+            await error_response(error)(scope, receive, send)
+        else:
+            await app(scope, receive, send)
+
+    return guarded
+
+
+@pytest.fixture
+def operator(tmp_path: Path) -> FakeOperator:
+    return FakeOperator(tmp_path)
+
+
+@pytest.fixture
+def http(operator: FakeOperator) -> httpx.AsyncClient:
+    transport = httpx.ASGITransport(served(operator))
+    return httpx.AsyncClient(transport=transport, base_url="http://localhost:8000/admin")
+
+
+def error_of(reply: httpx.Response) -> dict[str, Any]:
+    body = reply.json()
+    assert body.keys() == {"error"}
+    assert body["error"].keys() == {"message", "type", "param", "code"}
+    error: dict[str, Any] = body["error"]
+    return error
+
+
+async def soon(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+# --- access
+
+
+def scope_of(
+    headers: list[tuple[str, str]] | None = None, client: tuple[str, int] | None = ("127.0.0.1", 1)
+) -> Scope:
+    headers = [("host", "127.0.0.1:8000")] if headers is None else headers
+    raw = [(name.encode(), value.encode()) for name, value in headers]
+    return {"type": "http", "path": "/admin/models", "client": client, "headers": raw}
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "localhost",
+        "LOCALHOST:8000",
+        "127.0.0.1:8000",
+        "127.1.2.3",
+        "[::1]:8000",
+        "[::1]",
+        "[::ffff:127.0.0.1]:1",
+    ],
+)
+@pytest.mark.parametrize("client", ["127.0.0.1", "127.9.9.9", "::1", "::ffff:127.0.0.1"])
+def test_without_a_key_this_machine_may(host: str, client: str) -> None:
+    admin.check(scope_of([("host", host), ("sec-fetch-site", "none")], (client, 1)), None)
+
+
+@pytest.mark.parametrize(
+    "client",
+    [
+        None,
+        ("10.0.0.7", 1),
+        ("::ffff:10.0.0.7", 1),
+        ("fe80::1%eth0", 1),
+        ("testclient", 1),
+        ("", 0),
+    ],
+)
+def test_without_a_key_no_other_machine_may(client: tuple[str, int] | None) -> None:
+    with pytest.raises(Forbidden, match=r"is not a loopback address.*server\.admin_key"):
+        admin.check(scope_of(client=client), None)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Origin",
+        "Forwarded",
+        "Via",
+        "X-Forwarded-For",
+        "X-Forwarded-Host",
+        "X-Forwarded-Proto",
+        "X-Real-IP",
+    ],
+)
+def test_without_a_key_nothing_from_a_page_or_a_proxy_may(name: str) -> None:
+    headers = [("host", "localhost"), (name.lower(), "http://localhost")]
+    with pytest.raises(Forbidden, match=rf"(?i)`{name}`.*set that key"):
+        admin.check(scope_of(headers), None)
+
+
+@pytest.mark.parametrize("site", ["cross-site", "same-site", "same-origin"])
+def test_without_a_key_no_image_of_a_page_may(site: str) -> None:
+    with pytest.raises(Forbidden, match="A web page"):
+        admin.check(scope_of([("host", "localhost"), ("sec-fetch-site", site)]), None)
+
+
+@pytest.mark.parametrize(
+    "hosts",
+    [
+        [],
+        [""],
+        ["evil.example:8000"],
+        ["localhost.evil.example"],
+        ["127.0.0.1.nip.io"],
+        ["evil@localhost"],
+        ["localhost:80:80"],
+        ["localhost/x"],
+        ["[::1"],
+        ["10.0.0.7"],
+        ["0.0.0.0"],
+        ["localhost", "evil.example"],
+    ],
+)
+def test_without_a_key_no_other_host_may(hosts: list[str]) -> None:
+    with pytest.raises(Forbidden, match="The Host header"):
+        admin.check(scope_of([("host", host) for host in hosts]), None)
+
+
+@pytest.mark.parametrize("header", ["authorization", "x-api-key"])
+async def test_with_a_key_whoever_has_it_may_from_anywhere(
+    header: str, operator: FakeOperator
+) -> None:
+    value = "bearer  k\u00e9y" if header == "authorization" else "k\u00e9y"
+    headers = {header.encode(): value.encode(), b"origin": b"http://page.example"}
+    transport = httpx.ASGITransport(served(operator, KEY), client=("10.0.0.7", 1))
+    async with httpx.AsyncClient(transport=transport, base_url="http://box") as far:
+        assert (await far.get("/admin/models", headers=headers)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("headers", "told"),
+    [
+        ({}, "No admin key came"),
+        ({"authorization": "Basic key"}, "No admin key came"),
+        ({"authorization": "Bearer api-key"}, "API keys do not open /admin"),
+        ({"x-api-key": "k"}, "API keys do not open /admin"),
+    ],
+)
+async def test_with_a_key_not_even_this_machine_may_without_it(
+    headers: dict[str, str], told: str, operator: FakeOperator
+) -> None:
+    transport = httpx.ASGITransport(served(operator, KEY))
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as near:
+        reply = await near.get("/admin/models", headers=headers)
+    assert reply.status_code == 401
+    assert told in error_of(reply)["message"]
+
+
+async def test_a_refusal_has_the_one_shape(operator: FakeOperator) -> None:
+    transport = httpx.ASGITransport(served(operator), client=("10.0.0.7", 1))
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as far:
+        reply = await far.post("/admin/models/chat/unload")
+    assert (reply.status_code, error_of(reply)["code"]) == (403, "admin_only")
+    assert operator.done == []
+
+
+@pytest.mark.parametrize("path", ["/admin", "/admin/", "/admin/models"])
+def test_its_paths(path: str) -> None:
+    assert admin.owns(path)
+
+
+@pytest.mark.parametrize("path", ["/", "/administer", "/v1/admin/models", "/Admin/models"])
+def test_others_paths(path: str) -> None:
+    assert not admin.owns(path)
+
+
+def test_every_route_is_behind_the_check() -> None:
+    assert all(admin.owns(route.path) for route in admin.table())
+
+
+# --- models
+
+
+async def test_all_models(http: httpx.AsyncClient, operator: FakeOperator) -> None:
+    assert (await http.get("/models")).json() == {"models": operator.models()}
+
+
+@pytest.mark.parametrize(
+    ("asked", "name"), [("chat", "chat"), ("gpt-4o", "chat"), ("org/embed", "org/embed")]
+)
+async def test_one_model_by_any_of_its_names(
+    asked: str, name: str, http: httpx.AsyncClient
+) -> None:
+    assert (await http.get(f"/models/{asked}")).json()["name"] == name
+
+
+@pytest.mark.parametrize("action", ["load", "unload", "sleep", "wake"])
+async def test_an_unknown_model_is_told_the_known(
+    action: str, http: httpx.AsyncClient, operator: FakeOperator
+) -> None:
+    for reply in (await http.get("/models/chatt"), await http.post(f"/models/chatt/{action}")):
+        assert reply.status_code == 404
+        assert error_of(reply)["message"] == (
+            "The model `chatt` does not exist; did you mean `chat`? "
+            "models here: chat, gpt-4o, org/embed."
+        )
+    assert operator.done == []
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "done", "state"),
+    [
+        ("org/embed/load", b"", ("load", "org/embed"), "ready"),
+        ("gpt-4o/load", b"{}", ("load", "chat"), "ready"),
+        ("chat/unload", b"", ("unload", "chat", True), "stopped"),
+        ("chat/unload", b'{"drain": false}', ("unload", "chat", False), "stopped"),
+        ("chat/sleep", b"", ("sleep", "chat"), "sleeping"),
+        ("org/embed/wake", b"", ("wake", "org/embed"), "ready"),
+    ],
+)
+async def test_a_model_is_steered_and_shown_as_it_is_then(
+    path: str,
+    body: bytes,
+    done: tuple[object, ...],
+    state: str,
+    http: httpx.AsyncClient,
+    operator: FakeOperator,
+) -> None:
+    reply = await http.post(f"/models/{path}", content=body)
+    assert (reply.status_code, reply.json()["state"]) == (200, state)
+    assert operator.done == [done]
+
+
+async def test_a_model_that_does_not_start_says_why(
+    http: httpx.AsyncClient, operator: FakeOperator
+) -> None:
+    operator.fails = StartupError("no such GPU")
+    reply = await http.post("/models/chat/load")
+    assert (reply.status_code, error_of(reply)["message"]) == (500, "no such GPU")
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "told"),
+    [
+        ("models/chat/unload", '{"drain": "no"}', "`drain`: Input should be a valid boolean"),
+        ("models/chat/unload", '{"drian": false}', "`drian`: .* It takes drain"),
+        ("models/chat/load", '{"drain": true}', "It takes no keys"),
+        ("reload", '{"dry_run": 1}', "`dry_run`"),
+        ("reload", "[]", "must be a JSON object"),
+        ("reload", "{", "not valid JSON"),
+    ],
+)
+async def test_a_body_that_is_not_understood_does_nothing(
+    path: str, body: str, told: str, http: httpx.AsyncClient, operator: FakeOperator
+) -> None:
+    reply = await http.post(path, content=body)
+    assert reply.status_code == 400
+    assert re.search(told, error_of(reply)["message"])
+    assert operator.done == []
+
+
+async def test_a_large_body_is_refused(http: httpx.AsyncClient, operator: FakeOperator) -> None:
+    allowed = await http.post("/reload", content=b" " * (2**16 - 2) + b"{}")
+    refused = await http.post("/reload", content=b" " * (2**16 - 1) + b"{}")
+    assert (allowed.status_code, refused.status_code) == (200, 413)
+    assert error_of(refused)["message"] == "The body is larger than 65536 bytes."
+    assert operator.done == [("reload", False)]
+
+
+# --- the registry
+
+
+@pytest.mark.parametrize(("body", "dry"), [({}, False), ({"dry_run": True}, True)])
+async def test_the_registry_is_read_again(
+    body: dict[str, bool], dry: bool, http: httpx.AsyncClient, operator: FakeOperator
+) -> None:
+    reply = await http.post("/reload", json=body)
+    assert reply.json() == {"changed": True, "lines": ["chat: restarts", "code: added"]}
+    assert operator.done == [("reload", dry)]
+
+
+async def test_a_bad_registry_is_the_request_s_fault_with_every_problem(
+    http: httpx.AsyncClient, operator: FakeOperator
+) -> None:
+    operator.fails = ConfigError(["models.yaml:2: a", "models.yaml:3: b"])
+    reply = await http.post("/reload")
+    assert reply.status_code == 400
+    assert error_of(reply) == {
+        "message": "models.yaml:2: a\nmodels.yaml:3: b",
+        "type": "invalid_request_error",
+        "param": None,
+        "code": "invalid_registry",
+    }
+
+
+# --- events
+
+
+async def test_events_come_as_they_happen_and_nobody_listens_afterwards(
+    operator: FakeOperator,
+) -> None:
+    async with (
+        listening(served(operator)) as url,
+        httpx.AsyncClient(base_url=url) as client,
+    ):
+        async with client.stream("GET", "/admin/events") as reply:
+            assert reply.headers["content-type"].startswith("text/event-stream")
+            await soon(lambda: operator.listeners)
+            operator.happens("ready")
+            frames = reply.aiter_text()
+            head, data, *_ = (await anext(frames)).split("\n")
+            assert head == "event: state"
+            assert json.loads(data.removeprefix("data: ")) == change("ready")
+        await soon(lambda: not operator.listeners)
+
+
+async def test_events_that_fail_end_with_the_error(operator: FakeOperator) -> None:
+    async with (
+        listening(served(operator)) as url,
+        httpx.AsyncClient(base_url=url) as client,
+        client.stream("GET", "/admin/events") as reply,
+    ):
+        await soon(lambda: operator.listeners)
+        operator.happens("broken")
+        text = "".join([part async for part in reply.aiter_text()])
+    assert text.startswith('event: error\ndata: {"error":{"message":"no more events"')
+
+
+# --- logs
+
+
+async def test_the_last_lines_of_a_replica(http: httpx.AsyncClient, operator: FakeOperator) -> None:
+    operator.log_of("chat", 1).write_text("a\nb\n\u00e9\n", encoding="utf-8")
+    reply = await http.get("/models/gpt-4o/logs", params={"lines": 2, "replica": 1})
+    assert reply.headers["content-type"] == "text/plain; charset=utf-8"
+    assert reply.text == "b\n\u00e9\n"
+
+
+async def test_a_name_with_slashes_has_a_log(
+    http: httpx.AsyncClient, operator: FakeOperator
+) -> None:
+    operator.log_of("org/embed", 0).write_text("x\n" * 300, encoding="utf-8")
+    assert (await http.get("/models/org/embed/logs")).text == "x\n" * 200
+
+
+@pytest.mark.parametrize(
+    ("query", "status", "told"),
+    [
+        ({"replica": 2}, 400, "`chat` has no replica 2; it has 0, 1."),
+        ({"lines": -1}, 400, "`lines`: Input should be greater than or equal to 0"),
+        ({"lines": 100_001}, 400, "`lines`: Input should be less than or equal to 100000"),
+        ({"line": 1}, 400, "It takes lines, replica, follow."),
+        ({"follow": "maybe", "lines": "all"}, 400, "`lines`: .*; `follow`: "),
+        ({}, 404, "`chat` has no log yet"),
+    ],
+)
+async def test_a_log_that_cannot_be_told(
+    query: dict[str, Any], status: int, told: str, http: httpx.AsyncClient
+) -> None:
+    reply = await http.get("/models/chat/logs", params=query)
+    assert reply.status_code == status
+    assert re.search(told, error_of(reply)["message"])
+
+
+async def test_a_log_is_followed_over_a_cut_and_a_new_file(operator: FakeOperator) -> None:
+    log = operator.log_of("chat", 0)
+    log.write_text("one\ntwo\n", encoding="utf-8")
+    async with (
+        listening(served(operator)) as url,
+        httpx.AsyncClient(base_url=url) as client,
+        client.stream("GET", "/admin/models/chat/logs?lines=1&follow=true") as reply,
+    ):
+        text = reply.aiter_text()
+        assert await anext(text) == "two\n"
+        with log.open("a", encoding="utf-8") as more:
+            more.write("three")
+        assert await anext(text) == "three"
+        log.write_text("cut\n", encoding="utf-8")
+        assert await anext(text) == "cut\n"
+        log.replace(log.with_name("old"))
+        log.write_text("longer than before\n", encoding="utf-8")
+        assert await anext(text) == "longer than before\n"
+
+
+async def test_a_log_that_is_not_there_yet_can_be_followed(operator: FakeOperator) -> None:
+    async with (
+        listening(served(operator)) as url,
+        httpx.AsyncClient(base_url=url) as client,
+        client.stream("GET", "/admin/models/chat/logs?follow=true") as reply,
+    ):
+        assert reply.status_code == 200
+        operator.log_of("chat", 0).write_text("new\n", encoding="utf-8")
+        assert await anext(reply.aiter_text()) == "new\n"
+
+
+def test_a_file_that_comes_later_is_new_from_its_start(tmp_path: Path) -> None:
+    tail = admin._Tail(tmp_path / "log", 0)
+    assert tail.read() == b""
+    (tmp_path / "log").write_bytes(b"one\ntwo\n")
+    assert tail.read() == b"one\ntwo\n"
+    assert tail.read() == b""
+
+
+async def test_a_head_of_a_log_that_is_followed_ends(
+    http: httpx.AsyncClient, operator: FakeOperator
+) -> None:
+    operator.log_of("chat", 0).write_text("x\n", encoding="utf-8")
+    async with asyncio.timeout(5):
+        assert (await http.head("/models/chat/logs?follow=true")).status_code == 200
+
+
+def test_a_long_log_is_read_in_blocks(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    whole = b"".join(b"%d\n" % n for n in range(50_000))
+    log.write_bytes(whole)
+    tail = admin._Tail(log, 40_000)
+    parts = list(iter(tail.read, b""))
+    assert b"".join(parts) == b"".join(whole.splitlines(keepends=True)[-40_000:])
+    assert max(map(len, parts)) == 2**16
+
+
+@given(st.lists(st.sampled_from([b"\n", b"a", b"\r", b"bc"])), st.integers(0, 8), st.integers(1, 5))
+def test_the_last_lines_are_those_of_the_text(parts: list[bytes], lines: int, block: int) -> None:
+    text = b"".join(parts)
+    split = io.BytesIO(text).readlines()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(admin, "_BLOCK", block)
+        at = admin._last_lines(io.BytesIO(text), lines)
+    assert text[at:] == b"".join(split[max(0, len(split) - lines) :])

@@ -1,0 +1,522 @@
+"""What a changed registry changes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmserve.config import Config, ModelSpec, ServerSpec, load
+from llmserve.diff import (
+    MODEL_FIELDS,
+    SERVER_FIELDS,
+    Changes,
+    Effect,
+    changes,
+    document,
+    told,
+)
+
+KINDS = ("restarted", "resized", "rebuilt", "live")
+
+
+@pytest.fixture
+def box(tmp_path: Path) -> Path:
+    """A folder with the model folders `m` and `n` and two adapters in it."""
+    for name in ("m", "n", "a1", "a2"):
+        (tmp_path / name).mkdir()
+    return tmp_path
+
+
+def read(folder: Path, text: str) -> Config:
+    file = folder / "models.yaml"
+    file.write_text(text, encoding="utf-8")
+    return load(file)
+
+
+def between(folder: Path, old: str, new: str) -> Changes:
+    return changes(read(folder, old), read(folder, new))
+
+
+def of_models(folder: Path, old: str, new: str) -> Changes:
+    """The two `models:` in flow style."""
+    return between(folder, f"models: {{{old}}}\n", f"models: {{{new}}}\n")
+
+
+def of_chat(folder: Path, old: str, new: str) -> Changes:
+    return of_models(folder, f"chat: {{model: m, {old}}}", f"chat: {{model: m, {new}}}")
+
+
+def of_server(folder: Path, old: str, new: str) -> Changes:
+    models = "models: {chat: {model: m}}\n"
+    return between(folder, f"server: {{{old}}}\n{models}", f"server: {{{new}}}\n{models}")
+
+
+def registry(*specs: ModelSpec, **server: Any) -> Config:
+    return Config(file=Path("models.yaml"), server=ServerSpec(**server), models=specs)
+
+
+def names(of: Changes, kind: str) -> list[str]:
+    return [each.new.name for each in getattr(of, kind)]
+
+
+def renames(of: Changes) -> set[tuple[str, str]]:
+    return {(each.old.name, each.new.name) for each in of.renamed}
+
+
+# --- the tables
+
+
+@pytest.mark.parametrize(
+    ("table", "spec"), [(MODEL_FIELDS, ModelSpec), (SERVER_FIELDS, ServerSpec)]
+)
+def test_the_table_names_every_field(table: dict[str, Effect], spec: type[ModelSpec]) -> None:
+    assert set(table) == set(spec.model_fields)
+
+
+def test_a_field_of_the_server_is_live_or_needs_another_process() -> None:
+    assert set(SERVER_FIELDS.values()) == {Effect.LIVE, Effect.RESTARTED}
+
+
+def test_there_is_a_place_for_every_effect() -> None:
+    assert {effect.name.lower() for effect in Effect} == set(KINDS)
+    assert set(KINDS) < {field.name for field in dataclasses.fields(Changes)}
+
+
+# --- a model's fields
+
+CASES = [
+    ("model: m", "model: n", "restarted", ["model"]),
+    ("devices: [0]", "devices: [1]", "restarted", ["devices"]),
+    ("hidden: false", "devices: [0]", "restarted", ["devices"]),
+    ("tensor_parallel_size: 1", "tensor_parallel_size: 2", "restarted", ["tensor_parallel_size"]),
+    ("concurrency: 1", "concurrency: 2", "restarted", ["concurrency"]),
+    ("kv_cache: 1GiB", "kv_cache: 2GiB", "restarted", ["kv_cache"]),
+    ("memory: 9GiB", "gpu_memory_utilization: 0.5", "restarted", ["gpu_memory_utilization"]),
+    ("hidden: false", "reasoning_parser: qwen3", "restarted", ["reasoning_parser"]),
+    ("loras: {a: a1}", "loras: {a: a2}", "restarted", ["loras.a"]),
+    ("loras: {a: a1}", "loras: {a: a1, b: a2}", "restarted", ["loras.b"]),
+    ("engine: {seed: 1}", "engine: {seed: 2}", "restarted", ["engine.seed"]),
+    ("engine: {seed: 1}", "hidden: false", "restarted", ["engine.seed"]),
+    (
+        "engine: {hf_overrides: {rope: {theta: 1, kind: x}}}",
+        "engine: {hf_overrides: {rope: {theta: 2, kind: x}}}",
+        "restarted",
+        ["engine.hf_overrides.rope.theta"],
+    ),
+    ("aliases: [a]", "aliases: [a, b]", "rebuilt", ["aliases"]),
+    ("chat_template: '{{ 1 }}'", "chat_template: '{{ 2 }}'", "rebuilt", ["chat_template"]),
+    (
+        "chat_template_kwargs: {think: 1}",
+        "chat_template_kwargs: {think: true}",
+        "rebuilt",
+        ["chat_template_kwargs.think"],
+    ),
+    ("hidden: false", "tool_call_parser: hermes", "rebuilt", ["tool_call_parser"]),
+    ("sampling: {top_k: 1}", "sampling: {top_p: 0.5}", "rebuilt", ["sampling.top_p"]),
+    ("hidden: false", "hidden: true", "live", ["hidden"]),
+    ("required: false", "required: true", "live", ["required"]),
+    ("dispatch: lottery", "dispatch: prefix_affinity", "live", ["dispatch"]),
+    ("max_in_flight: 64", "max_in_flight: 128", "live", ["max_in_flight"]),
+    ("max_queue: 0", "max_queue: 5", "live", ["max_queue"]),
+    ("hidden: false", "timeout: 10m", "live", ["timeout"]),
+    ("start: eager", "start: lazy", "live", ["start"]),
+    ("pinned: false", "pinned: true", "live", ["pinned"]),
+    ("priority: 0", "priority: -1", "live", ["priority"]),
+    ("idle: {stop_after: 2h}", "idle: {stop_after: 3h}", "live", ["idle.stop_after"]),
+    ("replicas: 1", "replicas: 2", "resized", ["replicas"]),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "kind", "fields"), CASES)
+def test_a_changed_field(box: Path, old: str, new: str, kind: str, fields: list[str]) -> None:
+    model = "" if old.startswith("model:") else "model: m, "
+    found = of_models(box, f"chat: {{{model}{old}}}", f"chat: {{{model}{new}}}")
+    assert {each: names(found, each) for each in KINDS} == {
+        each: ["chat"] if each == kind else [] for each in KINDS
+    }
+    (change,) = getattr(found, kind)
+    assert set(fields) <= {field.name for field in change.fields}
+    assert found.unchanged == ()
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("timeout: 90s", "timeout: 1.5m"),
+        ("kv_cache: 1GiB", "kv_cache: 1024MiB"),
+        ("devices: ['0']", "devices: [0]"),
+        ("loras: {a: a1, b: a2}", "loras: {b: a2, a: a1}"),
+        ("chat_template: '{{ 1 }}'", "chat_template: template.jinja"),
+        ("replicas: 1", "hidden: false"),
+    ],
+)
+def test_other_words_for_the_same_change_nothing(box: Path, old: str, new: str) -> None:
+    (box / "template.jinja").write_text("{{ 1 }}")
+    found = of_chat(box, old, new)
+    assert found.unchanged == ("chat",)
+    assert told(found) == []
+
+
+def test_a_default_reaches_every_model(box: Path) -> None:
+    models = "models: {a: {model: m}, b: {model: n}}\n"
+    found = between(box, models, f"defaults: {{max_in_flight: 2}}\n{models}")
+    assert names(found, "live") == ["a", "b"]
+
+
+def test_a_template_s_new_text_is_seen_under_its_old_path(box: Path) -> None:
+    template, entry = box / "t.jinja", "models: {chat: {model: m, chat_template: t.jinja}}\n"
+    template.write_text("{{ 1 }}")
+    old = read(box, entry)
+    template.write_text("{{ 2 }}")
+    assert names(changes(old, read(box, entry)), "rebuilt") == ["chat"]
+
+
+def test_the_heaviest_field_decides(box: Path) -> None:
+    live, rebuilt = "max_queue: 3", "sampling: {top_k: 2}"
+    assert names(of_chat(box, "hidden: true", f"{live}, {rebuilt}"), "rebuilt") == ["chat"]
+    found = of_chat(box, "hidden: true", f"{live}, {rebuilt}, replicas: 2")
+    (change,) = found.resized
+    assert {field.name: field.effect for field in change.fields} == {
+        "hidden": Effect.LIVE,
+        "max_queue": Effect.LIVE,
+        "replicas": Effect.RESIZED,
+        "sampling.top_k": Effect.REBUILT,
+    }
+    assert change.rebuilds
+    found = of_chat(box, "hidden: true", f"{live}, replicas: 2, engine: {{seed: 1}}")
+    assert (names(found, "restarted"), found.resized) == (["chat"], ())
+
+
+def test_what_is_live_alone_rebuilds_nothing(box: Path) -> None:
+    (change,) = of_chat(box, "hidden: true", "hidden: false").live
+    assert not change.rebuilds
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "kind"),
+    [
+        ("replicas: 2, devices: [0, 1]", "replicas: 3, devices: [0, 1, 2]", "resized"),
+        ("replicas: 3, devices: [0, 1, 2]", "devices: [0]", "resized"),
+        ("replicas: 2, devices: [0, 1]", "replicas: 3, devices: [1, 0, 2]", "restarted"),
+        ("replicas: 2, devices: [0, 1]", "replicas: 2, devices: [0, 2]", "restarted"),
+        ("replicas: 2", "replicas: 3, devices: [0, 1, 2]", "restarted"),
+        ("replicas: 2, devices: [0, 1]", "replicas: 3", "restarted"),
+        (
+            "replicas: 2, devices: [0, 1]",
+            "tensor_parallel_size: 2, devices: [0, 1]",
+            "restarted",
+        ),
+    ],
+)
+def test_replicas_that_keep_their_gpus_go_on(box: Path, old: str, new: str, kind: str) -> None:
+    assert names(of_chat(box, old, new), kind) == ["chat"]
+
+
+def test_the_lottery_s_weights_go_with_the_replicas(box: Path) -> None:
+    lottery = "dispatch: lottery, "
+    old, new = "replicas: 2, weights: [1, 2]", "replicas: 3, weights: [1, 2, 3]"
+    assert names(of_chat(box, lottery + old, lottery + new), "resized") == ["chat"]
+
+
+# --- models that come and go
+
+
+def test_added_and_removed(box: Path) -> None:
+    found = of_models(box, "a: {model: m}, b: {model: m}", "b: {model: m}, c: {model: n}")
+    assert [spec.name for spec in found.removed] == ["a"]
+    assert [spec.name for spec in found.added] == ["c"]
+    assert found.unchanged == ("b",)
+    assert told(found) == ["a: removed", "c: added"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "pairs"),
+    [
+        # one and one
+        ("a: {model: m}", "b: {model: m}", {("a", "b")}),
+        ("a: {model: m}", "b: {model: m, aliases: [a]}", {("a", "b")}),
+        ("a: {model: m, aliases: [x]}", "b: {model: m, aliases: [y]}", {("a", "b")}),
+        ("a: {model: m}", "b: {model: n}", set()),
+        ("a: {model: m}", "b: {model: m, hidden: true}", set()),
+        # several that are alike
+        ("a: {model: m}, b: {model: m}", "c: {model: m}", set()),
+        ("a: {model: m}", "c: {model: m}, d: {model: m}", set()),
+        ("a: {model: m}, b: {model: m}", "c: {model: m}, d: {model: m}", set()),
+        ("a: {model: m}", "c: {model: m}, d: {model: m, aliases: [a]}", {("a", "d")}),
+        ("a: {model: m, aliases: [x]}, b: {model: m}", "x: {model: m}", {("a", "x")}),
+        (
+            "a: {model: m, aliases: [x]}, b: {model: m}",
+            "c: {model: m}, d: {model: m, aliases: [x]}",
+            {("a", "d"), ("b", "c")},
+        ),
+        (
+            "a: {model: m, aliases: [x]}, b: {model: m, aliases: [y]}",
+            "c: {model: m, aliases: [y]}, d: {model: m, aliases: [x]}",
+            {("a", "d"), ("b", "c")},
+        ),
+        ("a: {model: m, aliases: [x, y]}", "x: {model: m}, y: {model: m}", set()),
+        # two kinds
+        (
+            "a: {model: m}, b: {model: n}",
+            "c: {model: n}, d: {model: m}",
+            {("a", "d"), ("b", "c")},
+        ),
+        # a name that stays is no rename
+        ("a: {model: m}, b: {model: n}", "a: {model: n}, b: {model: m}", set()),
+    ],
+)
+def test_renamed(box: Path, old: str, new: str, pairs: set[tuple[str, str]]) -> None:
+    found = of_models(box, old, new)
+    assert renames(found) == pairs
+    named = {name for pair in pairs for name in pair}
+    assert named.isdisjoint(spec.name for spec in (*found.added, *found.removed))
+
+
+def test_a_renamed_model_s_engine_goes_on(box: Path) -> None:
+    (change,) = of_models(box, "a: {model: m}", "b: {model: m, aliases: [a]}").renamed
+    assert change.effect is Effect.REBUILT
+    assert [field.name for field in change.fields] == ["name", "aliases"]
+
+
+# --- the server
+
+LIVE = [
+    ("api_keys: [one]", "api_keys: [two]", "api_keys"),
+    ("port: 1", "port: 1, admin_key: one", "admin_key"),
+    ("max_body: 1MiB", "max_body: 2MiB", "max_body"),
+    ("drain_timeout: 1", "drain_timeout: 2", "drain_timeout"),
+    ("port: 1", "port: 1, host_memory: 64GiB", "host_memory"),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "name"), LIVE)
+def test_what_the_process_takes_as_it_runs(box: Path, old: str, new: str, name: str) -> None:
+    found = of_server(box, old, new)
+    assert [field.name for field in found.server] == [name]
+    assert found.needs_restart == ()
+    assert found.unchanged == ("chat",)
+
+
+@pytest.mark.parametrize(
+    ("new", "names_of"),
+    [
+        ("port: 1", ("port",)),
+        ("host: 0.0.0.0", ("host",)),
+        ("gpu_headroom: 0.5", ("gpu_headroom",)),
+        ("log_dir: logs", ("log_dir",)),
+        ("allowed_origins: ['*']", ("allowed_origins",)),
+        ("ssl_certfile: c.pem, ssl_keyfile: c.pem", ("ssl_certfile", "ssl_keyfile")),
+    ],
+)
+def test_what_another_process_takes(box: Path, new: str, names_of: tuple[str, ...]) -> None:
+    (box / "c.pem").touch()
+    found = of_server(box, "", new)
+    assert found.needs_restart == names_of
+    assert found.server == ()
+    assert told(found) == [
+        f"server.{name}: needs a restart of the server; left as it is" for name in names_of
+    ]
+
+
+def test_a_key_s_new_text_is_seen_under_its_old_file(box: Path) -> None:
+    text = "server: {admin_key: 'file:key'}\nmodels: {chat: {model: m}}\n"
+    (box / "key").write_text("one")
+    old = read(box, text)
+    (box / "key").write_text("two")
+    assert [field.name for field in changes(old, read(box, text)).server] == ["admin_key"]
+
+
+# --- told
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line"),
+    [
+        (
+            "engine: {max_model_len: 4096}",
+            "engine: {max_model_len: 8192}",
+            "chat: restarts (engine.max_model_len 4096 -> 8192)",
+        ),
+        (
+            "max_in_flight: 64",
+            "max_in_flight: 128",
+            "chat: changed live (max_in_flight 64 -> 128)",
+        ),
+        ("hidden: false", "hidden: true", "chat: changed live (hidden false -> true)"),
+        ("replicas: 1", "replicas: 2", "chat: resized (replicas 1 -> 2)"),
+        (
+            "sampling: {top_k: 1, top_p: 0.5}",
+            "sampling: {top_k: 2}",
+            "chat: changed live (sampling.top_p 0.5 -> omitted, sampling.top_k 1 -> 2)",
+        ),
+        ("kv_cache: 1GiB", "hidden: false", "chat: restarts (kv_cache 1.0GiB -> omitted)"),
+        ("aliases: []", "aliases: [a]", 'chat: changed live (aliases [] -> ["a"])'),
+    ],
+)
+def test_a_line_for_each_model(box: Path, old: str, new: str, line: str) -> None:
+    assert told(of_chat(box, old, new)) == [line]
+
+
+def test_a_rename_is_told_under_the_name_that_is_known(box: Path) -> None:
+    found = of_models(box, "a: {model: m}", "b: {model: m, aliases: [a]}")
+    assert told(found) == ['a: renamed to b (aliases [] -> ["a"])']
+    assert told(of_models(box, "a: {model: m}", "b: {model: m}")) == ["a: renamed to b"]
+
+
+def test_long_values_are_cut(box: Path) -> None:
+    (line,) = told(of_chat(box, f"chat_template: '{{{{ {'x' * 99} }}}}'", "hidden: false"))
+    assert line == f"chat: changed live (chat_template {{{{ {'x' * 37}... -> omitted)"
+
+
+def test_values_that_differ_beyond_the_cut_are_named_only(box: Path) -> None:
+    one, two = f"{'{ ' * 50}1", f"{'{ ' * 50}2"
+    found = of_chat(box, f"chat_template: '{one}'", f"chat_template: '{two}'")
+    assert told(found) == ["chat: changed live (chat_template)"]
+    (field,) = document(found)["rebuilt"][0]["fields"]
+    assert (field["old"], field["new"]) == (one, two)
+
+
+def test_a_template_of_several_lines_stays_on_one(box: Path) -> None:
+    found = of_chat(box, 'chat_template: "{{ 1 }}\\n{{ 2 }}"', "hidden: false")
+    assert told(found) == ["chat: changed live (chat_template {{ 1 }} {{ 2 }} -> omitted)"]
+
+
+def test_the_server_is_told_last(box: Path) -> None:
+    old, new = "server: {max_body: 1MiB}\n", "server: {max_body: 2MiB, port: 1}\n"
+    found = between(
+        box, f"{old}models: {{a: {{model: m}}}}\n", f"{new}models: {{b: {{model: n}}}}\n"
+    )
+    assert told(found) == [
+        "a: removed",
+        "b: added",
+        "server.max_body: changed live (1.0MiB -> 2.0MiB)",
+        "server.port: needs a restart of the server; left as it is",
+    ]
+
+
+SECRETS = [
+    ("server: {api_keys: [SESAME, SESAME2]}", "server: {api_keys: [OPEN-SESAME]}"),
+    ("server: {admin_key: SESAME}", "server: {admin_key: OPEN-SESAME}"),
+    ("server: {port: 1}", "server: {port: 1, admin_key: SESAME}"),
+    ("defaults: {engine: {hf_token: SESAME}}", "defaults: {engine: {hf_token: OPEN-SESAME}}"),
+    ("defaults: {engine: {hf_token: SESAME}}", "defaults: {}"),
+    (
+        "defaults: {}",
+        "defaults: {engine: {model_loader_extra_config: {s3: [{access_key: SESAME}]}}}",
+    ),
+    (
+        "defaults: {engine: {model_loader_extra_config: {password: SESAME}}}",
+        "defaults: {engine: {model_loader_extra_config: {password: OPEN-SESAME}}}",
+    ),
+]
+
+
+@pytest.mark.parametrize(("old", "new"), SECRETS)
+def test_secrets_are_not_shown(box: Path, old: str, new: str) -> None:
+    models = "models: {chat: {model: m}}\n"
+    found = between(box, f"{old}\n{models}", f"{new}\n{models}")
+    lines = told(found)
+    assert len(lines) == 1
+    assert "SESAME" not in lines[0]
+    assert "SESAME" not in json.dumps(document(found))
+
+
+def test_a_number_of_tokens_is_no_secret(box: Path) -> None:
+    old, new = (f"max_num_batched_tokens: {count}" for count in (512, 1024))
+    assert told(of_chat(box, f"engine: {{{old}}}", f"engine: {{{new}}}")) == [
+        "chat: restarts (engine.max_num_batched_tokens 512 -> 1024)"
+    ]
+
+
+def test_a_secret_that_comes_or_goes_is_told_as_that(box: Path) -> None:
+    assert told(of_server(box, "port: 1", "port: 1, admin_key: a")) == [
+        "server.admin_key: changed live (omitted -> ***)"
+    ]
+    assert told(of_server(box, "admin_key: a", "admin_key: b")) == [
+        "server.admin_key: changed live"
+    ]
+
+
+# --- as JSON
+
+
+def test_the_document_holds_all(box: Path) -> None:
+    found = between(
+        box,
+        "server: {max_body: 1MiB}\nmodels: {a: {model: m}, b: {model: n}, c: {model: n, "
+        "kv_cache: 1GiB}, d: {model: m, hidden: true}}\n",
+        "server: {max_body: 2MiB, log_dir: logs}\nmodels: {x: {model: m}, c: {model: n, "
+        "kv_cache: 2GiB}, d: {model: m, hidden: true}, e: {model: m, required: true}}\n",
+    )
+    assert json.loads(json.dumps(document(found))) == {
+        "added": ["e"],
+        "removed": ["b"],
+        "renamed": [{"model": "x", "fields": [{"name": "name", "old": "a", "new": "x"}]}],
+        "restarted": [{"model": "c", "fields": [{"name": "kv_cache", "old": 2**30, "new": 2**31}]}],
+        "resized": [],
+        "rebuilt": [],
+        "live": [],
+        "unchanged": ["d"],
+        "server": [{"name": "max_body", "old": 2**20, "new": 2**21}],
+        "needs_restart": ["log_dir"],
+    }
+
+
+# --- whatever the registries are
+
+
+def registries() -> st.SearchStrategy[Config]:
+    spec = st.fixed_dictionaries(
+        {
+            "name": st.sampled_from("abcde"),
+            "model": st.sampled_from("mn"),
+            "hidden": st.booleans(),
+            "replicas": st.integers(1, 2),
+            "aliases": st.sampled_from([(), ("x",), ("y", "z")]),
+            "engine": st.sampled_from([{}, {"seed": 1}, {"seed": True}]),
+        }
+    ).map(lambda said: ModelSpec(**said))
+    models = st.lists(spec, max_size=5, unique_by=lambda spec: spec.name)
+    return models.map(lambda specs: registry(*specs))
+
+
+@given(registries(), registries())
+def test_every_model_is_in_one_place(old: Config, new: Config) -> None:
+    found = changes(old, new)
+    changed = [change for kind in KINDS for change in getattr(found, kind)]
+    after = [each.new.name for each in (*changed, *found.renamed)]
+    after += [*found.unchanged, *(spec.name for spec in found.added)]
+    before = [each.old.name for each in (*changed, *found.renamed)]
+    before += [*found.unchanged, *(spec.name for spec in found.removed)]
+    assert sorted(after) == sorted(spec.name for spec in new.models)
+    assert sorted(before) == sorted(spec.name for spec in old.models)
+
+
+@given(registries(), registries())
+def test_what_goes_on_without_a_restart_has_the_same_engine(old: Config, new: Config) -> None:
+    found = changes(old, new)
+    for change in (*found.renamed, *found.rebuilt, *found.live, *found.resized):
+        assert change.old.model == change.new.model
+        assert str(change.old.engine) == str(change.new.engine)
+
+
+@given(registries())
+def test_nothing_changes_from_itself(config: Config) -> None:
+    found = changes(config, config)
+    assert found.unchanged == tuple(spec.name for spec in config.models)
+    assert told(found) == []
+
+
+@given(registries(), registries())
+def test_back_is_the_same_as_forth(old: Config, new: Config) -> None:
+    forth, back = changes(old, new), changes(new, old)
+    assert set(forth.unchanged) == set(back.unchanged)
+    assert renames(forth) == {(new, old) for old, new in renames(back)}
+    for kind in KINDS:
+        assert set(names(forth, kind)) == set(names(back, kind))

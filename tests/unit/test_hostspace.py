@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from llmserve import shape
+from llmserve.config import Config, ServerSpec
+from llmserve.errors import ConfigError, ShapeUnknown
+from llmserve.gpus import GIB
+from llmserve.hostspace import HostSpace
+from llmserve.residency import HOST, Level
+from tests.fakes import spec
+from tests.unit.shapes import LLAMA_8B
+
+if TYPE_CHECKING:
+    from llmserve.config import ModelSpec
+    from llmserve.shape import Shape
+
+WEIGHTS = LLAMA_8B.weights  # 15.0 GiB
+BESIDE = 2 * GIB
+
+
+@pytest.fixture(autouse=True)
+def _llamas(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every model is one, but for those that are called `odd`."""
+
+    def read(wanted: ModelSpec) -> Shape:
+        if wanted.model == "odd":
+            raise ShapeUnknown("no config.json")
+        return LLAMA_8B
+
+    monkeypatch.setattr(shape, "read", read)
+
+
+def registry(*specs: ModelSpec, memory: str | None = "100GiB") -> Config:
+    server = ServerSpec.model_validate({"host_memory": memory})
+    return Config(file=Path("models.yaml"), server=server, models=specs)
+
+
+def size_of(made: ModelSpec) -> int:
+    holds = HostSpace.of(registry(made)).holds(made, 0)
+    assert list(holds) == [Level.READY]  # or nothing: nobody sleeps
+    assert list(holds[Level.READY]) == [HOST]
+    return holds[Level.READY][HOST]
+
+
+def problems(*specs: ModelSpec, memory: str) -> list[str]:
+    try:
+        HostSpace.of(registry(*specs, memory=memory))
+    except ConfigError as error:
+        return list(error.problems)
+    return []
+
+
+@pytest.mark.parametrize(
+    ("said", "size"),
+    [
+        pytest.param({}, WEIGHTS + GIB + BESIDE, id="nothing said"),
+        pytest.param({"kv_cache": "4GiB"}, WEIGHTS + 4 * GIB + BESIDE, id="a KV cache"),
+        pytest.param({"memory": "30GiB"}, 30 * GIB, id="all in"),
+        pytest.param({"memory": "30GiB", "kv_cache": "4GiB"}, 30 * GIB, id="all in wins"),
+        pytest.param({"model": "odd"}, GIB + BESIDE, id="of unknown size"),
+    ],
+)
+def test_an_engine_holds_its_weights_its_kv_cache_and_what_it_needs_besides(
+    said: dict[str, Any], size: int
+) -> None:
+    assert size_of(spec(**said)) == size
+
+
+def test_every_replica_holds_as_much() -> None:
+    made = spec(replicas=3)
+    space = HostSpace.of(registry(made))
+    assert space.holds(made, 0) == space.holds(made, 2)
+
+
+def test_the_budget_is_the_registry_s() -> None:
+    assert HostSpace.of(registry(spec(), memory="24GiB")).capacity == {HOST: 24 * GIB}
+
+
+def test_without_a_budget_nothing_is_bounded_and_no_model_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def read(_: ModelSpec) -> Shape:
+        raise AssertionError("nobody needs it")
+
+    monkeypatch.setattr(shape, "read", read)
+    space = HostSpace.of(registry(spec(memory="900GiB"), memory=None))
+    assert space.capacity == {}
+
+
+# --- what is too much
+
+
+def test_what_runs_at_once_has_to_fit() -> None:
+    two = [spec(name, memory="10GiB") for name in ("a", "b")]
+    assert problems(*two, memory="20GiB") == []
+    (told,) = problems(*two, memory="19GiB")
+    assert "b" in told
+    assert "needs 10.0 GiB for each of 1 replicas" in told
+    assert "of server.host_memory 19.0 GiB are left 9.0 GiB" in told
+    assert "`start: lazy`, a smaller kv_cache, or more host_memory" in told
+
+
+def test_all_replicas_run_at_once() -> None:
+    assert problems(spec(memory="10GiB", replicas=2), memory="20GiB") == []
+    (told,) = problems(spec(memory="10GiB", replicas=2), memory="19GiB")
+    assert "are left 19.0 GiB" in told
+
+
+@pytest.mark.parametrize("start", ["lazy", "sleeping"])
+def test_what_does_not_run_at_once_has_to_fit_alone(start: str) -> None:
+    eager = spec("a", memory="15GiB")
+    assert problems(eager, spec("b", memory="20GiB", start=start), memory="20GiB") == []
+    (told,) = problems(eager, spec("b", memory="21GiB", start=start), memory="20GiB")
+    assert "needs 21.0 GiB" in told
+
+
+def test_a_lazy_model_is_no_problem_because_those_before_it_are_too_large() -> None:
+    eager = [spec(name, memory="15GiB") for name in ("a", "b")]
+    (told,) = problems(*eager, spec("c", memory="5GiB", start="lazy"), memory="20GiB")
+    assert "needs 15.0 GiB" in told
+
+
+def test_a_pinned_model_leaves_the_others_what_it_does_not_hold() -> None:
+    """A lazy one that cannot come while it stays would never come."""
+    pinned = spec("a", memory="15GiB", pinned=True)
+    assert problems(pinned, spec("b", memory="5GiB", start="lazy"), memory="20GiB") == []
+    (told,) = problems(pinned, spec("b", memory="6GiB", start="lazy"), memory="20GiB")
+    assert "needs 6.0 GiB" in told
+
+
+# --- as the memory of a backend
+
+
+async def test_a_start_needs_nothing_more_and_nobody_sleeps() -> None:
+    made = spec()
+    space = HostSpace.of(registry(made))
+    assert not space.sleeps(made, 0)
+    async with space.start(made, 0) as (placed, keep):
+        assert placed is made
+        keep([])
+    async with space.moves(made, 0, None):
+        pass
+
+
+def test_another_registry_counts_once_it_is_adopted() -> None:
+    space = HostSpace.of(registry(spec(), memory="24GiB"))
+    adopt = space.planned(registry(spec(memory="5GiB"), memory="30GiB"), {"chat": "chat"})
+    assert space.capacity == {HOST: 24 * GIB}
+    adopt()
+    assert space.capacity == {HOST: 30 * GIB}
+    assert space.holds(spec("new"), 0) == {Level.READY: {HOST: GIB + BESIDE}}
+
+
+def test_a_registry_that_does_not_fit_changes_nothing() -> None:
+    space = HostSpace.of(registry(spec(), memory="24GiB"))
+    with pytest.raises(ConfigError, match=r"needs 31\.0 GiB"):
+        space.planned(registry(spec(memory="31GiB"), memory="30GiB"), {})
+    assert space.capacity == {HOST: 24 * GIB}

@@ -1,0 +1,884 @@
+"""Models that do not fit at the same time: who comes, who gives way, who waits."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import asynccontextmanager, suppress
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from llmserve import deaths, life, pool
+from llmserve.admission import Deadline
+from llmserve.errors import DeadlineExceeded, EngineDead, EngineError, Overloaded, StartupError
+from llmserve.metrics import Metrics
+from llmserve.pool import Lease, Pool, Wish
+from llmserve.protocol import ENDPOINTS
+from llmserve.registry import Registry
+from llmserve.replica import Replica, State
+from llmserve.residency import HOST, Level
+from tests.fakes import FakeBackend, FakeRunning, Gate, Plan, broken, soon, spec, until
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Mapping
+
+    from llmserve.config import ModelSpec
+    from llmserve.residency import Takes
+
+CHAT = next(endpoint for endpoint in ENDPOINTS if endpoint.name == "chat completions")
+
+
+@pytest.fixture(autouse=True)
+def _hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody has to have stayed, and all is looked at every few milliseconds."""
+    monkeypatch.setattr(life, "_LOOK_S", 0.001)
+    monkeypatch.setattr(life, "_TURN", 0.0)
+    monkeypatch.setattr(life, "_TURN_S", (0.0, 0.0))
+    monkeypatch.setattr(pool, "_WATCH_S", 0.002)
+    monkeypatch.setattr(deaths, "_FIRST_S", 0.001)
+
+
+def engine(size: int) -> Mapping[Level, Takes]:
+    return {Level.READY: {0: size}}
+
+
+def sleeping(size: int, kv_cache: int = 20, asleep: int = 2) -> Mapping[Level, Takes]:
+    return {
+        Level.READY: {0: size},
+        Level.KV_RELEASED: {0: size - kv_cache},
+        Level.HOST: {0: asleep, HOST: size - kv_cache - asleep},
+    }
+
+
+def lazy(name: str, **said: Any) -> ModelSpec:
+    return spec(name, start="lazy", **said)
+
+
+class Box:
+    """A GPU of 100 bytes; each model as large as `sizes` says."""
+
+    def __init__(
+        self,
+        *specs: ModelSpec,
+        sizes: Mapping[str, Mapping[Level, Takes] | int],
+        capacity: Takes | None = None,
+        **plans: Plan,
+    ) -> None:
+        self.backend = FakeBackend(**plans)
+        self.backend.capacity = {0: 100} if capacity is None else capacity
+        for name, size in sizes.items():
+            self.backend.sizes[name] = engine(size) if isinstance(size, int) else size
+        for each in specs:
+            able = len(self.backend.sizes[each.name]) > 1
+            plan = self.backend.plans.setdefault(each.name, Plan())
+            plan.running.sleeps = able
+        self.metrics = Metrics()
+        self.seen: list[tuple[str, State, str]] = []
+        self.pool = Pool(Registry(specs), self.backend, self.metrics, self._changed)
+
+    def _changed(self, replica: Replica) -> None:
+        self.seen.append((replica.name, replica.state, replica.note))
+
+    def replica(self, name: str) -> Replica:
+        return self.pool.entries[name].replicas[0]
+
+    def running(self, name: str) -> FakeRunning:
+        return self.backend.running(name)
+
+    def states(self) -> dict[str, str]:
+        return {name: entry.state.value for name, entry in self.pool.entries.items()}
+
+    def levels(self) -> dict[str, Level]:
+        return {name: entry.replicas[0].level for name, entry in self.pool.entries.items()}
+
+    def trail(self, name: str) -> list[str]:
+        """The states that a model went through."""
+        return [state.value for each, state, _ in self.seen if each == name]
+
+    def figure(self, name: str, **labels: str) -> float | None:
+        return self.metrics.registry.get_sample_value(f"llmserve_{name}", labels)
+
+    async def ask(self, name: str, deadline: Deadline | None = None) -> Lease:
+        """As a request does: it waits if it has to."""
+        wish = Wish(name, CHAT, {}, deadline or Deadline())
+        lease = self.pool.lease(wish)
+        return await self.pool.wait(wish) if lease is None else lease
+
+    async def use(self, *names: str) -> None:
+        """A request to each, one after the other."""
+        for name in names:
+            (await soon(self.ask(name))).release()
+
+    async def asking(self, name: str, deadline: Deadline | None = None) -> asyncio.Task[Lease]:
+        """A request that waits now."""
+        before = self.pool.entries[name].slots.waiting()
+        task = asyncio.create_task(self.ask(name, deadline))
+        await until(lambda: self.pool.entries[name].slots.waiting() == before + 1)
+        return task
+
+
+@asynccontextmanager
+async def watched(box: Box) -> AsyncIterator[None]:
+    watching = asyncio.ensure_future(box.pool.watch())
+    try:
+        yield
+    finally:
+        watching.cancel()
+        with suppress(asyncio.CancelledError):
+            await watching
+
+
+async def some_ms() -> None:
+    """Long enough for whatever would happen by mistake."""
+    await asyncio.sleep(0.015)
+
+
+# --- on demand
+
+
+async def test_a_lazy_model_starts_with_its_first_request_which_waits_for_it() -> None:
+    gate = Gate()
+    box = Box(lazy("a"), sizes={"a": 60}, a=Plan(reports=((State.LOADING, ""),), gate=gate))
+    await soon(box.pool.start())
+    assert (box.states(), box.backend.started) == ({"a": "stopped"}, [])
+    first, second = await box.asking("a"), await box.asking("a")
+    await soon(gate.reached.wait())
+    assert box.states() == {"a": "loading"}
+    assert box.figure("requests_queued", model="a") == 2
+    assert box.figure("requests_in_flight", model="a") == 0
+    gate.opened.set()
+    leases = [await soon(first), await soon(second)]
+    assert {lease.running for lease in leases} == {box.running("a")}
+    assert box.backend.started == ["a"]
+    assert box.figure("requests_queued", model="a") == 0
+    assert box.figure("requests_in_flight", model="a") == 2
+
+
+async def test_a_lazy_model_that_cannot_start_refuses_its_line() -> None:
+    gate = Gate()
+    plan = broken("OSError: no space left")
+    plan.gate = gate
+    box = Box(lazy("a"), sizes={"a": 60}, a=plan)
+    waiting = [await box.asking("a") for _ in range(2)]
+    gate.opened.set()
+    for each in waiting:
+        with pytest.raises(EngineDead, match="`a` could not be started") as refused:
+            await soon(each)
+        assert refused.value.code == "model_failed"
+    assert box.replica("a").note == "OSError: no space left"
+    with pytest.raises(EngineDead, match="`a` could not be started"):
+        await soon(box.ask("a"))
+    assert box.backend.started == ["a"]
+
+
+async def test_a_failed_start_gives_its_place_back() -> None:
+    box = Box(lazy("a"), lazy("b"), sizes={"a": 60, "b": 60}, a=broken())
+    with pytest.raises(EngineDead):
+        await soon(box.ask("a"))
+    await box.use("b")
+    assert box.states() == {"a": "failed", "b": "ready"}
+
+
+async def test_a_full_line_refuses_while_the_model_comes() -> None:
+    gate = Gate()
+    box = Box(lazy("a", max_queue=1), sizes={"a": 60}, a=Plan(gate=gate))
+    waiting = await box.asking("a")
+    with pytest.raises(Overloaded, match="its max_in_flight and max_queue"):
+        await soon(box.ask("a"))
+    gate.opened.set()
+    (await soon(waiting)).release()
+
+
+async def test_a_request_with_less_time_than_a_known_start_takes_is_refused_at_once() -> None:
+    box = Box(lazy("a"), sizes={"a": 60})
+    box.replica("a").cost_s[Level.STOPPED] = 30.0
+    with pytest.raises(Overloaded) as refused:
+        await soon(box.ask("a", Deadline(20.0)))
+    assert refused.value.code == "deadline_unreachable"
+    assert refused.value.retry_after_s == 30
+    lease = await soon(box.ask("a", Deadline(40.0)))
+    assert lease.replica is box.replica("a")
+
+
+async def test_a_short_deadline_does_not_refuse_a_start_that_nobody_has_timed() -> None:
+    """Nothing else would ever start the model, and so tell how long it takes."""
+    box = Box(lazy("a"), sizes={"a": 60})
+    lease = await soon(box.ask("a", Deadline(2.0)))
+    assert lease.replica.state is State.READY
+
+
+async def test_a_deadline_that_passes_while_the_model_comes_ends_the_wait_alone() -> None:
+    gate = Gate()
+    box = Box(lazy("a"), sizes={"a": 60}, a=Plan(gate=gate))
+    box.replica("a").cost_s[Level.STOPPED] = 0.001
+    with pytest.raises(Overloaded, match=r"0\.0 s that it has left"):
+        await soon(box.ask("a", Deadline(0.02)))
+    patient = await box.asking("a")
+    wish = Wish("a", CHAT, {}, Deadline(0.01))
+    with pytest.raises(DeadlineExceeded):
+        await soon(box.pool.wait(wish))
+    gate.opened.set()
+    (await soon(patient)).release()
+
+
+# --- two that do not fit
+
+
+async def test_an_idle_model_gives_way_and_comes_back_when_it_is_asked() -> None:
+    box = Box(lazy("a"), lazy("b"), sizes={"a": 60, "b": 60})
+    await box.use("a")
+    assert box.states() == {"a": "ready", "b": "stopped"}
+    await box.use("b")
+    assert box.states() == {"a": "stopped", "b": "ready"}
+    assert box.running("a").stopped == 1
+    await box.use("a")
+    assert box.states() == {"a": "ready", "b": "stopped"}
+    assert box.backend.started == ["a", "b", "a"]
+    assert [box.replica(name).gave_way for name in "ab"] == [1, 1]
+
+
+async def test_evictions_are_counted_by_where_they_led() -> None:
+    """With the same words as the other figures by level."""
+    box = Box(lazy("a"), lazy("b"), sizes={"a": 60, "b": 60})
+    await box.use("a", "b")
+    assert box.figure("evictions_total", model="a", replica="0", level="stopped") == 1
+    assert box.figure("evictions_total", model="b", replica="0", level="stopped") is None
+
+
+async def test_models_that_fit_leave_each_other_alone() -> None:
+    box = Box(lazy("a"), lazy("b"), sizes={"a": 60, "b": 40})
+    await box.use("a", "b")
+    assert box.states() == {"a": "ready", "b": "ready"}
+    assert box.running("a").stopped == 0
+
+
+async def test_a_busy_model_finishes_its_requests_before_it_gives_way() -> None:
+    box = Box(lazy("a"), lazy("b"), sizes={"a": 60, "b": 60})
+    held = await soon(box.ask("a"))
+    waiting = await box.asking("b")
+    await until(lambda: box.states()["a"] == "draining")
+    await some_ms()
+    assert box.backend.started == ["a"]
+    assert box.running("a").stopped == 0
+    held.release()
+    (await soon(waiting)).release()
+    assert box.states() == {"a": "stopped", "b": "ready"}
+
+
+async def test_who_asks_for_a_model_that_gives_way_waits_until_it_is_back_in_order() -> None:
+    box = Box(lazy("a", max_in_flight=1), lazy("b"), sizes={"a": 60, "b": 60})
+    held = await soon(box.ask("a"))
+    early = Deadline()
+    line = [await box.asking("a") for _ in range(2)]
+    other = await box.asking("b")
+    await until(lambda: box.states()["a"] == "draining")
+    line += [await box.asking("a") for _ in range(2)]
+    line.insert(0, await box.asking("a", early))  # which came before, and comes again
+    held.release()
+    (await soon(other)).release()
+    for number, each in enumerate(line):
+        lease = await soon(each)
+        assert not any(later.done() for later in line[number + 1 :])
+        lease.release()
+    assert box.backend.started == ["a", "b", "a"]
+
+
+async def test_an_idle_model_gives_way_before_a_busy_one() -> None:
+    box = Box(lazy("a"), lazy("b"), lazy("c"), sizes={"a": 50, "b": 50, "c": 50})
+    busy = await soon(box.ask("a"))
+    await box.use("b", "c")
+    assert box.states() == {"a": "ready", "b": "stopped", "c": "ready"}
+    busy.release()
+
+
+async def test_all_that_it_takes_give_way() -> None:
+    box = Box(lazy("a"), lazy("b"), lazy("c"), sizes={"a": 50, "b": 50, "c": 90})
+    await box.use("a", "b", "c")
+    assert box.states() == {"a": "stopped", "b": "stopped", "c": "ready"}
+
+
+async def test_a_pinned_model_stays_and_what_cannot_fit_beside_it_fails() -> None:
+    box = Box(
+        spec("p", pinned=True),
+        lazy("a"),
+        lazy("b"),
+        lazy("large"),
+        sizes={"p": 40, "a": 60, "b": 60, "large": 61},
+    )
+    await soon(box.pool.start())
+    await box.use("a", "b")
+    assert box.states() == {"p": "ready", "a": "stopped", "b": "ready", "large": "stopped"}
+    with pytest.raises(EngineDead, match="`large` could not be started"):
+        await soon(box.ask("large"))
+    assert box.replica("large").note == "it needs 0.0 GiB, and 0.0 GiB of GPU 0 are not pinned"
+    assert box.states() == {"p": "ready", "a": "stopped", "b": "ready", "large": "failed"}
+    assert "large" not in box.backend.started
+
+
+async def test_a_sleeper_that_can_wake_no_more_leaves_nothing_behind() -> None:
+    box = Box(
+        lazy("a"),
+        lazy("p", pinned=True),
+        sizes={"a": sleeping(60), "p": 60},
+    )
+    await box.use("a", "p")
+    assert box.levels() == {"a": Level.KV_RELEASED, "p": Level.READY}
+    with pytest.raises(EngineDead, match="`a` could not be started"):
+        await soon(box.ask("a"))
+    assert box.states() == {"a": "failed", "p": "ready"}
+    assert (box.running("a").stopped, box.levels()["a"]) == (1, Level.STOPPED)
+
+
+async def test_host_memory_is_a_place_too() -> None:
+    sizes = {name: {Level.READY: {HOST: 60}} for name in ("a", "b")}
+    box = Box(lazy("a"), lazy("b"), sizes=sizes, capacity={HOST: 100})
+    await box.use("a", "b")
+    assert box.states() == {"a": "stopped", "b": "ready"}
+
+
+async def test_models_on_different_gpus_do_not_wait_for_each_other() -> None:
+    gate = Gate()
+    sizes = {"a": {Level.READY: {0: 60}}, "b": {Level.READY: {1: 60}}}
+    box = Box(lazy("a"), lazy("b"), sizes=sizes, capacity={0: 100, 1: 100}, a=Plan(gate=gate))
+    waiting = await box.asking("a")
+    await soon(gate.reached.wait())
+    await box.use("b")
+    gate.opened.set()
+    (await soon(waiting)).release()
+
+
+async def test_what_starts_keeps_its_room_from_others() -> None:
+    gate = Gate()
+    box = Box(lazy("a"), lazy("b"), sizes={"a": 60, "b": 60}, a=Plan(gate=gate))
+    first = await box.asking("a")
+    await soon(gate.reached.wait())
+    second = asyncio.create_task(box.ask("b"))
+    await some_ms()
+    assert box.backend.started == ["a"]
+    assert (box.states()["b"], box.replica("b").note) == ("waiting", "for memory that others hold")
+    gate.opened.set()
+    (await soon(first)).release()
+    (await soon(second)).release()
+    assert box.backend.started == ["a", "b"]
+
+
+async def test_what_wakes_keeps_its_room_from_others() -> None:
+    gate = Gate()
+    box = Box(lazy("a"), lazy("b"), sizes={"a": sleeping(60), "b": 80})
+    await box.use("a", "b")
+    running = box.running("a")
+    running.wake = gate.wait  # type: ignore[method-assign]
+    first = await box.asking("a")
+    await soon(gate.reached.wait())
+    assert box.states() == {"a": "waking", "b": "stopped"}
+    second = asyncio.create_task(box.ask("b"))
+    await some_ms()
+    assert box.backend.started == ["a", "b"]
+    gate.opened.set()
+    (await soon(first)).release()
+    (await soon(second)).release()
+    assert box.backend.started == ["a", "b", "b"]
+
+
+async def test_an_eager_model_that_gave_way_is_waited_for() -> None:
+    box = Box(spec("a"), lazy("b"), sizes={"a": 60, "b": 60})
+    await soon(box.pool.start())
+    await box.use("b", "a")
+    assert box.backend.started == ["a", "b", "a"]
+
+
+@pytest.mark.parametrize("first", ["a", "b"])
+async def test_those_asked_for_at_the_same_time_all_come(first: str) -> None:
+    box = Box(*(lazy(name) for name in "abcd"), sizes=dict.fromkeys("abcd", 60))
+    names = [first, *(name for name in "abcd" if name != first)]
+
+    async def use(name: str) -> None:
+        (await box.ask(name)).release()
+
+    await soon(asyncio.gather(*(use(name) for name in names * 3)))
+    assert sorted(set(box.backend.started)) == list("abcd")
+    assert sum(state == "ready" for state in box.states().values()) == 1
+
+
+async def test_replicas_of_one_model_do_not_give_way_to_each_other() -> None:
+    box = Box(lazy("a", replicas=2), sizes={"a": 60})
+    (await soon(box.ask("a"))).release()
+    await some_ms()
+    assert [replica.gave_way for replica in box.pool.replicas] == [0, 0]
+    assert box.backend.started == ["a/0"]
+
+
+def test_whether_models_fit_beside_those_that_are_here() -> None:
+    box = Box(lazy("a"), lazy("b"), lazy("c"), sizes={"a": 60, "b": 40, "c": 41})
+    fits = box.pool.life.fits
+    a, b, c = box.pool.replicas
+    assert fits([a, b])
+    assert not fits([a, c])
+    box.pool.life._held[a] = {0: 60}
+    assert (fits([b]), fits([c])) == (True, False)
+
+
+# --- who gives way
+
+
+async def test_the_lower_priority_gives_way_however_long_the_other_is_idle() -> None:
+    box = Box(lazy("a", priority=1), lazy("b"), lazy("c"), sizes={"a": 50, "b": 50, "c": 50})
+    await box.use("a", "b")
+    box.replica("a").used -= 1000
+    await box.use("c")
+    assert box.states() == {"a": "ready", "b": "stopped", "c": "ready"}
+
+
+@pytest.mark.parametrize(
+    ("idle_s", "cost_s", "leaves"),
+    [
+        pytest.param((20, 10), (1.0, 1.0), "a", id="longest idle"),
+        pytest.param((10, 20), (1.0, 1.0), "b", id="longest idle, the other"),
+        pytest.param((20, 10), (4.0, 1.0), "b", id="soonest back"),
+        pytest.param((20, 10), (1.9, 1.0), "a", id="idle for longer, by what it costs"),
+    ],
+)
+async def test_idle_time_is_weighed_by_what_coming_back_takes(
+    idle_s: tuple[int, int], cost_s: tuple[float, float], leaves: str
+) -> None:
+    box = Box(lazy("a"), lazy("b"), lazy("c"), sizes={"a": 50, "b": 50, "c": 50})
+    await box.use("a", "b")
+    for name, idle, cost in zip("ab", idle_s, cost_s, strict=True):
+        replica = box.replica(name)
+        replica.used, replica.cost_s = time.monotonic() - idle, {Level.STOPPED: cost}
+    await box.use("c")
+    assert {name for name, state in box.states().items() if state == "stopped"} == {leaves}
+
+
+@pytest.mark.parametrize("busy", [False, True])
+async def test_a_model_stays_for_a_while_that_follows_what_its_coming_took(
+    monkeypatch: pytest.MonkeyPatch, busy: bool
+) -> None:
+    monkeypatch.setattr(life, "_TURN", 5.0)
+    monkeypatch.setattr(life, "_TURN_S", (2.0, 60.0))
+    box = Box(lazy("a"), lazy("b"), sizes={"a": 60, "b": 60})
+    a = box.replica("a")
+    held = await soon(box.ask("a"))
+    if not busy:
+        held.release()
+    a.cost_s = {Level.STOPPED: 4.0}
+    enough_s = 5 * 4.0 if busy else 4.0
+    a.since = time.monotonic() - enough_s + 1
+    waiting = await box.asking("b")
+    await until(lambda: box.states()["b"] == "waiting")
+    await some_ms()
+    assert box.states() == {"a": "ready", "b": "waiting"}
+    a.since -= 1
+    await until(lambda: box.states()["a"] != "ready")
+    held.release()
+    (await soon(waiting)).release()
+
+
+@pytest.mark.parametrize(
+    ("busy", "cost_s", "stays_s"),
+    [
+        (True, 0.1, 2.0),  # the shortest turn
+        (True, 1.0, 5.0),
+        (True, 100.0, 60.0),  # the longest
+        (False, 0.0, 0.0),
+        (False, 1.0, 1.0),
+        (False, 100.0, 60.0),
+    ],
+)
+def test_how_long_a_model_stays(
+    monkeypatch: pytest.MonkeyPatch, busy: bool, cost_s: float, stays_s: float
+) -> None:
+    monkeypatch.setattr(life, "_TURN", 5.0)
+    monkeypatch.setattr(life, "_TURN_S", (2.0, 60.0))
+    replica = Box(lazy("a"), sizes={"a": 60}).replica("a")
+    replica.state = State.READY
+    replica.cost_s = {Level.STOPPED: cost_s}
+    if busy:
+        replica.load.add(0)
+    replica.since = time.monotonic() - stays_s
+    assert life._gives_way(replica, busy=True)
+    assert life._gives_way(replica, busy=False) is not busy
+    replica.since += 0.5
+    assert not life._gives_way(replica, busy=True)
+
+
+# --- sleepers
+
+
+@pytest.mark.parametrize(
+    ("wanted", "level", "gives"),
+    [
+        (60, Level.KV_RELEASED, [Level.KV_RELEASED]),
+        (61, Level.HOST, [Level.HOST]),
+        (98, Level.HOST, [Level.HOST]),
+        (99, Level.STOPPED, []),
+    ],
+)
+async def test_a_sleeper_goes_down_only_as_far_as_it_must(
+    wanted: int, level: Level, gives: list[Level]
+) -> None:
+    box = Box(lazy("a"), lazy("b"), sizes={"a": sleeping(60), "b": wanted})
+    await box.use("a", "b")
+    assert box.levels() == {"a": level, "b": Level.READY}
+    assert box.states() == {"a": "sleeping" if level else "stopped", "b": "ready"}
+    assert box.running("a").slept == gives
+    assert box.running("a").stopped == (0 if level else 1)
+
+
+async def test_a_sleeper_goes_further_down_for_the_next_one() -> None:
+    sizes = {"a": sleeping(60), "b": engine(60), "c": engine(90), "d": engine(100)}
+    box = Box(*(lazy(name) for name in sizes), sizes=sizes)
+    await box.use("a")
+    for name, level in (("b", Level.KV_RELEASED), ("c", Level.HOST), ("d", Level.STOPPED)):
+        await box.use(name)
+        assert box.levels()["a"] is level
+    assert box.running("a").slept == [Level.KV_RELEASED, Level.HOST]
+
+
+async def test_a_sleeper_wakes_with_the_next_request() -> None:
+    box = Box(lazy("a"), lazy("b"), sizes={"a": sleeping(60), "b": sleeping(80)})
+    await box.use("a", "b", "a")
+    assert box.levels() == {"a": Level.READY, "b": Level.HOST}
+    assert box.running("a").slept == [Level.HOST, Level.READY]
+    assert box.backend.started == ["a", "b"]
+    assert box.trail("a") == ["ready", "draining", "sleeping", "waking", "ready"]
+    for level in ("stopped", "host"):
+        assert box.figure("model_ready_seconds", model="a", replica="0", level=level) is not None
+
+
+async def test_the_first_sleep_is_prepared_while_the_engine_serves() -> None:
+    box = Box(lazy("a"), lazy("b"), lazy("c"), sizes={"a": sleeping(60), "b": 60, "c": 40})
+    await box.use("a", "b", "a", "c")
+    prepared = [box.running(name).prepared for name in "abc"]
+    assert prepared == [1, 0, 0]
+
+
+async def test_the_next_request_starts_the_engine_anew_if_it_does_not_wake() -> None:
+    box = Box(lazy("a"), lazy("b"), sizes={"a": sleeping(60), "b": 80})
+    await box.use("a", "b")
+    box.running("a").wake_error = EngineError("out of memory")
+    await box.use("a")
+    assert box.states()["a"] == "ready"
+    assert box.backend.started == ["a", "b", "a"]
+    assert box.running("a").stopped == 1
+
+
+async def test_a_sleeper_whose_memory_somebody_else_has_is_started_anew_in_vain() -> None:
+    """And is no more, since what it needs cannot be had either way."""
+    box = Box(lazy("a"), lazy("b"), sizes={"a": sleeping(60), "b": 80})
+    await box.use("a", "b")
+    box.backend.free_error = StartupError("GPU 0: pid 7 has it")
+    box.backend.plans["a"].error = box.backend.free_error
+    with pytest.raises(EngineDead, match="`a` could not be started"):
+        await soon(box.ask("a"))
+    assert box.running("a").stopped == 1
+    assert (box.levels()["a"], box.replica("a").note) == (Level.STOPPED, "GPU 0: pid 7 has it")
+
+
+async def test_an_engine_that_does_not_fall_asleep_is_stopped() -> None:
+    box = Box(lazy("a"), lazy("b"), sizes={"a": sleeping(60), "b": 80})
+    await box.use("a")
+    box.running("a").sleep_error = EngineError("no")
+    await box.use("b")
+    assert box.states() == {"a": "stopped", "b": "ready"}
+    assert box.running("a").stopped == 1
+    await box.use("a")
+    assert box.backend.started == ["a", "b", "a"]
+
+
+async def test_a_sleeper_that_dies_is_stopped_and_started_when_it_is_asked() -> None:
+    box = Box(lazy("a"), lazy("b"), sizes={"a": sleeping(60), "b": 80})
+    await box.use("a", "b")
+    async with watched(box):
+        box.running("a").dead = True
+        await until(lambda: box.states()["a"] == "stopped")
+        await some_ms()
+    assert box.levels()["a"] is Level.STOPPED
+    assert box.running("a").stopped == 1
+    assert box.figure("engine_deaths_total", model="a", replica="0") == 1
+    await box.use("a")
+    assert box.backend.started == ["a", "b", "a"]
+
+
+async def test_a_sleeper_that_died_unseen_is_started() -> None:
+    box = Box(lazy("a"), lazy("b"), sizes={"a": sleeping(60), "b": 80})
+    await box.use("a", "b")
+    box.running("a").dead = True
+    await box.use("a")
+    assert box.backend.started == ["a", "b", "a"]
+    assert box.running("a").slept == [Level.HOST]
+
+
+@pytest.mark.parametrize("asked", [False, True])
+async def test_a_sleeper_that_waits_behind_another_is_not_in_its_way(asked: bool) -> None:
+    """`large` was asked for first, and needs the weights of `asleep` to go too."""
+    box = Box(
+        lazy("asleep"),
+        lazy("busy"),
+        lazy("large"),
+        sizes={"asleep": sleeping(60), "busy": 60, "large": 90},
+    )
+    await box.use("asleep")
+    held = await soon(box.ask("busy"))
+    assert box.levels()["asleep"] is Level.KV_RELEASED
+    busy = box.replica("busy")
+    busy.since = time.monotonic() + 60  # it has its turn still
+    large = await box.asking("large")
+    await until(lambda: box.states()["large"] == "waiting")
+    waking = [await box.asking("asleep")] if asked else []
+    await some_ms()
+    busy.since = time.monotonic() - 60
+    held.release()
+    for each in (large, *waking):
+        (await soon(each, 1)).release()
+
+
+# --- the start
+
+
+async def test_sleepers_start_first_and_make_room_for_the_others() -> None:
+    box = Box(
+        spec("a"),
+        spec("b", start="sleeping"),
+        spec("c", start="sleeping"),
+        sizes={"a": 90, "b": sleeping(80), "c": sleeping(90)},
+    )
+    await soon(box.pool.start())
+    assert box.backend.started == ["b", "c", "a"]
+    assert box.levels() == {"a": Level.READY, "b": Level.HOST, "c": Level.HOST}
+    assert box.running("b").slept == [Level.HOST]
+    await box.use("b")
+    assert box.backend.started == ["b", "c", "a"]
+
+
+async def test_what_cannot_sleep_is_started_all_the_same_and_stopped() -> None:
+    """So that it is known to start."""
+    box = Box(spec("a", start="sleeping"), sizes={"a": 60})
+    await soon(box.pool.start())
+    assert (box.states(), box.backend.started) == ({"a": "stopped"}, ["a"])
+    await box.use("a")
+    assert box.backend.started == ["a", "a"]
+
+
+async def test_a_sleeper_without_room_in_host_memory_sleeps_without_its_weights() -> None:
+    far = {Level.READY: {0: 60}, Level.KV_RELEASED: {0: 40}, Level.DISK: {0: 2}}
+    box = Box(spec("a", start="sleeping"), sizes={"a": far})
+    await soon(box.pool.start())
+    assert box.levels() == {"a": Level.DISK}
+    assert box.running("a").slept == [Level.DISK]
+
+
+# --- idle ones
+
+
+async def test_an_idle_model_sleeps_and_then_stops() -> None:
+    idle = {"sleep_after": 0.02, "stop_after": 0.06}
+    box = Box(spec("a", idle=idle), spec("b"), sizes={"a": sleeping(60), "b": 40})
+    await soon(box.pool.start())
+    async with watched(box):
+        await until(lambda: box.states()["a"] == "sleeping")
+        assert box.levels()["a"] is Level.HOST
+        assert box.replica("a").idle_s >= 0.02
+        await until(lambda: box.states()["a"] == "stopped")
+        assert box.replica("a").idle_s >= 0.06
+    assert box.states()["b"] == "ready"
+    assert (box.running("a").slept, box.running("a").stopped) == ([Level.HOST], 1)
+
+
+async def test_a_model_with_a_request_is_not_idle_and_is_so_only_after_it() -> None:
+    box = Box(spec("a", idle={"stop_after": 0.02}), sizes={"a": 60})
+    await soon(box.pool.start())
+    async with watched(box):
+        lease = await soon(box.ask("a"))
+        await asyncio.sleep(0.04)
+        assert box.states() == {"a": "ready"}
+        ended = time.monotonic()
+        lease.release()
+        await until(lambda: box.states() == {"a": "stopped"})
+        assert time.monotonic() - ended >= 0.02
+
+
+async def test_an_idle_model_that_cannot_sleep_stops() -> None:
+    box = Box(spec("a", idle={"sleep_after": 0.01}), sizes={"a": 60})
+    await soon(box.pool.start())
+    async with watched(box):
+        await until(lambda: box.states() == {"a": "stopped"})
+        await box.use("a")
+        await until(lambda: box.states() == {"a": "stopped"})
+    assert box.backend.started == ["a", "a"]
+
+
+async def test_an_idle_model_whose_weights_have_no_room_leaves_them_on_disk() -> None:
+    far = {Level.READY: {0: 60}, Level.DISK: {0: 2}}
+    box = Box(spec("a", idle={"sleep_after": 0.01}), sizes={"a": far})
+    await soon(box.pool.start())
+    async with watched(box):
+        await until(lambda: box.states() == {"a": "sleeping"})
+    assert box.running("a").slept == [Level.DISK]
+
+
+# --- deaths
+
+
+async def test_those_who_wait_for_a_slot_wait_for_a_new_engine_too() -> None:
+    box = Box(spec("a", max_in_flight=1), sizes={"a": 60})
+    await soon(box.pool.start())
+    async with watched(box):
+        held = await soon(box.ask("a"))
+        line = [await box.asking("a") for _ in range(2)]
+        box.running("a").dead = True
+        held.release()
+        for each in line:
+            (await soon(each)).release()
+    assert box.backend.started == ["a", "a"]
+    assert box.figure("engine_deaths_total", model="a", replica="0") == 1
+
+
+async def test_those_who_wait_for_an_engine_that_comes_no_more_are_told() -> None:
+    box = Box(spec("a", max_in_flight=1), sizes={"a": 60})
+    await soon(box.pool.start())
+    box.backend.plans["a"].error = StartupError("no memory left")
+    async with watched(box):
+        held = await soon(box.ask("a"))
+        line = [await box.asking("a") for _ in range(2)]
+        box.running("a").dead = True
+        held.release()
+        for each in line:
+            with pytest.raises(EngineDead, match="died 5 times and is not started again"):
+                await soon(each)
+
+
+async def test_a_request_over_which_an_engine_died_waits_for_the_next_and_others_do_not() -> None:
+    gate = Gate()
+    box = Box(spec("a"), sizes={"a": 60})
+    await soon(box.pool.start())
+    box.backend.plans["a"].gate = gate
+    box.running("a").dead = True
+    wish = Wish("a", CHAT, {}, Deadline())
+    with pytest.raises(Overloaded, match="is waiting") as refused:
+        box.pool.lease(wish)
+    assert refused.value.code == "model_not_ready"
+    assert box.pool.lease(wish.again()) is None
+    waiting = asyncio.create_task(box.pool.wait(wish.again()))
+    gate.opened.set()
+    (await soon(waiting)).release()
+    assert box.backend.started == ["a", "a"]
+
+
+async def test_a_death_that_several_notice_is_one() -> None:
+    box = Box(spec("a"), sizes={"a": 60})
+    await soon(box.pool.start())
+    box.running("a").dead = True
+    replica = box.replica("a")
+    for _ in range(3):  # a request, and whoever watches, in one turn of the loop
+        box.pool._died(replica)
+    assert replica.deaths.in_a_row == 1
+    assert box.figure("engine_deaths_total", model="a", replica="0") == 1
+
+
+async def test_a_dead_engine_keeps_its_place_until_it_is_back() -> None:
+    gate = Gate()
+    box = Box(spec("a"), lazy("b"), sizes={"a": 60, "b": 60})
+    await soon(box.pool.start())
+    box.backend.plans["a"].gate = gate
+    async with watched(box):
+        box.running("a").dead = True
+        await soon(gate.reached.wait())
+        waiting = asyncio.create_task(box.ask("b"))
+        await some_ms()
+        assert box.backend.started == ["a", "a"]
+        gate.opened.set()
+        (await soon(waiting)).release()
+    assert box.backend.started == ["a", "a", "b"]
+
+
+async def test_an_engine_that_dies_while_it_finishes_is_gone() -> None:
+    box = Box(lazy("a"), lazy("b"), sizes={"a": sleeping(60), "b": 80})
+    held = await soon(box.ask("a"))
+    waiting = await box.asking("b")
+    await until(lambda: box.states()["a"] == "draining")
+    box.running("a").dead = True
+    held.release()
+    (await soon(waiting)).release()
+    assert box.levels() == {"a": Level.STOPPED, "b": Level.READY}
+    assert box.running("a").slept == []
+
+
+# --- the end
+
+
+async def test_those_who_wait_for_their_model_are_sent_away_when_the_server_ends() -> None:
+    gate = Gate()
+    box = Box(lazy("a"), sizes={"a": 60}, a=Plan(reports=((State.LOADING, ""),), gate=gate))
+    waiting = await box.asking("a")
+    await soon(gate.reached.wait())
+    box.pool.close()
+    with pytest.raises(Overloaded) as refused:
+        await soon(waiting)
+    assert refused.value.code == "shutting_down"
+    await soon(box.pool.stop())
+    assert gate.cancelled
+    assert box.backend.killed == 1
+
+
+async def test_those_who_wait_for_a_slot_are_let_in_until_the_drain_is_over() -> None:
+    box = Box(spec("a", max_in_flight=1), sizes={"a": 60})
+    await soon(box.pool.start())
+    held = await soon(box.ask("a"))
+    first, second = await box.asking("a"), await box.asking("a")
+    draining = asyncio.ensure_future(box.pool.drain(0.2))
+    await asyncio.sleep(0)
+    held.release()
+    lease = await soon(first)
+    assert not draining.done()
+    with pytest.raises(Overloaded) as refused:
+        await soon(second)
+    assert refused.value.code == "shutting_down"
+    await soon(draining)
+    assert isinstance(lease.cut_by, Overloaded)
+
+
+async def test_nothing_comes_any_more_once_the_server_ends() -> None:
+    box = Box(lazy("a"), lazy("b"), sizes={"a": 60, "b": 60})
+    held = await soon(box.ask("a"))
+    waiting = await box.asking("b")
+    await until(lambda: box.states()["a"] == "draining")
+    box.pool.close()
+    with pytest.raises(Overloaded, match="The server is stopping"):
+        await soon(waiting)
+    held.release()
+    await soon(box.pool.stop())
+    await some_ms()
+    assert box.backend.started == ["a"]
+    assert box.running("a").stopped == 1
+
+
+async def test_sleepers_end_with_the_server() -> None:
+    box = Box(spec("a", start="sleeping"), sizes={"a": sleeping(60)})
+    await soon(box.pool.start())
+    await soon(box.pool.stop())
+    assert box.running("a").stopped == 1
+    assert box.states() == {"a": "stopped"}
+
+
+# --- what is told
+
+
+async def test_every_step_of_a_swap_is_an_event() -> None:
+    box = Box(lazy("a"), lazy("b"), sizes={"a": sleeping(60), "b": 80})
+    await box.use("a")
+    told: list[str] = []
+
+    async def listen() -> None:
+        async for each in box.pool.events.listen():
+            told.append(" ".join((each["model"], each["from"], each["to"])))  # noqa: PERF401  # it never ends
+
+    listening = asyncio.create_task(listen())
+    await asyncio.sleep(0)
+    await box.use("b")
+    await until(lambda: len(told) >= 3)
+    listening.cancel()
+    assert told[:2] == ["a ready draining", "a draining sleeping"]
+    assert told[-1].endswith(" ready")
+    assert all(line.startswith("b ") for line in told[2:])

@@ -1,0 +1,230 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmserve.residency import HOST, Level, Resident, room
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from llmserve.residency import Steps, Takes
+
+STOPPED, DISK, NEAR, KV_RELEASED, READY = Level
+
+
+def engine(key: str, size: int, *, level: Level = READY, worth: float = 0.0) -> Resident[str]:
+    """On GPU 0, and unable to sleep."""
+    return Resident(key, level, {READY: {0: size}}, gives_way=True, worth=(worth,))
+
+
+def sleeper(
+    key: str,
+    *,
+    ready: int = 60,
+    kv_released: int = 40,
+    asleep: int = 2,
+    host: int = 20,
+    level: Level = READY,
+    worth: float = 0.0,
+    gives_way: bool = True,
+) -> Resident[str]:
+    """On GPU 0, with its weights in host memory when it sleeps."""
+    holds = {
+        READY: {0: ready},
+        KV_RELEASED: {0: kv_released},
+        NEAR: {0: asleep, HOST: host},
+    }
+    return Resident(key, level, holds, gives_way, (worth,))
+
+
+def stays(key: str, size: int) -> Resident[str]:
+    return Resident(key, READY, {READY: {0: size}}, gives_way=False)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "residents", "steps"),
+    [
+        pytest.param(40, [engine("a", 60)], [], id="all fit"),
+        pytest.param(41, [engine("a", 60)], [("a", STOPPED)], id="one byte too much"),
+        pytest.param(60, [sleeper("a")], [("a", KV_RELEASED)], id="the KV cache is enough"),
+        pytest.param(61, [sleeper("a")], [("a", NEAR)], id="the weights too"),
+        pytest.param(99, [sleeper("a")], [("a", STOPPED)], id="the last bytes too"),
+        pytest.param(
+            99, [sleeper("a", level=NEAR)], [("a", STOPPED)], id="a sleeper that is in the way"
+        ),
+        pytest.param(98, [sleeper("a", level=NEAR)], [], id="a sleeper beside it"),
+        pytest.param(
+            50,
+            [engine("a", 50, worth=2), engine("b", 50, worth=1)],
+            [("b", STOPPED)],
+            id="the least worth",
+        ),
+        pytest.param(
+            50,
+            [
+                engine("small", 10, worth=1),
+                engine("large", 60, worth=2),
+                engine("rest", 30, worth=3),
+            ],
+            [("large", STOPPED)],
+            id="one whose going changes nothing stays",
+        ),
+        pytest.param(
+            60,
+            [stays("pinned", 40), engine("a", 40, worth=9)],
+            [("a", STOPPED)],
+            id="one that stays is left",
+        ),
+        pytest.param(
+            61, [stays("pinned", 40), engine("a", 40)], None, id="one that stays is too large"
+        ),
+        pytest.param(101, [], None, id="larger than all there is"),
+        pytest.param(
+            90, [sleeper("a", gives_way=False, level=NEAR)], [], id="a sleeper that has to stay"
+        ),
+        pytest.param(
+            99,
+            [sleeper("a", gives_way=False, level=NEAR)],
+            None,
+            id="a sleeper in the way that stays",
+        ),
+    ],
+)
+def test_who_goes_where(
+    wanted: int, residents: Sequence[Resident[str]], steps: Steps[str] | None
+) -> None:
+    assert room({0: wanted}, {0: 100}, residents) == steps
+
+
+def test_weights_that_find_no_host_memory_are_not_kept_there() -> None:
+    capacity = {0: 100, HOST: 30}
+    others = [sleeper("asleep", level=NEAR, worth=9), sleeper("awake")]
+    assert room({0: 90}, capacity, others) == [("awake", STOPPED)]
+    assert room({0: 90}, capacity | {HOST: 40}, others) == [("awake", NEAR)]
+
+
+def test_a_step_is_as_small_as_the_other_steps_allow() -> None:
+    """Host memory that one does not take in the end is there for the other."""
+    small = sleeper("small", ready=50, kv_released=50, asleep=0, host=10, worth=1)
+    large = sleeper("large", ready=60, kv_released=60, asleep=0, host=10, worth=2)
+    assert room({0: 45}, {0: 100, HOST: 10}, [small, large]) == [("large", NEAR)]
+
+
+def test_only_those_of_the_gpu_give_way() -> None:
+    here, there = engine("here", 50), Resident("there", READY, {READY: {1: 50}}, gives_way=True)
+    both = Resident("both", READY, {READY: {0: 25, 1: 25}}, gives_way=True, worth=(1.0,))
+    capacity = {0: 80, 1: 80}
+    assert room({0: 50}, capacity, [there, here, both]) == [("here", STOPPED)]
+    assert room({0: 80, 1: 5}, capacity, [there, here, both]) == [
+        ("here", STOPPED),
+        ("both", STOPPED),
+    ]
+    assert room({0: 60, 1: 60}, capacity, [there, here, both]) is not None
+
+
+def test_what_has_no_capacity_is_not_bounded() -> None:
+    assert room({0: 10**15}, {}, [engine("a", 10**15)]) == []
+
+
+# --- for all
+
+_SIZE = st.integers(0, 12)
+_PLACES = (HOST, 0, 1)
+
+
+@st.composite
+def _resident(draw: st.DrawFn, key: int) -> Resident[int]:
+    """One that holds on a GPU no more at a lower level, and in host memory only asleep."""
+    holds: dict[Level, Takes] = {}
+    on_gpus = {gpu: draw(_SIZE) for gpu in draw(st.sets(st.sampled_from((0, 1)), min_size=1))}
+    holds[READY] = on_gpus
+    for level in (KV_RELEASED, NEAR, DISK):
+        if draw(st.booleans()):
+            on_gpus = {gpu: draw(st.integers(0, size)) for gpu, size in on_gpus.items()}
+            host = {HOST: draw(_SIZE)} if level is NEAR else {}
+            holds[level] = on_gpus | host
+    level = draw(st.sampled_from(sorted(holds)))
+    return Resident(key, level, holds, draw(st.booleans()), (float(draw(st.integers(0, 3))),))
+
+
+@st.composite
+def _cases(draw: st.DrawFn) -> tuple[Takes, Takes, list[Resident[int]]]:
+    """What is wanted, where, and who is there, all of whom fit."""
+    residents = [draw(_resident(key)) for key in range(draw(st.integers(0, 5)))]
+    capacity = {
+        place: sum(one.at(one.level).get(place, 0) for one in residents) + draw(_SIZE)
+        for place in _PLACES
+    }
+    return {gpu: draw(st.integers(0, 40)) for gpu in (0, 1)}, capacity, residents
+
+
+def _fits(
+    wanted: Takes, capacity: Takes, residents: Sequence[Resident[int]], to: dict[int, Level]
+) -> bool:
+    levels = [(one, to.get(one.key, one.level)) for one in residents]
+    return all(
+        wanted.get(place, 0) + sum(one.at(level).get(place, 0) for one, level in levels) <= size
+        for place, size in capacity.items()
+    )
+
+
+@given(_cases())
+def test_the_result_fits(case: tuple[Takes, Takes, list[Resident[int]]]) -> None:
+    steps = room(*case)
+    assert steps is None or _fits(*case, dict(steps))
+
+
+@given(_cases())
+def test_there_is_none_only_if_all_that_may_go_do_not_make_room(
+    case: tuple[Takes, Takes, list[Resident[int]]],
+) -> None:
+    bottom = {one.key: STOPPED for one in case[2] if one.gives_way}
+    assert (room(*case) is None) == (not _fits(*case, bottom))
+
+
+@given(_cases())
+def test_steps_go_down_to_levels_that_exist_and_leave_alone_who_stays(
+    case: tuple[Takes, Takes, list[Resident[int]]],
+) -> None:
+    steps = room(*case) or []
+    by_key = {one.key: one for one in case[2]}
+    assert len(dict(steps)) == len(steps)
+    for key, level in steps:
+        assert by_key[key].gives_way
+        assert level < by_key[key].level
+        assert level in {STOPPED, *by_key[key].holds}
+
+
+@given(_cases())
+def test_no_step_can_be_left_out_or_made_smaller(
+    case: tuple[Takes, Takes, list[Resident[int]]],
+) -> None:
+    steps = dict(room(*case) or [])
+    for one in case[2]:
+        smaller = [each for each in one.holds if steps.get(one.key, one.level) < each <= one.level]
+        assert not any(_fits(*case, steps | {one.key: each}) for each in smaller)
+
+
+@given(
+    count=st.integers(1, 6),
+    free=st.integers(0, 9),
+    wanted=st.integers(0, 60),
+    order=st.randoms(use_true_random=False),
+)
+def test_of_equals_the_least_worth_go_and_no_more_than_it_takes(
+    count: int, free: int, wanted: int, order: object
+) -> None:
+    worths = list(range(count))
+    order.shuffle(worths)  # type: ignore[attr-defined]  # random.Random
+    residents = [Resident(each, READY, {READY: {0: 10}}, True, (float(each),)) for each in worths]
+    steps = room({0: wanted}, {0: 10 * count + free}, residents)
+    needed = max(0, -(-(wanted - free) // 10))
+    if needed > count:
+        assert steps is None
+    else:
+        assert steps is not None
+        assert sorted(steps) == [(each, STOPPED) for each in range(needed)]
