@@ -208,6 +208,14 @@ class ModelSpec(_Spec):
         return _one_of(name, parser_names("reasoning"))
 
     @model_validator(mode="after")
+    def _somebody_may_wait(self, info: ValidationInfo) -> Self:
+        if info.context != _PART and self.start != "eager" and not self.max_queue:
+            raise ValueError(
+                f"max_queue: 0 lets no request wait for it to come (start: {self.start})"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _pinned_stays(self, info: ValidationInfo) -> Self:
         if info.context != _PART and self.pinned and self.idle != IdleSpec():
             raise ValueError("is pinned, and so never idle; leave out `pinned` or `idle`")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import orjson
+
 from llmserve import protocol, sse
 
 if TYPE_CHECKING:
@@ -42,8 +44,8 @@ class Early:
         elif message["type"] == "http.response.start":
             self._refused = message["status"] != 200
         elif self._refused:
-            event = b"data: " + message.get("body", b"") + b"\n\n"
-            await self._send({**message, "body": event + sse.DONE})
+            body = protocol.last_event(self._endpoint, orjson.loads(message["body"]))
+            await self._send({**message, "body": body})
         else:
             await self._send(message)
 

@@ -11,7 +11,7 @@ from llmserve.gpus import gib
 from llmserve.residency import HOST, Level
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Mapping
+    from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 
     from llmserve.config import Config, ModelSpec
     from llmserve.residency import Takes
@@ -44,26 +44,28 @@ class HostSpace:
         return {Level.READY: {HOST: size}}
 
     def _unless_too_much(self, config: Config) -> None:
-        if not self.capacity:
-            return
-        problems = []
+        if self.capacity and (problems := list(self._problems(config))):
+            raise ConfigError(problems)
+
+    def _problems(self, config: Config) -> Iterator[str]:
+        """Of those that run at once, who is too much; of the others, who finds no place."""
+        pinned = sum(self._needs(spec) for spec in config.models if spec.pinned)
         free = self.capacity[HOST]
         for spec in config.models:
-            needs = self.holds(spec, 0)[Level.READY][HOST]
             if spec.start == "eager":
-                free -= needs * spec.replicas
-            if free < 0 or needs > self.capacity[HOST]:
-                problems.append(
-                    config.told(
-                        ("models", spec.name),
-                        f"needs {gib(needs)} for each of {spec.replicas} replicas, and of "
-                        f"server.host_memory {gib(self.capacity[HOST])} are left "
-                        f"{gib(max(0, free + needs * spec.replicas))}; what would fit: "
-                        "`start: lazy`, a smaller kv_cache, or more host_memory",
-                    )
+                left, free = free, free - self._needs(spec)
+            else:
+                left = self.capacity[HOST] - pinned + (self._needs(spec) if spec.pinned else 0)
+            if self._needs(spec) > left:
+                yield config.told(
+                    ("models", spec.name),
+                    f"needs {gib(self._needs(spec))}, and of server.host_memory "
+                    f"{gib(self.capacity[HOST])} are left {gib(max(0, left))}; what would fit: "
+                    "`start: lazy`, a smaller kv_cache, or more host_memory",
                 )
-        if problems:
-            raise ConfigError(problems)
+
+    def _needs(self, spec: ModelSpec) -> int:
+        return self.holds(spec, 0)[Level.READY][HOST] * spec.replicas
 
     def planned(self, config: Config, kept: Mapping[str, str]) -> Callable[[], None]:
         """The budget of another registry. Raises ConfigError."""

@@ -33,6 +33,7 @@ _LOOK_S = 0.02  # whether somebody has room to give by now
 # its coming cost; one that is idle keeps it for once that.
 _TURN = 5.0
 _TURN_S = (2.0, 60.0)  # not shorter, not longer
+_WAKE_S = 0.5  # of a sleeper that has never been awakened
 
 
 class Life:
@@ -69,6 +70,7 @@ class Life:
         return self._booked.get(replica) is Level.READY
 
     async def _up(self, replica: Replica) -> None:
+        replica.began = time.monotonic()
         try:
             if not await self._woke(replica):
                 await self._started(replica)
@@ -122,7 +124,8 @@ class Life:
         return True
 
     def _arrived(self, replica: Replica) -> None:
-        replica.cost_s[replica.level] = time.monotonic() - replica.started
+        replica.cost_s[replica.level] = time.monotonic() - replica.began
+        replica.failures.forget()
         replica.level = Level.READY
         replica.used = time.monotonic()
         self.change(replica, State.READY)
@@ -290,17 +293,19 @@ class Life:
         return room(wanted, self._backend.capacity, here) == []
 
     def _unless_hopeless(self, replica: Replica, takes: Takes) -> None:
-        pinned = [
+        staying = [
             self._takes(each, level)
             for each, level in self._booked.items()
-            if each.model.spec.pinned and each is not replica
+            if each is not replica
+            and (each.model.spec.pinned or each.model.name == replica.model.name)
         ]
         for place, capacity in self._backend.capacity.items():
-            free = capacity - sum(takes.get(place, 0) for takes in pinned)
+            free = capacity - sum(held.get(place, 0) for held in staying)
             if takes.get(place, 0) > free:
                 where = "server.host_memory" if place == HOST else f"GPU {place}"
                 raise StartupError(
-                    f"it needs {gib(takes[place])}, and {gib(free)} of {where} are not pinned"
+                    f"it needs {gib(takes[place])}, and pinned models and its own other replicas "
+                    f"leave {gib(free)} of {where}"
                 )
 
 
@@ -317,5 +322,9 @@ def _gives_way(replica: Replica, *, busy: bool) -> bool:
 
 
 def _cost_s(replica: Replica) -> float:
-    """What it took to be ready again, from as near as it has come."""
-    return min(replica.cost_s.values(), default=0.0)
+    """What it will take to be ready again."""
+    running = replica.running
+    if running is None or not running.sleeps:
+        return replica.cost_s.get(Level.STOPPED, 0.0)
+    asleep = [seconds for level, seconds in replica.cost_s.items() if level]
+    return max(asleep, default=_WAKE_S)

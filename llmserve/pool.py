@@ -109,6 +109,11 @@ class Entry:
         return any(replica.state is not State.FAILED for replica in self.replicas)
 
     @property
+    def rests(self) -> bool:
+        """Whether it is not ready, but would be if it were asked."""
+        return not self.ready and any(replica.may_come for replica in self.replicas)
+
+    @property
     def awaits(self) -> bool:
         """Whether requests wait for it while it is not ready."""
         return any(
@@ -319,7 +324,8 @@ class Pool:
         if not entry.ready and not entry.awaits and not (wish.before and entry.comes):
             raise self._not_ready(entry)
         ready_in_s = None if entry.ready else entry.furthest.ready_in_s
-        entry.slots.unless_full(wish.deadline, ready_in_s or 0.0)
+        if not wish.before:  # that one has been admitted
+            entry.slots.unless_full(wish.deadline, ready_in_s or 0.0)
         return None
 
     async def wait(self, wish: Wish) -> Lease:

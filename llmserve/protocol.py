@@ -60,9 +60,14 @@ NAMED_EVENTS = frozenset(endpoint.name for endpoint in ENDPOINTS if endpoint.nam
 
 def failure(endpoint: str, error: LLMServeError) -> bytes:
     """The last events of a stream that failed."""
+    return last_event(endpoint, error_body(error))
+
+
+def last_event(endpoint: str, body: dict[str, Any]) -> bytes:
+    """An error object as the last events of a stream."""
     if endpoint in NAMED_EVENTS:
-        return sse.event({"type": "error", **error_body(error)}, "error")
-    return sse.event(error_body(error)) + sse.DONE
+        return sse.event({"type": "error", **body}, "error")
+    return sse.event(body) + sse.DONE
 
 
 class Ongoing(Response):

@@ -162,7 +162,8 @@ class Replica:
         self.level = Level.STOPPED
         self.note = ""  # progress, or why it failed
         self.running: Running | None = None
-        self.started = time.monotonic()  # or when it will be
+        self.started = time.monotonic()  # or when it will be; with the wait for room
+        self.began = self.started  # without it
         self.seconds = 0.0  # what the start took
         self.cost_s: dict[Level, float] = {}  # what it last took to be ready, by where from
         self.since = time.monotonic()  # its state

@@ -93,7 +93,7 @@ async def cancel_response(request: Request) -> Response:
 
 async def _of_response(request: Request, action: str, *arguments: Any) -> Response:
     response_id = request.path_params["response_id"]
-    for entry in _services(request).pool.ready():
+    for entry in _services(request).pool.entries.values():
         if entry.running is None or "responses" not in entry.running.able:
             continue
         try:
@@ -118,10 +118,10 @@ async def health(_: Request) -> Response:
 
 
 async def ready(request: Request) -> Response:
-    """200 when every model is ready, else 503; each model's state either way."""
+    """200 while every model answers, or would when it is asked; each model's state either way."""
     entries = _services(request).pool.entries.values()
     states = {entry.name: _shown(entry) for entry in entries}
-    all_ready = all(entry.ready for entry in entries)
+    all_ready = all(entry.ready or entry.awaits for entry in entries)
     return _json({"ready": all_ready, "models": states}, 200 if all_ready else 503)
 
 

@@ -326,7 +326,13 @@ class _Process:
     def _announce(self) -> None:
         failed = sum(replica.state is State.FAILED for replica in self._pool.replicas)
         ready = ", ".join(entry.name for entry in self._pool.ready())
-        self._say(f"Serving {ready} on {self._url()}" + (f" ({failed} failed)" if failed else ""))
+        asleep = [entry.name for entry in self._pool.entries.values() if entry.rests]
+        notes = [f"{', '.join(asleep)} on demand"] if asleep else []
+        notes += [f"{failed} failed"] if failed else []
+        self._say(
+            f"Serving {ready or 'nothing yet'} on {self._url()}"
+            + (f" ({'; '.join(notes)})" if notes else "")
+        )
 
     def _url(self) -> str:
         server, port = self._server, self._listener.getsockname()[1]

@@ -99,7 +99,7 @@ def test_what_runs_at_once_has_to_fit() -> None:
     assert problems(*two, memory="20GiB") == []
     (told,) = problems(*two, memory="19GiB")
     assert "b" in told
-    assert "needs 10.0 GiB for each of 1 replicas" in told
+    assert "needs 10.0 GiB" in told
     assert "of server.host_memory 19.0 GiB are left 9.0 GiB" in told
     assert "`start: lazy`, a smaller kv_cache, or more host_memory" in told
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any
@@ -167,9 +168,47 @@ async def test_a_lazy_model_that_cannot_start_refuses_its_line() -> None:
             await soon(each)
         assert refused.value.code == "model_failed"
     assert box.replica("a").note == "OSError: no space left"
+    assert box.backend.started == ["a"]
+
+
+async def test_a_lazy_model_that_could_not_start_is_tried_again_after_a_pause() -> None:
+    box = Box(lazy("a"), sizes={"a": 60}, a=broken())
+    replica = box.replica("a")
+    with pytest.raises(EngineDead):
+        await soon(box.ask("a"))
+    assert replica.again_at < time.monotonic() + 1
+    replica.again_at = time.monotonic() + 60
     with pytest.raises(EngineDead, match="`a` could not be started"):
         await soon(box.ask("a"))
     assert box.backend.started == ["a"]
+    box.backend.plans["a"].error = None
+    replica.again_at = time.monotonic()
+    await box.use("a")
+    assert box.backend.started == ["a", "a"]
+
+
+async def test_a_lazy_model_that_fails_again_and_again_is_left() -> None:
+    box = Box(lazy("a"), sizes={"a": 60}, a=broken())
+    replica = box.replica("a")
+    for _ in range(deaths.GIVE_UP):
+        replica.again_at = min(replica.again_at, time.monotonic())
+        with pytest.raises(EngineDead):
+            await soon(box.ask("a"))
+    assert replica.again_at == math.inf
+    with pytest.raises(EngineDead):
+        await soon(box.ask("a"))
+    assert box.backend.started == ["a"] * deaths.GIVE_UP
+
+
+async def test_failed_starts_are_forgotten_with_one_that_went_well() -> None:
+    box = Box(lazy("a"), sizes={"a": 60}, a=broken())
+    replica = box.replica("a")
+    with pytest.raises(EngineDead):
+        await soon(box.ask("a"))
+    box.backend.plans["a"].error = None
+    replica.again_at = time.monotonic()
+    await box.use("a")
+    assert replica.failures.in_a_row == 0
 
 
 async def test_a_failed_start_gives_its_place_back() -> None:
@@ -211,13 +250,10 @@ async def test_a_short_deadline_does_not_refuse_a_start_that_nobody_has_timed() 
 async def test_a_deadline_that_passes_while_the_model_comes_ends_the_wait_alone() -> None:
     gate = Gate()
     box = Box(lazy("a"), sizes={"a": 60}, a=Plan(gate=gate))
-    box.replica("a").cost_s[Level.STOPPED] = 0.001
-    with pytest.raises(Overloaded, match=r"0\.0 s that it has left"):
-        await soon(box.ask("a", Deadline(0.02)))
     patient = await box.asking("a")
-    wish = Wish("a", CHAT, {}, Deadline(0.01))
-    with pytest.raises(DeadlineExceeded):
-        await soon(box.pool.wait(wish))
+    with pytest.raises(DeadlineExceeded, match=r"longer than its 0\.01 s"):
+        await soon(box.ask("a", Deadline(0.01)))
+    assert box.figure("requests_queued", model="a") == 1
     gate.opened.set()
     (await soon(patient)).release()
 
@@ -311,7 +347,9 @@ async def test_a_pinned_model_stays_and_what_cannot_fit_beside_it_fails() -> Non
     assert box.states() == {"p": "ready", "a": "stopped", "b": "ready", "large": "stopped"}
     with pytest.raises(EngineDead, match="`large` could not be started"):
         await soon(box.ask("large"))
-    assert box.replica("large").note == "it needs 0.0 GiB, and 0.0 GiB of GPU 0 are not pinned"
+    assert "pinned models and its own other replicas leave 0.0 GiB of GPU 0" in (
+        box.replica("large").note
+    )
     assert box.states() == {"p": "ready", "a": "stopped", "b": "ready", "large": "failed"}
     assert "large" not in box.backend.started
 
@@ -409,13 +447,21 @@ async def test_replicas_of_one_model_do_not_give_way_to_each_other() -> None:
     assert box.backend.started == ["a/0"]
 
 
+async def test_a_replica_without_room_beside_its_sibling_keeps_nobody_else_out() -> None:
+    box = Box(lazy("a", replicas=2), lazy("b"), sizes={"a": 60, "b": 60})
+    (await soon(box.ask("a"))).release()
+    await some_ms()
+    (await soon(box.ask("b"), 1)).release()
+    assert box.states()["b"] == "ready"
+
+
 def test_whether_models_fit_beside_those_that_are_here() -> None:
     box = Box(lazy("a"), lazy("b"), lazy("c"), sizes={"a": 60, "b": 40, "c": 41})
     fits = box.pool.life.fits
     a, b, c = box.pool.replicas
     assert fits([a, b])
     assert not fits([a, c])
-    box.pool.life._held[a] = {0: 60}
+    box.pool.life._booked[a] = Level.READY
     assert (fits([b]), fits([c])) == (True, False)
 
 

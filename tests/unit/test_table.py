@@ -14,7 +14,7 @@ from tests.fakes import spec
 def replica(
     name: str, state: State, note: str = "", seconds: float = 0.0, *, number: int = 0, of: int = 1
 ) -> Replica:
-    made = Replica(Model(spec(name, replicas=of)), number)
+    made = Replica(Model(spec(name, replicas=of)), number, {})
     made.state, made.note, made.seconds = state, note, seconds
     return made
 

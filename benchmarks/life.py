@@ -1,0 +1,997 @@
+"""Whether the box goes on: what its models go through under load, and whether stated bounds hold.
+
+`kills` ends engines and the server, `drain` lets requests end, `reloads` changes the registry,
+`turns` has more models than fit, `broken` has models that cannot start.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import itertools
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import httpx
+import orjson
+import psutil
+import yaml
+
+from benchmarks import record
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+
+    Entry = dict[str, Any]  # of a registry
+    Scenario = Callable[["Setting", "Verdicts"], Awaitable[None]]
+
+HOST = "127.0.0.1"
+TREE = Path(__file__).parents[1]
+COMMAND = (sys.executable, "-m", "llmserve")
+CHAT, EMBED = "SmolLM2-135M-Instruct", "all-MiniLM-L6-v2"
+START_S = 240.0  # of a whole server, on two cores
+_LOOK_S = 0.1
+_NOTICED_S = 0.5  # within which a death is noticed: what comes before is its engine's
+_AT_ONCE_S = 0.5
+_ENDS_S = 2.0  # that begun streams of a dead engine get
+_END_S = 60.0  # that a server gets to end
+
+
+# --- what is found
+
+
+@dataclass(frozen=True)
+class Finding:
+    name: str
+    value: float
+    unit: str = ""
+    bound: str = ""  # empty: a figure that nothing is promised of
+    passed: bool = True
+    detail: str = ""
+
+    def __str__(self) -> str:
+        mark = ("PASS" if self.passed else "FAIL") if self.bound else "    "
+        bound = f" ({self.bound})" if self.bound else ""
+        detail = f": {self.detail}" if self.detail else ""
+        return f"{mark}  {self.name}: {self.value:.4g}{self.unit}{bound}{detail}"
+
+
+class Verdicts:
+    """Prints what is found as it is found."""
+
+    def __init__(self) -> None:
+        self.findings: list[Finding] = []
+
+    def figure(self, name: str, value: float, unit: str = "", detail: str = "") -> None:
+        self._add(Finding(name, value, unit, detail=detail))
+
+    def at_most(
+        self, name: str, value: float, bound: float, unit: str = "", detail: str = ""
+    ) -> None:
+        said = f"at most {bound:.4g}{unit}"
+        self._add(Finding(name, value, unit, said, value <= bound, detail))
+
+    def exactly(self, name: str, value: float, bound: float, detail: str = "") -> None:
+        self._add(Finding(name, value, "", f"{bound:g} it must be", value == bound, detail))
+
+    @property
+    def failed(self) -> int:
+        return sum(not finding.passed for finding in self.findings)
+
+    def _add(self, finding: Finding) -> None:
+        self.findings.append(finding)
+        print(finding, flush=True)
+
+
+# --- requests
+
+
+@dataclass(eq=False)
+class Reply:
+    """One completion. Times are `time.monotonic()`; infinite: not yet."""
+
+    model: str
+    streams: bool
+    tokens: int
+    sent_s: float = math.inf
+    first_s: float = math.inf  # byte of the answer itself, no comment
+    done_s: float = math.inf
+    status: int = 0
+    retry_after: str | None = None
+    content: bytes = b""
+    broken: str = ""  # why the connection ended early
+
+    @property
+    def took_s(self) -> float:
+        return self.done_s - self.sent_s
+
+    @property
+    def commented(self) -> bool:
+        return self.content.startswith(b":")
+
+    @property
+    def ended(self) -> bool:
+        """As a stream should, with or without an error."""
+        return not self.broken and self.content.rstrip().endswith(b"data: [DONE]")
+
+    @property
+    def erred(self) -> bool:
+        return b'{"error":' in self.content
+
+    @property
+    def whole(self) -> bool:
+        answered = self.status == 200 and not self.broken and not self.erred
+        return answered and b'"choices"' in self.content and (self.ended or not self.streams)
+
+    def told(self) -> str:
+        kind = "stream" if self.streams else "plain"
+        end = self.broken or self.content[-300:].decode(errors="replace")
+        return f"{kind} {self.model} {self.status} after {self.took_s:.2f} s: {end!r}"
+
+    async def come(self, http: httpx.AsyncClient) -> Self:
+        body = {"model": self.model, "prompt": "Once upon a time", "ignore_eos": True}
+        body |= {"max_tokens": self.tokens, "stream": self.streams}
+        self.sent_s = time.monotonic()
+        try:
+            async with http.stream("POST", "/v1/completions", json=body) as response:
+                self.status = response.status_code
+                self.retry_after = response.headers.get("retry-after")
+                async for part in response.aiter_bytes():
+                    self._take(part)
+        except httpx.HTTPError as error:
+            self.broken = repr(error)
+        self.done_s = time.monotonic()
+        return self
+
+    def _take(self, part: bytes) -> None:
+        self.content += part
+        if self.first_s == math.inf and (not self.streams or b"data: " in self.content):
+            self.first_s = time.monotonic()
+
+
+def failures(replies: Iterable[Reply]) -> list[Reply]:
+    return [reply for reply in replies if not reply.whole]
+
+
+def first_of(replies: Sequence[Reply]) -> str:
+    return replies[0].told() if replies else ""
+
+
+class Load:
+    """Requests for models, some streams and some plain, from its beginning to its end."""
+
+    def __init__(self, box: Box, models: Iterable[str], each: int = 2, tokens: int = 24) -> None:
+        self.replies: list[Reply] = []
+        self._box = box
+        self._askers = [
+            (model, streams, tokens) for model in models for streams in (True, False) * each
+        ]
+        self._over = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def __aenter__(self) -> Self:
+        self._tasks = [asyncio.create_task(self._go_on(*asker)) for asker in self._askers]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._over.set()
+        await asyncio.gather(*self._tasks)
+
+    async def _go_on(self, model: str, streams: bool, tokens: int) -> None:
+        while not self._over.is_set():
+            reply = Reply(model, streams, tokens)
+            self.replies.append(reply)
+            await reply.come(self._box.http)
+            if not reply.whole:
+                await asyncio.sleep(_LOOK_S)
+
+    def of(self, model: str) -> list[Reply]:
+        return [reply for reply in self.replies if reply.model == model]
+
+
+# --- the server
+
+
+@dataclass
+class Setting:
+    """Where the models are, and where servers keep what they write."""
+
+    models: Path
+    folder: Path
+
+    def chat(self, **said: Any) -> Entry:
+        return {"model": str(self.models / CHAT), **said}
+
+    def embed(self, **said: Any) -> Entry:
+        return {"model": str(self.models / EMBED), "kv_cache": "64MiB", **said}
+
+    def registry(self, models: dict[str, Entry], **server: Any) -> Entry:
+        engine = {"dtype": "float32", "max_model_len": 512}
+        return {
+            "server": {"host": HOST, "port": _free_port(), "log_dir": str(self.folder), **server},
+            "defaults": {"kv_cache": "256MiB", "memory": "2.5GiB", "engine": engine},
+            "models": models,
+        }
+
+
+@dataclass
+class Box:
+    """A running `llmserve up`."""
+
+    folder: Path
+    registry: Entry
+    env: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.port: int = self.registry["server"]["port"]
+        self.url = f"http://{HOST}:{self.port}"
+        self.file = self.folder / f"models-{self.port}.yaml"
+        self.output = self.folder / f"up-{self.port}.out"
+        self.write(self.registry)
+
+    def write(self, registry: Entry) -> None:
+        self.file.write_text(yaml.safe_dump(registry, sort_keys=False))
+
+    async def __aenter__(self) -> Self:
+        with self.output.open("w") as out:
+            self.process = subprocess.Popen(
+                [*COMMAND, "up", str(self.file)],
+                cwd=TREE,
+                env={**os.environ, **self.env},
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C is for this benchmark, which then ends the server
+            )
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+        timeout = httpx.Timeout(None, connect=10)
+        self.http = httpx.AsyncClient(
+            base_url=self.url, timeout=timeout, limits=limits, trust_env=False
+        )
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.http.aclose()
+        family = self.family()
+        if self.process.poll() is None:
+            self.process.terminate()
+            with contextlib.suppress(TimeoutError):
+                await until(lambda: self.process.poll() is not None, _END_S)
+            self.process.kill()
+        self.process.wait()
+        for left in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                left.kill()
+
+    def printed(self) -> str:
+        return self.output.read_text(errors="replace")
+
+    async def ready(self) -> None:
+        def serving() -> bool:
+            if self.process.poll() is not None:
+                raise SystemExit(f"the server ended:\n{self.printed()}")
+            return "Serving " in self.printed()
+
+        await until(serving, START_S)
+
+    # --- processes
+
+    def family(self) -> list[psutil.Process]:
+        try:
+            below: list[psutil.Process] = psutil.Process(self.process.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            return []
+        return below
+
+    def cores(self) -> set[int]:
+        """The engine cores, those that start as well."""
+        return {p.pid for p in self.family() if p.ppid() == self.process.pid and "VLLM" in _name(p)}
+
+    async def cli(self, *words: str) -> tuple[int, str]:
+        """The exit code and output of a command to this server."""
+        command = [*COMMAND, *words, "--url", self.url]
+        process = await asyncio.create_subprocess_exec(
+            *command, cwd=TREE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        out, _ = await process.communicate()
+        return process.returncode or 0, out.decode()
+
+    # --- what it says
+
+    async def model(self, name: str) -> Entry:
+        return _object(await self.http.get(f"/admin/models/{name}"))
+
+    async def pid(self, name: str) -> int:
+        found = (await self.model(name))["replicas"][0]["pid"]
+        if not isinstance(found, int):
+            raise RuntimeError(f"{name} has no engine")
+        return found
+
+    async def until_ready(self, name: str, but: int = 0, within_s: float = START_S) -> float:
+        """Seconds until it is ready, by another engine than that of the process `but`."""
+        began = time.monotonic()
+        while True:
+            shown = await self.model(name)
+            if shown["state"] == "ready" and shown["replicas"][0]["pid"] != but:
+                return time.monotonic() - began
+            if shown["state"] == "failed" or time.monotonic() > began + within_s:
+                raise RuntimeError(f"{name} is {shown['state']}: {shown['note']}")
+            await asyncio.sleep(_LOOK_S)
+
+    async def metric(self, name: str, **labels: str) -> float:
+        page = (await self.http.get("/metrics")).text
+        wanted = [f'{key}="{value}"' for key, value in labels.items()]
+        lines = [line for line in page.splitlines() if re.match(rf"{name}[{{ ]", line)]
+        return sum(float(li.rpartition(" ")[2]) for li in lines if all(w in li for w in wanted))
+
+    @contextlib.asynccontextmanager
+    async def events(self) -> Any:
+        """A list that grows; `at_s` of an event is `time.monotonic()`."""
+        told: list[Entry] = []
+        listening = asyncio.create_task(self._listen(told))
+        try:
+            yield told
+        finally:
+            listening.cancel()
+            await asyncio.wait({listening})
+
+    async def _listen(self, told: list[Entry]) -> None:
+        async with self.http.stream("GET", "/admin/events") as response:
+            async for line in response.aiter_lines():
+                if line.startswith("data: "):
+                    event = orjson.loads(line.removeprefix("data: "))
+                    told.append(event | {"at_s": event["at"] - time.time() + time.monotonic()})
+
+
+def _object(response: httpx.Response) -> Entry:
+    found: Entry = response.raise_for_status().json()
+    return found
+
+
+def _name(process: psutil.Process) -> str:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return str(process.name())
+    return ""
+
+
+def _free_port() -> int:
+    with socket.create_server((HOST, 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def bindable(port: int) -> bool:
+    try:
+        socket.create_server((HOST, port)).close()
+    except OSError:
+        return False
+    return True
+
+
+async def until(holds: Callable[[], bool], within_s: float) -> float:
+    """Seconds until it holds. Raises TimeoutError."""
+    began = time.monotonic()
+    async with asyncio.timeout(within_s):
+        while not holds():
+            await asyncio.sleep(_LOOK_S)
+    return time.monotonic() - began
+
+
+async def begun(replies: Iterable[Reply]) -> None:
+    replies = list(replies)
+    await until(lambda: all(reply.first_s < math.inf for reply in replies), _END_S)
+
+
+# --- kills
+
+
+async def kills(setting: Setting, verdicts: Verdicts) -> None:
+    registry = setting.registry({"a": setting.chat(), "b": setting.chat()})
+    async with Box(setting.folder, registry) as box:
+        await box.ready()
+        await _second_server(box, verdicts)
+        processes = len(box.family())
+        async with Load(box, ["b"], each=1) as other:
+            await _killed_under_load(box, verdicts)
+            await _killed_to_the_end(box, verdicts)
+            verdicts.at_most("processes after quarantine", len(box.family()), processes - 1)
+            code, said = await box.cli("load", "a")
+            verdicts.exactly("exit code of `load` after quarantine", code, 0, said.strip())
+            await _stopped_silently(box, verdicts)
+        failed = failures(other.replies)
+        verdicts.figure("requests to the other model", len(other.replies))
+        verdicts.at_most("of them failed", len(failed), 0, detail=first_of(failed))
+        await _killed_server(box, verdicts)
+
+
+async def _second_server(box: Box, verdicts: Verdicts) -> None:
+    began = time.monotonic()
+    second = subprocess.Popen(
+        [*COMMAND, "up", str(box.file)],
+        cwd=TREE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    said, _ = await asyncio.to_thread(second.communicate)
+    verdicts.at_most("second server on the port ends after", time.monotonic() - began, 2, " s")
+    verdicts.exactly("its exit code", second.returncode, 3, said.strip())
+
+
+async def _killed_under_load(box: Box, verdicts: Verdicts) -> None:
+    shown, pid = (await box.model("a"))["replicas"][0], await box.pid("a")
+    async with Load(box, ["a"], each=3, tokens=200) as load:
+        streams = [reply for reply in load.replies if reply.streams]
+        await asyncio.sleep(_LOOK_S)
+        await begun(reply for reply in load.replies if reply.streams)
+        at_s = time.monotonic()
+        os.kill(pid, signal.SIGKILL)
+        ready_s = await box.until_ready("a", but=pid)
+        again_s = at_s + ready_s
+        await asyncio.sleep(1)
+    del streams
+    bound_s = shown["start_s"] + 10
+    verdicts.at_most("ready again after", ready_s, bound_s, " s", "its load time and 10 s")
+    _judge_killed(load.replies, at_s, again_s, verdicts)
+
+
+def _judge_killed(
+    replies: Sequence[Reply], at_s: float, again_s: float, verdicts: Verdicts
+) -> None:
+    noticed_s = at_s + _NOTICED_S
+    caught = [r for r in replies if r.sent_s < at_s < r.done_s]
+    streams = [r for r in caught if r.streams and r.first_s < noticed_s]
+    rest = [r for r in caught if r not in streams and r.done_s > noticed_s]
+    late = [r for r in replies if noticed_s + _LOOK_S < r.sent_s < again_s - 1]
+    verdicts.figure("streams that had begun at the kill", len(streams))
+    untold = [r for r in streams if not (r.ended and r.erred)]
+    verdicts.at_most("of them without error and [DONE]", len(untold), 0, detail=first_of(untold))
+    last_s = max((r.done_s - at_s for r in streams), default=math.inf)
+    verdicts.at_most("the last of them ended after", last_s, _ENDS_S, " s")
+    verdicts.figure("requests without a byte at the kill", len(rest))
+    unanswered = failures(rest)
+    verdicts.at_most("of them not answered", len(unanswered), 0, detail=first_of(unanswered))
+    verdicts.figure("new requests while it was away", len(late))
+    odd = [r for r in late if r.status != 503 or not r.retry_after]
+    verdicts.at_most("of them not 503 with Retry-After", len(odd), 0, detail=first_of(odd))
+    slowest_s = max((r.took_s for r in late), default=math.inf)
+    verdicts.at_most("the slowest refusal", slowest_s, _AT_ONCE_S, " s")
+
+
+async def _killed_to_the_end(box: Box, verdicts: Verdicts) -> None:
+    """Each time that it is ready, and in between while it starts, until it is given up."""
+    other, died, starting = await box.pid("b"), 1, False
+    while (shown := await box.model("a"))["state"] != "failed":
+        if starting:
+            await until(lambda: bool(box.cores() - {other}), START_S)
+            await asyncio.sleep(3)  # somewhere in its imports
+            (pid,) = box.cores() - {other}
+        else:
+            pid = await box.pid("a")
+        os.kill(pid, signal.SIGKILL)
+        died += 1
+        await until(lambda pid=pid: pid not in box.cores(), 10)  # type: ignore[misc]
+        starting = not starting
+        await asyncio.sleep(1)
+        if not starting and (await box.model("a"))["state"] != "failed":
+            await box.until_ready("a")
+        if died > 8:
+            break
+    shown = await box.model("a")
+    verdicts.exactly("deaths until quarantine", died, 5, shown["note"])
+    verdicts.exactly("deaths that /admin/models tells", shown["deaths"], died)
+    counted = await box.metric("llmserve_engine_deaths_total", model="a")
+    verdicts.exactly("deaths that /metrics counts", counted, died)
+    ready = await box.http.get("/ready")
+    failed = orjson.loads(ready.content)["models"].get("a")
+    verdicts.exactly("/ready tells it failed", "failed" in str(failed), True, ready.text)
+    refused = await Reply("a", False, 4).come(box.http)
+    verdicts.exactly("status of a request for it", refused.status, 503, refused.told())
+
+
+async def _stopped_silently(box: Box, verdicts: Verdicts) -> None:
+    """An engine core that is there and does nothing."""
+    pid = await box.pid("a")
+    start_s = (await box.model("a"))["replicas"][0]["start_s"]
+    os.kill(pid, signal.SIGSTOP)
+    noticed_s = await until(lambda: pid not in box.cores(), 120)
+    verdicts.at_most("SIGSTOP: killed after", noticed_s, 60, " s")
+    ready_s = await box.until_ready("a", but=pid)
+    verdicts.at_most("and ready again after", ready_s, start_s + 10, " s")
+
+
+async def _killed_server(box: Box, verdicts: Verdicts) -> None:
+    family = box.family()
+    box.process.kill()
+    box.process.wait()
+    _, alive = await asyncio.to_thread(psutil.wait_procs, family, timeout=5)
+    verdicts.at_most("processes 5 s after kill -9 of the server", len(alive), 0)
+    verdicts.exactly("its port is free", bindable(box.port), True)
+
+
+# --- drain
+
+
+async def drain(setting: Setting, verdicts: Verdicts) -> None:
+    models = {"a": setting.chat(), "b": setting.chat()}
+    async with Box(setting.folder, setting.registry(models, drain_timeout=60)) as box:
+        await box.ready()
+        await _unloaded(box, verdicts)
+        await _unloaded_now(box, verdicts)
+        code, said = await box.cli("load", "a")
+        verdicts.exactly("exit code of `load`", code, 0, said.strip())
+        await _terminated(box, verdicts)
+
+
+async def _streams(box: Box, model: str, count: int) -> tuple[list[Reply], Awaitable[Any]]:
+    """So many that have begun, and their end."""
+    replies = [Reply(model, True, 300) for _ in range(count)]
+    ends = asyncio.gather(*(reply.come(box.http) for reply in replies))
+    await begun(replies)
+    return replies, ends
+
+
+async def _unloaded(box: Box, verdicts: Verdicts) -> None:
+    replies, ends = await _streams(box, "a", 4)
+    code, said = await box.cli("unload", "a")
+    early = sum(reply.done_s == math.inf for reply in replies)
+    await ends
+    verdicts.exactly("exit code of `unload`", code, 0, said.strip())
+    verdicts.at_most("streams that had not ended by then", early, 0)
+    failed = failures(replies)
+    verdicts.at_most("of 4 streams not whole", len(failed), 0, detail=first_of(failed))
+
+
+async def _unloaded_now(box: Box, verdicts: Verdicts) -> None:
+    replies, ends = await _streams(box, "b", 4)
+    at_s = time.monotonic()
+    code, said = await box.cli("unload", "b", "--now")
+    await ends
+    verdicts.exactly("exit code of `unload --now`", code, 0, said.strip())
+    untold = [reply for reply in replies if not (reply.ended and reply.erred)]
+    verdicts.at_most("of 4 streams without error and [DONE]", len(untold), 0, "", first_of(untold))
+    last_s = max(reply.done_s for reply in replies) - at_s
+    verdicts.figure("the last of them ended after", last_s, " s", "the command's start included")
+
+
+async def _terminated(box: Box, verdicts: Verdicts) -> None:
+    kept = httpx.AsyncClient(base_url=box.url, timeout=10, trust_env=False)
+    async with kept:
+        await kept.get("/health")
+        replies, ends = await _streams(box, "a", 10)
+        family = box.family()
+        at_s = time.monotonic()
+        box.process.terminate()
+        await asyncio.sleep(0.5)  # uvicorn looks ten times a second
+        over_new = await Reply("a", False, 1).come(box.http)
+        over_kept = await Reply("a", False, 1).come(kept)
+        meanwhile = sum(reply.done_s == math.inf for reply in replies)
+        await ends
+    verdicts.figure("streams that ran when new requests were refused", meanwhile)
+    let_in = [reply for reply in (over_new, over_kept) if reply.whole or reply.status == 200]
+    verdicts.at_most("new requests let in", len(let_in), 0, "", over_new.told())
+    failed = failures(replies)
+    verdicts.at_most("of 10 streams not whole", len(failed), 0, detail=first_of(failed))
+    ended_s = await until(lambda: box.process.poll() is not None, _END_S)
+    verdicts.figure("the server ended after the last by", ended_s, " s")
+    verdicts.figure("and after the signal by", time.monotonic() - at_s, " s")
+    verdicts.exactly("its exit code", box.process.returncode, 0)
+    verdicts.at_most("processes left", len([p for p in family if p.is_running()]), 0)
+
+
+# --- reloads
+
+
+# What makes a registry bad, and a word of what the server says of it.
+BROKEN: tuple[tuple[str, Callable[[str], bytes]], ...] = (
+    ("YAML", lambda text: f"{text}\nmodels: [".encode()),
+    ("unknown key", lambda text: text.replace("  a:", "  a:\n    modle: x", 1).encode()),
+    (
+        "max_in_flight",
+        lambda text: text.replace("  a:", "  a:\n    max_in_flight: many", 1).encode(),
+    ),
+    ("max_queue", lambda text: text.replace("  a:", "  a:\n    max_queue: -1", 1).encode()),
+    ("/nowhere", lambda text: text.replace("model: /", "model: /nowhere/", 1).encode()),
+    ("aliases", lambda text: text.replace("  a:", "  a:\n    aliases: [b]", 1).encode()),
+    ("max_modl_len", lambda text: text.replace("max_model_len", "max_modl_len", 1).encode()),
+    ("mdels", lambda text: text.replace("models:", "mdels:", 1).encode()),
+    ("NOT_SET_ANYWHERE", lambda text: text.replace("2.5GiB", "${NOT_SET_ANYWHERE}", 1).encode()),
+    (
+        "stop_after",
+        lambda text: text.replace("  a:", "  a:\n    idle: {stop_after: soon}", 1).encode(),
+    ),
+    ("port", lambda text: re.sub(r"port: \d+", "port: 99999", text).encode()),
+    ("UTF-8", lambda text: b"\xff\xfe\x00" + text.encode("utf-16")),
+    ("models", lambda _: b""),
+)
+
+
+def good(registry: Entry, chat: Entry) -> Iterator[tuple[str, Entry]]:
+    """Each with what it changes, one after the other."""
+    now = deepcopy(registry)
+    a, models, server = now["models"]["a"], now["models"], now["server"]
+    for said in (
+        {"max_in_flight": 64},
+        {"aliases": ["other"]},
+        {"sampling": {"temperature": 0.5}},
+        {"sampling": {"max_tokens": 32, "top_p": 0.9}},
+        {"max_queue": 100},
+        {"timeout": "5m"},
+        {"idle": {"stop_after": "1h"}},
+        {"chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}"},
+        {"aliases": ["other", "third"]},
+        {"priority": 3},
+        {"hidden": True},
+    ):
+        a.update(said)
+        yield next(iter(said)), deepcopy(now)
+    for key, value in (("max_body", "1MiB"), ("drain_timeout", 20)):
+        server[key] = value
+        yield f"server.{key}", deepcopy(now)
+    models["c"] = chat | {"start": "lazy"}
+    yield "added", deepcopy(now)
+    models["d"] = models.pop("c")
+    yield "renamed", deepcopy(now)
+    del models["d"]
+    yield "removed", deepcopy(now)
+    models["first"] = models.pop("a") | {"aliases": ["a", "other"]}
+    yield "renamed", deepcopy(now)
+    models["a"] = models.pop("first") | {"aliases": ["other"]}
+    yield "renamed", deepcopy(now)
+    models["a"]["hidden"] = False
+    yield "hidden", deepcopy(now)
+    yield "changed live", deepcopy(registry)
+
+
+class Reloads:
+    """Reloads by both ways, in turn."""
+
+    def __init__(self, box: Box) -> None:
+        self._box = box
+        self._hangups = itertools.cycle((True, False))
+
+    async def tell(self) -> tuple[bool, str]:
+        """Whether the registry was taken, and what was said of it."""
+        return await (self._by_signal() if next(self._hangups) else self._by_route())
+
+    async def _by_signal(self) -> tuple[bool, str]:
+        before = len(self._box.printed())
+        self._box.process.send_signal(signal.SIGHUP)
+        said = ""
+
+        def over() -> bool:
+            nonlocal said
+            said = self._box.printed()[before:]
+            return "reload: " in said and said.endswith("\n")
+
+        await until(over, START_S)
+        await asyncio.sleep(_LOOK_S)
+        said = self._box.printed()[before:]
+        return "nothing has changed" not in said, said
+
+    async def _by_route(self) -> tuple[bool, str]:
+        answer = await self._box.http.post("/admin/reload")
+        return answer.status_code == 200, answer.text
+
+
+async def reloads(setting: Setting, verdicts: Verdicts) -> None:
+    registry = setting.registry({"a": setting.chat(), "b": setting.chat()})
+    async with Box(setting.folder, registry) as box:
+        await box.ready()
+        pids = await box.pid("a"), await box.pid("b")
+        async with Load(box, ["a", "b"], each=1) as load:
+            await _broken_reloads(box, verdicts)
+            await _good_reloads(box, setting, verdicts)
+            same = pids == (await box.pid("a"), await box.pid("b"))
+            verdicts.exactly("both engines are those of the start", same, True)
+            await _restarting_reload(box, verdicts)
+        for model in ("a", "b"):
+            failed = failures(load.of(model))
+            verdicts.figure(f"requests to {model}", len(load.of(model)))
+            verdicts.at_most("of them failed", len(failed), 0, detail=first_of(failed))
+
+
+async def _broken_reloads(box: Box, verdicts: Verdicts) -> None:
+    text, reload = box.file.read_text(), Reloads(box)
+    untold: list[str] = []
+    times: list[float] = []
+    for word, break_it in itertools.islice(itertools.cycle(BROKEN), 100):
+        box.file.write_bytes(break_it(text))
+        began = time.monotonic()
+        taken, said = await reload.tell()
+        times.append(time.monotonic() - began)
+        if taken or word not in said:
+            untold.append(f"{word}: {said}")
+    box.file.write_text(text)
+    verdicts.figure("broken reloads", len(times), "", f"{max(times):.2f} s the slowest")
+    detail = "; ".join(untold[:2])
+    verdicts.at_most("of them taken, or without their problem", len(untold), 0, "", detail)
+
+
+async def _good_reloads(box: Box, setting: Setting, verdicts: Verdicts) -> None:
+    reload = Reloads(box)
+    odd: list[str] = []
+    count = 0
+    for word, registry in good(box.registry, setting.chat()):
+        box.write(registry)
+        taken, said = await reload.tell()
+        count += 1
+        if not taken or word not in said:
+            odd.append(f"{word}: {said}")
+    verdicts.figure("good reloads", count)
+    verdicts.at_most("of them not as they say", len(odd), 0, "", "; ".join(odd[:2]))
+
+
+async def _restarting_reload(box: Box, verdicts: Verdicts) -> None:
+    before = await box.pid("a"), await box.pid("b")
+    changed = deepcopy(box.registry)
+    changed["models"]["a"]["engine"] = {"max_model_len": 448}
+    box.write(changed)
+    began = time.monotonic()
+    taken, said = await Reloads(box)._by_route()
+    verdicts.exactly("a changed engine argument is taken", taken, True, said)
+    verdicts.figure("it took", time.monotonic() - began, " s")
+    after = await box.pid("a"), await box.pid("b")
+    restarted = [was != now for was, now in zip(before, after, strict=True)]
+    verdicts.exactly("its engine alone is another", restarted == [True, False], True)
+
+
+# --- turns
+
+
+ASKS, AT_A_TIME = 200, 16
+
+
+async def turns(setting: Setting, verdicts: Verdicts) -> None:
+    models = {
+        "a": setting.chat(),
+        "b": setting.chat(start="lazy", max_in_flight=1),
+        "c": setting.chat(start="lazy", max_in_flight=1),
+    }
+    rng = random.Random(1)
+    replies: list[Reply] = []
+
+    def wishes() -> Iterator[Reply]:
+        for _ in range(ASKS):
+            reply = Reply(rng.choice("abc"), rng.random() < 0.5, rng.randint(4, 16))
+            replies.append(reply)
+            yield reply
+
+    async with Box(setting.folder, setting.registry(models, host_memory="5.5GiB")) as box:
+        await box.ready()
+        began = time.monotonic()
+        async with box.events() as events, _Looks(box) as looks:
+            waiting = wishes()
+            await asyncio.gather(*(_ask_on(box, waiting) for _ in range(AT_A_TIME)))
+        took_s = time.monotonic() - began
+    _judge_turns(replies, verdicts)
+    verdicts.at_most("in all", took_s, 360, " s")
+    downs = [e for e in events if e["to"] == "draining"]
+    by_model = dict(Counter(e["model"] for e in downs))
+    verdicts.figure("models that gave way", len(downs), "", str(by_model))
+    verdicts.at_most(
+        "looks that saw requests in an engine at rest", looks.odd, 0, f" of {looks.count}"
+    )
+    ends = [e for e in events if e["to"] == "stopped"]
+    cut = [e for e in ends if any(_cut_by(e, r) for r in replies)]
+    verdicts.at_most("engines that ended with requests in flight", len(cut), 0, f" of {len(ends)}")
+
+
+async def _ask_on(box: Box, waiting: Iterator[Reply]) -> None:
+    for reply in waiting:
+        await reply.come(box.http)
+
+
+def _cut_by(event: Entry, reply: Reply) -> bool:
+    return event["model"] == reply.model and reply.first_s < event["at_s"] < reply.done_s
+
+
+class _Looks:
+    """Looks often whether a model that is not up has requests in its engine."""
+
+    def __init__(self, box: Box) -> None:
+        self.count = self.odd = 0
+        self._box = box
+
+    async def __aenter__(self) -> Self:
+        self._looking = asyncio.create_task(self._look())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._looking.cancel()
+        await asyncio.wait({self._looking})
+
+    async def _look(self) -> None:
+        while True:
+            for shown in _object(await self._box.http.get("/admin/models"))["models"]:
+                self.count += 1
+                self.odd += bool(shown["state"] not in {"ready", "draining"} and shown["in_flight"])
+            await asyncio.sleep(_LOOK_S)
+
+
+def _judge_turns(replies: Sequence[Reply], verdicts: Verdicts) -> None:
+    failed = failures(replies)
+    verdicts.figure("requests", len(replies), "", f"{AT_A_TIME} at a time")
+    verdicts.at_most("of them not answered", len(failed), 0, detail=first_of(failed))
+    verdicts.figure("the longest took", max(reply.took_s for reply in replies), " s")
+    commented = [reply for reply in replies if reply.commented]
+    verdicts.figure("streams that were told that they wait", len(commented))
+    silent = [r for r in replies if r.streams and r.first_s - r.sent_s > 7 and not r.commented]
+    verdicts.at_most("streams that waited 7 s untold", len(silent), 0, "", first_of(silent))
+    for model in "bc":
+        pairs, wrong = overtakes([reply for reply in replies if reply.model == model])
+        verdicts.at_most(f"overtakings in {model}'s line", wrong, 0, f" of {pairs} pairs")
+
+
+def overtakes(replies: Sequence[Reply]) -> tuple[int, int]:
+    """Pairs that were sent so far apart that they arrived in order; of them, those that changed it.
+
+    A model with one slot answers one after the other: who was let in first is done first.
+    """
+    ordered = sorted(replies, key=lambda reply: reply.sent_s)
+    pairs = [
+        (first, then)
+        for first, then in itertools.combinations(ordered, 2)
+        if first.sent_s + 0.05 < then.sent_s < first.done_s
+    ]
+    return len(pairs), sum(first.done_s > then.done_s for first, then in pairs)
+
+
+# --- broken
+
+
+async def broken(setting: Setting, verdicts: Verdicts) -> None:
+    small = setting.folder / "small"
+    small.mkdir(exist_ok=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m,nr_inodes=256", "tmpfs", str(small)], check=False
+    )
+    try:
+        await _broken(setting, verdicts, small if mounted.returncode == 0 else None)
+    finally:
+        if mounted.returncode == 0:
+            subprocess.run(["umount", "-l", str(small)], check=True)
+
+
+async def _broken(setting: Setting, verdicts: Verdicts, small: Path | None) -> None:
+    cases = {
+        "truncated": (_truncated(setting), "safetensors"),
+        "tokenizerless": (_without_tokenizer(setting), "tokenizer"),
+        "vast": (setting.chat(kv_cache="4000GiB"), ""),
+        "garbled": (_garbled(setting), "config.json"),
+    }
+    models = {"good": setting.embed()} | {
+        name: entry | {"start": "lazy"} for name, (entry, _) in cases.items()
+    }
+    models["late"] = setting.embed(start="lazy")
+    env = {} if small is None else {"TMPDIR": str(small)}
+    async with Box(setting.folder, setting.registry(models), env) as box:
+        await box.ready()
+        for name, (_, word) in cases.items():
+            await _cannot_start(box, name, word, verdicts)
+        if small is None:
+            print("      a full folder for temporary files: skipped, nothing can be mounted here")
+        else:
+            with filled(small):
+                await _cannot_start(box, "late", str(small), verdicts)
+            code, said = await box.cli("load", "late")
+            verdicts.exactly("exit code of `load late` with room again", code, 0, said.strip())
+
+
+async def _cannot_start(box: Box, name: str, word: str, verdicts: Verdicts) -> None:
+    family = {process.pid for process in box.family()}
+    used = psutil.virtual_memory().available
+    began = time.monotonic()
+    code, said = await box.cli("load", name)
+    verdicts.figure(f"{name}: failed after", time.monotonic() - began, " s", said.strip())
+    verdicts.exactly("  exit code of `load`", code, 1)
+    note = (await box.model(name))["note"]
+    lines = len(note.splitlines())
+    verdicts.exactly("  lines of its cause", lines, 1, note)
+    verdicts.exactly("  the cause says what is wrong", word.lower() in note.lower(), True, word)
+    await asyncio.sleep(1)
+    left = [p for p in box.family() if p.pid not in family]
+    verdicts.at_most("  processes left of it", len(left), 0, "", " ".join(map(_name, left)))
+    gone = (used - psutil.virtual_memory().available) / 2**20
+    verdicts.at_most("  memory less than before", gone, 200, " MiB")
+    body = {"model": "good", "input": "Hello"}
+    answer = await box.http.post("/v1/embeddings", json=body)
+    verdicts.exactly("  status of a request to the good model", answer.status_code, 200)
+
+
+def _copy(setting: Setting, name: str) -> Path:
+    folder = setting.folder / name
+    shutil.copytree(setting.models / CHAT, folder, dirs_exist_ok=True)
+    return folder
+
+
+def _truncated(setting: Setting) -> Entry:
+    folder = _copy(setting, "truncated")
+    for file in folder.glob("*.safetensors"):
+        os.truncate(file, file.stat().st_size // 2)
+    return setting.chat() | {"model": str(folder)}
+
+
+def _without_tokenizer(setting: Setting) -> Entry:
+    folder = _copy(setting, "tokenizerless")
+    for pattern in ("tokenizer*", "vocab*", "merges*", "special_tokens*", "added_tokens*"):
+        for file in folder.glob(pattern):
+            file.unlink()
+    return setting.chat() | {"model": str(folder)}
+
+
+def _garbled(setting: Setting) -> Entry:
+    folder = _copy(setting, "garbled")
+    (folder / "config.json").write_text("{this is no JSON")
+    return setting.chat() | {"model": str(folder)}
+
+
+@contextlib.contextmanager
+def filled(folder: Path) -> Iterator[None]:
+    """No byte and no further file fits into it."""
+    ballast = folder / "ballast"
+    ballast.mkdir()
+    with contextlib.suppress(OSError), (ballast / "bytes").open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    with contextlib.suppress(OSError):
+        for number in itertools.count():
+            (ballast / str(number)).touch()
+    try:
+        yield
+    finally:
+        shutil.rmtree(ballast)
+
+
+# --- the command
+
+
+SCENARIOS: dict[str, Scenario] = {
+    "kills": kills,
+    "drain": drain,
+    "reloads": reloads,
+    "turns": turns,
+    "broken": broken,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("scenario", choices=SCENARIOS)
+    parser.add_argument("--models", type=Path, default=TREE / "models", help="folder of both demos")
+    parser.add_argument("--logs", type=Path, help="keep what the server wrote in this folder")
+    parser.add_argument("--json", type=Path, help="write everything here")
+    options = parser.parse_args()
+    # So that what was started is ended.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    where, verdicts = record.circumstances("benchmarks.life"), Verdicts()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = (options.logs or Path(temporary)).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        setting = Setting(options.models.resolve(), folder)
+        began = time.monotonic()
+        asyncio.run(SCENARIOS[options.scenario](setting, verdicts))
+    print(f"{options.scenario}: {verdicts.failed} failed, {time.monotonic() - began:.0f} s")
+    if options.json:
+        found = {"scenario": options.scenario, "findings": list(map(asdict, verdicts.findings))}
+        options.json.write_text(json.dumps(where | found, indent=1) + "\n")
+    sys.exit(bool(verdicts.failed))
+
+
+if __name__ == "__main__":
+    main()
