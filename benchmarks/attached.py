@@ -10,7 +10,9 @@ ADDRESSES is JSON: for each model, and each replica of it, the `input_address` a
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,12 +21,14 @@ import uvloop
 from rich.console import Console
 
 from llmserve import config, server
+from llmserve.residency import Level
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncIterator, Callable, Mapping
 
-    from llmserve.config import ModelSpec
+    from llmserve.config import Config, ModelSpec
     from llmserve.replica import Running, State
+    from llmserve.residency import Takes
 
 Addresses = dict[str, list[dict[str, str]]]  # of each model's replicas
 

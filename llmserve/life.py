@@ -190,6 +190,7 @@ class Life:
 
     def again(self, replica: Replica, note: str, lived_s: float) -> bool:
         """Whether a dead replica is started again, which it then waits for."""
+        self._metrics.deaths.labels(replica.model.name, replica.number).inc()
         pause_s = replica.deaths.pause_s(lived_s)
         if pause_s is None:
             times = replica.deaths.in_a_row
@@ -269,7 +270,7 @@ class Life:
                     level,
                     other.holds,
                     level is other.level
-                    and other.model.name != replica.model.name
+                    and other.model is not replica.model
                     and _gives_way(other, busy=busy),
                     (other.model.spec.priority, -other.idle_s / max(_cost_s(other), _LOOK_S)),
                 )
@@ -297,7 +298,7 @@ class Life:
             self._takes(each, level)
             for each, level in self._booked.items()
             if each is not replica
-            and (each.model.spec.pinned or each.model.name == replica.model.name)
+            and (each.model.spec.pinned or each.model is replica.model)
         ]
         for place, capacity in self._backend.capacity.items():
             free = capacity - sum(held.get(place, 0) for held in staying)

@@ -559,10 +559,10 @@ class Pool:
             return False
         if replica.turn.locked() or replica.state not in (State.READY, State.SLEEPING):
             return False  # whoever has the turn finds it dead, or it is known
-        self._metrics.deaths.labels(replica.model.name, replica.number).inc()
         if self._closed:
             self.life.change(replica, State.FAILED, "its engine died")
         elif replica.state is State.SLEEPING:
+            self._metrics.deaths.labels(replica.model.name, replica.number).inc()
             self._come(replica, self.life.rest(replica, Level.STOPPED))
         elif self.life.again(replica, "its engine died", time.monotonic() - replica.since):
             self._come(replica, self.life.revive(replica))

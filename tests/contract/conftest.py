@@ -16,16 +16,17 @@ import pytest_asyncio
 
 from llmserve import environment
 from llmserve.config import Config, ModelSpec, ServerSpec
+from llmserve.control import Control
 from llmserve.metrics import Metrics
 from llmserve.pool import Pool
 from llmserve.registry import Registry
-from llmserve.replica import State
 from llmserve.routes import Services
+from tests.fakes import FakeBackend
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
-    from llmserve.replica import Running
+    from llmserve.replica import Running, State
     from llmserve.serving import Serving, Stored
 
 MODELS = Path(__file__).parents[2] / "models"
@@ -74,10 +75,11 @@ def _fake_core(*arguments: str) -> Popen[bytes]:
     return Popen([sys.executable, str(FAKE_CORE), *arguments], env=os.environ)
 
 
-class Started:
+class Started(FakeBackend):
     """A backend for models that run already, each by its name or, of several, all replicas."""
 
     def __init__(self, running: dict[str, Any]) -> None:
+        super().__init__()
         self._running = running
 
     async def start(
@@ -87,16 +89,15 @@ class Started:
         running: Running = found[number] if spec.replicas > 1 else found
         return running
 
-    def kill(self) -> None:
-        pass
-
 
 async def services_of(specs: list[ModelSpec], running: dict[str, Any]) -> Services:
     metrics = Metrics()
-    pool = Pool(Registry(specs), Started(running), metrics)
+    backend = Started(running)
+    pool = Pool(Registry(specs), backend, metrics)
     await pool.start()
     config = Config(file=Path("models.yaml"), server=ServerSpec(), models=tuple(specs))
-    return Services(config, pool, metrics)
+    control = Control(config, pool, backend, lambda: config, lambda _: None)
+    return Services(config, pool, metrics, control)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
