@@ -278,7 +278,8 @@ async def test_a_dead_engine_fails_its_requests_and_nothing_else() -> None:
         assert "trace" not in failure["error"]["message"]
         after = await post(services, "/v1/completions", prompt="hi")
         assert after.status_code == 503
-        assert after.json()["error"]["code"] == "engine_dead"
+        assert after.json()["error"]["code"] == "model_not_ready"
+        assert int(after.headers["retry-after"]) >= 1
         async with asyncio.timeout(2):
             while services.pool.ready():
                 await asyncio.sleep(0.05)

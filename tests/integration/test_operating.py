@@ -1,0 +1,184 @@
+"""A server as its operator steers it: models that come and go, a registry that changes.
+
+One server for all, and the tests in this order: each finds what the one before has left.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+import yaml
+
+from tests.integration.conftest import CHAT, EMBED, Server, until, write_registry
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+STORY: dict[str, Any] = {
+    "model": "chat",
+    "prompt": "Once upon a time",
+    "max_tokens": 200,
+    "temperature": 0,
+    "ignore_eos": True,
+}
+
+
+def llmserve(server: Server, *words: str) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "llmserve", *words, "--url", server.url]
+    return subprocess.run(line, capture_output=True, text=True, timeout=120, check=False)
+
+
+def model(server: Server, name: str) -> dict[str, Any]:
+    shown: dict[str, Any] = httpx.get(f"{server.url}/admin/models/{name}", timeout=10).json()
+    return shown
+
+
+def rewrite(server: Server, name: str, **said: Any) -> None:
+    """Change an entry of the registry on disk."""
+    content = yaml.safe_load(server.registry.read_text())
+    content["models"][name] |= said
+    server.registry.write_text(yaml.safe_dump(content))
+
+
+def stream(server: Server, body: dict[str, Any]) -> Iterator[str]:
+    """The lines of an answer that are not empty."""
+    body = body | {"stream": True}
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=120) as reply:
+        assert reply.status_code == 200
+        yield from filter(None, reply.iter_lines())
+
+
+def text_of(lines: list[str]) -> str:
+    *events, last = [line.removeprefix("data: ") for line in lines if not line.startswith(":")]
+    assert last == "[DONE]"
+    return "".join(json.loads(event)["choices"][0]["text"] for event in events)
+
+
+@pytest.fixture(scope="module")
+def box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A model that is there beside one that comes when it is asked for."""
+    folder = tmp_path_factory.mktemp("operating")
+    chat = {
+        "model": CHAT,
+        "start": "lazy",
+        "kv_cache": "256MiB",
+        "engine": {"max_model_len": 512, "dtype": "float32"},
+    }
+    models = {"embed": {"model": EMBED, "kv_cache": "64MiB"}, "chat": chat}
+    with Server(write_registry(folder, models=models)) as running:
+        yield running.ready()
+
+
+@pytest.fixture(scope="module")
+def happened(box: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A file to which `llmserve events` writes, an object a line."""
+    file = tmp_path_factory.mktemp("events") / "events.jsonl"
+    line = [sys.executable, "-m", "llmserve", "events", "--json", "--url", box.url]
+    with file.open("w") as out:
+        listening = subprocess.Popen(line, stdout=out, env=os.environ | {"PYTHONUNBUFFERED": "1"})
+    try:
+        yield file
+    finally:
+        listening.terminate()
+        listening.wait()
+
+
+def steps(happened: Path) -> list[str]:
+    """Where the chat model has been since `events` listens."""
+    events = map(json.loads, happened.read_text().splitlines())
+    return [event["to"] for event in events if event["model"] == "chat"]
+
+
+def test_a_lazy_model_comes_when_it_is_asked_for(box: Server, happened: Path) -> None:
+    assert (model(box, "chat")["state"], len(box.engines())) == ("stopped", 1)
+    assert happened.exists()
+    lines = list(stream(box, STORY | {"max_tokens": 8}))
+    assert lines[0].startswith(": chat is "), "a sign of life before the answer"
+    assert text_of(lines)
+    assert (model(box, "chat")["state"], len(box.engines())) == ("ready", 2)
+    until(lambda: "ready" in steps(happened))
+    assert steps(happened)[0] == "loading"
+
+
+def test_a_reload_loses_no_byte(box: Server) -> None:
+    whole = box.post("/v1/completions", **STORY).json()["choices"][0]["text"]
+    lines: list[str] = []
+    reading = threading.Thread(target=lambda: lines.extend(stream(box, STORY)))
+    reading.start()
+    until(lambda: box.running("chat") == 1)
+    pid = model(box, "chat")["replicas"][0]["pid"]
+
+    rewrite(box, "chat", aliases=["story"], max_in_flight=7)
+    told = llmserve(box, "reload")
+    assert (told.returncode, told.stderr) == (0, "")
+    assert told.stdout.startswith("chat: changed live (")
+    assert "1024 -> 7" in told.stdout
+    assert box.running("chat") == 1, "the stream is still running"
+
+    reply = box.post("/v1/completions", **STORY | {"model": "story", "max_tokens": 2})
+    assert (reply.status_code, reply.json()["model"]) == (200, "story")
+    reading.join()
+    assert text_of(lines) == whole
+    assert model(box, "story")["replicas"][0]["pid"] == pid
+
+
+def test_a_registry_with_mistakes_changes_nothing(box: Server) -> None:
+    good = box.registry.read_text()
+    before = model(box, "chat")["aliases"]
+    rewrite(box, "chat", aliases=["embed"], max_in_flihgt=3)
+    told = llmserve(box, "reload")
+    assert (told.returncode, told.stdout) == (2, "")
+    assert "models.chat.max_in_flihgt: unknown key; nearest: max_in_flight" in told.stderr
+    assert model(box, "chat")["aliases"] == before
+    assert box.post("/v1/completions", **STORY | {"max_tokens": 2}).status_code == 200
+    box.registry.write_text(good)
+    assert llmserve(box, "reload").stdout == "Nothing has changed.\n"
+
+
+def test_what_operators_see(box: Server) -> None:
+    table = llmserve(box, "ps").stdout.splitlines()
+    assert [row.split()[:3] for row in table[1:]] == [
+        ["embed", "ready", "ready"],
+        ["chat", "ready", "ready"],
+    ]
+    shown = json.loads(llmserve(box, "ps", "--json").stdout)["models"]
+    assert [each["replicas"][0]["pid"] for each in shown] == [
+        model(box, name)["replicas"][0]["pid"] for name in ("embed", "chat")
+    ]
+    log = llmserve(box, "logs", "chat", "-n", "3")
+    assert (log.returncode, len(log.stdout.splitlines())) == (0, 3)
+    unknown = llmserve(box, "unload", "caht")
+    assert unknown.returncode == 1
+    assert "did you mean `chat`?" in unknown.stderr
+
+
+def test_unload_and_load(box: Server, happened: Path) -> None:
+    pid = model(box, "chat")["replicas"][0]["pid"]
+    ended = llmserve(box, "unload", "chat")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout.startswith("chat: stopped ")
+    assert pid not in {process.pid for process in box.engines()}
+    assert box.post("/v1/embeddings", model="embed", input="x").status_code == 200
+
+    loaded = llmserve(box, "load", "chat")
+    assert (loaded.returncode, loaded.stderr) == (0, "")
+    assert loaded.stdout.startswith("chat: ready ")
+    assert model(box, "chat")["replicas"][0]["pid"] != pid
+    until(lambda: steps(happened).count("ready") == 2)
+
+
+def test_a_model_that_nobody_asks_for_stops(box: Server, happened: Path) -> None:
+    rewrite(box, "chat", idle={"stop_after": "2s"})
+    assert llmserve(box, "reload").returncode == 0
+    until(lambda: model(box, "chat")["state"] == "stopped")
+    assert len(box.engines()) == 1
+    until(lambda: steps(happened)[-2:] == ["draining", "stopped"])
+    assert model(box, "embed")["state"] == "ready"
