@@ -231,7 +231,8 @@ class Setting:
         return {"model": str(self.models / CHAT), **said}
 
     def embed(self, **said: Any) -> Entry:
-        return {"model": str(self.models / EMBED), "kv_cache": "64MiB", **said}
+        engine = {"max_model_len": 256}  # it knows no further positions
+        return {"model": str(self.models / EMBED), "kv_cache": "64MiB", "engine": engine, **said}
 
     def registry(self, models: dict[str, Entry], **server: Any) -> Entry:
         engine = {"dtype": "float32", "max_model_len": 512}
@@ -906,7 +907,7 @@ async def broken(setting: Setting, verdicts: Verdicts) -> None:
 
 async def _broken(setting: Setting, verdicts: Verdicts, small: Path | None) -> None:
     cases = {
-        "truncated": (_truncated(setting), "safetensors"),
+        "truncated": (_truncated(setting), "model.safetensors"),
         "tokenizerless": (_without_tokenizer(setting), "tokenizer"),
         "vast": (setting.chat(kv_cache="4000GiB"), ""),
         "garbled": (_garbled(setting), "config.json"),

@@ -195,6 +195,7 @@ class Life:
         if pause_s is None:
             times = replica.deaths.in_a_row
             self._book(replica, Level.STOPPED)
+            replica.again_at = math.inf
             self.change(replica, State.FAILED, f"{note}; {times} times, not started again")
             return False
         replica.started = time.monotonic() + pause_s

@@ -48,18 +48,17 @@ class Space:
     def __init__(
         self, plan: Plan, kept: Measured | None = None, host_memory: int | None = None
     ) -> None:
-        total = psutil.virtual_memory().total
-        self._host_memory = int(total * _HOST_SHARE) if host_memory is None else host_memory
-        self.adopt(plan)
+        self.adopt(plan, host_memory)
         self._kept = kept or Measured()
         self._locks = GpuLocks()
         self._seen: set[str] = set()  # fingerprints measured since the start
         self._kinds: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
-    def adopt(self, plan: Plan) -> None:
+    def adopt(self, plan: Plan, host_memory: int | None) -> None:
         """Go by this plan from now on."""
         self.plan = plan
-        self._near = _near(plan, self._host_memory)
+        share = int(psutil.virtual_memory().total * _HOST_SHARE)
+        self._near = _near(plan, share if host_memory is None else host_memory)
 
     def planned(self, config: Config, kept: Mapping[str, str]) -> Callable[[], None]:
         """Plan another registry; engines of `kept` stay. Raises PlacementError."""
@@ -69,7 +68,7 @@ class Space:
         )
         fixed = config.model_copy(update={"models": models})
         plan = survey.plan(fixed, self.plan.box, self._kept).unless_infeasible(config)
-        return partial(self.adopt, plan)
+        return partial(self.adopt, plan, config.server.host_memory)
 
     def _fixed(self, spec: ModelSpec, now: str) -> ModelSpec:
         """An entry whose engines run, with all said that they have."""

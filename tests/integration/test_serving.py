@@ -353,7 +353,7 @@ def test_a_killed_engine_comes_back_and_the_other_model_loses_nothing(server: Se
         assert refused.status_code == 503
         assert int(refused.headers["retry-after"]) >= 1
         until(lambda: httpx.get(f"{server.url}/ready", timeout=10).is_success, START_S)
-        took = server.metric("llmserve_model_start_seconds", model="chat")
+        took = server.metric("llmserve_model_ready_seconds", model="chat")
         assert time.monotonic() - killed < took + 10
     finally:
         over.set()

@@ -53,6 +53,7 @@ def test_every_key_is_in_the_registry_reference() -> None:
 
 
 def test_every_route_is_in_the_readme() -> None:
+    shown = re.sub(r"/\{[^}]*\}", "", README)
     for route in routes.table():
         path = re.sub(r"/\{[^}]*\}", "", route.path).removesuffix("/cancel")
-        assert f"{path}" in README or path == "/score", path
+        assert path in shown or path == "/score", path
