@@ -287,6 +287,7 @@ class Box:
                 await until(lambda: self.process.poll() is not None, _END_S)
             self.process.kill()
         self.process.wait()
+        await _left(family)  # who tidies up after the server ends last
         for left in family:
             with contextlib.suppress(psutil.NoSuchProcess):
                 left.kill()

@@ -9,16 +9,17 @@ import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from llmserve import checkpoint
 from llmserve.child import log_file
-from llmserve.errors import StartupError
+from llmserve.errors import LLMServeError, StartupError
 from llmserve.replica import State
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping, Sequence
     from contextlib import AbstractAsyncContextManager
-    from pathlib import Path
 
     from llmserve.config import Config, ModelSpec
     from llmserve.replica import Running
@@ -63,6 +64,18 @@ async def _or_ended(modules: _Modules, engine: Any, log: Path) -> AsyncIterator[
         raise StartupError(modules.engine.cause_of(error, log)) from error
 
 
+def _unless_flawed(spec: ModelSpec) -> None:
+    """Raises StartupError for files that vLLM would fail on later, and without their name."""
+    folder = Path(spec.model)
+    if folder.is_dir() and spec.engine.get("load_format", "auto") in ("auto", "safetensors"):
+        try:
+            flaw = checkpoint.Folder(folder).flaw()
+        except LLMServeError:
+            return  # vLLM may make something of it
+        if flaw is not None:
+            raise StartupError(f"{spec.model}: {flaw}")
+
+
 class Memory(Protocol):
     """What engines hold, and who starts when."""
 
@@ -105,6 +118,7 @@ class VllmBackend:
         spec = await self._downloaded(spec, report)
         clock.lap("download")
         report(State.LOADING, "")
+        await asyncio.to_thread(_unless_flawed, spec)
         modules = await self._modules()
         clock.lap("server_imports")
         async with self.memory.start(spec, number) as (placed, keep):

@@ -185,13 +185,36 @@ class Folder(Checkpoint):
 
     def _header(self, file: str) -> Iterable[Tensor]:
         try:
-            with _readable(f"{self.name}: {file}"), (self.path / file).open("rb") as stream:
-                (length,) = struct.unpack("<Q", stream.read(8))
-                header = json.loads(stream.read(length) if length < _HEADER_LIMIT else b"")
-            header.pop("__metadata__", None)
+            _, header = self._read_header(file)
             return [_tensor(name, **entry) for name, entry in header.items()]
         except (struct.error, ValueError, TypeError, AttributeError):
             raise ShapeUnknown(f"{self.name}: {file} is no whole safetensors file") from None
+
+    def _read_header(self, file: str) -> tuple[int, dict[str, Any]]:
+        """Where its data begins, and what it says of each tensor."""
+        with _readable(f"{self.name}: {file}"), (self.path / file).open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(length) if length < _HEADER_LIMIT else b"")
+        header.pop("__metadata__", None)
+        return 8 + length, header
+
+    def flaw(self) -> str | None:
+        """What of its safetensors files is missing or cut short, as a download that broke off."""
+        if not self.weights or not self.weights[0].endswith(".safetensors"):
+            return None
+        if self.missing:
+            return f"{_INDEX} names {self.missing[0]}, which is missing"
+        flaws = (self._flaw_of(file) for file in self.weights)
+        return next((flaw for flaw in flaws if flaw), None)
+
+    def _flaw_of(self, file: str) -> str | None:
+        try:
+            begin, header = self._read_header(file)
+            size = begin + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        except (struct.error, ValueError, TypeError, AttributeError, KeyError, LookupError):
+            return f"{file} is no whole safetensors file"
+        there = self.sizes[file]
+        return None if there >= size else f"{file} is cut short: {there:,} of {size:,} bytes"
 
 
 class Repository(Checkpoint):

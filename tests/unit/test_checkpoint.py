@@ -247,3 +247,33 @@ def test_a_broken_header_on_the_hub(hub: Hub) -> None:
     hub.repos["org/m"]["model.safetensors"] = b"w" * 2000
     with pytest.raises(ShapeUnknown, match="org/m has a broken safetensors file on the hub"):
         checkpoint.of(spec(model="org/m")).tensors()
+
+
+def _safetensors(file: Path, size: int = 8, cut: int = 0) -> None:
+    header = json.dumps({"w": {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]}})
+    whole = struct.pack("<Q", len(header)) + header.encode() + bytes(size)
+    file.write_bytes(whole[: len(whole) - cut])
+
+
+def test_weights_that_are_cut_short_are_told_with_their_bytes(tmp_path: Path) -> None:
+    _safetensors(tmp_path / "model.safetensors")
+    whole = (tmp_path / "model.safetensors").stat().st_size
+    assert Folder(tmp_path).flaw() is None
+    _safetensors(tmp_path / "model.safetensors", cut=3)
+    told = f"model.safetensors is cut short: {whole - 3:,} of {whole:,} bytes"
+    assert Folder(tmp_path).flaw() == told
+    (tmp_path / "model.safetensors").write_bytes(b"abc")
+    assert Folder(tmp_path).flaw() == "model.safetensors is no whole safetensors file"
+
+
+def test_weights_that_the_index_names_have_to_be_there(tmp_path: Path) -> None:
+    _safetensors(tmp_path / "model-1.safetensors")
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    flaw = "model.safetensors.index.json names model-2.safetensors, which is missing"
+    assert Folder(tmp_path).flaw() == flaw
+
+
+def test_weights_of_another_kind_are_left_to_vllm(tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").write_bytes(b"abc")
+    assert Folder(tmp_path).flaw() is None
