@@ -316,6 +316,11 @@ class Box:
         """The engine cores, those that start as well."""
         return {p.pid for p in self.family() if p.ppid() == self.process.pid and "VLLM" in _name(p)}
 
+    def memory(self) -> int:
+        """Bytes of the server and all below it, what they share once."""
+        family = [psutil.Process(self.process.pid), *self.family()]
+        return sum(process.memory_full_info().pss for process in family if _lives(process))
+
     async def cli(self, *words: str) -> tuple[int, str]:
         """The exit code and output of a command to this server."""
         return await _run(*COMMAND, *words, "--url", self.url)
@@ -933,7 +938,7 @@ async def _broken(setting: Setting, verdicts: Verdicts, small: Path | None) -> N
 
 async def _cannot_start(box: Box, name: str, word: str, verdicts: Verdicts) -> None:
     family = {process.pid for process in box.family()}
-    used = psutil.virtual_memory().available
+    used = box.memory()
     began = time.monotonic()
     code, said = await box.cli("load", name)
     verdicts.figure(f"{name}: failed after", time.monotonic() - began, " s", said)
@@ -944,8 +949,8 @@ async def _cannot_start(box: Box, name: str, word: str, verdicts: Verdicts) -> N
     verdicts.holds("  the cause says what is wrong", word.lower() in note.lower(), word)
     left = await _left(p for p in box.family() if p.pid not in family)
     verdicts.none("  processes left of it after 5 s", left)
-    gone = (used - psutil.virtual_memory().available) / 2**20
-    verdicts.at_most("  memory less than before", gone, 200, " MiB")
+    more = (box.memory() - used) / 2**20
+    verdicts.at_most("  memory more than before", more, 200, " MiB")
     body = {"model": "good", "input": "Hello"}
     answer = await box.http.post("/v1/embeddings", json=body)
     verdicts.exactly("  status of a request to the good model", answer.status_code, 200)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
+from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
 from llmserve import diff
@@ -13,13 +15,15 @@ from llmserve.replica import State
 from llmserve.residency import HOST, Level
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Callable, Iterable
     from pathlib import Path
 
-    from llmserve.config import Config
+    from llmserve.config import Config, ModelSpec
     from llmserve.diff import Change, Changes
     from llmserve.pool import Entry, Pool
     from llmserve.replica import Backend, Replica
+
+log = logging.getLogger(__name__)
 
 
 class Control:
@@ -69,7 +73,7 @@ class Control:
 
     def log_of(self, name: str, replica: int) -> Path:
         entry = self._pool.entry(name)
-        if replica >= len(entry.replicas):
+        if not 0 <= replica < len(entry.replicas):
             raise RequestError(
                 f"{quoted(name)} has {len(entry.replicas)} replicas, numbered from 0; "
                 f"{replica} is none."
@@ -100,6 +104,7 @@ class Control:
         if not drain:
             for lease in [each for each in self._pool.leases if each.entry is entry]:
                 lease.cut(_unloaded(entry))
+        await self._pool.came(entry)  # else it would be there later
         await self._rest(entry, Level.STOPPED)
 
     async def sleep(self, name: str) -> None:
@@ -123,85 +128,115 @@ class Control:
         Engines that start anew for it are waited for. Raises ConfigError.
         """
         async with self._reloading:
-            config = await asyncio.to_thread(self._read)
-            changes = diff.changes(self._config, config)
-            kept = _kept(changes)
-            adopt = await asyncio.to_thread(self._backend.planned, config, kept)
+            before = self._config.model_copy(update={"models": self._specs()})
+            read = await asyncio.to_thread(self._read)
+            changes = diff.changes(before, read)
+            config = _with_server_of(before, read, changes.needs_restart)
+            adopt = await asyncio.to_thread(self._backend.planned, config, _kept(changes))
             lines = diff.told(changes)
             if not dry_run:
                 adopt()
+                self._config = config
+                self._adopted(config)
                 lines += await self._go_by(config, changes)
             return diff.document(changes) | {"changed": bool(diff.told(changes)), "lines": lines}
 
+    def _specs(self) -> tuple[ModelSpec, ...]:
+        """What every model goes by, which the file may have failed to change."""
+        return tuple(entry.model.spec for entry in self._pool.entries.values())
+
+    def _publish(self) -> None:
+        """Let the models be found by the names that they answer to now."""
+        self._pool.registry = Registry(self._specs())
+
     async def _go_by(self, config: Config, changes: Changes) -> list[str]:
-        """Apply; lines of what did not go well."""
-        before = self._config
-        self._config = config
-        self._adopted(config)
-        for change in (*changes.live, *changes.rebuilt):
-            await self._adopt(change)
-        for change in changes.renamed:
-            self._pool.rename(self._pool.entries[change.old.name], Model(change.new))
-            await self._adopt(change)
-        # Those that start anew answer under their old names until they have.
-        anew = {change.new.name: change for change in (*changes.restarted, *changes.resized)}
-        known = {spec.name: spec for spec in before.models}
-        self._pool.registry = Registry(
-            known[spec.name] if spec.name in anew else spec for spec in config.models
-        )
+        """Apply; lines of what did not go well, which leaves its model as it was."""
+        for change in changes.live:
+            self._pool.entries[change.new.name].adopt(Model(change.new))
         leaving = [self._pool.entries[spec.name] for spec in changes.removed]
         for entry in leaving:
             self._pool.leave(entry)
-        ends = [asyncio.create_task(self._pool.end(entry)) for entry in leaving]
-        told = await asyncio.gather(
-            *(self._add(Model(spec)) for spec in changes.added),
-            *(self._restart(change) for change in anew.values()),
+        added = [self._pool.made(Model(spec)) for spec in changes.added]
+        for entry in added:
+            self._pool.enter(entry)
+        self._publish()
+        told, _ = await asyncio.gather(
+            asyncio.gather(
+                *(self._rebuild(change) for change in (*changes.rebuilt, *changes.renamed)),
+                *(self._started(entry) for entry in added),
+                *(self._restart(change) for change in (*changes.restarted, *changes.resized)),
+            ),
+            asyncio.gather(*(self._pool.end(entry) for entry in leaving)),
         )
-        self._pool.registry = Registry(config.models)
-        self._pool.sort(spec.name for spec in config.models)
-        await asyncio.gather(*ends)
-        return [line for line in told if line]
+        before = {change.new.name: change.old.name for change in changes.renamed}
+        names = [spec.name for spec in config.models]
+        self._pool.sort(name if name in self._pool.entries else before[name] for name in names)
+        self._publish()
+        return [line for lines in told for line in lines]
 
-    async def _adopt(self, change: Change) -> None:
-        entry = self._pool.entries[change.new.name]
-        entry.adopt(Model(change.new))
-        if change.rebuilds:
-            for replica in entry.replicas:
-                if replica.running is not None:
-                    replica.running = await replica.running.changed(change.new)
+    async def _rebuild(self, change: Change) -> list[str]:
+        entry = self._pool.entries[change.old.name]
+        if failed := await self._rebuilt(change, entry.replicas):
+            return failed
+        if change.new.name != change.old.name:
+            self._pool.rename(entry, Model(change.new))
+        else:
+            entry.adopt(Model(change.new))
+        self._publish()
+        return []
 
-    async def _add(self, model: Model) -> str:
-        entry = self._pool.made(model)
-        self._pool.enter(entry)
-        return await self._started(entry)
+    async def _rebuilt(self, change: Change, replicas: Iterable[Replica]) -> list[str]:
+        """New serving objects for engines that go on, for all of them or for none; why not."""
+        if not change.rebuilds:
+            return []
+        async with AsyncExitStack() as turns:  # none of them starts or ends meanwhile
+            for replica in replicas:
+                await turns.enter_async_context(replica.turn)
+            living = [
+                (each, each.running) for each in replicas if each.running and not each.running.dead
+            ]
+            try:
+                rebuilt = [await running.changed(change.new) for _, running in living]
+            except Exception as error:
+                log.exception("model=%s could not be changed", change.old.name)
+                return [f"{change.old.name}: {_cause(error)}; it goes on as before"]
+            for (replica, _), running in zip(living, rebuilt, strict=True):
+                replica.running = running
+        return []
 
-    async def _started(self, entry: Entry) -> str:
+    async def _started(self, entry: Entry) -> list[str]:
         if entry.model.spec.start != "lazy":
             await self._pool.start_late(entry)
-        return f"{entry.name}: {entry.note}" if entry.state is State.FAILED else ""
+        return _failures(entry)
 
-    async def _restart(self, change: Change) -> str:
+    async def _restart(self, change: Change) -> list[str]:
         """New engines first and then the switch, if there is room for both; else one after the other."""
-        model, old = Model(change.new), self._pool.entries[change.old.name]
+        old = self._pool.entries[change.old.name]
         kept = [each for each in old.replicas if self._stays(change, each)]
-        entry = self._pool.made(model, kept)
+        if failed := await self._rebuilt(change, kept):
+            return failed
+        entry = self._pool.made(Model(change.new), kept)
         coming = [each for each in entry.replicas if each not in kept]
-        going = [each for each in old.replicas if each not in kept]
-        failed = ""
         if not kept and self._pool.life.fits(coming):
-            failed = await self._started(entry)
-            if failed:  # the old one goes on, under its old entry
-                await self._pool.end(entry)
-                return f"{failed}; the engine before it goes on"
-            self._pool.enter(entry)
-        else:
-            for replica in coming:
-                replica.patient = True  # whoever asks meanwhile waits
-            self._pool.enter(entry)
-            await self._pool.end(old, going)
-            failed = await self._started(entry)
-            going = []
-        await self._pool.end(old, going)
+            return await self._replaced(old, entry)
+        for replica in coming:
+            replica.patient = True  # whoever asks meanwhile waits
+        self._pool.enter(entry)
+        self._publish()
+        await self._pool.end(old, [each for each in old.replicas if each not in kept])
+        return await self._started(entry)
+
+    async def _replaced(self, old: Entry, new: Entry) -> list[str]:
+        """The old engines serve until the new ones can, and on if these fail."""
+        if old.ready or new.model.spec.start != "lazy":
+            await self._pool.start_late(new)
+        failed = _failures(new)
+        if old.comes and not new.comes:
+            await self._pool.end(new)
+            return [f"{line}; the engine before it goes on" for line in failed]
+        self._pool.enter(new)
+        self._publish()
+        await self._pool.end(old)
         return failed
 
     def _stays(self, change: Change, replica: Replica) -> bool:
@@ -218,6 +253,23 @@ def _kept(changes: Changes) -> dict[str, str]:
     changed = (*changes.live, *changes.rebuilt, *changes.renamed)
     same = {name: name for name in changes.unchanged}
     return same | {each.new.name: each.old.name for each in changed}
+
+
+def _with_server_of(before: Config, config: Config, names: Iterable[str]) -> Config:
+    """Those fields of the server that only another process takes stay as they are."""
+    stay = {name: getattr(before.server, name) for name in names}
+    return config.model_copy(update={"server": config.server.model_copy(update=stay)})
+
+
+def _failures(entry: Entry) -> list[str]:
+    failed = (each for each in entry.replicas if each.state is State.FAILED)
+    return [f"{each.name}: {each.note}" for each in failed]
+
+
+def _cause(error: Exception) -> str:
+    if isinstance(error, LLMServeError):
+        return error.message
+    return f"{type(error).__name__}: {error}"
 
 
 def _unloaded(entry: Entry) -> LLMServeError:

@@ -7,7 +7,6 @@ What a replica goes through is `life`'s; this decides when. Engines are started 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import math
 import time
@@ -250,6 +249,8 @@ class Pool:
     def enter(self, entry: Entry) -> None:
         """From now on this is the model of its name; whoever waits for the one before goes on."""
         before = self.entries.get(entry.name)
+        if before not in (None, entry):
+            self.leave(before)
         self.entries[entry.name] = entry
         self._metrics.in_flight.labels(entry.name).set_function(entry.slots.count)
         self._metrics.queued.labels(entry.name).set_function(entry.slots.waiting)
@@ -275,22 +276,29 @@ class Pool:
 
     def leave(self, entry: Entry) -> None:
         """Nobody finds it any more; those in its line may still."""
-        if self.entries.get(entry.name) is entry:
-            del self.entries[entry.name]
-            self._forget(entry)
+        del self.entries[entry.name]
+        self._forget(entry)
+        unpinned = replace(entry.model, spec=entry.model.spec.model_copy(update={"pinned": False}))
+        for replica in entry.replicas:
+            if self._owner[replica] is entry:  # its place is free soon, and whoever comes waits
+                replica.model = unpinned
 
     async def end(self, entry: Entry, replicas: Iterable[Replica] | None = None) -> None:
         """End engines of a model that leaves, once its requests have ended."""
         while entry.slots.waiting() and entry.comes:  # noqa: ASYNC110  # once in its life
             await asyncio.sleep(_DRAIN_LOOK_S)
         replicas = entry.replicas if replicas is None else tuple(replicas)
-        await asyncio.gather(*(self.life.rest(each, Level.STOPPED) for each in replicas))
+        await asyncio.gather(*(self._ended(each) for each in replicas))
         for replica in replicas:
             self._owner.pop(replica, None)
             self._dispatched.pop(replica, None)
-            here = self.entries.get(entry.name)
-            if here is None or replica.number >= len(here.replicas):
-                self._hide(replica)
+
+    async def _ended(self, replica: Replica) -> None:
+        """Also if it is on its way, which cannot be broken off."""
+        await self.life.rest(replica, Level.STOPPED)
+        while (coming := self._comings.get(replica)) is not None:
+            await asyncio.wait({coming})
+            await self.life.rest(replica, Level.STOPPED)
 
     def _forget(self, entry: Entry) -> None:
         for shown in (self._metrics.in_flight, self._metrics.queued):
@@ -299,9 +307,18 @@ class Pool:
             self._hide(replica)
 
     def _hide(self, replica: Replica) -> None:
-        for state in State:
-            with contextlib.suppress(KeyError):
-                self._metrics.state.remove(replica.model.name, replica.number, state.value)
+        """Gauges of what is no more; what was counted stays, as counters do."""
+        here = {"model": replica.model.name, "replica": str(replica.number)}
+        figures = self._metrics
+        for gauge in (
+            figures.state,
+            figures.ready_seconds,
+            figures.start_step_seconds,
+            figures.tokens_in_flight,
+        ):
+            samples = [sample for family in gauge.collect() for sample in family.samples]
+            for labels in (each.labels for each in samples if here.items() <= each.labels.items()):
+                gauge.remove(*labels.values())
 
     # --- asking
 
@@ -396,20 +413,23 @@ class Pool:
 
     async def bring(self, entry: Entry) -> None:
         """Until each of its replicas is ready, or has failed."""
+        if self._closed:
+            raise cut_off()
         for replica in entry.replicas:
             if replica.state in AT_REST or replica.state is State.FAILED:
                 replica.patient = True
                 self._come(replica, self.life.bring(replica))
-        await self._all_came(entry)
+        await self.came(entry)
 
     async def start_late(self, entry: Entry) -> None:
         """Start the replicas of a model that has just come, and wait for them."""
         for replica in entry.replicas:
-            if replica.level is Level.STOPPED:
+            if replica.level is Level.STOPPED and not self._closed:
                 self._come(replica, self.life.start(replica))
-        await self._all_came(entry)
+        await self.came(entry)
 
-    async def _all_came(self, entry: Entry) -> None:
+    async def came(self, entry: Entry) -> None:
+        """Until those of its replicas that are on their way are ready, or have failed."""
         coming = [self._comings[each] for each in entry.replicas if each in self._comings]
         if coming:
             await asyncio.wait(coming)
@@ -422,21 +442,20 @@ class Pool:
         """
         first = [each for each in self.replicas if each.state is State.WAITING]
         first.sort(key=lambda replica: replica.model.spec.start != "sleeping")
-        starts = [asyncio.create_task(self._started(replica)) for replica in first]
+        for replica in first:
+            self._come(replica, self.life.start(replica))
+        starts = {self._comings[replica] for replica in first}
         try:
-            for finished in asyncio.as_completed(starts):
-                _unless_required(self._owner[await finished])
+            while starts:
+                _, starts = await asyncio.wait(starts, return_when=asyncio.FIRST_COMPLETED)
+                for entry in self.entries.values():
+                    _unless_required(entry)
         except BaseException:
             for start in starts:
                 start.cancel()
             raise
         if not any(entry.comes for entry in self.entries.values()):
             raise StartupError("no model could be started")
-
-    async def _started(self, replica: Replica) -> Replica:
-        """It, when it is ready, sleeps or has failed."""
-        await self.life.start(replica)
-        return replica
 
     def _ask_for(self, entry: Entry) -> None:
         for replica in entry.replicas:
@@ -471,27 +490,22 @@ class Pool:
         entry.ready = tuple(each for each in entry.replicas if each.state is State.READY)
         if before is State.READY and entry.policy is not None:
             entry.policy.forget(replica.number)
-        if replica.state is State.READY:
-            self._show_start(replica)
-        self._show(replica)
+        if self.entries.get(entry.name) is entry:  # else it comes or leaves under another's name
+            self._show(replica)
         self.events.tell(replica, before)
         log.info("model=%s state=%s", replica.name, replica.state)
         if replica.state is State.READY or replica.state in AT_REST:
             self._onward(entry)
 
-    def _show_start(self, replica: Replica) -> None:
+    def _show(self, replica: Replica) -> None:
         model, number = replica.model.name, replica.number
+        for state in State:
+            shown = self._metrics.state.labels(model, number, state.value)
+            shown.set(state is replica.state)
         for level, seconds in replica.cost_s.items():
             self._metrics.ready_seconds.labels(model, number, level.name.lower()).set(seconds)
         for step, seconds in replica.took.items():
             self._metrics.start_step_seconds.labels(model, number, step).set(seconds)
-
-    def _show(self, replica: Replica) -> None:
-        if self.entries.get(replica.model.name) is not self._owner[replica]:
-            return  # it comes or leaves under another's name
-        for state in State:
-            shown = self._metrics.state.labels(replica.model.name, replica.number, state.value)
-            shown.set(state is replica.state)
 
     def _count(self, replica: Replica) -> None:
         model, number = replica.model.name, replica.number

@@ -1,0 +1,1389 @@
+"""What an operator does to a running server: registries from real files, engines that are fakes."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections import defaultdict
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import orjson
+import pytest
+import yaml
+from prometheus_client import generate_latest
+
+from llmserve import config, deaths, life, pool
+from llmserve.admission import Deadline
+from llmserve.control import Control
+from llmserve.errors import (
+    ConfigError,
+    EngineDead,
+    EngineError,
+    LLMServeError,
+    ModelNotFound,
+    Overloaded,
+    PlacementError,
+    RequestError,
+    StartupError,
+)
+from llmserve.metrics import Metrics
+from llmserve.pool import Lease, Pool, Wish
+from llmserve.protocol import ENDPOINTS
+from llmserve.registry import Registry
+from llmserve.replica import Replica, State
+from llmserve.residency import HOST, Level
+from tests.fakes import FakeBackend, FakeRunning, Gate, Plan, broken, soon, until
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+
+    from llmserve.config import Config, ModelSpec
+    from llmserve.replica import Running
+    from llmserve.residency import Takes
+
+CHAT = next(endpoint for endpoint in ENDPOINTS if endpoint.name == "chat completions")
+Entries = dict[str, dict[str, Any]]
+
+
+@pytest.fixture(autouse=True)
+def _hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody has to have stayed, and all is looked at every few milliseconds."""
+    monkeypatch.setattr(life, "_LOOK_S", 0.001)
+    monkeypatch.setattr(life, "_TURN", 0.0)
+    monkeypatch.setattr(life, "_TURN_S", (0.0, 0.0))
+    monkeypatch.setattr(pool, "_WATCH_S", 0.002)
+    monkeypatch.setattr(pool, "_DRAIN_LOOK_S", 0.001)
+    monkeypatch.setattr(deaths, "_FIRST_S", 0.001)
+
+
+class Engine(FakeRunning):
+    """Tells under which entries it has answered; a change may wait, or go wrong."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.changes: list[ModelSpec] = []
+        self.change_gate: Gate | None = None
+        self.change_error: Exception | None = None
+
+    async def changed(self, spec: ModelSpec) -> Engine:
+        if self.change_gate is not None:
+            await self.change_gate.wait()
+        if self.change_error is not None:
+            raise self.change_error
+        self.changes.append(spec)
+        return self
+
+
+class Engines(FakeBackend):
+    """Each start is another engine; `coming` says how a replica's next one goes.
+
+    An entry's `memory` is what it holds of a GPU of 100 bytes; one that is to start asleep can.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.capacity = {0: 100}
+        self.coming: dict[str, Plan] = {}
+        self.engines: defaultdict[str, list[Engine]] = defaultdict(list)
+        self.adopted: list[Config] = []
+
+    def holds(self, spec: ModelSpec, number: int) -> Mapping[Level, Takes]:
+        size = int(spec.memory or 0)
+        ready = {Level.READY: {0: size}}
+        asleep = {Level.HOST: {0: 1, HOST: size}} if spec.start == "sleeping" else {}
+        return self.sizes.get(spec.name, ready | asleep)
+
+    def planned(self, config: Config, kept: Mapping[str, str]) -> Callable[[], None]:
+        super().planned(config, kept)
+        return partial(self.adopted.append, config)
+
+    async def start(
+        self, spec: ModelSpec, number: int, report: Callable[[State, str], None]
+    ) -> Running:
+        name = f"{spec.name}/{number}" if spec.replicas > 1 else spec.name
+        plan = self.plans[name] = self.coming.pop(name, Plan())
+        plan.running = engine = Engine()
+        engine.sleeps = spec.start == "sleeping"
+        running = await super().start(spec, number, report)
+        self.engines[name].append(engine)
+        return running
+
+
+class Box:
+    """A server without engines and routes, and its registry's file."""
+
+    def __init__(self, file: Path, models: Entries, server: dict[str, Any]) -> None:
+        self.file = file
+        self.write(models, server)
+        self.backend = Engines()
+        self.metrics = Metrics()
+        self.config = config.load(file)
+        self.pool = Pool(Registry(self.config.models), self.backend, self.metrics)
+        read = partial(config.load, file)
+        self.control = Control(self.config, self.pool, self.backend, read, self._adopt)
+
+    def _adopt(self, config: Config) -> None:
+        self.config = config
+
+    def write(self, models: Entries, server: dict[str, Any] | None = None) -> None:
+        entries = {name: {"model": "org/model"} | said for name, said in models.items()}
+        self.file.write_text(
+            yaml.safe_dump({"server": server or {}, "models": entries}, sort_keys=False)
+        )
+
+    async def reload(
+        self, models: Entries | None = None, server: dict[str, Any] | None = None
+    ) -> list[str]:
+        """The file as it stands, or with other models; the lines that tell of it."""
+        if models is not None:
+            self.write(models, server)
+        lines: list[str] = (await soon(self.control.reload(dry_run=False)))["lines"]
+        return lines
+
+    async def reloading(self, models: Entries) -> asyncio.Task[list[str]]:
+        """A reload that is on its way and waits for something."""
+        self.write(models)
+        reloading = asyncio.create_task(self.reload())
+        await until(lambda: self.backend.adopted != [] or reloading.done())
+        await some_ms()
+        assert not reloading.done()
+        return reloading
+
+    def replica(self, name: str, number: int = 0) -> Replica:
+        return self.pool.entries[name].replicas[number]
+
+    def engine(self, name: str) -> Engine:
+        """The one that was started last."""
+        return self.backend.engines[name][-1]
+
+    def states(self) -> dict[str, str]:
+        return {model["name"]: model["state"] for model in self.control.models()}
+
+    def shown(self, name: str) -> dict[str, Any]:
+        return next(model for model in self.control.models() if model["name"] == name)
+
+    def figures(self, model: str) -> set[str]:
+        """The gauges that tell of a model."""
+        page = generate_latest(self.metrics.registry).decode().splitlines()
+        return {
+            line.partition("{")[0]
+            for line in page
+            if f'model="{model}"' in line and "_total{" not in line and "_created{" not in line
+        }
+
+    def figure(self, name: str, **labels: str) -> float | None:
+        return self.metrics.registry.get_sample_value(f"llmserve_{name}", labels)
+
+    async def ask(self, name: str, task: asyncio.Task[None] | None = None) -> Lease:
+        """As a request does: it waits if it has to."""
+        wish = Wish(name, CHAT, {}, Deadline(), task)
+        lease = self.pool.lease(wish)
+        return await self.pool.wait(wish) if lease is None else lease
+
+    async def use(self, *names: str) -> list[Running]:
+        used: list[Running] = []
+        for name in names:
+            lease = await soon(self.ask(name))
+            lease.release()
+            used.append(lease.running)
+        return used
+
+    async def asking(self, name: str) -> asyncio.Task[Lease]:
+        """A request that waits now."""
+        slots = self.pool.entry(name).slots
+        before = slots.waiting()
+        task = asyncio.create_task(self.ask(name))
+        await until(lambda: slots.waiting() == before + 1)
+        return task
+
+    def settled(self) -> None:
+        """Nothing is held by what is not there, and nothing is there that nobody knows."""
+        here = {each for entry in self.pool.entries.values() for each in entry.replicas}
+        assert self.pool.leases == set()
+        assert set(self.pool._owner) == here
+        assert self.pool._comings == {}
+        assert set(self.pool._dispatched) <= here
+        assert {each for each, level in self.pool.life._booked.items() if level} == {
+            each for each in here if each.level
+        }
+        alive = {each.running for each in here if each.running is not None}
+        all_engines = {each for engines in self.backend.engines.values() for each in engines}
+        assert {each for each in all_engines if not each.stopped} == alive
+        assert all(entry.slots.in_flight == 0 for entry in self.pool.entries.values())
+        assert [model.name for model in self.pool.registry.models] == list(self.pool.entries)
+
+
+class Boxes(Protocol):
+    def __call__(
+        self, models: Entries, *, started: bool = True, **server: Any
+    ) -> Awaitable[Box]: ...
+
+
+@pytest.fixture
+async def up(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> AsyncIterator[Boxes]:
+    """A server with these models, which has started; at the end it holds what it should."""
+    boxes: list[Box] = []
+
+    async def up(models: Entries, *, started: bool = True, **server: Any) -> Box:
+        box = Box(tmp_path / "models.yaml", models, server)
+        boxes.append(box)
+        if started:
+            await soon(box.pool.start())
+        return box
+
+    yield up
+    for box in boxes:
+        box.settled()
+    unforeseen = [each.message for each in caplog.records if "unforeseen" in each.message]
+    assert unforeseen == []
+
+
+async def some_ms() -> None:
+    """Long enough for whatever would happen by mistake."""
+    await asyncio.sleep(0.01)
+
+
+# --- looking
+
+
+async def test_what_is_shown_of_a_model(up: Boxes) -> None:
+    box = await up({"a": {"memory": 40, "aliases": ["x"], "priority": 3, "max_in_flight": 1}})
+    lease = await soon(box.ask("a"))
+    waiting = await box.asking("x")
+    [model] = box.control.models()
+    [replica] = model.pop("replicas")
+    assert model == {
+        "name": "a",
+        "aliases": ["x"],
+        "start": "eager",
+        "pinned": False,
+        "priority": 3,
+        "state": "ready",
+        "level": "ready",
+        "in_flight": 1,
+        "queued": 1,
+        "idle_s": 0.0,
+        "swaps": 0,
+        "deaths": 0,
+        "note": "",
+    }
+    assert replica.pop("since_s") >= 0
+    assert replica.pop("start_s") >= 0
+    assert replica == {
+        "number": 0,
+        "state": "ready",
+        "level": "ready",
+        "note": "",
+        "devices": [0],
+        "wake_s": None,
+        "gpu_bytes": 40,
+        "host_bytes": None,
+        "pid": 4242,
+    }
+    lease.release()
+    (await soon(waiting)).release()
+
+
+async def test_what_is_shown_is_fit_for_json_in_every_state(up: Boxes) -> None:
+    box = await up(
+        {
+            "ready": {"memory": 10, "replicas": 2},
+            "asleep": {"memory": 10, "start": "sleeping"},
+            "stopped": {"memory": 10, "start": "lazy"},
+            "failed": {"memory": 10, "replicas": 2},
+        },
+        started=False,
+    )
+    box.backend.coming |= {"failed/0": broken("no file"), "failed/1": broken("no file")}
+    box.backend.coming["ready/1"] = broken("no memory")
+    await soon(box.pool.start())
+    assert orjson.loads(orjson.dumps(box.control.models())) == box.control.models()
+    assert box.states() == {
+        "ready": "ready",
+        "asleep": "sleeping",
+        "stopped": "stopped",
+        "failed": "failed",
+    }
+    shown = {model["name"]: model["replicas"] for model in box.control.models()}
+    assert [each["state"] for each in shown["ready"]] == ["ready", "failed"]
+    assert [each["note"] for each in shown["ready"]] == ["", "no memory"]
+    assert [each["pid"] for each in shown["ready"]] == [4242, None]
+    [asleep] = shown["asleep"]
+    assert (asleep["level"], asleep["gpu_bytes"], asleep["host_bytes"]) == ("host", 1, 10)
+    assert asleep["devices"] == [0]
+    [stopped] = shown["stopped"]
+    assert (stopped["level"], stopped["gpu_bytes"], stopped["start_s"]) == ("stopped", None, None)
+    assert box.shown("failed")["note"] == "no file"
+    await soon(box.control.wake("asleep"))
+    assert box.shown("asleep")["replicas"][0]["wake_s"] >= 0
+
+
+async def test_swaps_and_deaths_are_added_up(up: Boxes) -> None:
+    box = await up({"a": {"memory": 60, "start": "lazy"}, "b": {"memory": 60, "start": "lazy"}})
+    await box.use("a", "b", "a")
+    assert [box.shown(name)["swaps"] for name in "ab"] == [1, 1]
+    watching = asyncio.ensure_future(box.pool.watch())
+    box.engine("a").dead = True
+    await until(lambda: box.shown("a")["deaths"] == 1 and box.states()["a"] == "ready")
+    watching.cancel()
+
+
+async def test_where_a_log_is(up: Boxes) -> None:
+    box = await up({"a": {"replicas": 2, "aliases": ["x"]}})
+    assert box.control.log_of("x", 1) == Path("/logs/a+1")
+    for none in (2, -1):
+        with pytest.raises(RequestError, match=f"numbered from 0; {none} is none"):
+            box.control.log_of("a", none)
+
+
+@pytest.mark.parametrize("action", ["load", "wake", "sleep", "unload"])
+async def test_nobody_has_that_name(up: Boxes, action: str) -> None:
+    box = await up({"a": {}})
+    actions: dict[str, Callable[[str], Awaitable[None]]] = {
+        "load": box.control.load,
+        "wake": box.control.wake,
+        "sleep": box.control.sleep,
+        "unload": partial(box.control.unload, drain=True),
+    }
+    with pytest.raises(ModelNotFound):
+        await actions[action]("b")
+    with pytest.raises(ModelNotFound):
+        box.control.log_of("b", 0)
+    assert box.states() == {"a": "ready"}
+
+
+async def test_what_happens_is_told(up: Boxes) -> None:
+    box = await up({"a": {}})
+    events = box.control.events()
+    first = asyncio.ensure_future(anext(events))
+    await asyncio.sleep(0)
+    await soon(box.control.unload("a", drain=True))
+    event = await soon(first)
+    assert (event["model"], event["from"], event["to"]) == ("a", "ready", "draining")
+
+
+# --- load, unload
+
+
+async def test_load_brings_what_is_at_rest_and_leaves_what_is_ready(up: Boxes) -> None:
+    box = await up({"a": {"start": "lazy", "replicas": 2, "aliases": ["x"]}})
+    await soon(box.control.load("x"))
+    assert [each["state"] for each in box.shown("a")["replicas"]] == ["ready", "ready"]
+    await soon(box.control.load("a"))
+    assert sorted(box.backend.started) == ["a/0", "a/1"]
+
+
+async def test_load_waits_for_a_model_that_starts_with_the_server(up: Boxes) -> None:
+    box = await up({"a": {}}, started=False)
+    gate = Gate()
+    box.backend.coming["a"] = Plan(gate=gate)
+    starting = asyncio.create_task(box.pool.start())
+    await soon(gate.reached.wait())
+    loading = asyncio.create_task(box.control.load("a"))
+    await some_ms()
+    assert not loading.done()
+    gate.opened.set()
+    await soon(loading)
+    await soon(starting)
+    assert box.backend.started == ["a"]
+
+
+async def test_a_load_that_fails_says_why(up: Boxes) -> None:
+    box = await up({"a": {"start": "lazy"}})
+    box.backend.coming["a"] = broken("OSError: no space left")
+    with pytest.raises(Overloaded, match="`a` is failed: OSError: no space left"):
+        await soon(box.control.load("a"))
+    await soon(box.control.load("a"))
+    assert box.states() == {"a": "ready"}
+    assert box.shown("a")["note"] == ""
+
+
+async def test_load_is_enough_if_one_replica_comes(up: Boxes) -> None:
+    box = await up({"a": {"start": "lazy", "replicas": 2}})
+    box.backend.coming["a/1"] = broken()
+    await soon(box.control.load("a"))
+    assert [each["state"] for each in box.shown("a")["replicas"]] == ["ready", "failed"]
+
+
+async def test_load_tries_a_model_again_that_died_too_often(up: Boxes) -> None:
+    box = await up({"a": {}})
+    watching = asyncio.ensure_future(box.pool.watch())
+    for number in range(deaths.GIVE_UP):
+        box.engine("a").dead = True
+        await until(lambda: box.shown("a")["deaths"] == number + 1)  # noqa: B023  # waited for here
+        await until(lambda: box.states()["a"] in {"ready", "failed"})
+    assert box.states() == {"a": "failed"}
+    with pytest.raises(EngineDead):
+        await soon(box.ask("a"))
+    await soon(box.control.load("a"))
+    await box.use("a")
+    box.engine("a").dead = True  # the first in a row again
+    await until(lambda: box.shown("a")["deaths"] == deaths.GIVE_UP + 1)
+    await until(lambda: box.states()["a"] == "ready")
+    watching.cancel()
+
+
+async def test_unload_lets_requests_end_and_sends_the_line_away(up: Boxes) -> None:
+    box = await up({"a": {"max_in_flight": 1}})
+    held = await soon(box.ask("a"))
+    line = [await box.asking("a") for _ in range(2)]
+    unloading = asyncio.create_task(box.control.unload("a", drain=True))
+    for each in line:
+        with pytest.raises(Overloaded, match="`a` is being unloaded") as told:
+            await soon(each)
+        assert told.value.code == "model_unloaded"
+    await some_ms()
+    assert (box.states(), unloading.done()) == ({"a": "draining"}, False)
+    assert box.engine("a").stopped == 0
+    held.release()
+    await soon(unloading)
+    assert box.states() == {"a": "stopped"}
+    assert box.engine("a").stopped == 1
+    assert held.cut_by is None
+
+
+async def test_unload_without_drain_cuts_requests_of_this_model_alone(up: Boxes) -> None:
+    box = await up({"a": {}, "b": {}})
+    held: dict[str, Lease] = {}
+
+    async def request(name: str) -> None:
+        held[name] = await box.ask(name, asyncio.current_task())
+        try:
+            await asyncio.Event().wait()
+        finally:
+            held[name].release()
+
+    requests = {name: asyncio.create_task(request(name)) for name in "ab"}
+    await until(lambda: len(held) == 2)
+    await soon(box.control.unload("a", drain=False))
+    assert requests["a"].cancelled()
+    assert held["a"].cut_by is not None
+    assert held["a"].cut_by.code == "model_unloaded"
+    assert box.states() == {"a": "stopped", "b": "ready"}
+    assert not requests["b"].done()
+    requests["b"].cancel()
+    with suppress(asyncio.CancelledError):
+        await requests["b"]
+
+
+async def test_a_request_brings_an_unloaded_model_back(up: Boxes) -> None:
+    box = await up({"a": {}})
+    await soon(box.control.unload("a", drain=True))
+    await soon(box.control.unload("a", drain=True))
+    assert box.engine("a").stopped == 1
+    await box.use("a")
+    assert box.backend.started == ["a", "a"]
+
+
+async def test_unload_of_a_model_that_is_coming_ends_it_when_it_has(up: Boxes) -> None:
+    box = await up({"a": {"start": "lazy"}})
+    gate = Gate()
+    box.backend.coming["a"] = Plan(gate=gate)
+    waiting = await box.asking("a")
+    await soon(gate.reached.wait())
+    unloading = asyncio.create_task(box.control.unload("a", drain=True))
+    with pytest.raises(Overloaded):
+        await soon(waiting)
+    await some_ms()
+    assert not unloading.done()
+    gate.opened.set()
+    await soon(unloading)
+    await some_ms()
+    assert box.states() == {"a": "stopped"}
+
+
+async def test_unload_of_a_model_that_waits_to_be_started_again_ends_it_for_good(
+    up: Boxes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deaths, "_FIRST_S", 0.02)
+    box = await up({"a": {}})
+    box.engine("a").dead = True
+    assert box.pool._died(box.replica("a"))
+    await some_ms()
+    assert box.states() == {"a": "waiting"}
+    await soon(box.control.unload("a", drain=True))
+    await asyncio.sleep(0.03)
+    assert box.states() == {"a": "stopped"}
+
+
+async def test_a_server_that_ends_loads_nothing(up: Boxes) -> None:
+    box = await up({"a": {"start": "lazy"}})
+    box.pool.close()
+    with pytest.raises(Overloaded) as refused:
+        await soon(box.control.load("a"))
+    assert refused.value.code == "shutting_down"
+    assert box.backend.started == []
+
+
+# --- sleep, wake
+
+
+async def test_sleep_and_wake(up: Boxes) -> None:
+    box = await up({"a": {"memory": 40, "start": "sleeping"}})
+    await soon(box.control.wake("a"))
+    held = await soon(box.ask("a"))
+    sleeping = asyncio.create_task(box.control.sleep("a"))
+    await some_ms()
+    assert (box.states(), sleeping.done()) == ({"a": "draining"}, False)
+    held.release()
+    await soon(sleeping)
+    assert (box.shown("a")["state"], box.shown("a")["level"]) == ("sleeping", "host")
+    await soon(box.control.sleep("a"))
+    assert box.engine("a").slept == [Level.HOST, Level.READY, Level.HOST]
+    await soon(box.control.wake("a"))
+    assert box.states() == {"a": "ready"}
+    assert box.backend.started == ["a"]
+
+
+@pytest.mark.parametrize("entry", [{}, {"start": "lazy"}])
+async def test_sleep_is_refused_where_nothing_can(up: Boxes, entry: dict[str, Any]) -> None:
+    box = await up({"a": entry})
+    before = box.states()
+    with pytest.raises(RequestError, match=r"`a` cannot sleep: .* `unload` ends it"):
+        await box.control.sleep("a")
+    assert box.states() == before
+
+
+async def test_unload_ends_a_sleeper(up: Boxes) -> None:
+    box = await up({"a": {"memory": 40, "start": "sleeping"}})
+    await soon(box.control.unload("a", drain=True))
+    assert (box.states(), box.engine("a").stopped) == ({"a": "stopped"}, 1)
+
+
+# --- a reload that changes nothing
+
+
+async def test_a_file_with_mistakes_changes_nothing(up: Boxes) -> None:
+    box = await up({"a": {}, "b": {}})
+    was = box.config
+    box.write({"a": {"max_in_flight": 7, "aliases": ["x"]}, "c": {"replicas": "many"}})
+    with pytest.raises(ConfigError, match="replicas"):
+        await box.reload()
+    with pytest.raises(ModelNotFound):
+        box.pool.entry("x")
+    assert box.config is was
+    assert box.pool.entries["a"].slots.limit == 1024
+    assert (list(box.pool.entries), box.backend.adopted) == (["a", "b"], [])
+    assert await box.reload({"a": {}, "b": {}}) == []
+
+
+async def test_a_file_that_is_gone_changes_nothing(up: Boxes) -> None:
+    box = await up({"a": {}})
+    box.file.unlink()
+    with pytest.raises(ConfigError):
+        await box.reload()
+    assert box.states() == {"a": "ready"}
+
+
+async def test_models_that_do_not_fit_change_nothing(up: Boxes) -> None:
+    box = await up({"a": {}, "b": {}})
+    was = box.config
+    box.backend.plan_error = PlacementError(["models.c: needs 80 GiB"])
+    with pytest.raises(ConfigError, match="needs 80 GiB"):
+        await box.reload({"a": {"max_in_flight": 7}, "c": {}})
+    assert box.config is was
+    assert box.pool.entries["a"].slots.limit == 1024
+    assert list(box.pool.entries) == ["a", "b"]
+    box.backend.plan_error = None
+    assert await box.reload() == [
+        "b: removed",
+        "a: changed live (max_in_flight 1024 -> 7)",
+        "c: added",
+    ]
+
+
+async def test_a_dry_run_changes_nothing(up: Boxes) -> None:
+    box = await up({"a": {}, "b": {}, "c": {}})
+    was, entries = box.config, dict(box.pool.entries)
+    box.write(
+        {"a": {"memory": 10}, "b": {"priority": 2, "aliases": ["x"]}, "d": {}},
+        {"drain_timeout": 5, "port": 9},
+    )
+    for _ in range(2):
+        told = await soon(box.control.reload(dry_run=True))
+        assert told["changed"] is True
+        assert [line.partition(" (")[0] for line in told["lines"]] == [
+            "c: removed",
+            "a: restarts",
+            "b: changed live",
+            "d: added",
+            "server.drain_timeout: changed live",
+            "server.port: needs a restart of the server; left as it is",
+        ]
+        orjson.dumps(told)
+    assert box.config is was
+    assert box.pool.entries == entries
+    assert box.backend.adopted == []
+    assert box.backend.plans_made == [{"b": "b"}] * 2
+    assert sorted(box.backend.started) == ["a", "b", "c"]
+
+
+async def test_a_file_that_is_the_same_changes_nothing(up: Boxes) -> None:
+    box = await up({"a": {}, "b": {"replicas": 2}})
+    entries = dict(box.pool.entries)
+    told = await soon(box.control.reload(dry_run=False))
+    assert (told["changed"], told["lines"], told["unchanged"]) == (False, [], ["a", "b"])
+    assert box.pool.entries == entries
+    assert box.backend.plans_made == [{"a": "a", "b": "b"}]
+
+
+# --- what counts from now on
+
+
+async def test_limits_count_from_now_on(up: Boxes) -> None:
+    box = await up({"a": {"max_in_flight": 1}})
+    held = await soon(box.ask("a"))
+    await box.reload({"a": {"max_in_flight": 2, "max_queue": 1, "hidden": True, "priority": 4}})
+    second = await soon(box.ask("a"))
+    waiting = await box.asking("a")
+    with pytest.raises(Overloaded, match="its max_in_flight and max_queue"):
+        await box.ask("a")
+    assert box.pool.registry.public_names() == []
+    assert box.shown("a")["priority"] == 4
+    await box.reload({"a": {"max_in_flight": 1, "max_queue": 1}})
+    held.release()
+    await some_ms()
+    assert not waiting.done()
+    second.release()
+    (await soon(waiting)).release()
+    assert box.engine("a").changes == []
+    assert box.backend.started == ["a"]
+
+
+async def test_idle_times_count_from_now_on(up: Boxes) -> None:
+    box = await up({"a": {}})
+    watching = asyncio.ensure_future(box.pool.watch())
+    await box.reload({"a": {"idle": {"stop_after": 0.001}}})
+    await until(lambda: box.states() == {"a": "stopped"})
+    watching.cancel()
+
+
+async def test_an_alias_is_for_the_engine_that_runs(up: Boxes) -> None:
+    box = await up({"a": {"aliases": ["x"], "replicas": 2}})
+    held = await soon(box.ask("x"))
+    lines = await box.reload({"a": {"aliases": ["y"], "replicas": 2}})
+    assert lines == ['a: changed live (aliases ["x"] -> ["y"])']
+    assert [box.engine(f"a/{n}").changes[0].aliases for n in range(2)] == [("y",), ("y",)]
+    with pytest.raises(ModelNotFound):
+        await box.ask("x")
+    await box.use("y")
+    held.release()
+    assert sorted(box.backend.started) == ["a/0", "a/1"]
+
+
+async def test_a_new_name_is_found_once_the_engine_knows_it(up: Boxes) -> None:
+    box = await up({"a": {"aliases": ["x"]}, "b": {}})
+    gate = box.engine("a").change_gate = Gate()
+    box.engine("b").change_gate = gate
+    reloading = await box.reloading({"a": {"aliases": ["y"]}, "c": {}})
+    assert await box.use("a", "x", "b") == [
+        box.engine("a"),
+        box.engine("a"),
+        box.engine("b"),
+    ]
+    for later in ("y", "c"):
+        with pytest.raises(ModelNotFound):
+            await box.ask(later)
+    gate.opened.set()
+    assert "b: renamed to c" in await soon(reloading)
+    await box.use("a", "y", "c")
+    for before in ("x", "b"):
+        with pytest.raises(ModelNotFound):
+            await box.ask(before)
+
+
+async def test_a_model_whose_change_goes_wrong_goes_on_as_before_and_the_others_change(
+    up: Boxes,
+) -> None:
+    box = await up({"a": {}, "b": {}, "c": {}, "d": {}})
+    box.engine("b").change_error = EngineError("the template is none")
+    after: Entries = {
+        "a": {"aliases": ["x"]},
+        "b": {"aliases": ["y"], "priority": 1},
+        "d": {"memory": 10},
+        "e": {"memory": 10},
+    }
+    lines = await box.reload(after)
+    assert lines[-1] == "b: the template is none; it goes on as before"
+    await box.use("x", "b", "d", "e")
+    with pytest.raises(ModelNotFound):
+        await box.ask("y")
+    assert box.shown("b")["priority"] == 0
+    assert list(box.pool.entries) == ["a", "b", "d", "e"]
+    box.engine("b").change_error = ValueError("still")
+    assert (await box.reload())[-1] == "b: ValueError: still; it goes on as before"
+    box.engine("b").change_error = None
+    assert await box.reload() == [
+        'b: changed live (aliases [] -> ["y"], priority 0 -> 1)',
+    ]
+    await box.use("y")
+
+
+async def test_of_several_engines_all_change_or_none(up: Boxes) -> None:
+    box = await up({"a": {"replicas": 2}})
+    first = box.replica("a").running
+    box.engine("a/1").change_error = EngineError("no")
+    await box.reload({"a": {"replicas": 2, "aliases": ["x"]}})
+    assert box.replica("a").running is first
+    assert box.shown("a")["aliases"] == []
+
+
+async def test_a_rename_that_goes_wrong_leaves_the_old_name(up: Boxes) -> None:
+    box = await up({"a": {}, "b": {"memory": 1}})
+    box.engine("a").change_error = EngineError("no")
+    lines = await box.reload({"new": {}, "b": {"memory": 1}})
+    assert lines == ["a: renamed to new", "a: no; it goes on as before"]
+    assert list(box.pool.entries) == ["a", "b"]
+    await box.use("a", "b")
+    box.engine("a").change_error = None
+    assert await box.reload() == ["a: renamed to new"]
+    await box.use("new")
+
+
+async def test_a_rename_keeps_the_engine_its_requests_and_its_line(up: Boxes) -> None:
+    box = await up({"a": {"max_in_flight": 1, "replicas": 2}})
+    engine = box.replica("a").running
+    held = await soon(box.ask("a"))
+    line = [await box.asking("a") for _ in range(2)]
+    was = box.figures("a")
+    assert "llmserve_replica_tokens_in_flight" in was
+    assert "llmserve_model_ready_seconds" in was
+    await box.reload({"new": {"max_in_flight": 1, "replicas": 2}})
+    assert (box.figures("new"), box.figures("a")) == (was, set())
+    assert box.figure("requests_in_flight", model="new") == 1
+    assert box.figure("requests_queued", model="new") == 2
+    assert box.figure("model_state", model="new", replica="0", state="ready") == 1
+    held.release()
+    for each in line:
+        (await soon(each)).release()
+    assert box.replica("new").running is engine
+    assert sorted(box.backend.started) == ["a/0", "a/1"]
+    assert box.backend.plans_made == [{"new": "a"}]
+    with pytest.raises(ModelNotFound):
+        await box.ask("a")
+
+
+async def test_a_rename_of_a_sleeper_leaves_it_asleep(up: Boxes) -> None:
+    box = await up({"a": {"memory": 40, "start": "sleeping"}})
+    await box.reload({"new": {"memory": 40, "start": "sleeping"}})
+    assert box.states() == {"new": "sleeping"}
+    await box.use("new")
+    assert box.backend.started == ["a"]
+
+
+async def test_what_of_the_server_can_change_does_and_the_rest_is_told_each_time(
+    up: Boxes,
+) -> None:
+    box = await up({"a": {}}, drain_timeout=3)
+    port = box.config.server.port
+    for changed in (["server.drain_timeout: changed live (3.0 -> 5.0)"], []):
+        lines = await box.reload({"a": {}}, {"drain_timeout": 5, "port": 9, "gpu_headroom": 0.5})
+        assert lines == [
+            *changed,
+            "server.port: needs a restart of the server; left as it is",
+            "server.gpu_headroom: needs a restart of the server; left as it is",
+        ]
+        assert box.config.server.drain_timeout == 5
+        assert (box.config.server.port, box.config.server.gpu_headroom) == (port, 0.08)
+        assert box.backend.adopted[-1].server == box.config.server
+
+
+# --- models that leave and come
+
+
+async def test_a_removed_model_answers_what_it_has_and_is_gone(up: Boxes) -> None:
+    box = await up({"a": {"max_in_flight": 1, "replicas": 2}, "b": {}})
+    held = await soon(box.ask("a"))
+    line = [await box.asking("a") for _ in range(2)]
+    reloading = await box.reloading({"b": {}})
+    with pytest.raises(ModelNotFound):
+        await box.ask("a")
+    assert (box.figures("a"), box.states()) == (set(), {"b": "ready"})
+    held.release()
+    for each in line:
+        lease = await soon(each)
+        await some_ms()
+        assert not reloading.done()
+        lease.release()
+    assert await soon(reloading) == ["a: removed"]
+    assert [box.engine(f"a/{n}").stopped for n in range(2)] == [1, 1]
+    assert box.figures("a") == set()
+    assert [replica.name for replica in box.pool.replicas] == ["b"]
+
+
+async def test_a_removed_model_comes_once_more_for_its_line(up: Boxes) -> None:
+    box = await up({"a": {"start": "lazy"}, "b": {}})
+    gate = Gate()
+    box.backend.coming["a"] = Plan(gate=gate)
+    waiting = await box.asking("a")
+    reloading = await box.reloading({"b": {}})
+    gate.opened.set()
+    (await soon(waiting)).release()
+    await soon(reloading)
+    assert box.figures("a") == set()
+
+
+async def test_a_removed_model_that_cannot_come_tells_its_line(up: Boxes) -> None:
+    box = await up({"a": {"start": "lazy"}, "b": {}})
+    gate = Gate()
+    box.backend.coming["a"] = Plan(gate=gate, error=StartupError("no"))
+    waiting = await box.asking("a")
+    reloading = await box.reloading({"b": {}})
+    gate.opened.set()
+    with pytest.raises(EngineDead):
+        await soon(waiting)
+    assert await soon(reloading) == ["a: removed"]
+
+
+async def test_a_removed_model_that_waits_for_memory_is_gone_all_the_same(up: Boxes) -> None:
+    box = await up({"a": {"memory": 60}, "b": {"memory": 60, "start": "lazy"}})
+    held = await soon(box.ask("a"))
+    waiting = await box.asking("b")
+    await until(lambda: box.states()["a"] == "draining")
+    waiting.cancel()
+    reloading = await box.reloading({"a": {"memory": 60}})
+    held.release()
+    await soon(reloading)
+    await some_ms()
+    assert list(box.pool.entries) == ["a"]
+
+
+async def test_a_removed_model_that_waits_to_be_started_again_is_gone_all_the_same(
+    up: Boxes,
+) -> None:
+    box = await up({"a": {}, "b": {}})
+    box.engine("a").dead = True
+    assert box.pool._died(box.replica("a"))
+    await box.reload({"b": {}})
+    await some_ms()
+    assert box.states() == {"b": "ready"}
+
+
+async def test_added_models_come_as_their_start_says(up: Boxes) -> None:
+    box = await up({"a": {"memory": 10}})
+    lines = await box.reload(
+        {
+            "lazy": {"memory": 10, "start": "lazy"},
+            "eager": {"memory": 10},
+            "asleep": {"memory": 10, "start": "sleeping"},
+            "a": {"memory": 10},
+        }
+    )
+    assert lines == ["lazy: added", "eager: added", "asleep: added"]
+    assert list(box.states().items()) == [
+        ("lazy", "stopped"),
+        ("eager", "ready"),
+        ("asleep", "sleeping"),
+        ("a", "ready"),
+    ]
+    assert [each.name for each in box.pool.replicas] == ["lazy", "eager", "asleep", "a"]
+    assert "llmserve_model_state" in box.figures("lazy")
+    await box.use("lazy", "eager", "asleep")
+
+
+async def test_an_added_model_that_fails_is_told(up: Boxes) -> None:
+    box = await up({"a": {}})
+    box.backend.coming |= {"b": broken("no weights"), "c/1": broken("no memory")}
+    lines = await box.reload({"a": {}, "b": {}, "c": {"replicas": 2}})
+    assert lines == ["b: added", "c: added", "b: no weights", "c/1: no memory"]
+    assert box.states() == {"a": "ready", "b": "failed", "c": "ready"}
+
+
+async def test_a_model_takes_the_place_of_a_pinned_one_that_goes(up: Boxes) -> None:
+    box = await up({"a": {"memory": 60, "pinned": True}})
+    held = await soon(box.ask("a"))
+    reloading = await box.reloading({"b": {"memory": 70, "pinned": True}})
+    assert box.states() == {"b": "waiting"}
+    held.release()
+    assert await soon(reloading) == ["a: removed", "b: added"]
+    assert box.states() == {"b": "ready"}
+
+
+async def test_everything_at_once_in_the_order_of_the_file(up: Boxes) -> None:
+    box = await up({name: {"memory": 5} for name in "abcde"})
+    lines = await box.reload(
+        {
+            "new": {"memory": 5, "priority": 1},
+            "e": {"memory": 6},
+            "d": {"memory": 5, "replicas": 2},
+            "c": {"memory": 5, "aliases": ["x"]},
+            "a": {"memory": 5},
+        }
+    )
+    assert [line.partition(" (")[0] for line in lines] == [
+        "b: removed",
+        "e: restarts",
+        "d: resized",
+        "c: changed live",
+        "new: added",
+    ]
+    assert list(box.pool.entries) == ["new", "e", "d", "c", "a"]
+    assert [model["name"] for model in box.control.models()] == ["new", "e", "d", "c", "a"]
+    assert [each.name for each in box.pool.replicas] == ["new", "e", "d/0", "d/1", "c", "a"]
+    assert box.pool.registry.public_names() == ["new", "e", "d", "c", "x", "a"]
+
+
+# --- new engines
+
+
+async def test_with_room_for_both_the_old_one_serves_until_the_new_one_can(up: Boxes) -> None:
+    box = await up({"a": {"memory": 40, "aliases": ["x"]}})
+    gate = Gate()
+    old = box.engine("a")
+    held = await soon(box.ask("a"))
+    box.backend.coming["a"] = Plan(gate=gate)
+    reloading = await box.reloading({"a": {"memory": 50, "aliases": ["y"]}})
+    await soon(gate.reached.wait())
+    assert await box.use("a", "x") == [old, old]
+    with pytest.raises(ModelNotFound):
+        await box.ask("y")
+    gate.opened.set()
+    await until(lambda: box.replica("a").running is not old)
+    new = box.engine("a")
+    assert await box.use("a", "y") == [new, new]
+    await some_ms()
+    assert (old.stopped, reloading.done()) == (0, False)
+    held.release()
+    assert await soon(reloading) == [
+        'a: restarts (aliases ["x"] -> ["y"], memory 40B -> 50B)',
+    ]
+    assert (old.stopped, new.stopped) == (1, 0)
+    assert box.figure("model_state", model="a", replica="0", state="ready") == 1
+
+
+async def test_a_lazy_model_that_is_in_use_is_not_away_either(up: Boxes) -> None:
+    box = await up({"a": {"memory": 40, "start": "lazy"}})
+    [old] = await box.use("a")
+    gate = Gate()
+    box.backend.coming["a"] = Plan(gate=gate)
+    reloading = await box.reloading({"a": {"memory": 50, "start": "lazy"}})
+    assert await box.use("a") == [old]
+    gate.opened.set()
+    await soon(reloading)
+    assert await box.use("a") == [box.engine("a")]
+    assert box.backend.started == ["a", "a"]
+
+
+async def test_a_lazy_model_at_rest_stays_there(up: Boxes) -> None:
+    box = await up({"a": {"memory": 40, "start": "lazy"}})
+    await box.reload({"a": {"memory": 50, "start": "lazy"}})
+    assert (box.states(), box.backend.started) == ({"a": "stopped"}, [])
+    await box.use("a")
+    assert box.shown("a")["replicas"][0]["gpu_bytes"] == 50
+
+
+async def test_those_in_line_go_over_to_the_new_engine_in_order(up: Boxes) -> None:
+    box = await up({"a": {"memory": 40, "max_in_flight": 1}})
+    old = box.engine("a")
+    held = await soon(box.ask("a"))
+    line = [await box.asking("a") for _ in range(3)]
+    reloading = asyncio.create_task(box.reload({"a": {"memory": 50, "max_in_flight": 1}}))
+    for number, each in enumerate(line):
+        lease = await soon(each)
+        assert lease.running is box.engine("a") is not old
+        assert not any(later.done() for later in line[number + 1 :])
+        lease.release()
+    assert not reloading.done()
+    held.release()
+    await soon(reloading)
+
+
+async def test_a_new_engine_that_fails_beside_the_old_one_leaves_all_as_it_was(up: Boxes) -> None:
+    box = await up({"a": {"memory": 40, "aliases": ["x"]}, "b": {}})
+    old = box.engine("a")
+    box.backend.coming["a"] = broken("no such weights")
+    after: Entries = {"a": {"memory": 50, "aliases": ["y"], "priority": 1}, "b": {"priority": 2}}
+    lines = await box.reload(after)
+    assert lines[-1] == "a: no such weights; the engine before it goes on"
+    assert await box.use("a", "x") == [old, old]
+    with pytest.raises(ModelNotFound):
+        await box.ask("y")
+    assert (box.shown("a")["priority"], box.shown("b")["priority"]) == (0, 2)
+    assert box.figure("model_state", model="a", replica="0", state="ready") == 1
+    told = await soon(box.control.reload(dry_run=True))
+    assert [change["model"] for change in told["restarted"]] == ["a"]
+    await box.reload()  # the same file once more
+    await box.use("a", "y")
+    assert (old.stopped, box.engine("a").stopped) == (1, 0)
+
+
+async def test_a_file_taken_back_after_that_changes_nothing(up: Boxes) -> None:
+    box = await up({"a": {"memory": 40}})
+    box.backend.coming["a"] = broken()
+    await box.reload({"a": {"memory": 50}})
+    assert await box.reload({"a": {"memory": 40}}) == []
+    assert box.backend.started == ["a", "a"]
+
+
+async def test_of_new_engines_beside_the_old_one_it_is_enough_if_one_comes(up: Boxes) -> None:
+    box = await up({"a": {"memory": 20}})
+    old = box.engine("a")
+    box.backend.coming["a/1"] = broken("no memory")
+    lines = await box.reload({"a": {"memory": 30, "replicas": 2}})
+    assert lines[1:] == ["a/1: no memory"]
+    assert await box.use("a") == [box.engine("a/0")]
+    assert old.stopped == 1
+
+
+async def test_what_has_failed_is_replaced_by_what_fails(up: Boxes) -> None:
+    box = await up({"a": {"memory": 40}, "b": {}}, started=False)
+    box.backend.coming["a"] = broken("no weights")
+    await soon(box.pool.start())
+    box.backend.coming["a"] = broken("no config")
+    assert (await box.reload({"a": {"memory": 50}, "b": {}}))[1:] == ["a: no config"]
+    assert box.shown("a")["note"] == "no config"
+    assert await box.reload({"a": {"memory": 60}, "b": {}}) == ["a: restarts (memory 50B -> 60B)"]
+    assert box.states() == {"a": "ready", "b": "ready"}
+
+
+@pytest.mark.parametrize("start", ["eager", "lazy"])
+@pytest.mark.parametrize("pinned", [False, True])
+async def test_without_room_for_both_requests_wait_in_order_for_the_new_one(
+    up: Boxes, start: str, pinned: bool
+) -> None:
+    said = {"max_in_flight": 1, "start": start, "pinned": pinned}
+    box = await up({"a": {"memory": 60} | said})
+    held = await soon(box.ask("a"))
+    old = box.engine("a")
+    line = [await box.asking("a") for _ in range(2)]
+    gate = Gate()
+    box.backend.coming["a"] = Plan(gate=gate)
+    reloading = await box.reloading({"a": {"memory": 70} | said})
+    line += [await box.asking("a") for _ in range(2)]
+    assert (old.stopped, gate.reached.is_set()) == (0, False)
+    held.release()
+    await soon(gate.reached.wait())
+    assert old.stopped == 1
+    line += [await box.asking("a") for _ in range(2)]
+    gate.opened.set()
+    for number, each in enumerate(line):
+        lease = await soon(each)
+        assert lease.running is box.engine("a") is not old
+        assert not any(later.done() for later in line[number + 1 :])
+        lease.release()
+    assert await soon(reloading) == ["a: restarts (memory 60B -> 70B)"]
+
+
+async def test_a_new_engine_that_fails_without_room_has_failed_and_tells_its_line(
+    up: Boxes,
+) -> None:
+    box = await up({"a": {"memory": 60}})
+    held = await soon(box.ask("a"))
+    box.backend.coming["a"] = broken("no such weights")
+    reloading = await box.reloading({"a": {"memory": 70}})
+    waiting = await box.asking("a")
+    held.release()
+    with pytest.raises(EngineDead, match="`a` could not be started"):
+        await soon(waiting)
+    assert (await soon(reloading))[1:] == ["a: no such weights"]
+    assert box.states() == {"a": "failed"}
+    assert box.pool.life.fits([box.replica("a")])  # its place is free
+    await box.reload({"a": {"memory": 60}})
+    await box.use("a")
+
+
+async def test_others_give_way_to_a_restart_without_room(up: Boxes) -> None:
+    box = await up({"a": {"memory": 40}, "b": {"memory": 60}})
+    await box.reload({"a": {"memory": 90}, "b": {"memory": 60}})
+    assert box.states() == {"a": "ready", "b": "stopped"}
+    await box.use("b")
+    assert box.states() == {"a": "stopped", "b": "ready"}
+
+
+# --- more and fewer replicas
+
+
+async def test_more_and_fewer_replicas(up: Boxes) -> None:
+    box = await up({"a": {"memory": 30}})
+    first = box.engine("a")
+    held = await soon(box.ask("a"))
+    gate = Gate()
+    box.backend.coming["a/1"] = Plan(gate=gate)
+    reloading = await box.reloading({"a": {"memory": 30, "replicas": 2}})
+    assert await box.use("a") == [first]
+    gate.opened.set()
+    assert await soon(reloading) == ["a: resized (replicas 1 -> 2)"]
+    second = box.engine("a/1")
+    leases = [await soon(box.ask("a")) for _ in range(3)]
+    assert {lease.running for lease in leases} == {first, second}
+    assert [each["number"] for each in box.shown("a")["replicas"]] == [0, 1]
+    of_first = [lease for lease in leases if lease.running is first]
+    for lease in of_first:
+        lease.release()
+    back = await box.reloading({"a": {"memory": 30}})
+    assert await box.use("a") == [first]
+    assert second.stopped == 0
+    for lease in leases:
+        lease.release()
+    assert await soon(back) == ["a: resized (replicas 2 -> 1)"]
+    assert (first.stopped, second.stopped) == (0, 1)
+    assert box.figure("model_state", model="a", replica="1", state="ready") is None
+    assert box.figure("replica_tokens_in_flight", model="a", replica="1") is None
+    held.release()
+    assert box.backend.started == ["a", "a/1"]
+
+
+async def test_resized_engines_answer_under_new_aliases_too(up: Boxes) -> None:
+    box = await up({"a": {"memory": 30}})
+    first = box.engine("a")
+    await box.reload({"a": {"memory": 30, "replicas": 2, "aliases": ["x"]}})
+    assert [spec.aliases for spec in first.changes] == [("x",)]
+    assert set(await box.use("x", "x")) == {first, box.engine("a/1")}
+    first.change_error = EngineError("no")
+    lines = await box.reload({"a": {"memory": 30, "aliases": ["y"]}})
+    assert lines[-1] == "a: no; it goes on as before"
+    assert [each["state"] for each in box.shown("a")["replicas"]] == ["ready", "ready"]
+    await box.use("x")
+
+
+async def test_a_replica_that_is_placed_elsewhere_does_not_stay(up: Boxes) -> None:
+    box = await up({"a": {"memory": 30}})
+    first = box.engine("a")
+    box.backend.sizes["a"] = {Level.READY: {0: 20}}
+    await box.reload({"a": {"memory": 30, "replicas": 2}})
+    assert first.stopped == 1
+    assert sorted(box.backend.started) == ["a", "a/0", "a/1"]
+
+
+async def test_a_new_replica_that_fails_leaves_the_first(up: Boxes) -> None:
+    box = await up({"a": {"memory": 30}})
+    box.backend.coming["a/1"] = broken("no memory")
+    lines = await box.reload({"a": {"memory": 30, "replicas": 2}})
+    assert lines[1:] == ["a/1: no memory"]
+    assert await box.use("a") == [box.engine("a")]
+
+
+async def test_those_in_line_stay_in_line_while_a_model_is_resized(up: Boxes) -> None:
+    box = await up({"a": {"memory": 60, "max_in_flight": 1}, "b": {"memory": 40}})
+    held = await soon(box.ask("a"))
+    line = [await box.asking("a") for _ in range(3)]
+    reloading = asyncio.create_task(
+        box.reload({"a": {"memory": 60, "max_in_flight": 1, "replicas": 2}, "b": {"memory": 40}})
+    )
+    for each in line:
+        (await soon(each)).release()
+    held.release()
+    lines = await soon(reloading)
+    assert "its own other replicas leave" in lines[-1]
+
+
+# --- a reload while something else is under way
+
+
+async def test_two_reloads_at_the_same_time_are_one_after_the_other(up: Boxes) -> None:
+    box = await up({"a": {"memory": 10}})
+    gate = Gate()
+    box.backend.coming["b"] = Plan(gate=gate)
+    first = await box.reloading({"a": {"memory": 10}, "b": {"memory": 10}})
+    box.write({"a": {"memory": 10}, "c": {"memory": 10}})
+    second = asyncio.create_task(box.reload())
+    await some_ms()
+    assert list(box.pool.entries) == ["a", "b"]
+    gate.opened.set()
+    assert await soon(first) == ["b: added"]
+    assert await soon(second) == ["b: removed", "c: added"]
+    assert box.states() == {"a": "ready", "c": "ready"}
+
+
+async def test_a_bad_reload_leaves_the_next_one_free(up: Boxes) -> None:
+    box = await up({"a": {}})
+    box.file.write_text("models: [")
+    for _ in range(2):
+        with pytest.raises(ConfigError):
+            await box.reload()
+    assert await box.reload({"a": {"priority": 1}}) == ["a: changed live (priority 0 -> 1)"]
+
+
+AFTER: Mapping[str, Entries] = {
+    "removed": {"b": {"memory": 10}},
+    "restarted": {"a": {"memory": 30}, "b": {"memory": 10}},
+    "restarted without room": {"a": {"memory": 95}, "b": {"memory": 10}},
+    "resized": {"a": {"memory": 20, "replicas": 2}, "b": {"memory": 10}},
+    "renamed": {"new": {"memory": 20}, "b": {"memory": 10}},
+    "changed": {"a": {"memory": 20, "aliases": ["x"]}, "b": {"memory": 10}},
+}
+
+
+@pytest.mark.parametrize("after", AFTER)
+async def test_a_reload_while_a_model_starts_with_the_server(up: Boxes, after: str) -> None:
+    box = await up({"a": {"memory": 20}, "b": {"memory": 10}}, started=False)
+    gate = Gate()
+    box.backend.coming["a"] = Plan(gate=gate, reports=((State.LOADING, ""),))
+    starting = asyncio.create_task(box.pool.start())
+    await soon(gate.reached.wait())
+    reloading = await box.reloading(AFTER[after])
+    gate.opened.set()
+    await soon(reloading)
+    await soon(starting)
+    assert list(box.pool.entries) == list(AFTER[after])
+    names = [name for model in box.pool.registry.models for name in model.names]
+    assert all(await box.use(*names))
+    if after == "changed":
+        assert [spec.aliases for spec in box.engine("a").changes] == [("x",)]
+
+
+@pytest.mark.parametrize("after", AFTER)
+@pytest.mark.parametrize("state", ["waking", "draining", "failed", "stopped", "again", "memory"])
+async def test_a_reload_in_any_state(up: Boxes, state: str, after: str) -> None:
+    sleeps = {"start": "sleeping"} if state == "waking" else {}
+    box = await up({"a": {"memory": 20} | sleeps, "b": {"memory": 10}}, started=False)
+    if state == "failed":
+        box.backend.coming["a"] = broken()
+    await soon(box.pool.start())
+    gate, held = Gate(), None
+    waiting: asyncio.Task[Lease] | None = None
+    if state == "waking":
+        box.engine("a").wake = gate.wait
+        waiting = await box.asking("a")
+        await soon(gate.reached.wait())
+    elif state == "draining":
+        held = await soon(box.ask("a"))
+        unloading = asyncio.create_task(box.control.unload("a", drain=True))
+        await until(lambda: box.states()["a"] == "draining")
+    elif state == "stopped":
+        await soon(box.control.unload("a", drain=True))
+    elif state == "again":
+        box.engine("a").dead = True
+        assert box.pool._died(box.replica("a"))
+    elif state == "memory":
+        await soon(box.control.unload("a", drain=True))
+        box.backend.capacity = {0: 25}
+        held = await soon(box.ask("b"))
+        waiting = await box.asking("a")
+        await until(lambda: box.states()["b"] == "draining")
+        box.backend.capacity = {0: 100}
+    models = {name: said | sleeps if name != "b" else said for name, said in AFTER[after].items()}
+    reloading = asyncio.create_task(box.reload(models))
+    await some_ms()
+    gate.opened.set()
+    if held is not None:
+        held.release()
+    if state == "draining":
+        await soon(unloading)
+    if waiting is not None:
+        (await soon(waiting)).release()
+    await soon(reloading)
+    assert list(box.pool.entries) == list(AFTER[after])
+    for name in box.pool.entries:
+        await soon(box.control.load(name))
+        await box.use(name)
+    await some_ms()
+
+
+async def test_a_change_does_not_bring_back_an_engine_that_ends_meanwhile(up: Boxes) -> None:
+    box = await up({"a": {}})
+    engine = box.engine("a")
+    gate = engine.change_gate = Gate()
+    reloading = await box.reloading({"a": {"aliases": ["x"]}})
+    await soon(gate.reached.wait())
+    unloading = asyncio.create_task(box.control.unload("a", drain=True))
+    await some_ms()
+    gate.opened.set()
+    await soon(reloading)
+    await soon(unloading)
+    assert (engine.stopped, box.replica("a").running, box.states()) == (1, None, {"a": "stopped"})
+    await box.use("x")
+
+
+async def test_a_dead_engine_is_not_asked_to_change(up: Boxes) -> None:
+    box = await up({"a": {}})
+    box.engine("a").dead = True
+    box.engine("a").change_error = EngineError("dead")
+    assert await box.reload({"a": {"aliases": ["x"]}}) == ['a: changed live (aliases [] -> ["x"])']
+    assert box.pool._died(box.replica("a"))
+    await until(lambda: box.states() == {"a": "ready"})
+    await box.use("x")
+
+
+async def test_a_model_that_is_required_and_removed_while_it_starts_ends_nothing(
+    up: Boxes,
+) -> None:
+    box = await up({"a": {"required": True}, "b": {}}, started=False)
+    gate = Gate()
+    box.backend.coming["a"] = Plan(gate=gate, error=StartupError("no"))
+    starting = asyncio.create_task(box.pool.start())
+    await soon(gate.reached.wait())
+    reloading = await box.reloading({"b": {}})
+    gate.opened.set()
+    await soon(reloading)
+    await soon(starting)
+    assert box.states() == {"b": "ready"}
+
+
+async def test_a_server_that_ends_starts_nothing_for_a_reload(up: Boxes) -> None:
+    box = await up({"a": {"memory": 60}})
+    held = await soon(box.ask("a"))
+    reloading = await box.reloading({"a": {"memory": 70}, "b": {"memory": 10, "start": "lazy"}})
+    box.pool.close()
+    held.release()
+    await soon(reloading)
+    assert box.backend.started == ["a"]
+
+
+# --- whatever comes
+
+
+@pytest.mark.parametrize("seed", range(12))
+async def test_no_request_is_lost_in_any_sequence_of_reloads(up: Boxes, seed: int) -> None:
+    """Of models that stay none is refused; of the others only those that nobody knows."""
+    chance = random.Random(seed)
+    steady = {"memory": 10, "aliases": ["always"], "max_in_flight": 2}
+    box = await up({"steady": steady})
+    refused: list[tuple[str, LLMServeError]] = []
+    answered: set[str] = set()
+    stop = asyncio.Event()
+
+    async def client(names: list[str]) -> None:
+        while not stop.is_set():
+            name = chance.choice(names)
+            try:
+                lease = await box.ask(name)
+            except LLMServeError as error:
+                refused.append((name, error))
+            else:
+                answered.add(name)
+                await asyncio.sleep(chance.random() * 0.003)
+                lease.release()
+            await asyncio.sleep(chance.random() * 0.002)
+
+    def entry() -> dict[str, Any]:
+        return {
+            "model": f"org/{chance.choice('xy')}",
+            "memory": chance.choice([10, 30, 40]),
+            "replicas": chance.choice([1, 1, 2]),
+            "start": chance.choice(["eager", "lazy", "sleeping"]),
+            "max_in_flight": chance.choice([1, 5]),
+            "sampling": {"temperature": chance.choice([0.0, 1.0])},
+        }
+
+    clients = [asyncio.create_task(client(["steady", "always"])) for _ in range(3)]
+    clients += [asyncio.create_task(client(list("abcd"))) for _ in range(6)]
+    entries: Entries = {}
+    for _ in range(8):
+        for name in "abcd":
+            if chance.random() < 0.4:
+                entries.pop(name, None)
+            elif chance.random() < 0.6:
+                entries[name] = entry()
+        if len(entries) > 1 and chance.random() < 0.4:  # under another's old name
+            gone = chance.choice(list(entries))
+            entries[chance.choice("abcd")] = entries.pop(gone)
+        mixed = list((entries | {"steady": steady}).items())
+        chance.shuffle(mixed)
+        started = time.monotonic()
+        lines = await soon(box.reload(dict(mixed)), 10)
+        assert time.monotonic() - started < 5
+        assert not any("goes on" in line for line in lines)
+        assert list(box.pool.entries) == [name for name, _ in mixed]
+        await asyncio.sleep(chance.random() * 0.01)
+    stop.set()
+    await soon(asyncio.gather(*clients), 10)
+    await until(lambda: not box.pool._comings)
+    assert {"steady", "always"} <= answered
+    for name, error in refused:
+        assert name in "abcd"
+        assert isinstance(error, ModelNotFound) or error.code == "model_not_ready", error
