@@ -229,7 +229,7 @@ class Client:
         return Played(replies, began, seconds, cpu)
 
     async def saturate(self, model: str, clients: int, seconds: float) -> Played:
-        """A closed loop: each client asks again as soon as it has its answer."""
+        """A closed loop: each client asks again as soon as it has its answer, or when told to."""
         replies: list[Reply] = []
         before, began = Cpu.so_far(self._front), time.monotonic()
 
@@ -237,7 +237,10 @@ class Client:
             chance = random.Random(number)
             while (now := time.monotonic()) < began + seconds:
                 tokens = chance.randint(LEAST_TOKENS, MOST_TOKENS)
-                replies.append(await self.ask(model, tokens, now))
+                reply = await self.ask(model, tokens, now)
+                replies.append(reply)
+                if reply.refused:
+                    await asyncio.sleep(reply.retry_after_s)
 
         await asyncio.gather(*(ask_on(number) for number in range(clients)))
         cpu = Cpu.so_far(self._front).since(before)
