@@ -27,25 +27,45 @@ W = TypeVar("W")
 
 _RECENT = 64  # requests by which the pace is told
 _ENOUGH = 8  # of them before it is
+_MARGIN = 1.1  # of what a request will take, for those that are longer than others
 _LONGEST_S = 600.0  # that anybody is told to wait
 _NUMBERS = itertools.count()
 
 
 class Pace:
-    """How fast a model gets through its requests, by those that ended last."""
+    """How fast a model gets through its requests, by those that ended last.
+
+    Time without requests does not count.
+    """
 
     def __init__(self) -> None:
         self._ends: deque[float] = deque(maxlen=_RECENT)
+        self._idle_s = 0.0
+        self._rests_since: float | None = time.monotonic()
+
+    def _now(self) -> float:
+        now = time.monotonic() if self._rests_since is None else self._rests_since
+        return now - self._idle_s
+
+    def begins(self) -> None:
+        """There are requests again."""
+        if self._rests_since is not None:
+            self._idle_s += time.monotonic() - self._rests_since
+            self._rests_since = None
+
+    def rests(self) -> None:
+        """There are none."""
+        self._rests_since = time.monotonic()
 
     def ended(self) -> None:
-        self._ends.append(time.monotonic())
+        self._ends.append(self._now())
 
     def seconds(self, requests: int) -> float | None:
         """What so many will take; None: too few have ended to tell."""
         if len(self._ends) < _ENOUGH:
             return None
         # Up to now: a model that has come to a halt has not kept its pace.
-        return requests * (time.monotonic() - self._ends[0]) / len(self._ends)
+        return requests * (self._now() - self._ends[0]) / len(self._ends)
 
 
 class Deadline:
@@ -108,30 +128,32 @@ class Slots(Generic[W, T]):
         return self.in_flight < self.limit and not self._line
 
     def take(self) -> Slot:
+        self.pace.begins()
         self.in_flight += 1
         return Slot(self)
 
-    def left(self) -> None:
+    def left(self, *, whole: bool) -> None:
         self.in_flight -= 1
-        self.pace.ended()
-
-    def ahead_s(self) -> float | None:
-        """What those in the line will take, and one more."""
-        return self.pace.seconds(len(self._line) + 1)
+        if whole:  # one that was cut off says nothing of the pace
+            self.pace.ended()
+        if not self.in_flight:
+            self.pace.rests()
 
     def unless_full(self, deadline: Deadline, ready_in_s: float) -> None:
         """Raises Overloaded if the line is full, or too long for the request's deadline."""
-        wait_s = ready_in_s + (self.ahead_s() or 0.0)
+        wait_s = ready_in_s + (self.pace.seconds(len(self._line) + 1) or 0.0)
+        everybody = len(self._line) + self.in_flight + 1
+        done_s = ready_in_s + (self.pace.seconds(everybody) or 0.0) * _MARGIN
         if len(self._line) >= self.longest:
             raise Overloaded(
                 f"The model {quoted(self.model)} has {self.in_flight} requests in flight and "
                 f"{len(self._line)} that wait, its max_in_flight and max_queue; try again.",
                 retry_after_s=_whole(wait_s),
             )
-        if wait_s > deadline.left_s:
+        if done_s > deadline.left_s:
             raise Overloaded(
-                f"The model {quoted(self.model)} gets to this request in {wait_s:.1f} s, later "
-                f"than the {deadline.left_s:.1f} s that it has left; try again.",
+                f"The model {quoted(self.model)} would be done with this request in {done_s:.1f} s, "
+                f"later than the {deadline.left_s:.1f} s that it has left; try again.",
                 retry_after_s=_whole(wait_s),
                 code="deadline_unreachable",
             )
@@ -183,10 +205,10 @@ class Slot:
     def __init__(self, slots: Slots[Any, Any]) -> None:
         self._slots: Slots[Any, Any] | None = slots
 
-    def release(self) -> None:
+    def release(self, *, whole: bool = True) -> None:
         if self._slots is not None:
             slots, self._slots = self._slots, None
-            slots.left()
+            slots.left(whole=whole)
 
 
 def _whole(seconds: float) -> int:

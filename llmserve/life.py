@@ -218,6 +218,8 @@ class Life:
 
     async def _found_room(self, replica: Replica) -> bool:
         """Keep room for a replica, once others have made it; it fails if there can be none."""
+        if replica.level is Level.STOPPED:  # its entry may have changed since it last was there
+            replica.holds = self._backend.holds(replica.model.spec, replica.number)
         takes = self._takes(replica, Level.READY)
         places = takes.keys() - {HOST} or takes.keys()
         async with self._order.hold(places, alone=True):
@@ -298,8 +300,7 @@ class Life:
         staying = [
             self._takes(each, level)
             for each, level in self._booked.items()
-            if each is not replica
-            and (each.model.spec.pinned or each.model is replica.model)
+            if each is not replica and (each.model.spec.pinned or each.model is replica.model)
         ]
         for place, capacity in self._backend.capacity.items():
             free = capacity - sum(held.get(place, 0) for held in staying)

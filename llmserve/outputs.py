@@ -58,7 +58,8 @@ class Asked:
         self._client = client
         self._call = call
         self._translate = translate
-        self._state: Streamed | None = None
+        # Not vLLM's state, which knows this: a cycle for each request would have to be collected.
+        self._begun: tuple[str, int] | None = None  # its id in the engine, tokens of its prompt
 
     async def begin(self, stream: TokenStream) -> None:
         token = _beginning.set((self, stream))
@@ -72,10 +73,10 @@ class Asked:
 
     def is_for(self, request: EngineCoreRequest) -> bool:
         """A task that vLLM starts while one begins inherits the context: it is for no other."""
-        return self._state is None and request.external_req_id == self._call.request_id
+        return self._begun is None and request.external_req_id == self._call.request_id
 
     def began(self, state: Streamed, stream: TokenStream) -> None:
-        self._state = state
+        self._begun = (state.request_id, state.prompt_len)
         if state.detokenizer is not None:
             stream.decode = state.detokenizer.decode_next
         state.stream = stream
@@ -87,12 +88,12 @@ class Asked:
         return self._translate(error)
 
     async def abort(self) -> None:
-        if self._state is not None:
-            await self._client.abort(self._state.request_id, internal=True)
+        if self._begun is not None:
+            await self._client.abort(self._begun[0], internal=True)
 
     @property
     def prompt_tokens(self) -> int:
-        return self._state.prompt_len if self._state is not None else 0
+        return self._begun[1] if self._begun is not None else 0
 
 
 class _Failures:

@@ -155,7 +155,7 @@ class Lease:
             self._pool.leases.discard(self)
             self.replica.load.remove(self._tokens)
             self.replica.used = time.monotonic()
-            self._slot.release()
+            self._slot.release(whole=self.cut_by is None)
             if self._timer is not None:
                 self._timer.cancel()
             self._pool.released(self)

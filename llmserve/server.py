@@ -181,9 +181,14 @@ class _Protocol(HttpToolsProtocol):
             if not cycle.response_complete:
                 cycle.disconnected = True
             cycle.message_event.set()
+            _untie(cycle)
+        self._cycles = []
 
     def on_headers_complete(self) -> None:
         super().on_headers_complete()
+        for cycle in self._cycles:
+            if cycle.response_complete:
+                _untie(cycle)
         self._cycles = [cycle for cycle in self._cycles if not cycle.response_complete]
         self._cycles.append(self.cycle)
         # The task that this starts has not run yet.
@@ -212,6 +217,11 @@ class _Protocol(HttpToolsProtocol):
         )
         self.transport.write(head.encode("ascii") + body)
         self.transport.close()
+
+
+def _untie(cycle: RequestResponseCycle) -> None:
+    """Let it be freed at once: collecting a cycle for each request stalls all streams."""
+    cast("dict[str, Any]", cycle.scope)["extensions"] = {}
 
 
 class _Process:

@@ -48,6 +48,7 @@ class Space:
     def __init__(
         self, plan: Plan, kept: Measured | None = None, host_memory: int | None = None
     ) -> None:
+        self._places: dict[tuple[str, int], Replica] = {}  # also of models that leave
         self.adopt(plan, host_memory)
         self._kept = kept or Measured()
         self._locks = GpuLocks()
@@ -57,6 +58,7 @@ class Space:
     def adopt(self, plan: Plan, host_memory: int | None) -> None:
         """Go by this plan from now on."""
         self.plan = plan
+        self._places |= {(each.model, each.number): each for each in plan.replicas}
         share = int(psutil.virtual_memory().total * _HOST_SHARE)
         self._near = _near(plan, share if host_memory is None else host_memory)
 
@@ -72,7 +74,7 @@ class Space:
 
     def _fixed(self, spec: ModelSpec, now: str) -> ModelSpec:
         """An entry whose engines run, with all said that they have."""
-        replicas = [self.plan.replica(now, number) for number in range(spec.replicas)]
+        replicas = [self._places[now, number] for number in range(spec.replicas)]
         said: dict[str, Any] = {
             "devices": tuple(index for replica in replicas for index in replica.devices),
             "tensor_parallel_size": replicas[0].tensor_parallel_size,
@@ -94,7 +96,7 @@ class Space:
         }
 
     def holds(self, spec: ModelSpec, number: int) -> Mapping[Level, Takes]:
-        replica = self.plan.replica(spec.name, number)
+        replica = self._places[spec.name, number]
         sizes = {Level.READY: replica.bytes}
         if replica.sleeps:
             asleep = Level.HOST if replica.name in self._near else Level.DISK
@@ -102,7 +104,7 @@ class Space:
         return {level: dict.fromkeys(replica.devices, size) for level, size in sizes.items()}
 
     def sleeps(self, spec: ModelSpec, number: int) -> bool:
-        return self.plan.replica(spec.name, number).sleeps
+        return self._places[spec.name, number].sleeps
 
     @contextlib.asynccontextmanager
     async def moves(
@@ -112,7 +114,7 @@ class Space:
 
         Raises StartupError if others hold that.
         """
-        replica = self.plan.replica(spec.name, number)
+        replica = self._places[spec.name, number]
         async with self._locks.hold(replica.devices, alone=False):
             if wakes_from is not None:
                 held = self.holds(spec, number).get(wakes_from, {})
@@ -145,7 +147,7 @@ class Space:
         A replica whose overhead nobody has measured has its GPUs for itself, so that the
         difference of the device's memory is its own.
         """
-        replica = self.plan.replica(spec.name, number)
+        replica = self._places[spec.name, number]
         async with (
             self._measuring(replica) as alone,
             self._locks.hold(replica.devices, alone=alone),

@@ -83,6 +83,7 @@ class Work:
     async def _waited(self, pool: Pool, receive: Receive, early: Early, wish: Wish) -> Lease:
         """A stream is told every few seconds that it is still waiting."""
         streams = self.endpoint.answer_tokens and wish.body.get("stream") is True
+        entry = pool.entry(wish.name)
         waiting = asyncio.ensure_future(pool.wait(wish))
         gone = asyncio.ensure_future(_gone(receive))
         try:
@@ -92,7 +93,6 @@ class Work:
                 if gone.done():
                     waiting.cancel()
                 elif not waiting.done():
-                    entry = pool.entry(wish.name)
                     await early.comment(
                         f"{entry.name} is {entry.state}, {entry.slots.waiting()} wait"
                     )

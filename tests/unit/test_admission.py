@@ -293,7 +293,7 @@ async def test_how_soon_to_try_again_is_told_by_the_pace(clock: Clock) -> None:
     await line.stand("a")
     with pytest.raises(Overloaded) as refused:
         line.slots.unless_full(Deadline(), 10.0)
-    # Of eight ends in 14 s; two requests to wait for, and the model first.
+    # Of eight ends in 14 busy seconds; two requests to wait for, and the model first.
     assert refused.value.retry_after_s == 10 + math.ceil(2 * 14 / 8)
     clock.now += 10_000
     with pytest.raises(Overloaded) as refused:
@@ -303,6 +303,7 @@ async def test_how_soon_to_try_again_is_told_by_the_pace(clock: Clock) -> None:
 
 def test_a_few_requests_tell_no_pace(clock: Clock) -> None:
     pace = Pace()
+    pace.begins()
     for _ in range(admission._ENOUGH - 1):
         pace.ended()
         clock.now += 1.0
@@ -313,6 +314,7 @@ def test_a_few_requests_tell_no_pace(clock: Clock) -> None:
 
 def test_the_pace_is_that_of_the_last_requests_and_slows_down_in_a_halt(clock: Clock) -> None:
     pace = Pace()
+    pace.begins()
     for gap_s in [100.0] * 10 + [1.0] * admission._RECENT:
         clock.now += gap_s
         pace.ended()
@@ -338,13 +340,20 @@ async def test_one_that_cannot_be_reached_is_told_at_once(clock: Clock) -> None:
 async def test_those_in_the_line_count_for_the_deadline(clock: Clock) -> None:
     line = Line(limit=1)
     for _ in range(admission._ENOUGH):
+        slot = line.slots.take()
         clock.now += 1.0
-        line.slots.take().release()
-    pace = 7 / 8
+        slot.release()
+    held = line.slots.take()
+    needs_s = 3 * 7 / 8 * admission._MARGIN  # one in flight, one in the line, and this one
     await line.stand("a")
-    line.slots.unless_full(Deadline(2 * pace + 0.01), 0)
-    with pytest.raises(Overloaded, match=r"gets to this request in 1\.8 s"):
-        line.slots.unless_full(Deadline(2 * pace - 0.01), 0)
+    line.slots.unless_full(Deadline(needs_s + 0.01), 0)
+    with pytest.raises(Overloaded, match=r"would be done with this request in 2\.9 s"):
+        line.slots.unless_full(Deadline(needs_s - 0.01), 0)
+    clock.now += 100
+    held.release(whole=False)
+    clock.now += 1000  # without requests
+    line.slots.take()
+    line.slots.unless_full(Deadline(3 * 107 / 8 * admission._MARGIN + 0.01), 0)
 
 
 async def test_one_that_passes_in_the_line_ends_the_wait() -> None:
