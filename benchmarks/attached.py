@@ -20,7 +20,7 @@ import orjson
 import uvloop
 from rich.console import Console
 
-from llmserve import config, server
+from llmserve import config, garbage, server
 from llmserve.residency import Level
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ class AttachedBackend:
         from llmserve.engine import Launcher  # noqa: PLC0415  # imports vLLM
         from llmserve.serving import Serving  # noqa: PLC0415  # as above
 
+        garbage.keep()
         launcher = Launcher(self._log_dir)
         addresses = self._addresses[spec.name][number]
         engine = await asyncio.to_thread(launcher.start, spec, number, addresses)

@@ -316,6 +316,11 @@ class Box:
         """The engine cores, those that start as well."""
         return {p.pid for p in self.family() if p.ppid() == self.process.pid and "VLLM" in _name(p)}
 
+    def open_files(self) -> int:
+        """Descriptors of the server itself."""
+        count: int = psutil.Process(self.process.pid).num_fds()
+        return count
+
     def memory(self) -> int:
         """Bytes of the server and all below it, what they share once."""
         family = [psutil.Process(self.process.pid), *self.family()]
@@ -817,12 +822,15 @@ async def turns(setting: Setting, verdicts: Verdicts) -> None:
 
     async with Box(setting.folder, setting.registry(models, host_memory="5.5GiB")) as box:
         await box.ready()
-        began = time.monotonic()
+        open_files, began = box.open_files(), time.monotonic()
         async with box.events() as events, _Looks(box) as looks:
             waiting = wishes()
             await asyncio.gather(*(_ask_on(box, waiting) for _ in range(AT_A_TIME)))
         took_s = time.monotonic() - began
+        opened = box.open_files() - open_files
     _judge_turns(replies, verdicts)
+    # One engine more than at the start has some ten.
+    verdicts.at_most("file descriptors of the server more than at the start", opened, 30)
     verdicts.at_most("in all", took_s, 360, " s")
     downs = [e for e in events if e["to"] == "draining"]
     by_model = dict(Counter(e["model"] for e in downs))

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from llmserve import checkpoint
+from llmserve import checkpoint, garbage
 from llmserve.child import log_file
 from llmserve.errors import LLMServeError, StartupError
 from llmserve.replica import State
@@ -114,6 +114,15 @@ class VllmBackend:
     async def start(
         self, spec: ModelSpec, number: int, report: Callable[[State, str], None]
     ) -> Running:
+        try:
+            return await self._started(spec, number, report)
+        except Exception:
+            garbage.look_soon()
+            raise
+
+    async def _started(
+        self, spec: ModelSpec, number: int, report: Callable[[State, str], None]
+    ) -> Running:
         clock = _Clock()
         spec = await self._downloaded(spec, report)
         clock.lap("download")
@@ -200,6 +209,7 @@ class VllmBackend:
                 engine = await asyncio.to_thread(importlib.import_module, "llmserve.engine")
                 serving = await asyncio.to_thread(importlib.import_module, "llmserve.serving")
                 self._imported = _Modules(engine, serving, engine.Launcher(self._log_dir))
+                garbage.keep()
                 if self._killed:
                     self._imported.launcher.stop()
         return self._imported

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
-import gc
 import logging
 import math
 import os
@@ -48,7 +47,6 @@ log = logging.getLogger(__name__)
 
 _BACKLOG = 2048
 _LINGER_S = 2
-_GC_THRESHOLD = (20_000, 20, 20)  # a burst of requests is no reason to look for cycles
 _LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 
 
@@ -321,10 +319,6 @@ class _Process:
             self._say(error.message, style="bold red")
             return error.exit_code
         self._announce()
-        # What is alive now stays: later collections need not walk vLLM's large heap.
-        gc.collect()
-        gc.freeze()
-        gc.set_threshold(*_GC_THRESHOLD)
         await signalled
         return 0
 

@@ -48,7 +48,7 @@ from vllm.entrypoints.speech_to_text.translation.protocol import TranslationRequ
 from vllm.exceptions import VLLMError, VLLMValidationError
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from llmserve import sse, wire
+from llmserve import garbage, sse, wire
 from llmserve.engine import request_defaults
 from llmserve.errors import (
     ContextTooLong,
@@ -289,6 +289,7 @@ class Serving:
         if (handler := self.engine.client.output_handler) is not None:
             handler.cancel()  # else it reports the end of its engine as a failure
         await asyncio.to_thread(self.engine.stop)
+        garbage.look_soon()
 
     def express(
         self, endpoint: str, body: dict[str, Any], asked: str, scope: Scope
