@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import os
 import re
 from ipaddress import IPv6Address, ip_address
 from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypeVar
@@ -20,7 +19,6 @@ from llmserve.errors import (
     ConfigError,
     Forbidden,
     LLMServeError,
-    ModelNotFound,
     RequestError,
     RouteNotFound,
     Unauthorized,
@@ -28,11 +26,11 @@ from llmserve.errors import (
 )
 from llmserve.protocol import error_body, parse_object
 from llmserve.sse import EventStream, Frames, event
+from llmserve.tail import Tail
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Mapping
     from pathlib import Path
-    from typing import BinaryIO
 
     from pydantic import SecretStr
     from starlette.requests import Request
@@ -40,7 +38,6 @@ if TYPE_CHECKING:
 
 _BODY_LIMIT = 64 * 2**10
 _LINES_LIMIT = 100_000
-_BLOCK = 64 * 2**10  # of a log, read at once
 _LOOK_S = 0.25  # how often a log is looked at for more
 # A page's browser and a proxy say so; X-Forwarded-... is matched by its beginning.
 _FROM_ELSEWHERE = frozenset({"origin", "forwarded", "via", "x-real-ip"})
@@ -57,6 +54,10 @@ class Operator(Protocol):
         deaths, note, replicas: number, state, level, note, devices, since_s, start_s, wake_s,
         gpu_bytes, host_bytes, pid.
         """
+        ...
+
+    def model(self, name: str) -> dict[str, Any]:
+        """One of them, by any of its names."""
         ...
 
     async def load(self, name: str) -> None:
@@ -178,7 +179,7 @@ async def models(request: Request) -> Response:
 
 
 async def model_state(request: Request) -> Response:
-    return _json(_model(request))
+    return _json(_operator(request).model(_name(request)))
 
 
 class _Nothing(BaseModel):
@@ -258,7 +259,7 @@ class _Logs(_Nothing):
 async def logs(request: Request) -> Response:
     """The last lines; with `follow`, also those to come, of later engines too."""
     query = _valid(_Logs, request.query_params)
-    model = _model(request)
+    model = _operator(request).model(_name(request))
     numbers = [replica["number"] for replica in model["replicas"]]
     if query.replica not in numbers:
         raise RequestError(
@@ -274,13 +275,13 @@ async def logs(request: Request) -> Response:
         )
     follow = query.follow and request.method == "GET"  # HEAD would not end
     return StreamingResponse(
-        _text(_Tail(path, query.lines), follow=follow),
+        _text(Tail(path, query.lines), follow=follow),
         media_type="text/plain",
         headers={"cache-control": "no-cache", "x-accel-buffering": "no"},
     )
 
 
-async def _text(tail: _Tail, *, follow: bool) -> AsyncGenerator[bytes, None]:
+async def _text(tail: Tail, *, follow: bool) -> AsyncGenerator[bytes, None]:
     while True:
         if part := await asyncio.to_thread(tail.read):
             yield part
@@ -288,56 +289,6 @@ async def _text(tail: _Tail, *, follow: bool) -> AsyncGenerator[bytes, None]:
             await asyncio.sleep(_LOOK_S)
         else:
             return
-
-
-class _Tail:
-    """A file from its last lines on, also over one that is cut or replaced, as `tail -F` does."""
-
-    def __init__(self, path: Path, lines: int) -> None:
-        self._path = path
-        self._lines = lines
-        self._at: int | None = None  # None: not looked at yet
-        self._file: tuple[int, int] | None = None
-
-    def read(self) -> bytes:
-        """What is new, a block at most; nothing while there is nothing, or no file."""
-        try:
-            file = self._path.open("rb")
-        except FileNotFoundError:
-            self._at = 0  # the one that comes is new from its start
-            return b""
-        with file:
-            self._at = file.seek(self._next(file))
-            part = file.read(_BLOCK)
-            self._at += len(part)
-            return part
-
-    def _next(self, file: BinaryIO) -> int:
-        stat = os.fstat(file.fileno())
-        before, self._file = self._file, (stat.st_dev, stat.st_ino)
-        if self._at is None:
-            return _last_lines(file, self._lines)
-        same = before == self._file and self._at <= stat.st_size
-        return self._at if same else 0
-
-
-def _last_lines(file: BinaryIO, lines: int) -> int:
-    """Where the last lines of a file begin, of which the very last may have no end."""
-    size = file.seek(0, os.SEEK_END)
-    if lines == 0:
-        return size
-    end = max(0, size - 1)  # a line break there ends the last line
-    while end:
-        start = max(0, end - _BLOCK)
-        file.seek(start)
-        block = file.read(end - start)
-        at = len(block)
-        while (at := block.rfind(b"\n", 0, at)) >= 0:
-            lines -= 1
-            if lines == 0:
-                return start + at + 1
-        end = start
-    return 0
 
 
 # --- requests
@@ -349,20 +300,8 @@ def _operator(request: Request) -> Operator:
 
 
 def _name(request: Request) -> str:
-    """The model's own, whichever was asked for. Raises ModelNotFound."""
-    name: str = _model(request)["name"]
+    name: str = request.path_params["name"]
     return name
-
-
-def _model(request: Request) -> dict[str, Any]:
-    """Raises ModelNotFound."""
-    name = request.path_params["name"]
-    by_name: dict[str, dict[str, Any]] = {}
-    for model in _operator(request).models():
-        by_name |= dict.fromkeys((model["name"], *model["aliases"]), model)
-    if name not in by_name:
-        raise ModelNotFound(name, by_name)
-    return by_name[name]
 
 
 B = TypeVar("B", bound=BaseModel)

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
     from llmserve.config import Config, ModelSpec
     from llmserve.diff import Change, Changes
-    from llmserve.pool import Entry, Pool
+    from llmserve.entry import Entry
+    from llmserve.pool import Pool
     from llmserve.replica import Backend, Replica
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,9 @@ class Control:
     def models(self) -> list[dict[str, Any]]:
         return [self._shown(entry) for entry in self._pool.entries.values()]
 
+    def model(self, name: str) -> dict[str, Any]:
+        return self._shown(self._pool.entry(name))
+
     def _shown(self, entry: Entry) -> dict[str, Any]:
         spec = entry.model.spec
         return {
@@ -72,13 +76,7 @@ class Control:
         return self._pool.events.listen()
 
     def log_of(self, name: str, replica: int) -> Path:
-        entry = self._pool.entry(name)
-        if not 0 <= replica < len(entry.replicas):
-            raise RequestError(
-                f"{quoted(name)} has {len(entry.replicas)} replicas, numbered from 0; "
-                f"{replica} is none."
-            )
-        return self._backend.log_of(entry.model.spec, replica)
+        return self._backend.log_of(self._pool.entry(name).model.spec, replica)
 
     # --- steering
 
@@ -102,7 +100,7 @@ class Control:
         entry = self._pool.entry(name)
         entry.slots.refuse(lambda: _unloaded(entry))
         if not drain:
-            for lease in [each for each in self._pool.leases if each.entry is entry]:
+            for lease in [each for each in self._pool.leases if each.replica in entry.replicas]:
                 lease.cut(_unloaded(entry))
         await self._pool.came(entry)  # else it would be there later
         await self._rest(entry, Level.STOPPED)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 # An engine that was ready for this long has not died in a row; longer than it takes to notice
-# that one hangs (`pool.HUNG_S`).
+# that one hangs (`watch.HUNG_S`).
 STABLE_S = 120.0
 GIVE_UP = 5  # deaths in a row
 _FIRST_S = 1.0

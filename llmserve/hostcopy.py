@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 # A child of vLLM's logger: in an engine's process no other reaches the log.
 log = logging.getLogger("vllm.llmserve.hostcopy")
 
-# What is pinned at once: the driver lets no kernel start meanwhile.
+# What is pinned at once: a stream stalls meanwhile (benchmarks/sleep.py).
 BUFFER_BYTES = 64 << 20
 _KEPT = ("weights", "runtime", "cudagraph")  # as vLLM's own backend; the rest is scratch
 

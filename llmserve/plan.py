@@ -101,9 +101,8 @@ class Plan:
     def replica(self, model: str, number: int) -> Replica:
         return next(r for r in self.replicas if (r.model, r.number) == (model, number))
 
-    def spec_of(self, spec: ModelSpec, number: int) -> ModelSpec:
+    def spec_of(self, spec: ModelSpec, replica: Replica) -> ModelSpec:
         """A replica's entry with everything said: GPUs, parallelism, bytes of KV cache."""
-        replica = self.replica(spec.name, number)
         smallest = min(self.box[index].memory for index in replica.devices)
         said: dict[str, Any] = {
             "devices": replica.devices,

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from llmserve.admission import Deadline, Slot, Slots
-from llmserve.dispatch import Ask, policy_of
+from llmserve.dispatch import Ask
+from llmserve.entry import Entry
 from llmserve.errors import EngineDead, LLMServeError, Overloaded, StartupError, quoted
 from llmserve.events import Events
+from llmserve.lease import Lease, Task, Wish
 from llmserve.life import Life
 from llmserve.replica import AT_REST, STARTING, Replica, State
 from llmserve.residency import Level
@@ -27,168 +27,13 @@ if TYPE_CHECKING:
 
     from prometheus_client import CollectorRegistry, Counter
 
-    from llmserve.dispatch import Policy
     from llmserve.metrics import Metrics
-    from llmserve.protocol import Endpoint
     from llmserve.registry import Model, Registry
-    from llmserve.replica import Backend, Running
+    from llmserve.replica import Backend
 
 log = logging.getLogger(__name__)
-Task = asyncio.Task[None]
-
-_WATCH_S = 0.5  # a dead engine is noticed this soon
-_ASK_EVERY_S = 10.0
-HUNG_S = 45.0  # an engine that says nothing for so long is taken for dead; steps are shorter
 _STOPPING_RETRY_S = 5
-_LOADING_RETRY_S = 5  # of a model that has never been ready
 _DRAIN_LOOK_S = 0.05
-# A model's state is that of its replica which comes first here.
-_FURTHEST = (
-    State.READY,
-    State.WAKING,
-    State.WARMING,
-    State.LOADING,
-    State.DOWNLOADING,
-    State.WAITING,
-    State.DRAINING,
-    State.SLEEPING,
-    State.STOPPED,
-    State.FAILED,
-)
-
-
-class Entry:
-    """A model: its replicas, and what they share."""
-
-    def __init__(self, model: Model, replicas: Iterable[Replica]) -> None:
-        self.model = model
-        self.replicas = tuple(replicas)
-        self.ready: tuple[Replica, ...] = ()
-        self.slots: Slots[Wish, Lease] = Slots(
-            model.name, model.spec.max_in_flight, model.spec.max_queue
-        )
-        self.policy: Policy | None = policy_of(model.spec)  # None: there is one replica
-
-    def adopt(self, model: Model) -> None:
-        """Go on by a changed entry of the registry, with the same engines."""
-        before, self.model = self.model.spec, model
-        self.slots.model = model.name
-        self.slots.limit, self.slots.longest = model.spec.max_in_flight, model.spec.max_queue
-        if (before.dispatch, before.weights) != (model.spec.dispatch, model.spec.weights):
-            self.policy = policy_of(model.spec)
-        for replica in self.replicas:
-            replica.model = model
-
-    @property
-    def name(self) -> str:
-        return self.model.name
-
-    @property
-    def furthest(self) -> Replica:
-        """The replica by which the model is judged."""
-        if self.ready:
-            return self.ready[0]
-        return min(self.replicas, key=lambda replica: _FURTHEST.index(replica.state))
-
-    @property
-    def state(self) -> State:
-        return self.furthest.state
-
-    @property
-    def note(self) -> str:
-        return self.furthest.note
-
-    @property
-    def running(self) -> Running | None:
-        return self.furthest.running
-
-    @property
-    def comes(self) -> bool:
-        """Whether a replica is ready, on its way, or can be."""
-        return any(replica.state is not State.FAILED for replica in self.replicas)
-
-    @property
-    def rests(self) -> bool:
-        """Whether it is not ready, but would be if it were asked."""
-        return not self.ready and any(replica.may_come for replica in self.replicas)
-
-    @property
-    def awaits(self) -> bool:
-        """Whether requests wait for it while it is not ready."""
-        return any(
-            replica.may_come or (replica.state in STARTING and replica.patient)
-            for replica in self.replicas
-        )
-
-    @property
-    def retry_after_s(self) -> int:
-        """When it is worth another try."""
-        ready_in_s = self.furthest.ready_in_s
-        return _LOADING_RETRY_S if ready_in_s is None else max(1, math.ceil(ready_in_s))
-
-
-@dataclass(eq=False, slots=True)
-class Lease:
-    """A running replica and a slot of its model, until released."""
-
-    replica: Replica
-    running: Running
-    entry: Entry
-    _slot: Slot
-    _tokens: int
-    _pool: Pool
-    _task: Task | None
-    cut_by: LLMServeError | None = None  # why its request was ended from here
-    _timer: asyncio.TimerHandle | None = None
-
-    def __post_init__(self) -> None:
-        self.replica.load.add(self._tokens)
-        self._pool.leases.add(self)
-
-    @property
-    def model(self) -> str:
-        return self.replica.model.name
-
-    def release(self) -> None:
-        """Give back what it holds; again is no mistake."""
-        if self in self._pool.leases:
-            self._pool.leases.discard(self)
-            self.replica.load.remove(self._tokens)
-            self.replica.used = time.monotonic()
-            self._slot.release(whole=self.cut_by is None)
-            if self._timer is not None:
-                self._timer.cancel()
-            self._pool.released(self)
-
-    def cut(self, error: LLMServeError) -> None:
-        """Cancel the request; whoever handles it answers with the error."""
-        self.cut_by = error
-        if self._task is not None:
-            self._task.cancel()
-
-    def until(self, deadline: Deadline) -> None:
-        """Cut it when its time is over."""
-        if deadline.timeout_s is not None:
-            loop = asyncio.get_running_loop()
-            self._timer = loop.call_later(deadline.left_s, self._over, deadline)
-
-    def _over(self, deadline: Deadline) -> None:
-        self.cut(deadline.exceeded())
-
-
-@dataclass(frozen=True, slots=True)
-class Wish:
-    """A request for a model by one of its public names; `task` handles it."""
-
-    name: str
-    endpoint: Endpoint
-    body: dict[str, Any]
-    deadline: Deadline
-    task: Task | None = None
-    before: bool = False  # an engine died over it
-
-    def again(self) -> Wish:
-        return replace(self, before=True)
 
 
 def cut_off() -> Overloaded:
@@ -217,8 +62,6 @@ class Pool:
         self._on_change = on_change
         self._closed = False
         self._comings: dict[Replica, Task] = {}  # brought or revived
-        self._restings: dict[Replica, Task] = {}
-        self._asked: dict[Replica, Task] = {}  # whether it hangs
         self._dispatched: dict[Replica, Counter] = {}  # where there is a choice
         self._owner: dict[Replica, Entry] = {}  # also of models that leave
         for model in registry.models:
@@ -363,7 +206,9 @@ class Pool:
             self._dispatched[replica].inc()
         if replica.running is None:
             raise self._not_ready(entry)
-        return Lease(replica, replica.running, entry, entry.slots.take(), tokens, self, wish.task)
+        slot = entry.slots.take()
+        held = (self.leases, self._released)
+        return Lease(replica, replica.running, slot, tokens, *held, wish.task)
 
     def _living(self, entry: Entry) -> bool:
         """Whether a replica is ready, without those that died a moment ago.
@@ -371,12 +216,13 @@ class Pool:
         They have the least to do, and would get every request.
         """
         for replica in entry.ready:
-            self._died(replica)
+            self.died(replica)
         return bool(entry.ready)
 
-    def released(self, lease: Lease) -> None:
-        if lease.entry.slots.waiting():
-            self._onward(lease.entry)
+    def _released(self, lease: Lease) -> None:
+        entry = self._owner.get(lease.replica)
+        if entry is not None and entry.slots.waiting():
+            self._onward(entry)
 
     def _onward(self, entry: Entry) -> None:
         """Let those in the line in, or see to it that their model comes."""
@@ -514,59 +360,7 @@ class Pool:
         policy = replica.model.spec.dispatch
         self._dispatched[replica] = self._metrics.dispatched.labels(model, number, policy)
 
-    # --- watching
-
-    async def watch(self) -> None:
-        """Notice engines that die and models that nobody asks for, until cancelled."""
-        while True:
-            await asyncio.sleep(_WATCH_S)
-            for replica in self.replicas:
-                if not self._died(replica):
-                    self._rest_if_idle(replica)
-
-    def _rest_if_idle(self, replica: Replica) -> None:
-        idle, idle_s = replica.model.spec.idle, replica.idle_s
-        if replica.load.requests or replica.turn.locked() or replica in self._restings:
-            return
-        if idle.stop_after is not None and idle_s >= idle.stop_after:
-            wanted = Level.STOPPED
-        elif idle.sleep_after is not None and idle_s >= idle.sleep_after:
-            wanted = Level.HOST
-        else:
-            return
-        if replica.state in (State.READY, State.SLEEPING) and replica.level > wanted:
-            resting = asyncio.create_task(self.life.rest(replica, wanted))
-            self._restings[replica] = resting
-            resting.add_done_callback(lambda _: self._restings.pop(replica, None))
-
-    async def watch_hung(self) -> None:
-        """End engines that hang, until cancelled; `watch` then finds them dead."""
-        while True:
-            await asyncio.sleep(_ASK_EVERY_S)
-            for replica in self.replicas:
-                if replica not in self._asked and replica.state in (State.READY, State.SLEEPING):
-                    asked = asyncio.create_task(self._kill_if_hung(replica))
-                    self._asked[replica] = asked
-                    asked.add_done_callback(partial(self._was_asked, replica))
-
-    def _was_asked(self, replica: Replica, _: Task) -> None:
-        del self._asked[replica]
-
-    async def _kill_if_hung(self, replica: Replica) -> None:
-        running = replica.running
-        if running is None or running.dead:
-            return
-        try:
-            if await running.responds(HUNG_S):
-                return
-        except Exception:
-            log.exception("model=%s could not be asked whether it hangs", replica.name)
-            return
-        if replica.running is running and not running.dead:
-            log.error("model=%s has said nothing for %g s: killed", replica.name, HUNG_S)
-            running.kill()
-
-    def _died(self, replica: Replica) -> bool:
+    def died(self, replica: Replica) -> bool:
         """Whether the engine of a replica has died, which is then known everywhere."""
         running = replica.running
         if running is None or not running.dead:
@@ -610,8 +404,8 @@ class Pool:
         self.close()
         if any(replica.state in STARTING for replica in self.replicas):
             self._backend.kill()
-        for task in (*self._comings.values(), *self._restings.values(), *self._asked.values()):
-            task.cancel()
+        for coming in self._comings.values():
+            coming.cancel()
         running = [replica for replica in self.replicas if replica.running is not None]
         await asyncio.gather(*(self.life.end(replica) for replica in running))
         for replica in running:

@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 
     from llmserve.admin import Operator
     from llmserve.config import Config
+    from llmserve.entry import Entry
     from llmserve.metrics import Metrics
-    from llmserve.pool import Entry, Pool
+    from llmserve.pool import Pool
     from llmserve.replica import Replica
 
 

@@ -32,6 +32,7 @@ from llmserve.registry import Registry
 from llmserve.replica import State
 from llmserve.routes import Services
 from llmserve.space import Space
+from llmserve.watch import Watch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -278,8 +279,7 @@ class _Process:
         serving = asyncio.create_task(self._uvicorn.serve(sockets=[self._listener]))
         watches = [
             asyncio.create_task(self._metrics.watch_loop()),
-            asyncio.create_task(self._pool.watch()),
-            asyncio.create_task(self._pool.watch_hung()),
+            asyncio.create_task(Watch(self._pool).run()),
         ]
         try:
             code = await self._until_signalled()

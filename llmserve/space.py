@@ -155,7 +155,7 @@ class Space:
             await self._room(replica, dict.fromkeys(replica.devices, replica.bytes))
             before = await asyncio.to_thread(self._used, replica)
             yield (
-                self.plan.spec_of(spec, number),
+                self.plan.spec_of(spec, replica),
                 lambda reports: self._keep(replica, before, reports) if alone else None,
             )
 

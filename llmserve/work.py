@@ -11,7 +11,7 @@ from llmserve.admission import Deadline
 from llmserve.constraints import check_constraints
 from llmserve.early import COMMENT_S, Early
 from llmserve.errors import BodyTooLarge, EngineDead, LLMServeError, RequestError, quoted
-from llmserve.pool import Wish
+from llmserve.lease import Wish
 from llmserve.protocol import Endpoint, Ongoing, parse_object, requested_model
 from llmserve.sse import EventStream
 from llmserve.stream import TokenStream
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-    from llmserve.pool import Lease, Pool
+    from llmserve.lease import Lease
+    from llmserve.pool import Pool
     from llmserve.routes import Services
 
 _TIMEOUT = b"x-request-timeout"

@@ -15,6 +15,7 @@ import pytest
 from llmserve import app
 from llmserve.config import ModelSpec
 from llmserve.errors import LLMServeError
+from llmserve.watch import Watch
 from tests.contract.conftest import CHAT, on_fake_core, services_of
 from tests.contract.fake_core import DIES, FAILS
 from tests.listening import listening
@@ -268,7 +269,7 @@ async def test_a_dead_engine_fails_its_requests_and_nothing_else() -> None:
     spec = ModelSpec(name="chat", model=str(CHAT), engine={"max_model_len": 2048})
     async with on_fake_core(spec) as (serving, _):
         services = await services_of([spec], {"chat": serving})
-        watch = asyncio.create_task(services.pool.watch())
+        watch = asyncio.create_task(Watch(services.pool).run())
         reply = await post(
             services, "/v1/completions", prompt="hi", max_tokens=50, stream=True, seed=DIES
         )

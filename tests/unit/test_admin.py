@@ -14,8 +14,14 @@ from hypothesis import strategies as st
 from pydantic import SecretStr
 from starlette.applications import Starlette
 
-from llmserve import admin
-from llmserve.errors import ConfigError, Forbidden, LLMServeError, StartupError
+from llmserve import admin, tail
+from llmserve.errors import (
+    ConfigError,
+    Forbidden,
+    LLMServeError,
+    ModelNotFound,
+    StartupError,
+)
 from llmserve.protocol import error_response
 from tests.listening import listening
 
@@ -78,6 +84,12 @@ class FakeOperator:
             "pid": 7,
         }
 
+    def model(self, name: str) -> dict[str, Any]:
+        by_name = {each: shown for shown in self.models() for each in names_of(shown)}
+        if name not in by_name:
+            raise ModelNotFound(name, by_name)
+        return by_name[name]
+
     async def load(self, name: str) -> None:
         await self._do("load", name, state="ready")
 
@@ -93,8 +105,9 @@ class FakeOperator:
     async def _do(self, action: str, name: str, *arguments: object, state: str) -> None:
         if self.fails is not None:
             raise self.fails
-        self.done.append((action, name, *arguments))
-        self.states[name] = state
+        own = self.model(name)["name"]
+        self.done.append((action, own, *arguments))
+        self.states[own] = state
 
     async def reload(self, *, dry_run: bool) -> dict[str, Any]:
         if self.fails is not None:
@@ -120,6 +133,10 @@ class FakeOperator:
 
     def log_of(self, name: str, replica: int) -> Path:
         return self.folder / f"{name.replace('/', '-')}-{replica}.log"
+
+
+def names_of(shown: dict[str, Any]) -> list[str]:
+    return [shown["name"], *shown["aliases"]]
 
 
 def change(to: str) -> dict[str, Any]:
@@ -529,11 +546,11 @@ async def test_a_log_that_is_not_there_yet_can_be_followed(operator: FakeOperato
 
 
 def test_a_file_that_comes_later_is_new_from_its_start(tmp_path: Path) -> None:
-    tail = admin._Tail(tmp_path / "log", 0)
-    assert tail.read() == b""
+    end = tail.Tail(tmp_path / "log", 0)
+    assert end.read() == b""
     (tmp_path / "log").write_bytes(b"one\ntwo\n")
-    assert tail.read() == b"one\ntwo\n"
-    assert tail.read() == b""
+    assert end.read() == b"one\ntwo\n"
+    assert end.read() == b""
 
 
 async def test_a_head_of_a_log_that_is_followed_ends(
@@ -548,8 +565,8 @@ def test_a_long_log_is_read_in_blocks(tmp_path: Path) -> None:
     log = tmp_path / "log"
     whole = b"".join(b"%d\n" % n for n in range(50_000))
     log.write_bytes(whole)
-    tail = admin._Tail(log, 40_000)
-    parts = list(iter(tail.read, b""))
+    end = tail.Tail(log, 40_000)
+    parts = list(iter(end.read, b""))
     assert b"".join(parts) == b"".join(whole.splitlines(keepends=True)[-40_000:])
     assert max(map(len, parts)) == 2**16
 
@@ -559,6 +576,6 @@ def test_the_last_lines_are_those_of_the_text(parts: list[bytes], lines: int, bl
     text = b"".join(parts)
     split = io.BytesIO(text).readlines()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(admin, "_BLOCK", block)
-        at = admin._last_lines(io.BytesIO(text), lines)
+        patch.setattr(tail, "BLOCK", block)
+        at = tail.last_lines(io.BytesIO(text), lines)
     assert text[at:] == b"".join(split[max(0, len(split) - lines) :])

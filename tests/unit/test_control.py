@@ -15,7 +15,7 @@ import pytest
 import yaml
 from prometheus_client import generate_latest
 
-from llmserve import config, deaths, life, pool
+from llmserve import config, deaths, life, pool, watch
 from llmserve.admission import Deadline
 from llmserve.control import Control
 from llmserve.errors import (
@@ -29,12 +29,14 @@ from llmserve.errors import (
     RequestError,
     StartupError,
 )
+from llmserve.lease import Lease, Wish
 from llmserve.metrics import Metrics
-from llmserve.pool import Lease, Pool, Wish
+from llmserve.pool import Pool
 from llmserve.protocol import ENDPOINTS
 from llmserve.registry import Registry
 from llmserve.replica import Replica, State
 from llmserve.residency import HOST, Level
+from llmserve.watch import Watch
 from tests.fakes import FakeBackend, FakeRunning, Gate, Plan, broken, soon, until
 
 if TYPE_CHECKING:
@@ -55,7 +57,7 @@ def _hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(life, "_LOOK_S", 0.001)
     monkeypatch.setattr(life, "_TURN", 0.0)
     monkeypatch.setattr(life, "_TURN_S", (0.0, 0.0))
-    monkeypatch.setattr(pool, "_WATCH_S", 0.002)
+    monkeypatch.setattr(watch, "_LOOK_S", 0.002)
     monkeypatch.setattr(pool, "_DRAIN_LOOK_S", 0.001)
     monkeypatch.setattr(deaths, "_FIRST_S", 0.001)
 
@@ -328,7 +330,7 @@ async def test_swaps_and_deaths_are_added_up(up: Boxes) -> None:
     box = await up({"a": {"memory": 60, "start": "lazy"}, "b": {"memory": 60, "start": "lazy"}})
     await box.use("a", "b", "a")
     assert [box.shown(name)["swaps"] for name in "ab"] == [1, 1]
-    watching = asyncio.ensure_future(box.pool.watch())
+    watching = asyncio.ensure_future(Watch(box.pool).run())
     box.engine("a").dead = True
     await until(lambda: box.shown("a")["deaths"] == 1 and box.states()["a"] == "ready")
     watching.cancel()
@@ -337,9 +339,6 @@ async def test_swaps_and_deaths_are_added_up(up: Boxes) -> None:
 async def test_where_a_log_is(up: Boxes) -> None:
     box = await up({"a": {"replicas": 2, "aliases": ["x"]}})
     assert box.control.log_of("x", 1) == Path("/logs/a+1")
-    for none in (2, -1):
-        with pytest.raises(RequestError, match=f"numbered from 0; {none} is none"):
-            box.control.log_of("a", none)
 
 
 @pytest.mark.parametrize("action", ["load", "wake", "sleep", "unload"])
@@ -355,6 +354,8 @@ async def test_nobody_has_that_name(up: Boxes, action: str) -> None:
         await actions[action]("b")
     with pytest.raises(ModelNotFound):
         box.control.log_of("b", 0)
+    with pytest.raises(ModelNotFound):
+        box.control.model("b")
     assert box.states() == {"a": "ready"}
 
 
@@ -413,7 +414,7 @@ async def test_load_is_enough_if_one_replica_comes(up: Boxes) -> None:
 
 async def test_load_tries_a_model_again_that_died_too_often(up: Boxes) -> None:
     box = await up({"a": {}})
-    watching = asyncio.ensure_future(box.pool.watch())
+    watching = asyncio.ensure_future(Watch(box.pool).run())
     for number in range(deaths.GIVE_UP):
         box.engine("a").dead = True
         await until(lambda: box.shown("a")["deaths"] == number + 1)  # noqa: B023  # waited for here
@@ -504,7 +505,7 @@ async def test_unload_of_a_model_that_waits_to_be_started_again_ends_it_for_good
     monkeypatch.setattr(deaths, "_FIRST_S", 0.02)
     box = await up({"a": {}})
     box.engine("a").dead = True
-    assert box.pool._died(box.replica("a"))
+    assert box.pool.died(box.replica("a"))
     await some_ms()
     assert box.states() == {"a": "waiting"}
     await soon(box.control.unload("a", drain=True))
@@ -658,7 +659,7 @@ async def test_limits_count_from_now_on(up: Boxes) -> None:
 
 async def test_idle_times_count_from_now_on(up: Boxes) -> None:
     box = await up({"a": {}})
-    watching = asyncio.ensure_future(box.pool.watch())
+    watching = asyncio.ensure_future(Watch(box.pool).run())
     await box.reload({"a": {"idle": {"stop_after": 0.001}}})
     await until(lambda: box.states() == {"a": "stopped"})
     watching.cancel()
@@ -864,7 +865,7 @@ async def test_a_removed_model_that_waits_to_be_started_again_is_gone_all_the_sa
     monkeypatch.setattr(deaths, "_FIRST_S", 0.05)
     box = await up({"a": {}, "b": {"memory": 1}})
     box.engine("a").dead = True
-    assert box.pool._died(box.replica("a"))
+    assert box.pool.died(box.replica("a"))
     await box.reload({"b": {"memory": 1}})
     await asyncio.sleep(0.06)
     assert box.states() == {"b": "ready"}
@@ -1274,7 +1275,7 @@ async def failed(box: Box) -> AsyncIterator[None]:
 async def dead(box: Box) -> AsyncIterator[None]:
     """And soon started again."""
     box.engine("a").dead = True
-    assert box.pool._died(box.replica("a"))
+    assert box.pool.died(box.replica("a"))
     yield
 
 
@@ -1330,7 +1331,7 @@ async def test_a_dead_engine_is_not_asked_to_change(up: Boxes) -> None:
     box.engine("a").dead = True
     box.engine("a").change_error = EngineError("dead")
     assert await box.reload({"a": {"aliases": ["x"]}}) == ['a: changed live (aliases [] -> ["x"])']
-    assert box.pool._died(box.replica("a"))
+    assert box.pool.died(box.replica("a"))
     await until(lambda: box.states() == {"a": "ready"})
     await box.use("x")
 

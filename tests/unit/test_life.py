@@ -10,15 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from llmserve import deaths, life, pool
+from llmserve import deaths, life, watch
 from llmserve.admission import Deadline
 from llmserve.errors import DeadlineExceeded, EngineDead, EngineError, Overloaded, StartupError
+from llmserve.lease import Lease, Wish
 from llmserve.metrics import Metrics
-from llmserve.pool import Lease, Pool, Wish
+from llmserve.pool import Pool
 from llmserve.protocol import ENDPOINTS
 from llmserve.registry import Registry
 from llmserve.replica import Replica, State
 from llmserve.residency import HOST, Level
+from llmserve.watch import Watch
 from tests.fakes import FakeBackend, FakeRunning, Gate, Plan, broken, soon, spec, until
 
 if TYPE_CHECKING:
@@ -36,7 +38,7 @@ def _hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(life, "_LOOK_S", 0.001)
     monkeypatch.setattr(life, "_TURN", 0.0)
     monkeypatch.setattr(life, "_TURN_S", (0.0, 0.0))
-    monkeypatch.setattr(pool, "_WATCH_S", 0.002)
+    monkeypatch.setattr(watch, "_LOOK_S", 0.002)
     monkeypatch.setattr(deaths, "_FIRST_S", 0.001)
 
 
@@ -121,7 +123,7 @@ class Box:
 
 @asynccontextmanager
 async def watched(box: Box) -> AsyncIterator[None]:
-    watching = asyncio.ensure_future(box.pool.watch())
+    watching = asyncio.ensure_future(Watch(box.pool).run())
     try:
         yield
     finally:
@@ -818,7 +820,7 @@ async def test_a_death_that_several_notice_is_one() -> None:
     box.running("a").dead = True
     replica = box.replica("a")
     for _ in range(3):  # a request, and whoever watches, in one turn of the loop
-        box.pool._died(replica)
+        box.pool.died(replica)
     assert replica.deaths.in_a_row == 1
     assert box.figure("engine_deaths_total", model="a", replica="0") == 1
 

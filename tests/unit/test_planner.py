@@ -146,7 +146,7 @@ def test_a_measurement_holds_for_any_size_of_kv_cache_and_no_other_settings() ->
 def test_a_replicas_entry_says_everything_to_the_engine() -> None:
     plan = planned("2xH100", {"m": {"model": "8b", "gpu_memory_utilization": 0.5, "replicas": 2}})
     spec = ModelSpec(name="m", model="8b", gpu_memory_utilization=0.5, replicas=2)
-    said = plan.spec_of(spec, 1)
+    said = plan.spec_of(spec, plan.replicas[1])
     assert said.devices == (1,)
     assert said.kv_cache == plan.replicas[1].kv
     assert said.memory is None
@@ -162,7 +162,7 @@ def test_a_model_of_which_nothing_is_known_gets_its_share_alone() -> None:
     assert not plan.problems
     assert (odd.known, odd.bytes) == (False, int(0.4 * plan.box[0].memory))
     assert m.bytes == pytest.approx(0.52 * plan.box[0].memory, rel=1e-3)
-    said = plan.spec_of(ModelSpec.model_validate({"name": "odd"} | entry), 0)
+    said = plan.spec_of(ModelSpec.model_validate({"name": "odd"} | entry), plan.replicas[0])
     assert said.kv_cache is None  # vLLM measures
     assert said.gpu_memory_utilization == pytest.approx(0.4)
 
@@ -355,7 +355,7 @@ def test_nothing_known_but_a_kv_cache_takes_its_memory_all_the_same() -> None:
     entry = {"model": "odd", "devices": [0], "memory": "20GiB", "kv_cache": "8GiB"}
     plan = planned("H100", {"odd": entry})
     assert plan.used(0) == 20 * GIB
-    said = plan.spec_of(ModelSpec.model_validate({"name": "odd"} | entry), 0)
+    said = plan.spec_of(ModelSpec.model_validate({"name": "odd"} | entry), plan.replicas[0])
     assert said.kv_cache == 8 * GIB
     assert said.gpu_memory_utilization == pytest.approx(20 / 79.65, rel=1e-2)
 
@@ -425,7 +425,7 @@ def test_on_demand_takes_turns_where_not_all_fit() -> None:
     assert plan.used(0) == chat.bytes + late.bytes + last.asleep
     assert plan.used(0) == pytest.approx(most, abs=2)
     assert plan.peak(0) == pytest.approx(most, abs=2)
-    assert plan.spec_of(ModelSpec.model_validate({"name": "last"} | LATE), 0).kv_cache == last.kv
+    assert plan.spec_of(ModelSpec.model_validate({"name": "last"} | LATE), last).kv_cache == last.kv
 
 
 def test_the_pinned_keep_their_place_and_grow_as_those_beside_them_may() -> None:

@@ -7,14 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from llmserve import deaths, pool
+from llmserve import deaths, watch
 from llmserve.admission import Deadline
 from llmserve.errors import EngineDead, ModelNotFound, Overloaded, StartupError
+from llmserve.lease import Lease, Wish
 from llmserve.metrics import Metrics
-from llmserve.pool import Lease, Pool, Wish
+from llmserve.pool import Pool
 from llmserve.protocol import ENDPOINTS
 from llmserve.registry import Registry
 from llmserve.replica import Replica, State
+from llmserve.watch import Watch
 from tests.fakes import FakeBackend, Gate, Plan, broken, soon, spec, until
 
 if TYPE_CHECKING:
@@ -319,11 +321,11 @@ async def test_a_start_that_fails_after_a_death_counts_as_one() -> None:
 async def test_an_engine_that_hangs_is_killed_and_started_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(pool, "_ASK_EVERY_S", 0.01)
-    monkeypatch.setattr(pool, "HUNG_S", 0.02)
+    monkeypatch.setattr(watch, "_ASK_EVERY_S", 0.01)
+    monkeypatch.setattr(watch, "HUNG_S", 0.02)
     box = Box()
     await box.pool.start()
-    asking = asyncio.ensure_future(box.pool.watch_hung())
+    asking = asyncio.ensure_future(Watch(box.pool).run())
     async with watched(box):
         await asyncio.sleep(0.1)
         assert box.backend.started.count("chat") == 1  # those that answer are left alone
@@ -478,7 +480,7 @@ def plans(*each: Plan) -> dict[str, Any]:
 
 @asynccontextmanager
 async def watched(box: Box) -> AsyncIterator[None]:
-    watching = asyncio.ensure_future(box.pool.watch())
+    watching = asyncio.ensure_future(Watch(box.pool).run())
     yield
     watching.cancel()
     with suppress(asyncio.CancelledError):
@@ -662,7 +664,7 @@ async def test_every_replica_stops_and_shows_its_figures() -> None:
 async def test_an_engine_that_cannot_be_asked_is_left_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(pool, "_ASK_EVERY_S", 0.01)
+    monkeypatch.setattr(watch, "_ASK_EVERY_S", 0.01)
     box = Box()
     await box.pool.start()
     asked: list[float] = []
@@ -672,7 +674,7 @@ async def test_an_engine_that_cannot_be_asked_is_left_alone(
         raise RuntimeError("cores disagree")
 
     monkeypatch.setattr(box.backend.running("chat"), "responds", broken)
-    asking = asyncio.ensure_future(box.pool.watch_hung())
+    asking = asyncio.ensure_future(Watch(box.pool).run())
     await until(lambda: len(asked) > 2)  # and it goes on
     asking.cancel()
     with suppress(asyncio.CancelledError):

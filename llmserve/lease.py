@@ -1,0 +1,82 @@
+"""What a request asks for, and what it holds of its model until it is answered."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from llmserve.admission import Deadline, Slot
+    from llmserve.errors import LLMServeError
+    from llmserve.protocol import Endpoint
+    from llmserve.replica import Replica, Running
+
+Task = asyncio.Task[None]
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """A request for a model by one of its public names; `task` handles it."""
+
+    name: str
+    endpoint: Endpoint
+    body: dict[str, Any]
+    deadline: Deadline
+    task: Task | None = None
+    before: bool = False  # an engine died over it
+
+    def again(self) -> Wish:
+        return replace(self, before=True)
+
+
+@dataclass(eq=False, slots=True)
+class Lease:
+    """A running replica and a slot of its model, until released."""
+
+    replica: Replica
+    running: Running
+    _slot: Slot
+    _tokens: int
+    _leases: set[Lease]
+    _left: Callable[[Lease], None]
+    _task: Task | None
+    cut_by: LLMServeError | None = None  # why its request was ended from here
+    _timer: asyncio.TimerHandle | None = None
+
+    def __post_init__(self) -> None:
+        self.replica.load.add(self._tokens)
+        self._leases.add(self)
+
+    @property
+    def model(self) -> str:
+        return self.replica.model.name
+
+    def release(self) -> None:
+        """Give back what it holds; again is no mistake."""
+        if self in self._leases:
+            self._leases.discard(self)
+            self.replica.load.remove(self._tokens)
+            self.replica.used = time.monotonic()
+            self._slot.release(whole=self.cut_by is None)
+            if self._timer is not None:
+                self._timer.cancel()
+            self._left(self)
+
+    def cut(self, error: LLMServeError) -> None:
+        """Cancel the request; whoever handles it answers with the error."""
+        self.cut_by = error
+        if self._task is not None:
+            self._task.cancel()
+
+    def until(self, deadline: Deadline) -> None:
+        """Cut it when its time is over."""
+        if deadline.timeout_s is not None:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(deadline.left_s, self._over, deadline)
+
+    def _over(self, deadline: Deadline) -> None:
+        self.cut(deadline.exceeded())
