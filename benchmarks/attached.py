@@ -60,6 +60,10 @@ class AttachedBackend:
         del spec, number
         return {Level.READY: {}}
 
+    def expecting(self, spec: ModelSpec, number: int) -> contextlib.AbstractContextManager[None]:
+        del spec, number
+        return contextlib.nullcontext()
+
     @contextlib.asynccontextmanager
     async def moves(
         self, spec: ModelSpec, number: int, wakes_from: Level | None = None

@@ -19,7 +19,7 @@ from llmserve.replica import State
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-    from contextlib import AbstractAsyncContextManager
+    from contextlib import AbstractAsyncContextManager, AbstractContextManager
 
     from llmserve.config import Config, ModelSpec
     from llmserve.replica import Running
@@ -89,6 +89,7 @@ class Memory(Protocol):
         """Its entry with all said, while it may start, and where its report goes."""
         ...
 
+    def expecting(self, spec: ModelSpec, number: int) -> AbstractContextManager[None]: ...
     def moves(
         self, spec: ModelSpec, number: int, wakes_from: Level | None
     ) -> AbstractAsyncContextManager[None]: ...
@@ -151,6 +152,9 @@ class VllmBackend:
 
     def holds(self, spec: ModelSpec, number: int) -> Mapping[Level, Takes]:
         return self.memory.holds(spec, number)
+
+    def expecting(self, spec: ModelSpec, number: int) -> AbstractContextManager[None]:
+        return self.memory.expecting(spec, number)
 
     def moves(
         self, spec: ModelSpec, number: int, wakes_from: Level | None = None

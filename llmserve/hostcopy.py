@@ -8,16 +8,12 @@ belongs to the KV cache) may change at any step, so that is copied when nothing 
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import logging
-import mmap
 import time
 from bisect import bisect_left, bisect_right
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-import torch
 from vllm.device_allocator import DEFERRABLE_TAGS
 from vllm.device_allocator.sleep_mode_backend import SleepModeBackend
 
@@ -93,15 +89,18 @@ class Buffer(Protocol):
 
 
 class Memory(Protocol):
-    """A device's memory as vLLM's allocator holds it, and the host's."""
+    """A device's memory as vLLM's allocator holds it, and the host's: `devicememory`."""
 
     @property
     def allocations(self) -> Mapping[int, AllocationData]:
         """By address."""
         ...
 
-    def map(self, handle: HandleType) -> None: ...
-    def unmap(self, handle: HandleType) -> None: ...
+    def map(self, handles: Sequence[HandleType]) -> None:
+        """All of them; the contents are anything but NaN. Raises RuntimeError and maps none."""
+        ...
+
+    def unmap(self, handles: Sequence[HandleType]) -> None: ...
     def pin(self, size: int) -> Buffer:
         """Raises MemoryError if the host cannot."""
         ...
@@ -188,6 +187,14 @@ class HostCopies(SleepModeBackend):
         return True
 
     # --- ahead of time
+
+    def adopt(self, tag: str) -> None:
+        """Map what has no contents yet anew, so that its memory can change hands later."""
+        self._memory.settle()  # it may still be being zeroed
+        found = [data.handle for data in self._memory.allocations.values() if data.tag == tag]
+        self._memory.unmap(found)
+        self._memory.map(found)
+        self._memory.copied()
 
     def prepare(self) -> None:
         """Begin to copy the parameters, which are on the device, while the model serves."""
@@ -287,12 +294,11 @@ class HostCopies(SleepModeBackend):
         return [data for data in self._memory.allocations.values() if not data.is_asleep]
 
     def _unmap(self, allocations: Iterable[AllocationData]) -> int:
-        size = 0
-        for data in allocations:
+        gone = list(allocations)
+        self._memory.unmap([data.handle for data in gone])
+        for data in gone:
             data.is_asleep = True
-            self._memory.unmap(data.handle)
-            size += data.handle[1]
-        return size
+        return _size(gone)
 
     # --- up
 
@@ -304,25 +310,18 @@ class HostCopies(SleepModeBackend):
         laps = _Laps()
         self._state = "RESUMING"
         kept, scratch = self._asleep(tags)
-        mapped: list[AllocationData] = []
         try:
-            for data in kept:
-                self._memory.map(data.handle)
-                mapped.append(data)
-                self._begin_to_fill(data)
-            laps.lap("map_kept")
-            for data in scratch:  # while the copies run
-                self._memory.map(data.handle)
-                mapped.append(data)
-            laps.lap("map_scratch")
+            # Before any copy begins: the driver makes memory ready with what copies, too.
+            self._memory.map([data.handle for data in (*scratch, *kept)])
         except RuntimeError as error:
-            self._memory.copied()
-            self._unmap(mapped)
             self._state = "SUSPENDED"
-            raise RuntimeError(_no_room([*kept, *scratch], mapped, error)) from error
+            raise RuntimeError(_no_room(_size([*kept, *scratch]), error)) from error
+        laps.lap("map")
+        for data in kept:
+            self._begin_to_fill(data)
         self._memory.copied()
         laps.lap("copy")
-        for data in mapped:
+        for data in (*kept, *scratch):
             data.is_asleep = False
         self._state = "RUNNING"
         log.info("woke: kept=%s scratch=%s %s", _gib(_size(kept)), _gib(_size(scratch)), laps)
@@ -352,12 +351,10 @@ def _size(allocations: Iterable[AllocationData]) -> int:
     return sum(data.handle[1] for data in allocations)
 
 
-def _no_room(
-    asleep: Sequence[AllocationData], mapped: Sequence[AllocationData], error: RuntimeError
-) -> str:
+def _no_room(size: int, error: RuntimeError) -> str:
     return (
-        f"waking needs {_gib(_size(asleep))} of the GPU, which failed after "
-        f"{_gib(_size(mapped))} ({error}); it sleeps on: free GPU memory, then wake it again"
+        f"waking needs {_gib(size)} of the GPU ({error}); it sleeps on: free GPU memory, then "
+        "wake it again"
     )
 
 
@@ -379,82 +376,3 @@ class _Laps:
 
     def __str__(self) -> str:
         return " ".join(self._parts)
-
-
-class _Pinned:
-    """Anonymous memory that the device copies from and to by itself.
-
-    torch's own pinned memory is rounded up to a power of two and never given back.
-    """
-
-    def __init__(self, cudart: Any, size: int) -> None:
-        area = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with contextlib.suppress(OSError):  # a kernel without them; pinning takes longer there
-            area.madvise(mmap.MADV_HUGEPAGE)
-        self._first = ctypes.c_char.from_buffer(area)  # keeps the area
-        self._cudart = cudart
-        self.address = ctypes.addressof(self._first)
-        if error := cudart.cudaHostRegister(self.address, size):
-            cudart.cudaGetLastError()  # else the next kernel is blamed for it
-            raise MemoryError(
-                f"{_gib(size)} more of host memory could not be pinned "
-                f"({cudart.cudaGetErrorString(error)}); lower `host_memory`, or stop what else "
-                "takes the host's memory"
-            )
-
-    def free(self) -> None:
-        self._cudart.cudaHostUnregister(self.address)
-        del self._first
-
-
-class CudaMemory:
-    """What the calling process has on its current CUDA device."""
-
-    def __init__(self) -> None:
-        from vllm.device_allocator import cumem  # noqa: PLC0415  # looks for CUDA
-
-        self.map = cumem.create_and_map
-        self.unmap = cumem.unmap_and_release
-        self.settle = torch.cuda.synchronize
-        self._allocator = cumem.CuMemAllocator.get_instance()
-        self._cudart = cumem.libcudart
-        self._device = torch.cuda.current_device()
-        self._stream = torch.cuda.Stream()
-        self._begin_copy = self._cudart.lib.cudaMemcpyAsync
-        pointer, number = ctypes.c_void_p, ctypes.c_int
-        self._begin_copy.argtypes = [pointer, pointer, ctypes.c_size_t, number, pointer]
-
-    @property
-    def allocations(self) -> Mapping[int, AllocationData]:
-        found: Mapping[int, AllocationData] = self._allocator.pointer_to_data
-        return found
-
-    def pin(self, size: int) -> Buffer:
-        return _Pinned(self._cudart, size)
-
-    def copy(self, target: int, source: int, size: int) -> None:
-        # cudaMemcpyDefault: which side is the host is told by the addresses.
-        error = self._begin_copy(target, source, size, 4, self._stream.cuda_stream)
-        self._cudart.CUDART_CHECK(error)
-
-    def copied(self) -> None:
-        self._stream.synchronize()
-
-    def enter(self) -> None:
-        torch.cuda.set_device(self._device)
-
-
-def trimmed_bytes() -> int:
-    """What torch still counts as reserved, and vLLM's allocator has given back."""
-    from vllm.device_allocator.cumem import CuMemAllocator  # noqa: PLC0415  # looks for CUDA
-
-    allocator = CuMemAllocator.instance
-    if allocator is None:
-        return 0
-    pools = [pool for entries in allocator.allocator_and_pools.values() for pool, _ in entries]
-    return sum(
-        int(segment["total_size"])
-        for pool in pools
-        for segment in pool.snapshot()
-        if segment["address"] not in allocator.pointer_to_data
-    )

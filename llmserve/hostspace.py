@@ -12,6 +12,7 @@ from llmserve.residency import HOST, Level
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+    from contextlib import AbstractContextManager
 
     from llmserve.config import Config, ModelSpec
     from llmserve.residency import Takes
@@ -81,6 +82,10 @@ class HostSpace:
     async def start(self, spec: ModelSpec, number: int) -> AsyncIterator[tuple[ModelSpec, Keep]]:
         del number
         yield spec, lambda _: None
+
+    def expecting(self, spec: ModelSpec, number: int) -> AbstractContextManager[None]:
+        del spec, number  # nobody sleeps here
+        return contextlib.nullcontext()
 
     @contextlib.asynccontextmanager
     async def moves(

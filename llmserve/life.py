@@ -7,6 +7,7 @@ others make by going down the ladder of `residency`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import time
@@ -21,6 +22,7 @@ from llmserve.residency import HOST, Level, Resident, room
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+    from contextlib import AbstractContextManager
 
     from llmserve.metrics import Metrics
     from llmserve.replica import Backend, Replica, Running
@@ -54,17 +56,23 @@ class Life:
         """To READY or FAILED, and then down again if it is to start asleep."""
         await self.bring(replica)
         if replica.state is State.READY and replica.model.spec.start == "sleeping":
-            await self.rest(replica, Level.HOST)
+            await self.rest(replica, Level.KV_RELEASED)  # others may send it further down
 
     async def bring(self, replica: Replica) -> None:
         """To READY or FAILED from wherever it is."""
         replica.started = time.monotonic()
-        while self._has_room(replica) or await self._found_room(replica):
-            async with replica.turn:
-                if self._has_room(replica):  # nobody has taken it down meanwhile
-                    if replica.state is not State.READY:
-                        await self._up(replica)
-                    return
+        with self._expecting(replica):
+            while self._has_room(replica) or await self._found_room(replica):
+                async with replica.turn:
+                    if self._has_room(replica):  # nobody has taken it down meanwhile
+                        if replica.state is not State.READY:
+                            await self._up(replica)
+                        return
+
+    def _expecting(self, replica: Replica) -> AbstractContextManager[None]:
+        if not replica.level:
+            return contextlib.nullcontext()
+        return self._backend.expecting(replica.model.spec, replica.number)
 
     def _has_room(self, replica: Replica) -> bool:
         return self._booked.get(replica) is Level.READY

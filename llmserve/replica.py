@@ -14,7 +14,7 @@ from llmserve.residency import Level
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-    from contextlib import AbstractAsyncContextManager
+    from contextlib import AbstractAsyncContextManager, AbstractContextManager
     from pathlib import Path
 
     from prometheus_client import CollectorRegistry
@@ -126,6 +126,10 @@ class Backend(Protocol):
 
         Raises StartupError with the cause in one line.
         """
+        ...
+
+    def expecting(self, spec: ModelSpec, number: int) -> AbstractContextManager[None]:
+        """While a sleeper is about to wake: it may have at once what others give up for it."""
         ...
 
     def moves(

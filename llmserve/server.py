@@ -24,6 +24,7 @@ from llmserve import app, environment, nvml, stream, survey, table
 from llmserve.backend import VllmBackend
 from llmserve.control import Control
 from llmserve.errors import LLMServeError, RequestError, StartupError
+from llmserve.handover import Handover
 from llmserve.hostspace import HostSpace
 from llmserve.metrics import Metrics
 from llmserve.pool import Pool
@@ -91,7 +92,7 @@ def _memory(config: Config) -> Memory:
             "or install the variant for CPUs"
         )
     plan = survey.plan(config, box).unless_infeasible(config)
-    space = Space(plan, host_memory=config.server.host_memory)
+    space = Space(plan, host_memory=config.server.host_memory, handover=Handover())
     space.unless_taken()
     return space
 

@@ -27,9 +27,11 @@ from llmserve.residency import Level
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable
+    from contextlib import AbstractContextManager
 
     from llmserve.config import Config, ModelSpec
     from llmserve.gpus import Gpu
+    from llmserve.handover import Handover
     from llmserve.nvml import Holder
     from llmserve.plan import Plan, Replica
     from llmserve.residency import Takes
@@ -46,11 +48,16 @@ class Space:
     """What the plan says, carried out."""
 
     def __init__(
-        self, plan: Plan, kept: Measured | None = None, host_memory: int | None = None
+        self,
+        plan: Plan,
+        kept: Measured | None = None,
+        host_memory: int | None = None,
+        handover: Handover | None = None,
     ) -> None:
         self._places: dict[tuple[str, int], Replica] = {}  # also of models that leave
         self.adopt(plan, host_memory)
         self._kept = kept or Measured()
+        self._handover = handover
         self._locks = GpuLocks()
         self._seen: set[str] = set()  # fingerprints measured since the start
         self._kinds: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
@@ -106,6 +113,15 @@ class Space:
     def sleeps(self, spec: ModelSpec, number: int) -> bool:
         return self._places[spec.name, number].sleeps
 
+    def expecting(self, spec: ModelSpec, number: int) -> AbstractContextManager[None]:
+        """While it is about to wake: what others give up on its GPUs goes straight to it."""
+        if self._handover is None:
+            return contextlib.nullcontext()
+        return self._handover.expecting(self._uuids(self._places[spec.name, number]))
+
+    def _uuids(self, replica: Replica) -> list[str]:
+        return [uuid for index in replica.devices if (uuid := self.plan.box[index].uuid)]
+
     @contextlib.asynccontextmanager
     async def moves(
         self, spec: ModelSpec, number: int, wakes_from: Level | None
@@ -118,9 +134,17 @@ class Space:
         async with self._locks.hold(replica.devices, alone=False):
             if wakes_from is not None:
                 held = self.holds(spec, number).get(wakes_from, {})
-                needs = {i: replica.bytes - held.get(i, 0) for i in replica.devices}
+                needs = {
+                    i: replica.bytes - held.get(i, 0) - self._changing_hands(i)
+                    for i in replica.devices
+                }
                 await self._room(replica, needs)
             yield
+
+    def _changing_hands(self, index: int) -> int:
+        """Bytes of a GPU that are nobody's, and not free."""
+        uuid = self.plan.box[index].uuid
+        return self._handover.bytes(uuid) if self._handover and uuid else 0
 
     def unless_taken(self) -> None:
         """Raises StartupError if others hold memory that the plan needs, with their names."""
@@ -152,6 +176,8 @@ class Space:
             self._measuring(replica) as alone,
             self._locks.hold(replica.devices, alone=alone),
         ):
+            if self._handover is not None:
+                self._handover.drop(self._uuids(replica))
             await self._room(replica, dict.fromkeys(replica.devices, replica.bytes))
             before = await asyncio.to_thread(self._used, replica)
             yield (

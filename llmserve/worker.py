@@ -17,7 +17,8 @@ from vllm.model_executor.model_loader import get_model_loader
 from vllm.platforms import current_platform
 from vllm.v1.worker.gpu_worker import Worker
 
-from llmserve.hostcopy import CudaMemory, HostCopies, trimmed_bytes
+from llmserve.devicememory import CudaMemory, trimmed_bytes
+from llmserve.hostcopy import HostCopies
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -56,6 +57,8 @@ class GpuWorker(Worker):
     def initialize_from_config(self, kv_cache_config: Any) -> None:
         with self._timed("kv_cache"):
             super().initialize_from_config(kv_cache_config)
+            if self.model_config.enable_sleep_mode and self.vllm_config.kv_transfer_config is None:
+                self.sleep_mode_backend.adopt("kv_cache")
 
     def compile_or_warm_up_model(self) -> Any:
         runner: Any = self.model_runner

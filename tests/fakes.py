@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -20,7 +20,7 @@ from llmserve.residency import Level
 from llmserve.sse import EventStream, Frames
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator
+    from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 
     from starlette.requests import Request
     from starlette.types import Scope
@@ -206,6 +206,7 @@ class FakeBackend:
     def __init__(self, **plans: Plan) -> None:
         self.plans = plans
         self.started: list[str] = []
+        self.expected: list[str] = []
         self.killed = 0
         self.capacity: Takes = {}
         self.sizes: dict[str, Mapping[Level, Takes]] = {}  # by model; others hold nothing
@@ -215,6 +216,12 @@ class FakeBackend:
 
     def holds(self, spec: ModelSpec, number: int) -> Mapping[Level, Takes]:
         return self.sizes.get(spec.name, {Level.READY: {}})
+
+    @contextmanager
+    def expecting(self, spec: ModelSpec, number: int) -> Iterator[None]:
+        self.expected.append(f"{spec.name}/{number} comes")
+        yield
+        self.expected.append(f"{spec.name}/{number} came")
 
     @asynccontextmanager
     async def moves(

@@ -137,16 +137,18 @@ class Memory:
                     return area, address - start
         raise AssertionError(f"{address:#x} is neither mapped nor pinned")
 
-    def map(self, handle: Any) -> None:
-        _, size, address, _ = handle
-        assert address not in self.mapped
-        if sum(map(len, self.mapped.values())) + size > self.device_bytes:
-            raise RuntimeError("CUDA Error: out of memory at cumem_allocator.cpp:120")
-        self.mapped[address] = bytearray(b"\xee") * size
-
-    def unmap(self, handle: Any) -> None:
+    def map(self, handles: Any) -> None:
         assert not self._begun
-        del self.mapped[handle[2]]
+        mapped = {address: bytearray(b"\xee") * size for _, size, address, _ in handles}
+        assert not self.mapped.keys() & mapped.keys()
+        if sum(map(len, (*self.mapped.values(), *mapped.values()))) > self.device_bytes:
+            raise RuntimeError("CUDA: out of memory from cuMemCreate")
+        self.mapped |= mapped
+
+    def unmap(self, handles: Any) -> None:
+        assert not self._begun
+        for _, _, address, _ in handles:
+            del self.mapped[address]
 
     def pin(self, size: int) -> Buffer:
         if sum(map(len, self.pinned.values())) + size > self.host_bytes:
@@ -290,6 +292,12 @@ def test_the_kv_cache_alone(memory: Memory, copies: HostCopies) -> None:
     assert contents(memory, "weights", "workspace") == [b"\x01" * 1000, b"\x04" * 500]
 
 
+def test_what_is_new_is_mapped_anew(memory: Memory, copies: HostCopies) -> None:
+    copies.adopt("kv_cache")
+    assert memory.mapped.keys() == memory.found.keys()
+    assert contents(memory, "kv_cache", "weights") == [b"\xee" * 2000, b"\x01" * 1000]
+
+
 def test_from_no_kv_cache_to_no_weights(memory: Memory, copies: HostCopies) -> None:
     copies.discard(("kv_cache",))
     copies.suspend(1)
@@ -379,10 +387,10 @@ class Cudart:
 def test_pinned_memory_can_be_written_and_goes_back() -> None:
     import ctypes
 
-    from llmserve.hostcopy import _Pinned
+    from llmserve.devicememory import Pinned
 
     cudart = Cudart()
-    pinned = _Pinned(cudart, 5000)
+    pinned = Pinned(cudart, 5000)
     ctypes.memset(pinned.address, 7, 5000)
     assert ctypes.string_at(pinned.address, 5000) == b"\x07" * 5000
     assert cudart.registered == [pinned.address]
@@ -391,11 +399,11 @@ def test_pinned_memory_can_be_written_and_goes_back() -> None:
 
 
 def test_memory_that_cannot_be_pinned_says_what_to_do() -> None:
-    from llmserve.hostcopy import _Pinned
+    from llmserve.devicememory import Pinned
 
     cudart = Cudart(code=2)
     with pytest.raises(MemoryError, match=r"could not be pinned \(error 2\); lower `host_memory`"):
-        _Pinned(cudart, 5000)
+        Pinned(cudart, 5000)
     assert cudart.drained == 1
 
 
@@ -462,7 +470,7 @@ def test_cuda_s_functions_are_those_of_vllm_s_wrapper() -> None:
 
 
 def test_without_an_allocator_nothing_was_trimmed() -> None:
-    from llmserve.hostcopy import trimmed_bytes
+    from llmserve.devicememory import trimmed_bytes
 
     assert trimmed_bytes() == 0
 
@@ -472,7 +480,7 @@ def test_segments_given_back_behind_torch_s_back_are_counted(
 ) -> None:
     from vllm.device_allocator.cumem import CuMemAllocator
 
-    from llmserve.hostcopy import trimmed_bytes
+    from llmserve.devicememory import trimmed_bytes
 
     def pool(*addresses: int) -> Any:
         segments = [{"address": at, "total_size": at * 10, "allocated_size": 0} for at in addresses]

@@ -307,6 +307,7 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(Worker, "compile_or_warm_up_model", warm_up)
     made = GpuWorker("config", rank=1)
     made.model_runner = Runner()
+    made.model_config = SimpleNamespace(enable_sleep_mode=False)
     made.asked = asked
     return made
 
@@ -328,6 +329,17 @@ def test_every_step_reaches_vllm_s_worker_and_is_timed(worker: Any) -> None:
     steps = {"imports", "device", "weights", "compile", "kv_cache", "warm_up", "graphs"}
     assert report["seconds"].keys() == steps
     assert all(took >= 0 for took in report["seconds"].values())
+
+
+@pytest.mark.parametrize("transfers", [None, "a connector that knows where the KV cache is"])
+def test_the_kv_cache_of_one_that_sleeps_is_mapped_so_that_it_can_change_hands(
+    worker: Any, transfers: str | None
+) -> None:
+    worker.model_config.enable_sleep_mode = True
+    worker.vllm_config = SimpleNamespace(kv_transfer_config=transfers)
+    worker._sleep_mode_backend = SimpleNamespace(adopt=worker.asked.append)
+    worker.initialize_from_config("kv")
+    assert worker.asked[1:] == (["kv"] if transfers else ["kv", "kv_cache"])
 
 
 def test_weights_are_loaded_in_earnest_unless_said(worker: Any) -> None:

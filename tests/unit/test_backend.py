@@ -4,7 +4,7 @@ import asyncio
 import threading
 import time
 from collections import Counter
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from llmserve.residency import Level
 from tests.fakes import soon, spec
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+    from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from llmserve.backend import Memory
@@ -125,6 +125,11 @@ class FakeSpace:
     def sleeps(self, spec: ModelSpec, number: int) -> bool:
         return spec.name in self.sleepers
 
+    @contextmanager
+    def expecting(self, spec: ModelSpec, number: int) -> Iterator[None]:
+        self.events.append(f"{spec.name}/{number} expected")
+        yield
+
     @asynccontextmanager
     async def moves(
         self, spec: ModelSpec, number: int, wakes_from: Level | None
@@ -182,10 +187,11 @@ async def test_what_is_held_and_planned_is_asked_of_the_memory(tmp_path: Path) -
     backend = FakeVllm().backend(tmp_path, memory)
     assert backend.capacity == {0: 80, 1: 80}
     assert backend.holds(spec(), 1) == {Level.READY: {1: 50}}
-    async with backend.moves(spec(), 1, Level.HOST), backend.moves(spec(), 0):
-        pass
+    with backend.expecting(spec(), 1):
+        async with backend.moves(spec(), 1, Level.HOST), backend.moves(spec(), 0):
+            pass
     adopt = backend.planned(Config(file=tmp_path / "m.yaml", models=(spec(),)), {"a": "b"})
-    moves = [f"chat/1 from {Level.HOST!r}", "chat/0 from None"]
+    moves = ["chat/1 expected", f"chat/1 from {Level.HOST!r}", "chat/0 from None"]
     assert memory.events == moves  # nothing is adopted before it is said
     adopt()
     assert memory.events == [*moves, "1 models, kept {'a': 'b'}"]

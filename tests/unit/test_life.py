@@ -695,9 +695,20 @@ async def test_sleepers_start_first_and_make_room_for_the_others() -> None:
     await soon(box.pool.start())
     assert box.backend.started == ["b", "c", "a"]
     assert box.levels() == {"a": Level.READY, "b": Level.HOST, "c": Level.HOST}
-    assert box.running("b").slept == [Level.HOST]
+    assert box.running("b").slept == [Level.KV_RELEASED, Level.HOST]
     await box.use("b")
     assert box.backend.started == ["b", "c", "a"]
+
+
+async def test_a_sleeper_keeps_its_weights_on_the_gpu_while_nobody_needs_the_room() -> None:
+    box = Box(spec("a"), spec("b", start="sleeping"), sizes={"a": sleeping(60), "b": sleeping(60)})
+    await soon(box.pool.start())
+    assert box.levels() == {"a": Level.READY, "b": Level.KV_RELEASED}
+    assert box.backend.expected == []
+    await box.use("b")
+    assert box.levels() == {"a": Level.KV_RELEASED, "b": Level.READY}
+    # It can have at once what the other gives up for it.
+    assert box.backend.expected == ["b/0 comes", "b/0 came"]
 
 
 async def test_what_cannot_sleep_is_started_all_the_same_and_stopped() -> None:
@@ -711,10 +722,10 @@ async def test_what_cannot_sleep_is_started_all_the_same_and_stopped() -> None:
 
 async def test_a_sleeper_without_room_in_host_memory_sleeps_without_its_weights() -> None:
     far = {Level.READY: {0: 60}, Level.KV_RELEASED: {0: 40}, Level.DISK: {0: 2}}
-    box = Box(spec("a", start="sleeping"), sizes={"a": far})
+    box = Box(spec("a", start="sleeping"), spec("b"), sizes={"a": far, "b": 90})
     await soon(box.pool.start())
-    assert box.levels() == {"a": Level.DISK}
-    assert box.running("a").slept == [Level.DISK]
+    assert box.levels() == {"a": Level.DISK, "b": Level.READY}
+    assert box.running("a").slept == [Level.KV_RELEASED, Level.DISK]
 
 
 # --- idle ones

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from llmserve import nvml, shape, space
+from llmserve import handover, nvml, shape, space
 from llmserve.config import Config, ModelSpec
 from llmserve.errors import PlacementError, StartupError
 from llmserve.gpus import GIB, described
+from llmserve.handover import PAGE_BYTES, Handover
 from llmserve.measured import Measured
 from llmserve.nvml import Holder
 from llmserve.planner import Planner
@@ -470,6 +472,33 @@ async def test_a_sleeper_wakes_when_what_it_needs_more_is_free(
         pass
     async with ground.moves(m, 0, None):  # falling asleep takes nothing
         pass
+
+
+async def test_what_passes_to_a_sleeper_counts_as_free_for_it(
+    gpus: Gpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(space, "_RELEASE_S", 0.01)
+    monkeypatch.setenv(handover.ADDRESS, "restored afterwards")
+    between = Handover()
+    (m,) = sleeping("m")
+    plan = planned(Measured(tmp_path), m)
+    seen = replace(plan, box=(replace(plan.box[0], uuid="GPU-1"),))
+    ground = Space(seen, Measured(tmp_path), 100 * GIB, between)
+    (replica,) = plan.replicas
+    gpus.used[0] = plan.box[0].memory - replica.weights - replica.kv + 2 * PAGE_BYTES
+    with ground.expecting(m, 0):
+        handover.give("GPU-1", [os.memfd_create("page")])
+        with pytest.raises(StartupError, match="m needs"):
+            async with ground.moves(m, 0, Level.HOST):
+                pass
+        handover.give("GPU-1", [os.memfd_create("page")])
+        async with ground.moves(m, 0, Level.HOST):
+            pass
+        gpus.used[0] = 0
+        async with ground.start(m, 0):
+            assert between.bytes("GPU-1") == 0  # a start needs it free
+    handover.give("GPU-1", [os.memfd_create("page")])
+    assert between.bytes("GPU-1") == 0
 
 
 @pytest.mark.parametrize("measured_first", [True, False])

@@ -1,0 +1,299 @@
+"""What an engine's worker has on its GPU, under the addresses that vLLM's allocator reserved.
+
+Large allocations consist of pages that can be handed over to another engine
+(`llmserve.handover`); vLLM makes each of one piece (csrc/cumem_allocator.cpp).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import mmap
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from llmserve import handover
+from llmserve.handover import PAGE_BYTES
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from vllm.device_allocator import AllocationData, HandleType
+
+log = logging.getLogger("vllm.llmserve.devicememory")
+
+
+class Pinned:
+    """Anonymous memory of the host that the device copies from and to by itself.
+
+    torch's own pinned memory is rounded up to a power of two and never given back.
+    """
+
+    def __init__(self, cudart: Any, size: int) -> None:
+        area = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with contextlib.suppress(OSError):  # a kernel without them; pinning takes longer there
+            area.madvise(mmap.MADV_HUGEPAGE)
+        self._first = ctypes.c_char.from_buffer(area)  # keeps the area
+        self._cudart = cudart
+        self.address = ctypes.addressof(self._first)
+        if error := cudart.cudaHostRegister(self.address, size):
+            cudart.cudaGetLastError()  # else the next kernel is blamed for it
+            raise MemoryError(
+                f"{size / 2**30:.2f}GiB more of host memory could not be pinned "
+                f"({cudart.cudaGetErrorString(error)}); lower `host_memory`, or stop what else "
+                "takes the host's memory"
+            )
+
+    def free(self) -> None:
+        self._cudart.cudaHostUnregister(self.address)
+        del self._first
+
+
+class CudaMemory:
+    """What the calling process has on its current CUDA device."""
+
+    def __init__(self) -> None:
+        from vllm.device_allocator import cumem  # noqa: PLC0415  # looks for CUDA
+
+        self.settle = torch.cuda.synchronize
+        self._allocator = cumem.CuMemAllocator.get_instance()
+        self._cudart = cumem.libcudart
+        self._device = torch.cuda.current_device()
+        self._stream = torch.cuda.Stream()
+        pointer, number, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t
+        self._begin_copy = self._cudart.lib.cudaMemcpyAsync
+        self._begin_copy.argtypes = [pointer, pointer, size, number, pointer]
+        self._begin_to_clear = self._cudart.lib.cudaMemsetAsync
+        self._begin_to_clear.argtypes = [pointer, number, size, pointer]
+        gpu = f"GPU-{torch.cuda.get_device_properties(self._device).uuid}"
+        self._pages = Pages(self._device, gpu, cumem.create_and_map, cumem.unmap_and_release)
+
+    @property
+    def allocations(self) -> Mapping[int, AllocationData]:
+        found: Mapping[int, AllocationData] = self._allocator.pointer_to_data
+        return found
+
+    def map(self, handles: Sequence[HandleType]) -> None:
+        for start, size in self._pages.map(handles):
+            # Another model's cache could be NaN to this one.
+            error = self._begin_to_clear(start, 0, size, self._stream.cuda_stream)
+            self._cudart.CUDART_CHECK(error)
+
+    def unmap(self, handles: Sequence[HandleType]) -> None:
+        self._pages.unmap(handles)
+
+    def pin(self, size: int) -> Pinned:
+        return Pinned(self._cudart, size)
+
+    def copy(self, target: int, source: int, size: int) -> None:
+        # cudaMemcpyDefault: which side is the host is told by the addresses.
+        error = self._begin_copy(target, source, size, 4, self._stream.cuda_stream)
+        self._cudart.CUDART_CHECK(error)
+
+    def copied(self) -> None:
+        self._stream.synchronize()
+
+    def enter(self) -> None:
+        torch.cuda.set_device(self._device)
+
+
+class Pages:
+    """Memory of a device, mapped in pages of `handover.PAGE_BYTES` where it is that large.
+
+    `create_and_map` and `unmap_and_release` are vLLM's, for one piece. A handle's last entry
+    points to CUDA's handle of the memory, here that of the first page, so that vLLM can free
+    what is mapped here, and the other way round. The pages' other handles are released at
+    once: what is mapped stays.
+    """
+
+    def __init__(self, device: int, gpu: str, create_and_map: Any, unmap_and_release: Any) -> None:
+        self._gpu = gpu
+        self._map_whole = create_and_map
+        self._unmap = unmap_and_release
+        self._driver = _Driver(device)
+        self._in_pages = handover.offered() and self._driver.shares
+        self._mapped: dict[int, list[int]] = {}  # descriptors of pages, by address
+
+    def map(self, handles: Sequence[HandleType]) -> list[tuple[int, int]]:
+        """All of them, or none; where what another left lies, and how many bytes of it.
+
+        Raises RuntimeError.
+        """
+        wanted = sum(size // PAGE_BYTES for _, size, _, _ in handles) if self._in_pages else 0
+        taken = handover.take(self._gpu, wanted)
+        used: list[tuple[int, int]] = []
+        done: list[HandleType] = []
+        try:
+            for handle in handles:
+                _, size, address, _ = handle
+                if self._in_pages and size >= PAGE_BYTES:
+                    used.append((address, min(size // PAGE_BYTES, len(taken)) * PAGE_BYTES))
+                    self._map_pages(handle, taken)
+                else:
+                    self._map_whole(handle)
+                done.append(handle)
+        except RuntimeError:
+            self.unmap(done)
+            handover.give(self._gpu, taken)
+            raise
+        return [(start, size) for start, size in used if size]
+
+    def _map_pages(self, handle: HandleType, taken: list[int]) -> None:
+        _, size, address, pointer = handle
+        pages: list[int] = []
+        mapped = 0
+        first = ctypes.c_ulonglong.from_address(pointer)
+        try:
+            while mapped < size:
+                length = min(PAGE_BYTES, size - mapped)
+                page = self._page(length, taken, pages)
+                try:
+                    self._driver.map(address + mapped, length, page)
+                except RuntimeError:
+                    self._driver.release(page)
+                    raise
+                if mapped:
+                    self._driver.release(page)
+                else:
+                    first.value = page
+                mapped += length
+            self._driver.allow(address, size)
+        except RuntimeError:
+            if mapped:
+                self._driver.unmap(address, mapped)
+                self._driver.release(first.value)
+            taken += pages
+            raise
+        self._mapped[address] = pages
+
+    def _page(self, length: int, taken: list[int], pages: list[int]) -> int:
+        """A handle of memory; its descriptor goes to `pages` if it is a whole page."""
+        if length < PAGE_BYTES:
+            return self._driver.create(length, shared=False)
+        if taken:
+            page = self._driver.of(taken[-1])
+            pages.append(taken.pop())
+        else:
+            page = self._driver.create(length, shared=True)
+            try:
+                pages.append(self._driver.descriptor(page))
+            except RuntimeError:
+                self._driver.release(page)
+                raise
+        return page
+
+    def unmap(self, handles: Sequence[HandleType]) -> None:
+        pages: list[int] = []
+        for handle in handles:
+            self._unmap(handle)
+            pages += self._mapped.pop(handle[2], ())
+        handover.give(self._gpu, pages)
+
+
+class _Location(ctypes.Structure):
+    _fields_ = (("type", ctypes.c_int), ("id", ctypes.c_int))
+
+
+class _Properties(ctypes.Structure):
+    """CUmemAllocationProp of cuda.h."""
+
+    _fields_ = (
+        ("type", ctypes.c_int),
+        ("handle_types", ctypes.c_int),
+        ("location", _Location),
+        ("windows", ctypes.c_void_p),
+        ("flags", ctypes.c_ubyte * 8),
+    )
+
+
+class _Access(ctypes.Structure):
+    """CUmemAccessDesc of cuda.h."""
+
+    _fields_ = (("location", _Location), ("flags", ctypes.c_int))
+
+
+class _Driver:
+    """What is needed of CUDA's virtual memory management (CUDA driver API, 6.14).
+
+    Each raises RuntimeError with CUDA's number for what went wrong; 2 is "out of memory".
+    """
+
+    _DEVICE = _PINNED = _DESCRIPTOR = 1  # CU_MEM_LOCATION_TYPE_, _ALLOCATION_TYPE_, _HANDLE_TYPE_
+    _READ_AND_WRITE = 3
+    _SHARES = 103  # CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED
+
+    def __init__(self, device: int) -> None:
+        self._library = ctypes.CDLL("libcuda.so.1")
+        self._location = _Location(self._DEVICE, device)
+        number, address, size = ctypes.c_int, ctypes.c_ulonglong, ctypes.c_size_t
+        pointer = ctypes.c_void_p
+        for name, arguments in (
+            ("cuDeviceGetAttribute", [pointer, number, number]),
+            ("cuMemCreate", [pointer, size, pointer, address]),
+            ("cuMemMap", [address, size, size, address, address]),
+            ("cuMemSetAccess", [address, size, pointer, size]),
+            ("cuMemUnmap", [address, size]),
+            ("cuMemRelease", [address]),
+            ("cuMemExportToShareableHandle", [pointer, address, number, address]),
+            ("cuMemImportFromShareableHandle", [pointer, pointer, number]),
+        ):
+            getattr(self._library, name).argtypes = arguments
+        found = number()
+        self._call("cuDeviceGetAttribute", ctypes.byref(found), self._SHARES, device)
+        self.shares = bool(found.value)
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        if error := getattr(self._library, name)(*arguments):
+            why = "out of memory" if error == 2 else f"error {error}"  # cuda.h
+            raise RuntimeError(f"CUDA: {why} from {name}")
+
+    def create(self, size: int, *, shared: bool) -> int:
+        handle = ctypes.c_ulonglong()
+        kind = self._DESCRIPTOR if shared else 0
+        properties = _Properties(self._PINNED, kind, self._location)
+        self._call("cuMemCreate", ctypes.byref(handle), size, ctypes.byref(properties), 0)
+        return handle.value
+
+    def of(self, descriptor: int) -> int:
+        handle = ctypes.c_ulonglong()
+        name = "cuMemImportFromShareableHandle"
+        self._call(name, ctypes.byref(handle), descriptor, self._DESCRIPTOR)
+        return handle.value
+
+    def descriptor(self, handle: int) -> int:
+        found = ctypes.c_int()
+        name = "cuMemExportToShareableHandle"
+        self._call(name, ctypes.byref(found), handle, self._DESCRIPTOR, 0)
+        return found.value
+
+    def map(self, address: int, size: int, handle: int) -> None:
+        self._call("cuMemMap", address, size, 0, handle, 0)
+
+    def allow(self, address: int, size: int) -> None:
+        """Reading and writing."""
+        access = _Access(self._location, self._READ_AND_WRITE)
+        self._call("cuMemSetAccess", address, size, ctypes.byref(access), 1)
+
+    def unmap(self, address: int, size: int) -> None:
+        self._call("cuMemUnmap", address, size)
+
+    def release(self, handle: int) -> None:
+        self._call("cuMemRelease", handle)
+
+
+def trimmed_bytes() -> int:
+    """What torch still counts as reserved, and vLLM's allocator has given back."""
+    from vllm.device_allocator.cumem import CuMemAllocator  # noqa: PLC0415  # looks for CUDA
+
+    allocator = CuMemAllocator.instance
+    if allocator is None:
+        return 0
+    pools = [pool for entries in allocator.allocator_and_pools.values() for pool, _ in entries]
+    return sum(
+        int(segment["total_size"])
+        for pool in pools
+        for segment in pool.snapshot()
+        if segment["address"] not in allocator.pointer_to_data
+    )

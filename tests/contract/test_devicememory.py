@@ -1,0 +1,234 @@
+"""Pages of a GPU's memory on a driver that is made up, handed over by a real server."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from llmserve.handover import ADDRESS, PAGE_BYTES, Handover
+
+if TYPE_CHECKING:
+    from llmserve.devicememory import Pages
+
+GPU = "GPU-1"
+ROOM = 20 * PAGE_BYTES
+
+
+class Driver:
+    """A GPU of ROOM bytes: memory is there as long as a handle, a mapping or a descriptor is.
+
+    One page's descriptors all lead to one file, as CUDA's do.
+    """
+
+    shares = True
+
+    def __init__(self) -> None:
+        self.sizes: dict[int, int] = {}  # by what the memory is: its file's inode, or a number
+        self.handles: dict[int, int] = {}  # handle: memory
+        self.mapped: dict[int, tuple[int, int]] = {}  # address: size, memory
+        self.exports: dict[int, int] = {}  # inode: memory
+        self.open: dict[int, set[int]] = {}
+        self.allowed: list[tuple[int, int]] = []
+        self.fails: set[str] = set()
+        self._numbers = itertools.count(1)
+
+    def used(self) -> int:
+        held = {*self.handles.values(), *(memory for _, memory in self.mapped.values())}
+        held |= {
+            self.exports[inode]
+            for page in Path("/proc/self/fd").iterdir()
+            if (inode := inode_of(int(page.name))) in self.exports
+        }
+        return sum(self.sizes[memory] for memory in held)
+
+    def _unless(self, name: str) -> None:
+        if name in self.fails:
+            raise RuntimeError(f"CUDA: error 999 from {name}")
+
+    def create(self, size: int, *, shared: bool) -> int:
+        assert shared == (size == PAGE_BYTES)
+        self._unless("create")
+        if self.used() + size > ROOM:
+            raise RuntimeError("CUDA: out of memory from cuMemCreate")
+        handle, memory = next(self._numbers), next(self._numbers)
+        self.sizes[memory] = size
+        self.handles[handle] = memory
+        return handle
+
+    def descriptor(self, handle: int) -> int:
+        self._unless("descriptor")
+        page = os.memfd_create("page")
+        self.exports[inode_of(page)] = self.handles[handle]
+        return page
+
+    def of(self, descriptor: int) -> int:
+        handle = next(self._numbers)
+        self.handles[handle] = self.exports[inode_of(descriptor)]
+        return handle
+
+    def map(self, address: int, size: int, handle: int) -> None:
+        self._unless("map")
+        assert address not in self.mapped
+        self.mapped[address] = size, self.handles[handle]
+
+    def allow(self, address: int, size: int) -> None:
+        self._unless("allow")
+        self.allowed.append((address, size))
+
+    def unmap(self, address: int, size: int) -> None:
+        """All that lies there, as cuMemUnmap does."""
+        within = [at for at in self.mapped if address <= at < address + size]
+        assert sum(self.mapped.pop(at)[0] for at in within) == size
+
+    def release(self, handle: int) -> None:
+        del self.handles[handle]
+
+    # vLLM's two functions, csrc/cumem_allocator.cpp
+
+    def create_and_map(self, handle: Any) -> None:
+        _, size, address, pointer = handle
+        if self.used() + size > ROOM:
+            raise RuntimeError("CUDA Error: out of memory at cumem_allocator.cpp:120")
+        memory, made = next(self._numbers), next(self._numbers)
+        self.sizes[memory] = size
+        self.handles[made] = memory
+        ctypes.c_ulonglong.from_address(pointer).value = made
+        self.map(address, size, made)
+        self.allow(address, size)
+
+    def unmap_and_release(self, handle: Any) -> None:
+        _, size, address, pointer = handle
+        self.unmap(address, size)
+        self.release(ctypes.c_ulonglong.from_address(pointer).value)
+
+
+def inode_of(descriptor: int) -> int:
+    try:
+        return os.fstat(descriptor).st_ino
+    except OSError:
+        return -1
+
+
+class Allocation:
+    """As vLLM's allocator hands them out: device, size, address, and where CUDA's handle is."""
+
+    def __init__(self, size: int, address: int) -> None:
+        self._place = ctypes.c_ulonglong()
+        self.handle = (0, size, address, ctypes.addressof(self._place))
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
+    made = Driver()
+    monkeypatch.setattr("llmserve.devicememory._Driver", lambda _: made)
+    return made
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Handover:
+    monkeypatch.setenv(ADDRESS, "restored afterwards")
+    return Handover()
+
+
+def pages(driver: Driver) -> Pages:
+    from llmserve.devicememory import Pages
+
+    return Pages(0, GPU, driver.create_and_map, driver.unmap_and_release)
+
+
+KV = 3 * PAGE_BYTES + (6 << 20)
+SMALL = 60 << 20
+
+
+def test_what_is_large_consists_of_pages_and_is_freed_by_vllm_s_own_way(
+    driver: Driver, server: Handover
+) -> None:
+    kv, small = Allocation(KV, 1 << 40), Allocation(SMALL, 2 << 40)
+    ours = pages(driver)
+    assert ours.map([kv.handle, small.handle]) == []  # nobody left anything
+    sizes = [size for size, _ in driver.mapped.values()]
+    assert sizes == [PAGE_BYTES] * 3 + [6 << 20, SMALL]
+    assert driver.used() == KV + SMALL
+    assert (1 << 40, KV) in driver.allowed
+    assert len(driver.handles) == 2  # what vLLM knows of each
+    ours.unmap([kv.handle, small.handle])
+    assert driver.used() == 0
+    assert server.bytes(GPU) == 0
+
+
+def test_pages_pass_to_who_is_expected(driver: Driver, server: Handover) -> None:
+    one, other = Allocation(KV, 1 << 40), Allocation(KV + PAGE_BYTES, 2 << 40)
+    goer, comer = pages(driver), pages(driver)
+    goer.map([one.handle])
+    memory = {each for size, each in driver.mapped.values() if size == PAGE_BYTES}
+    with server.expecting([GPU]):
+        goer.unmap([one.handle])
+        assert driver.used() == server.bytes(GPU) == 3 * PAGE_BYTES
+        # What another left is to be cleared.
+        assert comer.map([other.handle]) == [(2 << 40, 3 * PAGE_BYTES)]
+    assert memory < {each for _, each in driver.mapped.values()}
+    assert driver.used() == KV + PAGE_BYTES
+    comer.unmap([other.handle])
+    assert driver.used() == 0
+
+
+def test_more_than_it_can_use_goes_to_the_driver(driver: Driver, server: Handover) -> None:
+    one, other = Allocation(16 * PAGE_BYTES, 1 << 40), Allocation(PAGE_BYTES, 2 << 40)
+    rest = Allocation(SMALL, 3 << 40)
+    goer, comer = pages(driver), pages(driver)
+    goer.map([one.handle])
+    with server.expecting([GPU]):
+        goer.unmap([one.handle])
+        comer.map([other.handle, rest.handle])
+    assert driver.used() == PAGE_BYTES + SMALL
+
+
+@pytest.mark.parametrize("size", [30 * PAGE_BYTES, 19 * PAGE_BYTES])
+def test_without_room_nothing_is_mapped_and_what_was_taken_stays_at_hand(
+    driver: Driver, server: Handover, size: int
+) -> None:
+    """Also where the first of two has room."""
+    one = Allocation(KV, 1 << 40)
+    two = Allocation(size, 2 << 40), Allocation(2 * PAGE_BYTES, 3 << 40)
+    goer, comer = pages(driver), pages(driver)
+    goer.map([one.handle])
+    with server.expecting([GPU]):
+        goer.unmap([one.handle])
+        with pytest.raises(RuntimeError, match="out of memory"):
+            comer.map([each.handle for each in two])
+        assert not driver.mapped
+        assert not driver.handles
+        assert driver.used() == server.bytes(GPU) >= 3 * PAGE_BYTES
+        assert comer.map([one.handle]) == [(1 << 40, 3 * PAGE_BYTES)]
+    assert driver.used() == KV
+
+
+@pytest.mark.parametrize("fails", ["create", "descriptor", "map", "allow"])
+def test_whatever_fails_leaves_nothing(driver: Driver, server: Handover, fails: str) -> None:
+    driver.fails = {fails}
+    with pytest.raises(RuntimeError, match=f"999 from {fails}"):
+        pages(driver).map([Allocation(KV, 1 << 40).handle])
+    assert not driver.mapped
+    assert not driver.handles
+    assert driver.used() == server.bytes(GPU) == 0
+
+
+@pytest.mark.parametrize("why", ["no server", "no support"])
+def test_where_nothing_can_change_hands_it_is_as_vllm_has_it(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    monkeypatch.setenv(ADDRESS, "llmserve-nobody")
+    driver.shares = why != "no support"
+    if why == "no server":
+        monkeypatch.delenv(ADDRESS)
+    one = Allocation(KV, 1 << 40)
+    ours = pages(driver)
+    assert ours.map([one.handle]) == []
+    assert [size for size, _ in driver.mapped.values()] == [KV]
+    ours.unmap([one.handle])
+    assert driver.used() == 0

@@ -1,0 +1,181 @@
+"""Pages between engines: descriptors stand for them, as they do for CUDA."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from llmserve import handover
+from llmserve.handover import ADDRESS, PAGE_BYTES, Handover
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from multiprocessing.connection import Connection
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Handover:
+    monkeypatch.setenv(ADDRESS, "restored afterwards")
+    return Handover()
+
+
+def made(*contents: bytes) -> list[int]:
+    """Pages: what is written there tells them apart."""
+    pages = []
+    for each in contents:
+        page = os.memfd_create("page")
+        os.write(page, each)
+        pages.append(page)
+    return pages
+
+
+def read(pages: list[int]) -> list[bytes]:
+    found = [os.pread(page, 100, 0) for page in pages]
+    for page in pages:
+        os.close(page)
+    return found
+
+
+def descriptors() -> int:
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
+def until(holds: Callable[[], bool]) -> None:
+    end = time.monotonic() + 5
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_what_one_gives_another_takes(server: Handover) -> None:
+    before = descriptors()
+    with server.expecting(["a"]):
+        handover.give("a", made(b"one", b"two"))
+        assert server.bytes("a") == 2 * PAGE_BYTES
+        taken = handover.take("a", 2)
+        assert server.bytes("a") == 0
+    assert read(taken) == [b"one", b"two"]
+    until(lambda: descriptors() == before)
+
+
+def test_more_than_one_message_holds(server: Handover) -> None:
+    contents = [str(number).encode() for number in range(600)]
+    with server.expecting(["a"]):
+        handover.give("a", made(*contents))
+        assert read(handover.take("a", 600)) == contents
+
+
+def test_nothing_is_kept_when_nobody_is_expected(server: Handover) -> None:
+    before = descriptors()
+    handover.give("a", made(b"one"))
+    assert server.bytes("a") == 0
+    assert handover.take("a", 1) == []
+    until(lambda: descriptors() == before)
+
+
+def test_gpus_have_their_own(server: Handover) -> None:
+    with server.expecting(["a", "b"]):
+        handover.give("a", made(b"one"))
+        handover.give("b", made(b"two"))
+        assert handover.take("c", 1) == []
+        assert read(handover.take("b", 1)) == [b"two"]
+        assert server.bytes("a") == PAGE_BYTES
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_what_is_not_taken_goes_back_to_the_driver(server: Handover, count: int) -> None:
+    before = descriptors()
+    with server.expecting(["a"]):
+        handover.give("a", made(b"one", b"two"))
+        assert read(handover.take("a", count)) == [b"one", b"two"][:count]
+        assert server.bytes("a") == 0
+        until(lambda: descriptors() == before)
+
+
+def test_what_nobody_came_for_goes_back_to_the_driver(server: Handover) -> None:
+    before = descriptors()
+    with server.expecting(["a"]):
+        handover.give("a", made(b"one"))
+    assert server.bytes("a") == 0
+    until(lambda: descriptors() == before)
+
+
+def test_another_who_is_expected_keeps_it_open(server: Handover) -> None:
+    with server.expecting(["a"]):
+        with server.expecting(["a"]):
+            pass
+        handover.give("a", made(b"one"))
+        server.drop(["b"])
+        assert server.bytes("a") == PAGE_BYTES
+        server.drop(["a"])
+        assert server.bytes("a") == 0
+
+
+def test_without_a_server_pages_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(ADDRESS, raising=False)
+    before = descriptors()
+    handover.give("a", made(b"one"))
+    assert handover.take("a", 1) == []
+    assert not handover.offered()
+    assert descriptors() == before
+
+
+def test_with_a_server_that_ended_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ADDRESS, "llmserve-nobody")
+    before = descriptors()
+    handover.give("a", made(b"one"))
+    assert handover.take("a", 1) == []
+    assert handover.offered()
+    assert descriptors() == before
+
+
+@pytest.mark.parametrize("word", [b"", b"{", b"[]", b'{"take": 1}', b'{"gpu": "a", "take": "x"}'])
+def test_nonsense_does_not_end_it(server: Handover, word: bytes) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+        connection.connect(f"\0{os.environ[ADDRESS]}")
+        connection.send(word)
+    with server.expecting(["a"]):
+        handover.give("a", made(b"one"))
+        assert read(handover.take("a", 1)) == [b"one"]
+
+
+def test_a_giver_that_ends_on_the_way_costs_nothing(
+    server: Handover, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(handover, "_PATIENCE_S", 0.1)
+    before = descriptors()
+    with server.expecting(["a"]):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+            connection.connect(f"\0{os.environ[ADDRESS]}")
+            connection.send(b'{"gpu": "a"}')
+            assert connection.recv(100) == b"true"
+            pages = made(b"one")
+            socket.send_fds(connection, [b"pages"], pages)
+            read(pages)
+            time.sleep(0.3)  # no end comes
+        assert server.bytes("a") == 0
+        handover.give("a", made(b"two"))
+        assert read(handover.take("a", 1)) == [b"two"]
+    until(lambda: descriptors() == before)
+
+
+def takes_from_elsewhere(found: Connection) -> None:
+    found.send(read(handover.take("a", 5)))
+
+
+def test_from_process_to_process(server: Handover) -> None:
+    spawn = multiprocessing.get_context("spawn")
+    ours, theirs = spawn.Pipe()
+    with server.expecting(["a"]):
+        handover.give("a", made(b"one", b"two"))
+        other = spawn.Process(target=takes_from_elsewhere, args=(theirs,))
+        other.start()
+        assert ours.poll(60)
+        assert ours.recv() == [b"one", b"two"]
+        other.join()
