@@ -1,7 +1,7 @@
 """What an engine's worker has on its GPU, under the addresses that vLLM's allocator reserved.
 
-Large allocations consist of pages that can be handed over to another engine
-(`llmserve.handover`); vLLM makes each of one piece (csrc/cumem_allocator.cpp).
+The KV cache consists of pages that can be handed over to another engine
+(`llmserve.handover`); vLLM makes each allocation of one piece (csrc/cumem_allocator.cpp).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import logging
 import mmap
+import os
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +19,7 @@ from llmserve import handover
 from llmserve.handover import PAGE_BYTES
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from vllm.device_allocator import AllocationData, HandleType
 
@@ -52,9 +53,12 @@ class Pinned:
 
 
 class CudaMemory:
-    """What the calling process has on its current CUDA device."""
+    """What the calling process has on its current CUDA device.
 
-    def __init__(self) -> None:
+    `hands_over`: whether its KV cache may consist of pages.
+    """
+
+    def __init__(self, *, hands_over: bool) -> None:
         from vllm.device_allocator import cumem  # noqa: PLC0415  # looks for CUDA
 
         self.settle = torch.cuda.synchronize
@@ -69,6 +73,7 @@ class CudaMemory:
         self._begin_to_clear.argtypes = [pointer, number, size, pointer]
         gpu = f"GPU-{torch.cuda.get_device_properties(self._device).uuid}"
         self._pages = Pages(self._device, gpu, cumem.create_and_map, cumem.unmap_and_release)
+        self._hands_over = hands_over
 
     @property
     def allocations(self) -> Mapping[int, AllocationData]:
@@ -76,13 +81,17 @@ class CudaMemory:
         return found
 
     def map(self, handles: Sequence[HandleType]) -> None:
-        for start, size in self._pages.map(handles):
+        for start, size in self._pages.map(handles, self._may_pass):
             # Another model's cache could be NaN to this one.
             error = self._begin_to_clear(start, 0, size, self._stream.cuda_stream)
             self._cudart.CUDART_CHECK(error)
 
     def unmap(self, handles: Sequence[HandleType]) -> None:
         self._pages.unmap(handles)
+
+    def _may_pass(self, address: int) -> bool:
+        """Nothing that vLLM frees while the engine lives: it knows of no descriptors."""
+        return self._hands_over and self.allocations[address].tag == "kv_cache"
 
     def pin(self, size: int) -> Pinned:
         return Pinned(self._cudart, size)
@@ -100,12 +109,12 @@ class CudaMemory:
 
 
 class Pages:
-    """Memory of a device, mapped in pages of `handover.PAGE_BYTES` where it is that large.
+    """Memory of a device, some of it mapped in pages of `handover.PAGE_BYTES`.
 
     `create_and_map` and `unmap_and_release` are vLLM's, for one piece. A handle's last entry
-    points to CUDA's handle of the memory, here that of the first page, so that vLLM can free
-    what is mapped here, and the other way round. The pages' other handles are released at
-    once: what is mapped stays.
+    points to CUDA's handle of the memory, here that of the first page, so that
+    `unmap_and_release` is right for both. The pages' other handles are released at once: what
+    is mapped stays.
     """
 
     def __init__(self, device: int, gpu: str, create_and_map: Any, unmap_and_release: Any) -> None:
@@ -116,19 +125,23 @@ class Pages:
         self._in_pages = handover.offered() and self._driver.shares
         self._mapped: dict[int, list[int]] = {}  # descriptors of pages, by address
 
-    def map(self, handles: Sequence[HandleType]) -> list[tuple[int, int]]:
+    def map(
+        self, handles: Sequence[HandleType], may_pass: Callable[[int], bool]
+    ) -> list[tuple[int, int]]:
         """All of them, or none; where what another left lies, and how many bytes of it.
 
-        Raises RuntimeError.
+        `may_pass` says of an address whether what lies there may go to another engine. Raises
+        RuntimeError.
         """
-        wanted = sum(size // PAGE_BYTES for _, size, _, _ in handles) if self._in_pages else 0
+        in_pages = {address for _, _, address, _ in handles if self._in_pages and may_pass(address)}
+        wanted = sum(size // PAGE_BYTES for _, size, at, _ in handles if at in in_pages)
         taken = handover.take(self._gpu, wanted)
         used: list[tuple[int, int]] = []
         done: list[HandleType] = []
         try:
             for handle in handles:
                 _, size, address, _ = handle
-                if self._in_pages and size >= PAGE_BYTES:
+                if address in in_pages and size >= PAGE_BYTES:
                     used.append((address, min(size // PAGE_BYTES, len(taken)) * PAGE_BYTES))
                     self._map_pages(handle, taken)
                 else:
@@ -172,24 +185,25 @@ class Pages:
         """A handle of memory; its descriptor goes to `pages` if it is a whole page."""
         if length < PAGE_BYTES:
             return self._driver.create(length, shared=False)
-        if taken:
-            page = self._driver.of(taken[-1])
-            pages.append(taken.pop())
-        else:
-            page = self._driver.create(length, shared=True)
-            try:
-                pages.append(self._driver.descriptor(page))
-            except RuntimeError:
-                self._driver.release(page)
-                raise
+        while taken:
+            with contextlib.suppress(RuntimeError):  # it is not to be had any more
+                page = self._driver.of(taken[-1])
+                pages.append(taken.pop())
+                return page
+            os.close(taken.pop())
+        page = self._driver.create(length, shared=True)
+        with contextlib.suppress(RuntimeError):  # then it stays here
+            pages.append(self._driver.descriptor(page))
         return page
 
     def unmap(self, handles: Sequence[HandleType]) -> None:
         pages: list[int] = []
-        for handle in handles:
-            self._unmap(handle)
-            pages += self._mapped.pop(handle[2], ())
-        handover.give(self._gpu, pages)
+        try:
+            for handle in handles:
+                self._unmap(handle)
+                pages += self._mapped.pop(handle[2], ())
+        finally:
+            handover.give(self._gpu, pages)
 
 
 class _Location(ctypes.Structure):

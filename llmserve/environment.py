@@ -7,6 +7,7 @@ once, here, and never again.
 from __future__ import annotations
 
 import os
+import resource
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -30,6 +31,7 @@ def is_cpu_build() -> bool:
 
 def prepare(engines: int, log_dir: Path, env: MutableMapping[str, str] = os.environ) -> list[str]:
     """Set up the environment for so many engines; returns what the operator should know."""
+    _raise_descriptors()
     env[LOG_DIR] = str(log_dir)
     # A forked child of a process with threads can deadlock; spawned ones start clean.
     env["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
@@ -41,6 +43,12 @@ def prepare(engines: int, log_dir: Path, env: MutableMapping[str, str] = os.envi
     # Answers can be fetched again by id; serving.py bounds how many are kept.
     env.setdefault("VLLM_ENABLE_RESPONSES_API_STORE", "1")
     return list(_prepare_cpu(engines, env)) if is_cpu_build() else []
+
+
+def _raise_descriptors() -> None:
+    """As many as may be: a client takes one, and GPU memory that changes hands one a page."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _prepare_cpu(engines: int, env: MutableMapping[str, str]) -> Iterator[str]:

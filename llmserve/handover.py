@@ -1,23 +1,23 @@
 """GPU memory that passes from an engine that falls asleep to one that wakes.
 
-What goes back to the driver is cleared before anybody has it again, which takes longer than
-all else of a swap but the weights. Here physical memory changes hands instead, in pages
+By way of the driver that takes a quarter of a second and more (docs/performance.md). Here physical memory changes hands instead, in pages
 that are file descriptors (CUDA driver API, cuMemExportToShareableHandle): a worker offers
 what it unmaps, the server keeps it while somebody is expected on that GPU, and whoever
-wakes takes what it can use. A page without a descriptor left is the driver's again, so
-whatever goes wrong on the way costs time and no memory.
+wakes takes what it can use. A page that nobody maps, and to which no descriptor is left, is
+the driver's again, so whatever goes wrong on the way costs time and no memory.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hmac
 import json
 import logging
 import os
 import secrets
 import socket
-import struct
 import threading
+import time
 from collections import Counter, defaultdict
 from typing import TYPE_CHECKING, Any
 
@@ -28,10 +28,11 @@ if TYPE_CHECKING:
 log = logging.getLogger("vllm.llmserve.handover")
 
 PAGE_BYTES = 256 << 20
-ADDRESS = "LLMSERVE_HANDOVER"  # in the environment: where the server listens
+ADDRESS = "LLMSERVE_HANDOVER"  # in the environment: where the server listens, and what it asks
 _PER_MESSAGE = 250  # descriptors; Linux takes 253 (SCM_MAX_FD)
 _MESSAGE_BYTES = 4096
 _PATIENCE_S = 5.0  # with the other end
+_PAUSE_S = 0.1  # after a connection that could not be accepted
 
 
 class Handover:
@@ -43,10 +44,11 @@ class Handover:
         self._pages: defaultdict[str, list[int]] = defaultdict(list)
         # An abstract name: nothing is left when the server ends, however that happens.
         name = f"llmserve-{os.getpid()}-{secrets.token_hex(8)}"
+        self._secret = secrets.token_hex()  # the name can be seen in /proc/net/unix
         self._listening = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._listening.bind(f"\0{name}")
         self._listening.listen(64)
-        os.environ[ADDRESS] = name
+        os.environ[ADDRESS] = f"{name} {self._secret}"
         threading.Thread(target=self._listen, name="handover", daemon=True).start()
 
     @contextlib.contextmanager
@@ -59,13 +61,15 @@ class Handover:
         finally:
             with self._lock:
                 self._expected.subtract(gpus)
-            self.drop(gpus)
+                unexpected = [gpu for gpu in gpus if not self._expected[gpu]]
+            self.drop(unexpected)
 
     def drop(self, gpus: Iterable[str]) -> None:
-        """Back to the driver."""
+        """Back to the driver, some moments later: that takes as long as it has to clear."""
         with self._lock:
-            for gpu in gpus:
-                _close(self._pages.pop(gpu, ()))
+            pages = [page for gpu in gpus for page in self._pages.pop(gpu, ())]
+        if pages:
+            threading.Thread(target=_close, args=(pages,), name="handover-drop").start()
 
     def bytes(self, gpu: str) -> int:
         """Between two engines at this moment."""
@@ -74,17 +78,30 @@ class Handover:
 
     def _listen(self) -> None:
         while True:
-            connection, _ = self._listening.accept()
-            with connection, contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            try:
+                connection, _ = self._listening.accept()
+            except OSError as error:  # no descriptor is left
+                log.warning("memory goes by way of the driver: %s", error)
+                time.sleep(_PAUSE_S)
+                continue
+            threading.Thread(target=self._meet, args=(connection,), daemon=True).start()
+
+    def _meet(self, connection: socket.socket) -> None:
+        with connection:
+            try:
                 connection.settimeout(_PATIENCE_S)
-                if _user_of(connection) == os.getuid():
-                    self._answer(connection, json.loads(connection.recv(_MESSAGE_BYTES)))
+                self._answer(connection, json.loads(connection.recv(_MESSAGE_BYTES)))
+            except Exception as error:
+                log.warning("a handover was broken off: %s: %s", type(error).__name__, error)
 
     def _answer(self, connection: socket.socket, asked: dict[str, Any]) -> None:
-        if "take" in asked:
-            _send(connection, self._taken(str(asked["gpu"]), int(asked["take"])))
-            return
+        """Raises whatever is wrong with what is asked."""
+        if not hmac.compare_digest(asked["secret"], self._secret):
+            raise PermissionError("by somebody who does not know the secret")
         gpu = str(asked["gpu"])
+        if "take" in asked:
+            _send(connection, self._taken(gpu, int(asked["take"])))
+            return
         with self._lock:
             wanted = self._expected[gpu] > 0
         connection.send(json.dumps(wanted).encode())
@@ -109,9 +126,8 @@ class Handover:
 def give(gpu: str, pages: Sequence[int]) -> None:
     """Offer pages of a GPU, and close them."""
     try:
-        if pages and (connection := _connection()) is not None:
+        if pages and (connection := _asking({"gpu": gpu})) is not None:
             with connection:
-                connection.send(json.dumps({"gpu": gpu}).encode())
                 if json.loads(connection.recv(_MESSAGE_BYTES)):
                     _send(connection, pages, close=False)
                     connection.recv(_MESSAGE_BYTES)
@@ -124,10 +140,9 @@ def give(gpu: str, pages: Sequence[int]) -> None:
 def take(gpu: str, count: int) -> list[int]:
     """As many pages of a GPU as there are, `count` at the most. Nobody else gets the rest."""
     try:
-        if (connection := _connection()) is None:
+        if (connection := _asking({"gpu": gpu, "take": count})) is None:
             return []
         with connection:
-            connection.send(json.dumps({"gpu": gpu, "take": count}).encode())
             return _received(connection)
     except OSError as error:
         log.warning("memory comes from the driver: %s", error)
@@ -139,13 +154,16 @@ def offered() -> bool:
     return ADDRESS in os.environ
 
 
-def _connection() -> socket.socket | None:
-    if not offered():
+def _asking(asked: dict[str, Any]) -> socket.socket | None:
+    """A connection to the server, on which this has been asked."""
+    name, _, secret = os.environ.get(ADDRESS, "").partition(" ")
+    if not name:
         return None
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     connection.settimeout(_PATIENCE_S)
     try:
-        connection.connect(f"\0{os.environ[ADDRESS]}")
+        connection.connect(f"\0{name}")
+        connection.send(json.dumps({"secret": secret, **asked}).encode())
     except OSError:
         connection.close()
         raise
@@ -168,6 +186,8 @@ def _received(connection: socket.socket) -> list[int]:
         while True:
             word, found, _, _ = socket.recv_fds(connection, _MESSAGE_BYTES, _PER_MESSAGE)
             pages += found
+            for page in found:  # `recv_fds` leaves its flags out
+                os.set_inheritable(page, False)
             if word != b"pages":
                 return pages
     except OSError:
@@ -178,10 +198,3 @@ def _received(connection: socket.socket) -> list[int]:
 def _close(pages: Iterable[int]) -> None:
     for page in pages:
         os.close(page)
-
-
-def _user_of(connection: socket.socket) -> int:
-    """Who is at the other end (unix(7), SO_PEERCRED)."""
-    size = struct.calcsize("3i")
-    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
-    return int(struct.unpack("3i", credentials)[1])

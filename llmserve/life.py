@@ -294,15 +294,15 @@ class Life:
         return None
 
     def fits(self, replicas: Iterable[Replica]) -> bool:
-        """Whether they find room beside all that are here, with nobody giving way."""
+        """Whether they find room beside all that are here; at most sleepers give way."""
         wanted: Counter[int] = Counter()
         for replica in replicas:
             wanted.update(self._takes(replica, Level.READY))
         here = [
-            Resident(each, level, each.holds, gives_way=False)
+            Resident(each, level, each.holds, gives_way=each.state is State.SLEEPING)
             for each, level in self._booked.items()
         ]
-        return room(wanted, self._backend.capacity, here) == []
+        return room(wanted, self._backend.capacity, here) is not None
 
     def _unless_hopeless(self, replica: Replica, takes: Takes) -> None:
         staying = [

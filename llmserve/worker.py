@@ -57,7 +57,7 @@ class GpuWorker(Worker):
     def initialize_from_config(self, kv_cache_config: Any) -> None:
         with self._timed("kv_cache"):
             super().initialize_from_config(kv_cache_config)
-            if self.model_config.enable_sleep_mode and self.vllm_config.kv_transfer_config is None:
+            if self.model_config.enable_sleep_mode and self._hands_over:
                 self.sleep_mode_backend.adopt("kv_cache")
 
     def compile_or_warm_up_model(self) -> Any:
@@ -86,8 +86,14 @@ class GpuWorker(Worker):
     def sleep_mode_backend(self) -> HostCopies:
         """Ours whatever the config names: vLLM 0.32 has no engine argument for it."""
         if self._sleep_mode_backend is None:
-            self._sleep_mode_backend = HostCopies(CudaMemory(), self._unchanging)
+            memory = CudaMemory(hands_over=self._hands_over)
+            self._sleep_mode_backend = HostCopies(memory, self._unchanging)
         return self._sleep_mode_backend
+
+    @property
+    def _hands_over(self) -> bool:
+        """Whether the memory of its KV cache may change: a connector knows it by address."""
+        return self.vllm_config.kv_transfer_config is None
 
     def _unchanging(self) -> Iterator[Span]:
         """The model's parameters, where nothing moves or replaces them while it serves."""

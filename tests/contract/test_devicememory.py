@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from llmserve.handover import ADDRESS, PAGE_BYTES, Handover
+from tests.unit.test_handover import until
 
 if TYPE_CHECKING:
     from llmserve.devicememory import Pages
@@ -67,6 +68,7 @@ class Driver:
         return page
 
     def of(self, descriptor: int) -> int:
+        self._unless("of")
         handle = next(self._numbers)
         self.handles[handle] = self.exports[inode_of(descriptor)]
         return handle
@@ -141,6 +143,11 @@ def pages(driver: Driver) -> Pages:
     return Pages(0, GPU, driver.create_and_map, driver.unmap_and_release)
 
 
+def anything(_: int) -> bool:
+    """May change hands."""
+    return True
+
+
 KV = 3 * PAGE_BYTES + (6 << 20)
 SMALL = 60 << 20
 
@@ -150,7 +157,7 @@ def test_what_is_large_consists_of_pages_and_is_freed_by_vllm_s_own_way(
 ) -> None:
     kv, small = Allocation(KV, 1 << 40), Allocation(SMALL, 2 << 40)
     ours = pages(driver)
-    assert ours.map([kv.handle, small.handle]) == []  # nobody left anything
+    assert ours.map([kv.handle, small.handle], anything) == []  # nobody left anything
     sizes = [size for size, _ in driver.mapped.values()]
     assert sizes == [PAGE_BYTES] * 3 + [6 << 20, SMALL]
     assert driver.used() == KV + SMALL
@@ -164,13 +171,13 @@ def test_what_is_large_consists_of_pages_and_is_freed_by_vllm_s_own_way(
 def test_pages_pass_to_who_is_expected(driver: Driver, server: Handover) -> None:
     one, other = Allocation(KV, 1 << 40), Allocation(KV + PAGE_BYTES, 2 << 40)
     goer, comer = pages(driver), pages(driver)
-    goer.map([one.handle])
+    goer.map([one.handle], anything)
     memory = {each for size, each in driver.mapped.values() if size == PAGE_BYTES}
     with server.expecting([GPU]):
         goer.unmap([one.handle])
         assert driver.used() == server.bytes(GPU) == 3 * PAGE_BYTES
         # What another left is to be cleared.
-        assert comer.map([other.handle]) == [(2 << 40, 3 * PAGE_BYTES)]
+        assert comer.map([other.handle], anything) == [(2 << 40, 3 * PAGE_BYTES)]
     assert memory < {each for _, each in driver.mapped.values()}
     assert driver.used() == KV + PAGE_BYTES
     comer.unmap([other.handle])
@@ -181,10 +188,10 @@ def test_more_than_it_can_use_goes_to_the_driver(driver: Driver, server: Handove
     one, other = Allocation(16 * PAGE_BYTES, 1 << 40), Allocation(PAGE_BYTES, 2 << 40)
     rest = Allocation(SMALL, 3 << 40)
     goer, comer = pages(driver), pages(driver)
-    goer.map([one.handle])
+    goer.map([one.handle], anything)
     with server.expecting([GPU]):
         goer.unmap([one.handle])
-        comer.map([other.handle, rest.handle])
+        comer.map([other.handle, rest.handle], anything)
     assert driver.used() == PAGE_BYTES + SMALL
 
 
@@ -196,26 +203,63 @@ def test_without_room_nothing_is_mapped_and_what_was_taken_stays_at_hand(
     one = Allocation(KV, 1 << 40)
     two = Allocation(size, 2 << 40), Allocation(2 * PAGE_BYTES, 3 << 40)
     goer, comer = pages(driver), pages(driver)
-    goer.map([one.handle])
+    goer.map([one.handle], anything)
     with server.expecting([GPU]):
         goer.unmap([one.handle])
         with pytest.raises(RuntimeError, match="out of memory"):
-            comer.map([each.handle for each in two])
+            comer.map([each.handle for each in two], anything)
         assert not driver.mapped
         assert not driver.handles
         assert driver.used() == server.bytes(GPU) >= 3 * PAGE_BYTES
-        assert comer.map([one.handle]) == [(1 << 40, 3 * PAGE_BYTES)]
+        assert comer.map([one.handle], anything) == [(1 << 40, 3 * PAGE_BYTES)]
     assert driver.used() == KV
 
 
-@pytest.mark.parametrize("fails", ["create", "descriptor", "map", "allow"])
+@pytest.mark.parametrize("fails", ["create", "map", "allow"])
 def test_whatever_fails_leaves_nothing(driver: Driver, server: Handover, fails: str) -> None:
     driver.fails = {fails}
     with pytest.raises(RuntimeError, match=f"999 from {fails}"):
-        pages(driver).map([Allocation(KV, 1 << 40).handle])
+        pages(driver).map([Allocation(KV, 1 << 40).handle], anything)
     assert not driver.mapped
     assert not driver.handles
     assert driver.used() == server.bytes(GPU) == 0
+
+
+@pytest.mark.parametrize("fails", ["of", "descriptor"])
+def test_a_page_that_cannot_change_hands_comes_from_the_driver(
+    driver: Driver, server: Handover, fails: str
+) -> None:
+    one, other = Allocation(KV, 1 << 40), Allocation(KV, 2 << 40)
+    goer, comer = pages(driver), pages(driver)
+    driver.fails = {fails}
+    goer.map([one.handle], anything)
+    with server.expecting([GPU]):
+        goer.unmap([one.handle])
+        comer.map([other.handle], anything)
+    until(lambda: driver.used() == KV)
+    comer.unmap([other.handle])
+    assert driver.used() == 0
+
+
+def test_what_may_not_pass_is_of_one_piece(driver: Driver, server: Handover) -> None:
+    cache, weights = Allocation(KV, 1 << 40), Allocation(KV, 2 << 40)
+    ours = pages(driver)
+    ours.map([cache.handle, weights.handle], lambda address: address == 1 << 40)
+    assert [size for size, _ in driver.mapped.values()] == [PAGE_BYTES] * 3 + [6 << 20, KV]
+    with server.expecting([GPU]):
+        ours.unmap([weights.handle, cache.handle])
+        assert server.bytes(GPU) == driver.used() == 3 * PAGE_BYTES
+
+
+def test_what_vllm_cannot_unmap_keeps_no_descriptors_of_the_others(
+    driver: Driver, server: Handover
+) -> None:
+    one, other = Allocation(KV, 1 << 40), Allocation(KV, 2 << 40)
+    ours = pages(driver)
+    ours.map([one.handle], anything)
+    with pytest.raises(AssertionError):
+        ours.unmap([one.handle, other.handle])  # which is not mapped
+    assert driver.used() == 0
 
 
 @pytest.mark.parametrize("why", ["no server", "no support"])
@@ -228,7 +272,7 @@ def test_where_nothing_can_change_hands_it_is_as_vllm_has_it(
         monkeypatch.delenv(ADDRESS)
     one = Allocation(KV, 1 << 40)
     ours = pages(driver)
-    assert ours.map([one.handle]) == []
+    assert ours.map([one.handle], anything) == []
     assert [size for size, _ in driver.mapped.values()] == [KV]
     ours.unmap([one.handle])
     assert driver.used() == 0

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import resource
 import socket
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +17,7 @@ from llmserve import handover
 from llmserve.handover import ADDRESS, PAGE_BYTES, Handover
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from multiprocessing.connection import Connection
 
 
@@ -109,8 +111,7 @@ def test_what_nobody_came_for_goes_back_to_the_driver(server: Handover) -> None:
 def test_another_who_is_expected_keeps_it_open(server: Handover) -> None:
     with server.expecting(["a"]):
         with server.expecting(["a"]):
-            pass
-        handover.give("a", made(b"one"))
+            handover.give("a", made(b"one"))
         server.drop(["b"])
         assert server.bytes("a") == PAGE_BYTES
         server.drop(["a"])
@@ -135,14 +136,81 @@ def test_with_a_server_that_ended_too(monkeypatch: pytest.MonkeyPatch) -> None:
     assert descriptors() == before
 
 
-@pytest.mark.parametrize("word", [b"", b"{", b"[]", b'{"take": 1}', b'{"gpu": "a", "take": "x"}'])
-def test_nonsense_does_not_end_it(server: Handover, word: bytes) -> None:
+@contextmanager
+def connected() -> Iterator[tuple[socket.socket, str]]:
+    """A connection of somebody else's, and the secret."""
+    name, secret = os.environ[ADDRESS].split()
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
-        connection.connect(f"\0{os.environ[ADDRESS]}")
-        connection.send(word)
+        connection.settimeout(5)
+        connection.connect(f"\0{name}")
+        yield connection, secret
+
+
+NONSENSE = (
+    "",
+    "{",
+    "[]",
+    "1e999",
+    "[" * 3000,
+    '{"take": 1}',
+    '{"secret": "SECRET"}',
+    '{"secret": "SECRET", "gpu": "a", "take": "x"}',
+    '{"secret": "SECRET", "gpu": "a", "take": Infinity}',
+)
+
+
+@pytest.mark.parametrize("word", NONSENSE)
+def test_nonsense_does_not_end_it(server: Handover, word: str) -> None:
+    with connected() as (connection, secret):
+        connection.send(word.replace("SECRET", secret).encode())
     with server.expecting(["a"]):
         handover.give("a", made(b"one"))
         assert read(handover.take("a", 1)) == [b"one"]
+
+
+@pytest.mark.parametrize("secret", ['"wrong"', '""', "null", "1"])
+def test_whoever_does_not_know_the_secret_gets_nothing(server: Handover, secret: str) -> None:
+    with server.expecting(["a"]):
+        handover.give("a", made(b"one"))
+        with connected() as (connection, _):
+            connection.send(b'{"secret": %b, "gpu": "a", "take": 1}' % secret.encode())
+            assert connection.recv(100) == b""
+        assert server.bytes("a") == PAGE_BYTES
+
+
+def test_whoever_says_nothing_holds_nobody_up(server: Handover) -> None:
+    with connected(), server.expecting(["a"]):
+        began = time.monotonic()
+        handover.give("a", made(b"one"))
+        assert read(handover.take("a", 1)) == [b"one"]
+        assert time.monotonic() - began < handover._PATIENCE_S / 2
+
+
+def test_without_a_descriptor_for_a_connection_it_goes_on(
+    server: Handover, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(handover, "_PATIENCE_S", 0.2)
+    name = os.environ[ADDRESS].split()[0]
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))  # all that there may be are taken
+        try:
+            connection.connect(f"\0{name}")
+            time.sleep(0.1)  # it cannot be accepted
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        with server.expecting(["a"]):
+            while not server.bytes("a"):
+                handover.give("a", made(b"one"))
+            assert read(handover.take("a", 1)) == [b"one"]
+
+
+def test_a_page_is_not_passed_on_to_programs_that_are_started(server: Handover) -> None:
+    with server.expecting(["a"]):
+        handover.give("a", made(b"one"))
+        (page,) = handover.take("a", 1)
+    assert not os.get_inheritable(page)
+    os.close(page)
 
 
 def test_a_giver_that_ends_on_the_way_costs_nothing(
@@ -151,9 +219,8 @@ def test_a_giver_that_ends_on_the_way_costs_nothing(
     monkeypatch.setattr(handover, "_PATIENCE_S", 0.1)
     before = descriptors()
     with server.expecting(["a"]):
-        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
-            connection.connect(f"\0{os.environ[ADDRESS]}")
-            connection.send(b'{"gpu": "a"}')
+        with connected() as (connection, secret):
+            connection.send(b'{"secret": "%b", "gpu": "a"}' % secret.encode())
             assert connection.recv(100) == b"true"
             pages = made(b"one")
             socket.send_fds(connection, [b"pages"], pages)

@@ -728,6 +728,16 @@ async def test_a_sleeper_without_room_in_host_memory_sleeps_without_its_weights(
     assert box.running("a").slept == [Level.KV_RELEASED, Level.DISK]
 
 
+async def test_a_sleeper_does_not_keep_others_from_room_that_it_would_give_up() -> None:
+    sizes: dict[str, Any] = {"a": sleeping(60), "b": 30, "c": 40}
+    box = Box(spec("a", start="sleeping"), spec("b"), lazy("c"), sizes=sizes)
+    await soon(box.pool.start())
+    assert box.levels()["a"] is Level.KV_RELEASED
+    assert box.pool.life.fits([box.replica("c")])
+    await box.use("a")
+    assert not box.pool.life.fits([box.replica("c")])
+
+
 # --- idle ones
 
 
