@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import logging
 import mmap
 import os
 from typing import TYPE_CHECKING, Any
@@ -16,14 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmserve import handover
+from llmserve.cudadriver import Driver
 from llmserve.handover import PAGE_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from vllm.device_allocator import AllocationData, HandleType
-
-log = logging.getLogger("vllm.llmserve.devicememory")
 
 
 class Pinned:
@@ -121,7 +119,7 @@ class Pages:
         self._gpu = gpu
         self._map_whole = create_and_map
         self._unmap = unmap_and_release
-        self._driver = _Driver(device)
+        self._driver = Driver(device)
         self._in_pages = handover.offered() and self._driver.shares
         self._mapped: dict[int, list[int]] = {}  # descriptors of pages, by address
 
@@ -142,8 +140,9 @@ class Pages:
             for handle in handles:
                 _, size, address, _ = handle
                 if address in in_pages and size >= PAGE_BYTES:
-                    used.append((address, min(size // PAGE_BYTES, len(taken)) * PAGE_BYTES))
+                    before = len(taken)
                     self._map_pages(handle, taken)
+                    used.append((address, (before - len(taken)) * PAGE_BYTES))
                 else:
                     self._map_whole(handle)
                 done.append(handle)
@@ -204,97 +203,6 @@ class Pages:
                 pages += self._mapped.pop(handle[2], ())
         finally:
             handover.give(self._gpu, pages)
-
-
-class _Location(ctypes.Structure):
-    _fields_ = (("type", ctypes.c_int), ("id", ctypes.c_int))
-
-
-class _Properties(ctypes.Structure):
-    """CUmemAllocationProp of cuda.h."""
-
-    _fields_ = (
-        ("type", ctypes.c_int),
-        ("handle_types", ctypes.c_int),
-        ("location", _Location),
-        ("windows", ctypes.c_void_p),
-        ("flags", ctypes.c_ubyte * 8),
-    )
-
-
-class _Access(ctypes.Structure):
-    """CUmemAccessDesc of cuda.h."""
-
-    _fields_ = (("location", _Location), ("flags", ctypes.c_int))
-
-
-class _Driver:
-    """What is needed of CUDA's virtual memory management (CUDA driver API, 6.14).
-
-    Each raises RuntimeError with CUDA's number for what went wrong; 2 is "out of memory".
-    """
-
-    _DEVICE = _PINNED = _DESCRIPTOR = 1  # CU_MEM_LOCATION_TYPE_, _ALLOCATION_TYPE_, _HANDLE_TYPE_
-    _READ_AND_WRITE = 3
-    _SHARES = 103  # CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED
-
-    def __init__(self, device: int) -> None:
-        self._library = ctypes.CDLL("libcuda.so.1")
-        self._location = _Location(self._DEVICE, device)
-        number, address, size = ctypes.c_int, ctypes.c_ulonglong, ctypes.c_size_t
-        pointer = ctypes.c_void_p
-        for name, arguments in (
-            ("cuDeviceGetAttribute", [pointer, number, number]),
-            ("cuMemCreate", [pointer, size, pointer, address]),
-            ("cuMemMap", [address, size, size, address, address]),
-            ("cuMemSetAccess", [address, size, pointer, size]),
-            ("cuMemUnmap", [address, size]),
-            ("cuMemRelease", [address]),
-            ("cuMemExportToShareableHandle", [pointer, address, number, address]),
-            ("cuMemImportFromShareableHandle", [pointer, pointer, number]),
-        ):
-            getattr(self._library, name).argtypes = arguments
-        found = number()
-        self._call("cuDeviceGetAttribute", ctypes.byref(found), self._SHARES, device)
-        self.shares = bool(found.value)
-
-    def _call(self, name: str, *arguments: Any) -> None:
-        if error := getattr(self._library, name)(*arguments):
-            why = "out of memory" if error == 2 else f"error {error}"  # cuda.h
-            raise RuntimeError(f"CUDA: {why} from {name}")
-
-    def create(self, size: int, *, shared: bool) -> int:
-        handle = ctypes.c_ulonglong()
-        kind = self._DESCRIPTOR if shared else 0
-        properties = _Properties(self._PINNED, kind, self._location)
-        self._call("cuMemCreate", ctypes.byref(handle), size, ctypes.byref(properties), 0)
-        return handle.value
-
-    def of(self, descriptor: int) -> int:
-        handle = ctypes.c_ulonglong()
-        name = "cuMemImportFromShareableHandle"
-        self._call(name, ctypes.byref(handle), descriptor, self._DESCRIPTOR)
-        return handle.value
-
-    def descriptor(self, handle: int) -> int:
-        found = ctypes.c_int()
-        name = "cuMemExportToShareableHandle"
-        self._call(name, ctypes.byref(found), handle, self._DESCRIPTOR, 0)
-        return found.value
-
-    def map(self, address: int, size: int, handle: int) -> None:
-        self._call("cuMemMap", address, size, 0, handle, 0)
-
-    def allow(self, address: int, size: int) -> None:
-        """Reading and writing."""
-        access = _Access(self._location, self._READ_AND_WRITE)
-        self._call("cuMemSetAccess", address, size, ctypes.byref(access), 1)
-
-    def unmap(self, address: int, size: int) -> None:
-        self._call("cuMemUnmap", address, size)
-
-    def release(self, handle: int) -> None:
-        self._call("cuMemRelease", handle)
 
 
 def trimmed_bytes() -> int:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator, MutableMapping
 
+_DESCRIPTORS = 65_536  # as vLLM's own server allows itself; more slows programs that close all
 # Where llmserve.child sends the output of engine processes.
 LOG_DIR = "LLMSERVE_LOG_DIR"
 
@@ -46,9 +47,11 @@ def prepare(engines: int, log_dir: Path, env: MutableMapping[str, str] = os.envi
 
 
 def _raise_descriptors() -> None:
-    """As many as may be: a client takes one, and GPU memory that changes hands one a page."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    """A client takes one, and GPU memory that changes hands one a page."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _DESCRIPTORS if hard == resource.RLIM_INFINITY else min(_DESCRIPTORS, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _prepare_cpu(engines: int, env: MutableMapping[str, str]) -> Iterator[str]:

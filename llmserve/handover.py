@@ -1,9 +1,9 @@
 """GPU memory that passes from an engine that falls asleep to one that wakes.
 
-By way of the driver that takes a quarter of a second and more (docs/performance.md). Here physical memory changes hands instead, in pages
-that are file descriptors (CUDA driver API, cuMemExportToShareableHandle): a worker offers
-what it unmaps, the server keeps it while somebody is expected on that GPU, and whoever
-wakes takes what it can use. A page that nobody maps, and to which no descriptor is left, is
+By way of the driver that takes a quarter of a second for 36 GiB (docs/performance.md). Here
+physical memory changes hands instead, in pages that are file descriptors (CUDA driver API,
+cuMemExportToShareableHandle): a worker offers what it unmaps, the server keeps it while
+somebody is expected on that GPU, and whoever wakes takes what it can use. A page that nobody maps, and to which no descriptor is left, is
 the driver's again, so whatever goes wrong on the way costs time and no memory.
 """
 

@@ -311,7 +311,7 @@ class HostCopies(SleepModeBackend):
         self._state = "RESUMING"
         kept, scratch = self._asleep(tags)
         try:
-            # Before any copy begins: the driver makes memory ready with what copies, too.
+            # Before any copy begins: beside one, it takes longer (docs/performance.md).
             self._memory.map([data.handle for data in (*scratch, *kept)])
         except RuntimeError as error:
             self._state = "SUSPENDED"

@@ -299,7 +299,12 @@ class Life:
         for replica in replicas:
             wanted.update(self._takes(replica, Level.READY))
         here = [
-            Resident(each, level, each.holds, gives_way=each.state is State.SLEEPING)
+            Resident(
+                each,
+                level,
+                each.holds,
+                gives_way=each.state is State.SLEEPING and _gives_way(each, busy=False),
+            )
             for each, level in self._booked.items()
         ]
         return room(wanted, self._backend.capacity, here) is not None

@@ -100,7 +100,7 @@ def error_response(error: LLMServeError) -> Response:
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
-    """A request body as a JSON object.
+    """A request body as a JSON object; integers beyond 64 bits are floats (RFC 8259, 6).
 
     Raises RequestError, which never repeats the body.
     """

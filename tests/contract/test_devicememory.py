@@ -6,6 +6,7 @@ import ctypes
 import itertools
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -127,7 +128,7 @@ class Allocation:
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
     made = Driver()
-    monkeypatch.setattr("llmserve.devicememory._Driver", lambda _: made)
+    monkeypatch.setattr("llmserve.devicememory.Driver", lambda _: made)
     return made
 
 
@@ -276,3 +277,70 @@ def test_where_nothing_can_change_hands_it_is_as_vllm_has_it(
     assert [size for size, _ in driver.mapped.values()] == [KV]
     ours.unmap([one.handle])
     assert driver.used() == 0
+
+
+# --- what of a worker's memory may pass
+
+
+class Cudart:
+    """Notes what is cleared."""
+
+    def __init__(self) -> None:
+        self.cleared: list[tuple[int, int, int, int]] = []
+        self.lib = SimpleNamespace(
+            cudaMemcpyAsync=Function(), cudaMemsetAsync=Function(self._clear)
+        )
+
+    def _clear(self, *arguments: int) -> int:
+        self.cleared.append(arguments)  # type: ignore[arg-type]
+        return 0
+
+    def CUDART_CHECK(self, error: int) -> None:  # noqa: N802  # vLLM's name
+        assert error == 0
+
+
+class Function:
+    """One of a library's, with a place for `argtypes`."""
+
+    def __init__(self, does: Any = None) -> None:
+        self._does = does
+
+    def __call__(self, *arguments: int) -> Any:
+        return self._does(*arguments)
+
+
+@pytest.mark.parametrize("hands_over", [True, False])
+def test_the_kv_cache_alone_passes_and_is_cleared(
+    driver: Driver, server: Handover, monkeypatch: pytest.MonkeyPatch, *, hands_over: bool
+) -> None:
+    import torch
+    from vllm.device_allocator import AllocationData, cumem
+
+    from llmserve.devicememory import CudaMemory
+
+    cache, weights = Allocation(KV, 1 << 40), Allocation(KV, 2 << 40)
+    data = {
+        cache.handle[2]: AllocationData(cache.handle, "kv_cache"),
+        weights.handle[2]: AllocationData(weights.handle, "weights"),
+    }
+    cudart = Cudart()
+    allocator = SimpleNamespace(pointer_to_data=data)
+    monkeypatch.setattr(
+        cumem, "CuMemAllocator", SimpleNamespace(get_instance=lambda: allocator), raising=False
+    )
+    monkeypatch.setattr(cumem, "libcudart", cudart, raising=False)
+    monkeypatch.setattr(cumem, "create_and_map", driver.create_and_map)
+    monkeypatch.setattr(cumem, "unmap_and_release", driver.unmap_and_release)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: SimpleNamespace(cuda_stream=7))
+    uuid = GPU.removeprefix("GPU-")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid=uuid))
+    memory = CudaMemory(hands_over=hands_over)
+    handles = [each.handle for each in data.values()]
+    memory.map(handles)
+    assert not cudart.cleared  # the driver's
+    with server.expecting([GPU]):
+        memory.unmap(handles)
+        assert server.bytes(GPU) == (3 * PAGE_BYTES if hands_over else 0)
+        memory.map(handles)
+    assert cudart.cleared == ([(1 << 40, 0, 3 * PAGE_BYTES, 7)] if hands_over else [])

@@ -16,16 +16,13 @@ import pytest
 
 from llmserve import nvml
 from llmserve.handover import PAGE_BYTES, Handover
-from tests.gpu.test_up import gpus
+from tests.gpu import MARKS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from multiprocessing.connection import Connection
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not gpus(), reason="no NVIDIA GPU here (nvidia-smi lists none)"),
-]
+pytestmark = MARKS
 
 GPU = "GPU-under-test"
 CACHE = 16 * PAGE_BYTES + (10 << 20)
@@ -40,10 +37,11 @@ class Device:
     def __init__(self) -> None:
         import torch
 
-        from llmserve.devicememory import Pages, _Driver
+        from llmserve.cudadriver import Driver
+        from llmserve.devicememory import Pages
 
         torch.zeros(1, device="cuda:0")  # a context
-        self.driver = _Driver(0)
+        self.driver = Driver(0)
         self.library = self.driver._library
         self.pages = Pages(0, GPU, self.create_and_map, self.unmap_and_release)
         self._handles: dict[int, tuple[int, int, int, int]] = {}

@@ -23,16 +23,13 @@ from llmserve.config import ModelSpec
 from llmserve.errors import EngineError
 from llmserve.gpus import gib
 from llmserve.residency import Level
-from tests.gpu.test_up import gpus
+from tests.gpu import MARKS
 from tests.integration.conftest import CHAT
 
 if TYPE_CHECKING:
     from llmserve.engine import Engine
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not gpus(), reason="no NVIDIA GPU here (nvidia-smi lists none)"),
-]
+pytestmark = MARKS
 
 KV = 4 << 30
 SLACK = 256 << 20  # what reading weights and the driver may leave behind

@@ -7,7 +7,6 @@ cache that the plan says, take the memory that it says, and answer.
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 import subprocess
 import sys
@@ -19,23 +18,14 @@ import psutil
 import pytest
 
 from benchmarks import shapes
+from tests.gpu import MARKS, gpus
 from tests.integration.conftest import CHAT, EMBED, STOP_S, Server, write_registry
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-def gpus() -> list[str]:
-    if shutil.which("nvidia-smi") is None:
-        return []
-    query = ["nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader"]
-    return subprocess.run(query, capture_output=True, text=True, check=False).stdout.split()
-
-
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not gpus(), reason="no NVIDIA GPU here (nvidia-smi lists none)"),
-]
+pytestmark = MARKS
 
 
 @pytest.fixture(scope="module")

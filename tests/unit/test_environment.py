@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import sys
 from pathlib import Path
 
@@ -74,3 +75,23 @@ def test_intel_s_openmp_is_preloaded_after_what_is_there() -> None:
     openmp = Path(sys.prefix) / "lib" / "libiomp5.so"
     expected = ["/opt/libtcmalloc.so"] + ([str(openmp)] if openmp.exists() else [])
     assert env["LD_PRELOAD"].split(":") == expected
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "then"),
+    [
+        (1024, 4096, 4096),
+        (1024, 10**9, 65_536),
+        (1024, resource.RLIM_INFINITY, 65_536),
+        (100_000, 10**9, 100_000),
+        (resource.RLIM_INFINITY, resource.RLIM_INFINITY, resource.RLIM_INFINITY),
+    ],
+)
+def test_descriptors_are_raised_as_far_as_they_may_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, soft: int, hard: int, then: int
+) -> None:
+    limits = [(soft, hard)]
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limits[-1])
+    monkeypatch.setattr(resource, "setrlimit", lambda _, now: limits.append(now))
+    environment.prepare(1, tmp_path, {})
+    assert limits[-1] == (then, hard)
