@@ -30,6 +30,9 @@ models: $(READY) ## The two demo models, in models/.
 test: $(TOOLS) models ## What CI runs; ARGS go to pytest.
 	$(BIN)/python -m pytest -m "not gpu" --cov --cov-report=term-missing:skip-covered $(ARGS)
 
+fuzz: $(TOOLS) ## The property tests with other examples each time, many of them.
+	$(BIN)/python -m pytest --hypothesis-profile=fuzz tests/unit tests/contract/test_sleep.py -m hypothesis $(ARGS)
+
 check: $(TOOLS) ## Formatting, lint, types.
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
@@ -76,4 +79,4 @@ lock: $(VENV)/.python ## Resolve the lock files anew from pyproject.toml.
 	@grep -vxFf requirements/cpu.lock requirements/dev.lock > $(VENV)/dev.lock  # only what cpu.lock lacks
 	@mv $(VENV)/dev.lock requirements/dev.lock
 
-.PHONY: help up install models test check format clean lock
+.PHONY: help up install models test fuzz check format clean lock

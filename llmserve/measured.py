@@ -6,7 +6,6 @@ the same for the same model, settings, versions and GPU. One small file each.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import logging
@@ -70,8 +69,8 @@ def fingerprint(spec: ModelSpec, shape: Shape, settings: Settings, gpu: Gpu) -> 
     """Everything that the overhead depends on, hashed; not the size of the KV cache."""
     engine = {key: value for key, value in spec.engine.items() if key not in _ELSEWHERE}
     facts = {
-        "shape": dataclasses.asdict(shape),
-        "settings": dataclasses.asdict(settings),
+        "shape": vars(shape),
+        "settings": vars(settings),
         "engine": engine,
         "loras": len(spec.loras),
         "gpu": gpu.kind,

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -46,7 +47,8 @@ def test_counts_that_no_answer_could_reach_are_refused(body: dict[str, Any], par
 
 @given(JSON)
 def test_checking_constraints_takes_any_body(value: Any) -> None:
-    check_constraints({"response_format": value, "tools": value})
+    with suppress(RequestError):
+        check_constraints({"response_format": value, "tools": value})
 
 
 def test_counts_that_people_use_are_taken() -> None:
