@@ -67,14 +67,17 @@ class Frames(Protocol):
 class Flow:
     """The streams of one engine: writes what they have got, and looks after quiet ones.
 
-    `behind` says that the engine's next step is here already: then that is taken first,
-    and both leave together. `lag` is told how old the oldest text was when it left.
+    A first text leaves at once. Later text is collected, for BEHIND_S at most, while requests
+    come in or the engine's next step is here already, which `behind` says: then what has piled
+    up leaves as one event. `lag` is told how old the oldest text was when it left.
     """
 
     def __init__(self, behind: Callable[[], bool], lag: Callable[[float], None]) -> None:
         self._behind = behind
         self._lag = lag
-        self._waiting: list[TokenStream] = []
+        self._first: list[TokenStream] = []  # that have not written any text
+        self._later: list[TokenStream] = []
+        self._came = False  # a request, since the last look
         self._since_s = 0.0  # when the engine made the oldest text, by the engine's clock
         self._added_s = 0.0
         self._streams: set[TokenStream] = set()
@@ -82,26 +85,35 @@ class Flow:
 
     def add(self, stream: TokenStream, since_s: float) -> None:
         """`stream` has something to write that the engine made at `since_s`."""
-        if not self._waiting:
+        if not (self._first or self._later):
             self._since_s = since_s
             self._added_s = time.monotonic()
             asyncio.get_running_loop().call_soon(self._write)
-        self._waiting.append(stream)
+        (self._later if stream.text_sent else self._first).append(stream)
 
     def _write(self) -> None:
-        if self._behind() and time.monotonic() - self._added_s < BEHIND_S:
-            asyncio.get_running_loop().call_soon(self._write)
-            return
-        waiting, self._waiting = self._waiting, []
-        for stream in waiting:
+        first, self._first = self._first, []
+        self._write_each(first)
+        came, self._came = self._came, False
+        if self._later:
+            waits = came or self._behind()
+            if waits and time.monotonic() - self._added_s < BEHIND_S:
+                asyncio.get_running_loop().call_soon(self._write)
+                return
+            later, self._later = self._later, []
+            self._write_each(later)
+        self._lag(max(0.0, time.monotonic() - self._since_s))
+
+    def _write_each(self, streams: list[TokenStream]) -> None:
+        for stream in streams:
             try:
                 stream.write()
             except Exception as error:  # this one's; the others go on
                 stream.broke(error)
-        self._lag(max(0.0, time.monotonic() - self._since_s))
 
     def enter(self, stream: TokenStream) -> None:
         self._streams.add(stream)
+        self._came = True
         if not self._tending:
             self._tending = True
             asyncio.get_running_loop().call_later(_TEND_S, self._tend)
@@ -139,13 +151,13 @@ class TokenStream:
         "_sending",
         "_source",
         "_task",
-        "_text_sent",
         "_waits",
         "_write",
         "decode",
         "failure",
         "last_s",
         "pieces",
+        "text_sent",
         "tokens",
     )
 
@@ -171,7 +183,7 @@ class TokenStream:
         self._finish: tuple[str, int | str | None] | None = None
         self._error: LLMServeError | None = None
         self._waits = False  # in the flow's list
-        self._headers_sent = self._text_sent = self._over = self._cut_short = False
+        self._headers_sent = self.text_sent = self._over = self._cut_short = False
         self._task: asyncio.Task[Any] | None = None
         self._moved_s = 0.0  # when `send` was last called
 
@@ -250,11 +262,11 @@ class TokenStream:
             body = self._frames.last(text, *self._finish, prompt_tokens, self.tokens)
         else:
             body = self._frames.middle(text)
-            if self._text_sent and self._write(body):
+            if self.text_sent and self._write(body):
                 self._moved_s = time.monotonic()
                 return
-        if not self._text_sent:
-            self._text_sent = True
+        if not self.text_sent:
+            self.text_sent = True
             body = self._frames.first + body
         self._step(body, more=not self._over)
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from vllm.v1.engine.async_llm import AsyncLLM
 
+_HELD = 64  # messages
 _MISSED = 100  # calls for a task that is not waiting, before the socket is left alone
 
 
@@ -39,21 +40,41 @@ async def take_over(client: AsyncLLM) -> None:
 
 
 class Outbox:
-    """A socket that sends at once; only a full one waits."""
+    """A socket that sends what a turn of the loop has brought in one go.
+
+    Each wake-up of ZMQ's thread costs more than a message. Only a full socket waits.
+    """
 
     def __init__(self, socket: zmq.asyncio.Socket) -> None:
         self._socket = socket
         self._now: zmq.Socket[bytes] = zmq.Socket.shadow(socket.underlying)
+        self._held: list[tuple[Sequence[Any], bool]] = []
         self._queued = 0
 
     def send_multipart(self, message: Sequence[Any], *, copy: bool) -> Awaitable[Any]:
-        if not self._queued:  # else it would overtake them
-            try:
-                self._now.send_multipart(message, zmq.NOBLOCK, copy=copy)
-            except zmq.Again:
-                pass
-            else:
-                return _DONE
+        if self._queued:  # else it would overtake them
+            return self._queue(message, copy=copy)
+        if not self._held:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._held.append((message, copy))
+        if len(self._held) >= _HELD:
+            self._flush()
+        return _DONE
+
+    def _flush(self) -> None:
+        held, self._held = self._held, []
+        for message, copy in held:
+            if self._queued or not self._sent(message, copy=copy):
+                self._queue(message, copy=copy)
+
+    def _sent(self, message: Sequence[Any], *, copy: bool) -> bool:
+        try:
+            self._now.send_multipart(message, zmq.NOBLOCK, copy=copy)
+        except zmq.Again:
+            return False
+        return True
+
+    def _queue(self, message: Sequence[Any], *, copy: bool) -> Awaitable[Any]:
         sent = asyncio.ensure_future(self._socket.send_multipart(message, copy=copy))
         self._queued += 1
         sent.add_done_callback(self._dequeue)

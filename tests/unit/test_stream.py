@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import time
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
@@ -78,6 +79,9 @@ class Client:
 
     def leaves(self) -> None:
         self._gone.set()
+
+    def has(self, bodies: int) -> bool:
+        return len(self.bodies) == bodies
 
     def stops_reading(self) -> None:
         self.reads.clear()
@@ -282,23 +286,53 @@ async def test_text_waits_for_a_step_that_is_here_already(monkeypatch: pytest.Mo
     async with begun() as line:
         line.behind = True
         line.engine.gives("a")
+        await turn()
+        assert line.client.bodies == [b"first [a]"]  # a first text never waits
+        line.engine.gives("b")
         for _ in range(5):
             await turn()
-        assert line.client.sent == []
-        line.engine.gives("b")
+        line.engine.gives("c")
+        assert line.client.bodies == [b"first [a]"]
         line.behind = False
         await turn()
-        assert line.client.bodies == [b"first [ab]"]
+        assert line.client.bodies == [b"first [a]", b"[bc]"]
 
 
 async def test_text_waits_no_longer_than_it_may() -> None:
     async with begun() as line:
         line.behind = True
-        line.engine.gives("a")
-        await until(lambda: bool(line.client.sent))
-        line.engine.gives("b")
-        await until(lambda: len(line.client.bodies) == 2)
-        assert line.client.bodies == [b"first [a]", b"[b]"]
+        for count, text in enumerate("abc", 1):
+            line.engine.gives(text)
+            await until(partial(line.client.has, count))
+        assert line.client.bodies == [b"first [a]", b"[b]", b"[c]"]
+
+
+async def test_text_waits_while_requests_come_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "BEHIND_S", 60)
+    flow = Flow(lambda: False, lambda _: None)
+    engines, clients = [Engine() for _ in range(4)], [Client() for _ in range(4)]
+
+    def come(n: int) -> asyncio.Task[None]:
+        answer = TokenStream(engines[n], flow, Frames(), failure)
+        return asyncio.create_task(answer({}, clients[n].receive, clients[n].send))
+
+    answering = [come(0)]
+    await turn()
+    engines[0].gives("a")
+    await turn()
+    for n in (1, 2, 3):
+        answering.append(come(n))
+        await turn()
+        engines[0].gives(str(n))
+        engines[n].gives("x")
+    assert clients[0].bodies == [b"first [a]"]
+    for _ in range(2):
+        await turn()
+    assert clients[0].bodies == [b"first [a]", b"[123]"]
+    assert [client.bodies for client in clients[1:]] == [[b"first [x]"]] * 3
+    for client in clients:
+        client.leaves()
+    await soon(asyncio.gather(*answering))
 
 
 # --- errors

@@ -2,16 +2,21 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from typing import TYPE_CHECKING
 
+from llmserve import turns
 from llmserve.turns import Turns
 from tests.fakes import soon
+
+if TYPE_CHECKING:
+    import pytest
 
 
 class Queue:
     """Requests that take a turn, and the order in which they got it."""
 
-    def __init__(self, per_turn: int) -> None:
-        self.turns = Turns(per_turn)
+    def __init__(self, group: int) -> None:
+        self.turns = Turns(group)
         self.order: list[int] = []
 
     def come(self, *numbers: int) -> list[asyncio.Task[None]]:
@@ -21,26 +26,51 @@ class Queue:
         await self.turns.take()
         self.order.append(number)
 
-
-async def test_a_few_get_in_without_waiting() -> None:
-    turns = Turns(3)
-    for _ in range(3):
-        taking = turns.take()
-        try:
-            taking.send(None)
-        except StopIteration:
-            continue
-        raise AssertionError("it waited")
+    async def until(self, count: int) -> list[int]:
+        """How many were in after each turn of the loop."""
+        sizes = [len(self.order)]
+        while sizes[-1] < count:
+            assert len(sizes) < 50
+            await asyncio.sleep(0)
+            sizes.append(len(self.order))
+        return sizes
 
 
-async def test_more_are_let_in_a_share_per_turn_first_come_first_served() -> None:
+async def test_one_that_comes_alone_waits_a_few_turns_of_the_loop() -> None:
+    queue = Queue(8)
+    (task,) = queue.come(0)
+    assert len(await queue.until(1)) <= 6
+    await task
+
+
+async def test_those_that_come_one_by_one_go_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turns, "HOLD_S", 60)
+    queue = Queue(8)
+    tasks = []
+    for number in range(5):
+        tasks += queue.come(number)
+        await asyncio.sleep(0)
+        assert queue.order == []
+    sizes = await queue.until(5)
+    assert sizes[-2:] == [0, 5]
+    await soon(asyncio.gather(*tasks))
+
+
+async def test_a_group_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turns, "HOLD_S", 0.0)
+    queue = Queue(8)
+    tasks = []
+    for number in range(5):
+        tasks += queue.come(number)
+        await asyncio.sleep(0)
+    assert len(queue.order) > 1
+    await soon(asyncio.gather(*tasks))
+
+
+async def test_more_are_let_in_a_group_at_a_time_first_come_first_served() -> None:
     queue = Queue(2)
     tasks = queue.come(*range(9))
-    sizes = [0]
-    while len(queue.order) < 9:
-        await asyncio.sleep(0)
-        sizes.append(len(queue.order))
-        assert len(sizes) < 50
+    sizes = await queue.until(9)
     assert max(after - before for before, after in itertools.pairwise(sizes)) == 2
     assert queue.order == list(range(9))
     await soon(asyncio.gather(*tasks))
@@ -65,8 +95,7 @@ async def test_the_loop_runs_in_between() -> None:
 async def test_who_comes_later_does_not_overtake() -> None:
     queue = Queue(1)
     tasks = queue.come(0, 1, 2)
-    await asyncio.sleep(0)
-    assert queue.order == [0]
+    await queue.until(1)
     tasks += queue.come(3)
     await soon(asyncio.gather(*tasks))
     assert queue.order == [0, 1, 2, 3]
@@ -87,20 +116,18 @@ async def test_when_all_that_wait_have_left_the_next_gets_in() -> None:
     queue = Queue(1)
     tasks = queue.come(0, 1, 2)
     await asyncio.sleep(0)
-    for task in tasks[1:]:
+    for task in tasks:
         task.cancel()
     await soon(asyncio.wait(tasks))
     await soon(asyncio.gather(*queue.come(3)))
-    assert queue.order == [0, 3]
+    assert queue.order == [3]
 
 
-async def test_a_quiet_server_has_its_whole_share_again_and_no_timer() -> None:
+async def test_a_quiet_server_looks_for_nobody() -> None:
     queue = Queue(2)
     await soon(asyncio.gather(*queue.come(0, 1, 2)))
     for _ in range(3):
         await asyncio.sleep(0)
-    assert not queue.turns._scheduled
-    tasks = queue.come(3, 4)
-    await asyncio.sleep(0)
+    assert not queue.turns._looking
+    await soon(asyncio.gather(*queue.come(3, 4)))
     assert queue.order == [0, 1, 2, 3, 4]
-    await soon(asyncio.gather(*tasks))
