@@ -4,10 +4,10 @@ Two halves, each of which vLLM's handlers can do alone:
 
 - Tokens. vLLM prepares the request; its call of `generate` is noted instead of made, and
   a `TokenStream` carries the answer.
-- Requests. The first request of a kind goes through vLLM's handler. What it made of the
-  body is kept as a `Recipe`: a later body that differs in its messages alone only needs
-  its template rendered, its text tokenized and its `max_tokens` set. A recipe is kept
-  only if it gives, for that first request, exactly what the handler gave.
+- Requests. The first request of a kind goes through vLLM's handler and input processor.
+  What they made of the body is kept as a `Recipe`: a later body that differs in its messages
+  alone only needs its template rendered, its text tokenized and its `max_tokens` set. A
+  recipe is kept only if it gives, for that first request, exactly what they gave.
 
 Whatever does not fit goes the long way, and so does every error: its words are vLLM's.
 """
@@ -19,12 +19,12 @@ import logging
 import time
 from collections import OrderedDict
 from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import orjson
-from transformers.utils.chat_template_utils import render_jinja_template
+from transformers.utils.chat_template_utils import _compile_jinja_template
 from vllm.entrypoints.serve.utils.api_utils import get_max_tokens, should_include_usage
 from vllm.renderers.hf import (
     resolve_chat_template,
@@ -36,13 +36,15 @@ from vllm.v1.engine.detokenizer import uses_fast_detokenizer
 
 from llmserve.chunks import ChatModels, CompletionModels, Template
 from llmserve.encoder import Encode, encoder
-from llmserve.outputs import Asked, Call
+from llmserve.outputs import Asked, Call, Ready
 from llmserve.stream import TokenStream
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
 
+    import jinja2
     from starlette.types import Scope
+    from vllm.v1.engine import EngineCoreRequest
     from vllm.v1.engine.async_llm import AsyncLLM
 
     from llmserve.engine import Engine
@@ -60,6 +62,9 @@ _SEED_LIMIT = 2**63
 _HEADERS = frozenset(
     {b"x-data-parallel-rank", b"x-session-id", b"x-vllm-priority", b"traceparent", b"tracestate"}
 )
+
+# Arguments of `generate` that do not depend on the prompt.
+_MORE = frozenset({"lora_request", "priority"})
 
 _noted: ContextVar[list[Call] | None] = ContextVar("noted", default=None)
 
@@ -143,11 +148,11 @@ class Recipe:
     template: Template
     text: Callable[[Any], str]
     encode: Encode
-    first: Call  # what vLLM's handler made of the first body
+    first: EngineCoreRequest  # what vLLM made of the first body
     add_special_tokens: bool
     limit: int | None  # `max_tokens` of a body that names none
 
-    def call(self, prompt: Any, body: dict[str, Any], base_id: str) -> Call | None:
+    def request(self, prompt: Any, body: dict[str, Any], base_id: str) -> Ready | None:
         """The request to the engine; None if vLLM should have a look at the body.
 
         Raises what the template finds wrong with it.
@@ -157,15 +162,17 @@ class Recipe:
             return None
         ids = self.encode(text, add_special_tokens=self.add_special_tokens)
         limit = next((body[name] for name in self.lane.limits if name in body), self.limit)
-        if len(ids) + (limit or 1) > self.client.model_config.max_model_len:
+        if not ids or len(ids) + (limit or 1) > self.client.model_config.max_model_len:
             return None
         params = copy.copy(self.first.params)
         params.max_tokens = self._max_tokens(limit, len(ids))
         params.seed = body.get("seed", params.seed)
-        made = {**self.first.prompt, "prompt_token_ids": ids, "arrival_time": time.time()}
-        if "prompt" in made:
-            made["prompt"] = text
-        return Call(made, params, self.lane.request_id(base_id), self.first.more)
+        request = copy.copy(self.first)
+        request.request_id = self.lane.request_id(base_id)
+        request.prompt_token_ids = ids
+        request.sampling_params = params
+        request.arrival_time = time.time()
+        return Ready(request, request.request_id)
 
     def _max_tokens(self, limit: int | None, length: int) -> int:
         return int(
@@ -226,11 +233,11 @@ class Express:
         if recipe is None:
             return None
         try:
-            call = recipe.call(prompt, body, scope["state"]["request_id"])
+            ready = recipe.request(prompt, body, scope["state"]["request_id"])
         except Exception:
             log.debug("model=%s the template refuses", asked_name, exc_info=True)
             return None  # in vLLM's own words
-        return None if call is None else self._carried(call, recipe.template)
+        return None if ready is None else self._carried(ready, recipe.template)
 
     def _fits(self, body: dict[str, Any], scope: Scope) -> bool:
         """Whether nothing but the body says what is asked for, and its numbers are plain."""
@@ -273,7 +280,7 @@ class Express:
             self._learn(request, body, asked_name, calls[0], template)
         return self._carried(calls[0], template)
 
-    def _carried(self, call: Call, template: Template) -> TokenStream:
+    def _carried(self, call: Call | Ready, template: Template) -> TokenStream:
         asked = Asked(self._client, call, self._terms.translate)
         frames = template.answer(self._lane.answer_id(call.request_id))
         return TokenStream(asked, self._flow, frames, self._terms.failure)
@@ -294,22 +301,24 @@ class Express:
         if prompt is None or key in self._recipes.kept or not 0 < len(key) <= _KEY_LIMIT:
             return
         try:
-            recipe = self._recipe(request, call, template)
-            again = recipe.call(prompt, body, "")
+            made = _made(self._client, call)
+            recipe = self._recipe(request, made, template)
+            again = recipe.request(prompt, body, "")
         except Exception:
             log.info("model=%s no short way for this kind", asked_name, exc_info=True)
             self._recipes.keep(key, None)
             return
         if again is None:
             return  # too long for it: that says nothing of its kind
-        again.prompt["arrival_time"] = call.prompt.get("arrival_time")
-        if again.prompt == call.prompt and again.params == call.params:
+        again.request.request_id = made.request_id
+        again.request.arrival_time = made.arrival_time
+        if again.request == made:
             self._recipes.keep(key, recipe)
         else:
             log.warning("model=%s a short way differs from vLLM's and is not used", asked_name)
             self._recipes.keep(key, None)
 
-    def _recipe(self, request: Any, call: Call, template: Template) -> Recipe:
+    def _recipe(self, request: Any, made: EngineCoreRequest, template: Template) -> Recipe:
         """Raises ValueError for a kind of request that has none."""
         if self._encode is None:
             raise ValueError("a tokenizer without a fast backend")
@@ -320,7 +329,7 @@ class Express:
             template,
             self._lane.text(request),
             self._encode,
-            replace(call, params=copy.deepcopy(call.params)),
+            made,
             request.add_special_tokens,
             request.max_tokens,
         )
@@ -393,8 +402,21 @@ def _repeatable(request: Any, call: Call) -> bool:
         and params.structured_outputs is None
         and not params.bad_words
         and not params.min_tokens
+        and not params.trace_decode_token_ids
+        and not params.routed_experts_prompt_start
         and not params.extra_args
         and "request_id" not in request.model_fields_set
+    )
+
+
+def _made(client: AsyncLLM, call: Call) -> EngineCoreRequest:
+    """What `AsyncLLM.add_request` makes of a call. Raises ValueError for what it adds later."""
+    more = {name: value for name, value in call.more.items() if value is not None}
+    if not more.keys() <= _MORE:
+        raise ValueError(f"{sorted(more.keys() - _MORE)} are asked for")
+    processor = client.input_processor
+    return processor.process_inputs(
+        call.request_id, call.prompt, call.params, supported_tasks=("generate",), **more
     )
 
 
@@ -467,15 +489,20 @@ class Chat:
             tokenizer=tokenizer, chat_template=template, chat_template_kwargs=options
         )
         # What `tokenizer.apply_chat_template` comes down to.
-        given = {**tokenizer.special_tokens_map, **known, "chat_template": template}
-        render = partial(render_jinja_template, **given)
-        return lambda messages: str(render(conversations=[messages])[0][0])
+        given = {**tokenizer.special_tokens_map, **known, "tools": None, "documents": None}
+        return partial(_rendered, _compile_jinja_template(template), given)
 
     def answer_id(self, request_id: str) -> str:
         return request_id
 
     def request_id(self, base: str) -> str:
         return f"chatcmpl-{base}"
+
+
+def _rendered(template: jinja2.Template, given: dict[str, Any], messages: Any) -> str:
+    """`Template.render`, half of whose time goes into putting its arguments together."""
+    names = {**template.globals, **given, "messages": messages}
+    return "".join(template.root_render_func(template.new_context(names, shared=True)))
 
 
 class Completions:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 
-_THRESHOLD = (20_000, 20, 20)  # a burst of requests is no reason to look
+_THRESHOLD = (50_000, 10, 20)  # a burst of a thousand requests is no reason to look
 _SOON_S = 1.0
 
 

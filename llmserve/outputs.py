@@ -9,6 +9,7 @@ Requests that only answer at the end go short as well.
 
 from __future__ import annotations
 
+import random
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from vllm.exceptions import GenerationError
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine import FinishReason
 from vllm.v1.engine.detokenizer import FastIncrementalDetokenizer
+from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import OutputProcessor, OutputProcessorOutput, RequestState
 
 from llmserve.detokenizer import ByTable, text_table
@@ -45,15 +47,35 @@ class Call:
     request_id: str
     more: dict[str, Any]
 
+    async def give(self, client: AsyncLLM) -> None:
+        await client.add_request(self.request_id, self.prompt, self.params, **self.more)
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A request as vLLM would make it of a call (vllm/v1/engine/input_processor.py)."""
+
+    request: EngineCoreRequest
+    request_id: str
+
+    async def give(self, client: AsyncLLM) -> None:
+        """The rest of `AsyncLLM.add_request`."""
+        if client.errored:
+            raise EngineDeadError
+        request = self.request
+        request.external_req_id = request.request_id
+        request.request_id = f"{request.request_id}-{random.getrandbits(32):08x}"
+        await client._add_request(request, None, None, 0, None)  # noqa: SLF001
+
 
 class Asked:
-    """A call that is not made: its request goes to a stream.
+    """A request whose answer goes to a stream.
 
     `stream.Source`. `translate` turns vLLM's exceptions into ours.
     """
 
     def __init__(
-        self, client: AsyncLLM, call: Call, translate: Callable[[Exception], LLMServeError]
+        self, client: AsyncLLM, call: Call | Ready, translate: Callable[[Exception], LLMServeError]
     ) -> None:
         self._client = client
         self._call = call
@@ -63,9 +85,8 @@ class Asked:
 
     async def begin(self, stream: TokenStream) -> None:
         token = _beginning.set((self, stream))
-        call = self._call
         try:
-            await self._client.add_request(call.request_id, call.prompt, call.params, **call.more)
+            await self._call.give(self._client)
         except Exception as error:
             raise self._translate(error) from error
         finally:

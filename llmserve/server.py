@@ -196,6 +196,7 @@ class _Protocol(HttpToolsProtocol):
         scope["extensions"] = {
             stream.WRITE: partial(self._write, self.cycle),
             stream.ABORT: self.transport.abort,
+            stream.HOLD: partial(_Held, self.cycle),
         }
 
     def _write(self, cycle: RequestResponseCycle, body: bytes) -> bool:
@@ -203,7 +204,7 @@ class _Protocol(HttpToolsProtocol):
         paused = self.flow.write_paused or self.transport.is_closing()
         if paused or cycle.disconnected or not cycle.chunked_encoding:
             return False
-        self.transport.write(b"%x\r\n%b\r\n" % (len(body), body))
+        cycle.transport.write(b"%x\r\n%b\r\n" % (len(body), body))
         return True
 
     def send_400_response(self, msg: str) -> None:
@@ -217,6 +218,26 @@ class _Protocol(HttpToolsProtocol):
         )
         self.transport.write(head.encode("ascii") + body)
         self.transport.close()
+
+
+class _Held:
+    """A cycle's transport until it has written twice: its headers, and what comes next."""
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        self._cycle = cycle
+        self._transport = cycle.transport
+        self._headers: bytes | None = None
+        cycle.transport = cast("asyncio.Transport", self)
+
+    def write(self, data: bytes) -> None:
+        if self._headers is None:
+            self._headers = data
+            return
+        self._cycle.transport = self._transport
+        self._transport.write(self._headers + data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
 
 
 def _untie(cycle: RequestResponseCycle) -> None:

@@ -33,8 +33,9 @@ _TEND_S = 0.5
 _PING = b": ping\n\n"
 
 # ASGI extensions of our server. Write a piece of a body that has begun, without waiting:
-# False if that is not possible now. End the connection without flushing it.
-WRITE, ABORT = "llmserve.write", "llmserve.abort"
+# False if that is not possible now. End the connection without flushing it. Hold the headers
+# back until the first piece of the body, even an empty one: one packet instead of two.
+WRITE, ABORT, HOLD = "llmserve.write", "llmserve.abort", "llmserve.hold"
 
 
 class Source(Protocol):
@@ -145,6 +146,7 @@ class TokenStream:
         "_flow",
         "_frames",
         "_headers_sent",
+        "_hold",
         "_moved_s",
         "_over",
         "_send",
@@ -175,6 +177,7 @@ class TokenStream:
         self._send: Send
         self._write: Callable[[bytes], bool] = _cannot
         self._abort: Callable[[], None] = _nothing
+        self._hold: Callable[[], None] = _nothing
         self._sending: asyncio.Task[None] | None = None
         self.pieces: list[str] = []  # of text, made and not yet written
         self.tokens = 0
@@ -216,6 +219,7 @@ class TokenStream:
         extensions = scope.get("extensions") or {}
         self._write = extensions.get(WRITE, _cannot)
         self._abort = extensions.get(ABORT, _nothing)
+        self._hold = extensions.get(HOLD, _nothing)
         self._moved_s = time.monotonic()
         self._task = asyncio.current_task()
         self._flow.enter(self)
@@ -289,8 +293,11 @@ class TokenStream:
         self._run(sending)
 
     async def _start(self, message: dict[str, Any]) -> None:
+        self._hold()
         await self._send({"type": "http.response.start", "status": 200, "headers": HEADERS})
-        await self._send(message)
+        body = message["body"]
+        if not (body and message["more_body"] and self._write(body)):
+            await self._send(message)
 
     def _run(self, sending: Coroutine[Any, Any, None]) -> None:
         self._moved_s = time.monotonic()

@@ -1,8 +1,9 @@
 """The two sockets to an engine core, without what zmq.asyncio does around each message.
 
 zmq.asyncio makes futures, timers and several system calls per message, also when it can
-be sent or is here already. vLLM only awaits `send_multipart` and `recv_multipart`
-(vllm/v1/engine/core_client.py, AsyncMPClient), so that is what these two offer.
+be sent or is here already, and pyzmq's own Socket combines its flags as enums for every
+frame: nine times what its backend takes. vLLM only awaits `send_multipart` and
+`recv_multipart` (vllm/v1/engine/core_client.py, AsyncMPClient), so these two offer that.
 """
 
 from __future__ import annotations
@@ -13,12 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import zmq
 import zmq.asyncio
+from zmq.backend import Socket
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Generator, Sequence
 
     from vllm.v1.engine.async_llm import AsyncLLM
 
+_NOW, _MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
+_COMES = int(zmq.RCVMORE)
 _HELD = 64  # messages
 _MISSED = 100  # calls for a task that is not waiting, before the socket is left alone
 
@@ -47,7 +51,7 @@ class Outbox:
 
     def __init__(self, socket: zmq.asyncio.Socket) -> None:
         self._socket = socket
-        self._now: zmq.Socket[bytes] = zmq.Socket.shadow(socket.underlying)
+        self._now = Socket(shadow=socket.underlying)
         self._held: list[tuple[Sequence[Any], bool]] = []
         self._queued = 0
 
@@ -68,9 +72,12 @@ class Outbox:
                 self._queue(message, copy=copy)
 
     def _sent(self, message: Sequence[Any], *, copy: bool) -> bool:
+        send = self._now.send
         try:
-            self._now.send_multipart(message, zmq.NOBLOCK, copy=copy)
-        except zmq.Again:
+            for part in message[:-1]:
+                send(part, _MORE, copy)
+            send(message[-1], _NOW, copy)
+        except zmq.Again:  # at the first part, if at all
             return False
         return True
 
@@ -91,7 +98,7 @@ class Inbox:
     """A socket whose messages one task receives."""
 
     def __init__(self, socket: zmq.asyncio.Socket) -> None:
-        self._now: zmq.Socket[bytes] = zmq.Socket.shadow(socket.underlying)
+        self._now = Socket(shadow=socket.underlying)
         # A descriptor of our own: vLLM closes the socket before it cancels the task.
         self._fd = os.dup(socket.FD)
         self._waiting: asyncio.Future[None] | None = None
@@ -101,9 +108,13 @@ class Inbox:
     async def recv_multipart(self, *, copy: bool) -> list[Any]:
         while True:
             try:
-                return self._now.recv_multipart(zmq.NOBLOCK, copy=copy)
+                parts = [self._now.recv(_NOW, copy)]
             except zmq.Again:
                 await self._readable()
+                continue
+            while self._now.get(_COMES):
+                parts.append(self._now.recv(_NOW, copy))
+            return parts
 
     async def _readable(self) -> None:
         loop = asyncio.get_running_loop()

@@ -15,6 +15,7 @@ import pytest_asyncio
 
 from llmserve import server, stream
 from llmserve.config import ServerSpec
+from tests.contract.fake_core import SILENT
 from tests.contract.test_express import CHATS, COMPLETIONS, EMOJI, Box, boxed, events
 from tests.fakes import soon, until
 
@@ -224,3 +225,49 @@ async def test_a_client_that_leaves_with_a_second_request_waiting_is_gone(box: B
         await until(lambda: box.services.pool.entries["chat"].slots.in_flight == 0)
     assert await box.core("aborted") > before
     assert not box.serving.engine.flow._streams
+
+
+async def test_headers_alone_leave_a_stream_open(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "FIRST_S", 0.01)
+    for seed in (1, SILENT):  # the second one by recipe
+        body = json.dumps(asking("one", 3) | {"seed": seed}).encode()
+        head = f"POST {COMPLETIONS} HTTP/1.1\r\nhost: test\r\ncontent-length: {len(body)}\r\n\r\n"
+        async with served(box) as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(head.encode() + body)
+            headers = await soon(reader.readuntil(b"\r\n\r\n"), 10)
+            assert headers.startswith(b"HTTP/1.1 200 OK\r\n")
+            if seed == SILENT:
+                with pytest.raises(TimeoutError):
+                    await asyncio.wait_for(reader.read(1), 0.5)
+            else:
+                assert b"[DONE]" in await soon(reader.readuntil(b"0\r\n\r\n"), 10)
+            writer.transport.abort()
+            await until(lambda: not box.serving.engine.flow._streams)
+
+
+def test_the_headers_of_a_stream_and_its_first_event_are_one_write() -> None:
+    class Transport:
+        def __init__(self) -> None:
+            self.written: list[bytes] = []
+
+        def write(self, data: bytes) -> None:
+            self.written.append(data)
+
+        def is_closing(self) -> bool:
+            return False
+
+    class Cycle:
+        def __init__(self) -> None:
+            self.transport = Transport()
+
+    for second in (b"event", b""):
+        cycle = Cycle()
+        transport = cycle.transport
+        server._Held(cycle)  # type: ignore[arg-type]
+        cycle.transport.write(b"head ")
+        assert transport.written == []
+        assert not cycle.transport.is_closing()
+        cycle.transport.write(second)
+        cycle.transport.write(b"more")
+        assert transport.written == [b"head " + second, b"more"]

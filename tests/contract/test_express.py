@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import json
 import re
 from contextlib import asynccontextmanager
@@ -20,6 +21,7 @@ import pytest_asyncio
 
 from llmserve import app
 from llmserve.config import ModelSpec
+from llmserve.outputs import Outputs
 from tests.contract.conftest import CHAT, on_fake_core, services_of
 from tests.contract.fake_core import DIES_AT_ONCE, FAILS, SILENT, TRIPLES
 from tests.fakes import soon, until
@@ -27,6 +29,8 @@ from tests.listening import listening
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
+
+    from vllm.v1.engine import EngineCoreRequest
 
     from llmserve.routes import Services
     from llmserve.serving import Serving
@@ -374,6 +378,50 @@ async def test_texts_seeds_and_limits_share_a_recipe_and_reach_the_engine(box: B
         assert await asked_by_recipe(box, CHATS, body)
         last = await box.core("last_request")
         assert (last["seed"], last["max_tokens"]) == (seed, limit)
+
+
+@pytest.mark.parametrize(
+    ("path", "prompts", "more"),
+    [
+        (CHATS, (user("one"), user(CJK)), {}),
+        (CHATS, (user("one"), user(EMOJI)), {"max_tokens": 5, "seed": 7, "stop": ["x", "yz"]}),
+        (CHATS, (user("one"), user(INDIC)), {"temperature": 0.3, "top_p": 0.9, "top_k": 5}),
+        (CHATS, (user("one"), user("two")), {"logit_bias": {"5": 1.0}, "ignore_eos": True}),
+        (CHATS, (user("one"), user("two")), {"stop_token_ids": [7], "include_stop_str_in_output": True}),
+        (CHATS, (user("one"), user("two")), {"priority": 3, "cache_salt": "s", "user": "me"}),
+        (COMPLETIONS, (prompt("one"), prompt(FOX)), {"min_p": 0.1, "presence_penalty": 0.5}),
+        (COMPLETIONS, (prompt("one"), prompt(SPECIAL)), {"add_special_tokens": False}),
+        (COMPLETIONS, (prompt("one"), prompt(FOX)), {"repetition_penalty": 1.1, "n": 1}),
+    ],
+)  # fmt: skip
+async def test_the_engine_gets_by_recipe_what_vllm_gives_it(
+    box: Box,
+    monkeypatch: pytest.MonkeyPatch,
+    path: str,
+    prompts: tuple[dict[str, Any], dict[str, Any]],
+    more: dict[str, Any],
+) -> None:
+    given: list[EngineCoreRequest] = []
+    add = Outputs.add_request
+
+    def added(outputs: Outputs, request: EngineCoreRequest, *rest: Any) -> None:
+        given.append(copy.copy(request))
+        add(outputs, request, *rest)
+
+    monkeypatch.setattr(Outputs, "add_request", added)
+    first, second = ({"max_tokens": 3} | each | more | {"stream": True} for each in prompts)
+    box.forget()
+    assert not await asked_by_recipe(box, path, first)
+    assert await asked_by_recipe(box, path, second)
+    box.forget()
+    assert not await asked_by_recipe(box, path, second)
+    _, ours, vllms = given
+    for request in (ours, vllms):
+        assert request.external_req_id is not None
+        assert re.fullmatch(re.escape(request.external_req_id) + "-[0-9a-f]{8}", request.request_id)
+        request.request_id = ""
+        request.arrival_time = 0.0
+    assert ours == vllms
 
 
 @pytest.mark.parametrize(

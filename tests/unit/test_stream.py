@@ -11,7 +11,7 @@ import pytest
 from llmserve import stream
 from llmserve.errors import LLMServeError, Overloaded, RequestError
 from llmserve.sse import HEADERS
-from llmserve.stream import ABORT, WRITE, Flow, TokenStream
+from llmserve.stream import ABORT, HOLD, WRITE, Flow, TokenStream
 from tests.fakes import Gate, failure, soon, until
 
 if TYPE_CHECKING:
@@ -587,15 +587,37 @@ async def test_a_write_that_breaks_ends_the_connection(
 # --- a server that writes without being awaited
 
 
-async def test_what_is_between_the_first_and_the_last_event_is_written_directly() -> None:
+async def test_all_but_the_headers_and_the_last_event_are_written_directly() -> None:
     async with begun(direct=True) as line:
         for text in "abc":
             line.engine.gives(text)
             await turn()
         line.engine.ends()
         await soon(line.answering)
-    assert line.client.written == [b"[b]", b"[c]"]
+    assert line.client.written == [b"first [a]", b"[b]", b"[c]"]
     assert line.client.bodies == [b"first [a]", b"[b]", b"[c]", b"[] stop None 7+3"]
+
+
+async def test_headers_alone_are_not_written_directly(hurried: pytest.MonkeyPatch) -> None:
+    hurried.setattr(stream, "FIRST_S", 0.01)
+    async with begun(direct=True) as line:
+        await until(lambda: bool(line.client.sent))
+        assert line.client.bodies == [b""]
+        assert line.client.written == []  # an empty chunk is the end of a body
+
+
+async def test_headers_are_held_for_the_first_event() -> None:
+    line = Line(Engine())
+    held: list[int] = []
+    line.extensions[HOLD] = lambda: held.append(len(line.client.sent))
+    line.answering = asyncio.create_task(line.answer())
+    await soon(line.engine.begun.wait())
+    for text in "ab":
+        line.engine.gives(text)
+        await turn()
+    assert held == [0]
+    line.client.leaves()
+    await soon(line.answering)
 
 
 async def test_nothing_overtakes_what_could_not_be_written_directly() -> None:
