@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from vllm.v1.metrics.loggers import LoggingStatLogger, PrometheusStatLogger
+from vllm.v1.metrics.loggers import PrometheusStatLogger
 from vllm.v1.metrics.perf import PerfMetricsProm
 from vllm.v1.spec_decode.metrics import SpecDecodingProm
 
@@ -63,12 +63,11 @@ class Figures:
         self.enter: Callable[[], None] = lambda: None  # what has been added up; the logger's
 
     def take_over(self, client: AsyncLLM) -> None:
-        """Spare vLLM its logger of lines: `AsyncLLM.do_log_stats` is what would print them."""
+        """Spare vLLM its loggers of lines: `AsyncLLM.do_log_stats` is what would print them."""
         manager = client.logger_manager
         if manager is not None:
-            manager.stat_loggers = [
-                each for each in manager.stat_loggers if not isinstance(each, LoggingStatLogger)
-            ]
+            own = self.logger_class
+            manager.stat_loggers = [each for each in manager.stat_loggers if isinstance(each, own)]
 
     def stream_lag(self) -> Callable[[float], None]:
         """Takes the seconds from the engine's having a token to our having written it."""

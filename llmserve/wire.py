@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
 _NOW, _MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
-_COMES = int(zmq.RCVMORE)
+_COMES, _EVENTS, _READABLE = int(zmq.RCVMORE), int(zmq.EVENTS), int(zmq.POLLIN)
 _HELD = 64  # messages
 _MISSED = 100  # calls for a task that is not waiting, before the socket is left alone
 
@@ -106,15 +106,13 @@ class Inbox:
         self._missed = 0
 
     async def recv_multipart(self, *, copy: bool) -> list[Any]:
-        while True:
-            try:
-                parts = [self._now.recv(_NOW, copy)]
-            except zmq.Again:
-                await self._readable()
-                continue
-            while self._now.get(_COMES):
-                parts.append(self._now.recv(_NOW, copy))
-            return parts
+        get: Any = self._now.get
+        while not get(_EVENTS) & _READABLE:  # an exception would cost more than a message
+            await self._readable()
+        parts = [self._now.recv(_NOW, copy)]
+        while get(_COMES):
+            parts.append(self._now.recv(_NOW, copy))
+        return parts
 
     async def _readable(self) -> None:
         loop = asyncio.get_running_loop()

@@ -10,18 +10,22 @@ import asyncio
 import contextlib
 import copy
 import json
+import logging
 import re
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
 import pytest_asyncio
+from vllm.v1.metrics.loggers import PrometheusStatLogger, StatLoggerManager
 
 from llmserve import app
 from llmserve.config import ModelSpec
 from llmserve.outputs import Outputs
+from llmserve.stats import Figures
 from tests.contract.conftest import CHAT, on_fake_core, services_of
 from tests.contract.fake_core import DIES_AT_ONCE, FAILS, SILENT, TRIPLES
 from tests.fakes import soon, until
@@ -358,6 +362,22 @@ async def test_requests_that_are_answered_whole_are_silent_unless_they_have_stop
 
     assert await kind() is Silent
     assert await kind(stop=["x"]) is not Silent
+
+
+# --- statistics
+
+
+def test_a_step_is_told_to_our_logger_alone(box: Box, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="vllm.v1.metrics.loggers")  # as in a server
+    figures = Figures("chat")
+    manager = StatLoggerManager(
+        box.serving.engine.client.vllm_config, [0], custom_stat_loggers=[figures.logger_class]
+    )
+    assert len(manager.stat_loggers) == 2
+    client: Any = SimpleNamespace(logger_manager=manager)
+    figures.take_over(client)
+    (logger,) = manager.stat_loggers
+    assert isinstance(logger, figures.logger_class)
 
 
 # --- recipes
@@ -955,8 +975,6 @@ def test_a_histogram_takes_many_as_it_takes_one() -> None:
 
 def test_the_engines_logger_has_the_histogram_that_stats_fills() -> None:
     import inspect
-
-    from vllm.v1.metrics.loggers import PrometheusStatLogger
 
     source = inspect.getsource(PrometheusStatLogger)
     assert "self.histogram_inter_token_latency" in source, "llmserve/stats.py fills it"
