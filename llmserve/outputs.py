@@ -237,6 +237,8 @@ class Outputs(OutputProcessor):
         if iteration_stats is not None:
             iteration_stats.num_generation_tokens += tokens
             note_gap(iteration_stats, now - before, same)
+        if not others:
+            return OutputProcessorOutput([], [])
         return self._others(others, engine_core_timestamp, iteration_stats, **more)
 
     def _others(

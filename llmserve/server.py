@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from rich.console import Console
+    from uvicorn.protocols.http.flow_control import FlowControl
 
     from llmserve.backend import Memory
     from llmserve.config import Config, ServerSpec
@@ -160,7 +161,23 @@ def _log_to(file: Path) -> None:
 
 
 class _Uvicorn(uvicorn.Server):
-    """uvicorn without its signal handlers: `_Process` decides when to end."""
+    """uvicorn without its signal handlers: `_Process` decides when to end.
+
+    It looks after its date header once a second, not ten times.
+    """
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self._ending = asyncio.Event()
+
+    def end(self) -> None:
+        self.should_exit = True
+        self._ending.set()
+
+    async def main_loop(self) -> None:
+        while not await self.on_tick(0):
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._ending.wait(), 1)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -194,18 +211,10 @@ class _Protocol(HttpToolsProtocol):
         # The task that this starts has not run yet.
         scope = cast("dict[str, Any]", self.scope)
         scope["extensions"] = {
-            stream.WRITE: partial(self._write, self.cycle),
+            stream.WRITE: _writer(self.cycle, self.flow),
             stream.ABORT: self.transport.abort,
             stream.HOLD: partial(_Held, self.cycle),
         }
-
-    def _write(self, cycle: RequestResponseCycle, body: bytes) -> bool:
-        """What `cycle.send` does for a chunk, when it would not wait."""
-        paused = self.flow.write_paused or self.transport.is_closing()
-        if paused or cycle.disconnected or not cycle.chunked_encoding:
-            return False
-        cycle.transport.write(b"%x\r\n%b\r\n" % (len(body), body))
-        return True
 
     def send_400_response(self, msg: str) -> None:
         body = orjson.dumps(error_body(RequestError(msg, code="invalid_http")))
@@ -218,6 +227,20 @@ class _Protocol(HttpToolsProtocol):
         )
         self.transport.write(head.encode("ascii") + body)
         self.transport.close()
+
+
+def _writer(cycle: RequestResponseCycle, flow: FlowControl) -> Callable[[bytes], bool]:
+    """What `cycle.send` does for a chunk, when it would not wait."""
+
+    def write(body: bytes) -> bool:
+        transport = cycle.transport
+        paused = flow.write_paused or cycle.disconnected or transport.is_closing()
+        if paused or not cycle.chunked_encoding:
+            return False
+        transport.write(b"%x\r\n%b\r\n" % (len(body), body))
+        return True
+
+    return write
 
 
 class _Held:
@@ -305,7 +328,7 @@ class _Process:
         ]
         try:
             code = await self._until_signalled()
-            self._uvicorn.should_exit = True  # no new connections, and an end to idle ones
+            self._uvicorn.end()  # no new connections, and an end to idle ones
             await self._pool.drain(self._server.drain_timeout)
             await self._without_onlookers(serving)
         finally:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from vllm.v1.metrics.loggers import PrometheusStatLogger
 from vllm.v1.metrics.perf import PerfMetricsProm
+from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.spec_decode.metrics import SpecDecodingProm
 
 if TYPE_CHECKING:
@@ -23,9 +24,9 @@ if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
     from prometheus_client.samples import Sample
     from vllm.v1.engine.async_llm import AsyncLLM
-    from vllm.v1.metrics.stats import IterationStats, SchedulerStats
+    from vllm.v1.metrics.stats import IterationStats
 
-EVERY_S = 0.1
+EVERY_S = 1.0
 _LAG_BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 
 
@@ -71,7 +72,7 @@ class Figures:
 
     def stream_lag(self) -> Callable[[float], None]:
         """Takes the seconds from the engine's having a token to our having written it."""
-        histogram = Histogram(
+        histogram = Weighted(
             "llmserve_stream_lag_seconds",
             "From the engine's step to its last event being written, once per write of a step.",
             ("model", "replica"),
@@ -150,21 +151,16 @@ class _Adding(PrometheusStatLogger):
         mm_cache_stats: Any = None,
         engine_idx: int = 0,
     ) -> None:
-        steps = self._steps.setdefault(engine_idx, _Steps())
-        self._observe(iteration_stats, engine_idx)
+        steps = self._steps.get(engine_idx)
+        if steps is None:
+            steps = self._steps[engine_idx] = _Steps()
+        if iteration_stats is not None:
+            steps.note(iteration_stats)
         if mm_cache_stats is None and steps.add(scheduler_stats, iteration_stats):
             self._enter_soon()
             return
         self._enter()
         super().record(scheduler_stats, iteration_stats, mm_cache_stats, engine_idx)
-
-    def _observe(self, stats: IterationStats | None, engine: int) -> None:
-        if stats is None:
-            return
-        tokens = stats.prompt_token_stats.computed + stats.num_generation_tokens
-        self._step_tokens[engine].observe(tokens)
-        for gap, count in stats.__dict__.pop("gaps", ()):
-            self.histogram_inter_token_latency[engine].observe_many(gap, count)
 
     def _enter_soon(self) -> None:
         if self._timer is None:
@@ -176,6 +172,10 @@ class _Adding(PrometheusStatLogger):
             self._timer = None
         entered, self._steps = self._steps, {}
         for engine, steps in entered.items():
+            for tokens in steps.tokens:
+                self._step_tokens[engine].observe(tokens)
+            for gap, count in steps.gaps:
+                self.histogram_inter_token_latency[engine].observe_many(gap, count)
             if steps.scheduler is not None or steps.iteration is not None:
                 super().record(steps.scheduler, steps.iteration, None, engine)
 
@@ -186,7 +186,7 @@ class _Ignored:
 
 
 # Of SchedulerStats: gauges, of which the last value counts. All other fields must be as
-# they are in a new object, or the step is entered by itself.
+# they are in a new object, which is empty, or the step is entered by itself.
 _GAUGES = frozenset(
     {
         "num_running_reqs",
@@ -204,17 +204,27 @@ _GAUGES = frozenset(
 )
 
 
+_OTHERS = tuple(vars(SchedulerStats()).keys() - _GAUGES)
+
+
 class _Steps:
     """Several steps' figures as one's."""
 
     def __init__(self) -> None:
         self.scheduler: SchedulerStats | None = None
         self.iteration: IterationStats | None = None
+        self.tokens: list[int] = []  # of each step
+        self.gaps: list[tuple[float, int]] = []  # inter-token latencies, and how many had each
+
+    def note(self, iteration: IterationStats) -> None:
+        """What is observed of each step, not of a sum of steps."""
+        self.tokens.append(iteration.prompt_token_stats.computed + iteration.num_generation_tokens)
+        self.gaps += iteration.__dict__.pop("gaps", ())
 
     def add(self, scheduler: SchedulerStats | None, iteration: IterationStats | None) -> bool:
         """False if they cannot be added up."""
         if scheduler is not None:
-            if any(value for name, value in vars(scheduler).items() if name not in _GAUGES):
+            if any(map(vars(scheduler).get, _OTHERS)):
                 return False
             if self.scheduler is not None:
                 _add(scheduler.prefix_cache_stats, self.scheduler.prefix_cache_stats)
@@ -231,6 +241,8 @@ def _add(into: Any, other: Any) -> None:
     """Numbers and lists of one object to those of another of its class."""
     mine = vars(into)
     for name, value in vars(other).items():
+        if not value:  # most of them, in most steps
+            continue
         if isinstance(value, list):
             mine[name].extend(value)
         elif isinstance(value, bool) or name == "iteration_timestamp":

@@ -45,7 +45,7 @@ async def served(box: Box) -> AsyncIterator[int]:
         try:
             yield listener.getsockname()[1]
         finally:
-            uvicorn.should_exit = True
+            uvicorn.end()
             await soon(serving, 10)
 
 

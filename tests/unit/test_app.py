@@ -111,7 +111,7 @@ async def real(*specs: ModelSpec, server_spec: ServerSpec | None = None) -> Asyn
             async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as box.client:
                 yield box
         finally:
-            uvicorn.should_exit = True
+            uvicorn.end()
             await soon(serving, 5)
 
 
