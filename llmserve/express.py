@@ -300,8 +300,10 @@ class Express:
         key = self._key(body, asked_name)
         if prompt is None or key in self._recipes.kept or not 0 < len(key) <= _KEY_LIMIT:
             return
+        made = _made(self._client, call)
+        if made is None:
+            return
         try:
-            made = _made(self._client, call)
             recipe = self._recipe(request, made, template)
             again = recipe.request(prompt, body, "")
         except Exception:
@@ -409,15 +411,17 @@ def _repeatable(request: Any, call: Call) -> bool:
     )
 
 
-def _made(client: AsyncLLM, call: Call) -> EngineCoreRequest:
-    """What `AsyncLLM.add_request` makes of a call. Raises ValueError for what it adds later."""
+def _made(client: AsyncLLM, call: Call) -> EngineCoreRequest | None:
+    """What `AsyncLLM.add_request` makes of a call; None if it adds to that, or refuses it."""
     more = {name: value for name, value in call.more.items() if value is not None}
     if not more.keys() <= _MORE:
-        raise ValueError(f"{sorted(more.keys() - _MORE)} are asked for")
-    processor = client.input_processor
-    return processor.process_inputs(
-        call.request_id, call.prompt, call.params, supported_tasks=("generate",), **more
-    )
+        return None
+    try:
+        return client.input_processor.process_inputs(
+            call.request_id, call.prompt, call.params, supported_tasks=("generate",), **more
+        )
+    except Exception:  # which the request itself will raise again
+        return None
 
 
 def encoder_of(client: AsyncLLM) -> Encode | None:
