@@ -492,8 +492,11 @@ class Chat:
         known = resolve_chat_template_kwargs(
             tokenizer=tokenizer, chat_template=template, chat_template_kwargs=options
         )
+        for name in ("continue_final_message", "return_assistant_tokens_mask"):
+            if known.pop(name, False):  # not the template's
+                raise ValueError(name)
         # What `tokenizer.apply_chat_template` comes down to.
-        given = {**tokenizer.special_tokens_map, **known, "tools": None, "documents": None}
+        given = {"tools": None, "documents": None, **tokenizer.special_tokens_map, **known}
         return partial(_rendered, _compile_jinja_template(template), given)
 
     def answer_id(self, request_id: str) -> str:

@@ -213,7 +213,7 @@ class _Protocol(HttpToolsProtocol):
         scope["extensions"] = {
             stream.WRITE: _writer(self.cycle, self.flow),
             stream.ABORT: self.transport.abort,
-            stream.HOLD: partial(_Held, self.cycle),
+            stream.HOLD: partial(_hold, self.cycle),
         }
 
     def send_400_response(self, msg: str) -> None:
@@ -243,29 +243,37 @@ def _writer(cycle: RequestResponseCycle, flow: FlowControl) -> Callable[[bytes],
     return write
 
 
+def _hold(cycle: RequestResponseCycle) -> None:
+    """Its headers are yet to come, and not there already with a comment."""
+    if not (cycle.response_started or cycle.disconnected):
+        cycle.transport = cast("asyncio.Transport", _Held(cycle))
+
+
 class _Held:
     """A cycle's transport until it has written twice: its headers, and what comes next."""
 
     def __init__(self, cycle: RequestResponseCycle) -> None:
         self._cycle = cycle
-        self._transport = cycle.transport
         self._headers: bytes | None = None
-        cycle.transport = cast("asyncio.Transport", self)
+        self.behind = cycle.transport
 
     def write(self, data: bytes) -> None:
         if self._headers is None:
             self._headers = data
             return
-        self._cycle.transport = self._transport
-        self._transport.write(self._headers + data)
+        self._cycle.transport = self.behind
+        self.behind.write(self._headers + data)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._transport, name)
+        return getattr(self.behind, name)
 
 
 def _untie(cycle: RequestResponseCycle) -> None:
     """Let it be freed at once: collecting a cycle for each request stalls all streams."""
     cast("dict[str, Any]", cycle.scope)["extensions"] = {}
+    transport: Any = cycle.transport
+    if isinstance(transport, _Held):
+        cycle.transport = transport.behind
 
 
 class _Process:

@@ -13,7 +13,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from vllm.v1.metrics.loggers import PrometheusStatLogger
+from vllm.v1.metrics.loggers import (
+    LoggingStatLogger,
+    PerEngineStatLoggerAdapter,
+    PrometheusStatLogger,
+)
 from vllm.v1.metrics.perf import PerfMetricsProm
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.spec_decode.metrics import SpecDecodingProm
@@ -67,8 +71,7 @@ class Figures:
         """Spare vLLM its loggers of lines: `AsyncLLM.do_log_stats` is what would print them."""
         manager = client.logger_manager
         if manager is not None:
-            own = self.logger_class
-            manager.stat_loggers = [each for each in manager.stat_loggers if isinstance(each, own)]
+            manager.stat_loggers = [each for each in manager.stat_loggers if not _of_lines(each)]
 
     def stream_lag(self) -> Callable[[float], None]:
         """Takes the seconds from the engine's having a token to our having written it."""
@@ -81,6 +84,12 @@ class Figures:
         )
         observe: Callable[[float], None] = histogram.labels(*self._labels).observe
         return observe
+
+
+def _of_lines(logger: Any) -> bool:
+    if isinstance(logger, PerEngineStatLoggerAdapter):
+        return all(map(_of_lines, logger.per_engine_stat_loggers.values()))
+    return isinstance(logger, LoggingStatLogger)
 
 
 class _Labelled(CollectorRegistry):

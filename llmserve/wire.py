@@ -9,6 +9,7 @@ frame: nine times what its backend takes. vLLM only awaits `send_multipart` and
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Generator, Sequence
 
     from vllm.v1.engine.async_llm import AsyncLLM
+
+log = logging.getLogger(__name__)
 
 _NOW, _MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
 _COMES, _EVENTS, _READABLE = int(zmq.RCVMORE), int(zmq.EVENTS), int(zmq.POLLIN)
@@ -68,8 +71,11 @@ class Outbox:
     def _flush(self) -> None:
         held, self._held = self._held, []
         for message, copy in held:
-            if self._queued or not self._sent(message, copy=copy):
-                self._queue(message, copy=copy)
+            try:
+                if self._queued or not self._sent(message, copy=copy):
+                    self._queue(message, copy=copy)
+            except zmq.ZMQError:  # the engine's end; its requests are told by vLLM
+                log.exception("a message to an engine was not sent")
 
     def _sent(self, message: Sequence[Any], *, copy: bool) -> bool:
         send = self._now.send

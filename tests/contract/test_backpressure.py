@@ -13,7 +13,7 @@ import httpx
 import pytest
 import pytest_asyncio
 
-from llmserve import server, stream
+from llmserve import server, stream, work
 from llmserve.config import ServerSpec
 from tests.contract.fake_core import SILENT
 from tests.contract.test_express import CHATS, COMPLETIONS, EMOJI, Box, boxed, events
@@ -21,6 +21,8 @@ from tests.fakes import soon, until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+
+    from llmserve.lease import Lease, Wish
 
 SMALL = 4096  # of the kernel's buffers; uvicorn's own is 64 KiB
 LONG_ID = "i" * 128  # in every event, so that buffers are soon full
@@ -246,28 +248,69 @@ async def test_headers_alone_leave_a_stream_open(box: Box, monkeypatch: pytest.M
             await until(lambda: not box.serving.engine.flow._streams)
 
 
-def test_the_headers_of_a_stream_and_its_first_event_are_one_write() -> None:
-    class Transport:
-        def __init__(self) -> None:
-            self.written: list[bytes] = []
+class Transport:
+    def __init__(self) -> None:
+        self.written: list[bytes] = []
 
-        def write(self, data: bytes) -> None:
-            self.written.append(data)
+    def write(self, data: bytes) -> None:
+        self.written.append(data)
 
-        def is_closing(self) -> bool:
-            return False
+    def is_closing(self) -> bool:
+        return False
 
-    class Cycle:
-        def __init__(self) -> None:
-            self.transport = Transport()
 
-    for second in (b"event", b""):
-        cycle = Cycle()
-        transport = cycle.transport
-        server._Held(cycle)  # type: ignore[arg-type]
-        cycle.transport.write(b"head ")
-        assert transport.written == []
-        assert not cycle.transport.is_closing()
-        cycle.transport.write(second)
-        cycle.transport.write(b"more")
-        assert transport.written == [b"head " + second, b"more"]
+class Cycle:
+    """Of uvicorn's, what holding headers back needs."""
+
+    def __init__(self) -> None:
+        self.transport = Transport()
+        self.scope: dict[str, Any] = {}
+        self.response_started = self.disconnected = False
+
+
+@pytest.mark.parametrize("second", [b"event", b""])
+def test_the_headers_of_a_stream_and_its_first_event_are_one_write(second: bytes) -> None:
+    cycle: Any = Cycle()
+    transport = cycle.transport
+    server._hold(cycle)
+    cycle.transport.write(b"head ")
+    assert transport.written == []
+    assert not cycle.transport.is_closing()
+    cycle.transport.write(second)
+    cycle.transport.write(b"more")
+    assert transport.written == [b"head " + second, b"more"]
+
+
+def test_headers_that_have_left_or_have_no_reader_are_not_held() -> None:
+    for name in ("response_started", "disconnected"):
+        cycle: Any = Cycle()
+        setattr(cycle, name, True)
+        server._hold(cycle)
+        assert isinstance(cycle.transport, Transport)
+    cycle = Cycle()
+    server._hold(cycle)
+    server._untie(cycle)
+    assert isinstance(cycle.transport, Transport)
+
+
+async def test_an_answer_after_comments_comes_whole(
+    box: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its headers went with the first comment; text and end are one event."""
+    monkeypatch.setattr(work, "COMMENT_S", 0.05)
+    pool = box.services.pool
+    lease = pool.lease
+
+    async def wait(wish: Wish) -> Lease | None:
+        await asyncio.sleep(0.2)
+        return lease(wish)
+
+    monkeypatch.setattr(pool, "lease", lambda _: None)
+    monkeypatch.setattr(pool, "wait", wait)
+    body = asking("one two three", 1)
+    expected = await box.client.post(COMPLETIONS, json=body)
+    async with served(box) as port, httpx.AsyncClient(timeout=5) as client:
+        for _ in range(2):  # the second one by recipe, on the same connection
+            reply = await client.post(f"http://127.0.0.1:{port}{COMPLETIONS}", json=body)
+            assert reply.text.startswith(": chat is ")
+            assert text_of(reply) == text_of(expected)
