@@ -493,8 +493,7 @@ class Chat:
             tokenizer=tokenizer, chat_template=template, chat_template_kwargs=options
         )
         for name in ("continue_final_message", "return_assistant_tokens_mask"):
-            if known.pop(name, False):  # not the template's
-                raise ValueError(name)
+            known.pop(name, None)  # not the template's; a prompt that goes on has left above
         # What `tokenizer.apply_chat_template` comes down to.
         given = {"tools": None, "documents": None, **tokenizer.special_tokens_map, **known}
         return partial(_rendered, _compile_jinja_template(template), given)

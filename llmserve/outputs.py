@@ -59,14 +59,14 @@ class Ready:
     request_id: str
 
     async def give(self, client: AsyncLLM) -> None:
-        """The rest of `AsyncLLM.add_request`."""
+        """The rest of `AsyncLLM.add_request`, which would prepare and check it once more."""
         if client.errored:
             raise EngineDeadError
         request = self.request
         request.external_req_id = request.request_id
         request.request_id = f"{request.request_id}-{random.getrandbits(32):08x}"
-        client._run_output_handler()  # noqa: SLF001  # if this is the first one
-        await client._add_request(request, None, None, 0, None)  # noqa: SLF001  # public: 30 us
+        client._run_output_handler()  # noqa: SLF001  # as add_request does
+        await client._add_request(request, None, None, 0, None)  # noqa: SLF001  # as add_request does
 
 
 class Asked:

@@ -2,7 +2,7 @@
 
 zmq.asyncio makes futures, timers and several system calls per message, also when it can
 be sent or is here already, and pyzmq's own Socket combines its flags as enums for every
-frame: nine times what its backend takes. vLLM only awaits `send_multipart` and
+frame, which takes several times as long as its backend. vLLM only awaits `send_multipart` and
 `recv_multipart` (vllm/v1/engine/core_client.py, AsyncMPClient), so these two offer that.
 """
 

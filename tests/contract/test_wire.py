@@ -70,6 +70,18 @@ async def test_a_full_socket_is_waited_for() -> None:
     assert got == [[b"%d" % n] for n in range(COUNT)]
 
 
+async def test_what_a_closed_socket_does_not_take_is_told(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with pair() as (push, _):
+        outbox = Outbox(push)
+        push.close()  # as vLLM does at an engine's end
+        for n in range(2):
+            await outbox.send_multipart((b"%d" % n,), copy=False)
+        await asyncio.sleep(0)
+    assert caplog.text.count("a message to an engine was not sent") == 2
+
+
 async def test_the_end_of_the_task_ends_the_watch() -> None:
     with pair() as (_, pull):
         inbox = Inbox(pull)
