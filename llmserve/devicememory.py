@@ -46,7 +46,8 @@ class Pinned:
             )
 
     def free(self) -> None:
-        self._cudart.cudaHostUnregister(self.address)
+        # Unmapped while registered, its addresses could never be pinned again.
+        self._cudart.CUDART_CHECK(self._cudart.cudaHostUnregister(self.address))
         del self._first
 
 

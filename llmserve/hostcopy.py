@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from bisect import bisect_left, bisect_right
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from vllm.device_allocator import DEFERRABLE_TAGS
@@ -204,8 +204,17 @@ class HostCopies(SleepModeBackend):
         if self._fixed is None or (self._fixed.done() and self._fixed.exception()):
             self._memory.settle()
             fixed = self._unchanging()
-            self._fixed = self._thread.submit(self._saved, fixed, without(self._kept(), fixed))
+            loose = self._room_for(without(self._kept(), fixed))
+            self._fixed = self._thread.submit(self._saved, fixed, loose)
         return self._fixed
+
+    def _room_for(self, spans: Sequence[Span]) -> Copy:
+        """For the rest of what is kept: the same room as long as that lies where it lay."""
+        if self._loose is None or self._loose.spans != spans:
+            if self._loose is not None:
+                self._loose.free()
+            self._loose = Copy(self._memory, spans)
+        return self._loose
 
     def prepared(self) -> bool:
         """Whether the copy is made. Raises what kept it from being made."""
@@ -214,19 +223,18 @@ class HostCopies(SleepModeBackend):
         self._fixed.result()
         return True
 
-    def _saved(self, fixed: Sequence[Span], loose: Sequence[Span]) -> Copy:
-        """The copy of what is fixed, and room for the rest, which is copied at each sleep."""
+    def _saved(self, fixed: Sequence[Span], loose: Copy) -> Copy:
+        """The copy of what is fixed; the rest, which is copied at each sleep, gets its room."""
         began = time.monotonic()
         self._memory.enter()
-        copy, rest = Copy(self._memory, fixed), Copy(self._memory, loose)
+        copy = Copy(self._memory, fixed)
         try:
             copy.save()
-            rest.reserve()
+            loose.reserve()
         except BaseException:
             copy.free()
-            rest.free()
+            loose.free()
             raise
-        self._loose = rest
         log.info("copied to the host: %s s=%.3f", _gib(copy.size), time.monotonic() - began)
         return copy
 
@@ -249,9 +257,10 @@ class HostCopies(SleepModeBackend):
         laps = _Laps()
         self._memory.settle()
         laps.lap("settle")
-        fixed = self._begun().result().spans if level == 1 else self._unchanging()
+        fixed = self._begun().result().spans if level == 1 else self._spans_to_lose()
         laps.lap("parameters")
-        loose = self._save_all_but(fixed)
+        loose = self._room_for(without(self._kept(), fixed))
+        loose.save()
         laps.lap("rest")
         if level != 1:
             self._lose(fixed)
@@ -261,14 +270,10 @@ class HostCopies(SleepModeBackend):
         laps.lap("unmap")
         log.info("slept: level=%d freed=%s rest=%s %s", level, _gib(size), _gib(loose.size), laps)
 
-    def _save_all_but(self, fixed: Sequence[Span]) -> Copy:
-        spans = without(self._kept(), fixed)
-        if self._loose is None or self._loose.spans != spans:
-            if self._loose is not None:
-                self._loose.free()
-            self._loose = Copy(self._memory, spans)
-        self._loose.save()
-        return self._loose
+    def _spans_to_lose(self) -> list[Span]:
+        if self._fixed is not None:
+            wait((self._fixed,))  # it pins the room of the rest
+        return self._unchanging()
 
     def _lose(self, fixed: Sequence[Span]) -> None:
         made, self._fixed = self._fixed, None

@@ -282,6 +282,29 @@ def test_at_level_2_parameters_alone_are_lost(
     copies.suspend(1)
     copies.resume()
     assert contents(memory, "weights") == [b"\x05" * 400 + b"\x01" * 100 + b"\x05" * 500]
+    assert sum(map(len, memory.pinned.values())) == 900 + 130  # nothing twice
+
+
+def test_at_level_2_what_is_being_copied_is_waited_for(
+    memory: Memory, copies: HostCopies, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else its thread pins the rest a second time, and that is what comes back: nothing."""
+    pin, goes_on = memory.pin, threading.Event()
+
+    def slow(size: int) -> Buffer:
+        if threading.current_thread().name.startswith("host-copy"):
+            goes_on.wait(5)
+        return pin(size)
+
+    monkeypatch.setattr(memory, "pin", slow)
+    copies.prepare()
+    threading.Timer(0.05, goes_on.set).start()
+    copies.suspend(2)
+    assert goes_on.is_set()
+    assert sum(map(len, memory.pinned.values())) == 130
+    copies.resume()
+    (weights,) = contents(memory, "weights")
+    assert weights == b"\xee" * 400 + b"\x01" * 100 + b"\xee" * 500
 
 
 def test_the_kv_cache_alone(memory: Memory, copies: HostCopies) -> None:
@@ -374,7 +397,11 @@ class Cudart:
 
     def cudaHostUnregister(self, address: int) -> int:  # noqa: N802
         self.registered.remove(address)
-        return 0
+        return self.code
+
+    def CUDART_CHECK(self, code: int) -> None:  # noqa: N802
+        if code:
+            raise RuntimeError(f"CUDART error: error {code}")
 
     def cudaGetLastError(self) -> int:  # noqa: N802
         self.drained += 1
@@ -396,6 +423,16 @@ def test_pinned_memory_can_be_written_and_goes_back() -> None:
     assert cudart.registered == [pinned.address]
     pinned.free()
     assert not cudart.registered
+
+
+def test_memory_that_cannot_be_unpinned_says_so() -> None:
+    from llmserve.devicememory import Pinned
+
+    cudart = Cudart()
+    pinned = Pinned(cudart, 5000)
+    cudart.code = 1
+    with pytest.raises(RuntimeError, match="error 1"):
+        pinned.free()
 
 
 def test_memory_that_cannot_be_pinned_says_what_to_do() -> None:
