@@ -56,8 +56,7 @@ class Engine:
         self.arguments = arguments
         self.level = Level.READY
         self._figures = figures
-        waiting = client.engine_core.outputs_queue
-        self.flow = Flow(lambda: not waiting.empty(), figures.stream_lag())
+        self.flow = Flow(figures.stream_lag())
 
     @property
     def registry(self) -> CollectorRegistry:

@@ -208,7 +208,7 @@ class Serving:
 
         A model's replicas share what is `stored`.
         """
-        await wire.take_over(engine.client)
+        await wire.take_over(engine.client, engine.flow)
         # Reads the tokenizer again and compares: the other models go on meanwhile.
         encode = await asyncio.to_thread(encoder_of, engine.client)
         return await cls._of(spec, engine, stored or Stored(), encode)

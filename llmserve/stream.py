@@ -69,16 +69,18 @@ class Flow:
     """The streams of one engine: writes what they have got, and looks after quiet ones.
 
     A first text leaves at once. Later text is collected, for BEHIND_S at most, while requests
-    come in or the engine's next step is here already, which `behind` says: then what has piled
-    up leaves as one event. `lag` is told how old the oldest text was when it left.
+    come in or the engine's next step is here already: then what has piled up leaves as one
+    event. `lag` is told how old the oldest text was when it left.
     """
 
-    def __init__(self, behind: Callable[[], bool], lag: Callable[[float], None]) -> None:
-        self._behind = behind
+    def __init__(self, lag: Callable[[float], None]) -> None:
         self._lag = lag
         self._first: list[TokenStream] = []  # that have not written any text
         self._later: list[TokenStream] = []
         self._came = False  # a request, since the last look
+        self._more = False  # steps are here that have not been handled
+        self._held = False
+        self._looks = False  # in the loop's next turn
         self._since_s = 0.0  # when the engine made the oldest text, by the engine's clock
         self._added_s = 0.0
         self._streams: set[TokenStream] = set()
@@ -89,20 +91,50 @@ class Flow:
         if not (self._first or self._later):
             self._since_s = since_s
             self._added_s = time.monotonic()
-            asyncio.get_running_loop().call_soon(self._write)
+            if not self._held:
+                self._look_soon()
         (self._later if stream.text_sent else self._first).append(stream)
 
-    def _write(self) -> None:
-        first, self._first = self._first, []
-        self._write_each(first)
+    def hold(self) -> None:
+        """More is about to be added."""
+        self._held = True
+
+    def let_go(self, *, more: bool) -> None:
+        """That was it, but for steps that wait for the next turn of the loop, if `more`."""
+        self._held, self._more = False, more
+        self._write_first()
+        if not self._looks:
+            self._write_later()
+
+    def _look_soon(self) -> None:
+        if not self._looks:
+            self._looks = True
+            asyncio.get_running_loop().call_soon(self._look)
+
+    def _look(self) -> None:
+        self._looks = False
+        self._write_first()
+        self._write_later()
+
+    def _write_first(self) -> None:
+        if self._first:
+            first, self._first = self._first, []
+            self._write_each(first)
+            if not self._later:
+                self._tell_lag()
+
+    def _write_later(self) -> None:
         came, self._came = self._came, False
-        if self._later:
-            waits = came or self._behind()
-            if waits and time.monotonic() - self._added_s < BEHIND_S:
-                asyncio.get_running_loop().call_soon(self._write)
-                return
-            later, self._later = self._later, []
-            self._write_each(later)
+        if not self._later:
+            return
+        if (came or self._more) and time.monotonic() - self._added_s < BEHIND_S:
+            self._look_soon()
+            return
+        later, self._later = self._later, []
+        self._write_each(later)
+        self._tell_lag()
+
+    def _tell_lag(self) -> None:
         self._lag(max(0.0, time.monotonic() - self._since_s))
 
     def _write_each(self, streams: list[TokenStream]) -> None:

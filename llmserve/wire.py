@@ -3,7 +3,8 @@
 zmq.asyncio makes futures, timers and several system calls per message, also when it can
 be sent or is here already, and pyzmq's own Socket combines its flags as enums for every
 frame, which takes several times as long as its backend. vLLM only awaits `send_multipart` and
-`recv_multipart` (vllm/v1/engine/core_client.py, AsyncMPClient), so these two offer that.
+`recv_multipart` (vllm/v1/engine/core_client.py, AsyncMPClient), so these two offer that. Most of
+what an engine says is a step, which `Steps` handles at once.
 """
 
 from __future__ import annotations
@@ -11,27 +12,33 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import time
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 import zmq
 import zmq.asyncio
 from zmq.backend import Socket
 
+from llmserve.steps import Steps
+
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Generator, Sequence
+    from collections.abc import Awaitable, Callable, Generator, Sequence
 
     from vllm.v1.engine.async_llm import AsyncLLM
+
+    from llmserve.stream import Flow
 
 log = logging.getLogger(__name__)
 
 _NOW, _MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
 _COMES, _EVENTS, _READABLE = int(zmq.RCVMORE), int(zmq.EVENTS), int(zmq.POLLIN)
 _HELD = 64  # messages
-_MISSED = 100  # calls for a task that is not waiting, before the socket is left alone
+_TURN_S = 0.002
 
 
-async def take_over(client: AsyncLLM) -> None:
-    """Replace the sockets of a client that has had no request yet.
+async def take_over(client: AsyncLLM, flow: Flow) -> None:
+    """Replace the sockets of a client that has had no request yet; its streams are in `flow`.
 
     vLLM's receiving task keeps the socket that it finds when it starts; what vLLM closes in
     the end is its own.
@@ -39,7 +46,8 @@ async def take_over(client: AsyncLLM) -> None:
     core: Any = client.engine_core
     core.input_socket = Outbox(core.input_socket)
     own = core.resources.output_socket
-    core.resources.output_socket = Inbox(own)
+    take = Steps(client).take if Steps.all_there_is(client) else _nothing
+    core.resources.output_socket = Inbox(own, take, flow)
     try:
         await client.get_supported_tasks()  # a first message back and forth starts the task
     finally:
@@ -70,11 +78,14 @@ class Outbox:
 
     def _flush(self) -> None:
         held, self._held = self._held, []
+        if held and self._socket.closed:  # the engine's end; its requests are told by vLLM
+            log.error("%d messages to an engine were not sent: it has ended", len(held))
+            return
         for message, copy in held:
             try:
                 if self._queued or not self._sent(message, copy=copy):
                     self._queue(message, copy=copy)
-            except zmq.ZMQError:  # the engine's end; its requests are told by vLLM
+            except zmq.ZMQError:
                 log.exception("a message to an engine was not sent")
 
     def _sent(self, message: Sequence[Any], *, copy: bool) -> bool:
@@ -101,51 +112,82 @@ class Outbox:
 
 
 class Inbox:
-    """A socket whose messages one task receives."""
+    """A socket whose messages are handled where they come.
 
-    def __init__(self, socket: zmq.asyncio.Socket) -> None:
+    Those that `take` refuses are for the one task that receives. What they brought to `flow`
+    leaves when all that have come are handled, or after _TURN_S, when others get a turn.
+    """
+
+    def __init__(
+        self, socket: zmq.asyncio.Socket, take: Callable[[Sequence[Any]], bool], flow: Flow
+    ) -> None:
+        self._socket = socket
         self._now = Socket(shadow=socket.underlying)
         # A descriptor of our own: vLLM closes the socket before it cancels the task.
         self._fd = os.dup(socket.FD)
+        self._take = take
+        self._flow = flow
+        self._left: deque[Sequence[Any]] = deque()
         self._waiting: asyncio.Future[None] | None = None
         self._watched = False
-        self._missed = 0
 
-    async def recv_multipart(self, *, copy: bool) -> list[Any]:
-        get: Any = self._now.get
-        while not get(_EVENTS) & _READABLE:  # an exception would cost more than a message
-            await self._readable()
-        parts = [self._now.recv(_NOW, copy)]
-        while get(_COMES):
-            parts.append(self._now.recv(_NOW, copy))
-        return parts
-
-    async def _readable(self) -> None:
-        loop = asyncio.get_running_loop()
+    async def recv_multipart(self, *, copy: bool) -> Sequence[Any]:
+        """A message as frames: `copy` is False (AsyncMPClient)."""
+        assert not copy  # noqa: S101
         if not self._watched:
             self._watched = True
-            loop.add_reader(self._fd, self._on_readable)
-        self._missed = 0
-        self._waiting = loop.create_future()
-        try:
-            await self._waiting
-        except asyncio.CancelledError:  # the engine's end
-            self._unwatch()
-            os.close(self._fd)
-            raise
-
-    def _on_readable(self) -> None:
-        if self._waiting is not None and not self._waiting.done():
-            self._waiting.set_result(None)
-            return
-        # Readable until somebody receives: nobody may come any more.
-        self._missed += 1
-        if self._missed > _MISSED:
-            self._unwatch()
+            asyncio.get_running_loop().add_reader(self._fd, self._receive)
+        while not self._left:
+            self._waiting = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiting
+            except asyncio.CancelledError:  # the engine's end
+                self._unwatch()
+                os.close(self._fd)
+                raise
+        return self._left.popleft()
 
     def _unwatch(self) -> None:
         self._watched = False
         asyncio.get_running_loop().remove_reader(self._fd)
+
+    def _receive(self) -> None:
+        if not self._watched:
+            return
+        if self._socket.closed:  # the task is about to hear of it
+            self._unwatch()
+            return
+        self._flow.hold()
+        more = True
+        try:
+            more = self._receive_some()
+        finally:
+            self._flow.let_go(more=more)
+        if more:
+            asyncio.get_running_loop().call_soon(self._receive)
+
+    def _receive_some(self) -> bool:
+        """Whether there are more."""
+        get: Any = self._now.get
+        until_s = time.monotonic() + _TURN_S
+        while get(_EVENTS) & _READABLE:  # an exception would cost more than a message
+            frames = [self._now.recv(_NOW, False)]
+            while get(_COMES):
+                frames.append(self._now.recv(_NOW, False))
+            if not self._take(frames):
+                self._leave(frames)
+            if time.monotonic() > until_s:
+                return True
+        return False
+
+    def _leave(self, frames: Sequence[Any]) -> None:
+        self._left.append(frames)
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
+
+
+def _nothing(_: Sequence[Any]) -> bool:
+    return False
 
 
 class _Done:

@@ -4,20 +4,53 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 import uuid
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import zmq
 import zmq.asyncio
 
+from llmserve.stream import Flow
 from llmserve.wire import Inbox, Outbox
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
 COUNT = 2000
+
+
+class Turns(Flow):
+    """Notes when text is held, and when it leaves."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda _: None)
+        self.seen: list[Any] = []
+
+    def hold(self) -> None:
+        self.seen.append("hold")
+
+    def let_go(self, *, more: bool) -> None:
+        self.seen.append("more" if more else "all")
+
+
+def inbox_of(
+    socket: zmq.asyncio.Socket,
+    take: Callable[[list[bytes]], bool] = lambda _: False,
+    flow: Flow | None = None,
+) -> Inbox:
+    """`take` gets a message as bytes."""
+
+    def taken(frames: Sequence[Any]) -> bool:
+        return take([frame.bytes for frame in frames])
+
+    return Inbox(socket, taken, flow or Turns())
+
+
+async def received(inbox: Inbox) -> list[bytes]:
+    return [frame.bytes for frame in await inbox.recv_multipart(copy=False)]
 
 
 @contextmanager
@@ -38,7 +71,7 @@ def pair(limit: int = 0) -> Iterator[tuple[zmq.asyncio.Socket, zmq.asyncio.Socke
 
 async def test_messages_arrive_whole_and_in_order() -> None:
     with pair() as (push, pull):
-        outbox, inbox = Outbox(push), Inbox(pull)
+        outbox, inbox = Outbox(push), inbox_of(pull)
 
         async def send() -> None:
             for n in range(COUNT):
@@ -48,14 +81,14 @@ async def test_messages_arrive_whole_and_in_order() -> None:
 
         sending = asyncio.ensure_future(send())
         async with asyncio.timeout(20):
-            got = [await inbox.recv_multipart(copy=True) for _ in range(COUNT)]
+            got = [await received(inbox) for _ in range(COUNT)]
         await sending
     assert got == [[b"id", b"%d" % n] for n in range(COUNT)]
 
 
 async def test_a_full_socket_is_waited_for() -> None:
     with pair(limit=10) as (push, pull):
-        outbox, inbox = Outbox(push), Inbox(pull)
+        outbox, inbox = Outbox(push), inbox_of(pull)
 
         async def send() -> None:
             for n in range(COUNT):
@@ -65,7 +98,7 @@ async def test_a_full_socket_is_waited_for() -> None:
         await asyncio.sleep(0.2)
         assert not sending.done()
         async with asyncio.timeout(20):
-            got = [await inbox.recv_multipart(copy=True) for _ in range(COUNT)]
+            got = [await received(inbox) for _ in range(COUNT)]
         await sending
     assert got == [[b"%d" % n] for n in range(COUNT)]
 
@@ -79,13 +112,96 @@ async def test_what_a_closed_socket_does_not_take_is_told(
         for n in range(2):
             await outbox.send_multipart((b"%d" % n,), copy=False)
         await asyncio.sleep(0)
-    assert caplog.text.count("a message to an engine was not sent") == 2
+    assert "2 messages to an engine were not sent: it has ended" in caplog.text
+
+
+async def test_what_is_taken_where_it_comes_does_not_reach_the_task() -> None:
+    """And what has come together is one turn."""
+    taken: list[bytes] = []
+
+    def take(message: list[bytes]) -> bool:
+        if not message[0].startswith(b"step"):
+            return False
+        taken.extend(message)
+        return True
+
+    with pair() as (push, pull):
+        flow = Turns()
+        inbox = inbox_of(pull, take, flow)
+        waiting = asyncio.ensure_future(received(inbox))
+        await asyncio.sleep(0.05)
+        flow.seen.clear()  # a connection is made: a turn without messages
+        for message in (b"step 1", b"answer 1", b"step 2", b"answer 2"):
+            await push.send(message)
+        time.sleep(0.05)  # noqa: ASYNC251  # all of them are here when the loop looks
+        assert await asyncio.wait_for(waiting, 5) == [b"answer 1"]
+        assert await received(inbox) == [b"answer 2"]
+        assert taken == [b"step 1", b"step 2"]
+        assert flow.seen == ["hold", "all"]
+
+
+async def test_who_takes_long_leaves_others_a_turn() -> None:
+    turns = 0
+
+    def take(_: list[bytes]) -> bool:
+        time.sleep(0.003)
+        return True
+
+    with pair() as (push, pull):
+        flow = Turns()
+        inbox = inbox_of(pull, take, flow)
+        waiting = asyncio.ensure_future(received(inbox))
+        await asyncio.sleep(0.05)
+        flow.seen.clear()
+        for _ in range(5):
+            await push.send(b"step")
+        time.sleep(0.05)  # noqa: ASYNC251  # as above
+        async with asyncio.timeout(5):
+            while flow.seen.count("all") == 0:
+                turns += 1
+                await asyncio.sleep(0)
+        assert flow.seen.count("more") >= 4
+        assert turns >= 5
+        waiting.cancel()
+
+
+async def test_a_closed_socket_is_not_read_before_the_task_hears_of_it() -> None:
+    with pair() as (push, pull):
+        flow = Turns()
+        inbox = inbox_of(pull, flow=flow)
+        waiting = asyncio.ensure_future(received(inbox))
+        await asyncio.sleep(0.05)
+        flow.seen.clear()
+        await push.send(b"too late")
+        time.sleep(0.05)  # noqa: ASYNC251  # its descriptor is readable when the loop looks
+        pull.close()
+        await asyncio.sleep(0.05)
+        assert not flow.seen
+        assert not waiting.done()
+        waiting.cancel()
+
+
+async def test_what_fails_on_the_way_lets_text_go() -> None:
+    def take(_: list[bytes]) -> bool:
+        raise RuntimeError("no step can be taken")
+
+    with pair() as (push, pull):
+        flow, told = Turns(), []
+        asyncio.get_running_loop().set_exception_handler(lambda _, said: told.append(said))
+        waiting = asyncio.ensure_future(received(inbox_of(pull, take, flow)))
+        await push.send(b"step")
+        async with asyncio.timeout(5):
+            while not told:
+                await asyncio.sleep(0.01)
+        assert "no step can be taken" in str(told[0]["exception"])
+        assert flow.seen[-2:] == ["hold", "more"]
+        waiting.cancel()
 
 
 async def test_the_end_of_the_task_ends_the_watch() -> None:
     with pair() as (_, pull):
-        inbox = Inbox(pull)
-        waiting = asyncio.ensure_future(inbox.recv_multipart(copy=True))
+        inbox = inbox_of(pull)
+        waiting = asyncio.ensure_future(received(inbox))
         await asyncio.sleep(0.05)
         pull.close()  # as vLLM does, before it cancels the task
         waiting.cancel()

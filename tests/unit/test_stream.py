@@ -126,10 +126,9 @@ class Line:
 
     def __init__(self, engine: Engine) -> None:
         self.engine, self.client = engine, Client()
-        self.behind = False
         self.lags: list[float] = []
-        flow = Flow(lambda: self.behind, self.lags.append)
-        self.stream = TokenStream(engine, flow, Frames(), failure)
+        self.flow = Flow(self.lags.append)
+        self.stream = TokenStream(engine, self.flow, Frames(), failure)
         self.answering: asyncio.Task[None]
         self.extensions: dict[str, object] = {ABORT: self.client.abort}
 
@@ -230,7 +229,7 @@ async def test_tokens_without_text_are_counted() -> None:
 
 async def test_streams_of_one_turn_are_all_written_and_tell_the_lag_of_the_oldest() -> None:
     lags: list[float] = []
-    flow = Flow(lambda: False, lags.append)
+    flow = Flow(lags.append)
     engines, clients = [Engine() for _ in range(3)], [Client() for _ in range(3)]
     answering = [
         asyncio.create_task(
@@ -255,7 +254,7 @@ def failing(_: bytes) -> bool:
 
 
 async def test_a_stream_that_cannot_be_written_ends_and_the_others_go_on() -> None:
-    flow = Flow(lambda: False, lambda _: None)
+    flow = Flow(lambda _: None)
     engines, clients = [Engine() for _ in range(2)], [Client() for _ in range(2)]
     direct = [{WRITE: failing}, {WRITE: clients[1].write}]  # no way to end a connection either
     answering = [
@@ -281,35 +280,51 @@ async def test_a_stream_that_cannot_be_written_ends_and_the_others_go_on() -> No
 # --- an engine that is ahead
 
 
+async def test_what_a_turn_has_brought_leaves_when_it_is_over() -> None:
+    async with begun() as line:
+        for first, last in ("ab", "cd"):
+            line.flow.hold()
+            line.engine.gives(first)
+            await turn()
+            line.engine.gives(last)
+            line.flow.let_go(more=False)  # no further turn is needed
+        assert line.client.bodies == [b"first [ab]", b"[cd]"]
+        assert len(line.lags) == 2
+        await turn()
+        assert len(line.client.bodies) == len(line.lags) == 2
+
+
 async def test_text_waits_for_a_step_that_is_here_already(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream, "BEHIND_S", 60)
     async with begun() as line:
-        line.behind = True
+        line.flow.hold()
         line.engine.gives("a")
-        await turn()
+        line.flow.let_go(more=True)
         assert line.client.bodies == [b"first [a]"]  # a first text never waits
         line.engine.gives("b")
         for _ in range(5):
             await turn()
         line.engine.gives("c")
         assert line.client.bodies == [b"first [a]"]
-        line.behind = False
+        line.flow.hold()
+        line.flow.let_go(more=False)
         await turn()
         assert line.client.bodies == [b"first [a]", b"[bc]"]
 
 
 async def test_text_waits_no_longer_than_it_may() -> None:
     async with begun() as line:
-        line.behind = True
         for count, text in enumerate("abc", 1):
+            line.flow.hold()
             line.engine.gives(text)
+            line.flow.let_go(more=True)
             await until(partial(line.client.has, count))
         assert line.client.bodies == [b"first [a]", b"[b]", b"[c]"]
 
 
 async def test_text_waits_while_requests_come_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream, "BEHIND_S", 60)
-    flow = Flow(lambda: False, lambda _: None)
+    flow = Flow(lambda _: None)
     engines, clients = [Engine() for _ in range(4)], [Client() for _ in range(4)]
 
     def come(n: int) -> asyncio.Task[None]:

@@ -75,7 +75,7 @@ class Talking:
         self.aborts = 0
 
     def answer(self) -> TokenStream:
-        flow = Flow(lambda: False, lambda _: None)
+        flow = Flow(lambda _: None)
         return TokenStream(self, flow, Words(), failure)
 
     async def begin(self, stream: TokenStream) -> None:

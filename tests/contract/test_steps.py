@@ -1,0 +1,187 @@
+"""Steps, handled without vLLM's two tasks: what those do, on a fake core."""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import pytest
+from vllm.v1.engine import EngineCoreOutputs, UtilityOutput
+
+from llmserve.steps import Steps
+from tests.contract.test_express import CHATS, COMPLETIONS, FOX, boxed, events, prompt, user
+from tests.contract.test_worker import tree_of
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from tests.contract.test_express import Box
+
+SAID = "llmserve/steps.py does the same; look at what this vLLM does there"
+
+
+@pytest.fixture
+async def box() -> AsyncIterator[Box]:
+    async with boxed() as made:
+        yield made
+
+
+async def test_no_step_waits_for_a_task(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    queued: list[Any] = []
+    queue: Any = box.serving.engine.client.engine_core.outputs_queue
+    monkeypatch.setattr(queue, "put_nowait", queued.append)
+    for path, body in ((CHATS, user(FOX)), (COMPLETIONS, prompt(FOX))):
+        for more in ({"stream": True}, {}, {"stream": True, "n": 2}, {"stop": ["never"]}):
+            reply = await box.ask(path, body | {"max_tokens": 20} | more)
+            assert reply.status_code == 200
+    assert box.serving.engine.client.output_handler is not None  # vLLM's, should it be needed
+    assert not queued
+
+
+async def test_a_step_that_cannot_be_handled_ends_the_requests_as_vllm_does(
+    box: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("what is this")
+
+    client = box.serving.engine.client
+    asked = prompt(FOX) | {"max_tokens": 1900, "stream": True}
+    reading = asyncio.create_task(box.ask(COMPLETIONS, asked))
+    await asyncio.sleep(0.2)
+    assert client.is_running
+    monkeypatch.setattr(client.output_processor, "process_outputs", failing)
+    *_, failure, done = events(await asyncio.wait_for(reading, 10))
+    assert failure["error"]["code"] == "engine_error"
+    assert done == "data: [DONE]"
+    assert not client.is_running
+
+
+class Core:
+    """An engine core as `Steps` knows it."""
+
+    def __init__(self) -> None:
+        self.decoder = msgspec.msgpack.Decoder(EngineCoreOutputs)
+        self.outputs_queue: asyncio.Queue[Any] = asyncio.Queue()
+
+
+def client(core: Any, images: object = None, logger: Any = None) -> Any:
+    return SimpleNamespace(
+        engine_core=core,
+        output_processor=SimpleNamespace(update_scheduler_stats=lambda _: None),
+        logger_manager=logger,
+        log_stats=logger is not None,
+        renderer=SimpleNamespace(mm_processor_cache=images),
+    )
+
+
+def test_what_is_no_step_is_left() -> None:
+    steps = Steps(client(Core()))
+    answer = EngineCoreOutputs(utility_output=UtilityOutput(call_id=1))
+    assert not steps.take(msgspec.msgpack.encode(answer))
+    assert not steps.take(b"ENGINE_CORE_DEAD")
+    assert steps.take(msgspec.msgpack.encode(EngineCoreOutputs()))
+
+
+def test_a_step_without_outputs_is_told_to_the_logger_if_it_says_anything() -> None:
+    from vllm.v1.metrics.stats import SchedulerStats
+
+    told: list[Any] = []
+    logger = SimpleNamespace(record=lambda **said: told.append(said))
+    steps = Steps(client(Core(), logger=logger))
+    for said in (None, SchedulerStats(num_running_reqs=3)):
+        steps._handle(EngineCoreOutputs(engine_index=1, scheduler_stats=said))
+    (one,) = told
+    assert one["scheduler_stats"].num_running_reqs == 3
+    assert (one["engine_idx"], one["iteration_stats"], one["mm_cache_stats"]) == (1, None, None)
+
+
+def test_engines_with_more_to_do_are_left_to_vllm() -> None:
+    from vllm.v1.engine.core_client import AsyncMPClient, DPLBAsyncMPClient
+
+    assert Steps.all_there_is(client(object.__new__(AsyncMPClient)))
+    assert not Steps.all_there_is(client(object.__new__(AsyncMPClient), images={}))
+    assert not Steps.all_there_is(client(object.__new__(DPLBAsyncMPClient)))
+
+
+# --- what vLLM's two tasks do
+
+
+def statements(function: Any, name: str) -> list[str]:
+    """Of a function inside another, without docstrings and comments."""
+    (inner,) = (
+        node
+        for node in ast.walk(tree_of(function))
+        if isinstance(node, ast.AsyncFunctionDef) and node.name == name
+    )
+    return [line.strip() for line in ast.unparse(inner).splitlines()]
+
+
+def test_vllms_handler_does_nothing_else_with_a_step() -> None:
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    expected = """
+        async def output_handler():
+        try:
+        while True:
+        outputs = await engine_core.get_output_async()
+        num_outputs = len(outputs.outputs)
+        iteration_stats = IterationStats() if log_stats and num_outputs else None
+        engine_core_outputs = outputs.outputs
+        for start in range(0, num_outputs, chunk_size):
+        end = start + chunk_size
+        outputs_slice = engine_core_outputs[start:end]
+        processed_outputs = output_processor.process_outputs(outputs_slice, outputs.timestamp, iteration_stats, weight_version=outputs.weight_version)
+        assert not processed_outputs.request_outputs
+        if mm_processor_cache is not None:
+        for eco in outputs_slice:
+        if eco.mm_cache_miss_hashes:
+        for mm_hash in eco.mm_cache_miss_hashes:
+        mm_processor_cache.invalidate(mm_hash)
+        if end < num_outputs:
+        await asyncio.sleep(0)
+        if processed_outputs.reqs_to_abort:
+        await engine_core.abort_requests_async(processed_outputs.reqs_to_abort)
+        output_processor.update_scheduler_stats(outputs.scheduler_stats)
+        if logger_ref[0]:
+        logger_ref[0].record(engine_idx=outputs.engine_index, scheduler_stats=outputs.scheduler_stats, iteration_stats=iteration_stats, mm_cache_stats=renderer.stat_mm_cache())
+        except Exception as e:
+        logger.exception('AsyncLLM output_handler failed.')
+        output_processor.propagate_error(e)
+    """
+    assert statements(AsyncLLM._run_output_handler, "output_handler") == [
+        line.strip() for line in expected.strip().splitlines()
+    ], SAID
+
+
+def test_vllms_receiver_does_nothing_else_with_a_step() -> None:
+    from vllm.v1.engine.core_client import AsyncMPClient
+
+    lines = statements(AsyncMPClient._ensure_output_queue_task, "process_outputs_socket")
+    assert lines[:6] == [
+        "async def process_outputs_socket():",
+        "try:",
+        "while True:",
+        "frames = await output_socket.recv_multipart(copy=False)",
+        "resources.validate_alive(frames)",
+        "outputs: EngineCoreOutputs = decoder.decode(frames)",
+    ], SAID
+    assert lines[6] == "if outputs.utility_output:", SAID
+    after = lines[lines.index("continue", lines.index("else:")) + 1 :]
+    assert after == [
+        "if output_handler is not None:",
+        "assert _self_ref is not None",
+        "_self = _self_ref()",
+        "if not _self:",
+        "return",
+        "await output_handler(_self, outputs)",
+        "if outputs.outputs or outputs.scheduler_stats:",
+        "outputs_queue.put_nowait(outputs)",
+        "except Exception as e:",
+        "outputs_queue.put_nowait(e)",
+        "except asyncio.CancelledError:",
+        "outputs_queue.put_nowait(EngineDeadError())",
+    ], SAID
+    assert not hasattr(AsyncMPClient, "process_engine_outputs"), SAID
