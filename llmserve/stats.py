@@ -8,7 +8,7 @@ and it observes the inter-token latency of every token by itself.
 from __future__ import annotations
 
 import asyncio
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.spec_decode.metrics import SpecDecodingProm
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from prometheus_client.metrics_core import Metric
     from prometheus_client.samples import Sample
@@ -35,21 +35,42 @@ _LAG_BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.
 
 
 class Weighted(Histogram):
-    """A histogram that finds its bucket at once, and takes a value several times in one call.
+    """A histogram that is told values and enters them together, or one that came several times.
 
-    prometheus_client walks all buckets and has no such call; these are its own fields
-    (metrics.py, Histogram.observe).
+    prometheus_client walks all buckets for each value, with a lock for each count; these are
+    its own fields (metrics.py, Histogram.observe).
     """
+
+    def _metric_init(self) -> None:
+        super()._metric_init()
+        self._told: list[float] = []
 
     def observe(self, amount: float, exemplar: dict[str, str] | None = None) -> None:
         if exemplar is None:
-            self.observe_many(amount, 1)
+            self._told.append(amount)
         else:
             super().observe(amount, exemplar)
 
     def observe_many(self, amount: float, count: int) -> None:
         self._sum.inc(amount * count)
         self._buckets[bisect_left(self._upper_bounds, amount)].inc(count)
+
+    def enter(self) -> None:
+        """What it has been told."""
+        told, self._told = sorted(self._told), []
+        self._sum.inc(sum(told))
+        done = 0
+        for bound, bucket in zip(self._upper_bounds, self._buckets, strict=True):
+            if done == len(told):
+                break
+            upto = bisect_right(told, bound, done)
+            if upto > done:
+                bucket.inc(upto - done)
+            done = upto
+
+    def _child_samples(self) -> Iterable[Sample]:
+        self.enter()
+        return super()._child_samples()
 
 
 class Figures:
@@ -82,8 +103,7 @@ class Figures:
             registry=self.registry,
             buckets=_LAG_BUCKETS_S,
         )
-        observe: Callable[[float], None] = histogram.labels(*self._labels).observe
-        return observe
+        return partial(histogram.labels(*self._labels).observe_many, count=1)
 
 
 def _of_lines(logger: Any) -> bool:
@@ -151,6 +171,13 @@ class _Adding(PrometheusStatLogger):
         vllm: Any = self
         self._step_tokens: dict[int, Weighted] = vllm.histogram_iteration_tokens
         vllm.histogram_iteration_tokens = dict.fromkeys(self._step_tokens, _Ignored())
+        self._histograms = [
+            child
+            for each in vars(self).values()
+            if isinstance(each, dict)
+            for child in each.values()
+            if isinstance(child, Weighted)
+        ]
         self._figures.enter = self._enter
 
     def record(
@@ -187,6 +214,8 @@ class _Adding(PrometheusStatLogger):
                 self.histogram_inter_token_latency[engine].observe_many(gap, count)
             if steps.scheduler is not None or steps.iteration is not None:
                 super().record(steps.scheduler, steps.iteration, None, engine)
+        for histogram in self._histograms:
+            histogram.enter()
 
 
 class _Ignored:

@@ -957,10 +957,15 @@ def test_a_histogram_takes_many_as_it_takes_one() -> None:
     registries = CollectorRegistry(), CollectorRegistry()
     ours = Weighted("h", "H", ("model",), registry=registries[0], buckets=bounds).labels("m")
     theirs = Histogram("h", "H", ("model",), registry=registries[1], buckets=bounds).labels("m")
-    for value, count in ((0.05, 3), (0.1, 2), (0.11, 1), (1.0, 4), (7.0, 5), (0.2, 0)):
-        ours.observe_many(value, count)
+    told = ((7.0, 5), (0.05, 3), (0.1, 2), (0.11, 1), (1.0, 4), (0.2, 0))
+    for n, (value, count) in enumerate((*told, *told)):
+        if n < len(told):
+            ours.observe_many(value, count)
         for _ in range(count):
             theirs.observe(value)
+            if n >= len(told):
+                ours.observe(value)
+    assert len(ours._told) == 15
 
     def samples(registry: CollectorRegistry) -> dict[tuple[str, str], float]:
         return {
@@ -970,7 +975,25 @@ def test_a_histogram_takes_many_as_it_takes_one() -> None:
             if not sample.name.endswith("_created")
         }
 
-    assert samples(registries[0]) == pytest.approx(samples(registries[1]))
+    for _ in range(2):  # and not again at the next look
+        assert samples(registries[0]) == pytest.approx(samples(registries[1]))
+
+
+async def test_every_histogram_of_the_engine_is_entered_in_time(box: Box) -> None:
+    """One that is not would remember every value until somebody looks at its figures."""
+    from llmserve.stats import Weighted
+
+    (logger,) = box.serving.engine.client.logger_manager.stat_loggers
+    collectors = set(box.serving.registry._collector_to_names)
+    histograms = [each for each in collectors if isinstance(each, Weighted)]
+    children = [child for each in histograms for child in each._metrics.values()]
+    told_at_once = {"llmserve_stream_lag_seconds"}
+    entered = set(map(id, logger._histograms))
+    assert len(children) > 10
+    assert {c._name for c in children if id(c) not in entered} == told_at_once
+    await box.ask(COMPLETIONS, prompt(FOX) | {"stream": True})
+    logger._figures.enter()
+    assert not any(child._told for child in logger._histograms)
 
 
 def test_the_engines_logger_has_the_histogram_that_stats_fills() -> None:
