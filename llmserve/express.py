@@ -496,7 +496,8 @@ class Chat:
             known.pop(name, None)  # not the template's; a prompt that goes on has left above
         # What `tokenizer.apply_chat_template` comes down to.
         given = {"tools": None, "documents": None, **tokenizer.special_tokens_map, **known}
-        return partial(_rendered, _compile_jinja_template(template), given)
+        compiled = _compile_jinja_template(template)
+        return partial(_rendered, compiled, {**compiled.globals, **given})
 
     def answer_id(self, request_id: str) -> str:
         return request_id
@@ -506,8 +507,11 @@ class Chat:
 
 
 def _rendered(template: jinja2.Template, given: dict[str, Any], messages: Any) -> str:
-    """`Template.render`, half of whose time goes into putting its arguments together."""
-    names = {**template.globals, **given, "messages": messages}
+    """`Template.render`, half of whose time goes into putting its arguments together.
+
+    `given` has the template's globals too.
+    """
+    names = {**given, "messages": messages}
     return "".join(template.root_render_func(template.new_context(names, shared=True)))
 
 
