@@ -124,17 +124,17 @@ class Inbox:
         self._socket = socket
         self._now = Socket(shadow=socket.underlying)
         # A descriptor of our own: vLLM closes the socket before it cancels the task.
-        self._fd = os.dup(socket.FD)
+        self._fd: int | None = os.dup(socket.FD)
+        self._watched = False
         self._take = take
         self._flow = flow
-        self._left: deque[Sequence[Any]] = deque()
+        self._left: deque[Sequence[Any] | Exception] = deque()
         self._waiting: asyncio.Future[None] | None = None
-        self._watched = False
 
     async def recv_multipart(self, *, copy: bool) -> Sequence[Any]:
         """A message as frames: `copy` is False (AsyncMPClient)."""
         assert not copy  # noqa: S101
-        if not self._watched:
+        if not self._watched and self._fd is not None:
             self._watched = True
             asyncio.get_running_loop().add_reader(self._fd, self._receive)
         while not self._left:
@@ -142,25 +142,29 @@ class Inbox:
             try:
                 await self._waiting
             except asyncio.CancelledError:  # the engine's end
-                self._unwatch()
-                os.close(self._fd)
+                self._close()
                 raise
-        return self._left.popleft()
+        message = self._left.popleft()
+        if isinstance(message, Exception):
+            raise message
+        return message
 
-    def _unwatch(self) -> None:
-        self._watched = False
-        asyncio.get_running_loop().remove_reader(self._fd)
+    def _close(self) -> None:
+        if self._fd is not None:
+            asyncio.get_running_loop().remove_reader(self._fd)
+            os.close(self._fd)
+            self._fd = None
 
     def _receive(self) -> None:
-        if not self._watched:
+        if self._socket.closed:  # the task is about to hear of it, or has ended
+            self._close()
             return
-        if self._socket.closed:  # the task is about to hear of it
-            self._unwatch()
-            return
+        more = False
         self._flow.hold()
-        more = True
         try:
             more = self._receive_some()
+        except Exception as error:  # the task is told: vLLM takes the engine for dead
+            self._leave(error)
         finally:
             self._flow.let_go(more=more)
         if more:
@@ -180,8 +184,8 @@ class Inbox:
                 return True
         return False
 
-    def _leave(self, frames: Sequence[Any]) -> None:
-        self._left.append(frames)
+    def _leave(self, message: Sequence[Any] | Exception) -> None:
+        self._left.append(message)
         if self._waiting is not None and not self._waiting.done():
             self._waiting.set_result(None)
 
