@@ -46,8 +46,10 @@ class Pinned:
             )
 
     def free(self) -> None:
-        # Unmapped while registered, its addresses could never be pinned again.
-        self._cudart.CUDART_CHECK(self._cudart.cudaHostUnregister(self.address))
+        if error := self._cudart.cudaHostUnregister(self.address):
+            self._cudart.cudaGetLastError()  # as above
+            why = self._cudart.cudaGetErrorString(error)
+            raise RuntimeError(f"host memory could not be unpinned ({why})")
         del self._first
 
 

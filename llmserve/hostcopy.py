@@ -232,8 +232,8 @@ class HostCopies(SleepModeBackend):
             copy.save()
             loose.reserve()
         except BaseException:
-            copy.free()
             loose.free()
+            copy.free()
             raise
         log.info("copied to the host: %s s=%.3f", _gib(copy.size), time.monotonic() - began)
         return copy

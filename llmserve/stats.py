@@ -57,6 +57,8 @@ class Weighted(Histogram):
 
     def enter(self) -> None:
         """What it has been told."""
+        if not self._told:
+            return
         told, self._told = sorted(self._told), []
         self._sum.inc(sum(told))
         done = 0

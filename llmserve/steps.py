@@ -10,6 +10,7 @@ calls, an engine's end and whatever fails are for vLLM's tasks, which stay.
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.metrics.stats import IterationStats
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
     from vllm.v1.engine import EngineCoreOutputs
     from vllm.v1.engine.async_llm import AsyncLLM
+
+log = logging.getLogger(__name__)
 
 
 class Steps:
@@ -30,6 +33,7 @@ class Steps:
         self._decode = core.decoder.decode
         self._outputs = client.output_processor
         self._logger = client.logger_manager if client.log_stats else None
+        self._failed = False
         self._aborts: set[asyncio.Task[None]] = set()
 
     @staticmethod
@@ -39,17 +43,20 @@ class Steps:
         return not several and client.renderer.mm_processor_cache is None
 
     def take(self, frames: Sequence[Any]) -> bool:
-        """Whether it was a step, which has been handled."""
+        """Whether it was a step, which has been handled; none is after one that failed."""
         try:
             outputs: EngineCoreOutputs = self._decode(frames)
         except Exception:
+            self._failed = True
             return False  # the word of an engine's end, perhaps: vLLM looks
         if outputs.utility_output is not None:
             return False
-        try:
-            self._handle(outputs)
-        except Exception as error:
-            self._core.outputs_queue.put_nowait(error)  # ends all requests
+        if not self._failed:
+            try:
+                self._handle(outputs)
+            except Exception as error:
+                self._failed = True
+                self._core.outputs_queue.put_nowait(error)  # ends all requests
         return True
 
     def _handle(self, step: EngineCoreOutputs) -> None:
@@ -75,4 +82,9 @@ class Steps:
     def _abort(self, request_ids: list[str]) -> None:
         aborting = asyncio.ensure_future(self._core.abort_requests_async(request_ids))
         self._aborts.add(aborting)
-        aborting.add_done_callback(self._aborts.discard)
+        aborting.add_done_callback(self._aborted)
+
+    def _aborted(self, aborting: asyncio.Task[None]) -> None:
+        self._aborts.discard(aborting)
+        if not aborting.cancelled() and (error := aborting.exception()) is not None:
+            log.error("requests could not be aborted", exc_info=error)

@@ -79,7 +79,7 @@ class Flow:
         self._later: list[TokenStream] = []
         self._came = False  # a request, since the last look
         self._more = False  # steps are here that have not been handled
-        self._held = False
+        self._gathers = False
         self._looks = False  # in the loop's next turn
         self._since_s = 0.0  # when the engine made the oldest text, by the engine's clock
         self._added_s = 0.0
@@ -91,17 +91,17 @@ class Flow:
         if not (self._first or self._later):
             self._since_s = since_s
             self._added_s = time.monotonic()
-            if not self._held:
+            if not self._gathers:
                 self._look_soon()
         (self._later if stream.text_sent else self._first).append(stream)
 
-    def hold(self) -> None:
+    def gather(self) -> None:
         """More is about to be added."""
-        self._held = True
+        self._gathers = True
 
-    def let_go(self, *, more: bool) -> None:
+    def release(self, *, more: bool) -> None:
         """That was it, but for steps that wait for the next turn of the loop, if `more`."""
-        self._held, self._more = False, more
+        self._gathers, self._more = False, more
         self._write_first()
         if not self._looks:
             self._write_later()

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _NOW, _MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
-_COMES, _EVENTS, _READABLE = int(zmq.RCVMORE), int(zmq.EVENTS), int(zmq.POLLIN)
+_EVENTS, _READABLE = int(zmq.EVENTS), int(zmq.POLLIN)
 _HELD = 64  # messages
 _TURN_S = 0.002
 
@@ -47,11 +47,17 @@ async def take_over(client: AsyncLLM, flow: Flow) -> None:
     core.input_socket = Outbox(core.input_socket)
     own = core.resources.output_socket
     take = Steps(client).take if Steps.all_there_is(client) else _nothing
-    core.resources.output_socket = Inbox(own, take, flow)
+    inbox = Inbox(own, take, flow)
+    core.resources.output_socket = inbox
     try:
         await client.get_supported_tasks()  # a first message back and forth starts the task
     finally:
         core.resources.output_socket = own
+        task = core.resources.output_queue_task
+        if task is None:  # that engine has died
+            inbox.close()
+        else:
+            task.add_done_callback(lambda _: inbox.close())
 
 
 class Outbox:
@@ -139,49 +145,48 @@ class Inbox:
             asyncio.get_running_loop().add_reader(self._fd, self._receive)
         while not self._left:
             self._waiting = asyncio.get_running_loop().create_future()
-            try:
-                await self._waiting
-            except asyncio.CancelledError:  # the engine's end
-                self._close()
-                raise
+            await self._waiting
         message = self._left.popleft()
         if isinstance(message, Exception):
             raise message
         return message
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Nobody receives any more."""
         if self._fd is not None:
             asyncio.get_running_loop().remove_reader(self._fd)
             os.close(self._fd)
             self._fd = None
+            self._flow.release(more=False)
 
     def _receive(self) -> None:
-        if self._socket.closed:  # the task is about to hear of it, or has ended
-            self._close()
+        if self._fd is None:
+            return
+        if self._socket.closed:  # the task is about to hear of it
+            self.close()
             return
         more = False
-        self._flow.hold()
+        self._flow.gather()
         try:
             more = self._receive_some()
         except Exception as error:  # the task is told: vLLM takes the engine for dead
             self._leave(error)
-        finally:
-            self._flow.let_go(more=more)
         if more:
             asyncio.get_running_loop().call_soon(self._receive)
+        self._flow.release(more=more)
 
     def _receive_some(self) -> bool:
         """Whether there are more."""
         get: Any = self._now.get
         until_s = time.monotonic() + _TURN_S
         while get(_EVENTS) & _READABLE:  # an exception would cost more than a message
+            if time.monotonic() > until_s:
+                return True
             frames = [self._now.recv(_NOW, False)]
-            while get(_COMES):
+            while frames[-1].more:
                 frames.append(self._now.recv(_NOW, False))
             if not self._take(frames):
                 self._leave(frames)
-            if time.monotonic() > until_s:
-                return True
         return False
 
     def _leave(self, message: Sequence[Any] | Exception) -> None:

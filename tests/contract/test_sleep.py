@@ -292,7 +292,8 @@ def test_at_level_2_what_is_being_copied_is_waited_for(
     pin, goes_on = memory.pin, threading.Event()
 
     def slow(size: int) -> Buffer:
-        if threading.current_thread().name.startswith("host-copy"):
+        fixed_is_pinned = sum(map(len, memory.pinned.values())) >= 900
+        if threading.current_thread().name.startswith("host-copy") and fixed_is_pinned:
             goes_on.wait(5)
         return pin(size)
 
@@ -399,10 +400,6 @@ class Cudart:
         self.registered.remove(address)
         return self.code
 
-    def CUDART_CHECK(self, code: int) -> None:  # noqa: N802
-        if code:
-            raise RuntimeError(f"CUDART error: error {code}")
-
     def cudaGetLastError(self) -> int:  # noqa: N802
         self.drained += 1
         return self.code
@@ -431,8 +428,9 @@ def test_memory_that_cannot_be_unpinned_says_so() -> None:
     cudart = Cudart()
     pinned = Pinned(cudart, 5000)
     cudart.code = 1
-    with pytest.raises(RuntimeError, match="error 1"):
+    with pytest.raises(RuntimeError, match=r"could not be unpinned \(error 1\)"):
         pinned.free()
+    assert cudart.drained == 1
 
 
 def test_memory_that_cannot_be_pinned_says_what_to_do() -> None:
@@ -746,7 +744,6 @@ class Core:
 
     def __init__(self, executor: Any) -> None:
         self.executor = executor
-        self.outputs_queue = SimpleNamespace(empty=lambda: True)
         self.paused = False
 
     async def pause_scheduler_async(self, mode: str = "abort", clear_cache: bool = True) -> None:

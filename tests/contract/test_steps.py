@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import gc
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ import pytest
 from vllm.v1.engine import EngineCoreOutputs, UtilityOutput
 
 from llmserve.steps import Steps
+from llmserve.wire import Inbox
 from tests.contract.test_express import CHATS, COMPLETIONS, FOX, boxed, events, prompt, user
 from tests.contract.test_worker import tree_of
 
@@ -44,19 +46,45 @@ async def test_no_step_waits_for_a_task(box: Box, monkeypatch: pytest.MonkeyPatc
 async def test_a_step_that_cannot_be_handled_ends_the_requests_as_vllm_does(
     box: Box, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def failing(*_: Any, **__: Any) -> Any:
-        raise RuntimeError("what is this")
-
     client = box.serving.engine.client
+    process = client.output_processor.process_outputs
+    steps: list[Any] = []
+
+    def fails_once(*arguments: Any, **more: Any) -> Any:
+        steps.append(arguments)
+        if len(steps) == 1:
+            raise RuntimeError("what is this")
+        return process(*arguments, **more)
+
     asked = prompt(FOX) | {"max_tokens": 1900, "stream": True}
+    before = box.written
     reading = asyncio.create_task(box.ask(COMPLETIONS, asked))
-    await asyncio.sleep(0.2)
+    async with asyncio.timeout(10):
+        while box.written == before:
+            await asyncio.sleep(0.01)
     assert client.is_running
-    monkeypatch.setattr(client.output_processor, "process_outputs", failing)
+    monkeypatch.setattr(client.output_processor, "process_outputs", fails_once)
     *_, failure, done = events(await asyncio.wait_for(reading, 10))
     assert failure["error"]["code"] == "engine_error"
     assert done == "data: [DONE]"
     assert not client.is_running
+    assert len(steps) == 1  # none after the one that failed: a token would be missing
+
+
+@pytest.mark.parametrize("end", ["cancelled", "told by the engine"])
+async def test_the_end_of_vllms_task_ends_the_reading(box: Box, end: str) -> None:
+    core: Any = box.serving.engine.client.engine_core
+    inboxes = [each for each in gc.get_objects() if isinstance(each, Inbox)]
+    (inbox,) = (each for each in inboxes if each._socket is core.resources.output_socket)
+    assert inbox._fd is not None
+    if end == "cancelled":
+        core.resources.output_queue_task.cancel()
+    else:
+        inbox._leave([SimpleNamespace(buffer=b"ENGINE_CORE_DEAD")])
+    async with asyncio.timeout(5):
+        while inbox._fd is not None:
+            await asyncio.sleep(0.01)
+    assert core.resources.output_queue_task.done()
 
 
 class Core:
@@ -81,8 +109,8 @@ def test_what_is_no_step_is_left() -> None:
     steps = Steps(client(Core()))
     answer = EngineCoreOutputs(utility_output=UtilityOutput(call_id=1))
     assert not steps.take(msgspec.msgpack.encode(answer))
-    assert not steps.take(b"ENGINE_CORE_DEAD")
     assert steps.take(msgspec.msgpack.encode(EngineCoreOutputs()))
+    assert not steps.take(b"ENGINE_CORE_DEAD")
 
 
 def test_a_step_without_outputs_is_told_to_the_logger_if_it_says_anything() -> None:

@@ -283,11 +283,11 @@ async def test_a_stream_that_cannot_be_written_ends_and_the_others_go_on() -> No
 async def test_what_a_turn_has_brought_leaves_when_it_is_over() -> None:
     async with begun() as line:
         for first, last in ("ab", "cd"):
-            line.flow.hold()
+            line.flow.gather()
             line.engine.gives(first)
             await turn()
             line.engine.gives(last)
-            line.flow.let_go(more=False)  # no further turn is needed
+            line.flow.release(more=False)  # no further turn is needed
         assert line.client.bodies == [b"first [ab]", b"[cd]"]
         assert len(line.lags) == 2
         await turn()
@@ -297,17 +297,17 @@ async def test_what_a_turn_has_brought_leaves_when_it_is_over() -> None:
 async def test_text_waits_for_a_step_that_is_here_already(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream, "BEHIND_S", 60)
     async with begun() as line:
-        line.flow.hold()
+        line.flow.gather()
         line.engine.gives("a")
-        line.flow.let_go(more=True)
+        line.flow.release(more=True)
         assert line.client.bodies == [b"first [a]"]  # a first text never waits
         line.engine.gives("b")
         for _ in range(5):
             await turn()
         line.engine.gives("c")
         assert line.client.bodies == [b"first [a]"]
-        line.flow.hold()
-        line.flow.let_go(more=False)
+        line.flow.gather()
+        line.flow.release(more=False)
         await turn()
         assert line.client.bodies == [b"first [a]", b"[bc]"]
 
@@ -315,9 +315,9 @@ async def test_text_waits_for_a_step_that_is_here_already(monkeypatch: pytest.Mo
 async def test_text_waits_no_longer_than_it_may() -> None:
     async with begun() as line:
         for count, text in enumerate("abc", 1):
-            line.flow.hold()
+            line.flow.gather()
             line.engine.gives(text)
-            line.flow.let_go(more=True)
+            line.flow.release(more=True)
             await until(partial(line.client.has, count))
         assert line.client.bodies == [b"first [a]", b"[b]", b"[c]"]
 
