@@ -138,8 +138,8 @@ class Inbox:
         self._waiting: asyncio.Future[None] | None = None
 
     async def recv_multipart(self, *, copy: bool) -> Sequence[Any]:
-        """A message as frames: `copy` is False (AsyncMPClient)."""
-        assert not copy  # noqa: S101
+        """A message as frames."""
+        assert not copy  # noqa: S101  # as AsyncMPClient asks
         if not self._watched and self._fd is not None:
             self._watched = True
             asyncio.get_running_loop().add_reader(self._fd, self._receive)
