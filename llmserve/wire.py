@@ -88,11 +88,8 @@ class Outbox:
             log.error("%d messages to an engine were not sent: it has ended", len(held))
             return
         for message, copy in held:
-            try:
-                if self._queued or not self._sent(message, copy=copy):
-                    self._queue(message, copy=copy)
-            except zmq.ZMQError:
-                log.exception("a message to an engine was not sent")
+            if self._queued or not self._sent(message, copy=copy):
+                self._queue(message, copy=copy)
 
     def _sent(self, message: Sequence[Any], *, copy: bool) -> bool:
         send = self._now.send

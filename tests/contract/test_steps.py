@@ -14,7 +14,17 @@ from vllm.v1.engine import EngineCoreOutputs, UtilityOutput
 
 from llmserve.steps import Steps
 from llmserve.wire import Inbox
-from tests.contract.test_express import CHATS, COMPLETIONS, FOX, boxed, events, prompt, user
+from tests.contract.test_express import (
+    CHATS,
+    COMPLETIONS,
+    FOX,
+    assert_same,
+    boxed,
+    events,
+    prompt,
+    seen,
+    user,
+)
 from tests.contract.test_worker import tree_of
 
 if TYPE_CHECKING:
@@ -41,6 +51,20 @@ async def test_no_step_waits_for_a_task(box: Box, monkeypatch: pytest.MonkeyPatc
             assert reply.status_code == 200
     assert box.serving.engine.client.output_handler is not None  # vLLM's, should it be needed
     assert not queued
+
+
+@pytest.mark.parametrize("more", [{}, {"stop": ["lazy"]}])
+async def test_an_engine_whose_steps_are_left_to_vllm_says_the_same(
+    box: Box, monkeypatch: pytest.MonkeyPatch, more: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(Steps, "all_there_is", staticmethod(lambda _: False))
+    body = prompt(FOX) | {"max_tokens": 60, "stream": True} | more
+    expected = seen(await box.ask(COMPLETIONS, body))
+    async with boxed() as other:
+        before = other.written
+        for _ in range(2):  # the second one by recipe
+            assert_same(seen(await other.ask(COMPLETIONS, body)), expected)
+        assert other.written > before
 
 
 async def test_a_step_that_cannot_be_handled_ends_the_requests_as_vllm_does(

@@ -53,6 +53,14 @@ async def received(inbox: Inbox) -> list[bytes]:
     return [frame.bytes for frame in await inbox.recv_multipart(copy=False)]
 
 
+async def waits(inbox: Inbox, flow: Turns) -> asyncio.Future[list[bytes]]:
+    """For a first message; the connection has been made, which is a turn without one."""
+    waiting = asyncio.ensure_future(received(inbox))
+    await asyncio.sleep(0.05)
+    flow.seen.clear()
+    return waiting
+
+
 @contextmanager
 def pair(limit: int = 0) -> Iterator[tuple[zmq.asyncio.Socket, zmq.asyncio.Socket]]:
     """Two connected sockets; `limit` messages wait on each side before a sender does."""
@@ -128,9 +136,7 @@ async def test_what_is_taken_where_it_comes_does_not_reach_the_task() -> None:
     with pair() as (push, pull):
         flow = Turns()
         inbox = inbox_of(pull, take, flow)
-        waiting = asyncio.ensure_future(received(inbox))
-        await asyncio.sleep(0.05)
-        flow.seen.clear()  # a connection is made: a turn without messages
+        waiting = await waits(inbox, flow)
         for message in (b"step 1", b"answer 1", b"step 2", b"answer 2"):
             await push.send(message)
         time.sleep(0.05)  # noqa: ASYNC251  # all of them are here when the loop looks
@@ -148,9 +154,7 @@ async def test_who_takes_long_leaves_others_a_turn() -> None:
     with pair() as (push, pull):
         flow = Turns()
         inbox = inbox_of(pull, take, flow)
-        waiting = asyncio.ensure_future(received(inbox))
-        await asyncio.sleep(0.05)
-        flow.seen.clear()
+        waiting = await waits(inbox, flow)
         for _ in range(5):
             await push.send(b"step")
         time.sleep(0.05)  # noqa: ASYNC251  # as above
@@ -168,9 +172,7 @@ async def test_a_closed_socket_is_not_read_before_the_task_hears_of_it() -> None
     with pair() as (push, pull):
         flow = Turns()
         inbox = inbox_of(pull, flow=flow)
-        waiting = asyncio.ensure_future(received(inbox))
-        await asyncio.sleep(0.05)
-        flow.seen.clear()
+        waiting = await waits(inbox, flow)
         await push.send(b"too late")
         pull.close()
         for _ in range(2):  # what was to be received in this turn, and in the next
