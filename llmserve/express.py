@@ -24,6 +24,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import orjson
+from jinja2.runtime import new_context
 from transformers.utils.chat_template_utils import _compile_jinja_template
 from vllm.entrypoints.serve.utils.api_utils import get_max_tokens, should_include_usage
 from vllm.renderers.hf import (
@@ -512,7 +513,8 @@ def _rendered(template: jinja2.Template, given: dict[str, Any], messages: Any) -
     `given` has the template's globals too.
     """
     names = {**given, "messages": messages}
-    return "".join(template.root_render_func(template.new_context(names, shared=True)))
+    context = new_context(template.environment, template.name, template.blocks, names, shared=True)
+    return "".join(template.root_render_func(context))
 
 
 class Completions:

@@ -12,7 +12,8 @@ import asyncio
 import logging
 import time
 import types
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from bisect import bisect_left
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 from llmserve.sse import HEADERS, PING_S
 
@@ -26,7 +27,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FIRST_S = 2.0  # how long the headers wait for what could still be an error
-BEHIND_S = 0.02  # text is collected before any is written, for at most this long
+BEHIND_S = 0.1  # text is collected before any is written, for at most this long
+CAME_S = 0.01  # after a request others are expected
+BUSY_S = 0.001  # a longer turn of the loop had more to do than to write
 STUCK_S = 60.0  # a client that has not taken an event for so long has left
 HELD_LIMIT = 500_000  # characters that wait for one client
 _TEND_S = 0.5
@@ -65,35 +68,43 @@ class Frames(Protocol):
         ...
 
 
+class _Text(NamedTuple):
+    """What a stream has to write."""
+
+    added_s: float
+    since_s: float  # when the engine made the oldest of it, by the engine's clock
+    stream: TokenStream
+
+
 class Flow:
     """The streams of one engine: writes what they have got, and looks after quiet ones.
 
-    A first text leaves at once. Later text is collected, for BEHIND_S at most, while requests
-    come in or the engine's next step is here already: then what has piled up leaves as one
-    event. `lag` is told how old the oldest text was when it left.
+    A first text leaves at once. Later text is collected, for BEHIND_S at most, while the
+    engine's next step is here already, and from a request on until the loop has had a
+    short turn without one: in a burst of requests others' first texts go before it. Then
+    what has piled up leaves as one event. `lag` is told how old the oldest text was when
+    it left.
     """
 
     def __init__(self, lag: Callable[[float], None]) -> None:
         self._lag = lag
-        self._first: list[TokenStream] = []  # that have not written any text
-        self._later: list[TokenStream] = []
-        self._came = False  # a request, since the last look
+        self._first: list[_Text] = []  # of streams that have not written any
+        self._later: list[_Text] = []
+        self._came_s = 0.0  # the last request
         self._more = False  # steps are here that have not been handled
         self._gathers = False
         self._looks = False  # in the loop's next turn
-        self._since_s = 0.0  # when the engine made the oldest text, by the engine's clock
-        self._added_s = 0.0
+        self._turn_s = 0.0  # since when it is wanted
+        self._looked_s = 0.0
         self._streams: set[TokenStream] = set()
         self._tending = False
 
     def add(self, stream: TokenStream, since_s: float) -> None:
         """`stream` has something to write that the engine made at `since_s`."""
-        if not (self._first or self._later):
-            self._since_s = since_s
-            self._added_s = time.monotonic()
-            if not self._gathers:
-                self._look_soon()
-        (self._later if stream.text_sent else self._first).append(stream)
+        if not (self._first or self._later or self._gathers):
+            self._look_soon()
+        text = _Text(time.monotonic(), since_s, stream)
+        (self._later if stream.text_sent else self._first).append(text)
 
     def gather(self) -> None:
         """More is about to be added."""
@@ -104,41 +115,44 @@ class Flow:
         self._gathers, self._more = False, more
         self._write_first()
         if not self._looks:
-            self._write_later()
+            self._write_later(wait=time.monotonic() - self._came_s < CAME_S)
 
     def _look_soon(self) -> None:
         if not self._looks:
             self._looks = True
+            self._turn_s = time.monotonic()
             asyncio.get_running_loop().call_soon(self._look)
 
     def _look(self) -> None:
         self._looks = False
+        now = time.monotonic()
+        busy = now - self._turn_s > BUSY_S
+        came, self._looked_s = self._came_s > self._looked_s, now
         self._write_first()
-        self._write_later()
+        self._write_later(wait=busy or came)
 
     def _write_first(self) -> None:
         if self._first:
             first, self._first = self._first, []
             self._write_each(first)
             if not self._later:
-                self._tell_lag()
+                self._tell_lag(first)
 
-    def _write_later(self) -> None:
-        came, self._came = self._came, False
-        if not self._later:
-            return
-        if (came or self._more) and time.monotonic() - self._added_s < BEHIND_S:
+    def _write_later(self, *, wait: bool) -> None:
+        due = len(self._later)
+        if due and (wait or self._more):
             self._look_soon()
-            return
-        later, self._later = self._later, []
-        self._write_each(later)
-        self._tell_lag()
+            due = bisect_left(self._later, (time.monotonic() - BEHIND_S,))
+        if due:
+            later, self._later = self._later[:due], self._later[due:]
+            self._write_each(later)
+            self._tell_lag(later)
 
-    def _tell_lag(self) -> None:
-        self._lag(max(0.0, time.monotonic() - self._since_s))
+    def _tell_lag(self, written: list[_Text]) -> None:
+        self._lag(max(0.0, time.monotonic() - written[0].since_s))
 
-    def _write_each(self, streams: list[TokenStream]) -> None:
-        for stream in streams:
+    def _write_each(self, texts: list[_Text]) -> None:
+        for _, _, stream in texts:
             try:
                 stream.write()
             except Exception as error:  # this one's; the others go on
@@ -146,7 +160,7 @@ class Flow:
 
     def enter(self, stream: TokenStream) -> None:
         self._streams.add(stream)
-        self._came = True
+        self._came_s = time.monotonic()
         if not self._tending:
             self._tending = True
             asyncio.get_running_loop().call_later(_TEND_S, self._tend)

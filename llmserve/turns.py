@@ -11,7 +11,7 @@ import asyncio
 import time
 from collections import deque
 
-GROUP = 32  # requests
+GROUP = 64  # requests
 HOLD_S = 0.008  # from the first of a group to the last, at most
 
 

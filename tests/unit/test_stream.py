@@ -280,7 +280,10 @@ async def test_a_stream_that_cannot_be_written_ends_and_the_others_go_on() -> No
 # --- an engine that is ahead
 
 
-async def test_what_a_turn_has_brought_leaves_when_it_is_over() -> None:
+async def test_what_a_turn_has_brought_leaves_when_it_is_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(stream, "CAME_S", 0)  # its own request came long ago
     async with begun() as line:
         for first, last in ("ab", "cd"):
             line.flow.gather()
@@ -726,3 +729,22 @@ async def test_streams_that_are_over_are_not_looked_after(hurried: pytest.Monkey
     await soon(line.answering)
     assert not flow._streams
     await until(lambda: not flow._tending)
+
+
+async def test_text_waits_after_a_request_until_a_turn_is_short(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(stream, "BEHIND_S", 60)
+    monkeypatch.setattr(stream, "CAME_S", 60)  # its own request came just now
+    async with begun() as line:
+        line.engine.gives("a")
+        await turn()
+        line.flow.gather()
+        line.engine.gives("b")
+        line.flow.release(more=False)
+        for _ in range(3):
+            time.sleep(2 * stream.BUSY_S)  # noqa: ASYNC251  # something else has the turn
+            await turn()
+            assert line.client.bodies == [b"first [a]"]
+        await until(partial(line.client.has, 2))
+        assert line.client.bodies == [b"first [a]", b"[b]"]
