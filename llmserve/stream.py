@@ -13,7 +13,7 @@ import logging
 import time
 import types
 from bisect import bisect_left
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 
 from llmserve.sse import HEADERS, PING_S
 
@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from llmserve.errors import LLMServeError
 
 log = logging.getLogger(__name__)
+
+# What a stream has to write: when it was added, when the engine made the oldest of it (by the
+# engine's clock), the stream.
+_Text: TypeAlias = "tuple[float, float, TokenStream]"
 
 FIRST_S = 2.0  # how long the headers wait for what could still be an error
 BEHIND_S = 0.1  # text is collected before any is written, for at most this long
@@ -68,14 +72,6 @@ class Frames(Protocol):
         ...
 
 
-class _Text(NamedTuple):
-    """What a stream has to write."""
-
-    added_s: float
-    since_s: float  # when the engine made the oldest of it, by the engine's clock
-    stream: TokenStream
-
-
 class Flow:
     """The streams of one engine: writes what they have got, and looks after quiet ones.
 
@@ -103,7 +99,7 @@ class Flow:
         """`stream` has something to write that the engine made at `since_s`."""
         if not (self._first or self._later or self._gathers):
             self._look_soon()
-        text = _Text(time.monotonic(), since_s, stream)
+        text = time.monotonic(), since_s, stream
         (self._later if stream.text_sent else self._first).append(text)
 
     def gather(self) -> None:
@@ -149,7 +145,7 @@ class Flow:
             self._tell_lag(later)
 
     def _tell_lag(self, written: list[_Text]) -> None:
-        self._lag(max(0.0, time.monotonic() - written[0].since_s))
+        self._lag(max(0.0, time.monotonic() - written[0][1]))
 
     def _write_each(self, texts: list[_Text]) -> None:
         for _, _, stream in texts:
