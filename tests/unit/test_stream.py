@@ -748,3 +748,30 @@ async def test_text_waits_after_a_request_until_a_turn_is_short(
             assert line.client.bodies == [b"first [a]"]
         await until(partial(line.client.has, 2))
         assert line.client.bodies == [b"first [a]", b"[b]"]
+
+
+async def test_each_text_waits_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "BEHIND_S", 0.5)
+    flow = Flow(lambda _: None)
+    engines, clients = [Engine() for _ in range(2)], [Client() for _ in range(2)]
+    answering = [
+        asyncio.create_task(
+            TokenStream(engine, flow, Frames(), failure)({}, client.receive, client.send)
+        )
+        for engine, client in zip(engines, clients, strict=True)
+    ]
+    await turn()
+    for engine in engines:
+        engine.gives("a")
+    await turn()
+    for engine in engines:
+        flow.gather()
+        engine.gives("b")
+        flow.release(more=True)
+        await asyncio.sleep(0.4)
+    await until(partial(clients[0].has, 2))
+    assert clients[1].bodies == [b"first [a]"]  # for 0.4 s yet
+    await until(partial(clients[1].has, 2))
+    for client in clients:
+        client.leaves()
+    await soon(asyncio.gather(*answering))
