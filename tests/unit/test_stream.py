@@ -227,16 +227,20 @@ async def test_tokens_without_text_are_counted() -> None:
     assert b"\xc3\xa9" in b"".join(line.client.bodies)
 
 
-async def test_streams_of_one_turn_are_all_written_and_tell_the_lag_of_the_oldest() -> None:
-    lags: list[float] = []
-    flow = Flow(lags.append)
-    engines, clients = [Engine() for _ in range(3)], [Client() for _ in range(3)]
-    answering = [
+def asked(flow: Flow, engines: list[Engine], clients: list[Client]) -> list[asyncio.Task[None]]:
+    return [
         asyncio.create_task(
             TokenStream(engine, flow, Frames(), failure)({}, client.receive, client.send)
         )
         for engine, client in zip(engines, clients, strict=True)
     ]
+
+
+async def test_streams_of_one_turn_are_all_written_and_tell_the_lag_of_the_oldest() -> None:
+    lags: list[float] = []
+    flow = Flow(lags.append)
+    engines, clients = [Engine() for _ in range(3)], [Client() for _ in range(3)]
+    answering = asked(flow, engines, clients)
     await turn()
     for engine in engines:
         engine.gives("a", time.monotonic() - 5)
@@ -754,12 +758,7 @@ async def test_each_text_waits_for_itself(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(stream, "BEHIND_S", 0.5)
     flow = Flow(lambda _: None)
     engines, clients = [Engine() for _ in range(2)], [Client() for _ in range(2)]
-    answering = [
-        asyncio.create_task(
-            TokenStream(engine, flow, Frames(), failure)({}, client.receive, client.send)
-        )
-        for engine, client in zip(engines, clients, strict=True)
-    ]
+    answering = asked(flow, engines, clients)
     await turn()
     for engine in engines:
         engine.gives("a")
