@@ -32,8 +32,8 @@ _Text: TypeAlias = "tuple[float, float, TokenStream]"
 
 FIRST_S = 2.0  # how long the headers wait for what could still be an error
 BEHIND_S = 0.1  # text is collected before any is written, for at most this long
-CAME_S = 0.01  # after a request others are expected
 BUSY_S = 0.001  # a longer turn of the loop had more to do than to write
+SHARE_S = 0.001  # of a turn of the loop, for later text
 STUCK_S = 60.0  # a client that has not taken an event for so long has left
 HELD_LIMIT = 500_000  # characters that wait for one client
 _TEND_S = 0.5
@@ -75,23 +75,24 @@ class Frames(Protocol):
 class Flow:
     """The streams of one engine: writes what they have got, and looks after quiet ones.
 
-    A first text leaves at once. Later text is collected, for BEHIND_S at most, while the
-    engine's next step is here already, and from a request on until the loop has had a
-    short turn without one: in a burst of requests others' first texts go before it. Then
-    what has piled up leaves as one event. `lag` is told how old the oldest text was when
-    it left.
+    A first text leaves at once. Later text waits, for BEHIND_S at most, while the engine's
+    next step is here already, and from a request on until the loop has had a short turn
+    without one: in a burst of requests others' first texts go before it. What has piled up
+    leaves as one event. Who has waited longest is first, and after SHARE_S of writing the
+    loop gets a turn: first texts that it brings go before the rest. `lag` is told how old
+    the oldest text was when it left.
     """
 
     def __init__(self, lag: Callable[[float], None]) -> None:
         self._lag = lag
         self._first: list[_Text] = []  # of streams that have not written any
         self._later: list[_Text] = []
-        self._came_s = 0.0  # the last request
+        self._came = False  # a request, since the last look
+        self._crowded = False  # requests have come, and no short turn since
         self._more = False  # steps are here that have not been handled
         self._gathers = False
         self._looks = False  # in the loop's next turn
         self._turn_s = 0.0  # since when it is wanted
-        self._looked_s = 0.0
         self._streams: set[TokenStream] = set()
         self._tending = False
 
@@ -111,7 +112,7 @@ class Flow:
         self._gathers, self._more = False, more
         self._write_first()
         if not self._looks:
-            self._write_later(wait=time.monotonic() - self._came_s < CAME_S)
+            self._write_later()
 
     def _look_soon(self) -> None:
         if not self._looks:
@@ -121,42 +122,50 @@ class Flow:
 
     def _look(self) -> None:
         self._looks = False
-        now = time.monotonic()
-        busy = now - self._turn_s > BUSY_S
-        came, self._looked_s = self._came_s > self._looked_s, now
+        busy = time.monotonic() - self._turn_s > BUSY_S
+        self._crowded = self._crowded and (busy or self._came)
+        self._came = False
         self._write_first()
-        self._write_later(wait=busy or came)
+        self._write_later()
 
     def _write_first(self) -> None:
         if self._first:
             first, self._first = self._first, []
-            self._write_each(first)
+            for _, _, stream in first:
+                self._write(stream)
             if not self._later:
                 self._tell_lag(first)
 
-    def _write_later(self, *, wait: bool) -> None:
-        due = len(self._later)
-        if due and (wait or self._more):
+    def _write_later(self) -> None:
+        """As many as get a share of this turn; the rest has the next."""
+        texts = self._later
+        now = time.monotonic()
+        waiting = self._more or self._crowded
+        due = bisect_left(texts, (now - BEHIND_S,)) if waiting else len(texts)
+        written = 0
+        for _, _, stream in texts[:due]:
+            self._write(stream)
+            written += 1
+            if time.monotonic() - now > SHARE_S:
+                break
+        if written:
+            self._later = texts[written:]
+            self._tell_lag(texts)
+        if self._later:
             self._look_soon()
-            due = bisect_left(self._later, (time.monotonic() - BEHIND_S,))
-        if due:
-            later, self._later = self._later[:due], self._later[due:]
-            self._write_each(later)
-            self._tell_lag(later)
 
     def _tell_lag(self, written: list[_Text]) -> None:
         self._lag(max(0.0, time.monotonic() - written[0][1]))
 
-    def _write_each(self, texts: list[_Text]) -> None:
-        for _, _, stream in texts:
-            try:
-                stream.write()
-            except Exception as error:  # this one's; the others go on
-                stream.broke(error)
+    def _write(self, stream: TokenStream) -> None:
+        try:
+            stream.write()
+        except Exception as error:  # this one's; the others go on
+            stream.broke(error)
 
     def enter(self, stream: TokenStream) -> None:
         self._streams.add(stream)
-        self._came_s = time.monotonic()
+        self._came = self._crowded = True
         if not self._tending:
             self._tending = True
             asyncio.get_running_loop().call_later(_TEND_S, self._tend)

@@ -284,21 +284,24 @@ async def test_a_stream_that_cannot_be_written_ends_and_the_others_go_on() -> No
 # --- an engine that is ahead
 
 
-async def test_what_a_turn_has_brought_leaves_when_it_is_over(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(stream, "CAME_S", 0)  # its own request came long ago
+async def test_what_a_turn_has_brought_leaves_when_it_is_over() -> None:
     async with begun() as line:
-        for first, last in ("ab", "cd"):
+        line.engine.gives("a")
+        await turn()
+        line.engine.gives("b")
+        await until(partial(line.client.has, 2))  # its own request came long ago
+        line.lags.clear()
+        for first, last in ("cd", "ef"):
             line.flow.gather()
             line.engine.gives(first)
             await turn()
             line.engine.gives(last)
             line.flow.release(more=False)  # no further turn is needed
-        assert line.client.bodies == [b"first [ab]", b"[cd]"]
+        assert line.client.bodies == [b"first [a]", b"[b]", b"[cd]", b"[ef]"]
         assert len(line.lags) == 2
         await turn()
-        assert len(line.client.bodies) == len(line.lags) == 2
+        assert len(line.client.bodies) == 4
+        assert len(line.lags) == 2
 
 
 async def test_text_waits_for_a_step_that_is_here_already(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -352,6 +355,32 @@ async def test_text_waits_while_requests_come_in(monkeypatch: pytest.MonkeyPatch
         await turn()
     assert clients[0].bodies == [b"first [a]", b"[123]"]
     assert [client.bodies for client in clients[1:]] == [[b"first [x]"]] * 3
+    for client in clients:
+        client.leaves()
+    await soon(asyncio.gather(*answering))
+
+
+async def test_first_texts_go_before_later_text_that_has_not_had_its_share(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(stream, "SHARE_S", 0)  # one of them in each turn
+    flow = Flow(lambda _: None)
+    engines, clients = [Engine() for _ in range(4)], [Client() for _ in range(4)]
+    answering = asked(flow, engines, clients)
+    await turn()
+    for engine in engines[:3]:
+        engine.gives("a")
+    await turn()
+    for engine in engines[:3]:
+        engine.gives("b")
+    while not clients[0].has(2):
+        await turn()
+    engines[3].gives("x")
+    assert [len(client.bodies) for client in clients] == [2, 1, 1, 0]
+    await turn()
+    assert [len(client.bodies) for client in clients] == [2, 2, 1, 1]
+    await turn()
+    assert [client.bodies[-1] for client in clients] == [b"[b]"] * 3 + [b"first [x]"]
     for client in clients:
         client.leaves()
     await soon(asyncio.gather(*answering))
@@ -739,8 +768,7 @@ async def test_text_waits_after_a_request_until_a_turn_is_short(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(stream, "BEHIND_S", 60)
-    monkeypatch.setattr(stream, "CAME_S", 60)  # its own request came just now
-    async with begun() as line:
+    async with begun() as line:  # a request that came just now
         line.engine.gives("a")
         await turn()
         line.flow.gather()
