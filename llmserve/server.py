@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 import orjson
 import uvicorn
 import uvloop
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.utils import get_remote_addr, is_ssl
 
-from llmserve import app, environment, nvml, stream, survey, table
+from llmserve import admin, app, environment, nvml, stream, survey, table
 from llmserve.backend import VllmBackend
 from llmserve.control import Control
 from llmserve.errors import LLMServeError, RequestError, StartupError
@@ -40,7 +42,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from rich.console import Console
-    from uvicorn.protocols.http.flow_control import FlowControl
 
     from llmserve.backend import Memory
     from llmserve.config import Config, ServerSpec
@@ -188,7 +189,14 @@ class _Protocol(HttpToolsProtocol):
     """uvicorn's, with a direct way to write, to end, and our error object for no HTTP."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
+        """uvicorn's, which asks for both addresses, seven system calls.
+
+        Nobody but the operator's routes wants to know one.
+        """
+        self.connections.add(self)
+        self.transport = transport
+        self.flow = FlowControl(transport)
+        self.scheme = "https" if is_ssl(transport) else "http"
         self._cycles: list[RequestResponseCycle] = []
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -210,6 +218,8 @@ class _Protocol(HttpToolsProtocol):
         self._cycles.append(self.cycle)
         # The task that this starts has not run yet.
         scope = cast("dict[str, Any]", self.scope)
+        if admin.owns(scope["path"]):
+            scope["client"] = get_remote_addr(self.transport)
         scope["extensions"] = {
             stream.WRITE: _writer(self.cycle, self.flow),
             stream.ABORT: self.transport.abort,
