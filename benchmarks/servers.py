@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 HOST = "127.0.0.1"
 STOP_S = 30
-STARTS = ("ours", "stock")
+STARTS = ("ours", "stock", "rust")
 
 # What a registry says in keys of its own and vLLM's server in flags of the same name.
 _SAME = ("tensor_parallel_size", "pipeline_parallel_size", "gpu_memory_utilization")
@@ -47,7 +48,7 @@ class Side:
 
     @classmethod
     def parse(cls, text: str, letter: str = "") -> Side:
-        """`ours`, `stock`, `start:NAME` or `url:URL`. Raises ValueError."""
+        """`ours`, `stock`, `rust`, `start:NAME` or `url:URL`. Raises ValueError."""
         kind, _, value = text.partition(":")
         if kind == "url":
             address = urlsplit(value)
@@ -78,7 +79,7 @@ def running(side: Side, models: Sequence[str], starting: Starting) -> Iterator[A
         return
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        start = _ours if side.start == "ours" else _stock
+        start = _ours if side.start == "ours" else partial(_vllm, rust=side.start == "rust")
         yield start(starting, folder, stack)
 
 
@@ -98,24 +99,32 @@ def _ours(starting: Starting, folder: Path, stack: contextlib.ExitStack) -> Addr
     return dict.fromkeys((spec.name for spec in starting.specs), (HOST, port))
 
 
-def _stock(starting: Starting, folder: Path, stack: contextlib.ExitStack) -> Addresses:
-    """vLLM's own server, one for each model, with the environment that `llmserve up` makes."""
+def _vllm(
+    starting: Starting, folder: Path, stack: contextlib.ExitStack, *, rust: bool
+) -> Addresses:
+    """vLLM's own server, one for each model, with the environment that `llmserve up` makes.
+
+    `rust`: with its Rust front end, which only the `vllm` command starts.
+    """
     env = dict(os.environ)
     environment.prepare(len(starting.specs), folder, env)
     del env[environment.LOG_DIR]
+    if rust:
+        env["VLLM_USE_RUST_FRONTEND"] = "1"
     addresses: Addresses = {}
     # One after the other: vLLM measures a GPU's free memory while it starts.
     for spec in starting.specs:
         port = _free_port()
-        command = [*stock_command(spec, port), *starting.stock_args]
-        log = folder / f"stock-{port}.out"
+        command = stock_command(spec, port, rust=rust)
+        command += [] if rust else starting.stock_args
+        log = folder / f"vllm-{port}.out"
         process = stack.enter_context(_process(command, env, log))
         _until_ready(process, f"http://{HOST}:{port}/health", log, starting.wait_s)
         addresses[spec.name] = (HOST, port)
     return addresses
 
 
-def stock_command(spec: ModelSpec, port: int) -> list[str]:
+def stock_command(spec: ModelSpec, port: int, *, rust: bool = False) -> list[str]:
     """vLLM's server with the engine arguments that llmserve gives this entry."""
     said: dict[str, Any] = {name: getattr(spec, name) for name in _SAME}
     said |= {"kv_cache_memory_bytes": spec.kv_cache, "device_ids": spec.devices}
@@ -125,8 +134,10 @@ def stock_command(spec: ModelSpec, port: int) -> list[str]:
         said["device_ids"] = None
         said |= {name: value for name, value in _CPU.items() if said.get(name) is None}
     said |= spec.engine
-    command = [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry"]
-    command += ["--host", HOST, "--port", str(port), "--model", spec.model]
+    command = [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry", "--model"]
+    if rust:
+        command = ["vllm", "serve"]
+    command += [spec.model, "--host", HOST, "--port", str(port)]
     command += ["--served-model-name", *spec.names]
     return command + [part for name, value in said.items() for part in _flag(name, value)]
 
