@@ -155,11 +155,11 @@ class Streamed(RequestState):
             return
         assert self.detokenizer is not None  # noqa: S101  # Asked requests have text
         text = self.detokenizer.get_next_output_text(finish_reason is not None, True)
+        if finish_reason is not None:
+            self.stream.finished(str(finish_reason), stop_reason, since_s)
         if text or new_token_ids:
             self.stream.pieces.append(text)
             self.stream.took(len(new_token_ids), since_s)
-        if finish_reason is not None:
-            self.stream.finished(str(finish_reason), stop_reason, since_s)
 
 
 class Silent(RequestState):

@@ -78,14 +78,16 @@ class Flow:
     A first text leaves at once. Later text waits, for BEHIND_S at most, while the engine's
     next step is here already, and from a request on until the loop has had a short turn
     without one: in a burst of requests others' first texts go before it. What has piled up
-    leaves as one event. Who has waited longest is first, and after SHARE_S of writing the
-    loop gets a turn: first texts that it brings go before the rest. `lag` is told how old
-    the oldest text was when it left.
+    leaves as one event. Ends go before what is in the middle, since a client may be waiting
+    for one to ask again; else who has waited longest is first. After SHARE_S of writing the
+    loop gets a turn, and what it brings may go before the rest. `lag` is told how old the
+    oldest text was when it left.
     """
 
     def __init__(self, lag: Callable[[float], None]) -> None:
         self._lag = lag
         self._first: list[_Text] = []  # of streams that have not written any
+        self._ends: list[_Text] = []
         self._later: list[_Text] = []
         self._came = False  # a request, since the last look
         self._crowded = False  # requests have come, and no short turn since
@@ -98,10 +100,15 @@ class Flow:
 
     def add(self, stream: TokenStream, since_s: float) -> None:
         """`stream` has something to write that the engine made at `since_s`."""
-        if not (self._first or self._later or self._gathers):
+        if not (self._gathers or self._first or self._ends or self._later):
             self._look_soon()
         text = time.monotonic(), since_s, stream
-        (self._later if stream.text_sent else self._first).append(text)
+        if not stream.text_sent:
+            self._first.append(text)
+        elif stream.ends:
+            self._ends.append(text)
+        else:
+            self._later.append(text)
 
     def gather(self) -> None:
         """More is about to be added."""
@@ -133,29 +140,34 @@ class Flow:
             first, self._first = self._first, []
             for _, _, stream in first:
                 self._write(stream)
-            if not self._later:
-                self._tell_lag(first)
+            if not (self._ends or self._later):
+                self._tell_lag(first[0])
 
     def _write_later(self) -> None:
-        """As many as get a share of this turn; the rest has the next."""
-        texts = self._later
+        """As much as has a share of this turn; the rest waits for the next."""
         now = time.monotonic()
-        waiting = self._more or self._crowded
-        due = bisect_left(texts, (now - BEHIND_S,)) if waiting else len(texts)
+        ends, later = self._due(self._ends, now), self._due(self._later, now)
+        due = self._ends[:ends] + self._later[:later]
         written = 0
-        for _, _, stream in texts[:due]:
+        for _, _, stream in due:
             self._write(stream)
             written += 1
             if time.monotonic() - now > SHARE_S:
                 break
         if written:
-            self._later = texts[written:]
-            self._tell_lag(texts)
-        if self._later:
+            del self._ends[: min(written, ends)], self._later[: max(0, written - ends)]
+            self._tell_lag(due[0], due[min(ends, written - 1)])
+        if self._ends or self._later:
             self._look_soon()
 
-    def _tell_lag(self, written: list[_Text]) -> None:
-        self._lag(max(0.0, time.monotonic() - written[0][1]))
+    def _due(self, texts: list[_Text], now: float) -> int:
+        """How many of them may be written."""
+        waiting = self._more or self._crowded
+        return bisect_left(texts, (now - BEHIND_S,)) if waiting else len(texts)
+
+    def _tell_lag(self, *written: _Text) -> None:
+        oldest_s = min(since_s for _, since_s, _ in written)
+        self._lag(max(0.0, time.monotonic() - oldest_s))
 
     def _write(self, stream: TokenStream) -> None:
         try:
@@ -207,6 +219,7 @@ class TokenStream:
         "_waits",
         "_write",
         "decode",
+        "ends",
         "failure",
         "last_s",
         "pieces",
@@ -234,6 +247,7 @@ class TokenStream:
         self.tokens = 0
         self.last_s = 0.0  # when the engine made the last of them, `time.monotonic`
         self.decode: Callable[[int], str]  # a token id to the text that it completes
+        self.ends = False  # what it has to write is the last
         self._finish: tuple[str, int | str | None] | None = None
         self._error: LLMServeError | None = None
         self._waits = False  # in the flow's list
@@ -252,12 +266,15 @@ class TokenStream:
             self._flow.add(self, since_s)
 
     def finished(self, reason: str, stop: int | str | None, since_s: float) -> None:
+        """Told before `took`, the last tokens leave as an end does."""
+        self.ends = True
         self._finish = (reason, stop)
         if not self._waits:
             self._waits = True
             self._flow.add(self, since_s)
 
     def failed(self, error: LLMServeError) -> None:
+        self.ends = True
         self._error = error
         if not self._waits:
             self._waits = True

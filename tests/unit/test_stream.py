@@ -386,6 +386,36 @@ async def test_first_texts_go_before_later_text_that_has_not_had_its_share(
     await soon(asyncio.gather(*answering))
 
 
+@pytest.mark.parametrize("share_s", [0, 60])
+async def test_an_end_goes_before_the_middles_of_others(
+    monkeypatch: pytest.MonkeyPatch, share_s: float
+) -> None:
+    lags: list[float] = []
+    flow = Flow(lags.append)
+    engines, clients = [Engine() for _ in range(2)], [Client() for _ in range(2)]
+    answering = asked(flow, engines, clients)
+    await turn()
+    for count, text in enumerate("ab", 1):
+        for engine in engines:
+            engine.gives(text)
+        while not all(client.has(count) for client in clients):
+            await turn()
+    monkeypatch.setattr(stream, "SHARE_S", share_s)
+    lags.clear()
+    flow.gather()
+    engines[0].gives("c", time.monotonic() - 5)
+    engines[1].ends()
+    engines[1].gives("d")
+    flow.release(more=False)
+    assert clients[1].bodies[-1] == b"[d] stop None 7+3"
+    assert clients[0].has(2 if share_s == 0 else 3)
+    await turn()
+    assert clients[0].bodies[-1] == b"[c]"
+    assert [round(lag) for lag in lags] == ([0, 5] if share_s == 0 else [5])
+    clients[0].leaves()
+    await soon(asyncio.gather(*answering))
+
+
 # --- errors
 
 
