@@ -68,6 +68,10 @@ class Running(Protocol):
     def dead(self) -> bool: ...
     @property
     def registry(self) -> CollectorRegistry: ...
+    def expect(self) -> None:
+        """A request is on its way: text of running answers may wait for it."""
+        ...
+
     def express(
         self, endpoint: str, body: dict[str, Any], asked: str, scope: Scope
     ) -> ASGIApp | None:

@@ -291,6 +291,9 @@ class Serving:
         await asyncio.to_thread(self.engine.stop)
         garbage.look_soon()
 
+    def expect(self) -> None:
+        self.engine.flow.expect()
+
     def express(
         self, endpoint: str, body: dict[str, Any], asked: str, scope: Scope
     ) -> ASGIApp | None:

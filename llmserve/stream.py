@@ -33,6 +33,7 @@ _Text: TypeAlias = "tuple[float, float, TokenStream]"
 FIRST_S = 2.0  # how long the headers wait for what could still be an error
 BEHIND_S = 0.1  # text is collected before any is written, for at most this long
 BUSY_S = 0.001  # a longer turn of the loop had more to do than to write
+CROWDED = 4  # turns of the loop: from a request's coming to its being with the engine
 SHARE_S = 0.001  # of a turn of the loop, for later text
 STUCK_S = 60.0  # a client that has not taken an event for so long has left
 HELD_LIMIT = 500_000  # characters that wait for one client
@@ -76,9 +77,9 @@ class Flow:
     """The streams of one engine: writes what they have got, and looks after quiet ones.
 
     A first text leaves at once. Later text waits, for BEHIND_S at most, while the engine's
-    next step is here already, and from a request on until the loop has had a short turn
-    without one: in a burst of requests others' first texts go before it. What has piled up
-    leaves as one event. Ends go before what is in the middle, since a client may be waiting
+    next step is here already, and from a request on until the loop has had some short turns
+    without one: requests go to the engine before it, and in a burst of them others' first
+    texts. What has piled up leaves as one event. Ends go before what is in the middle, since a client may be waiting
     for one to ask again; else who has waited longest is first. After SHARE_S of writing the
     loop gets a turn, and what it brings may go before the rest. `lag` is told how old the
     oldest text was when it left.
@@ -89,8 +90,7 @@ class Flow:
         self._first: list[_Text] = []  # of streams that have not written any
         self._ends: list[_Text] = []
         self._later: list[_Text] = []
-        self._came = False  # a request, since the last look
-        self._crowded = False  # requests have come, and no short turn since
+        self._crowded = 0  # short turns to wait for, since a request came
         self._more = False  # steps are here that have not been handled
         self._gathers = False
         self._looks = False  # in the loop's next turn
@@ -129,9 +129,8 @@ class Flow:
 
     def _look(self) -> None:
         self._looks = False
-        busy = time.monotonic() - self._turn_s > BUSY_S
-        self._crowded = self._crowded and (busy or self._came)
-        self._came = False
+        if self._crowded and time.monotonic() - self._turn_s <= BUSY_S:
+            self._crowded -= 1
         self._write_first()
         self._write_later()
 
@@ -162,7 +161,7 @@ class Flow:
 
     def _due(self, texts: list[_Text], now: float) -> int:
         """How many of them may be written."""
-        waiting = self._more or self._crowded
+        waiting = self._more or self._crowded > 0
         return bisect_left(texts, (now - BEHIND_S,)) if waiting else len(texts)
 
     def _tell_lag(self, *written: _Text) -> None:
@@ -175,9 +174,12 @@ class Flow:
         except Exception as error:  # this one's; the others go on
             stream.broke(error)
 
+    def expect(self) -> None:
+        """A request is on its way."""
+        self._crowded = CROWDED
+
     def enter(self, stream: TokenStream) -> None:
         self._streams.add(stream)
-        self._came = self._crowded = True
         if not self._tending:
             self._tending = True
             asyncio.get_running_loop().call_later(_TEND_S, self._tend)

@@ -108,6 +108,7 @@ class Work:
     async def _answer(self, scope: Scope, receive: Receive, wish: Wish, lease: Lease) -> ASGIApp:
         services: Services = scope["app"].state.services
         try:
+            lease.running.expect()
             await services.turns.take()
             answer = lease.running.express(self.endpoint.name, wish.body, wish.name, scope)
             await asyncio.sleep(0)  # the others of its group come as far first

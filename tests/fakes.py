@@ -129,6 +129,9 @@ class FakeRunning:
         self.prepared = 0
         self.pid = 4242
 
+    def expect(self) -> None:
+        pass
+
     def express(self, endpoint: str, body: dict[str, Any], asked: str, scope: Scope) -> None:
         return None
 

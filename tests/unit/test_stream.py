@@ -346,12 +346,13 @@ async def test_text_waits_while_requests_come_in(monkeypatch: pytest.MonkeyPatch
     engines[0].gives("a")
     await turn()
     for n in (1, 2, 3):
+        flow.expect()
         answering.append(come(n))
         await turn()
         engines[0].gives(str(n))
         engines[n].gives("x")
     assert clients[0].bodies == [b"first [a]"]
-    for _ in range(2):
+    for _ in range(stream.CROWDED):
         await turn()
     assert clients[0].bodies == [b"first [a]", b"[123]"]
     assert [client.bodies for client in clients[1:]] == [[b"first [x]"]] * 3
@@ -798,9 +799,10 @@ async def test_text_waits_after_a_request_until_a_turn_is_short(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(stream, "BEHIND_S", 60)
-    async with begun() as line:  # a request that came just now
+    async with begun() as line:
         line.engine.gives("a")
         await turn()
+        line.flow.expect()
         line.flow.gather()
         line.engine.gives("b")
         line.flow.release(more=False)

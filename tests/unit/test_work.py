@@ -43,6 +43,11 @@ class Expressed(FakeRunning):
         super().__init__()
         self.known = answer
         self.asked: list[tuple[str, str, str]] = []
+        self.expected = 0
+
+    def expect(self) -> None:
+        assert len(self.asked) == self.expected  # before it is prepared
+        self.expected += 1
 
     def express(self, endpoint: str, body: dict[str, Any], asked: str, scope: Scope) -> Any:
         self.asked.append((endpoint, asked, scope["state"]["request_id"]))
@@ -95,6 +100,7 @@ async def test_an_answer_that_is_known_needs_no_call() -> None:
         reply = await box.client.post(CHAT, json=asked, headers={"x-request-id": "r1"})
         assert box.running.calls == []
         assert box.running.asked == [("chat completions", "gpt-4o", "r1")]
+        assert box.running.expected == 1
         assert box.in_flight == 0
         assert box.requests(200) == 1
     assert (reply.status_code, reply.text) == (200, "known")
