@@ -79,10 +79,10 @@ class Flow:
     A first text leaves at once. Later text waits, for BEHIND_S at most, while the engine's
     next step is here already, and from a request on until the loop has had some short turns
     without one: requests go to the engine before it, and in a burst of them others' first
-    texts. What has piled up leaves as one event. Ends go before what is in the middle, since a client may be waiting
-    for one to ask again; else who has waited longest is first. After SHARE_S of writing the
-    loop gets a turn, and what it brings may go before the rest. `lag` is told how old the
-    oldest text was when it left.
+    texts. What has piled up leaves as one event. Ends go before what is in the middle, and
+    count as a request: a client may be waiting for one to ask again. Else who has waited
+    longest is first. After SHARE_S of writing the loop gets a turn, and what it brings may go
+    before the rest. `lag` is told how old the oldest text was when it left.
     """
 
     def __init__(self, lag: Callable[[float], None]) -> None:
@@ -145,28 +145,32 @@ class Flow:
     def _write_later(self) -> None:
         """As much as has a share of this turn; the rest waits for the next."""
         now = time.monotonic()
-        ends, later = self._due(self._ends, now), self._due(self._later, now)
-        due = self._ends[:ends] + self._later[:later]
+        if self._write_some(self._ends, now):
+            self.expect()  # whoever has got an end may ask again
+        self._write_some(self._later, now)
+        if self._ends or self._later:
+            self._look_soon()
+
+    def _write_some(self, texts: list[_Text], now: float) -> int:
+        """How many have been written, and are in the list no longer."""
         written = 0
-        for _, _, stream in due:
+        for _, _, stream in texts[: self._due(texts, now)]:
             self._write(stream)
             written += 1
             if time.monotonic() - now > SHARE_S:
                 break
         if written:
-            del self._ends[: min(written, ends)], self._later[: max(0, written - ends)]
-            self._tell_lag(due[0], due[min(ends, written - 1)])
-        if self._ends or self._later:
-            self._look_soon()
+            self._tell_lag(texts[0])
+            del texts[:written]
+        return written
 
     def _due(self, texts: list[_Text], now: float) -> int:
         """How many of them may be written."""
         waiting = self._more or self._crowded > 0
         return bisect_left(texts, (now - BEHIND_S,)) if waiting else len(texts)
 
-    def _tell_lag(self, *written: _Text) -> None:
-        oldest_s = min(since_s for _, since_s, _ in written)
-        self._lag(max(0.0, time.monotonic() - oldest_s))
+    def _tell_lag(self, oldest: _Text) -> None:
+        self._lag(max(0.0, time.monotonic() - oldest[1]))
 
     def _write(self, stream: TokenStream) -> None:
         try:

@@ -2,7 +2,9 @@
 
 Requests that come together are prepared together: what is done for many one after another
 finds its code and tables in the CPU's caches, and their messages to an engine leave as one
-batch. Between two groups running streams and the other models' engines are looked after.
+batch. Groups are small at first, so that those who come first need not wait for the rest,
+and twice as large each time while more wait. Between two groups running streams and the
+other models' engines are looked after.
 """
 
 from __future__ import annotations
@@ -11,13 +13,14 @@ import asyncio
 import time
 from collections import deque
 
-GROUP = 64  # requests
+SMALLEST, LARGEST = 4, 64  # requests of a group
 HOLD_S = 0.008  # from the first of a group to the last, at most
 
 
 class Turns:
-    def __init__(self, group: int = GROUP) -> None:
-        self._group = group
+    def __init__(self, smallest: int = SMALLEST, largest: int = LARGEST) -> None:
+        self._smallest, self._largest = smallest, largest
+        self._size = smallest  # of the next group
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._came = False  # a request, since the last look
         self._since_s = 0.0
@@ -39,14 +42,16 @@ class Turns:
         """Once a turn of the loop, while any wait."""
         came, self._came = self._came, False
         held_s = time.monotonic() - self._since_s
-        if not came or len(self._waiting) >= self._group or held_s >= HOLD_S:
+        if not came or len(self._waiting) >= self._size or held_s >= HOLD_S:
             self._let_in()
         self._looking = bool(self._waiting)
         if self._looking:
             asyncio.get_running_loop().call_soon(self._look)
+        else:
+            self._size = self._smallest
 
     def _let_in(self) -> None:
-        left = self._group
+        left, self._size = self._size, min(2 * self._size, self._largest)
         while self._waiting and left:
             waiting = self._waiting.popleft()
             if not waiting.done():  # its client has left

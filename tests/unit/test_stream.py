@@ -387,33 +387,50 @@ async def test_first_texts_go_before_later_text_that_has_not_had_its_share(
     await soon(asyncio.gather(*answering))
 
 
-@pytest.mark.parametrize("share_s", [0, 60])
-async def test_an_end_goes_before_the_middles_of_others(
-    monkeypatch: pytest.MonkeyPatch, share_s: float
-) -> None:
+async def test_an_end_goes_before_the_middles_of_others_which_wait_for_who_may_ask_again() -> None:
     lags: list[float] = []
     flow = Flow(lags.append)
     engines, clients = [Engine() for _ in range(2)], [Client() for _ in range(2)]
     answering = asked(flow, engines, clients)
     await turn()
-    for count, text in enumerate("ab", 1):
-        for engine in engines:
-            engine.gives(text)
-        while not all(client.has(count) for client in clients):
-            await turn()
-    monkeypatch.setattr(stream, "SHARE_S", share_s)
+    for engine in engines:
+        engine.gives("a")
+    await turn()
     lags.clear()
     flow.gather()
-    engines[0].gives("c", time.monotonic() - 5)
+    engines[0].gives("b", time.monotonic() - 5)
     engines[1].ends()
-    engines[1].gives("d")
+    engines[1].gives("c")
     flow.release(more=False)
-    assert clients[1].bodies[-1] == b"[d] stop None 7+3"
-    assert clients[0].has(2 if share_s == 0 else 3)
+    for _ in range(stream.CROWDED - 1):
+        assert [client.bodies[-1] for client in clients] == [b"first [a]", b"[c] stop None 7+2"]
+        await turn()
     await turn()
-    assert clients[0].bodies[-1] == b"[c]"
-    assert [round(lag) for lag in lags] == ([0, 5] if share_s == 0 else [5])
+    assert clients[0].bodies[-1] == b"[b]"
+    assert [round(lag) for lag in lags] == [0, 5]
     clients[0].leaves()
+    await soon(asyncio.gather(*answering))
+
+
+async def test_ends_do_not_hold_up_others_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "BEHIND_S", 0.001)
+    flow = Flow(lambda _: None)
+    engines, clients = [Engine() for _ in range(200)], [Client() for _ in range(200)]
+    answering = asked(flow, engines, clients)
+    await turn()
+    for engine in engines:
+        engine.gives("a")
+    await turn()
+    engines[0].gives("b")
+    for engine in engines[1:]:
+        engine.ends()
+        await turn()
+        if clients[0].has(2):
+            break
+    assert clients[0].bodies[-1] == b"[b]"
+    assert sum(client.has(1) for client in clients) > 1  # there were more ends to come
+    for client in clients:
+        client.leaves()
     await soon(asyncio.gather(*answering))
 
 

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 class Queue:
     """Requests that take a turn, and the order in which they got it."""
 
-    def __init__(self, group: int) -> None:
-        self.turns = Turns(group)
+    def __init__(self, group: int, largest: int = 0) -> None:
+        self.turns = Turns(group, largest or group)
         self.order: list[int] = []
 
     def come(self, *numbers: int) -> list[asyncio.Task[None]]:
@@ -73,6 +73,29 @@ async def test_more_are_let_in_a_group_at_a_time_first_come_first_served() -> No
     sizes = await queue.until(9)
     assert max(after - before for before, after in itertools.pairwise(sizes)) == 2
     assert queue.order == list(range(9))
+    await soon(asyncio.gather(*tasks))
+
+
+async def test_groups_grow_while_more_wait_and_begin_small_again() -> None:
+    queue = Queue(2, 8)
+    for first in (0, 25):
+        tasks = queue.come(*range(first, first + 25))
+        sizes = await queue.until(first + 25)
+        groups = [after - before for before, after in itertools.pairwise(sizes) if after > before]
+        assert groups == [2, 4, 8, 8, 3]
+        await soon(asyncio.gather(*tasks))
+    assert queue.order == list(range(50))
+
+
+async def test_a_small_group_that_is_full_goes_though_more_come() -> None:
+    queue = Queue(2, 8)
+    tasks = queue.come(0, 1)
+    await asyncio.sleep(0)
+    tasks += queue.come(2)
+    await asyncio.sleep(0)
+    tasks += queue.come(3)
+    await asyncio.sleep(0)
+    assert queue.order == [0, 1]
     await soon(asyncio.gather(*tasks))
 
 
