@@ -36,7 +36,7 @@ from benchmarks.servers import STARTS, Side, Starting, running
 from llmserve.config import load as load_registry
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from llmserve.config import ModelSpec
 
@@ -63,21 +63,17 @@ _ENTERED_S = 1.5  # until a server's figures are on its page
 
 def measure(
     options: argparse.Namespace, spec: ModelSpec, urls: Mapping[str, str]
-) -> dict[int, dict[str, list[Figures]]]:
-    """The figures of each round, by requests in flight and side."""
-    found: dict[int, dict[str, list[Figures]]] = {
-        count: {label: [] for label in urls} for count in options.in_flight
-    }
+) -> Iterator[tuple[int, str, Figures]]:
+    """Each round: requests in flight, side, figures."""
     for number in range(options.rounds):
         for count in options.in_flight:
             seed = options.seed + number * 10_000 + count
             labels = list(urls)[:: -1 if number % 2 else 1]
             for label in labels:
                 figures = one_round(options, spec, urls[label], count, seed)
-                found[count][label].append(figures)
                 told = "  ".join(f"{name} {figures[key]:.4g}" for name, key in ROWS.items())
                 print(f"round {number + 1}  {count} in flight  {label}: {told}", flush=True)
-    return found
+                yield count, label, figures
 
 
 def one_round(
@@ -120,14 +116,19 @@ def table(count: int, rounds: Mapping[str, Sequence[Figures]]) -> Table:
     for heading in [*rounds, *(f"{first}/{other}" for other in others)]:
         shown.add_column(heading, justify="right")
     for name, key in ROWS.items():
-        row = [f"{statistics.median(each[key] for each in rounds[side]):.4g}" for side in rounds]
+        row = [f"{_median(key, rounds[side]):.4g}" for side in rounds]
         row += [_ratio(key, rounds[first], rounds[other]) for other in others]
         shown.add_row(name, *row)
     return shown
 
 
+def _median(key: str, rounds: Sequence[Figures]) -> float:
+    return statistics.median(each[key] for each in rounds) if rounds else float("nan")
+
+
 def _ratio(key: str, ours: Iterable[Figures], theirs: Iterable[Figures]) -> str:
-    found = [a[key] / b[key] for a, b in zip(ours, theirs, strict=True) if a[key] * b[key]]
+    pairs = zip(ours, theirs, strict=False)  # the last round may have been broken off
+    found = [a[key] / b[key] for a, b in pairs if a[key] * b[key]]
     if not found:
         return ""
     return f"{statistics.median(found):.3f} ({min(found):.2f} to {max(found):.2f})"
@@ -138,19 +139,26 @@ def main() -> None:
     (spec,) = load_registry(options.registry).models
     options.out.mkdir(parents=True, exist_ok=True)
     starting = Starting([spec], ["--disable-uvicorn-access-log"], options.wait)
-    with contextlib.ExitStack() as stack:
+    found: dict[int, dict[str, list[Figures]]] = {}
+    # Ctrl-C ends the measuring, and what has been found is told.
+    with contextlib.suppress(KeyboardInterrupt), contextlib.ExitStack() as stack:
         urls: dict[str, str] = {}
         for side in options.sides:
             addresses = stack.enter_context(running(side, [spec.name], starting))
             urls[side.label] = "http://{}:{}".format(*addresses[spec.name])
             print(f"{side.label} runs", flush=True)
-        found = measure(options, spec, urls)
-    content = circumstances("benchmarks.gpu") | {"rounds": found}
-    text = orjson.dumps(content, option=orjson.OPT_INDENT_2 | orjson.OPT_NON_STR_KEYS)
-    (options.out / "gpu.json").write_bytes(text)
+        for count, label, figures in measure(options, spec, urls):
+            rounds = found.setdefault(count, {label: [] for label in urls})
+            rounds[label].append(figures)
+            write(options.out / "gpu.json", found)
     console = Console(width=140)
     for count, rounds in found.items():
         console.print(table(count, rounds))
+
+
+def write(file: Path, found: Mapping[int, Mapping[str, Sequence[Figures]]]) -> None:
+    content = circumstances("benchmarks.gpu") | {"rounds": found}
+    file.write_bytes(orjson.dumps(content, option=orjson.OPT_INDENT_2 | orjson.OPT_NON_STR_KEYS))
 
 
 def _options() -> argparse.Namespace:
