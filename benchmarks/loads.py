@@ -40,7 +40,7 @@ class Sizes:
     cpu: tuple[tuple[int, int], ...] = ((16, 200), (64, 200), (256, 200), (512, 100))
     step_ms: float = 15.0
     saturated_streams: int = 256
-    saturated_step_ms: tuple[float, ...] = (15, 8, 4, 2, 1.5, 1, 0.75)
+    saturated_step_ms: tuple[float, ...] = (15, 8, 4, 2, 1.5, 1, 0.75, 0.6, 0.5, 0.4)
     saturated_s: float = 2.5
     longest: int = 1900  # tokens of an answer: what the models' context holds
     burst: int = 512
