@@ -10,6 +10,7 @@ models=$1 out=$2
 shift 2
 mkdir -p "$out"
 logs=$(mktemp -d)
+rounds=0 # no two have the same prompts: engines keep what they have seen
 engine='{load_format: dummy, max_model_len: 4096}'
 
 registry() { # name port, then the models on standard input
@@ -42,7 +43,7 @@ bench() { # tag port in-flight requests models...
         vllm-rs bench serve --backend openai-chat --endpoint /v1/chat/completions \
             --base-url "http://127.0.0.1:$port" --model "$model" --tokenizer "$models/llama-1b" \
             --dataset-name random --random-input-len 256 --random-output-len 128 --ignore-eos \
-            --num-prompts "$requests" --max-concurrency "$in_flight" \
+            --num-prompts "$requests" --max-concurrency "$in_flight" --seed $((++rounds)) \
             --percentile-metrics ttft,tpot --metric-percentiles 50,99 --disable-tqdm \
             > "$out/$tag-$model.txt" 2>&1 &
         clients+=($!)
