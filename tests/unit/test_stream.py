@@ -15,7 +15,7 @@ from llmserve.stream import ABORT, HOLD, WRITE, Flow, TokenStream
 from tests.fakes import Gate, failure, soon, until
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
 
     from starlette.types import Message
 
@@ -236,6 +236,24 @@ def asked(flow: Flow, engines: list[Engine], clients: list[Client]) -> list[asyn
     ]
 
 
+@asynccontextmanager
+async def several(
+    count: int, lag: Callable[[float], None] = lambda _: None
+) -> AsyncIterator[tuple[Flow, list[Engine], list[Client]]]:
+    """Streams of one flow that have written a first text; at the end all clients have left."""
+    flow = Flow(lag)
+    engines, clients = [Engine() for _ in range(count)], [Client() for _ in range(count)]
+    answering = asked(flow, engines, clients)
+    await turn()
+    for engine in engines:
+        engine.gives("a")
+    await turn()
+    yield flow, engines, clients
+    for client in clients:
+        client.leaves()
+    await soon(asyncio.gather(*answering))
+
+
 async def test_streams_of_one_turn_are_all_written_and_tell_the_lag_of_the_oldest() -> None:
     lags: list[float] = []
     flow = Flow(lags.append)
@@ -365,73 +383,51 @@ async def test_first_texts_go_before_later_text_that_has_not_had_its_share(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(stream, "SHARE_S", 0)  # one of them in each turn
-    flow = Flow(lambda _: None)
-    engines, clients = [Engine() for _ in range(4)], [Client() for _ in range(4)]
-    answering = asked(flow, engines, clients)
-    await turn()
-    for engine in engines[:3]:
-        engine.gives("a")
-    await turn()
-    for engine in engines[:3]:
-        engine.gives("b")
-    while not clients[0].has(2):
+    async with several(3) as (flow, engines, clients):
+        for engine in engines:
+            engine.gives("b")
+        newest, client = Engine(), Client()
+        (answering,) = asked(flow, [newest], [client])
+        while not clients[0].has(2):
+            await turn()
+        newest.gives("x")
+        assert [len(each.bodies) for each in (*clients, client)] == [2, 1, 1, 0]
         await turn()
-    engines[3].gives("x")
-    assert [len(client.bodies) for client in clients] == [2, 1, 1, 0]
-    await turn()
-    assert [len(client.bodies) for client in clients] == [2, 2, 1, 1]
-    await turn()
-    assert [client.bodies[-1] for client in clients] == [b"[b]"] * 3 + [b"first [x]"]
-    for client in clients:
+        assert [len(each.bodies) for each in (*clients, client)] == [2, 2, 1, 1]
+        await turn()
+        assert [each.bodies[-1] for each in clients] == [b"[b]"] * 3
         client.leaves()
-    await soon(asyncio.gather(*answering))
+        await soon(answering)
 
 
 async def test_an_end_goes_before_the_middles_of_others_which_wait_for_who_may_ask_again() -> None:
     lags: list[float] = []
-    flow = Flow(lags.append)
-    engines, clients = [Engine() for _ in range(2)], [Client() for _ in range(2)]
-    answering = asked(flow, engines, clients)
-    await turn()
-    for engine in engines:
-        engine.gives("a")
-    await turn()
-    lags.clear()
-    flow.gather()
-    engines[0].gives("b", time.monotonic() - 5)
-    engines[1].ends()
-    engines[1].gives("c")
-    flow.release(more=False)
-    for _ in range(stream.CROWDED - 1):
-        assert [client.bodies[-1] for client in clients] == [b"first [a]", b"[c] stop None 7+2"]
+    async with several(2, lags.append) as (flow, engines, clients):
+        lags.clear()
+        flow.gather()
+        engines[0].gives("b", time.monotonic() - 5)
+        engines[1].ends()
+        engines[1].gives("c")
+        flow.release(more=False)
+        for _ in range(stream.CROWDED - 1):
+            assert [client.bodies[-1] for client in clients] == [b"first [a]", b"[c] stop None 7+2"]
+            await turn()
         await turn()
-    await turn()
-    assert clients[0].bodies[-1] == b"[b]"
-    assert [round(lag) for lag in lags] == [0, 5]
-    clients[0].leaves()
-    await soon(asyncio.gather(*answering))
+        assert clients[0].bodies[-1] == b"[b]"
+        assert [round(lag) for lag in lags] == [0, 5]
 
 
 async def test_ends_do_not_hold_up_others_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream, "BEHIND_S", 0.001)
-    flow = Flow(lambda _: None)
-    engines, clients = [Engine() for _ in range(200)], [Client() for _ in range(200)]
-    answering = asked(flow, engines, clients)
-    await turn()
-    for engine in engines:
-        engine.gives("a")
-    await turn()
-    engines[0].gives("b")
-    for engine in engines[1:]:
-        engine.ends()
-        await turn()
-        if clients[0].has(2):
-            break
-    assert clients[0].bodies[-1] == b"[b]"
-    assert sum(client.has(1) for client in clients) > 1  # there were more ends to come
-    for client in clients:
-        client.leaves()
-    await soon(asyncio.gather(*answering))
+    async with several(200) as (_, engines, clients):
+        engines[0].gives("b")
+        for engine in engines[1:]:
+            engine.ends()
+            await turn()
+            if clients[0].has(2):
+                break
+        assert clients[0].bodies[-1] == b"[b]"
+        assert sum(client.has(1) for client in clients) > 1  # there were more ends to come
 
 
 # --- errors
@@ -833,21 +829,12 @@ async def test_text_waits_after_a_request_until_a_turn_is_short(
 
 async def test_each_text_waits_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream, "BEHIND_S", 0.5)
-    flow = Flow(lambda _: None)
-    engines, clients = [Engine() for _ in range(2)], [Client() for _ in range(2)]
-    answering = asked(flow, engines, clients)
-    await turn()
-    for engine in engines:
-        engine.gives("a")
-    await turn()
-    for engine in engines:
-        flow.gather()
-        engine.gives("b")
-        flow.release(more=True)
-        await asyncio.sleep(0.4)
-    await until(partial(clients[0].has, 2))
-    assert clients[1].bodies == [b"first [a]"]  # for 0.4 s yet
-    await until(partial(clients[1].has, 2))
-    for client in clients:
-        client.leaves()
-    await soon(asyncio.gather(*answering))
+    async with several(2) as (flow, engines, clients):
+        for engine in engines:
+            flow.gather()
+            engine.gives("b")
+            flow.release(more=True)
+            await asyncio.sleep(0.4)
+        await until(partial(clients[0].has, 2))
+        assert clients[1].bodies == [b"first [a]"]  # for 0.4 s yet
+        await until(partial(clients[1].has, 2))
