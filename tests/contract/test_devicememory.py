@@ -193,7 +193,7 @@ def test_more_than_it_can_use_goes_to_the_driver(driver: Driver, server: Handove
     with server.expecting([GPU]):
         goer.unmap([one.handle])
         comer.map([other.handle, rest.handle], anything)
-    assert driver.used() == PAGE_BYTES + SMALL
+    until(lambda: driver.used() == PAGE_BYTES + SMALL)  # a page may be on its way yet
 
 
 @pytest.mark.parametrize("size", [30 * PAGE_BYTES, 19 * PAGE_BYTES])

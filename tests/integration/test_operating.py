@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 STORY: dict[str, Any] = {
     "model": "chat",
     "prompt": "Once upon a time",
-    "max_tokens": 120,
+    "max_tokens": 400,
     "temperature": 0,
     "ignore_eos": True,
 }

@@ -378,7 +378,7 @@ def test_ctrl_c_lets_requests_finish_and_leaves_nothing_behind(server: Server) -
     answers: list[Any] = []
 
     def ask() -> None:
-        body = {"model": "chat", "prompt": "Once", "max_tokens": 120, "ignore_eos": True}
+        body = {"model": "chat", "prompt": "Once", "max_tokens": 600, "ignore_eos": True}
         answers.append(httpx.post(f"{url}/v1/completions", json=body, timeout=60))
 
     asking = threading.Thread(target=ask)
@@ -389,7 +389,7 @@ def test_ctrl_c_lets_requests_finish_and_leaves_nothing_behind(server: Server) -
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{url}/health")
     asking.join()
-    assert answers[0].json()["usage"]["completion_tokens"] == 120
+    assert answers[0].json()["usage"]["completion_tokens"] == 600
     assert server.process.wait(STOP_S) == 0
     _, alive = psutil.wait_procs(family, timeout=5)
     assert not alive
