@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import random
 import re
 import statistics
 import subprocess
@@ -57,7 +58,7 @@ ROWS = {
 _OF_ENGINE = re.compile(
     r"^vllm:request_(?:queue|prefill)_time_seconds_(sum|count)\{.*\} (\S+)$", re.MULTILINE
 )
-_ROUNDS_EACH = 8  # requests for each that is in flight
+_REQUESTS = 8  # requests for each that is in flight
 _ENTERED_S = 1.5  # until a server's figures are on its page
 
 
@@ -86,7 +87,7 @@ def one_round(
     line += ["--endpoint", "/v1/chat/completions", "--base-url", url, "--model", spec.name]
     line += ["--tokenizer", spec.model, "--dataset-name", "random", "--ignore-eos"]
     line += ["--random-input-len", str(options.input), "--random-output-len", str(options.output)]
-    line += ["--num-prompts", str(count * _ROUNDS_EACH), "--max-concurrency", str(count)]
+    line += ["--num-prompts", str(count * _REQUESTS), "--max-concurrency", str(count)]
     line += ["--percentile-metrics", "ttft,tpot,itl,e2el", "--metric-percentiles", "50,99"]
     line += ["--seed", str(seed), "--disable-tqdm"]
     line += ["--save-result", "--result-dir", str(options.out), "--result-filename", result.name]
@@ -170,7 +171,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--in-flight", nargs="+", type=int, default=[16, 256, 512])
     parser.add_argument("--input", type=int, default=256, help="tokens of a prompt")
     parser.add_argument("--output", type=int, default=128, help="tokens of an answer")
-    parser.add_argument("--seed", type=int, default=int(time.time()) % 1_000_000 * 100)
+    parser.add_argument("--seed", type=int, default=random.randrange(1_000_000_000))
     parser.add_argument("--wait", type=float, default=300, help="seconds for a start")
     return parser.parse_args()
 
