@@ -121,6 +121,18 @@ def comparable(value: Any) -> Any:
     return value
 
 
+def nearly(value: Any) -> Any:
+    """Equal to what differs only by rounding: a sum in float32 depends on the engine step's batch.
+
+    Two prompts of one request may fall into one step or into two.
+    """
+    if isinstance(value, dict):
+        return {k: nearly(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [nearly(v) for v in value]
+    return pytest.approx(value, rel=1e-3, abs=1e-5) if isinstance(value, float) else value
+
+
 def content(reply: httpx.Response) -> Any:
     if reply.headers["content-type"].startswith("text/event-stream"):
         lines = [line for line in reply.text.splitlines() if line and not line.startswith(":")]
@@ -254,7 +266,7 @@ async def test_the_answer_is_stock_vllms(servers: dict[str, Pair], case: str) ->
     got = await ours.post(path, json=body)
     assert expected.status_code == 200, expected.text
     assert got.status_code == 200, got.text
-    assert content(got) == content(expected)
+    assert content(got) == nearly(content(expected))
 
 
 @pytest.mark.parametrize(
