@@ -68,8 +68,8 @@ class Running(Protocol):
     def dead(self) -> bool: ...
     @property
     def registry(self) -> CollectorRegistry: ...
-    def expect(self) -> None:
-        """A request is on its way: text of running answers may wait for it."""
+    def coming(self) -> AbstractContextManager[None]:
+        """While a request is on its way to it; text of running answers may wait for that."""
         ...
 
     def express(

@@ -291,8 +291,8 @@ class Serving:
         await asyncio.to_thread(self.engine.stop)
         garbage.look_soon()
 
-    def expect(self) -> None:
-        self.engine.flow.expect()
+    def coming(self) -> contextlib.AbstractContextManager[None]:
+        return self.engine.flow.coming()
 
     def express(
         self, endpoint: str, body: dict[str, Any], asked: str, scope: Scope

@@ -13,12 +13,13 @@ import logging
 import time
 import types
 from bisect import bisect_left
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 
 from llmserve.sse import HEADERS, PING_S
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Generator
+    from collections.abc import Callable, Coroutine, Generator, Iterator
 
     from starlette.types import Receive, Scope, Send
 
@@ -33,7 +34,7 @@ _Text: TypeAlias = "tuple[float, float, TokenStream]"
 FIRST_S = 2.0  # how long the headers wait for what could still be an error
 BEHIND_S = 0.1  # text is collected before any is written, for at most this long
 BUSY_S = 0.001  # a longer turn of the loop had more to do than to write
-CROWDED = 4  # turns of the loop: from a request's coming to its being with the engine
+CROWDED = 4  # short turns of the loop, after which nobody seems to come any more
 SHARE_S = 0.001  # of a turn of the loop, for later text
 STUCK_S = 60.0  # a client that has not taken an event for so long has left
 HELD_LIMIT = 500_000  # characters that wait for one client
@@ -77,12 +78,13 @@ class Flow:
     """The streams of one engine: writes what they have got, and looks after quiet ones.
 
     A first text leaves at once. Later text waits, for BEHIND_S at most, while the engine's
-    next step is here already, and from a request on until the loop has had some short turns
-    without one: requests go to the engine before it, and in a burst of them others' first
-    texts. What has piled up leaves as one event. Ends go before what is in the middle, and
-    count as a request: a client may be waiting for one to ask again. Else who has waited
-    longest is first. After SHARE_S of writing the loop gets a turn, and what it brings may go
-    before the rest. `lag` is told how old the oldest text was when it left.
+    next step is here already, while requests are on their way to the engine, and after them
+    until the loop has had CROWDED short turns: requests go to the engine before it, and in a
+    burst of them others' first texts. What has piled up leaves as one event. Ends go before
+    what is in the middle, which waits after them as after a request: a client may be waiting
+    for its end to ask again. Else who has waited longest is first. After SHARE_S of writing
+    the loop gets a turn, and what it brings may go before the rest. `lag` is told how old the
+    oldest text was when it left.
     """
 
     def __init__(self, lag: Callable[[float], None]) -> None:
@@ -90,7 +92,8 @@ class Flow:
         self._first: list[_Text] = []  # of streams that have not written any
         self._ends: list[_Text] = []
         self._later: list[_Text] = []
-        self._crowded = 0  # short turns to wait for, since a request came
+        self._coming = 0  # requests on their way
+        self._crowded = 0  # short turns to wait for when there are none
         self._more = False  # steps are here that have not been handled
         self._gathers = False
         self._looks = False  # in the loop's next turn
@@ -117,9 +120,10 @@ class Flow:
     def release(self, *, more: bool) -> None:
         """That was it, but for steps that wait for the next turn of the loop, if `more`."""
         self._gathers, self._more = False, more
-        self._write_first()
-        if not self._looks:
-            self._write_later()
+        if self._looks:  # this turn's share is for it
+            self._write_first()
+        else:
+            self._write_all()
 
     def _look_soon(self) -> None:
         if not self._looks:
@@ -129,10 +133,20 @@ class Flow:
 
     def _look(self) -> None:
         self._looks = False
-        if self._crowded and time.monotonic() - self._turn_s <= BUSY_S:
+        short = time.monotonic() - self._turn_s <= BUSY_S
+        if short and self._crowded and not self._coming:
             self._crowded -= 1
+        self._write_all()
+
+    def _write_all(self) -> None:
+        """Of what is no first text as much as has a share of this turn."""
         self._write_first()
-        self._write_later()
+        now = time.monotonic()
+        if self._write_some(self._ends, now):
+            self._crowded = CROWDED  # whoever has got an end may ask again
+        self._write_some(self._later, now)
+        if self._ends or self._later:
+            self._look_soon()
 
     def _write_first(self) -> None:
         if self._first:
@@ -141,15 +155,6 @@ class Flow:
                 self._write(stream)
             if not (self._ends or self._later):
                 self._tell_lag(first[0])
-
-    def _write_later(self) -> None:
-        """As much as has a share of this turn; the rest waits for the next."""
-        now = time.monotonic()
-        if self._write_some(self._ends, now):
-            self.expect()  # whoever has got an end may ask again
-        self._write_some(self._later, now)
-        if self._ends or self._later:
-            self._look_soon()
 
     def _write_some(self, texts: list[_Text], now: float) -> int:
         """How many have been written, and are in the list no longer."""
@@ -166,7 +171,7 @@ class Flow:
 
     def _due(self, texts: list[_Text], now: float) -> int:
         """How many of them may be written."""
-        waiting = self._more or self._crowded > 0
+        waiting = self._more or self._coming > 0 or self._crowded > 0
         return bisect_left(texts, (now - BEHIND_S,)) if waiting else len(texts)
 
     def _tell_lag(self, oldest: _Text) -> None:
@@ -178,9 +183,15 @@ class Flow:
         except Exception as error:  # this one's; the others go on
             stream.broke(error)
 
-    def expect(self) -> None:
-        """A request is on its way."""
-        self._crowded = CROWDED
+    @contextmanager
+    def coming(self) -> Iterator[None]:
+        """While a request is on its way to the engine."""
+        self._coming += 1
+        try:
+            yield
+        finally:
+            self._coming -= 1
+            self._crowded = CROWDED
 
     def enter(self, stream: TokenStream) -> None:
         self._streams.add(stream)

@@ -108,10 +108,10 @@ class Work:
     async def _answer(self, scope: Scope, receive: Receive, wish: Wish, lease: Lease) -> ASGIApp:
         services: Services = scope["app"].state.services
         try:
-            lease.running.expect()
-            await services.turns.take()
-            answer = lease.running.express(self.endpoint.name, wish.body, wish.name, scope)
-            await asyncio.sleep(0)  # the others of its group come as far first
+            with lease.running.coming():
+                await services.turns.take()
+                answer = lease.running.express(self.endpoint.name, wish.body, wish.name, scope)
+                await asyncio.sleep(0)  # the others of its group come as far first
             if answer is None:
                 request = Request(scope, receive)
                 work = lease.running.call(self.endpoint.name, wish.body, wish.name, request)

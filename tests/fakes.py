@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,6 +21,7 @@ from llmserve.sse import EventStream, Frames
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+    from contextlib import AbstractContextManager
 
     from starlette.requests import Request
     from starlette.types import Scope
@@ -129,8 +130,8 @@ class FakeRunning:
         self.prepared = 0
         self.pid = 4242
 
-    def expect(self) -> None:
-        pass
+    def coming(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def express(self, endpoint: str, body: dict[str, Any], asked: str, scope: Scope) -> None:
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -31,7 +32,7 @@ from tests.fakes import (
 from tests.unit.test_app import CHAT, HI, Box, asgi, error_of, real
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable
+    from collections.abc import AsyncGenerator, Callable, Iterator
 
     from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -43,13 +44,16 @@ class Expressed(FakeRunning):
         super().__init__()
         self.known = answer
         self.asked: list[tuple[str, str, str]] = []
-        self.expected = 0
+        self.on_their_way = 0
 
-    def expect(self) -> None:
-        assert len(self.asked) == self.expected  # before it is prepared
-        self.expected += 1
+    @contextmanager
+    def coming(self) -> Iterator[None]:
+        self.on_their_way += 1
+        yield
+        self.on_their_way -= 1
 
     def express(self, endpoint: str, body: dict[str, Any], asked: str, scope: Scope) -> Any:
+        assert self.on_their_way == 1
         self.asked.append((endpoint, asked, scope["state"]["request_id"]))
         return self.known()
 
@@ -100,7 +104,7 @@ async def test_an_answer_that_is_known_needs_no_call() -> None:
         reply = await box.client.post(CHAT, json=asked, headers={"x-request-id": "r1"})
         assert box.running.calls == []
         assert box.running.asked == [("chat completions", "gpt-4o", "r1")]
-        assert box.running.expected == 1
+        assert box.running.on_their_way == 0
         assert box.in_flight == 0
         assert box.requests(200) == 1
     assert (reply.status_code, reply.text) == (200, "known")
