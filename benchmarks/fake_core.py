@@ -153,6 +153,8 @@ class Report:
     aborted: int = 0
     running_s: float = 0.0  # of all requests together, in steps
     prefixes: dict[str, list[float]] = field(default_factory=dict)  # when prompts of each came
+    came_s: list[float] = field(default_factory=list)  # when requests came; AheadCore only
+    ended_s: list[float] = field(default_factory=list)  # when ends were sent; AheadCore only
 
 
 class FakeCore:
@@ -284,14 +286,21 @@ class FakeCore:
             oldest = next(iter(self._waiting.values()))
             if now - oldest.queued_s < _GATE_S:
                 return
-        for request_id in list(islice(self._waiting, free)):
-            stream = self._waiting.pop(request_id)
+        starting = [self._waiting.pop(each) for each in list(islice(self._waiting, free))]
+        self._prefill_s = self._prefill_of(starting)
+        self._start(starting, now)
+
+    def _prefill_of(self, starting: list[Stream]) -> float:
+        """By how many seconds they make a step longer."""
+        return sum(each.prompt_tokens for each in starting) * self._settings.prefill_us / 1e6
+
+    def _start(self, starting: list[Stream], now: float) -> None:
+        for stream in starting:
             stream.describe_start(now)
             stream.last_step += self._step
-            self._running[request_id] = stream
+            self._running[stream.output.request_id] = stream
             self._ends.setdefault(stream.last_step, []).append(stream)
-            self._prefill_s += stream.prompt_tokens * self._settings.prefill_us / 1e6
-        self._settled = False
+        self._settled = self._settled and not starting
 
     def _send_step(self) -> None:
         self._step += 1
@@ -336,7 +345,7 @@ class FakeCore:
         self._outputs.send_multipart(self._encode(outputs), copy=False)
 
 
-def main() -> None:
+def main(kind: type[FakeCore] = FakeCore) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("inputs", metavar="INPUT", help="address of the front end's ROUTER")
     parser.add_argument("outputs", metavar="OUTPUT", help="address of the front end's PULL")
@@ -348,7 +357,7 @@ def main() -> None:
         os.sched_setaffinity(0, {options.core})
     tokenizer = Tokenizer.from_file(str(options.model / "tokenizer.json"))
     tokens = tokenizer.encode(TEXT.replace("\n", " "), add_special_tokens=False).ids
-    FakeCore(options.inputs, options.outputs, Settings(options.step_ms), tokens).run()
+    kind(options.inputs, options.outputs, Settings(options.step_ms), tokens).run()
 
 
 if __name__ == "__main__":

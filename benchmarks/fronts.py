@@ -107,10 +107,10 @@ class Process:
 class Core:
     """A fake engine core: one replica of a model."""
 
-    def __init__(self, name: str, folder: Path, core: int) -> None:
+    def __init__(self, name: str, folder: Path, core: int, program: str) -> None:
         self.paths = folder / f"{name}.in", folder / f"{name}.out"
         self.process = Process(
-            [sys.executable, str(Path(__file__).with_name("fake_core.py")), *self.urls.values()],
+            [sys.executable, "-m", f"benchmarks.{program}", *self.urls.values()],
             folder / f"{name}.core.log",
             core,
             piped=True,
@@ -159,10 +159,12 @@ def front(
     cores: Cores,
     models: Mapping[str, Mapping[str, Any]],
     vllm_rs: Path | None = None,
+    program: str = "fake_core",
 ) -> Iterator[Front]:
     """A front end of a kind, each replica of a model on a fake engine core, until the block ends.
 
-    `models` has what the registry says of each besides what it says of all.
+    `models` has what the registry says of each besides what it says of all; `program` is the
+    engine core's.
     """
     with ExitStack() as stack:
         folder = Path(tempfile.mkdtemp(prefix="llmserve-bench-"))
@@ -171,7 +173,7 @@ def front(
         for model, said in models.items():
             engines[model] = []
             for number in range(said.get("replicas", 1)):
-                engine = Core(f"{model}.{number}", folder, cores.engine)
+                engine = Core(f"{model}.{number}", folder, cores.engine, program)
                 stack.callback(engine.process.end)
                 engines[model].append(engine)
         port = _free_port()

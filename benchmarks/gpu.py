@@ -1,4 +1,4 @@
-"""Front ends side by side on one GPU, under vLLM's own load client, which nobody here wrote.
+"""Front ends side by side on one GPU, under vLLM's own load client.
 
     python -m benchmarks.gpu REGISTRY OUT --sides ours rust --rounds 6
 
@@ -22,7 +22,6 @@ import contextlib
 import random
 import re
 import statistics
-import subprocess
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,6 +31,7 @@ import orjson
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import vllmbench
 from benchmarks.record import circumstances
 from benchmarks.servers import STARTS, Side, Starting, running
 from llmserve.config import load as load_registry
@@ -81,21 +81,13 @@ def one_round(
     options: argparse.Namespace, spec: ModelSpec, url: str, count: int, seed: int
 ) -> Figures:
     """One run of the client. Raises CalledProcessError if it fails."""
-    result = options.out / "round.json"
+    load = vllmbench.Load(
+        spec.name, spec.model, count, count * _REQUESTS, options.input, options.output
+    )
     before_s, before = engine_s(url)
-    line = ["vllm-rs", "bench", "serve", "--backend", "openai-chat"]
-    line += ["--endpoint", "/v1/chat/completions", "--base-url", url, "--model", spec.name]
-    line += ["--tokenizer", spec.model, "--dataset-name", "random", "--ignore-eos"]
-    line += ["--random-input-len", str(options.input), "--random-output-len", str(options.output)]
-    line += ["--num-prompts", str(count * _REQUESTS), "--max-concurrency", str(count)]
-    line += ["--percentile-metrics", "ttft,tpot,itl,e2el", "--metric-percentiles", "50,99"]
-    line += ["--seed", str(seed), "--disable-tqdm"]
-    line += ["--save-result", "--result-dir", str(options.out), "--result-filename", result.name]
-    with (options.out / "client.log").open("a") as log:
-        subprocess.run(line, stdout=log, stderr=log, check=True)
+    said = vllmbench.run("vllm-rs", url, load, seed, options.out)
     time.sleep(_ENTERED_S)
     after_s, after = engine_s(url)
-    said = orjson.loads(result.read_bytes())
     said["engine_ms"] = (after_s - before_s) / max(1, after - before) * 1000
     return {key: float(said[key]) for key in ROWS.values()}
 
