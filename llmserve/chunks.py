@@ -42,6 +42,8 @@ Lead = tuple[bytes, bytes]  # what differs between two answers: the id, and the 
 class Models(Protocol):
     """One kind of answer in vLLM's models. A frame each, as bytes."""
 
+    parsed: bool  # by a parser that passes text on, but makes no chunk of none
+
     def first(self, answer_id: str, created: int) -> bytes: ...
 
     def chunk(
@@ -60,8 +62,15 @@ class ChatModels:
     """Chat chunks: the role, then text, then perhaps the usage."""
 
     def __init__(
-        self, model: str, role: str, fingerprint: str | None, *, include_usage: bool
+        self,
+        model: str,
+        role: str,
+        fingerprint: str | None,
+        *,
+        include_usage: bool,
+        parsed: bool,
     ) -> None:
+        self.parsed = parsed
         self._model = model
         self._role = role
         self._fingerprint = fingerprint
@@ -88,7 +97,7 @@ class ChatModels:
     ) -> bytes:
         choice = ChatCompletionResponseStreamChoice(
             index=0,
-            delta=DeltaMessage(content=text),
+            delta=DeltaMessage(content=text) if text or not self.parsed else DeltaMessage(),
             logprobs=None,
             finish_reason=finish,
             token_ids=None,
@@ -126,6 +135,8 @@ class ChatModels:
 
 class CompletionModels:
     """Completion chunks: text, then perhaps the usage."""
+
+    parsed = False
 
     def __init__(self, model: str, fingerprint: str | None, *, include_usage: bool) -> None:
         self._model = model
@@ -183,6 +194,7 @@ class Template:
     ) -> None:
         self._models = models
         self._prune = prune
+        self.parsed = models.parsed
         first = models.first(_ID, _CREATED)
         self._first = _cut(prune(first)) if first else ()
         head, found, self.tail = prune(models.chunk(_ID, _CREATED, _TEXT)).partition(
@@ -190,7 +202,7 @@ class Template:
         )
         assert found  # noqa: S101  # a chunk holds its text
         self._head = _cut(head)
-        self._ends: dict[tuple[str, int | str | None], tuple[bytes, ...]] = {}
+        self._ends: dict[tuple[str, int | str | None, bool], tuple[bytes, ...]] = {}
         self._usage = self._numbered() if include_usage else ()
 
     def answer(self, answer_id: str) -> Answer:
@@ -203,16 +215,22 @@ class Template:
         """A middle frame up to its text."""
         return _fill(self._head, lead)
 
-    def end(self, lead: Lead, text: bytes, finish: str, stop: int | str | None) -> bytes:
-        """The last frame that has text."""
-        parts = self._ends.get((finish, stop))
+    def end(self, lead: Lead, text: str, finish: str, stop: int | str | None) -> bytes:
+        """The frame with the last of the text, and how it ends."""
+        bare = self.parsed and not text
+        parts = self._ends.get((finish, stop, bare))
         if parts is None:
-            frame = self._prune(self._models.chunk(_ID, _CREATED, _TEXT, finish, stop))
-            head, _, tail = frame.partition(orjson.dumps(_TEXT))
-            parts = (*_cut(head), tail)
+            parts = self._end(finish, stop, bare=bare)
             if len(self._ends) < _ENDS:
-                self._ends[finish, stop] = parts
-        return _fill(parts[:3], lead) + text + parts[3]
+                self._ends[finish, stop, bare] = parts
+        *ahead, after = parts
+        return _fill((*ahead,), lead) + (b"" if bare else orjson.dumps(text)) + after
+
+    def _end(self, finish: str, stop: int | str | None, *, bare: bool) -> tuple[bytes, ...]:
+        text = "" if bare else _TEXT
+        frame = self._prune(self._models.chunk(_ID, _CREATED, text, finish, stop))
+        head, _, tail = (frame, b"", b"") if bare else frame.partition(orjson.dumps(_TEXT))
+        return (*_cut(head), tail)
 
     def usage(self, lead: Lead, prompt_tokens: int, tokens: int) -> bytes:
         """The frame with the token counts, where it was asked for."""
@@ -238,15 +256,18 @@ class Answer:
         self._lead = (orjson.dumps(answer_id), b'"created":%d' % created)
         self._head = template.head(self._lead)
         self._tail = template.tail
+        self._parsed = template.parsed
         self.first = template.first(self._lead)
 
     def middle(self, text: str) -> bytes:
+        if self._parsed and not text:
+            return b""
         return self._head + orjson.dumps(text) + self._tail
 
     def last(
         self, text: str, finish: str, stop: int | str | None, prompt_tokens: int, tokens: int
     ) -> bytes:
-        end = self._template.end(self._lead, orjson.dumps(text), finish, stop)
+        end = self._template.end(self._lead, text, finish, stop)
         return end + self._template.usage(self._lead, prompt_tokens, tokens) + sse.DONE
 
 

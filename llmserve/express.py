@@ -27,6 +27,7 @@ import orjson
 from jinja2.runtime import new_context
 from transformers.utils.chat_template_utils import _compile_jinja_template
 from vllm.entrypoints.serve.utils.api_utils import get_max_tokens, should_include_usage
+from vllm.parser.abstract_parser import DelegatingParser
 from vllm.renderers.hf import (
     resolve_chat_template,
     resolve_chat_template_content_format,
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 
     import jinja2
     from starlette.types import Scope
+    from vllm.parser import Parser
     from vllm.v1.engine import EngineCoreRequest
     from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -62,6 +64,16 @@ _SEED_LIMIT = 2**63
 # Headers that vLLM's handlers read besides the request's id.
 _HEADERS = frozenset(
     {b"x-data-parallel-rank", b"x-session-id", b"x-vllm-priority", b"traceparent", b"tracestate"}
+)
+
+# Of `DelegatingParser` what `_steps_aside` has been read for.
+_PARSING = (
+    "__init__",
+    "parse_delta",
+    "extract_tool_calls_streaming",
+    "_extract_tool_calls_streaming",
+    "finalize_generation",
+    "_flush_engine_parsers",
 )
 
 # Arguments of `generate` that do not depend on the prompt.
@@ -346,7 +358,7 @@ def _open(serving: Any, client: AsyncLLM) -> bool:
     config = client.vllm_config
     return (
         serving is not None
-        and getattr(serving, "parser_cls", None) is None
+        and _steps_aside(getattr(serving, "parser_cls", None))
         and not serving.enable_prompt_tokens_details
         and not serving.enable_force_include_usage
         and not serving.enable_per_request_metrics
@@ -358,6 +370,25 @@ def _open(serving: Any, client: AsyncLLM) -> bool:
         and config.speculative_config is None
         and not config.model_config.is_encoder_decoder
         and not config.model_config.skip_tokenizer_init
+    )
+
+
+def _steps_aside(parser: type[Parser] | None) -> bool:
+    """Whether there is no parser, or one that passes text on where a request has no tools.
+
+    That is what `DelegatingParser` does with `tool_choice: none`, if it is not told to parse
+    reasoning and its tool parser is not one that parses everything
+    (vllm/parser/abstract_parser.py, `parse_delta` and `_extract_tool_calls_streaming`).
+    """
+    if parser is None:
+        return True
+    own = (getattr(parser, name, None) is not getattr(DelegatingParser, name) for name in _PARSING)
+    return (
+        not any(own)
+        and parser.reasoning_parser_cls is None
+        and parser.tool_parser_cls is not None
+        and not parser.tool_parser_cls.engine_based_streaming
+        and not parser.always_adjust_request
     )
 
 
@@ -441,6 +472,7 @@ class Chat:
 
     def __init__(self, serving: Any) -> None:
         self._serving = serving
+        self._parsed = serving is not None and serving.parser_cls is not None
 
     def plain(self, prompt: Any) -> Any:
         if type(prompt) is not list or not 0 < len(prompt) <= _MESSAGES:
@@ -452,13 +484,16 @@ class Chat:
         return messages if short else None
 
     def able(self, request: Any) -> bool:
-        return not request.return_prompt_text and not request.tools
+        aside = not self._parsed or (request.tool_choice == "none" and request.include_reasoning)
+        return not request.return_prompt_text and not request.tools and aside
 
     def template(self, request: Any, name: str, prune: Callable[[bytes], bytes]) -> Template:
         include_usage, _ = should_include_usage(request.stream_options, False)
         role = self._serving.get_chat_request_role(request)
         fingerprint = self._serving.system_fingerprint
-        models = ChatModels(name, role, fingerprint, include_usage=include_usage)
+        models = ChatModels(
+            name, role, fingerprint, include_usage=include_usage, parsed=self._parsed
+        )
         return Template(models, prune, include_usage=include_usage)
 
     def text(self, request: Any) -> Callable[[Any], str]:

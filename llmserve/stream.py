@@ -65,7 +65,9 @@ class Frames(Protocol):
 
     first: bytes
 
-    def middle(self, text: str) -> bytes: ...
+    def middle(self, text: str) -> bytes:
+        """Empty if there is nothing to tell."""
+        ...
 
     def last(
         self, text: str, finish: str, stop: int | str | None, prompt_tokens: int, tokens: int
@@ -351,9 +353,12 @@ class TokenStream:
             body = self._frames.last(text, *self._finish, prompt_tokens, self.tokens)
         else:
             body = self._frames.middle(text)
-            if self.text_sent and self._write(body):
-                self._moved_s = time.monotonic()
-                return
+            if self.text_sent:
+                if not body:
+                    return
+                if self._write(body):
+                    self._moved_s = time.monotonic()
+                    return
         if not self.text_sent:
             self.text_sent = True
             body = self._frames.first + body

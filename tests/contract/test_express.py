@@ -113,9 +113,9 @@ class Box:
 
 
 @asynccontextmanager
-async def boxed(step_s: float = STEP_S) -> AsyncIterator[Box]:
+async def boxed(step_s: float = STEP_S, **said: Any) -> AsyncIterator[Box]:
     spec = ModelSpec(
-        name="chat", model=str(CHAT), aliases=("alias",), engine={"max_model_len": 2048}
+        name="chat", model=str(CHAT), aliases=("alias",), engine={"max_model_len": 2048}, **said
     )
     async with on_fake_core(spec, step_s) as (serving, _):
         box = Box(await services_of([spec], {"chat": serving}), serving)
@@ -129,10 +129,17 @@ async def box() -> AsyncIterator[Box]:
         yield made
 
 
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def parsing() -> AsyncIterator[Box]:
+    """A server whose model has a parser of tool calls."""
+    async with boxed(tool_call_parser="hermes") as made:
+        yield made
+
+
 @pytest.fixture(autouse=True)
 def nothing_is_known(request: pytest.FixtureRequest) -> None:
-    if "box" in request.fixturenames:
-        request.getfixturevalue("box").forget()
+    for name in {"box", "parsing"} & set(request.fixturenames):
+        request.getfixturevalue(name).forget()
 
 
 # --- what a client sees
@@ -294,7 +301,25 @@ CASES = dict(cases())
 
 @pytest.mark.parametrize("name", CASES)
 async def test_a_stream_is_the_same_on_all_ways(box: Box, name: str) -> None:
-    case = CASES[name]
+    await same_on_all_ways(box, CASES[name])
+
+
+# A call of a tool that nobody offered is text.
+CALL = '<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>'
+UNPARSED = {name: case for name, case in CASES.items() if case.path == CHATS} | {
+    "chat, a call": Case(CHATS, user(CALL) | {"max_tokens": 60}, holds=CALL),
+    "chat, no tools": Case(CHATS, user(FOX) | {"tool_choice": "none"}, holds=FOX),
+}
+
+
+@pytest.mark.parametrize("name", UNPARSED)
+async def test_a_stream_without_tools_is_the_same_where_a_parser_stands_by(
+    parsing: Box, name: str
+) -> None:
+    await same_on_all_ways(parsing, UNPARSED[name])
+
+
+async def same_on_all_ways(box: Box, case: Case) -> None:
     body = case.body | {"stream": True}
     start = box.written
     with box.long_way():
@@ -692,6 +717,49 @@ LONG: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "two prompts": (COMPLETIONS, {"prompt": [FOX, CJK], "max_tokens": 40}),
 }
+
+
+TOOL = {"type": "function", "function": {"name": "f"}}
+PARSED: dict[str, dict[str, Any]] = {
+    "tools": {"tools": [TOOL]},
+    "tools that are not to be called": {"tools": [TOOL], "tool_choice": "none"},
+    "a choice that is null": {"tool_choice": None},
+    "hidden reasoning": {"include_reasoning": False},
+}
+
+
+@pytest.mark.parametrize("name", PARSED)
+async def test_what_a_parser_may_change_goes_the_long_way(parsing: Box, name: str) -> None:
+    before = parsing.written
+    for _ in range(2):
+        reply = await parsing.ask(CHATS, user(FOX) | PARSED[name] | {"stream": True})
+        assert FOX in seen(reply).text
+    assert parsing.written == before
+
+
+def test_a_parser_steps_aside_only_if_it_is_vllms_own_way_of_doing_so() -> None:
+    from vllm.parser import ParserManager
+    from vllm.tool_parsers import ToolParserManager
+
+    from llmserve.express import _steps_aside
+
+    def parser(tools: str | None, reasoning: str = "") -> Any:
+        return ParserManager.get_parser(tools, reasoning, enable_auto_tools=True)
+
+    assert _steps_aside(None)
+    assert _steps_aside(parser("hermes"))
+    assert _steps_aside(parser("llama3_json"))
+    assert not _steps_aside(parser("hermes", "qwen3"))
+    assert not _steps_aside(parser(None, "qwen3"))
+    assert not _steps_aside(parser("kimi_k3"))
+    assert not _steps_aside(parser("hf"))
+    engine_based = [
+        name
+        for name in ToolParserManager.list_registered()
+        if ToolParserManager.get_tool_parser(name).engine_based_streaming
+    ]
+    assert engine_based
+    assert not any(_steps_aside(parser(name)) for name in engine_based)
 
 
 @pytest.mark.parametrize("name", LONG)

@@ -57,7 +57,7 @@ class Frames:
     first = b"first "
 
     def middle(self, text: str) -> bytes:
-        return f"[{text}]".encode()
+        return f"[{text}]".encode() if text else b""
 
     def last(
         self, text: str, finish: str, stop: int | str | None, prompt_tokens: int, tokens: int
@@ -297,6 +297,18 @@ async def test_a_stream_that_cannot_be_written_ends_and_the_others_go_on() -> No
     assert clients[1].bodies == [b"first [a]", b"[b]"]
     clients[1].leaves()
     await soon(answering[1])
+
+
+@pytest.mark.parametrize("direct", [False, True], ids=["by send", "by write"])
+async def test_what_there_is_nothing_to_tell_of_is_not_written(direct: bool) -> None:
+    """An empty chunk would end an HTTP body."""
+    async with begun(direct=direct) as line:
+        for text in ("", "", "a", ""):
+            line.engine.gives(text)
+            await turn()
+        line.engine.gives("b")
+        await until(partial(line.client.has, 3))
+        assert line.client.bodies == [b"first ", b"[a]", b"[b]"]
 
 
 # --- an engine that is ahead
