@@ -21,6 +21,7 @@ from collections import OrderedDict
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
+from inspect import isfunction
 from typing import TYPE_CHECKING, Any, Protocol
 
 import orjson
@@ -64,16 +65,6 @@ _SEED_LIMIT = 2**63
 # Headers that vLLM's handlers read besides the request's id.
 _HEADERS = frozenset(
     {b"x-data-parallel-rank", b"x-session-id", b"x-vllm-priority", b"traceparent", b"tracestate"}
-)
-
-# Of `DelegatingParser` what `_steps_aside` has been read for.
-_PARSING = (
-    "__init__",
-    "parse_delta",
-    "extract_tool_calls_streaming",
-    "_extract_tool_calls_streaming",
-    "finalize_generation",
-    "_flush_engine_parsers",
 )
 
 # Arguments of `generate` that do not depend on the prompt.
@@ -382,13 +373,12 @@ def _steps_aside(parser: type[Parser] | None) -> bool:
     """
     if parser is None:
         return True
-    own = (getattr(parser, name, None) is not getattr(DelegatingParser, name) for name in _PARSING)
     return (
-        not any(own)
+        parser.__base__ is DelegatingParser
+        and not any(map(isfunction, vars(parser).values()))
         and parser.reasoning_parser_cls is None
         and parser.tool_parser_cls is not None
         and not parser.tool_parser_cls.engine_based_streaming
-        and not parser.always_adjust_request
     )
 
 

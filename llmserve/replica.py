@@ -69,7 +69,7 @@ class Running(Protocol):
     @property
     def registry(self) -> CollectorRegistry: ...
     def coming(self) -> AbstractContextManager[None]:
-        """While a request is on its way to it; text of running answers may wait for that."""
+        """While a request is being prepared; text of running answers may wait for that."""
         ...
 
     def express(

@@ -80,9 +80,9 @@ class Flow:
     """The streams of one engine: writes what they have got, and looks after quiet ones.
 
     A first text leaves at once. Later text waits, for BEHIND_S at most, while the engine's
-    next step is here already, while requests are on their way to the engine, and after them
-    until the loop has had CROWDED short turns: requests go to the engine before it, and in a
-    burst of them others' first texts. What has piled up leaves as one event. Ends go before
+    next step is here already, while requests are being prepared, and after them until the loop
+    has had CROWDED short turns: requests go to the engine before it, and in a burst of them
+    others' first texts. What has piled up leaves as one event. Ends go before
     what is in the middle, which waits after them as after a request: a client may be waiting
     for its end to ask again. Else who has waited longest is first. After SHARE_S of writing
     the loop gets a turn, and what it brings may go before the rest. `lag` is told how old the
@@ -94,7 +94,7 @@ class Flow:
         self._first: list[_Text] = []  # of streams that have not written any
         self._ends: list[_Text] = []
         self._later: list[_Text] = []
-        self._coming = 0  # requests on their way
+        self._coming = 0  # requests that are being prepared
         self._crowded = 0  # short turns to wait for when there are none
         self._more = False  # steps are here that have not been handled
         self._gathers = False
@@ -187,7 +187,7 @@ class Flow:
 
     @contextmanager
     def coming(self) -> Iterator[None]:
-        """While a request is on its way to the engine."""
+        """While a request waits for its turn and is prepared: until it is the engine's or vLLM's."""
         self._coming += 1
         try:
             yield

@@ -396,6 +396,20 @@ async def test_text_waits_while_requests_come_in(monkeypatch: pytest.MonkeyPatch
     await soon(asyncio.gather(*answering))
 
 
+async def test_text_does_not_wait_for_a_request_that_failed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(stream, "BEHIND_S", 60)
+    async with begun() as line:
+        line.engine.gives("a")
+        await turn()
+        with pytest.raises(KeyError), line.flow.coming():
+            raise KeyError
+        line.engine.gives("b")
+        await until(partial(line.client.has, 2))
+        assert line.client.bodies == [b"first [a]", b"[b]"]
+
+
 async def test_first_texts_go_before_later_text_that_has_not_had_its_share(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

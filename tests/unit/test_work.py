@@ -49,8 +49,10 @@ class Expressed(FakeRunning):
     @contextmanager
     def coming(self) -> Iterator[None]:
         self.on_their_way += 1
-        yield
-        self.on_their_way -= 1
+        try:
+            yield
+        finally:
+            self.on_their_way -= 1
 
     def express(self, endpoint: str, body: dict[str, Any], asked: str, scope: Scope) -> Any:
         assert self.on_their_way == 1
@@ -143,6 +145,7 @@ async def test_a_look_for_a_known_answer_that_fails_gives_the_slot_back() -> Non
     async with box_of(_fails) as box:
         reply = await box.client.post(CHAT, json=HI)
         assert box.in_flight == 0
+        assert box.running.on_their_way == 0
     assert (reply.status_code, error_of(reply)["code"]) == (500, "internal_error")
 
 
@@ -193,14 +196,15 @@ async def test_a_request_that_waits_for_its_turn_is_told_when_the_server_ends(
         await gate.wait()
 
     monkeypatch.setattr(turns.Turns, "take", take)
-    async with asgi() as box:
+    async with box_of(lambda: PlainTextResponse("known")) as box:
         asking = asyncio.ensure_future(box.client.post(CHAT, json=HI))
         await soon(gate.reached.wait())
         assert box.in_flight == 1
+        assert box.running.on_their_way == 1  # others' text waits for it
         await soon(box.pool.drain(0.05))
         reply = await soon(asking)
-        assert box.in_flight == 0
-        assert box.running.calls == []
+        assert box.in_flight == box.running.on_their_way == 0
+        assert box.running.asked == []
     assert (reply.status_code, error_of(reply)["code"]) == (503, "shutting_down")
 
 
