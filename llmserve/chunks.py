@@ -223,8 +223,7 @@ class Template:
             parts = self._end(finish, stop, bare=bare)
             if len(self._ends) < _ENDS:
                 self._ends[finish, stop, bare] = parts
-        *ahead, after = parts
-        return _fill((*ahead,), lead) + (b"" if bare else orjson.dumps(text)) + after
+        return _fill(parts[:3], lead) + (b"" if bare else orjson.dumps(text)) + parts[3]
 
     def _end(self, finish: str, stop: int | str | None, *, bare: bool) -> tuple[bytes, ...]:
         text = "" if bare else _TEXT
@@ -256,11 +255,10 @@ class Answer:
         self._lead = (orjson.dumps(answer_id), b'"created":%d' % created)
         self._head = template.head(self._lead)
         self._tail = template.tail
-        self._parsed = template.parsed
         self.first = template.first(self._lead)
 
     def middle(self, text: str) -> bytes:
-        if self._parsed and not text:
+        if not text and self._template.parsed:
             return b""
         return self._head + orjson.dumps(text) + self._tail
 

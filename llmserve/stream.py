@@ -82,11 +82,11 @@ class Flow:
     A first text leaves at once. Later text waits, for BEHIND_S at most, while the engine's
     next step is here already, while requests are being prepared, and after them until the loop
     has had CROWDED short turns: requests go to the engine before it, and in a burst of them
-    others' first texts. What has piled up leaves as one event. Ends go before
-    what is in the middle, which waits after them as after a request: a client may be waiting
-    for its end to ask again. Else who has waited longest is first. After SHARE_S of writing
-    the loop gets a turn, and what it brings may go before the rest. `lag` is told how old the
-    oldest text was when it left.
+    others' first texts. What has piled up leaves as one event. Ends go before what is in the
+    middle, which waits after them as after a request: a client may be waiting for its end to
+    ask again. Else who has waited longest is first. After SHARE_S of writing the loop gets a
+    turn, and what it brings may go before the rest. `lag` is told how old the oldest text was
+    when it left.
     """
 
     def __init__(self, lag: Callable[[float], None]) -> None:
@@ -353,12 +353,11 @@ class TokenStream:
             body = self._frames.last(text, *self._finish, prompt_tokens, self.tokens)
         else:
             body = self._frames.middle(text)
-            if self.text_sent:
-                if not body:
-                    return
-                if self._write(body):
-                    self._moved_s = time.monotonic()
-                    return
+            if self.text_sent and not body:
+                return
+            if self.text_sent and self._write(body):
+                self._moved_s = time.monotonic()
+                return
         if not self.text_sent:
             self.text_sent = True
             body = self._frames.first + body
