@@ -56,7 +56,7 @@ ROWS = {
 _OF_ENGINE = re.compile(
     r"^vllm:request_(?:queue|prefill)_time_seconds_(sum|count)\{.*\} (\S+)$", re.MULTILINE
 )
-_REQUESTS = 8  # requests for each that is in flight
+_REQUESTS, _LEAST = 8, 256  # requests for each that is in flight, and in all
 _ENTERED_S = 1.5  # until a server's figures are on its page
 
 
@@ -79,9 +79,8 @@ def one_round(
     options: argparse.Namespace, spec: ModelSpec, url: str, count: int, seed: int
 ) -> Figures:
     """One run of the client. Raises CalledProcessError if it fails."""
-    load = vllmbench.Load(
-        spec.name, spec.model, count, count * _REQUESTS, options.input, options.output
-    )
+    requests = max(count * _REQUESTS, _LEAST)
+    load = vllmbench.Load(spec.name, spec.model, count, requests, options.input, options.output)
     before_s, before = engine_s(url)
     said = vllmbench.run("vllm-rs", url, load, seed, options.out)
     time.sleep(_ENTERED_S)
