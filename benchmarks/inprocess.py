@@ -58,7 +58,7 @@ async def measure(options: argparse.Namespace, specs: Any, logs: Path) -> None:
 
 async def load(client: AsyncLLM, options: argparse.Namespace, rounds: int) -> float:
     """Output tokens a second over `rounds` requests of each one in flight."""
-    chance = random.Random(0)  # the same prompts every time
+    chance = random.Random()  # prompts that no engine has kept
     began = time.monotonic()
     one_after_another = [several(client, options, rounds, chance) for _ in range(options.in_flight)]
     tokens = sum(await asyncio.gather(*one_after_another))
