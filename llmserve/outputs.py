@@ -133,6 +133,14 @@ class Streamed(RequestState):
     stream: TokenStream
     asked: Asked
 
+    def plain(self) -> TokenStream:
+        """Its stream, for tokens without vLLM's loop."""
+        known = self.detokenizer
+        by_table = isinstance(known, ByTable)
+        self.stream.table = known.table if by_table else []
+        self.stream.partial = known.partial if by_table else False
+        return self.stream
+
     def settle(self) -> None:
         """Enter what its stream has had since vLLM's loop last saw it."""
         if self.stats is not None:
@@ -226,8 +234,13 @@ class Outputs(OutputProcessor):
                 continue
             # One id at a time: `DecodeStream` holds back all of a list that ends inside a
             # character.
+            table = stream.table
             for token in ids:
-                stream.pieces.append(stream.decode(token))
+                text = table[token] if not stream.partial and token < len(table) else None
+                if text is None:
+                    text = stream.decode(token)
+                    stream.partial = not text
+                stream.pieces.append(text)
             tokens += len(ids)
             if stream.last_s == before:
                 same += 1
@@ -266,7 +279,7 @@ class Outputs(OutputProcessor):
         for output in left:
             state = self.request_states.get(output.request_id)
             if type(state) is Streamed and _unwatched(state):
-                self.plain[output.request_id] = state.stream
+                self.plain[output.request_id] = state.plain()
         return done
 
 

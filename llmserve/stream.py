@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 from llmserve.sse import HEADERS, PING_S
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Generator, Iterator
+    from collections.abc import Callable, Coroutine, Generator, Iterator, Sequence
 
     from starlette.types import Receive, Scope, Send
 
@@ -241,7 +241,9 @@ class TokenStream:
         "ends",
         "failure",
         "last_s",
+        "partial",
         "pieces",
+        "table",
         "text_sent",
         "tokens",
     )
@@ -266,6 +268,8 @@ class TokenStream:
         self.tokens = 0
         self.last_s = 0.0  # when the engine made the last of them, `time.monotonic`
         self.decode: Callable[[int], str]  # a token id to the text that it completes
+        self.table: Sequence[str | None] = ()  # what `decode` says of a whole character's id
+        self.partial = False  # a character has begun and is not whole
         self.ends = False  # what it has to write is the last
         self._finish: tuple[str, int | str | None] | None = None
         self._error: LLMServeError | None = None
