@@ -241,13 +241,21 @@ class _Protocol(HttpToolsProtocol):
 
 def _writer(cycle: RequestResponseCycle, flow: FlowControl) -> Callable[[bytes], bool]:
     """What `cycle.send` does for a chunk, when it would not wait."""
+    transport = cycle.transport
+    begun = False
 
     def write(body: bytes) -> bool:
-        transport = cycle.transport
-        paused = flow.write_paused or cycle.disconnected or transport.is_closing()
-        if paused or not cycle.chunked_encoding:
+        nonlocal begun
+        if flow.write_paused or transport.is_closing():
             return False
-        transport.write(b"%x\r\n%b\r\n" % (len(body), body))
+        chunk = b"%x\r\n%b\r\n" % (len(body), body)
+        if begun:
+            transport.write(chunk)
+        elif cycle.disconnected or not cycle.chunked_encoding:
+            return False
+        else:
+            begun = True
+            cycle.transport.write(chunk)  # which may have held the headers back
         return True
 
     return write
