@@ -3,9 +3,10 @@
     python -m benchmarks.frontend [--vllm-rs PATH] [--starts 5] [--quick] [--json FILE]
 
 Each front end runs on one CPU core above a fake engine core (fake_core.py), which gives
-each request a token a step; a client on another core streams chat completions. Front ends
-are started several times in turn, since processes and machines differ; figures are
-medians over starts. Statistics are on everywhere.
+each request a token a step; a client on another core streams chat completions. All front ends
+are started several times, since processes and machines differ. They run at the same time and
+are loaded one at a time, in turn: a machine is faster in one minute than in the next. Figures
+are medians over starts. Statistics are on everywhere.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import signal
 import statistics
 import subprocess
 import sys
+from contextlib import ExitStack
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -32,7 +34,7 @@ from rich.table import Table
 from benchmarks import fronts, loads
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 FRONTS = ("ours", "stock", "rust")
 LOADS = ("cpu", "saturation", "burst", "fairness")
@@ -52,54 +54,63 @@ def main() -> None:
     runs: list[dict[str, Any]] = []
     with fronts.pinned(options.cores.client):
         for start in range(options.starts):
-            for name in options.fronts:
-                for metric, value in measure(name, start, options, runs).items():
+            for name, found in measure(start, options, runs).items():
+                for metric, value in found.items():
                     figures[name].setdefault(metric, []).append(value)
-                console.print(f"start {start + 1} of {options.starts}: {name} done")
-                if options.json:  # after each, so that a run that is cut short has told something
-                    content = report(options, figures, runs)
-                    options.json.write_text(json.dumps(content, indent=1) + "\n")
+            console.print(f"start {start + 1} of {options.starts} done")
+            if options.json:  # after each, so that a run that is cut short has told something
+                content = report(options, figures, runs)
+                options.json.write_text(json.dumps(content, indent=1) + "\n")
     console.print(table(figures))
 
 
 def measure(
-    name: str, start: int, options: argparse.Namespace, runs: list[dict[str, Any]]
-) -> loads.Figures:
-    """The figures of one start of a front end; what each run of it gave goes to `runs`."""
-    figures: loads.Figures = {}
+    start: int, options: argparse.Namespace, runs: list[dict[str, Any]]
+) -> dict[str, loads.Figures]:
+    """Each front end's figures of one start; what each run of it gave goes to `runs`."""
+    names = options.fronts[:: -1 if start % 2 else 1]
+    found: dict[str, loads.Figures] = {name: {} for name in names}
+    if "ours" in names and "fairness" in options.loads:
+        found |= _on_fronts(["ours"], start, options, ["fairness"], ("quiet", "busy"), runs)
     chosen = [load for load in options.loads if load != "fairness"]
     if chosen:
-        figures |= _on_front(name, start, options, chosen, ("chat",), runs)
-    if name == "ours" and "fairness" in options.loads:
-        fairness = _on_front(name, start, options, ["fairness"], ("quiet", "busy"), runs)
-        figures = fairness | figures
-    return figures
+        for name, figures in _on_fronts(names, start, options, chosen, ("chat",), runs).items():
+            found[name] = found[name] | figures
+    return found
 
 
-def _on_front(
-    name: str,
+def _on_fronts(
+    names: Sequence[str],
     start: int,
     options: argparse.Namespace,
     chosen: Sequence[str],
     models: tuple[str, ...],
     runs: list[dict[str, Any]],
-) -> loads.Figures:
+) -> dict[str, loads.Figures]:
     sizes = loads.QUICK if options.quick else loads.Sizes()
     said: dict[str, dict[str, Any]] = {model: {} for model in models}
-    with fronts.front(name, options.cores, said, options.vllm_rs) as front:
-        load = loads.Load(front, sizes, seed=start * 1000)
+    with ExitStack() as stack:
+        running: dict[str, loads.Load] = {}
+        for name in names:
+            front = stack.enter_context(fronts.front(name, options.cores, said, options.vllm_rs))
+            running[name] = loads.Load(front, sizes, seed=start * 1000)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            figures = runner.run(_all(load, chosen))
-    runs += [{"front": name, "start": start, **run} for run in load.runs]
+            figures = runner.run(_in_turn(running, chosen))
+    for name, load in running.items():
+        runs += [{"front": name, "start": start, **run} for run in load.runs]
     return figures
 
 
-async def _all(load: loads.Load, chosen: Sequence[str]) -> loads.Figures:
-    figures: loads.Figures = {}
-    await load.warm_up()
-    for name in chosen:
-        figures |= await getattr(load, name)()
-    return figures | load.disturbed()
+async def _in_turn(
+    running: Mapping[str, loads.Load], chosen: Sequence[str]
+) -> dict[str, loads.Figures]:
+    figures: dict[str, loads.Figures] = {name: {} for name in running}
+    for load in running.values():
+        await load.warm_up()
+    for parts in zip(*(load.parts(chosen) for load in running.values()), strict=True):
+        for name, part in zip(running, parts, strict=True):
+            figures[name] |= await part()
+    return {name: figures[name] | load.disturbed() for name, load in running.items()}
 
 
 def table(figures: dict[str, Figures]) -> Table:

@@ -6,10 +6,11 @@ import asyncio
 import random
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Awaitable, Callable, Iterator, Sequence
 
     from benchmarks.client import Answer
     from benchmarks.fronts import Front
@@ -132,17 +133,24 @@ class Load:
         for count, tokens in ((64, 50), (self.sizes.burst, 4), (self.sizes.burst, 4)):
             await self._run("warm-up", self._prompts(count), [tokens] * count)
 
-    async def cpu(self) -> Figures:
+    def parts(self, names: Sequence[str]) -> Iterator[Callable[[], Awaitable[Figures]]]:
+        """The loads of these names, in parts that can be run one at a time."""
+        for name in names:
+            if name == "cpu":
+                yield from (partial(self.cpu, *size) for size in self.sizes.cpu)
+            else:
+                yield getattr(self, name)
+
+    async def cpu(self, count: int, tokens: int) -> Figures:
         """CPU time of a token, with and without its share of the request's set-up."""
-        figures: Figures = {}
-        for count, tokens in self.sizes.cpu:
-            self.front.core.set(step_ms=self.sizes.step_ms)
-            one = await self._run("cpu set-up", _stories(count), [1] * count)
-            run = await self._run("cpu", _stories(count), [tokens] * count)
-            figures[f"cpu {count} us/token"] = run.front_s / run.tokens * 1e6
-            net = (run.front_s - one.front_s) / (run.tokens - one.tokens)
-            figures[f"cpu {count} net us/token"] = net * 1e6
-        return figures
+        self.front.core.set(step_ms=self.sizes.step_ms)
+        one = await self._run("cpu set-up", _stories(count), [1] * count)
+        run = await self._run("cpu", _stories(count), [tokens] * count)
+        net = (run.front_s - one.front_s) / (run.tokens - one.tokens)
+        return {
+            f"cpu {count} us/token": run.front_s / run.tokens * 1e6,
+            f"cpu {count} net us/token": net * 1e6,
+        }
 
     async def saturation(self) -> Figures:
         """The highest rate at which the front end keeps up with its engine.
