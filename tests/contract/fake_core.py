@@ -42,6 +42,7 @@ DIES = 13  # the engine dies at the third token, a while after the second
 FAILS = 14  # the request alone fails at its third token, a while after the second
 TRIPLES = 15  # three tokens a step
 SILENT = 16  # no token ever
+PREEMPTED = 17  # at every second token, and scheduled again
 LATE_S = 0.1  # so that what came before has been written
 _DEAD = b"ENGINE_CORE_DEAD"  # vllm/v1/engine/core_client.py
 
@@ -84,6 +85,13 @@ class Running:
         computed = self.prompt_tokens
         stats = PrefillStats(num_prompt_tokens=computed, num_computed_tokens=computed)
         return {"events": [queued, scheduled], "prefill_stats": stats}
+
+    def again(self) -> dict[str, Any]:
+        """What an output carries of a request that has been preempted."""
+        if self.seed != PREEMPTED or self.done % 2:
+            return {}
+        kinds = EngineCoreEventType.PREEMPTED, EngineCoreEventType.SCHEDULED
+        return {"events": [EngineCoreEvent(kind, time.monotonic()) for kind in kinds]}
 
     def logprobs_of(self, ids: list[int]) -> LogprobsLists | None:
         """All that were wanted are the token itself."""
@@ -180,7 +188,7 @@ class FakeCore:
             if running.seed == DIES_AT_ONCE or (running.seed == DIES and running.done == 2):
                 self.outputs.send(_DEAD)
                 sys.exit(1)
-            start = {} if running.done else running.start()
+            start = running.again() if running.done else running.start()
             ids, reason, stop = running.step()
             outputs.append(
                 EngineCoreOutput(

@@ -27,7 +27,7 @@ from llmserve.config import ModelSpec
 from llmserve.outputs import Outputs
 from llmserve.stats import Figures
 from tests.contract.conftest import CHAT, on_fake_core, services_of
-from tests.contract.fake_core import DIES_AT_ONCE, FAILS, SILENT, TRIPLES
+from tests.contract.fake_core import DIES_AT_ONCE, FAILS, PREEMPTED, SILENT, TRIPLES
 from tests.fakes import soon, until
 from tests.listening import listening
 
@@ -234,6 +234,7 @@ def cases() -> Iterator[tuple[str, Case]]:
         for name, text in texts.items():
             yield f"{kind}, {name}", case(text, holds=text)
             yield f"{kind}, {name}, three at a time", case(text, holds=text, seed=TRIPLES)
+            yield f"{kind}, {name}, preempted", case(text, holds=text, seed=PREEMPTED)
         stop: dict[str, Any] = {"stop": ["never", "ck bro"], "finish": "stop"}
         include: dict[str, Any] = {"include_stop_str_in_output": True}
         yield f"{kind}, stop", case(FOX, holds="The qui", **stop)
