@@ -296,6 +296,10 @@ def cases() -> Iterator[tuple[str, Case]]:
     )
     broken = {"prompt": [504, 10813, 235], "max_tokens": 20}
     yield "completions, half a character", Case(COMPLETIONS, broken, kept=False, broken=True)
+    yield (
+        "completions, half a character, preempted",
+        Case(COMPLETIONS, broken | {"seed": PREEMPTED}, kept=False, broken=True),
+    )
     yield "completions, no limit", Case(COMPLETIONS, {"prompt": FOX}, FOX)
 
 
