@@ -75,7 +75,7 @@ def measure(
     chosen = [load for load in options.loads if load != "fairness"]
     if chosen:
         for name, figures in _on_fronts(names, start, options, chosen, ("chat",), runs).items():
-            found[name] = found[name] | figures
+            found[name] |= figures
     return found
 
 

@@ -99,8 +99,6 @@ class Asked:
 
     def began(self, state: Streamed, stream: TokenStream) -> None:
         self._begun = (state.request_id, state.prompt_len)
-        if state.detokenizer is not None:
-            stream.decode = state.detokenizer.decode_next
         state.stream = stream
         state.asked = self
         # Where vLLM puts an engine's failure; tokens do not come this way.
@@ -134,12 +132,14 @@ class Streamed(RequestState):
     asked: Asked
 
     def plain(self) -> TokenStream:
-        """Its stream, for tokens without vLLM's loop."""
-        known = self.detokenizer
-        by_table = isinstance(known, ByTable)
-        self.stream.table = known.table if by_table else []
-        self.stream.partial = known.partial if by_table else False
-        return self.stream
+        """Its stream, with all that a token takes: others' objects are in no cache by then."""
+        known, stream = self.detokenizer, self.stream
+        assert known is not None  # noqa: S101  # Asked requests have text
+        stream.decode = known.decode_next
+        stream.table, stream.partial = (), False
+        if isinstance(known, ByTable):
+            stream.table, stream.partial = known.table, known.partial
+        return stream
 
     def settle(self) -> None:
         """Enter what its stream has had since vLLM's loop last saw it."""
@@ -233,7 +233,7 @@ class Outputs(OutputProcessor):
             if not ids:
                 continue
             # One id at a time: `DecodeStream` holds back all of a list that ends inside a
-            # character.
+            # character. What the table has, `ByTable.decode_next` would look up there as well.
             table = stream.table
             for token in ids:
                 text = table[token] if not stream.partial and token < len(table) else None
