@@ -21,11 +21,12 @@ from vllm import envs
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.platforms import current_platform
 from vllm.usage.usage_lib import UsageContext
-from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from llmserve.checked import CheckedLLM
 from llmserve.child import instance_of, log_file
 from llmserve.errors import EngineError, StartupError
+from llmserve.grammar import Grammars
 from llmserve.outputs import Outputs
 from llmserve.residency import Level
 from llmserve.stats import Figures
@@ -49,9 +50,9 @@ _LOOK_S = 0.1
 
 
 class Engine:
-    """A started `AsyncLLM`, the arguments it has, and its metrics."""
+    """A started `CheckedLLM`, the arguments it has, and its metrics."""
 
-    def __init__(self, client: AsyncLLM, arguments: AsyncEngineArgs, figures: Figures) -> None:
+    def __init__(self, client: CheckedLLM, arguments: AsyncEngineArgs, figures: Figures) -> None:
         self.client = client
         self.arguments = arguments
         self.level = Level.READY
@@ -181,6 +182,7 @@ class Launcher:
 
     def __init__(self, log_dir: Path) -> None:
         self._log_dir = log_dir
+        self.grammars = Grammars()
         # Building a config can change os.environ (vllm/config/vllm.py): one at a time.
         self._configuring = threading.Lock()
         self._starting = 0
@@ -225,9 +227,10 @@ class Launcher:
         if spec.replicas > 1:
             config.instance_id = instance_of(number, config.instance_id)
         self._unless_stopped()
-        client = AsyncLLM.from_vllm_config(
+        client = CheckedLLM.from_vllm_config(
             config, stat_loggers=[figures.logger_class], client_addresses=addresses
         )
+        client.check_with(self.grammars)
         figures.take_over(client)
         Outputs.take_over(client)
         # Asked for at every request, and found anew by transformers each time.
@@ -254,6 +257,7 @@ class Launcher:
     def stop(self) -> None:
         """Let no start begin, and end the processes of those under way and of all engines."""
         self._stopped.set()
+        self.grammars.kill()
         for process in multiprocessing.active_children():
             _kill_group(process)
 

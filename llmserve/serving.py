@@ -49,6 +49,7 @@ from vllm.exceptions import VLLMError, VLLMValidationError
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from llmserve import garbage, sse, wire
+from llmserve.checked import Refused
 from llmserve.engine import request_defaults
 from llmserve.errors import (
     ContextTooLong,
@@ -179,6 +180,9 @@ HANDLERS: dict[str, Handler] = {
     ),
 }
 
+
+# Endpoints whose bodies may hold a constraint.
+_GENERATING = frozenset({"chat completions", "completions", "responses", "messages"})
 
 LANES: dict[str, type[Chat | Completions]] = {"chat completions": Chat, "completions": Completions}
 
@@ -313,9 +317,13 @@ class Serving:
             raise Unsupported(cannot(self.name, endpoint, self.able), param="model")
         handler = HANDLERS[endpoint]
         _asked.set(asked)
+        if endpoint in _GENERATING:
+            await self.engine.client.check_explicit(body)
         parsed = _validate(handler.request, body, endpoint)
         with Noted() as calls:
             result = await self._translating(self._handled(handler, parsed, request))
+        for noted in calls:  # before the headers: a parser may have derived a constraint
+            await self._translating(self.engine.client.check(noted.params))
         express = self._express.get(endpoint)
         if express is not None and isinstance(result, AsyncGenerator):
             stream = express.carry(parsed, body, asked, request.scope, calls)
@@ -419,6 +427,8 @@ class Serving:
         """Any exception of vLLM's in our terms; what it did not foresee keeps its words."""
         if isinstance(error, EngineDeadError) or self.dead:
             return self._dead()
+        if isinstance(error, Refused):
+            return error.refusal
         refusal = self._refusal(create_error_response(error).error)
         foreseen = isinstance(error, VLLMError | ValueError)
         if isinstance(refusal, EngineError) or not foreseen:
