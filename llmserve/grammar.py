@@ -19,7 +19,7 @@ import struct
 import sys
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import orjson
 
@@ -94,7 +94,7 @@ class Grammars:
     def __init__(self, limits: Limits | None = None, command: Sequence[str] = _COMMAND) -> None:
         self.limits = limits or Limits()
         self._command = command
-        self._cache = _Cache(self.limits)
+        self.remembered = _Cache(self.limits)
         self._checks: dict[bytes, asyncio.Task[Verdict]] = {}
         self._turn = asyncio.Lock()
         self._process: asyncio.subprocess.Process | None = None
@@ -120,7 +120,7 @@ class Grammars:
                 "allowed. Use a smaller schema or grammar."
             )
         key = hashlib.sha256(model.key.encode() + b"\0" + text).digest()
-        if (known := self._cache.find(key)) is not None:
+        if (known := self.remembered.find(key)) is not None:
             return known
         return await asyncio.shield(self._check_of(key, model, text))
 
@@ -179,7 +179,7 @@ class Grammars:
             for _ in range(2):  # a worker that was killed from outside gets one successor
                 with contextlib.suppress(_WorkerGone):
                     verdict = _verdict(await self._ask(model, text), self.limits)
-                    self._cache.keep(key, verdict)
+                    self.remembered.keep(key, verdict)
                     return verdict
         raise Overloaded(
             "The process that checks constraints has ended twice. Send the request again later.",
@@ -188,21 +188,21 @@ class Grammars:
         )
 
     async def _ask(self, model: Model, text: bytes) -> dict[str, Any]:
-        """Raises _WorkerGone if the worker ends or answers nothing in time."""
+        """Raises _WorkerGone if the worker ends, answers nothing in time or does not start."""
         process = await self._running()
         limits = self.limits
         ask = orjson.dumps(
             {"model": model.key, "memory_bytes": limits.memory_bytes, "cpu_s": limits.cpu_s}
             | {"wall_s": limits.wall_s, "step_s": limits.step_s, "constraint": text.decode()}
         )
-        assert process.stdin is not None
-        assert process.stdout is not None
+        to = cast("asyncio.StreamWriter", process.stdin)
+        answers = cast("asyncio.StreamReader", process.stdout)
         try:
             async with asyncio.timeout(limits.start_s + limits.wall_s):
-                process.stdin.write(HEAD.pack(len(ask), len(model.config)) + ask + model.config)
-                await process.stdin.drain()
-                length, _ = HEAD.unpack(await process.stdout.readexactly(HEAD.size))
-                answer: dict[str, Any] = orjson.loads(await process.stdout.readexactly(length))
+                to.write(HEAD.pack(len(ask), len(model.config)) + ask + model.config)
+                await to.drain()
+                length, _ = HEAD.unpack(await answers.readexactly(HEAD.size))
+                answer: dict[str, Any] = orjson.loads(await answers.readexactly(length))
                 return answer
         except (TimeoutError, OSError, EOFError) as error:
             log.warning("grammar worker pid=%s gone: %r", process.pid, error)
@@ -211,14 +211,19 @@ class Grammars:
 
     async def _running(self) -> asyncio.subprocess.Process:
         if self._process is None or self._process.returncode is not None:
-            self._process = await asyncio.create_subprocess_exec(
-                *self._command,
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.DEVNULL,  # compilers print what clients send
-                env={**os.environ, **_ENVIRONMENT},
-                start_new_session=True,  # Ctrl-C reaches the server alone
-            )
+            self._process = None
+            try:
+                self._process = await asyncio.create_subprocess_exec(
+                    *self._command,
+                    stdin=asyncio.subprocess.PIPE,
+                    stdout=asyncio.subprocess.PIPE,
+                    stderr=asyncio.subprocess.DEVNULL,  # compilers print what clients send
+                    env={**os.environ, **_ENVIRONMENT},
+                    start_new_session=True,  # Ctrl-C reaches the server alone
+                )
+            except OSError as error:
+                log.warning("grammar worker not started: %r", error)
+                raise _WorkerGone from error
         return self._process
 
     async def _ended(self, process: asyncio.subprocess.Process) -> None:

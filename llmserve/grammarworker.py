@@ -1,28 +1,20 @@
 """The process that compiles constraints for `llmserve.grammar`; run with `-m`.
 
 It imports vLLM once and loads an engine's tokenizer once. Each constraint is compiled in
-a fork with limits of its own, by vLLM's own validation and structured-output manager, as
-the engine core does it. The fork ends with its check, so a crash, a leak or a loop in a
-compiler costs that check alone. The process holds no thread, which makes the fork safe.
+a fork with limits (`sandbox`), by vLLM's own validation and structured-output manager, as
+the engine core does it.
 """
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import json
-import os
 import pickle
-import resource
-import select
-import signal
-import sys
 import time
 from collections import OrderedDict
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any
 
 import torch
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
@@ -30,16 +22,12 @@ from vllm.utils.mistral import is_mistral_tokenizer
 from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.structured_output.request import StructuredOutputRequest
 
-from llmserve.grammar import HEAD, KINDS
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from llmserve.grammar import KINDS
+from llmserve.sandbox import Server, sandboxed
 
 _MODELS = 8  # tokenizers that stay loaded
 _PROBED = 16  # tokens, after which a mask is computed as in the engine's steps
 _REASON = 400  # characters
-_ANSWER_BYTES = 16 << 20
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -79,23 +67,16 @@ def fixed_backend(tokenizer: Any) -> str:
 
 
 def main() -> None:
-    replies = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what compilers print is no reply
     models: OrderedDict[str, Loaded] = OrderedDict()
-    requests = sys.stdin.buffer.raw  # type: ignore[attr-defined]
-    while (received := _received(requests)) is not None:
-        ask, config = received
+    server = Server()
+    for ask, config in server.requests():
         try:
-            loaded = _loaded(models, ask["model"], config)
+            model = _loaded(models, ask["model"], config)
         except Exception as error:  # a tokenizer of any kind; the server refuses
-            _send(replies, {"outcome": "unavailable", "reason": _words(error)})
-            continue
-        _send(
-            replies,
-            _sandboxed(
-                lambda of=loaded, ask=ask: _answer(of, ask["constraint"], ask["step_s"]), ask
-            ),
-        )
+            server.answer({"outcome": "unavailable", "reason": _words(error)})
+        else:
+            check = partial(_answer, model, ask["constraint"], ask["step_s"])
+            server.answer(sandboxed(check, ask))
 
 
 def _loaded(models: OrderedDict[str, Loaded], key: str, config: bytes) -> Loaded:
@@ -188,98 +169,6 @@ def _probe(model: Loaded, grammar: Any, step_s: float) -> None:
         bits = int(mask[0, word]) & 0xFFFFFFFF
         if not grammar.accept_tokens("check", [word * 32 + (bits & -bits).bit_length() - 1]):
             return
-
-
-# --- the sandbox
-
-
-def _sandboxed(check: Callable[[], dict[str, Any]], ask: dict[str, Any]) -> dict[str, Any]:
-    """The answer of `check`, made in a fork within the limits of `ask`."""
-    reading, writing = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        _be_limited(ask)
-        with os.fdopen(writing, "wb") as out:
-            out.write(json.dumps(check()).encode())
-        os._exit(0)
-    os.close(writing)
-    try:
-        text, in_time = _read_until(reading, time.monotonic() + ask["wall_s"])
-    finally:
-        os.close(reading)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-        _, status = os.waitpid(pid, 0)
-    if not in_time:
-        return {"outcome": "wall"}
-    ended = os.waitstatus_to_exitcode(status)
-    if ended == -signal.SIGXCPU:
-        return {"outcome": "cpu"}
-    try:
-        answer: dict[str, Any] = json.loads(text)
-    except ValueError:
-        return {"outcome": "crash"}
-    return answer
-
-
-def _be_limited(ask: dict[str, Any]) -> None:
-    """For this process: the limits, and an end with its parent."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    os.close(0)
-    size = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
-    space = size * resource.getpagesize() + ask["memory_bytes"]
-    resource.setrlimit(resource.RLIMIT_AS, (space, space))
-    resource.setrlimit(resource.RLIMIT_CPU, (ask["cpu_s"], ask["cpu_s"] + 1))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-
-
-def _read_until(pipe: int, deadline_s: float) -> tuple[bytes, bool]:
-    """What a fork writes, and whether it ended in time. Ends the process with the server."""
-    poll = select.poll()
-    poll.register(pipe, select.POLLIN)
-    poll.register(0, 0)  # the server's end: only a hang-up is reported
-    parts: list[bytes] = []
-    while (left_s := deadline_s - time.monotonic()) > 0:
-        for descriptor, _ in poll.poll(left_s * 1000):
-            if descriptor == 0:
-                os._exit(0)
-            part = os.read(pipe, 1 << 16)
-            parts.append(part)
-            if not part:
-                return b"".join(parts), True
-            if sum(map(len, parts)) > _ANSWER_BYTES:
-                return b"", True
-    return b"", False
-
-
-# --- frames
-
-
-def _received(requests: BinaryIO) -> tuple[dict[str, Any], bytes] | None:
-    """The next request and the config of its engine; None when the server has ended."""
-    head = _exactly(requests, HEAD.size)
-    if head is None:
-        return None
-    lengths = HEAD.unpack(head)
-    ask, config = (_exactly(requests, length) for length in lengths)
-    return None if ask is None or config is None else (json.loads(ask), config)
-
-
-def _exactly(requests: BinaryIO, length: int) -> bytes | None:
-    parts = []
-    while length:
-        part = requests.read(length)
-        if not part:
-            return None
-        parts.append(part)
-        length -= len(part)
-    return b"".join(parts)
-
-
-def _send(replies: BinaryIO, answer: dict[str, Any]) -> None:
-    text = json.dumps(answer).encode()
-    replies.write(HEAD.pack(len(text), 0) + text)
-    replies.flush()
 
 
 def _words(error: BaseException) -> str:
