@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import pickle
 from functools import cached_property
+from multiprocessing.reduction import ForkingPickler
 from typing import TYPE_CHECKING, Any
 
 from vllm.exceptions import VLLMValidationError
@@ -59,7 +59,9 @@ class CheckedLLM(AsyncLLM):
             kind: value for kind in _CONSTRAINTS if (value := getattr(structured, kind)) is not None
         }
         verdict = await self._grammars.check(self._checked_model, given)
-        if (refusal := verdict.refusal(None)) is not None:
+        # An explicit constraint was checked at its place; what remains comes from `tools`.
+        place = "response_format" if "json_object" in given else "tools"
+        if (refusal := verdict.refusal(place)) is not None:
             raise Refused(refusal)
         for kind, value in verdict.fields.items():
             setattr(structured, kind, value)
@@ -83,4 +85,5 @@ class CheckedLLM(AsyncLLM):
             (config.structured_outputs_config, config.num_speculative_tokens),
         )
         key = hashlib.sha256(repr(decides).encode()).hexdigest()
-        return Model(key, pickle.dumps(config))
+        # As vLLM sends it to the engine core, also where the config's class is a model's own.
+        return Model(key, bytes(ForkingPickler.dumps(config)))

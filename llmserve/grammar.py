@@ -57,7 +57,7 @@ class Limits:
     start_s: float = 180.0  # the worker's imports and a model's tokenizer
     loop_s: float = 0.05  # CPU time of a parse that vLLM repeats on the event loop
     step_s: float = 0.05  # CPU time of a mask, which the engine computes at each step
-    queue: int = 32
+    queue: int = 16
     cached: int = 1024
     cached_bytes: int = 32 << 20
 
@@ -80,12 +80,11 @@ class Verdict:
     too_complex: bool = False
     reason: str = ""
 
-    def refusal(self, param: str | None) -> RequestError | None:
+    def refusal(self, place: str) -> RequestError | None:
         if not self.reason:
             return None
         kind = GrammarTooComplex if self.too_complex else InvalidGrammar
-        where = "The constraint" if param is None else f"{param}: the constraint"
-        return kind(f"{where} {self.reason}", param=param)
+        return kind(f"{place}: the constraint {self.reason}", param=place)
 
 
 class Grammars:

@@ -9,38 +9,60 @@ import json
 import os
 import signal
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmserve.sandbox import Server, sandboxed
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 
 def compiled(text: str) -> dict[str, Any]:
-    pattern: str = json.loads(text).get("regex", "")
-    match pattern.partition(" "):
-        case ("spin", _, _):
-            while True:
-                pass
-        case ("sleep", _, seconds):
-            time.sleep(float(seconds))
-        case ("eat", _, _):
-            try:
-                len(b"x" * (1 << 40))
-            except MemoryError:
-                return {"outcome": "memory"}
-        case ("crash", _, _):
-            os.kill(os.getpid(), signal.SIGSEGV)
-        case ("raise", _, _):
-            raise RuntimeError
-        case ("flood", _, _):
-            return {"outcome": "x" * (32 << 20)}
-        case ("refuse", _, reason):
-            return {"outcome": "invalid", "reason": reason}
-        case ("long", _, length):
-            fields = {"choice": None, "grammar": "g" * int(length)}
-            return {"outcome": "compiled", "backend": "toy", "fields": fields, "parse_s": 0.0}
-        case ("slow", _, _):
-            return {"outcome": "compiled", "backend": "toy", "fields": {}, "parse_s": 9.0}
-    return {"outcome": "compiled", "backend": "toy", "fields": {}, "parse_s": 0.0}
+    command, _, argument = json.loads(text).get("regex", "").partition(" ")
+    return _COMMANDS.get(command, _fine)(argument)
+
+
+def _fine(_: str = "", **more: Any) -> dict[str, Any]:
+    return {"outcome": "compiled", "backend": "toy", "fields": {}, "parse_s": 0.0} | more
+
+
+def _spin(_: str) -> dict[str, Any]:
+    while True:
+        pass
+
+
+def _sleep(seconds: str) -> dict[str, Any]:
+    time.sleep(float(seconds))
+    return _fine()
+
+
+def _eat(_: str) -> dict[str, Any]:
+    try:
+        return _fine(parse_s=len(bytearray(1 << 40)))
+    except MemoryError:
+        return {"outcome": "memory"}
+
+
+def _crash(_: str) -> dict[str, Any]:
+    os.kill(os.getpid(), signal.SIGSEGV)
+    return _fine()
+
+
+def _raise(_: str) -> dict[str, Any]:
+    raise RuntimeError
+
+
+_COMMANDS: dict[str, Callable[[str], dict[str, Any]]] = {
+    "spin": _spin,
+    "sleep": _sleep,
+    "eat": _eat,
+    "crash": _crash,
+    "raise": _raise,
+    "flood": lambda _: {"outcome": "x" * (32 << 20)},
+    "refuse": lambda reason: {"outcome": "invalid", "reason": reason},
+    "long": lambda length: _fine(fields={"choice": None, "grammar": "g" * int(length)}),
+    "slow": lambda _: _fine(parse_s=9.0),
+}
 
 
 def main() -> None:
