@@ -8,6 +8,7 @@ the engine core does it.
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import time
 from collections import OrderedDict
@@ -47,13 +48,9 @@ class Loaded:
         if structured.backend == "auto":
             structured.backend = fixed_backend(manager.tokenizer)
         loaded = cls(config, manager)
-        loaded.warm()  # builds the backend, which the forks then share
+        # Imports what vLLM imports late and builds the backend, which the forks then share.
+        _check(loaded, {"regex": "a"}, math.inf)
         return loaded
-
-    def warm(self) -> None:
-        params = SamplingParams(structured_outputs=StructuredOutputsParams(regex="a"))
-        params.structured_outputs._backend = self.config.structured_outputs_config.backend  # noqa: SLF001
-        _compiled(self, params)
 
 
 def fixed_backend(tokenizer: Any) -> str:
