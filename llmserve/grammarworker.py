@@ -148,6 +148,7 @@ def _probe(model: Loaded, grammar: Any, step_s: float) -> None:
 
     Raises _SlowStep, or ValueError if no text is possible.
     """
+    _require_no_error(grammar)
     words = (model.config.model_config.get_vocab_size() + 31) // 32
     mask = torch.full((1, words), -1, dtype=torch.int32)
     for position in range(_PROBED):
@@ -155,6 +156,7 @@ def _probe(model: Loaded, grammar: Any, step_s: float) -> None:
             return
         began = time.process_time()
         grammar.fill_bitmask(mask, 0)
+        _require_no_error(grammar)
         if time.process_time() - began > step_s:
             raise _SlowStep
         allowed = mask[0].nonzero()
@@ -166,6 +168,13 @@ def _probe(model: Loaded, grammar: Any, step_s: float) -> None:
         bits = int(mask[0, word]) & 0xFFFFFFFF
         if not grammar.accept_tokens("check", [word * 32 + (bits & -bits).bit_length() - 1]):
             return
+
+
+def _require_no_error(grammar: Any) -> None:
+    """Raises ValueError for an error that llguidance keeps; its mask then ends the answer."""
+    matcher = getattr(grammar, "ll_matcher", None)
+    if matcher is not None and (error := matcher.get_error()):
+        raise ValueError(error)
 
 
 def _words(error: BaseException) -> str:
