@@ -13,6 +13,8 @@ import time
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
+from vllm.engine.arg_utils import AsyncEngineArgs
+
 from llmserve.grammar import Grammars, Model
 
 _PERSON = {
@@ -35,8 +37,6 @@ _CONSTRAINTS: dict[str, dict[str, Any]] = {
 
 
 async def main(folder: str) -> None:
-    from vllm.engine.arg_utils import AsyncEngineArgs
-
     config = AsyncEngineArgs(model=folder, enforce_eager=True).create_engine_config()
     key = hashlib.sha256(folder.encode()).hexdigest()
     model = Model(key, bytes(ForkingPickler.dumps(config)))

@@ -51,7 +51,7 @@ class Limits:
     """Bounds of one check, and of the checks that wait or are remembered."""
 
     constraint_bytes: int = 512 * 1024
-    memory_bytes: int = 1 << 30  # beyond what the loaded worker holds
+    memory_bytes: int = 512 << 20  # beyond what the loaded worker holds
     cpu_s: int = 5
     wall_s: float = 30.0  # for a compiler that waits instead of computing
     start_s: float = 180.0  # the worker's imports and a model's tokenizer
