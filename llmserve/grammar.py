@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 
 # Lengths of the JSON and of the pickled engine config that follow.
 HEAD = struct.Struct(">II")
+# Outcomes that the load of the machine can cause: they are found anew.
+_PASSING = frozenset({"wall", "crash"})
 _COMMAND = (sys.executable, "-m", "llmserve.grammarworker")
 # The worker's environment: no GPU, one malloc arena (each reserves address space).
 _ENVIRONMENT = {
@@ -112,7 +114,9 @@ class Grammars:
         try:
             text = orjson.dumps(constraint)  # in the client's order, which the grammar follows
         except TypeError:
-            return _too_complex("is nested too deeply. Use fewer levels.")
+            return _too_complex(
+                "is nested too deeply, or its text is no valid Unicode. Use at most 250 levels."
+            )
         if len(text) > self.limits.constraint_bytes:
             return _too_complex(
                 f"has {len(text)} bytes of JSON; at most {self.limits.constraint_bytes} are "
@@ -177,8 +181,10 @@ class Grammars:
         async with self._turn:
             for _ in range(2):  # a worker that was killed from outside gets one successor
                 with contextlib.suppress(_WorkerGone):
-                    verdict = _verdict(await self._ask(model, text), self.limits)
-                    self.remembered.keep(key, verdict)
+                    answer = await self._ask(model, text)
+                    verdict = _verdict(answer, self.limits)
+                    if answer["outcome"] not in _PASSING:
+                        self.remembered.keep(key, verdict)
                     return verdict
         raise Overloaded(
             "The process that checks constraints has ended twice. Send the request again later.",

@@ -85,6 +85,13 @@ async def test_check_that_waits_ends_with_its_wall_time() -> None:
         assert "0.1 s" in error.message
 
 
+async def test_check_ended_by_a_busy_machine_is_not_kept() -> None:
+    async with toy(Limits(wall_s=0.1)) as grammars:
+        await grammars.check(MODEL, regex("sleep 3600"))
+        await grammars.check(MODEL, regex("crash"))
+        assert len(grammars.remembered) == 0
+
+
 async def test_check_refused_by_the_compiler_is_invalid() -> None:
     async with toy() as grammars:
         error = (await grammars.check(MODEL, regex("refuse why"))).refusal("x")
@@ -113,7 +120,7 @@ async def test_check_of_a_lone_surrogate_is_refused() -> None:
         assert (await grammars.check(MODEL, regex("\ud800"))).refusal("x") is not None
 
 
-@pytest.mark.parametrize("pattern", ["a", "refuse why", "crash"])
+@pytest.mark.parametrize("pattern", ["a", "refuse why", "eat", "spin"])
 async def test_check_known_by_its_text_needs_no_worker(pattern: str) -> None:
     async with toy() as grammars:
         first = await grammars.check(MODEL, regex(pattern))
