@@ -12,7 +12,6 @@ import psutil
 from tests.integration.conftest import CHAT, STOP_S, Server, write_registry
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
 ASK = {"model": "chat", "messages": [{"role": "user", "content": "Name a city."}]}
@@ -25,14 +24,19 @@ def _format(of: dict[str, Any]) -> dict[str, Any]:
 
 def _hostile(n: int) -> dict[str, Any]:
     """One of 20, each with a text of its own."""
-    kinds: list[Callable[[], dict[str, Any]]] = [
-        lambda: {"structured_outputs": {"regex": "|".join(f"{n}w{i}" for i in range(30_000))}},
-        lambda: {"structured_outputs": {"choice": [f"{n}w{i}" for i in range(30_000)]}},
-        lambda: _format({"enum": [f"{n}w{i}" for i in range(30_000)]}),
-        lambda: _format({"$ref": "#", "title": str(n)}),
-        lambda: {"structured_outputs": {"regex": "(" * (50_000 + n)}},
+    names = [f"{n}w{i}" for i in range(30_000)]
+    heavy: list[dict[str, Any]] = [
+        {"structured_outputs": {"regex": "|".join(names)}},
+        {"structured_outputs": {"choice": names}},
+        _format({"enum": names}),
     ]
-    return kinds[n % len(kinds)]()
+    light: list[dict[str, Any]] = [
+        _format({"$ref": "#", "title": str(n)}),
+        _format({"$ref": "#/$defs/a~1b", "$defs": {"a/b": {}}, "title": str(n)}),
+        {"structured_outputs": {"regex": "(" * (50_000 + n)}},
+        {"structured_outputs": {"grammar": f"root ::= missing{n}"}},
+    ]
+    return heavy[n % 3] if n < 6 else light[n % 4]
 
 
 def test_hostile_constraints_leave_all_others_served(tmp_path: Path) -> None:
