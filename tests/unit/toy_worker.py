@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from llmserve.sandbox import Server, sandboxed
@@ -72,7 +73,7 @@ def main() -> None:
             os._exit(1)
         if '"mute"' in ask["constraint"]:
             time.sleep(3600)
-        server.answer(sandboxed(lambda text=ask["constraint"]: compiled(text), ask))
+        server.answer(sandboxed(partial(compiled, ask["constraint"]), ask))
 
 
 if __name__ == "__main__":
