@@ -93,6 +93,8 @@ class _Answering:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await self._app(scope, receive, send)
+        except ClientDisconnect:
+            return  # also after the first byte: there is no client to answer
         except Exception as error:
             if scope["type"] != "http" or scope["state"]["began"]:
                 raise
@@ -104,16 +106,10 @@ def _answer_to(error: Exception, scope: Scope) -> ASGIApp:
         return error_response(error)
     if isinstance(error, HTTPException):  # a form that Starlette cannot read
         return error_response(_refusal(error))
-    if isinstance(error, ClientDisconnect):
-        return _nobody
     log.error("path=%s unforeseen", scope["path"], exc_info=error)
     return error_response(
         LLMServeError("Something went wrong in the server.", code="internal_error")
     )
-
-
-async def _nobody(_: Scope, __: Receive, ___: Send) -> None:
-    """There is nobody to answer."""
 
 
 def _with_cors(app: ASGIApp, server: ServerSpec) -> ASGIApp:

@@ -176,12 +176,14 @@ class Replica:
         self.cost_s: dict[Level, float] = {}  # what it last took to be ready, by where from
         self.since = time.monotonic()  # its state
         self.used = time.monotonic()  # when a request last came or went
+        self.retired = False  # it ends with its requests, and does not start again
         self.patient = model.spec.start == "lazy"  # requests wait for it while it is on its way
         self.deaths = Deaths()
         self.failures = Deaths()  # of starts that requests asked for
         self.again_at = math.inf  # when they may once more
         self.gave_way = 0  # times
         self.load = Load()
+        self.unused = asyncio.Event()  # set when its last request has ended
         self.turn = asyncio.Lock()  # one transition at a time
 
     @property
@@ -201,6 +203,8 @@ class Replica:
     @property
     def may_come(self) -> bool:
         """Whether requests can have it brought."""
+        if self.retired:
+            return False
         if self.state is State.FAILED:
             return self.model.spec.start != "eager" and time.monotonic() >= self.again_at
         return self.state in AT_REST

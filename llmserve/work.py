@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from starlette.requests import ClientDisconnect, Request
 
-from llmserve.admission import Deadline
+from llmserve.admission import Deadline, Place
 from llmserve.constraints import check_constraints
 from llmserve.early import COMMENT_S, Early
 from llmserve.errors import BodyTooLarge, EngineDead, LLMServeError, RequestError, quoted
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+    from llmserve.entry import Entry
     from llmserve.lease import Lease
-    from llmserve.pool import Pool
     from llmserve.routes import Services
 
 _TIMEOUT = b"x-request-timeout"
@@ -75,32 +75,38 @@ class Work:
     async def _once(self, scope: Scope, receive: Receive, early: Early, wish: Wish) -> None:
         services: Services = scope["app"].state.services
         lease = services.pool.lease(wish)
-        if lease is None:
-            lease = await self._waited(services.pool, receive, early, wish)
-        lease.until(wish.deadline)
+        if isinstance(lease, Place):
+            entry = services.pool.entry(wish.name)
+            lease = await self._waited(receive, early, lease, entry)
         answer = await self._answer(scope, receive, wish, lease)
         await answer(scope, receive, early)
 
-    async def _waited(self, pool: Pool, receive: Receive, early: Early, wish: Wish) -> Lease:
-        """A stream is told every few seconds that it is still waiting."""
-        streams = self.endpoint.answer_tokens and wish.body.get("stream") is True
-        entry = pool.entry(wish.name)
-        waiting = asyncio.ensure_future(pool.wait(wish))
+    async def _waited(
+        self, receive: Receive, early: Early, place: Place[Wish, Lease], entry: Entry
+    ) -> Lease:
+        """A stream gets a comment every few seconds meanwhile.
+
+        Raises what the queue refuses with, or ClientDisconnect.
+        """
+        streams = self.endpoint.answer_tokens and place.wish.body.get("stream") is True
+        each_s = COMMENT_S if streams else None
         gone = asyncio.ensure_future(_gone(receive))
         try:
-            while not waiting.done():
-                each_s = COMMENT_S if streams else None
-                await asyncio.wait({waiting, gone}, timeout=each_s, return_when="FIRST_COMPLETED")
+            while not place.given.done():
+                both = {place.given, gone}
+                await asyncio.wait(both, timeout=each_s, return_when="FIRST_COMPLETED")
                 if gone.done():
-                    waiting.cancel()
-                elif not waiting.done():
+                    raise ClientDisconnect
+                if not place.given.done():
                     await early.comment(
                         f"{entry.name} is {entry.state}, {entry.slots.waiting()} wait"
                     )
-            return await _unless_left(waiting)
-        except BaseException:
-            waiting.cancel()
-            waiting.add_done_callback(_released)
+            return place.given.result()
+        except BaseException as error:
+            cut_by = _cut_by(place)
+            place.leave()
+            if cut_by is not None and isinstance(error, asyncio.CancelledError):
+                raise cut_by from None
             raise
         finally:
             gone.cancel()
@@ -124,19 +130,10 @@ class Work:
         return Leased(answer, lease)
 
 
-async def _unless_left(waiting: asyncio.Future[Lease]) -> Lease:
-    try:
-        return await waiting
-    except asyncio.CancelledError:
-        if waiting.cancelled():
-            raise ClientDisconnect from None
-        raise
-
-
-def _released(waiting: asyncio.Future[Lease]) -> None:
-    """Of a request that left in the moment in which it was let in."""
-    if not waiting.cancelled() and waiting.exception() is None:
-        waiting.result().release()
+def _cut_by(place: Place[Wish, Lease]) -> LLMServeError | None:
+    """Of a lease that was cut before its request could take it from the queue."""
+    given = place.given
+    return given.result().cut_by if given.done() and given.exception() is None else None
 
 
 class Leased:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.types import Scope
 
+    from llmserve.admission import Place
     from llmserve.config import Config
     from llmserve.replica import Running, State
     from llmserve.residency import Takes
@@ -272,6 +273,16 @@ def broken(cause: str = "ValueError: no memory left") -> Plan:
 
 def spec(name: str = "chat", **more: Any) -> ModelSpec:
     return ModelSpec(name=name, **({"model": f"/models/{name}"} | more))
+
+
+async def let_in(place: Place[Any, T]) -> T:
+    """What a place in the queue is given; it is left if the wait is cancelled."""
+    try:
+        await asyncio.wait({place.given})
+    except asyncio.CancelledError:
+        place.leave()
+        raise
+    return place.given.result()
 
 
 async def until(holds: Callable[[], bool], within_s: float = 3.0) -> None:

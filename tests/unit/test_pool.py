@@ -61,7 +61,7 @@ class Box:
 
     def lease(self, name: str, task: asyncio.Future[None] | None = None, **body: Any) -> Lease:
         lease = self.pool.lease(wish(name, task, **body))
-        assert lease is not None
+        assert isinstance(lease, Lease)
         return lease
 
     def states(self) -> dict[str, str]:

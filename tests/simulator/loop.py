@@ -1,0 +1,117 @@
+"""An event loop with virtual time, on which a seed chooses which ready callback runs next."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import heapq
+import time
+from typing import TYPE_CHECKING, Any
+
+from llmserve import life
+
+if TYPE_CHECKING:
+    import random
+    from collections.abc import Callable, Iterator
+
+_LOOK_S = 0.4  # between two looks whether there is memory by now
+_FAIR = 40  # callbacks that one which is ready may be passed over by
+
+
+class Stuck(AssertionError):
+    """Nothing is ready and no timer is pending: whatever still waits would wait for ever."""
+
+
+class SimulatedLoop(asyncio.BaseEventLoop):
+    """Timers fire as soon as nothing is ready; `after` runs after each callback.
+
+    `thread_s` gives the virtual seconds that a call in a thread takes. It cannot be
+    interrupted, as a real one: its effects come also if the future was cancelled.
+    """
+
+    def __init__(
+        self,
+        chance: random.Random,
+        thread_s: Callable[[Any], float],
+        after: Callable[[], None],
+    ) -> None:
+        super().__init__()
+        self._chance = chance
+        self._thread_s = thread_s
+        self._after = after
+        self._virtual_s = 1000.0
+        self._disorder = chance.choice((0.0, 0.0, 0.1, 0.5, 1.0))  # share of picks out of order
+        self._passed = 0
+
+    def time(self) -> float:
+        return self._virtual_s
+
+    def _run_once(self) -> None:
+        ready: Any = self._ready  # type: ignore[attr-defined]  # of BaseEventLoop
+        timers: Any = self._scheduled  # type: ignore[attr-defined]
+        while timers and timers[0]._cancelled:
+            heapq.heappop(timers)._scheduled = False
+        if not ready and not self._stopping:  # type: ignore[attr-defined]
+            if not timers:
+                raise Stuck("nothing is ready, and no timer is pending")
+            self._virtual_s = max(self._virtual_s, timers[0]._when)
+        while timers and timers[0]._when <= self._virtual_s:
+            timer = heapq.heappop(timers)
+            timer._scheduled = False
+            if not timer._cancelled:
+                ready.append(timer)
+        if ready:
+            handle = self._pick(ready)
+            if not handle._cancelled:
+                handle._run()
+                self._after()
+
+    def _pick(self, ready: Any) -> Any:
+        """The oldest, or any other; none is passed over for ever."""
+        if len(ready) > 1 and self._passed < _FAIR and self._chance.random() < self._disorder:
+            self._passed += 1
+            number = self._chance.randrange(len(ready))
+            handle = ready[number]
+            del ready[number]
+            return handle
+        self._passed = 0
+        return ready.popleft()
+
+    def run_in_executor(self, executor: Any, func: Any, *args: Any) -> Any:
+        del executor
+        future = self.create_future()
+        self.call_later(self._thread_s(func), self._ran, future, func, args)
+        return future
+
+    def _ran(self, future: asyncio.Future[Any], func: Any, args: tuple[Any, ...]) -> None:
+        try:
+            result = func(*args)
+        except Exception as error:
+            if not future.done():
+                future.set_exception(error)
+        else:
+            if not future.done():
+                future.set_result(result)
+
+    def call_soon_threadsafe(self, callback: Any, *args: Any, context: Any = None) -> Any:
+        return self.call_soon(callback, *args, context=context)
+
+    def _process_events(self, event_list: Any) -> None:
+        raise NotImplementedError
+
+    def _write_to_self(self) -> None:
+        pass
+
+    async def shutdown_default_executor(self, timeout: float | None = None) -> None:  # noqa: ASYNC109
+        del timeout
+
+
+@contextlib.contextmanager
+def virtual_time(loop: SimulatedLoop) -> Iterator[None]:
+    """`time.monotonic` is the loop's clock meanwhile, and polling is rarer: it takes real time."""
+    real, look_s = time.monotonic, life._LOOK_S
+    time.monotonic, life._LOOK_S = loop.time, _LOOK_S
+    try:
+        yield
+    finally:
+        time.monotonic, life._LOOK_S = real, look_s
