@@ -112,6 +112,7 @@ class Engine:
         """Its client notices at once, those that wait for it a little later."""
         self.alive = False
         self.dead = True
+        self._fleet.died(self.spec.name)
         loop = asyncio.get_running_loop()
         for future, timer in self.work.items():
             timer.cancel()
@@ -144,6 +145,8 @@ class Engine:
             self.die()
             raise EngineError(f"did not {what} in time")
         await asyncio.sleep(seconds)
+        if self._weather.strikes(0.5):
+            self.die()
         if self.dead or self._weather.strikes():
             raise EngineError(f"could not {what}")
 
@@ -268,6 +271,7 @@ class Fleet:
         self.stopped = False
         self.most = 0  # that engines held at the same time
         memory.count = self.count
+        self.died: Callable[[str], None] = lambda _: None  # called with the name of the model
         # As the modules `engine` and `serving` and the launcher.
         self.Serving = self
         self.Stored = dict
@@ -296,7 +300,7 @@ class Fleet:
         return engine
 
     def start_s(self) -> float:
-        return self.weather.chance.choice((0.5, 3.0, 20.0, 90.0)) * self.weather.chance.random()
+        return self.weather.chance.choice((0.5, 3.0, 10.0, 40.0)) * self.weather.chance.random()
 
     def log_of(self, spec: ModelSpec, number: int) -> Path:
         return Path(f"/logs/{spec.name}+{number}")

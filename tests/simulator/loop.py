@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import contextlib
 import heapq
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from llmserve import life
+import pytest
+from anyio._backends._asyncio import CancelScope
+
+from llmserve import life, watch
 
 if TYPE_CHECKING:
     import random
@@ -20,6 +24,17 @@ _FAIR = 40  # callbacks that one which is ready may be passed over by
 
 class Stuck(AssertionError):
     """Nothing is ready and no timer is pending: whatever still waits would wait for ever."""
+
+
+class _Task(asyncio.Task[Any]):
+    """Hashed by number: by address, the order of a set would differ from run to run."""
+
+    def __hash__(self) -> int:
+        return cast("SimulatedLoop", self.get_loop()).number_of(self)
+
+
+class _Future(asyncio.Future[Any]):
+    __hash__ = _Task.__hash__
 
 
 class SimulatedLoop(asyncio.BaseEventLoop):
@@ -42,6 +57,19 @@ class SimulatedLoop(asyncio.BaseEventLoop):
         self._virtual_s = 1000.0
         self._disorder = chance.choice((0.0, 0.0, 0.1, 0.5, 1.0))  # share of picks out of order
         self._passed = 0
+        self._numbered: dict[int, tuple[int, Any]] = {}
+        self.set_task_factory(self._task)
+
+    def _task(self, _: Any, work: Any, context: Any = None) -> _Task:
+        return _Task(work, loop=self, context=context)
+
+    def create_future(self) -> _Future:
+        return _Future(loop=self)
+
+    def number_of(self, thing: Any) -> int:
+        """In the order of being first hashed; `thing` is kept, so that no other gets its id."""
+        number, _ = self._numbered.setdefault(id(thing), (len(self._numbered), thing))
+        return number
 
     def time(self) -> float:
         return self._virtual_s
@@ -108,10 +136,18 @@ class SimulatedLoop(asyncio.BaseEventLoop):
 
 @contextlib.contextmanager
 def virtual_time(loop: SimulatedLoop) -> Iterator[None]:
-    """`time.monotonic` is the loop's clock meanwhile, and polling is rarer: it takes real time."""
-    real, look_s = time.monotonic, life._LOOK_S
-    time.monotonic, life._LOOK_S = loop.time, _LOOK_S
-    try:
-        yield
-    finally:
-        time.monotonic, life._LOOK_S = real, look_s
+    """`time.monotonic` is the loop's clock meanwhile.
+
+    Polling is rarer, since it takes real time. anyio's scopes are hashed as tasks are here, and
+    nothing is collected: both would make two runs of a seed differ.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(time, "monotonic", loop.time)
+        patch.setattr(life, "_LOOK_S", _LOOK_S)
+        patch.setattr(watch, "_LOOK_S", 4 * _LOOK_S)
+        patch.setattr(CancelScope, "__hash__", lambda scope: loop.number_of(scope))  # noqa: PLW0108
+        gc.disable()
+        try:
+            yield
+        finally:
+            gc.enable()

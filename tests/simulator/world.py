@@ -32,6 +32,8 @@ from tests.simulator.loop import SimulatedLoop, Stuck, virtual_time
 if TYPE_CHECKING:
     from collections.abc import Coroutine
 
+    from llmserve.replica import Replica
+
 NAMES = ("a", "b", "c")
 _SETTLED = (State.READY, State.SLEEPING, State.STOPPED, State.FAILED)
 _PATIENCE_S = 4 * 3600.0  # virtual; longer than anything takes that ends by itself
@@ -142,6 +144,7 @@ class World:
         sizes = [self.chance.choice((20, 40, 60)) for _ in NAMES]
         self.memory = Memory(self.chance.choice((60, 100, 200)))
         self.fleet = Fleet(self.weather, self.memory)
+        self.fleet.died = self._ask_just_now
         models = [
             self._model(name, size) for name, size in zip(NAMES, sizes, strict=True)
         ]
@@ -155,7 +158,7 @@ class World:
         backend = VllmBackend(Path("/logs"), self.memory)
         fleet: Any = self.fleet
         backend._imported = _Modules(fleet, fleet, fleet)
-        self.pool = Pool(Registry(self.config.models), backend, metrics)
+        self.pool = Pool(Registry(self.config.models), backend, metrics, self._on_change)
         self.control = Control(self.config, self.pool, backend, self._changed, self._adopted)
         self.services = Services(self.config, self.pool, metrics, self.control)
         self.app = app.build(self.services)
@@ -278,12 +281,12 @@ class World:
         self._build()
         starting = self._spawn(self._start())
         watch = asyncio.create_task(Watch(self.pool).run())
-        busy_s = self.chance.choice((5.0, 30.0, 120.0))
+        busy_s = self.chance.choice((5.0, 20.0, 60.0))
         self._plan(busy_s)
         await asyncio.sleep(self.chance.random() * busy_s)
         if self.chance.random() < 0.6:
             await asyncio.sleep(busy_s)
-            await self._settle()
+            await self._settle(starting)
         await self._end(starting, watch)
 
     async def _start(self) -> None:
@@ -313,7 +316,15 @@ class World:
         for _ in range(chance.choice((0, 1, 4)) if self.weather.bad else 0):
             loop.call_later(chance.random() * busy_s, self._strike)
 
-    def _ask(self) -> None:
+    def _on_change(self, replica: Replica) -> None:
+        self._ask_just_now(replica.model.name)
+
+    def _ask_just_now(self, name: str) -> None:
+        """Some requests come in the step in which something changes, where a fault would show."""
+        if self.accepts and self.chance.random() < 0.2:
+            self.loop.call_soon(self._ask, name)
+
+    def _ask(self, name: str | None = None) -> None:
         if not self.accepts:
             return
         chance = self.chance
@@ -322,7 +333,7 @@ class World:
             "pieces": chance.choice((1, 2, 5)),
             "each_s": chance.choice((0.001, 0.1, 2.0)),
         }
-        exchange = Exchange(self, chance.choice(NAMES), body)
+        exchange = Exchange(self, name or chance.choice(NAMES), body)
         exchange.reads = chance.random() > 0.05
         self.exchanges.append(exchange)
         timeout = chance.choice((None, None, None, "0.5", "20"))
@@ -373,15 +384,15 @@ class World:
 
     # --- the end
 
-    async def _settle(self) -> None:
+    async def _settle(self, starting: asyncio.Task[None]) -> None:
         """Without new trouble everything that was asked for ends."""
         self.weather.bad = 0.0
         self.accepts = False
-        if tasks := self.serving | self.operating:
-            _, late = await asyncio.wait(tasks, timeout=_PATIENCE_S)
-            if late:
-                self.violate(f"{len(late)} requests or commands wait for ever: {self._standing()}")
-        await asyncio.sleep(200)  # restarts, idle times and minimal stays are over
+        tasks = {starting, *self.serving, *self.operating}
+        _, late = await asyncio.wait(tasks, timeout=_PATIENCE_S)
+        if late:
+            self.violate(f"{len(late)} requests or commands wait for ever: {self._standing()}")
+        await asyncio.sleep(150)  # restarts, idle times and minimal stays are over
         for replica in self.pool.replicas:
             if replica.state not in _SETTLED or replica.turn.locked():
                 self.violate(f"{replica.name} stays {replica.state} ({replica.note})")
