@@ -211,13 +211,18 @@ class Life:
             await self.bring(replica)
             again = replica.state is not State.READY and self.again(replica, replica.note, 0.0)
 
+    async def discard(self, replica: Replica) -> None:
+        """End what is left of a dead engine that is not started again."""
+        async with replica.turn:
+            await self.end(replica)
+            self._book(replica, Level.STOPPED)
+
     def again(self, replica: Replica, note: str, lived_s: float) -> bool:
         """Whether a dead replica is started again, which it then waits for."""
         self._metrics.deaths.labels(replica.model.name, replica.number).inc()
         pause_s = replica.deaths.pause_s(lived_s)
         if pause_s is None:
             times = replica.deaths.in_a_row
-            self._book(replica, Level.STOPPED)
             replica.again_at = math.inf
             self.change(replica, State.FAILED, f"{note}; {times} times, not started again")
             return False

@@ -372,6 +372,8 @@ class Pool:
             self._come(replica, partial(self.life.rest, level=Level.STOPPED))
         elif self.life.again(replica, "its engine died", time.monotonic() - replica.since):
             self._come(replica, self.life.revive)
+        else:
+            self._come(replica, self.life.discard)
         return True
 
     # --- the end

@@ -55,7 +55,7 @@ class SimulatedLoop(asyncio.BaseEventLoop):
         self._thread_s = thread_s
         self._after = after
         self._virtual_s = 1000.0
-        self._disorder = chance.choice((0.0, 0.0, 0.1, 0.5, 1.0))  # share of picks out of order
+        self.disorder = chance.choice((0.0, 0.0, 0.1, 0.5, 1.0))  # share of picks out of order
         self._passed = 0
         self._numbered: dict[int, tuple[int, Any]] = {}
         self.set_task_factory(self._task)
@@ -96,7 +96,7 @@ class SimulatedLoop(asyncio.BaseEventLoop):
 
     def _pick(self, ready: Any) -> Any:
         """The oldest, or any other; none is passed over for ever."""
-        if len(ready) > 1 and self._passed < _FAIR and self._chance.random() < self._disorder:
+        if len(ready) > 1 and self._passed < _FAIR and self._chance.random() < self.disorder:
             self._passed += 1
             number = self._chance.randrange(len(ready))
             handle = ready[number]

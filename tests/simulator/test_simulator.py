@@ -21,9 +21,9 @@ _SEEDS = 2000
 _CHUNK = 250
 
 
-def run(seeds: range) -> None:
+def run(seeds: range, *, harsh: bool = False) -> None:
     for seed in seeds:
-        World(seed).run()
+        World(seed, harsh=harsh).run()
 
 
 @pytest.mark.parametrize("first", range(0, _SEEDS, _CHUNK))
@@ -52,7 +52,7 @@ def test_a_request_that_queues_a_step_late_is_found(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(Slots, "join", join_late)
     with pytest.raises(Violation, match="wait for ever|a request waits, a slot is free"):
-        run(range(50))
+        run(range(50), harsh=True)
 
 
 def test_a_raised_limit_that_admits_nothing_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,7 +61,7 @@ def test_a_raised_limit_that_admits_nothing_is_found(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(Slots, "resize", resize_only)
     with pytest.raises(Violation, match="a request waits, a slot is free"):
-        run(range(_SEEDS))
+        run(range(_SEEDS), harsh=True)
 
 
 def test_a_death_in_the_step_that_ends_a_start_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,6 +79,8 @@ def test_a_death_in_the_step_that_ends_a_start_is_found(monkeypatch: pytest.Monk
             pool._come(replica, partial(pool.life.rest, level=Level.STOPPED))
         elif pool.life.again(replica, "its engine died", 0.0):
             pool._come(replica, pool.life.revive)
+        else:
+            pool._come(replica, pool.life.discard)
         return True
 
     def came(pool: Pool, replica: Replica, coming: asyncio.Task[None]) -> None:
@@ -89,4 +91,4 @@ def test_a_death_in_the_step_that_ends_a_start_is_found(monkeypatch: pytest.Monk
     monkeypatch.setattr(Pool, "died", died)
     monkeypatch.setattr(Pool, "_came", came)
     with pytest.raises(Violation, match="stays waiting|wait for ever"):
-        run(range(_SEEDS))
+        run(range(_SEEDS), harsh=True)

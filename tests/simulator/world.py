@@ -126,15 +126,19 @@ class Exchange:
 class World:
     """Everything of one seed."""
 
-    def __init__(self, seed: int, *, trace: bool = False) -> None:
+    def __init__(self, seed: int, *, trace: bool = False, harsh: bool = False) -> None:
+        """`harsh`: one model that can sleep, much that goes wrong, callbacks in any order."""
+        self.harsh = harsh
         self.seed = seed
         self.chance = random.Random(seed)
         self.weather = Weather(self.chance)
+        self.loop = SimulatedLoop(self.chance, self._thread_s, self._check_step)
+        if harsh:
+            self.weather.bad, self.loop.disorder = 0.3, 1.0
         self.trace: list[str] = []
         self.violation: str | None = None
         self.cause: BaseException | None = None
         self._prints = trace
-        self.loop = SimulatedLoop(self.chance, self._thread_s, self._check_step)
         self.steps = 0
         self.over = self.ending = False
 
@@ -145,14 +149,12 @@ class World:
         self.memory = Memory(self.chance.choice((60, 100, 200)))
         self.fleet = Fleet(self.weather, self.memory)
         self.fleet.died = self._ask_just_now
-        models = [
-            self._model(name, size) for name, size in zip(NAMES, sizes, strict=True)
-        ]
+        models = [self._model(name, size) for name, size in zip(NAMES, sizes, strict=True)]
         drain_s = self.chance.choice((0.0, 5.0, 600.0))
         self.config = Config(
             file=Path("models.yaml"),
             server=ServerSpec(drain_timeout=drain_s),
-            models=tuple(models[: self.chance.choice((1, 2, 3))]),
+            models=tuple(models[: 1 if self.harsh else self.chance.choice((1, 2, 3))]),
         )
         metrics = Metrics()
         backend = VllmBackend(Path("/logs"), self.memory)
@@ -174,9 +176,13 @@ class World:
         chance = self.chance
         start = chance.choice(("eager", "eager", "lazy", "sleeping"))
         pinned = start == "eager" and chance.random() < 0.1
-        idle = IdleSpec() if pinned else chance.choice(
-            (IdleSpec(), IdleSpec(sleep_after=5.0), IdleSpec(stop_after=9.0))
+        idle = (
+            IdleSpec()
+            if pinned
+            else chance.choice((IdleSpec(), IdleSpec(sleep_after=5.0), IdleSpec(stop_after=9.0)))
         )
+        if self.harsh:
+            pinned, idle = False, IdleSpec(sleep_after=1.0)
         return ModelSpec(
             name=name,
             model=f"/models/{name}",
@@ -321,7 +327,7 @@ class World:
 
     def _ask_just_now(self, name: str) -> None:
         """Some requests come in the step in which something changes, where a fault would show."""
-        if self.accepts and self.chance.random() < 0.2:
+        if self.accepts and self.chance.random() < 0.4:
             self.loop.call_soon(self._ask, name)
 
     def _ask(self, name: str | None = None) -> None:
@@ -448,8 +454,10 @@ class World:
             return
         for entry in self.pool.entries.values():
             slots = entry.slots
-            if slots._queue and slots.in_flight < slots.limit and any(
-                each.running is not None and not each.running.dead for each in entry.ready
+            if (
+                slots._queue
+                and slots.in_flight < slots.limit
+                and any(each.running is not None and not each.running.dead for each in entry.ready)
             ):
                 self.violate(f"{entry.name}: a request waits, a slot is free, a replica is ready")
             if not 0 <= slots.in_flight <= _LIMIT:
