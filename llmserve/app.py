@@ -155,7 +155,7 @@ class _Watched:
         # vLLM's handlers take the id of an answer from here.
         scope["headers"] = [*(h for h in scope["headers"] if h[0] != _ID), named]
         state = scope.setdefault("state", {})
-        state |= {"request_id": request_id, "began": False}
+        state |= {"request_id": request_id, "began": False, "ended": False}
         status, whole = _CLIENT_CLOSED, False
 
         async def with_id(message: Message) -> None:
@@ -165,7 +165,7 @@ class _Watched:
                 state["began"] = True
                 message = {**message, "headers": [*message["headers"], named]}
             else:
-                whole = not message.get("more_body", False)
+                whole = state["ended"] = not message.get("more_body", False)
             await send(message)
 
         try:

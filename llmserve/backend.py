@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib
+import logging
 import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -21,11 +22,12 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping, Sequence
     from contextlib import AbstractAsyncContextManager, AbstractContextManager
 
-    from llmserve.config import Config, ModelSpec
+    from llmserve.config import Config, Download, ModelSpec
     from llmserve.replica import Running
     from llmserve.residency import Level, Takes
     from llmserve.space import Keep
 
+logger = logging.getLogger(__name__)
 _STARTS = 64  # at the same time
 _LOOK_S = 0.5  # how often a start's log is read for progress
 
@@ -54,14 +56,30 @@ class _Clock:
         self._last = now
 
 
-@contextlib.asynccontextmanager
-async def _or_ended(modules: _Modules, engine: Any, log: Path) -> AsyncIterator[None]:
-    """Whatever goes wrong with a started engine, a template that vLLM cannot use, ends it."""
-    try:
-        yield
-    except Exception as error:
-        await asyncio.to_thread(engine.stop)
-        raise StartupError(modules.engine.cause_of(error, log)) from error
+class _Owner:
+    """Of an engine that has started and that nothing serves yet."""
+
+    def __init__(self, modules: _Modules, log: Path) -> None:
+        self._modules = modules
+        self._log = log
+        self._engine: Any = None
+
+    def own(self, engine: Any) -> None:
+        self._engine = engine
+
+    @contextlib.asynccontextmanager
+    async def ends(self) -> AsyncIterator[None]:
+        """Whatever goes wrong meanwhile ends the engine: a failure, a cancelled start."""
+        try:
+            yield
+        except BaseException as error:
+            engine, self._engine = self._engine, None
+            if engine is None:
+                raise
+            await asyncio.to_thread(engine.stop)
+            if not isinstance(error, Exception):
+                raise
+            raise StartupError(self._modules.engine.cause_of(error, self._log)) from error
 
 
 def _unless_flawed(spec: ModelSpec) -> None:
@@ -107,9 +125,9 @@ class VllmBackend:
         self._imported: _Modules | None = None
         self._stored: dict[str, Any] = {}  # by model: what its replicas share
         self._importing = asyncio.Lock()
-        # By hub names: replicas wait for one download, and need no other when started again.
-        self._there: dict[tuple[str, ...], ModelSpec] = {}
-        self._downloading: defaultdict[tuple[str, ...], asyncio.Lock] = defaultdict(asyncio.Lock)
+        # Replicas wait for one download, and need no other when started again.
+        self._folders: dict[Download, str] = {}
+        self._downloading: defaultdict[Download, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._killed = False
 
     async def start(
@@ -131,16 +149,16 @@ class VllmBackend:
         await asyncio.to_thread(_unless_flawed, spec)
         modules = await self._modules()
         clock.lap("server_imports")
-        async with self.memory.start(spec, number) as (placed, keep):
-            clock.lap("gpu_wait")
-            log = modules.launcher.log_of(spec, number)
-            engine = await self._engine(modules, placed, number, report)
-            async with _or_ended(modules, engine, log):
+        owner = _Owner(modules, modules.launcher.log_of(spec, number))
+        async with owner.ends():
+            async with self.memory.start(spec, number) as (placed, keep), owner.ends():
+                clock.lap("gpu_wait")
+                engine = await self._engine(modules, placed, number, report)
+                owner.own(engine)
                 reports = await engine.start_reports()
                 keep(reports)
-            clock.lap("engine", [each["seconds"] for each in reports])
-        stored = self._stored.setdefault(spec.name, modules.serving.Stored())
-        async with _or_ended(modules, engine, log):
+                clock.lap("engine", [each["seconds"] for each in reports])
+            stored = self._stored.setdefault(spec.name, modules.serving.Stored())
             serving: Running = await modules.serving.Serving.build(placed, engine, stored)
         clock.lap("serving")
         serving.took = clock.took
@@ -180,11 +198,29 @@ class VllmBackend:
             self._threads,
             partial(modules.launcher.start, spec, number, sleeps=self.memory.sleeps(spec, number)),
         )
-        while not start.done():
-            await asyncio.wait({start}, timeout=_LOOK_S)
+        try:
+            while not start.done():
+                await asyncio.wait({start}, timeout=_LOOK_S)
+                await self._report_phase(modules, log, report)
+            return start.result()
+        except BaseException:
+            start.add_done_callback(self._unwanted)
+            raise
+
+    async def _report_phase(
+        self, modules: _Modules, log: Path, report: Callable[[State, str], None]
+    ) -> None:
+        """A start does not fail because nothing can be said of it."""
+        try:
             if await asyncio.to_thread(modules.engine.phase_of, log) == "warming":
                 report(State.WARMING, "")
-        return await start
+        except Exception:
+            logger.exception("%s could not be read", log)
+
+    def _unwanted(self, start: asyncio.Future[Any]) -> None:
+        """A start cannot be interrupted: its engine may come when nothing waits for it."""
+        if not start.cancelled() and start.exception() is None:
+            asyncio.get_running_loop().run_in_executor(self._threads, start.result().stop)
 
     async def _downloaded(self, spec: ModelSpec, report: Callable[[State, str], None]) -> ModelSpec:
         if not spec.hub_names:
@@ -197,14 +233,17 @@ class VllmBackend:
             loop.call_soon_threadsafe(report, State.DOWNLOADING, note)
 
         hub = await loop.run_in_executor(self._threads, importlib.import_module, "llmserve.hub")
-        names = spec.hub_names
-        async with self._downloading[names]:
-            if names not in self._there:
-                self._there[names] = await loop.run_in_executor(
-                    self._threads, hub.download, spec, progress
-                )
-        there = self._there[names]
-        return spec.model_copy(update={"model": there.model, "loras": there.loras})
+        folders: dict[str, str] = {}
+        for wanted in spec.downloads:
+            async with self._downloading[wanted]:
+                if wanted not in self._folders:
+                    self._folders[wanted] = await loop.run_in_executor(
+                        self._threads, hub.download, wanted, progress
+                    )
+            folders[wanted.repo] = self._folders[wanted]
+        # vLLM finds the model in that cache, but looks for adapters in another.
+        loras = {name: folders.get(source, source) for name, source in spec.loras.items()}
+        return spec.model_copy(update={"loras": loras})
 
     async def _modules(self) -> _Modules:
         """The importers of vLLM; the first import takes seconds."""

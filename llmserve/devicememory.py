@@ -82,10 +82,15 @@ class CudaMemory:
         return found
 
     def map(self, handles: Sequence[HandleType]) -> None:
-        for start, size in self._pages.map(handles, self._may_pass):
-            # Another model's cache could be NaN to this one.
-            error = self._begin_to_clear(start, 0, size, self._stream.cuda_stream)
-            self._cudart.CUDART_CHECK(error)
+        used = self._pages.map(handles, self._may_pass)
+        try:
+            for start, size in used:
+                # Another model's cache could be NaN to this one.
+                error = self._begin_to_clear(start, 0, size, self._stream.cuda_stream)
+                self._cudart.CUDART_CHECK(error)
+        except BaseException:  # it sleeps on, with nothing mapped
+            self.unmap(handles)
+            raise
 
     def unmap(self, handles: Sequence[HandleType]) -> None:
         self._pages.unmap(handles)
@@ -143,9 +148,7 @@ class Pages:
             for handle in handles:
                 _, size, address, _ = handle
                 if address in in_pages and size >= PAGE_BYTES:
-                    before = len(taken)
-                    self._map_pages(handle, taken)
-                    used.append((address, (before - len(taken)) * PAGE_BYTES))
+                    used.append((address, self._map_pages(handle, taken) * PAGE_BYTES))
                 else:
                     self._map_whole(handle)
                 done.append(handle)
@@ -155,15 +158,20 @@ class Pages:
             raise
         return [(start, size) for start, size in used if size]
 
-    def _map_pages(self, handle: HandleType, taken: list[int]) -> None:
+    def _map_pages(self, handle: HandleType, taken: list[int]) -> int:
+        """How many pages, from the first on, are another engine's."""
         _, size, address, pointer = handle
         pages: list[int] = []
-        mapped = 0
+        mapped = imported = 0
         first = ctypes.c_ulonglong.from_address(pointer)
         try:
             while mapped < size:
                 length = min(PAGE_BYTES, size - mapped)
-                page = self._page(length, taken, pages)
+                page = self._import(taken, pages) if length == PAGE_BYTES else None
+                if page is None:
+                    page = self._create(length, pages)
+                else:
+                    imported += 1
                 try:
                     self._driver.map(address + mapped, length, page)
                 except RuntimeError:
@@ -182,17 +190,22 @@ class Pages:
             taken += pages
             raise
         self._mapped[address] = pages
+        return imported
 
-    def _page(self, length: int, taken: list[int], pages: list[int]) -> int:
-        """A handle of memory; its descriptor goes to `pages` if it is a whole page."""
-        if length < PAGE_BYTES:
-            return self._driver.create(length, shared=False)
+    def _import(self, taken: list[int], pages: list[int]) -> int | None:
+        """A handle of a page that was taken; its descriptor goes to `pages`."""
         while taken:
             with contextlib.suppress(RuntimeError):  # it is not to be had any more
                 page = self._driver.of(taken[-1])
                 pages.append(taken.pop())
                 return page
             os.close(taken.pop())
+        return None
+
+    def _create(self, length: int, pages: list[int]) -> int:
+        """A handle of new memory; its descriptor goes to `pages` if it is a whole page."""
+        if length < PAGE_BYTES:
+            return self._driver.create(length, shared=False)
         page = self._driver.create(length, shared=True)
         with contextlib.suppress(RuntimeError):  # then it stays here
             pages.append(self._driver.descriptor(page))

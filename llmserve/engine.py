@@ -407,7 +407,8 @@ _PHASES = (
 
 def phase_of(log: Path) -> str | None:
     """How far a start has come, by the engine's log: loading, then warming."""
-    if not log.is_file():
+    try:
+        text = log.read_text(encoding="utf-8", errors="replace")
+    except OSError:  # not there yet, or just renamed
         return None
-    text = log.read_text(encoding="utf-8", errors="replace")
     return next((phase for phase, sign in _PHASES if sign.search(text)), None)

@@ -14,7 +14,7 @@ from llmserve.errors import StartupError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from llmserve.config import ModelSpec
+    from llmserve.config import Download
     from llmserve.errors import LLMServeError
 
 _HUB_TIMEOUT_S = 10
@@ -27,25 +27,17 @@ _BESIDE_WEIGHTS = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken"
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt")  # in vLLM's order of preference
 
 
-def download(spec: ModelSpec, progress: Callable[[int, int], None]) -> ModelSpec:
-    """Bring a hub model into the cache that vLLM reads. Blocks.
+def download(wanted: Download, progress: Callable[[int, int], None]) -> str:
+    """Bring a model or adapter into the cache that vLLM reads; its folder. Blocks.
 
-    Returns the entry with its hub adapters as folders, since vLLM would look for those
-    in another cache.
-
-    `progress` gets bytes done and bytes in all. `download_dir`, `revision` and
-    `hf_token` of `engine:` and HF_TOKEN, HF_HOME and HF_HUB_OFFLINE hold as in vLLM.
+    `progress` gets bytes done and bytes in all. HF_TOKEN, HF_HOME and HF_HUB_OFFLINE hold as
+    in vLLM.
 
     Raises StartupError with the cause in one line.
     """
-    engine, folders = spec.engine, {}
-    for repo in spec.hub_names:
-        revision = engine.get("revision") if repo == spec.model else None
-        with told(repo, revision, StartupError):
-            huggingface_hub.utils.validate_repo_id(repo)
-            folders[repo] = _fetch(repo, revision, engine, progress)
-    loras = {name: folders.get(source, source) for name, source in spec.loras.items()}
-    return spec.model_copy(update={"loras": loras})
+    with told(wanted.repo, wanted.revision, StartupError):
+        huggingface_hub.utils.validate_repo_id(wanted.repo)
+        return _fetch(wanted, progress)
 
 
 @contextlib.contextmanager
@@ -75,15 +67,13 @@ def told(repo: str, revision: str | None, raised: Callable[[str], LLMServeError]
     raise raised(f"{repo} {cause}") from None
 
 
-def _fetch(
-    repo: str, revision: str | None, engine: dict[str, Any], progress: Callable[[int, int], None]
-) -> str:
-    token = engine.get("hf_token")
+def _fetch(wanted: Download, progress: Callable[[int, int], None]) -> str:
+    repo, revision, cache_dir, token = wanted
     files = _files_of(repo, revision, token)
     folder: str = snapshot_download(
         repo,
         revision=revision,
-        cache_dir=engine.get("download_dir"),
+        cache_dir=cache_dir,
         token=token,
         local_files_only=files is None,  # which weights there are is then vLLM's to find
         allow_patterns=[*_BESIDE_WEIGHTS, *([] if files is None else [_weights_of(files)])],

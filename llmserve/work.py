@@ -152,7 +152,8 @@ class Leased:
                 raise
             if not scope["state"]["began"]:
                 raise error from None
-            await self._end_early(send, error)
+            if not scope["state"]["ended"]:
+                await self._end_early(send, error)
         finally:
             if isinstance(self._answer, Ongoing):
                 self._answer.task.add_done_callback(lambda _: self._lease.release())

@@ -15,6 +15,8 @@ from llmserve.handover import ADDRESS, PAGE_BYTES, Handover
 from tests.unit.test_handover import until
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from llmserve.devicememory import Pages
 
 GPU = "GPU-1"
@@ -242,6 +244,18 @@ def test_a_page_that_cannot_change_hands_comes_from_the_driver(
     assert driver.used() == 0
 
 
+def test_pages_that_cannot_be_imported_are_not_cleared(driver: Driver, server: Handover) -> None:
+    """Else as many bytes would be cleared at the first allocation, and more than it has."""
+    two = [Allocation(2 * PAGE_BYTES, number << 40) for number in (1, 2)]
+    goer, comer = pages(driver), pages(driver)
+    goer.map([each.handle for each in two], anything)
+    with server.expecting([GPU]):
+        goer.unmap([each.handle for each in two])
+        driver.fails = {"of"}
+        assert comer.map([each.handle for each in two], anything) == []
+    until(lambda: driver.used() == 4 * PAGE_BYTES)
+
+
 def test_what_may_not_pass_is_of_one_piece(driver: Driver, server: Handover) -> None:
     cache, weights = Allocation(KV, 1 << 40), Allocation(KV, 2 << 40)
     ours = pages(driver)
@@ -287,13 +301,14 @@ class Cudart:
 
     def __init__(self) -> None:
         self.cleared: list[tuple[int, int, int, int]] = []
+        self.error = 0
         self.lib = SimpleNamespace(
             cudaMemcpyAsync=Function(), cudaMemsetAsync=Function(self._clear)
         )
 
     def _clear(self, *arguments: int) -> int:
         self.cleared.append(arguments)  # type: ignore[arg-type]
-        return 0
+        return self.error
 
     def CUDART_CHECK(self, error: int) -> None:  # noqa: N802  # vLLM's name
         assert error == 0
@@ -309,21 +324,24 @@ class Function:
         return self._does(*arguments)
 
 
-@pytest.mark.parametrize("hands_over", [True, False])
-def test_the_kv_cache_alone_passes_and_is_cleared(
-    driver: Driver, server: Handover, monkeypatch: pytest.MonkeyPatch, *, hands_over: bool
-) -> None:
+@pytest.fixture
+def cudart() -> Cudart:
+    return Cudart()
+
+
+@pytest.fixture
+def handles(
+    driver: Driver, cudart: Cudart, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[list[tuple[int, int, int, int]]]:
+    """A KV cache and weights that a worker's allocator holds, with `cudart` below it."""
     import torch
     from vllm.device_allocator import AllocationData, cumem
-
-    from llmserve.devicememory import CudaMemory
 
     cache, weights = Allocation(KV, 1 << 40), Allocation(KV, 2 << 40)
     data = {
         cache.handle[2]: AllocationData(cache.handle, "kv_cache"),
         weights.handle[2]: AllocationData(weights.handle, "weights"),
     }
-    cudart = Cudart()
     allocator = SimpleNamespace(pointer_to_data=data)
     monkeypatch.setattr(
         cumem, "CuMemAllocator", SimpleNamespace(get_instance=lambda: allocator), raising=False
@@ -335,8 +353,17 @@ def test_the_kv_cache_alone_passes_and_is_cleared(
     monkeypatch.setattr(torch.cuda, "Stream", lambda: SimpleNamespace(cuda_stream=7))
     uuid = GPU.removeprefix("GPU-")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid=uuid))
+    yield [each.handle for each in data.values()]
+    del cache, weights  # which own what the handles point to
+
+
+@pytest.mark.parametrize("hands_over", [True, False])
+def test_the_kv_cache_alone_passes_and_is_cleared(
+    server: Handover, cudart: Cudart, handles: list[tuple[int, int, int, int]], *, hands_over: bool
+) -> None:
+    from llmserve.devicememory import CudaMemory
+
     memory = CudaMemory(hands_over=hands_over)
-    handles = [each.handle for each in data.values()]
     memory.map(handles)
     assert not cudart.cleared  # the driver's
     with server.expecting([GPU]):
@@ -344,3 +371,22 @@ def test_the_kv_cache_alone_passes_and_is_cleared(
         assert server.bytes(GPU) == (3 * PAGE_BYTES if hands_over else 0)
         memory.map(handles)
     assert cudart.cleared == ([(1 << 40, 0, 3 * PAGE_BYTES, 7)] if hands_over else [])
+
+
+def test_memory_that_cannot_be_cleared_is_unmapped_again(
+    driver: Driver, server: Handover, cudart: Cudart, handles: list[tuple[int, int, int, int]]
+) -> None:
+    """The engine sleeps on, and its next wake maps all of it."""
+    from llmserve.devicememory import CudaMemory
+
+    memory = CudaMemory(hands_over=True)
+    memory.map(handles)
+    with server.expecting([GPU]):
+        memory.unmap(handles)
+        cudart.error = 700
+        with pytest.raises(AssertionError):
+            memory.map(handles)
+        assert not driver.mapped
+        cudart.error = 0
+        memory.map(handles)
+    assert len(cudart.cleared) == 2

@@ -318,7 +318,7 @@ class Fleet:
 
     def phase_of(self, log: Path) -> str | None:
         del log
-        if self.weather.strikes(0.0):
+        if self.weather.strikes():
             raise FileNotFoundError("the log was renamed")
         return self.weather.chance.choice((None, "loading", "warming"))
 

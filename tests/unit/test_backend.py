@@ -14,11 +14,11 @@ import pytest
 from llmserve import hub
 from llmserve.backend import VllmBackend, _Clock, _Modules
 from llmserve.child import log_file
-from llmserve.config import Config
+from llmserve.config import Config, Download
 from llmserve.errors import StartupError
 from llmserve.hostspace import HostSpace
 from llmserve.residency import Level
-from tests.fakes import soon, spec
+from tests.fakes import soon, spec, until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
@@ -36,14 +36,14 @@ async def test_replicas_do_not_download_the_same_side_by_side(
     lock, running = threading.Lock(), Counter[str]()
     side_by_side: list[int] = []
 
-    def download(wanted: ModelSpec, _: Callable[[int, int], None]) -> ModelSpec:
+    def download(wanted: Download, _: Callable[[int, int], None]) -> str:
         with lock:
-            running[wanted.name] += 1
-            side_by_side.append(running[wanted.name])
+            running[wanted.repo] += 1
+            side_by_side.append(running[wanted.repo])
         time.sleep(0.02)
         with lock:
-            running[wanted.name] -= 1
-        return wanted
+            running[wanted.repo] -= 1
+        return f"/cache/{wanted.repo}"
 
     monkeypatch.setattr(hub, "download", download)
     specs = [spec(name, model=f"org/{name}", replicas=2) for name in ("one", "two")]
@@ -51,6 +51,46 @@ async def test_replicas_do_not_download_the_same_side_by_side(
     starts = [backend._downloaded(each, lambda *_: None) for each in specs for _ in range(2)]
     assert await soon(asyncio.gather(*starts)) == [each for each in specs for _ in range(2)]
     assert side_by_side == [1, 1]  # one for each model: its replicas and revivals need no other
+
+
+@pytest.fixture
+def fetched(monkeypatch: pytest.MonkeyPatch) -> list[Download]:
+    """What is asked of a hub, whose folders tell the repository and revision."""
+    wanted: list[Download] = []
+
+    def download(each: Download, _: Callable[[int, int], None]) -> str:
+        wanted.append(each)
+        return f"/cache/{each.repo}@{each.revision}"
+
+    monkeypatch.setattr(hub, "download", download)
+    return wanted
+
+
+async def test_adapters_that_swap_their_names_keep_their_own_files(
+    fetched: list[Download], tmp_path: Path
+) -> None:
+    backend = VllmBackend(tmp_path, FakeSpace())
+    before = {"legal": "org/legal", "medical": "org/medical"}
+    after = {"medical": "org/legal", "law": "org/medical"}
+    loras = [
+        (await soon(backend._downloaded(spec(model="org/m", loras=each), nothing))).loras
+        for each in (before, after)
+    ]
+    assert loras == [
+        {"legal": "/cache/org/legal@None", "medical": "/cache/org/medical@None"},
+        {"medical": "/cache/org/legal@None", "law": "/cache/org/medical@None"},
+    ]
+    assert [each.repo for each in fetched] == ["org/m", "org/legal", "org/medical"]
+
+
+@pytest.mark.parametrize("key", ["revision", "download_dir", "hf_token"])
+async def test_a_download_that_differs_is_made_again(
+    fetched: list[Download], tmp_path: Path, key: str
+) -> None:
+    backend = VllmBackend(tmp_path, FakeSpace())
+    for value in ("one", "two", "one"):
+        await soon(backend._downloaded(spec(model="org/m", engine={key: value}), nothing))
+    assert len(set(fetched)) == len(fetched) == 2
 
 
 # --- a start, with fakes of what imports vLLM
@@ -252,6 +292,53 @@ async def test_an_engine_that_cannot_be_served_is_ended(tmp_path: Path) -> None:
     with pytest.raises(StartupError, match="no such template"):
         await soon(vllm.backend(tmp_path, FakeSpace()).start(spec(), 0, nothing))
     assert vllm.engine.stopped == 1
+
+
+@pytest.mark.parametrize("when", ["while it starts", "while it is built"])
+async def test_the_engine_of_a_cancelled_start_is_ended(tmp_path: Path, when: str) -> None:
+    """Its thread cannot be interrupted, so it may come when the start has been given up."""
+    vllm, reached, go_on = FakeVllm(), asyncio.Event(), threading.Event()
+    backend = vllm.backend(tmp_path, FakeSpace())
+    loop, modules = asyncio.get_running_loop(), backend._imported
+    assert modules is not None
+    launch, build = modules.launcher.start, modules.serving.Serving.build
+
+    def launch_late(spec: ModelSpec, number: int, *, sleeps: bool) -> FakeEngine:
+        loop.call_soon_threadsafe(reached.set)
+        go_on.wait(3)
+        return launch(spec, number, sleeps=sleeps)
+
+    async def build_late(*arguments: Any) -> Any:
+        reached.set()
+        await asyncio.sleep(3)
+        return await build(*arguments)
+
+    if when == "while it starts":
+        modules.launcher.start = launch_late
+    else:
+        modules.serving.Serving.build = build_late
+    start = asyncio.create_task(backend.start(spec(), 0, nothing))
+    await soon(reached.wait())
+    start.cancel()
+    await asyncio.wait({start})
+    assert start.cancelled()
+    go_on.set()
+    await until(lambda: vllm.engine.stopped == 1)
+
+
+async def test_a_log_that_cannot_be_read_fails_no_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vllm = FakeVllm()
+    backend = vllm.backend(tmp_path, FakeSpace())
+    assert backend._imported is not None
+
+    def renamed(_: Path) -> None:
+        raise FileNotFoundError("renamed")
+
+    backend._imported.engine.phase_of = renamed
+    running: Any = await soon(backend.start(spec(), 0, nothing))
+    assert running.engine is vllm.engine
 
 
 async def test_replicas_share_what_is_stored_and_models_do_not(tmp_path: Path) -> None:

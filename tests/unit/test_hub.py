@@ -136,7 +136,8 @@ def box(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 def download(model: str = "org/m", **more: Any) -> list[tuple[int, int]]:
     """The progress that was told."""
     told: list[tuple[int, int]] = []
-    hub.download(spec("chat", model=model, **more), lambda done, total: told.append((done, total)))
+    for wanted in spec("chat", model=model, **more).downloads:
+        hub.download(wanted, lambda done, total: told.append((done, total)))
     return told
 
 
