@@ -11,7 +11,9 @@ import contextlib
 import dataclasses
 import multiprocessing
 import os
+import signal
 import threading
+import time
 from multiprocessing import connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +23,43 @@ from llmserve.environment import LOG_DIR
 
 if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
+
+_GUARD_LOOK_S = 0.5
+
+
+class Guard:
+    """Among what a process passes on to those it spawns: they end when it has ended.
+
+    It is unpickled before the spawned process imports its target, which takes vLLM's engine
+    core some ten seconds, and long before vLLM loads plugins.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _guarded, (os.getpid(),)
+
+
+def guard() -> None:
+    """From now on, whatever this process spawns ends with it, and so on below.
+
+    A process's `_config` is copied to each that it makes (multiprocessing/process.py,
+    BaseProcess.__init__), and is the first of its attributes that need unpickling.
+    """
+    config: dict[str, Any] = multiprocessing.current_process()._config  # type: ignore[attr-defined]  # noqa: SLF001
+    config["llmserve"] = Guard()
+
+
+def _guarded(parent: int) -> Guard:
+    threading.Thread(target=_end_without, args=(parent,), daemon=True, name="guard").start()
+    return Guard()
+
+
+def _end_without(parent: int) -> None:
+    """SIGKILL, to this process's group if it leads one, once its parent is another."""
+    while os.getppid() == parent:
+        time.sleep(_GUARD_LOOK_S)
+    if os.getpgid(0) == os.getpid():
+        os.killpg(0, signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def enter() -> None:

@@ -24,7 +24,7 @@ from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from llmserve.child import instance_of, log_file
+from llmserve.child import guard, instance_of, log_file
 from llmserve.errors import EngineError, StartupError
 from llmserve.outputs import Outputs
 from llmserve.residency import Level
@@ -180,6 +180,7 @@ class Launcher:
     """Starts engines, several at once, each call in a thread of its own."""
 
     def __init__(self, log_dir: Path) -> None:
+        guard()
         self._log_dir = log_dir
         # Building a config can change os.environ (vllm/config/vllm.py): one at a time.
         self._configuring = threading.Lock()
