@@ -49,6 +49,7 @@ from vllm.exceptions import VLLMError, VLLMValidationError
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from llmserve import garbage, sse, wire
+from llmserve.bounded import bounded
 from llmserve.engine import request_defaults
 from llmserve.errors import (
     ContextTooLong,
@@ -75,6 +76,7 @@ if TYPE_CHECKING:
     from llmserve.config import ModelSpec
     from llmserve.encoder import Encode
     from llmserve.engine import Engine
+    from llmserve.offloop import OffLoop
     from llmserve.residency import Level
 
 log = logging.getLogger(__name__)
@@ -128,54 +130,50 @@ HANDLERS: dict[str, Handler] = {
     "chat completions": Handler(
         "openai_serving_chat",
         "create_chat_completion",
-        TypeAdapter(ChatCompletionRequest),
+        bounded(ChatCompletionRequest),
         _CHAT_NULLS,
     ),
     "completions": Handler(
         "openai_serving_completion",
         "create_completion",
-        TypeAdapter(CompletionRequest),
+        bounded(CompletionRequest),
         _COMPLETION_NULLS,
     ),
     "responses": Handler(
         "openai_serving_responses",
         "create_responses",
-        TypeAdapter(ResponsesRequest),
+        bounded(ResponsesRequest),
         _RESPONSE_NULLS,
     ),
     "messages": Handler(
         "anthropic_serving_messages",
         "create_messages",
-        TypeAdapter(AnthropicMessagesRequest),
+        bounded(AnthropicMessagesRequest),
         frozenset({"stop_reason", "stop_sequence"}),
     ),
     "token counts": Handler(
         "anthropic_serving_messages",
         "count_tokens",
-        TypeAdapter(AnthropicCountTokensRequest),
+        bounded(AnthropicCountTokensRequest),
         _NONE,
     ),
-    "embeddings": Handler("serving_embedding", "__call__", TypeAdapter(EmbeddingRequest), _NONE),
-    "scores": Handler("serving_scores", "__call__", TypeAdapter(ScoreRequest)),
-    "reranking": Handler("serving_scores", "__call__", TypeAdapter(RerankRequest)),
-    "pooling": Handler("serving_pooling", "__call__", TypeAdapter(PoolingRequest)),
-    "classification": Handler(
-        "serving_classification", "__call__", TypeAdapter(ClassificationRequest)
-    ),
-    "tokenization": Handler(
-        "serving_tokenization", "create_tokenize", TypeAdapter(TokenizeRequest)
-    ),
+    "embeddings": Handler("serving_embedding", "__call__", bounded(EmbeddingRequest), _NONE),
+    "scores": Handler("serving_scores", "__call__", bounded(ScoreRequest)),
+    "reranking": Handler("serving_scores", "__call__", bounded(RerankRequest)),
+    "pooling": Handler("serving_pooling", "__call__", bounded(PoolingRequest)),
+    "classification": Handler("serving_classification", "__call__", bounded(ClassificationRequest)),
+    "tokenization": Handler("serving_tokenization", "create_tokenize", bounded(TokenizeRequest)),
     "detokenization": Handler(
-        "serving_tokenization", "create_detokenize", TypeAdapter(DetokenizeRequest)
+        "serving_tokenization", "create_detokenize", bounded(DetokenizeRequest)
     ),
     "transcriptions": Handler(
         "openai_serving_transcription",
         "create_transcription",
-        TypeAdapter(TranscriptionRequest),
+        bounded(TranscriptionRequest),
         _NONE,
     ),
     "translations": Handler(
-        "openai_serving_translation", "create_translation", TypeAdapter(TranslationRequest), _NONE
+        "openai_serving_translation", "create_translation", bounded(TranslationRequest), _NONE
     ),
 }
 
@@ -313,7 +311,7 @@ class Serving:
             raise Unsupported(cannot(self.name, endpoint, self.able), param="model")
         handler = HANDLERS[endpoint]
         _asked.set(asked)
-        parsed = _validate(handler.request, body, endpoint)
+        parsed = await _validated(handler.request, body, endpoint, request.scope)
         with Noted() as calls:
             result = await self._translating(self._handled(handler, parsed, request))
         express = self._express.get(endpoint)
@@ -514,6 +512,16 @@ def _default_not_limit(state: State) -> None:
         serving = getattr(state, owner, None)
         if serving is not None:
             serving.override_max_tokens = None
+
+
+async def _validated(
+    adapter: TypeAdapter[Any], body: dict[str, Any], endpoint: str, scope: Scope
+) -> Any:
+    """A large body is validated beside the loop."""
+    off_loop: OffLoop | None = scope.get("state", {}).get("off_loop")
+    if off_loop is None:
+        return _validate(adapter, body, endpoint)
+    return await off_loop.run(_validate, adapter, body, endpoint)
 
 
 def _validate(adapter: TypeAdapter[Any], body: dict[str, Any], endpoint: str) -> Any:
