@@ -314,7 +314,7 @@ async def _body(request: Request, kind: type[B]) -> B:
         body += part
         if len(body) > _BODY_LIMIT:
             raise BodyTooLarge(f"The body is larger than {_BODY_LIMIT} bytes.")
-    return _valid(kind, parse_object(body)[0] if body else {})
+    return _valid(kind, parse_object(body) if body else {})
 
 
 def _valid(kind: type[B], values: Mapping[str, Any]) -> B:

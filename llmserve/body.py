@@ -10,7 +10,9 @@ from starlette.requests import ClientDisconnect, Request
 from llmserve.constraints import check_constraints
 from llmserve.contentcoding import coding_of, decode
 from llmserve.errors import BodyTooLarge, RequestError
+from llmserve.jsontext import is_light
 from llmserve.protocol import parse_object
+from llmserve.quantities import check_quantities
 
 if TYPE_CHECKING:
     from starlette.types import Message, Receive, Scope
@@ -18,8 +20,6 @@ if TYPE_CHECKING:
     from llmserve.jsontext import Buffer
     from llmserve.offloop import OffLoop
 
-SMALL = 64 * 2**10  # bytes of a body that are parsed on the loop
-LIGHT = 2000  # units of cost (llmserve.jsontext) of a body that is validated on the loop
 _FORM_SLICE = 8 * 2**10  # bytes of a form that the loop parses at once
 _FORM_FILES, _FORM_FIELDS = 8, 256
 
@@ -30,20 +30,20 @@ async def json_object(
     """A body as a JSON object. `scope["state"]["off_loop"]` is where to validate a large one."""
     coding = _coding(scope, limit)
     raw = await _read(receive, limit)
-    if coding is None and len(raw) <= SMALL:
-        value, cost = _parsed(raw, None, limit)
-        large = cost > LIGHT
-    else:
-        value, _ = await off_loop.run(_parsed, raw, coding, limit)
-        large = True
-    scope["state"]["off_loop"] = off_loop if large else None
-    return value
+    if coding is None and is_light(raw):
+        scope["state"]["off_loop"] = None
+        return _checked(raw)
+    scope["state"]["off_loop"] = off_loop
+    if coding is not None:
+        raw = await off_loop.run(decode, coding, raw, limit)
+    return await off_loop.run(_checked, raw)
 
 
-def _parsed(raw: Buffer, coding: str | None, limit: int) -> tuple[dict[str, Any], int]:
-    value, cost = parse_object(raw if coding is None else decode(coding, raw, limit))
-    check_constraints(value)
-    return value, cost
+def _checked(raw: Buffer) -> dict[str, Any]:
+    body = parse_object(raw)
+    check_constraints(body)
+    check_quantities(body)
+    return body
 
 
 async def form_of(scope: Scope, receive: Receive, limit: int, off_loop: OffLoop) -> Request:
@@ -80,23 +80,26 @@ def _length(scope: Scope) -> int:
 
 async def _read(receive: Receive, limit: int) -> Buffer:
     """Raises BodyTooLarge, or ClientDisconnect if it ends before it is whole."""
-    body, more = await _next(receive, limit)
+    body, more = await _next(receive, limit, limit)
     if not more:
         return body
     whole = bytearray(body)  # not a list: a chunk may be a single byte
     while more:
-        body, more = await _next(receive, limit - len(whole))
+        body, more = await _next(receive, limit - len(whole), limit)
         whole += body
     return whole
 
 
-async def _next(receive: Receive, left: int) -> tuple[bytes, bool]:
+async def _next(receive: Receive, left: int, limit: int) -> tuple[bytes, bool]:
+    """The next of a body of which `left` of `limit` bytes may still come, and whether more do."""
     message = await receive()
     if message["type"] == "http.disconnect":
         raise ClientDisconnect
     body: bytes = message.get("body", b"")
     if len(body) > left:
-        raise BodyTooLarge("The body is larger than server.max_body. Send a smaller body.")
+        raise BodyTooLarge(
+            f"The body is larger than server.max_body, {limit} bytes. Send a smaller body."
+        )
     return body, message.get("more_body", False)
 
 
@@ -109,7 +112,7 @@ def _sliced(receive: Receive, limit: int) -> Receive:
         if body:
             await asyncio.sleep(0)
         elif more:
-            body, more = await _next(receive, left)
+            body, more = await _next(receive, left, limit)
             left -= len(body)
         piece, body = body[:_FORM_SLICE], body[_FORM_SLICE:]
         return {"type": "http.request", "body": piece, "more_body": bool(body) or more}

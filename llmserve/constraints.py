@@ -36,7 +36,7 @@ DEPTH_LIMIT = 128
 _SHOWN = 200  # characters of a path
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Place:
     """Where a value is. Its path is written out for an error only."""
 
@@ -58,10 +58,9 @@ class Place:
 
 def check_constraints(body: dict[str, Any]) -> None:
     """Raises RequestError for what exceeds a limit, with its place in the body."""
-    unseen: list[tuple[Place, Any]] = []
-    for key in _CONSTRAINTS:
-        if isinstance(body.get(key), list | dict):
-            unseen.append((Place(key), body[key]))
+    unseen: list[tuple[Place, Any]] = [
+        (Place(key), body[key]) for key in _CONSTRAINTS if isinstance(body.get(key), list | dict)
+    ]
     nodes = 0
     while unseen:
         place, value = unseen.pop()
@@ -70,9 +69,9 @@ def check_constraints(body: dict[str, Any]) -> None:
         for key, each in value.items() if isinstance(value, dict) else enumerate(value):
             if isinstance(key, str):
                 _check_value(place, key, each)
-                each = _unpacked(key, each)
-            if isinstance(each, list | dict):
-                unseen.append((place.inside(key), each))
+            inner = _unpacked(key, each)
+            if isinstance(inner, list | dict):
+                unseen.append((place.inside(key), inner))
 
 
 def _check_size(place: Place, nodes: int) -> None:
@@ -95,12 +94,12 @@ def _check_value(place: Place, key: str, value: Any) -> None:
         raise _refused(place.inside(key), "a larger count", f"counts up to {COUNT_LIMIT}")
 
 
-def _unpacked(key: str, value: Any) -> Any:
+def _unpacked(key: str | int, value: Any) -> Any:
     """A schema, or the JSON text of one. What is no JSON is refused by vLLM, in its words."""
     if key not in _JSON_TEXTS or not isinstance(value, str):
         return value
     try:
-        return load(value.encode())[0]
+        return load(value.encode())
     except BodyTooLarge:
         raise
     except RequestError:

@@ -22,7 +22,9 @@ REST_LIMIT = 8 * 2**20  # bytes of a body without its long strings
 TEXT_LIMIT = 8 * 2**20  # bytes of a string that is not ASCII: a change of its width is one copy
 KEY_LIMIT = 16 * 2**10  # bytes of a key, and of a string that is not long
 
-_SMALL = 4096  # bytes: whatever they hold is within every limit
+LIGHT_BYTES = 64 * 2**10
+LIGHT_MARKS = 2000  # brackets, colons, commas and quotes, also those in strings
+
 _SLICE = KEY_LIMIT  # bytes of a step of a scan
 _PIECE = 16 * _SLICE  # bytes of a long string that are decoded at once
 _IS_KEY = re.compile(rb"[ \t\r\n]*:")
@@ -31,22 +33,28 @@ _LOW_SURROGATE = re.compile(rb"\\u[dD][c-fC-F][0-9a-fA-F]{2}")
 Buffer = bytes | bytearray
 
 
-def load(buffer: Buffer) -> tuple[Any, int]:
-    """The value of a JSON text and its cost, 0 for a short one.
+def is_light(buffer: Buffer) -> bool:
+    """Whether the event loop can parse a JSON text and handle its values, judged by its bytes."""
+    if len(buffer) > LIGHT_BYTES:
+        return False
+    return len(buffer) - len(buffer.translate(None, b'{[:,"')) <= LIGHT_MARKS
 
-    Integers beyond 64 bits become floats (RFC 8259, 6). Raises RequestError, which never
-    repeats the text, and BodyTooLarge.
+
+def load(buffer: Buffer) -> Any:
+    """The value of a JSON text. Integers beyond 64 bits become floats (RFC 8259, 6).
+
+    Raises RequestError, which never repeats the text, and BodyTooLarge.
     """
-    if len(buffer) <= _SMALL:
-        return _loads(buffer), 0
+    if is_light(buffer):
+        return _loads(buffer)
     scan = Scan(buffer)
     scan.run()
     if not scan.long:
-        return _loads(buffer), scan.cost
+        return _loads(buffer)
     mark = secrets.token_hex(16)  # unknown to the client, so no string of its text
     value = _loads(scan.rest(mark), lambda at: scan.position(at, mark))
     texts = {f"{mark}{i}": each.text(buffer) for i, each in enumerate(scan.long)}
-    return _filled(value, texts), scan.cost
+    return _filled(value, texts)
 
 
 @dataclass(slots=True)

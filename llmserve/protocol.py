@@ -101,17 +101,17 @@ def error_response(error: LLMServeError) -> Response:
     )
 
 
-def parse_object(body: Buffer) -> tuple[dict[str, Any], int]:
-    """A request body as a JSON object, and its cost (`jsontext.load`).
+def parse_object(body: Buffer) -> dict[str, Any]:
+    """A request body as a JSON object; see `jsontext.load`.
 
     Raises RequestError, which never repeats the body, and BodyTooLarge.
     """
     if not body:
         raise RequestError("The body is empty; send a JSON object.", code="invalid_json")
-    value, cost = load(body)
+    value = load(body)
     if not isinstance(value, dict):
         raise RequestError("The body must be a JSON object.", code="invalid_json")
-    return value, cost
+    return value
 
 
 def requested_model(body: dict[str, Any], registry: Registry) -> str:
