@@ -14,16 +14,21 @@ from typing import Any
 
 import orjson
 
-from llmserve.errors import BodyTooLarge, RequestError
+from llmserve.errors import BodyTooLarge, RequestError, quoted
 
 # A number, true, false and null cost 1 unit, a string 2, a key, an object and an array 5.
 COST_LIMIT = 2**19
 REST_LIMIT = 8 * 2**20  # bytes of a body without its long strings
-TEXT_LIMIT = 8 * 2**20  # bytes of a string that is not ASCII: a change of its width is one copy
+TEXT_LIMIT = 8 * 2**20  # bytes of a string, other than ASCII below one of DATA_KEYS
 KEY_LIMIT = 16 * 2**10  # bytes of a key, and of a string that is not long
 
 LIGHT_BYTES = 64 * 2**10
 LIGHT_MARKS = 2000  # brackets, colons, commas and quotes, also those in strings
+# Where OpenAI's, Anthropic's and vLLM's bodies have base64.
+DATA_KEYS = frozenset(
+    {"url", "data", "file_data", "image_url", "audio_url", "video_url", "input_audio", "image"}
+    | {"audio", "video", "image_embeds", "audio_embeds", "video_embeds", "prompt_embeds"}
+)
 
 _SLICE = KEY_LIMIT  # bytes of a step of a scan
 _PIECE = 16 * _SLICE  # bytes of a long string that are decoded at once
@@ -210,7 +215,18 @@ def _filled(value: Any, texts: dict[str, str]) -> Any:
         for key, each in one.items() if type(one) is dict else enumerate(one):
             if type(each) is str:
                 if each in texts:
-                    one[key] = texts[each]
+                    one[key] = _placed(key, texts[each])
             elif type(each) is dict or type(each) is list:
                 unseen.append(each)
     return holder[0]
+
+
+def _placed(key: str | int, text: str) -> str:
+    if len(text) > TEXT_LIMIT and key not in DATA_KEYS:
+        name = key if isinstance(key, str) else None
+        raise BodyTooLarge(
+            f"{quoted(str(key))} has {len(text)} characters; the limit is {TEXT_LIMIT} for all "
+            "but images, audio and video in base64. Send a shorter text.",
+            param=name and name[:200],
+        )
+    return text

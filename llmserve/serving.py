@@ -62,6 +62,7 @@ from llmserve.errors import (
     quoted,
 )
 from llmserve.express import Chat, Completions, Express, Noted, Terms, encoder_of
+from llmserve.pace import Paced
 from llmserve.protocol import Ongoing, cannot, describe_path, failure, without_nulls
 from llmserve.stream import FIRST_S
 
@@ -207,6 +208,7 @@ class Serving:
         A model's replicas share what is `stored`.
         """
         await wire.take_over(engine.client, engine.flow)
+        vars(engine.client)["add_request"] = Paced(engine.client.add_request)
         # Reads the tokenizer again and compares: the other models go on meanwhile.
         encode = await asyncio.to_thread(encoder_of, engine.client)
         return await cls._of(spec, engine, stored or Stored(), encode)
@@ -224,6 +226,8 @@ class Serving:
             stored.keep_for(responses)
         if spec.sampling.max_tokens is not None:
             _default_not_limit(state)
+        for processor in _processors(state):
+            processor.render_async = Paced(processor.render_async)
         return cls(spec.name, engine, state, encode, stored)
 
     async def changed(self, spec: ModelSpec) -> Serving:
@@ -463,6 +467,16 @@ def _frontend_arguments(spec: ModelSpec, engine: Engine) -> Namespace:
     )
     names = {"served_model_name": list(spec.names)}
     return Namespace(**vars(frontend) | vars(engine.arguments) | names)
+
+
+def _processors(state: State) -> list[Any]:
+    """What prepares the inputs of pooling requests, each in a call of its own."""
+    owners = {handler.owner for handler in HANDLERS.values()}
+    found: list[Any] = []
+    for serving in filter(None, (getattr(state, owner, None) for owner in sorted(owners))):
+        found += getattr(serving, "io_processors", {}).values()
+        found += filter(None, [getattr(serving, "io_processor", None)])
+    return found
 
 
 class Stored:
