@@ -16,7 +16,6 @@ import contextlib
 import gzip
 import json
 import multiprocessing
-import os
 import resource
 import tempfile
 import time

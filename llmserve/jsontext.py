@@ -17,7 +17,7 @@ import orjson
 from llmserve.errors import BodyTooLarge, RequestError, quoted
 
 # A number, true, false and null cost 1 unit, a string 2, a key, an object and an array 5.
-COST_LIMIT = 2**19
+COST_LIMIT = 400_000
 REST_LIMIT = 8 * 2**20  # bytes of a body without its long strings
 TEXT_LIMIT = 8 * 2**20  # bytes of a string, other than ASCII below one of DATA_KEYS
 KEY_LIMIT = 16 * 2**10  # bytes of a key, and of a string that is not long
