@@ -6,12 +6,15 @@ Here a list ends at its first mistake, and a thread gives up the GIL between two
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter
-from pydantic_core import SchemaValidator
+from pydantic_core import PydanticCustomError, SchemaValidator
 
-KEYS_LIMIT = 4096  # of an object with free keys; pydantic has no other end for its mistakes
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+KEYS_LIMIT = 4096  # of an object with free keys: pydantic collects a mistake for each
 
 _LISTS = frozenset({"list", "set", "frozenset"})
 # What of a schema is a value or a class, and no further schema.
@@ -39,15 +42,32 @@ def _bounded(schema: Any) -> Any:
         items = made.get("items_schema", {"type": "any"})
         made |= {"fail_fast": True, "items_schema": _interruptible(items)}
     elif kind == "dict":
-        made.setdefault("max_length", KEYS_LIMIT)
+        return _before(_few_keys, made)
     return made
 
 
 def _interruptible(schema: Any) -> dict[str, Any]:
     """CPython gives up the GIL at the start of a Python function."""
-    function = {"type": "no-info", "function": _unchanged}
-    return {"type": "function-before", "function": function, "schema": schema}
+    return _before(_unchanged, schema)
+
+
+def _before(function: Callable[[Any], Any], schema: Any) -> dict[str, Any]:
+    """`schema` for what `function` returns; the whole has its reference."""
+    inner = dict(schema)
+    outer = {"ref": inner.pop("ref")} if "ref" in inner else {}
+    called = {"type": "no-info", "function": function}
+    return {"type": "function-before", "function": called, "schema": inner, **outer}
 
 
 def _unchanged(value: Any) -> Any:
+    return value
+
+
+def _few_keys(value: Any) -> Any:
+    if isinstance(value, dict) and len(value) > KEYS_LIMIT:
+        raise PydanticCustomError(
+            "too_many_keys",
+            "has {came} keys; the limit is {limit}. Send fewer keys.",
+            {"came": len(value), "limit": KEYS_LIMIT},
+        )
     return value
