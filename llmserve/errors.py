@@ -12,6 +12,7 @@
         RouteNotFound          404
         MethodNotAllowed       405
         BodyTooLarge           413
+        UnsupportedEncoding    415
         ContextTooLong         400
         Unsupported            400
       Overloaded               503, Retry-After   (a model is full or not ready)
@@ -125,6 +126,20 @@ class MethodNotAllowed(RequestError):
 class BodyTooLarge(RequestError):
     status = 413
     code = "request_too_large"
+
+
+class UnsupportedEncoding(RequestError):
+    """The body has a Content-Encoding that is not decoded."""
+
+    status = 415
+    code = "unsupported_encoding"
+
+    def __init__(self, message: str, allowed: Iterable[str]) -> None:
+        super().__init__(message)
+        self.allowed = tuple(allowed)
+
+    def headers(self) -> dict[str, str]:
+        return {"accept-encoding": ", ".join(self.allowed)}  # RFC 9110, 12.5.3
 
 
 class ContextTooLong(RequestError):

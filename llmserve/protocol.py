@@ -10,11 +10,13 @@ from starlette.responses import Response
 
 from llmserve import sse
 from llmserve.errors import LLMServeError, RequestError, quoted
+from llmserve.jsontext import load
 
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import Iterable
 
+    from llmserve.jsontext import Buffer
     from llmserve.registry import Model, Registry
     from llmserve.replica import Running
 
@@ -99,20 +101,14 @@ def error_response(error: LLMServeError) -> Response:
     )
 
 
-def parse_object(body: bytes) -> dict[str, Any]:
-    """A request body as a JSON object; integers beyond 64 bits are floats (RFC 8259, 6).
+def parse_object(body: Buffer) -> dict[str, Any]:
+    """A request body as a JSON object; see `jsontext.load`.
 
-    Raises RequestError, which never repeats the body.
+    Raises RequestError, which never repeats the body, and BodyTooLarge.
     """
     if not body:
         raise RequestError("The body is empty; send a JSON object.", code="invalid_json")
-    try:
-        value = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        raise RequestError(
-            f"The body is not valid JSON: {error.msg} at character {error.pos}.",
-            code="invalid_json",
-        ) from None
+    value = load(body)
     if not isinstance(value, dict):
         raise RequestError("The body must be a JSON object.", code="invalid_json")
     return value

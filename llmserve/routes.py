@@ -14,6 +14,7 @@ from starlette.routing import Route
 
 from llmserve import __version__, admin, metrics
 from llmserve.errors import LLMServeError, RequestError, RouteNotFound, quoted
+from llmserve.offloop import OffLoop
 from llmserve.protocol import ENDPOINTS, model_card
 from llmserve.replica import STARTING
 from llmserve.turns import Turns
@@ -39,6 +40,7 @@ class Services:
     metrics: Metrics
     operator: Operator
     turns: Turns = field(default_factory=Turns)
+    off_loop: OffLoop = field(default_factory=OffLoop)
     created: int = field(default_factory=lambda: int(time.time()))
 
 

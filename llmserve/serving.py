@@ -49,6 +49,7 @@ from vllm.exceptions import VLLMError, VLLMValidationError
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from llmserve import garbage, sse, wire
+from llmserve.bounded import bounded
 from llmserve.engine import request_defaults
 from llmserve.errors import (
     ContextTooLong,
@@ -61,6 +62,7 @@ from llmserve.errors import (
     quoted,
 )
 from llmserve.express import Chat, Completions, Express, Noted, Terms, encoder_of
+from llmserve.pace import Paced
 from llmserve.protocol import Ongoing, cannot, describe_path, failure, without_nulls
 from llmserve.stream import FIRST_S
 
@@ -75,6 +77,7 @@ if TYPE_CHECKING:
     from llmserve.config import ModelSpec
     from llmserve.encoder import Encode
     from llmserve.engine import Engine
+    from llmserve.offloop import OffLoop
     from llmserve.residency import Level
 
 log = logging.getLogger(__name__)
@@ -128,54 +131,50 @@ HANDLERS: dict[str, Handler] = {
     "chat completions": Handler(
         "openai_serving_chat",
         "create_chat_completion",
-        TypeAdapter(ChatCompletionRequest),
+        bounded(ChatCompletionRequest),
         _CHAT_NULLS,
     ),
     "completions": Handler(
         "openai_serving_completion",
         "create_completion",
-        TypeAdapter(CompletionRequest),
+        bounded(CompletionRequest),
         _COMPLETION_NULLS,
     ),
     "responses": Handler(
         "openai_serving_responses",
         "create_responses",
-        TypeAdapter(ResponsesRequest),
+        bounded(ResponsesRequest),
         _RESPONSE_NULLS,
     ),
     "messages": Handler(
         "anthropic_serving_messages",
         "create_messages",
-        TypeAdapter(AnthropicMessagesRequest),
+        bounded(AnthropicMessagesRequest),
         frozenset({"stop_reason", "stop_sequence"}),
     ),
     "token counts": Handler(
         "anthropic_serving_messages",
         "count_tokens",
-        TypeAdapter(AnthropicCountTokensRequest),
+        bounded(AnthropicCountTokensRequest),
         _NONE,
     ),
-    "embeddings": Handler("serving_embedding", "__call__", TypeAdapter(EmbeddingRequest), _NONE),
-    "scores": Handler("serving_scores", "__call__", TypeAdapter(ScoreRequest)),
-    "reranking": Handler("serving_scores", "__call__", TypeAdapter(RerankRequest)),
-    "pooling": Handler("serving_pooling", "__call__", TypeAdapter(PoolingRequest)),
-    "classification": Handler(
-        "serving_classification", "__call__", TypeAdapter(ClassificationRequest)
-    ),
-    "tokenization": Handler(
-        "serving_tokenization", "create_tokenize", TypeAdapter(TokenizeRequest)
-    ),
+    "embeddings": Handler("serving_embedding", "__call__", bounded(EmbeddingRequest), _NONE),
+    "scores": Handler("serving_scores", "__call__", bounded(ScoreRequest)),
+    "reranking": Handler("serving_scores", "__call__", bounded(RerankRequest)),
+    "pooling": Handler("serving_pooling", "__call__", bounded(PoolingRequest)),
+    "classification": Handler("serving_classification", "__call__", bounded(ClassificationRequest)),
+    "tokenization": Handler("serving_tokenization", "create_tokenize", bounded(TokenizeRequest)),
     "detokenization": Handler(
-        "serving_tokenization", "create_detokenize", TypeAdapter(DetokenizeRequest)
+        "serving_tokenization", "create_detokenize", bounded(DetokenizeRequest)
     ),
     "transcriptions": Handler(
         "openai_serving_transcription",
         "create_transcription",
-        TypeAdapter(TranscriptionRequest),
+        bounded(TranscriptionRequest),
         _NONE,
     ),
     "translations": Handler(
-        "openai_serving_translation", "create_translation", TypeAdapter(TranslationRequest), _NONE
+        "openai_serving_translation", "create_translation", bounded(TranslationRequest), _NONE
     ),
 }
 
@@ -209,6 +208,7 @@ class Serving:
         A model's replicas share what is `stored`.
         """
         await wire.take_over(engine.client, engine.flow)
+        vars(engine.client)["add_request"] = Paced(engine.client.add_request)
         # Reads the tokenizer again and compares: the other models go on meanwhile.
         encode = await asyncio.to_thread(encoder_of, engine.client)
         return await cls._of(spec, engine, stored or Stored(), encode)
@@ -226,6 +226,8 @@ class Serving:
             stored.keep_for(responses)
         if spec.sampling.max_tokens is not None:
             _default_not_limit(state)
+        for processor in _processors(state):
+            processor.render_async = Paced(processor.render_async)
         return cls(spec.name, engine, state, encode, stored)
 
     async def changed(self, spec: ModelSpec) -> Serving:
@@ -313,7 +315,7 @@ class Serving:
             raise Unsupported(cannot(self.name, endpoint, self.able), param="model")
         handler = HANDLERS[endpoint]
         _asked.set(asked)
-        parsed = _validate(handler.request, body, endpoint)
+        parsed = await _validated(handler.request, body, endpoint, request.scope)
         with Noted() as calls:
             result = await self._translating(self._handled(handler, parsed, request))
         express = self._express.get(endpoint)
@@ -467,6 +469,16 @@ def _frontend_arguments(spec: ModelSpec, engine: Engine) -> Namespace:
     return Namespace(**vars(frontend) | vars(engine.arguments) | names)
 
 
+def _processors(state: State) -> list[Any]:
+    """What prepares the inputs of pooling requests, each in a call of its own."""
+    owners = {handler.owner for handler in HANDLERS.values()}
+    found: list[Any] = []
+    for serving in filter(None, (getattr(state, owner, None) for owner in sorted(owners))):
+        found += getattr(serving, "io_processors", {}).values()
+        found += filter(None, [getattr(serving, "io_processor", None)])
+    return found
+
+
 class Stored:
     """A model's answers of /v1/responses, for whoever goes on with one or fetches it.
 
@@ -514,6 +526,16 @@ def _default_not_limit(state: State) -> None:
         serving = getattr(state, owner, None)
         if serving is not None:
             serving.override_max_tokens = None
+
+
+async def _validated(
+    adapter: TypeAdapter[Any], body: dict[str, Any], endpoint: str, scope: Scope
+) -> Any:
+    """A large body is validated beside the loop."""
+    off_loop: OffLoop | None = scope.get("state", {}).get("off_loop")
+    if off_loop is None:
+        return _validate(adapter, body, endpoint)
+    return await off_loop.run(_validate, adapter, body, endpoint)
 
 
 def _validate(adapter: TypeAdapter[Any], body: dict[str, Any], endpoint: str) -> Any:

@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Any
 from starlette.requests import ClientDisconnect, Request
 
 from llmserve.admission import Deadline, Place
-from llmserve.constraints import check_constraints
+from llmserve.body import form_fields, form_of, json_object
 from llmserve.early import COMMENT_S, Early
-from llmserve.errors import BodyTooLarge, EngineDead, LLMServeError, RequestError, quoted
+from llmserve.errors import EngineDead, LLMServeError, RequestError, quoted
 from llmserve.lease import Wish
-from llmserve.protocol import Endpoint, Ongoing, parse_object, requested_model
+from llmserve.protocol import Endpoint, Ongoing, requested_model
 from llmserve.sse import EventStream
 from llmserve.stream import TokenStream
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable
 
-    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
     from llmserve.entry import Entry
     from llmserve.lease import Lease
@@ -37,22 +37,20 @@ class Work:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         services: Services = scope["app"].state.services
         limit = services.config.server.max_body
-        if _length(scope) > limit:
-            raise BodyTooLarge(f"The body has {_length(scope)} bytes; server.max_body is {limit}.")
         if self.endpoint.multipart:
-            request = Request(scope, _counted(receive, limit))
+            request = await form_of(scope, receive, limit, services.off_loop)
             try:
-                await self._serve(scope, receive, send, await _form(request))
+                await self._serve(scope, receive, send, await form_fields(request))
             finally:
                 await request.close()  # an upload's temporary file
         else:
-            await self._serve(scope, receive, send, parse_object(await _read(receive, limit)))
+            body = await json_object(scope, receive, limit, services.off_loop)
+            await self._serve(scope, receive, send, body)
 
     async def _serve(
         self, scope: Scope, receive: Receive, send: Send, body: dict[str, Any]
     ) -> None:
         """Once more if the engine dies before the answer has begun."""
-        check_constraints(body)
         pool = scope["app"].state.services.pool
         name = requested_model(body, pool.registry)
         model = pool.registry.find(name)
@@ -181,53 +179,6 @@ def _deadline(scope: Scope, timeout_s: float | None) -> Deadline:
             raise RequestError(f"x-request-timeout must be seconds, more than 0; it is {came}.")
         timeout_s = own_s if timeout_s is None else min(own_s, timeout_s)
     return Deadline(timeout_s)
-
-
-def _length(scope: Scope) -> int:
-    given = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
-    return int(given[:20]) if given.isdigit() else 0
-
-
-async def _read(receive: Receive, limit: int) -> bytes:
-    """Raises BodyTooLarge, or ClientDisconnect if it ends before it is whole."""
-    parts: list[bytes] = []
-    received, more = 0, True
-    while more:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientDisconnect
-        parts.append(message.get("body", b""))
-        received += len(parts[-1])
-        if received > limit:
-            raise _too_large(limit)
-        more = message.get("more_body", False)
-    return parts[0] if len(parts) == 1 else b"".join(parts)
-
-
-def _counted(receive: Receive, limit: int) -> Receive:
-    received = 0
-
-    async def counting() -> Message:
-        nonlocal received
-        message = await receive()
-        received += len(message.get("body", b""))
-        if received > limit:
-            raise _too_large(limit)
-        return message
-
-    return counting
-
-
-def _too_large(limit: int) -> LLMServeError:
-    return BodyTooLarge(f"The body is larger than server.max_body, {limit} bytes.")
-
-
-async def _form(request: Request) -> dict[str, Any]:
-    """An upload's fields; a name that ends in [] is a list."""
-    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
-        raise RequestError("Send the audio as multipart/form-data.", param="file")
-    form = await request.form()
-    return {key: form.getlist(key) if key.endswith("[]") else form[key] for key in form}
 
 
 async def _unless_gone(receive: Receive, work: Awaitable[ASGIApp]) -> ASGIApp:

@@ -27,6 +27,7 @@ from llmserve.errors import (
     StartupError,
     Unauthorized,
     Unsupported,
+    UnsupportedEncoding,
     nearest,
     quoted,
 )
@@ -62,6 +63,14 @@ TREE: list[tuple[LLMServeError, type[Exception], int, str, str | None, dict[str,
         {"allow": "GET, POST"},
     ),
     (BodyTooLarge("m"), RequestError, 413, INVALID, "request_too_large", {}),
+    (
+        UnsupportedEncoding("m", ["gzip", "zstd"]),
+        RequestError,
+        415,
+        INVALID,
+        "unsupported_encoding",
+        {"accept-encoding": "gzip, zstd"},
+    ),
     (ContextTooLong("m"), RequestError, 400, INVALID, "context_length_exceeded", {}),
     (Unsupported("m"), RequestError, 400, INVALID, "unsupported_model", {}),
     (
