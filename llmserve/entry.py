@@ -42,9 +42,9 @@ class Entry:
         self.model = model
         self.replicas = tuple(replicas)
         self.ready: tuple[Replica, ...] = ()
-        self._changed = lambda: changed(self)
+        self.changed = lambda: changed(self)
         self.slots: Slots[Wish, Lease] = Slots(
-            model.name, model.spec.max_in_flight, model.spec.max_queue, self._changed
+            model.name, model.spec.max_in_flight, model.spec.max_queue, self.changed
         )
         self.policy: Policy | None = policy_of(model.spec)  # None: there is one replica
 
@@ -62,7 +62,7 @@ class Entry:
         """Take the slots of an entry whose engines go on here, with what holds and awaits them."""
         self.slots, before.slots = before.slots, self.slots
         for entry in (self, before):
-            entry.slots.changed = entry._changed
+            entry.slots.changed = entry.changed
         self.slots.limit, self.slots.longest = before.slots.limit, before.slots.longest
 
     @property

@@ -94,7 +94,7 @@ class Work:
                 both = {place.given, gone}
                 await asyncio.wait(both, timeout=each_s, return_when="FIRST_COMPLETED")
                 if gone.done():
-                    raise ClientDisconnect
+                    raise ClientDisconnect  # noqa: TRY301  # what it has joined, it leaves below
                 if not place.given.done():
                     await early.comment(
                         f"{entry.name} is {entry.state}, {entry.slots.waiting()} wait"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import contextlib
+import gc
 import heapq
 import time
 from typing import TYPE_CHECKING, Any, cast

@@ -51,7 +51,7 @@ def test_a_request_that_queues_a_step_late_is_found(monkeypatch: pytest.MonkeyPa
         return place
 
     monkeypatch.setattr(Slots, "join", join_late)
-    with pytest.raises(Violation, match="wait for ever|a request waits, a slot is free"):
+    with pytest.raises(Violation, match=r"wait for ever|a request waits, a slot is free"):
         run(range(50), harsh=True)
 
 
@@ -90,5 +90,5 @@ def test_a_death_in_the_step_that_ends_a_start_is_found(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(Pool, "died", died)
     monkeypatch.setattr(Pool, "_came", came)
-    with pytest.raises(Violation, match="stays waiting|wait for ever"):
+    with pytest.raises(Violation, match=r"stays waiting|wait for ever"):
         run(range(_SEEDS), harsh=True)

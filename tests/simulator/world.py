@@ -61,8 +61,8 @@ class Exchange:
         self._world = world
         self._body: bytes | None = orjson.dumps({"model": model, **body})
 
-    async def run(self, timeout: str | None) -> None:
-        headers = [(b"x-request-timeout", timeout.encode())] if timeout else []
+    async def run(self, limit_s: str | None) -> None:
+        headers = [(b"x-request-timeout", limit_s.encode())] if limit_s else []
         scope = {
             "type": "http",
             "method": "POST",
@@ -418,22 +418,14 @@ class World:
         self.accepts = False
         starting.cancel()
         await self.pool.drain(self.services.config.server.drain_timeout)
-        if self.serving:
-            await asyncio.wait(self.serving, timeout=_LINGER_S)
-        for exchange in self.exchanges:
-            if not exchange.over and exchange.reads and not exchange.left.is_set():
-                self.violate("a request was neither answered nor cut off in time")
-            exchange.left.set()
-        if self.serving:
-            await asyncio.wait(self.serving, timeout=_PATIENCE_S)
+        await self._let_clients_go()
         watch.cancel()
         await self.pool.stop()
-        if alive := self.fleet.alive():
+        if self.fleet.alive():
             # A start that was given up sits in its thread until its launcher notices.
             await asyncio.sleep(600)
-            alive = self.fleet.alive()
-            if alive:
-                self.violate(f"{len(alive)} engines are alive after the end")
+        if alive := self.fleet.alive():
+            self.violate(f"{len(alive)} engines are alive after the end")
         for task in self.operating:
             task.cancel()
         if rest := {*self.operating, *self.serving, watch, starting}:
@@ -444,6 +436,16 @@ class World:
         if tasks:
             self.violate(f"tasks are left: {tasks}")
         self._check_idle()
+
+    async def _let_clients_go(self) -> None:
+        if self.serving:
+            await asyncio.wait(self.serving, timeout=_LINGER_S)
+        for exchange in self.exchanges:
+            if not exchange.over and exchange.reads and not exchange.left.is_set():
+                self.violate("a request was neither answered nor cut off in time")
+            exchange.left.set()
+        if self.serving:
+            await asyncio.wait(self.serving, timeout=_PATIENCE_S)
 
     # --- invariants
 

@@ -86,6 +86,7 @@ def test_a_spawned_process_ends_with_a_server_killed_early(tmp_path: Path) -> No
         _, alive = psutil.wait_procs([spawned], timeout=20)
         assert not alive
     finally:
+        server.stdout.close()
         if spawned.is_running():
             spawned.kill()
 
