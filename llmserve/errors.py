@@ -11,7 +11,9 @@
         ModelNotFound          404
         RouteNotFound          404
         MethodNotAllowed       405
+        RequestTimeout         408
         BodyTooLarge           413
+        HeadTooLarge           431
         ContextTooLong         400
         Unsupported            400
       Overloaded               503, Retry-After   (a model is full or not ready)
@@ -84,7 +86,7 @@ class Unauthorized(RequestError):
 
 
 class Forbidden(RequestError):
-    """Only an operator may do that."""
+    """The client may not do that, whatever key it has."""
 
     status = 403
     code = "admin_only"
@@ -122,9 +124,21 @@ class MethodNotAllowed(RequestError):
         return {"allow": ", ".join(self.allowed)}
 
 
+class RequestTimeout(RequestError):
+    """The client stopped in the middle of a request."""
+
+    status = 408
+    code = "request_timeout"
+
+
 class BodyTooLarge(RequestError):
     status = 413
     code = "request_too_large"
+
+
+class HeadTooLarge(RequestError):
+    status = 431
+    code = "headers_too_large"
 
 
 class ContextTooLong(RequestError):

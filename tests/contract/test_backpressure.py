@@ -13,7 +13,7 @@ import httpx
 import pytest
 import pytest_asyncio
 
-from llmserve import server, stream, work
+from llmserve import connection, server, stream, work
 from llmserve.config import ServerSpec
 from tests.contract.fake_core import SILENT
 from tests.contract.test_express import CHATS, COMPLETIONS, EMOJI, Box, boxed, events
@@ -272,7 +272,7 @@ class Cycle:
 def test_the_headers_of_a_stream_and_its_first_event_are_one_write(second: bytes) -> None:
     cycle: Any = Cycle()
     transport = cycle.transport
-    server._hold(cycle)
+    connection._hold(cycle)
     cycle.transport.write(b"head ")
     assert transport.written == []
     assert not cycle.transport.is_closing()
@@ -285,11 +285,11 @@ def test_headers_that_have_left_or_have_no_reader_are_not_held() -> None:
     for name in ("response_started", "disconnected"):
         cycle: Any = Cycle()
         setattr(cycle, name, True)
-        server._hold(cycle)
+        connection._hold(cycle)
         assert isinstance(cycle.transport, Transport)
     cycle = Cycle()
-    server._hold(cycle)
-    server._untie(cycle)
+    connection._hold(cycle)
+    connection._untie(cycle)
     assert isinstance(cycle.transport, Transport)
 
 

@@ -406,7 +406,7 @@ async def test_only_health_is_open() -> None:
             "/v1/models",
             "/openapi.json",
             "/xyz",
-            "/health/",
+            "/healthy",
         ]
         paths += [path for endpoint in ENDPOINTS for path in endpoint.paths]
         for path in paths:
@@ -494,7 +494,7 @@ async def test_a_missing_or_ill_formed_request_id_is_replaced(given: bytes | Non
         ("GET", "/xyz", 404),
         ("GET", CHAT, 405),
         ("POST", CHAT, 400),
-        ("POST", CHAT + "/", 404),
+        ("POST", CHAT + "/x", 404),
     ],
 )
 async def test_every_answer_has_a_request_id(method: str, path: str, status: int) -> None:

@@ -4,8 +4,6 @@ import socket
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
-from uvicorn.server import ServerState
 
 from llmserve import environment, nvml, server, shape
 from llmserve.config import Config, ModelSpec, ServerSpec
@@ -163,30 +161,3 @@ def test_the_plan_is_made_with_what_was_measured_here(
     again = server._memory(registry(tmp_path))
     assert isinstance(again, Space)
     assert again.plan.replica("m", 0).overhead == 5 * GIB
-
-
-class Connection:
-    """A transport between two addresses."""
-
-    def get_extra_info(self, name: str) -> tuple[str, int] | None:
-        return {"sockname": ("127.0.0.1", 8000), "peername": ("127.0.0.1", 40_000)}.get(name)
-
-
-async def test_a_connection_begins_as_uvicorn_s_does_but_for_its_addresses() -> None:
-    config = server._uvicorn_config(ServerSpec(), nobody)
-
-    def made(kind: type[HttpToolsProtocol]) -> dict[str, Any]:
-        protocol = kind(config=config, server_state=ServerState(), app_state={})
-        protocol.connection_made(Connection())  # type: ignore[arg-type]  # all that is asked of it
-        assert protocol.connections == {protocol}
-        return vars(protocol)
-
-    known, ours = made(HttpToolsProtocol), made(server._Protocol)
-    assert ours.keys() - known.keys() == {"_cycles"}
-    differs = {name for name in known if type(known[name]) is not type(ours[name])}
-    assert differs == {"server", "client"}
-    assert ours["scheme"] == known["scheme"] == "http"
-
-
-async def nobody(_: Any, __: Any, ___: Any) -> None:
-    """An app that is not asked."""
