@@ -39,6 +39,17 @@ def is_admin(path: str) -> bool:
     return path == "/admin" or path.startswith("/admin/")
 
 
+def is_loopback(host: str) -> bool:
+    """Whether a text is an address of the machine itself."""
+    try:
+        address = ip_address(host)
+    except ValueError:
+        return False
+    if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
+        return address.ipv4_mapped.is_loopback
+    return address.is_loopback
+
+
 def check(scope: Scope, server: ServerSpec) -> None:
     """Let a request in, or raise Unauthorized or Forbidden.
 
@@ -111,7 +122,7 @@ def _not_from_here(scope: Scope, headers: Mapping[bytes, bytes]) -> str | None:
     that leads here, under its own host.
     """
     address = _peer(scope)
-    if not _is_loopback(address):
+    if not is_loopback(address):
         return f"The client's address, {address}, is not a loopback address"
     for name in headers:
         if name in _FROM_ELSEWHERE or name.startswith(b"x-forwarded-"):
@@ -134,7 +145,7 @@ def _peer(scope: Scope) -> str:
 
 def _is_local_host(header: str) -> bool:
     name = _name_of(header)
-    return name == "localhost" or _is_loopback(name)
+    return name == "localhost" or is_loopback(name)
 
 
 def _name_of(header: str) -> str:
@@ -143,22 +154,12 @@ def _name_of(header: str) -> str:
     return (found["v6"] or found["name"]).lower() if found else ""
 
 
-def _is_loopback(host: str) -> bool:
-    try:
-        address = ip_address(host)
-    except ValueError:
-        return False
-    if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
-        return address.ipv4_mapped.is_loopback
-    return address.is_loopback
-
-
 # --- web pages
 
 
 def _check_host(scope: Scope, host: bytes, server: ServerSpec) -> None:
     """Refuse a page that reaches this machine by a DNS name of its own: DNS rebinding."""
-    if _is_own_host(host) or _is_allowed_host(host, server) or not _is_loopback(_peer(scope)):
+    if _is_own_host(host) or _is_allowed_host(host, server) or not is_loopback(_peer(scope)):
         return
     raise Forbidden(
         f"The Host header is {quoted(host.decode('latin-1'))}, which may be a web page's own "

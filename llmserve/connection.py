@@ -21,7 +21,7 @@ from urllib.parse import unquote
 import httptools
 import orjson
 import uvicorn
-from uvicorn.protocols.http.flow_control import FlowControl
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.protocols.utils import get_remote_addr, is_ssl
 
@@ -96,11 +96,12 @@ class Connection(HttpToolsProtocol):
         """As uvicorn's, without its look-up of both addresses, seven system calls."""
         self._limits = cast("Config", self.config).limits
         self._raw = transport
-        self.transport = cast("asyncio.Transport", _Lingering(transport, self))
         self.flow = FlowControl(transport)
+        self._out = _Lingering(transport, self.flow)
+        self.transport = cast("asyncio.Transport", self._out)
         self.scheme = "https" if is_ssl(transport) else "http"
         self._cycles: list[RequestResponseCycle] = []  # not answered, in order
-        self._in_head = self._in_body = False
+        self._in_head = False
         self._declines = False  # an upgrade: its head is parsed again
         self._last = False  # the client or HTTP/1.0 asks to close after this request
         self._deaf = False  # what comes now is discarded
@@ -132,15 +133,15 @@ class Connection(HttpToolsProtocol):
         self._feeds += 1
         self._fed = len(data)
         self._data_bytes = 0
-        message, is_body = self._messages, self._in_body
+        message, is_body = self._messages, self._out.in_body
         try:
             self._feed(data)
             if self._in_head:
                 self._bound_head(self._messages - message, after_body=is_body)
-            elif self._in_body and message == self._messages:
+            elif self._out.in_body and message == self._messages:
                 self._bound_framing()
         except httptools.HttpParserError as error:
-            if self._last and not (self._in_head or self._in_body):
+            if self._last and not (self._in_head or self._out.in_body):
                 self._deaf = True  # what follows the last request
             else:
                 self._refuse(_cause(error))
@@ -166,7 +167,7 @@ class Connection(HttpToolsProtocol):
             self._head_bytes += self._fed
         elif begun == 1 and not after_body:
             self._head_bytes = self._fed
-        if self._head_bytes > self._limits.head_bytes:
+        if self._head_bytes > self._limits.head_bytes or len(self.headers) > self._limits.headers:
             raise self._too_large()
 
     def _bound_framing(self) -> None:
@@ -221,8 +222,6 @@ class Connection(HttpToolsProtocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         if not self._in_head:  # a trailer, or a head that is parsed again
             return
-        if len(self.headers) == self._limits.headers:
-            raise self._too_large()
         name, value = name.lower(), value.rstrip(b" \t")
         if name == b"expect" and value.lower() == b"100-continue":
             self.expect_100_continue = True
@@ -238,13 +237,15 @@ class Connection(HttpToolsProtocol):
         scope["http_version"] = version
         scope["method"] = self.parser.get_method().decode("ascii")
         self._set_target(scope)
-        self._in_head, self._in_body, self._excess = False, True, 0
+        self._in_head, self._out.in_body, self._excess = False, True, 0
         self._begin(scope, version)
 
     def _check_head(self, version: str) -> None:
         """Raise RequestError for a head that RFC 9112 forbids to serve."""
         limit = self._limits.head_bytes
         if self._head_bytes + self._fed > limit and self._head_size() > limit:
+            raise self._too_large()
+        if len(self.headers) > self._limits.headers:
             raise self._too_large()
         if version not in {"1.1", "1.0"}:
             raise _unsupported(505, f"HTTP/{version} is not supported; use HTTP/1.1.")
@@ -312,7 +313,7 @@ class Connection(HttpToolsProtocol):
             stream.WRITE: _writer(cycle, self.flow, self._raw),
             stream.ABORT: self._raw.abort,
             stream.HOLD: partial(_hold, cycle),
-            access.PEER: self._peer,
+            access.PEER: partial(_peer, self._raw),
         }
         self._cycles.append(cycle)
         if len(self._cycles) == 1:
@@ -326,21 +327,25 @@ class Connection(HttpToolsProtocol):
                 _untie(cycle)
         self._cycles = [cycle for cycle in self._cycles if not cycle.response_complete]
 
-    def _peer(self) -> str | None:
-        """The address at the other end."""
-        address = get_remote_addr(self._raw)
-        return address[0] if address else None
-
     def on_body(self, body: bytes) -> None:
         self._data_bytes += len(body)
-        super().on_body(body)
+        cycle = self.cycle
+        if cycle.response_complete:
+            return
+        cycle.body += body
+        if len(cycle.body) > HIGH_WATER_LIMIT:
+            self.flow.pause_reading()
+        cycle.message_event.set()
 
     def on_message_complete(self) -> None:
         if self.parser.should_upgrade():  # its body is still to come
             return
-        self._in_body = False
-        super().on_message_complete()
-        if cast("_Lingering", self.transport).ends:
+        self._out.in_body = False
+        cycle = self.cycle
+        if not cycle.response_complete:
+            cycle.more_body = False
+            cycle.message_event.set()
+        elif self._out.ends:
             self._raw.close()
 
     # --- what goes
@@ -360,10 +365,10 @@ class Connection(HttpToolsProtocol):
         """Answer what cannot be read with `error`, after the answers before it, and close."""
         self._deaf = True
         self._drop_answered()
-        if not self._in_body:
+        if not self._out.in_body:
             self._say(error)
         elif self.cycle.response_complete:
-            self._linger()
+            self._out.linger()
         else:
             self._give_up(self.cycle, error)
 
@@ -386,10 +391,7 @@ class Connection(HttpToolsProtocol):
 
     def _end(self) -> None:
         self.transport.write(self._refusal)
-        self._linger()
-
-    def _linger(self) -> None:
-        cast("_Lingering", self.transport).linger()
+        self._out.linger()
 
     def _turn_away(self) -> None:
         limit = self._limits.connections
@@ -404,11 +406,6 @@ class Connection(HttpToolsProtocol):
             )
         )
         self._raw.close()
-
-    @property
-    def expects_more(self) -> bool:
-        """Whether the client is in the middle of a request."""
-        return self._in_body
 
     # --- time
 
@@ -436,7 +433,7 @@ class Connection(HttpToolsProtocol):
             return Wait.ANSWER
         if self._in_head:
             return Wait.HEAD
-        if self._in_body:
+        if self._out.in_body:
             return self._waits_in_body()
         idle = self.cycle is None or self.cycle.response_complete
         return Wait.REQUEST if idle and not self._raw.get_write_buffer_size() else Wait.ANSWER
@@ -480,27 +477,28 @@ class _Lingering:
     A close with bytes unread resets the connection, and the client may lose the answer.
     """
 
-    def __init__(self, transport: asyncio.Transport, connection: Connection) -> None:
+    def __init__(self, transport: asyncio.Transport, flow: FlowControl) -> None:
+        self.in_body = False  # the client has begun a request and not ended it
         self.ends = False
         self.write = transport.write
         self._transport = transport
-        self._connection = connection
+        self._flow = flow
 
     def is_closing(self) -> bool:
         return self.ends or self._transport.is_closing()
 
     def close(self) -> None:
-        if self._connection.expects_more:
+        if self.in_body:
             self.linger()
         else:
             self._transport.close()
 
     def linger(self) -> None:
-        """Send no more, and discard what comes until the client ends it or `Connection` does."""
+        """Send no more, and let `Connection` discard what comes until the client ends it."""
         if self.is_closing():
             return
         self.ends = True
-        self._connection.flow.resume_reading()
+        self._flow.resume_reading()
         if self._transport.can_write_eof():
             self._transport.write_eof()
 
@@ -523,6 +521,12 @@ class _PlainCycle(RequestResponseCycle):
         elif self._until_close and message["type"] == "http.response.body":
             self.expected_content_length = len(message.get("body", b""))
         await super().send(message)
+
+
+def _peer(transport: asyncio.Transport) -> str | None:
+    """The address at the other end."""
+    address = get_remote_addr(transport)
+    return address[0] if address else None
 
 
 def _writer(

@@ -130,7 +130,25 @@ def _log_folder(server: ServerSpec, listener: socket.socket) -> Path:
     return folder
 
 
-class _Brief(logging.Formatter):
+class _Escaping(logging.Formatter):
+    """Writes control characters as escapes and indents further lines of a record.
+
+    Clients choose paths, names and headers: none of these drives a terminal or forges a record.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return text if text.isprintable() else "\n  ".join(map(_escaped, text.split("\n")))
+
+
+def _escaped(line: str) -> str:
+    return "".join(
+        c if c.isprintable() or c == "\t" else c.encode("unicode_escape").decode("ascii")
+        for c in line
+    )
+
+
+class _Brief(_Escaping):
     """Without tracebacks, which are in the file."""
 
     def format(self, record: logging.LogRecord) -> str:
@@ -145,7 +163,7 @@ def _log_to(file: Path) -> None:
     The rest of the terminal belongs to what `up` shows.
     """
     to_file = logging.FileHandler(file, mode="w")
-    to_file.setFormatter(logging.Formatter(_LOG_FORMAT))
+    to_file.setFormatter(_Escaping(_LOG_FORMAT))
     to_terminal = logging.StreamHandler()
     to_terminal.setLevel(logging.ERROR)
     to_terminal.setFormatter(_Brief(_LOG_FORMAT))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 import socket
 from typing import TYPE_CHECKING, Any
 
@@ -85,6 +86,30 @@ def test_a_log_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
         spec = ServerSpec(log_dir=tmp_path / "file")
         with pytest.raises(StartupError, match=r"log_dir .* cannot be written"):
             server._log_folder(spec, listener)
+
+
+def record(message: str, *arguments: object, error: Exception | None = None) -> logging.LogRecord:
+    info = (type(error), error, None) if error is not None else None
+    return logging.LogRecord("llmserve.app", logging.ERROR, "app.py", 1, message, arguments, info)
+
+
+def test_log_record_of_a_client_s_text_is_one_record() -> None:
+    forged = "/a\n2026-01-01 00:00:00 ERROR llmserve: forged\r\x1b[2J\u202e\x85"
+    text = server._Escaping("%(levelname)s %(message)s").format(record("path=%s", forged))
+    assert text == (
+        "ERROR path=/a\n  2026-01-01 00:00:00 ERROR llmserve: forged\\r\\x1b[2J\\u202e\\x85"
+    )
+
+
+def test_log_record_s_traceback_drives_no_terminal() -> None:
+    error = ValueError("bad\nERROR forged \x1b]0;title\x07 \udcff\tthere")
+    text = server._Escaping().format(record("unforeseen", error=error))
+    assert text.splitlines() == [
+        "unforeseen",
+        "  ValueError: bad",
+        "  ERROR forged \\x1b]0;title\\x07 \\udcff\tthere",
+    ]
+    assert server._Brief().format(record("x\x1b", error=error)) == "x\\x1b"
 
 
 def test_what_holds_a_connection_and_no_model_ends_soon_after_the_drain() -> None:
