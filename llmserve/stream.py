@@ -36,8 +36,7 @@ BEHIND_S = 0.1  # text is collected before any is written, for at most this long
 BUSY_S = 0.001  # a longer turn of the loop had more to do than to write
 CROWDED = 4  # short turns of the loop, after which nobody seems to come any more
 SHARE_S = 0.001  # of a turn of the loop, for later text
-STUCK_S = 60.0  # a client that has not taken an event for so long has left
-HELD_LIMIT = 500_000  # characters that wait for one client
+HELD_LIMIT = 500_000  # characters that wait for one client; `connection` bounds the time
 _TEND_S = 0.5
 _PING = b": ping\n\n"
 
@@ -416,10 +415,10 @@ class TokenStream:
     # --- quiet ones
 
     def tend(self, now: float) -> None:
-        """Headers or a comment when they are due; an end if the client does not read."""
+        """Headers or a comment when they are due; an end if too much waits for the client."""
         quiet_s = now - self._moved_s
         if self._sending is not None:
-            if quiet_s > STUCK_S or sum(map(len, self.pieces)) > HELD_LIMIT:
+            if sum(map(len, self.pieces)) > HELD_LIMIT:
                 self._give_up()
         elif self._over:
             pass

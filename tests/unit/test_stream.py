@@ -652,19 +652,6 @@ async def test_an_end_and_a_failure_wait_for_a_slow_client() -> None:
     assert line.engine.aborts == 0
 
 
-async def test_a_client_that_reads_nothing_is_cut_off(hurried: pytest.MonkeyPatch) -> None:
-    hurried.setattr(stream, "STUCK_S", 0.02)
-    async with begun() as line:
-        line.engine.gives("a")
-        await turn()
-        line.client.stops_reading()
-        line.engine.gives("b")
-        await soon(line.answering)
-        line.client.reads.set()
-    assert line.client.aborts >= 1
-    assert line.engine.aborts == 1
-
-
 async def test_a_client_for_which_too_much_waits_is_cut_off(hurried: pytest.MonkeyPatch) -> None:
     hurried.setattr(stream, "HELD_LIMIT", 10)
     async with begun() as line:
