@@ -153,18 +153,6 @@ def model_card(name: str, model: Model, created: int, running: Running | None) -
     return card
 
 
-def without_nulls(value: Any, keep: frozenset[str] = frozenset()) -> Any:
-    """`value` without keys that are null, except those whose name is in `keep`.
-
-    OpenAI's schemas allow null only where they say so; strict clients refuse others.
-    """
-    if isinstance(value, dict):
-        return {k: without_nulls(v, keep) for k, v in value.items() if v is not None or k in keep}
-    if isinstance(value, list):
-        return [without_nulls(v, keep) for v in value]
-    return value
-
-
 def describe_path(loc: Iterable[int | str], body: Any) -> str:
     """Where in `body` a validation error is, as `messages.0.role`.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import re
 from argparse import Namespace
@@ -27,11 +28,15 @@ from starlette.responses import Response
 from vllm.entrypoints.anthropic.protocol import (
     AnthropicCountTokensRequest,
     AnthropicMessagesRequest,
+    AnthropicStreamEvent,
 )
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.cli_args import FrontendArgs
-from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.entrypoints.openai.chat_completion.protocol import (
+    ChatCompletionRequest,
+    ChatCompletionStreamResponse,
+)
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest, CompletionStreamResponse
 from vllm.entrypoints.openai.models.protocol import LoRAModulePath
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
@@ -43,8 +48,14 @@ from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.entrypoints.serve.tokenize.protocol import DetokenizeRequest, TokenizeRequest
 from vllm.entrypoints.speech_to_text.base.utils import read_upload_with_limit
-from vllm.entrypoints.speech_to_text.transcription.protocol import TranscriptionRequest
-from vllm.entrypoints.speech_to_text.translation.protocol import TranslationRequest
+from vllm.entrypoints.speech_to_text.transcription.protocol import (
+    TranscriptionRequest,
+    TranscriptionStreamResponse,
+)
+from vllm.entrypoints.speech_to_text.translation.protocol import (
+    TranslationRequest,
+    TranslationStreamResponse,
+)
 from vllm.exceptions import VLLMError, VLLMValidationError
 from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -61,7 +72,8 @@ from llmserve.errors import (
     quoted,
 )
 from llmserve.express import Chat, Completions, Express, Noted, Terms, encoder_of
-from llmserve.protocol import Ongoing, cannot, describe_path, failure, without_nulls
+from llmserve.nulls import schema_of, without_nulls
+from llmserve.protocol import Ongoing, cannot, describe_path, failure
 from llmserve.stream import FIRST_S
 
 if TYPE_CHECKING:
@@ -105,13 +117,31 @@ class Handler:
     """How one endpoint is served: the State's object, its method, the request's type.
 
     `nulls` are the keys that may be null in OpenAI's schema; None leaves the answer as
-    it is, where there is no such schema.
+    it is, where there is no such schema. `events` are the classes of events that vLLM writes
+    as text; the others come as what they are.
     """
 
     owner: str
     method: str
     request: TypeAdapter[Any]
     nulls: frozenset[str] | None = None
+    events: tuple[type[BaseModel], ...] = ()
+
+    def pruned(self, frame: bytes) -> bytes:
+        """An event that came as text, without nulls."""
+        if self.nulls is None or b":null" not in frame:
+            return frame
+        payload = sse.payload(frame)
+        if payload is None:
+            return frame
+        return sse.with_payload(frame, without_nulls(payload, schema_of(*self.events), self.nulls))
+
+    def content(self, answer: BaseModel) -> bytes:
+        """An answer, or an event that came as an object, as JSON without nulls."""
+        content = answer.model_dump(mode="json", by_alias=True)
+        if self.nulls is not None:
+            content = without_nulls(content, schema_of(type(answer)), self.nulls)
+        return _json(content)
 
 
 _CHAT_NULLS = frozenset({"content", "refusal", "logprobs", "finish_reason", "usage"})
@@ -130,12 +160,14 @@ HANDLERS: dict[str, Handler] = {
         "create_chat_completion",
         TypeAdapter(ChatCompletionRequest),
         _CHAT_NULLS,
+        (ChatCompletionStreamResponse,),
     ),
     "completions": Handler(
         "openai_serving_completion",
         "create_completion",
         TypeAdapter(CompletionRequest),
         _COMPLETION_NULLS,
+        (CompletionStreamResponse,),
     ),
     "responses": Handler(
         "openai_serving_responses",
@@ -148,6 +180,7 @@ HANDLERS: dict[str, Handler] = {
         "create_messages",
         TypeAdapter(AnthropicMessagesRequest),
         frozenset({"stop_reason", "stop_sequence"}),
+        (AnthropicStreamEvent,),
     ),
     "token counts": Handler(
         "anthropic_serving_messages",
@@ -173,9 +206,14 @@ HANDLERS: dict[str, Handler] = {
         "create_transcription",
         TypeAdapter(TranscriptionRequest),
         _NONE,
+        (TranscriptionStreamResponse,),
     ),
     "translations": Handler(
-        "openai_serving_translation", "create_translation", TypeAdapter(TranslationRequest), _NONE
+        "openai_serving_translation",
+        "create_translation",
+        TypeAdapter(TranslationRequest),
+        _NONE,
+        (TranslationStreamResponse,),
     ),
 }
 
@@ -246,7 +284,7 @@ class Serving:
         terms = Terms(
             self._translated,
             partial(failure, endpoint),
-            partial(_without_nulls, keep=handler.nulls),
+            handler.pruned,
         )
         return Express(LANES[endpoint](served), served, self.engine, encode, terms)
 
@@ -358,10 +396,7 @@ class Serving:
         if isinstance(result, AsyncGenerator):
             return await self._stream(result, endpoint)
         if isinstance(result, BaseModel):
-            content = result.model_dump(mode="json", by_alias=True)
-            if handler.nulls is not None:
-                content = without_nulls(content, handler.nulls)
-            return Response(orjson.dumps(content), media_type="application/json")
+            return Response(handler.content(result), media_type="application/json")
         return Response(str(result), media_type="text/plain")  # a transcript as text, srt or vtt
 
     # --- streams
@@ -380,9 +415,13 @@ class Serving:
         async with contextlib.aclosing(source):
             try:
                 async for item in source:
-                    frame = _event_of(item) if isinstance(item, BaseModel) else item.encode()
+                    frame = (
+                        _event_of(item, handler)
+                        if isinstance(item, BaseModel)
+                        else handler.pruned(item.encode())
+                    )
                     self._raise_error_in(frame)
-                    yield _without_nulls(frame, handler.nulls)
+                    yield frame
             except LLMServeError:
                 raise
             except Exception as error:
@@ -548,16 +587,17 @@ def _short(message: str, limit: int = 500) -> str:
     return line if len(line) <= limit else line[:limit] + "..."
 
 
-def _event_of(item: BaseModel) -> bytes:
-    data = item.model_dump_json(by_alias=True)
-    return f"event: {getattr(item, 'type', 'unknown')}\ndata: {data}\n\n".encode()
+def _event_of(item: BaseModel, handler: Handler) -> bytes:
+    name = getattr(item, "type", "unknown")
+    return f"event: {name}\n".encode() + b"data: " + handler.content(item) + b"\n\n"
 
 
-def _without_nulls(frame: bytes, keep: frozenset[str] | None) -> bytes:
-    if keep is None or b":null" not in frame:
-        return frame
-    payload = sse.payload(frame)
-    return frame if payload is None else sse.with_payload(frame, without_nulls(payload, keep))
+def _json(content: Any) -> bytes:
+    """A model's own data may have integers and text that are not UTF-8's and orjson's."""
+    try:
+        return orjson.dumps(content)
+    except TypeError:
+        return json.dumps(content, separators=(",", ":")).encode()
 
 
 def _pruned(response: Response) -> Response:

@@ -692,7 +692,9 @@ CONSTANTS = [
     *("\n", "\r\n", " ", "\t", "\x00", "\ufeff", REPLACEMENT, EMOJI, CJK, "'\"\\", "x" * 300),
 ]
 TEXTS = st.lists(
-    st.sampled_from(CONSTANTS) | st.text(min_size=1, max_size=8), min_size=1, max_size=5
+    st.sampled_from(CONSTANTS) | st.text("aZ1 .,\n中é\u00a0\u200b🙂", min_size=1, max_size=8),
+    min_size=1,
+    max_size=5,
 ).map("".join)
 CONTENTS = TEXTS | TEXTS.map(lambda text: [{"type": "text", "text": text}])
 MESSAGES = st.lists(

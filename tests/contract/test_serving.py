@@ -297,3 +297,116 @@ def test_the_openapi_page_names_every_route(fake: Services) -> None:
     reference = body["content"]["application/json"]["schema"]["$ref"]
     schema = page["components"]["schemas"][reference.rpartition("/")[2]]
     assert "messages" in schema["properties"]
+
+
+# --- what is the model's or the client's own
+
+WITH_NULLS: dict[str, Any] = {
+    "city": "Paris",
+    "unit": None,
+    "filters": {"after": None},
+    "l": [None],
+}
+
+
+async def sent(services: Services, endpoint: str, answer: Any) -> Any:
+    """What a client gets of vLLM's answer to a request."""
+    running: Any = services.pool.entries["chat"].running
+    return json.loads((await running._respond(answer, endpoint)).body)
+
+
+def tool_use(arguments: dict[str, Any]) -> Any:
+    from vllm.entrypoints.anthropic.protocol import (
+        AnthropicContentBlock,
+        AnthropicMessagesResponse,
+    )
+
+    block = AnthropicContentBlock(type="tool_use", id="t", name="weather", input=arguments)
+    return AnthropicMessagesResponse(id="m", content=[block], model="chat")
+
+
+async def test_tool_input_of_a_message_keeps_its_nulls(fake: Services) -> None:
+    (block,) = (await sent(fake, "messages", tool_use(WITH_NULLS)))["content"]
+    assert block == {"type": "tool_use", "id": "t", "name": "weather", "input": WITH_NULLS}
+
+
+@pytest.mark.parametrize("value", [10**30, -(10**30), "\ud83d", 1e-7, 0.1, float(10**22)])
+async def test_tool_input_of_a_message_has_any_value(fake: Services, value: Any) -> None:
+    (block,) = (await sent(fake, "messages", tool_use({"x": value})))["content"]
+    assert block["input"] == {"x": value}
+
+
+async def test_tool_input_is_the_same_streamed_and_whole(fake: Services) -> None:
+    from vllm.entrypoints.anthropic.protocol import AnthropicDelta, AnthropicStreamEvent
+
+    from llmserve.serving import HANDLERS
+
+    delta = AnthropicDelta(type="input_json_delta", partial_json=json.dumps(WITH_NULLS))
+    event = AnthropicStreamEvent(type="content_block_delta", index=0, delta=delta)
+    frame = f"event: content_block_delta\ndata: {event.model_dump_json()}\n\n".encode()
+    pruned = json.loads(HANDLERS["messages"].pruned(frame).partition(b"data: ")[2])
+    assert pruned.keys() == {"type", "index", "delta"}
+    (block,) = (await sent(fake, "messages", tool_use(WITH_NULLS)))["content"]
+    assert json.loads(pruned["delta"]["partial_json"]) == block["input"]
+
+
+RESPONSE_TOOL = {
+    "type": "function",
+    "name": "weather",
+    "parameters": {"type": "object", "properties": {"unit": {"type": "string", "default": None}}},
+}
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_response_keeps_nulls_of_a_tools_parameters(
+    fake: Services, *, streamed: bool
+) -> None:
+    body = {"input": "hi", "max_output_tokens": 2, "tools": [RESPONSE_TOOL], "stream": streamed}
+    reply = await post(fake, "/v1/responses", **body, tool_choice="none")
+    answers = (
+        [reply.json()] if not streamed else [events(reply.text)[n]["response"] for n in (0, -1)]
+    )
+    for answer in answers:
+        (tool,) = answer["tools"]
+        assert tool["parameters"] == RESPONSE_TOOL["parameters"]
+        assert "description" not in tool  # a null that is no data
+        assert "kv_transfer_params" not in answer
+
+
+async def test_response_keeps_nulls_of_a_text_formats_schema(fake: Services) -> None:
+    schema = {"type": "object", "properties": {"x": {"default": None}}}
+    text = {"format": {"type": "json_schema", "name": "x", "schema": schema}}
+    answer = (await post(fake, "/v1/responses", input="hi", max_output_tokens=2, text=text)).json()
+    assert answer["text"]["format"]["schema"] == schema
+
+
+def free_fields() -> list[tuple[type[Any], tuple[str, ...]]]:
+    from vllm.entrypoints.anthropic.protocol import AnthropicMessagesResponse
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionResponse
+    from vllm.entrypoints.openai.responses.protocol import ResponsesResponse
+
+    return [
+        (AnthropicMessagesResponse, ("content", "input")),
+        (AnthropicMessagesResponse, ("kv_transfer_params",)),
+        (ChatCompletionResponse, ("kv_transfer_params",)),
+        (ChatCompletionResponse, ("prompt_logprobs",)),
+        (ResponsesResponse, ("metadata",)),
+        (ResponsesResponse, ("tools", "parameters")),
+        (ResponsesResponse, ("text", "format", "schema")),
+        (ResponsesResponse, ("prompt", "variables")),
+        (ResponsesResponse, ("output", "arguments")),
+        (ResponsesResponse, ("input_messages",)),
+    ]
+
+
+@pytest.mark.parametrize("number", range(10))
+def test_free_field_of_a_response_model_is_data(number: int) -> None:
+    from llmserve.nulls import schema_of
+
+    kind, path = free_fields()[number]
+    schema = schema_of(kind)
+    for key in path[:-1]:
+        below = schema.fields[key]
+        assert below is not None, key
+        schema = below
+    assert schema.fields[path[-1]] is None
