@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 import logging
 import os
@@ -210,10 +211,12 @@ class _Keys:
             if admin.owns(scope["path"]):
                 admin.check(scope, server.admin_key)
             elif server.api_keys and scope["path"] not in _OPEN:
-                self._check(Headers(scope=scope), server.api_keys)
+                key = self._check(Headers(scope=scope), server.api_keys)
+                scope["state"]["owner"] = hashlib.sha256(key.encode()).hexdigest()
         await self._app(scope, receive, send)
 
-    def _check(self, headers: Headers, keys: Iterable[SecretStr]) -> None:
+    def _check(self, headers: Headers, keys: Iterable[SecretStr]) -> str:
+        """The key that came, if it is one of these."""
         scheme, _, token = headers.get("authorization", "").partition(" ")
         given = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
         if not given:
@@ -225,6 +228,7 @@ class _Keys:
         ]
         if not any(matches):
             raise Unauthorized("The API key is not one of this server's.")
+        return given
 
 
 # --- errors

@@ -21,6 +21,7 @@ from llmserve.lease import Lease, Task, Wish
 from llmserve.life import Life
 from llmserve.replica import AT_REST, STARTING, Replica, State
 from llmserve.residency import Level
+from llmserve.responses import Archive
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable
@@ -57,6 +58,7 @@ class Pool:
         self.leases: set[Lease] = set()
         self.events = Events()
         self.life = Life(backend, metrics, self._changed)
+        self._archive = Archive()
         self._backend = backend
         self._metrics = metrics
         self._on_change = on_change
@@ -84,6 +86,7 @@ class Pool:
         ]
         entry = Entry(model, replicas)
         entry.adopt(model)
+        entry.responses = self._archive.of_model()
         entry.ready = tuple(each for each in replicas if each.state is State.READY)
         for replica in replicas:
             self._owner[replica] = entry
@@ -93,11 +96,14 @@ class Pool:
         """From now on this is the model of its name; whoever waits for the one before goes on."""
         before = self.entries.get(entry.name)
         if before not in (None, entry):
+            entry.responses = before.responses
             self.leave(before)
         self.entries[entry.name] = entry
         self._metrics.in_flight.labels(entry.name).set_function(entry.slots.count)
         self._metrics.queued.labels(entry.name).set_function(entry.slots.waiting)
         for replica in entry.replicas:
+            if replica.running is not None:
+                replica.running.share(entry.responses)
             self._show(replica)
             if entry.policy is not None:
                 self._count(replica)
@@ -338,6 +344,8 @@ class Pool:
             entry.policy.forget(replica.number)
         if self.entries.get(entry.name) is entry:  # else it comes or leaves under another's name
             self._show(replica)
+        if replica.state is State.READY and replica.running is not None:
+            replica.running.share(entry.responses)
         self.events.tell(replica, before)
         log.info("model=%s state=%s", replica.name, replica.state)
         if replica.state is State.READY or replica.state in AT_REST:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Iterable
 
+    from starlette.types import ASGIApp, Receive, Scope, Send
+
     from llmserve.registry import Model, Registry
     from llmserve.replica import Running
 
@@ -70,12 +72,15 @@ def last_event(endpoint: str, body: dict[str, Any]) -> bytes:
     return sse.event(body) + sse.DONE
 
 
-class Ongoing(Response):
+class Ongoing:
     """An answer that is out before the work for it is done; `task` does the rest."""
 
-    def __init__(self, response: Response, task: asyncio.Task[Any]) -> None:
-        super().__init__(response.body, response.status_code, media_type=response.media_type)
+    def __init__(self, answer: ASGIApp, task: asyncio.Task[Any]) -> None:
+        self._answer = answer
         self.task = task
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._answer(scope, receive, send)
 
 
 def error_body(error: LLMServeError) -> dict[str, Any]:

@@ -13,12 +13,10 @@ import json
 import logging
 import re
 from argparse import Namespace
-from collections import OrderedDict
-from collections.abc import AsyncGenerator, Awaitable, Container
+from collections.abc import AsyncGenerator, Awaitable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -59,6 +57,7 @@ from vllm.entrypoints.speech_to_text.translation.protocol import (
 from vllm.exceptions import VLLMError, VLLMValidationError
 from vllm.v1.engine.exceptions import EngineDeadError
 
+import llmserve.media  # noqa: F401  # registers what fetches the URLs of images
 from llmserve import garbage, sse, wire
 from llmserve.engine import request_defaults
 from llmserve.errors import (
@@ -74,6 +73,7 @@ from llmserve.errors import (
 from llmserve.express import Chat, Completions, Express, Noted, Terms, encoder_of
 from llmserve.nulls import schema_of, without_nulls
 from llmserve.protocol import Ongoing, cannot, describe_path, failure
+from llmserve.responses import Responses, owned_by
 from llmserve.stream import FIRST_S
 
 if TYPE_CHECKING:
@@ -99,7 +99,6 @@ TOO_LONG = (
     "maximum model length",
     "exceeds the max_model_len",
 )
-_KEPT_RESPONSES = 1000  # answers of /v1/responses that can be fetched again, per model
 
 # The name that the running request used for its model.
 _asked: ContextVar[str] = ContextVar("asked")
@@ -225,7 +224,7 @@ class Serving:
     """What one engine answers."""
 
     def __init__(
-        self, name: str, engine: Engine, state: State, encode: Encode | None, stored: Stored
+        self, name: str, engine: Engine, state: State, encode: Encode | None, stored: Responses
     ) -> None:
         self.name = name
         self.engine = engine
@@ -241,30 +240,34 @@ class Serving:
         self._express = {name: self._opened(name, encode) for name in LANES if name in self.able}
 
     @classmethod
-    async def build(cls, spec: ModelSpec, engine: Engine, stored: Stored | None = None) -> Serving:
-        """Also the first call into the engine: one that died at once is noticed here.
-
-        A model's replicas share what is `stored`.
-        """
+    async def build(cls, spec: ModelSpec, engine: Engine) -> Serving:
+        """Also the first call into the engine: one that died at once is noticed here."""
         await wire.take_over(engine.client, engine.flow)
         # Reads the tokenizer again and compares: the other models go on meanwhile.
         encode = await asyncio.to_thread(encoder_of, engine.client)
-        return await cls._of(spec, engine, stored or Stored(), encode)
+        return await cls._of(spec, engine, Responses(), encode)
 
     @classmethod
     async def _of(
-        cls, spec: ModelSpec, engine: Engine, stored: Stored, encode: Encode | None
+        cls, spec: ModelSpec, engine: Engine, stored: Responses, encode: Encode | None
     ) -> Serving:
         tasks = await engine.client.get_supported_tasks()
         state = State()
         await init_app_state(engine.client, state, _frontend_arguments(spec, engine), tasks)
         # init_app_state makes this object itself; no argument of it sets the class.
         state.openai_serving_models.__class__ = PublicNames
-        if (responses := getattr(state, "openai_serving_responses", None)) is not None:
-            stored.keep_for(responses)
         if spec.sampling.max_tokens is not None:
             _default_not_limit(state)
-        return cls(spec.name, engine, state, encode, stored)
+        serving = cls(spec.name, engine, state, encode, stored)
+        serving.share(stored)
+        return serving
+
+    def share(self, stored: Responses) -> None:
+        """Store answers of /v1/responses there: a model's replicas share them."""
+        self._stored = stored
+        responses = getattr(self._state, "openai_serving_responses", None)
+        if responses is not None:
+            stored.keep_for(responses, _stored_answer)
 
     async def changed(self, spec: ModelSpec) -> Serving:
         """The same engine under new serving objects; requests under way keep theirs."""
@@ -351,41 +354,41 @@ class Serving:
             raise Unsupported(cannot(self.name, endpoint, self.able), param="model")
         handler = HANDLERS[endpoint]
         _asked.set(asked)
+        if "request_id" in body:  # the server's to choose: it is an answer's id, and a key
+            body = {name: value for name, value in body.items() if name != "request_id"}
         parsed = _validate(handler.request, body, endpoint)
-        with Noted() as calls:
+        owner = request.scope.get("state", {}).get("owner", "")
+        self._check_previous(parsed, owner)
+        with Noted() as calls, owned_by(owner):
             result = await self._translating(self._handled(handler, parsed, request))
+        if endpoint == "responses" and parsed.background and isinstance(result, AsyncGenerator):
+            await result.aclose()
+            result = self._stored.replay(parsed.request_id)
         express = self._express.get(endpoint)
         if express is not None and isinstance(result, AsyncGenerator):
             stream = express.carry(parsed, body, asked, request.scope, calls)
             if stream is not None:
                 return stream
         response = await self._respond(result, endpoint)
-        if getattr(parsed, "background", False) and (task := self._background_task(result)):
-            return Ongoing(response, task)
-        return response
+        task = self._stored.task(getattr(parsed, "request_id", ""))
+        return response if task is None else Ongoing(response, task)
+
+    def _check_previous(self, parsed: Any, owner: str) -> None:
+        """Raises RequestError for a response of another model or another API key."""
+        previous = getattr(parsed, "previous_response_id", None)
+        if previous is not None and not self._stored.has(previous, owner):
+            error = RequestError(
+                f"There is no stored response {quoted(previous)}.",
+                param="previous_response_id",
+                code="not_found",
+            )
+            error.status = 404
+            raise error
 
     async def _handled(self, handler: Handler, parsed: Any, request: Request) -> Any:
         method = getattr(getattr(self._state, handler.owner), handler.method)
         upload = [await read_upload_with_limit(parsed.file)] if hasattr(parsed, "file") else []
         return await method(*upload, parsed, request)
-
-    def _background_task(self, result: Any) -> asyncio.Task[Any] | None:
-        """The task that goes on with a response of `background: true`."""
-        tasks: dict[str, asyncio.Task[Any]] = self._state.openai_serving_responses.background_tasks
-        return tasks.get(getattr(result, "id", ""))
-
-    async def fetch_response(self, response_id: str, query: dict[str, Any]) -> Response:
-        """GET /v1/responses/{id}. Raises LLMServeError, 404 if it is not from this model."""
-        stored = self._state.openai_serving_responses.retrieve_responses(response_id, **query)
-        return await self._respond(await self._translating(stored), "responses")
-
-    async def cancel_response(self, response_id: str) -> Response:
-        """Cancel what runs in the background; again is no mistake."""
-        responses = self._state.openai_serving_responses
-        stored = responses.response_store.get(response_id)
-        if stored is None or stored.status != "cancelled":
-            stored = await self._translating(responses.cancel_responses(response_id))
-        return await self._respond(stored, "responses")
 
     async def _respond(self, result: Any, endpoint: str) -> Response:
         handler = HANDLERS[endpoint]
@@ -506,42 +509,6 @@ def _frontend_arguments(spec: ModelSpec, engine: Engine) -> Namespace:
     return Namespace(**vars(frontend) | vars(engine.arguments) | names)
 
 
-class Stored:
-    """A model's answers of /v1/responses, for whoever goes on with one or fetches it.
-
-    vLLM keeps each engine's for ever; these are the last ones, whichever replica gave them.
-    """
-
-    def __init__(self) -> None:
-        self._running: dict[str, asyncio.Task[Any]] = {}
-        self._stores = {
-            store: Bounded(_KEPT_RESPONSES, self._running)
-            for store in ("response_store", "msg_store", "event_store")
-        }
-        self._lock = asyncio.Lock()
-
-    def keep_for(self, responses: Any) -> None:
-        """Be the stores of a replica's OpenAIServingResponses, which has had no request yet."""
-        vars(responses).update(
-            self._stores, response_store_lock=self._lock, background_tasks=self._running
-        )
-
-
-class Bounded(OrderedDict[str, Any]):
-    """A mapping that forgets its oldest entries beyond `limit`, but none that is in `kept`."""
-
-    def __init__(self, limit: int, kept: Container[str] = ()) -> None:
-        super().__init__()
-        self._limit = limit
-        self._kept = kept
-
-    def __setitem__(self, key: str, value: Any) -> None:
-        super().__setitem__(key, value)
-        for oldest in list(islice(self, max(0, len(self) - self._limit))):
-            if oldest not in self._kept:
-                del self[oldest]
-
-
 def _default_not_limit(state: State) -> None:
     """vLLM takes a max_new_tokens of override_generation_config for a limit as well."""
     for owner in (
@@ -590,6 +557,22 @@ def _short(message: str, limit: int = 500) -> str:
 def _event_of(item: BaseModel, handler: Handler) -> bytes:
     name = getattr(item, "type", "unknown")
     return f"event: {name}\n".encode() + b"data: " + handler.content(item) + b"\n\n"
+
+
+def _stored_answer(result: Any) -> Response:
+    """A stored response, or its events again; no engine is asked."""
+    handler = HANDLERS["responses"]
+    if isinstance(result, BaseModel):
+        return Response(handler.content(result), media_type="application/json")
+    return sse.EventStream(sse.Frames(_replayed(result, handler), partial(failure, "responses")))
+
+
+async def _replayed(
+    events: AsyncGenerator[Any, None], handler: Handler
+) -> AsyncGenerator[bytes, None]:
+    async with contextlib.aclosing(events):
+        async for event in events:
+            yield _event_of(event, handler)
 
 
 def _json(content: Any) -> bytes:

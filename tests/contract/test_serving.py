@@ -410,3 +410,81 @@ def test_free_field_of_a_response_model_is_data(number: int) -> None:
         assert below is not None, key
         schema = below
     assert schema.fields[path[-1]] is None
+
+
+# --- stored responses
+
+
+def test_vllm_uses_its_stores_as_responses_offers_them() -> None:
+    import ast
+    import inspect
+
+    from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
+
+    said = "llmserve/responses.py stands for these dictionaries; look at how vLLM uses them now"
+    names = {"response_store", "msg_store", "event_store", "background_tasks"}
+    uses = [
+        (node.value.attr, node.attr)
+        for node in ast.walk(ast.parse(inspect.getsource(OpenAIServingResponses)))
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Attribute)
+        and node.value.attr in names
+    ]
+    assert set(uses) == {
+        ("response_store", "get"),
+        ("msg_store", "get"),
+        ("background_tasks", "get"),
+        ("background_tasks", "pop"),
+    }, said
+
+
+async def test_response_id_is_never_the_clients(fake: Services) -> None:
+    first = (await post(fake, "/v1/responses", input="hi", max_output_tokens=2)).json()
+    for chosen in (first["id"], "mine", 7):
+        body = {"input": "other", "max_output_tokens": 2, "request_id": chosen}
+        made = (await post(fake, "/v1/responses", **body)).json()
+        assert made["id"] not in {first["id"], chosen}
+    transport = httpx.ASGITransport(app.build(fake))
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        again = (await client.get(f"/v1/responses/{first['id']}")).json()
+    assert again["output"] == first["output"]
+
+
+async def test_response_of_another_key_cannot_be_continued(fake: Services) -> None:
+    made = (await post(fake, "/v1/responses", input="hi", max_output_tokens=2)).json()
+    more = {"input": "more", "max_output_tokens": 2, "previous_response_id": made["id"]}
+    assert (await post(fake, "/v1/responses", **more)).status_code == 200
+    entry = fake.pool.entries["chat"]
+    entry.responses._records[made["id"]].owner = "another"
+    refused = await post(fake, "/v1/responses", **more)
+    assert refused.status_code == 404
+    assert refused.json()["error"]["param"] == "previous_response_id"
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+async def test_stream_of_response_in_background_ends(fake: Services, *, cancelled: bool) -> None:
+    body = {"input": "hi", "background": True, "stream": True, "model": "chat"}
+    limit = 1500 if cancelled else 4
+    transport = httpx.ASGITransport(app.build(fake))
+    async with listening(app.build(fake)) as url, httpx.AsyncClient(timeout=30) as client:
+        asking = client.stream(
+            "POST", f"{url}/v1/responses", json=body | {"max_output_tokens": limit}
+        )
+        async with asking as reply:
+            lines = reply.aiter_lines()
+            text = [await anext(lines), await anext(lines)]
+            made = json.loads(text[1].removeprefix("data: "))["response"]
+            if cancelled:
+                await client.post(f"{url}/v1/responses/{made['id']}/cancel")
+            async with asyncio.timeout(10):
+                text += [line async for line in lines]
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as other:
+            again = await other.get(f"/v1/responses/{made['id']}?stream=true")
+            stored = (await other.get(f"/v1/responses/{made['id']}")).json()
+    names = [line for line in text if line.startswith("event: ")]
+    assert ("event: response.completed" in names) is not cancelled
+    assert names == [line for line in again.text.splitlines() if line.startswith("event: ")]
+    assert (stored["status"] == "cancelled") is cancelled
+    async with asyncio.timeout(5):
+        while fake.pool.entries["chat"].slots.in_flight:
+            await asyncio.sleep(0.02)
