@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from aiohttp.abc import ResolveResult
+    from aiohttp.tracing import Trace
 
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")  # RFC 6052: an IPv4 address in the last 32 bits
 
@@ -54,6 +55,7 @@ class GuardedConnection(HTTPConnection):
     def __init__(self, domains: frozenset[str] = frozenset()) -> None:
         super().__init__()
         self._domains = domains
+        self._async_client: aiohttp.ClientSession | None = None
 
     async def get_async_client(self) -> aiohttp.ClientSession:
         """Without a proxy, which would connect to what cannot be seen here.
@@ -84,10 +86,10 @@ class _Connector(aiohttp.TCPConnector):
         self._domains = domains
 
     async def _resolve_host(
-        self, host: str, port: int, traces: Sequence[aiohttp.TraceConfig] | None = None
+        self, host: str, port: int, traces: Sequence[Trace] | None = None
     ) -> list[ResolveResult]:
         """The addresses that are connected to; also after a redirect, and for an address."""
-        found: list[ResolveResult] = await super()._resolve_host(host, port, traces)  # type: ignore[arg-type]
+        found: list[ResolveResult] = await super()._resolve_host(host, port, traces)
         if host not in self._domains and not all(is_public(each["host"]) for each in found):
             raise VLLMValidationError(
                 f"The media URL leads to {host!r}, which is not a public address. Public addresses "
