@@ -38,10 +38,14 @@ class Schema:
         return {key: _below(annotations) for key, annotations in found.items()}
 
 
-@cache
 def schema_of(*kinds: type[BaseModel]) -> Schema:
     """That of an answer of one of these classes."""
-    return Schema(frozenset(kinds))
+    return _schema_of(frozenset(kinds))
+
+
+@cache
+def _schema_of(kinds: frozenset[type[BaseModel]]) -> Schema:
+    return Schema(kinds)
 
 
 def without_nulls(value: Any, schema: Schema | None, keep: frozenset[str]) -> Any:

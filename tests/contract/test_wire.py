@@ -140,7 +140,7 @@ async def test_outbox_with_message_that_breaks_sends_the_rest(
 ) -> None:
     with pair() as (push, pull):
         outbox, inbox = Outbox(push), inbox_of(pull)
-        outbox._now = Breaking(outbox._now)
+        outbox._now = Breaking(outbox._now)  # type: ignore[assignment]
         for message in (b"1", b"broken", b"2", b"broken", b"3"):
             await outbox.send_multipart((message,), copy=False)
         async with asyncio.timeout(5):
