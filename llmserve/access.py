@@ -50,20 +50,20 @@ def is_loopback(host: str) -> bool:
     return address.is_loopback
 
 
-def check(scope: Scope, server: ServerSpec) -> None:
-    """Let a request in, or raise Unauthorized or Forbidden.
+def check(scope: Scope, server: ServerSpec) -> bytes | None:
+    """Let a request in, or raise Unauthorized or Forbidden; the API key that it came with.
 
     The admin key opens /admin and an API key the rest. Where no key is set, a request must not
     come from a web page of another origin, and for /admin it must come from this machine.
     """
     path = scope["path"]
     if path in _OPEN:
-        return
+        return None
     headers = dict(reversed(scope["headers"]))  # of a repeated header, the first
     if is_admin(path):
         _check_operator(scope, headers, server)
     elif server.api_keys:
-        _check_key(
+        return _check_key(
             headers,
             server.api_keys,
             "No API key came; send `Authorization: Bearer KEY`.",
@@ -73,6 +73,7 @@ def check(scope: Scope, server: ServerSpec) -> None:
         _check_host(scope, headers.get(b"host", b""), server)
         if scope["method"] not in _READS:
             _check_origin(headers, server)
+    return None
 
 
 def _check_operator(scope: Scope, headers: Mapping[bytes, bytes], server: ServerSpec) -> None:
@@ -101,8 +102,8 @@ def _check_operator(scope: Scope, headers: Mapping[bytes, bytes], server: Server
 
 def _check_key(
     headers: Mapping[bytes, bytes], keys: Iterable[SecretStr], missing: str, wrong: str
-) -> None:
-    """Compare `Authorization: Bearer KEY`, or Anthropic's `x-api-key`, with all keys."""
+) -> bytes:
+    """The key of `Authorization: Bearer KEY`, or Anthropic's `x-api-key`, if it is one of these."""
     scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
     given = token.strip() if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"")
     if not given:
@@ -110,6 +111,7 @@ def _check_key(
     matches = [hmac.compare_digest(given, key.get_secret_value().encode()) for key in keys]
     if not any(matches):
         raise Unauthorized(wrong)
+    return given
 
 
 # --- this machine

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import re
@@ -240,7 +241,9 @@ class _Access:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            access.check(scope, self._services.config.server)
+            key = access.check(scope, self._services.config.server)
+            if key is not None:
+                scope["state"]["owner"] = hashlib.sha256(key).hexdigest()
         await self._app(scope, receive, send)
 
 

@@ -123,7 +123,6 @@ class VllmBackend:
         # A thread for each: an engine's constructor blocks until it is ready.
         self._threads = ThreadPoolExecutor(_STARTS, thread_name_prefix="start")
         self._imported: _Modules | None = None
-        self._stored: dict[str, Any] = {}  # by model: what its replicas share
         self._importing = asyncio.Lock()
         # Replicas wait for one download, and need no other when started again.
         self._folders: dict[Download, str] = {}
@@ -158,8 +157,7 @@ class VllmBackend:
                 reports = await engine.start_reports()
                 keep(reports)
                 clock.lap("engine", [each["seconds"] for each in reports])
-            stored = self._stored.setdefault(spec.name, modules.serving.Stored())
-            serving: Running = await modules.serving.Serving.build(placed, engine, stored)
+            serving: Running = await modules.serving.Serving.build(placed, engine)
         clock.lap("serving")
         serving.took = clock.took
         return serving

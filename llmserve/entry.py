@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from llmserve.admission import Slots
 from llmserve.dispatch import policy_of
 from llmserve.replica import STARTING, Replica, State
+from llmserve.responses import Responses
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -46,6 +47,7 @@ class Entry:
         self.slots: Slots[Wish, Lease] = Slots(
             model.name, model.spec.max_in_flight, model.spec.max_queue, self.changed
         )
+        self.responses = Responses()  # that can be fetched again, also while no engine runs
         self.policy: Policy | None = policy_of(model.spec)  # None: there is one replica
 
     def adopt(self, model: Model) -> None:

@@ -21,6 +21,7 @@ from llmserve.lease import Lease, Task, Wish
 from llmserve.life import Life
 from llmserve.replica import AT_REST, STARTING, Replica, State
 from llmserve.residency import Level
+from llmserve.responses import Archive
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable, Sequence
@@ -59,6 +60,7 @@ class Pool:
         self.leases: dict[Lease, None] = {}  # in the order in which they were given
         self.events = Events()
         self.life = Life(backend, metrics, self._changed)
+        self._archive = Archive()
         self._backend = backend
         self._metrics = metrics
         self._on_change = on_change
@@ -85,6 +87,7 @@ class Pool:
             for number in range(spec.replicas)
         ]
         entry = Entry(model, replicas, self._onward)
+        entry.responses = self._archive.of_model()
         entry.ready = tuple(each for each in replicas if each.state is State.READY)
         for replica in replicas:
             self._owner[replica] = entry
@@ -97,11 +100,14 @@ class Pool:
         if before not in (None, entry):
             if set(before.replicas) & set(entry.replicas):
                 entry.inherit(before)
+            entry.responses = before.responses
             self.leave(before)
         self.entries[entry.name] = entry
         self._metrics.in_flight.labels(entry.name).set_function(entry.slots.count)
         self._metrics.queued.labels(entry.name).set_function(entry.slots.waiting)
         for replica in entry.replicas:
+            if replica.running is not None:
+                replica.running.share(entry.responses)
             self._show(replica)
             if entry.policy is not None:
                 self._count(replica)
@@ -338,6 +344,8 @@ class Pool:
             entry.policy.forget(replica.number)
         if self.entries.get(entry.name) is entry:  # else it comes or leaves under another's name
             self._show(replica)
+        if replica.state is State.READY and replica.running is not None:
+            replica.running.share(entry.responses)
         self.events.tell(replica, before)
         log.info("model=%s state=%s", replica.name, replica.state)
         self._onward(entry)

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Iterable
 
+    from starlette.types import ASGIApp, Receive, Scope, Send
+
     from llmserve.jsontext import Buffer
     from llmserve.registry import Model, Registry
     from llmserve.replica import Running
@@ -72,12 +74,15 @@ def last_event(endpoint: str, body: dict[str, Any]) -> bytes:
     return sse.event(body) + sse.DONE
 
 
-class Ongoing(Response):
+class Ongoing:
     """An answer that is out before the work for it is done; `task` does the rest."""
 
-    def __init__(self, response: Response, task: asyncio.Task[Any]) -> None:
-        super().__init__(response.body, response.status_code, media_type=response.media_type)
+    def __init__(self, answer: ASGIApp, task: asyncio.Task[Any]) -> None:
+        self._answer = answer
         self.task = task
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._answer(scope, receive, send)
 
 
 def error_body(error: LLMServeError) -> dict[str, Any]:
@@ -147,18 +152,6 @@ def model_card(name: str, model: Model, created: int, running: Running | None) -
         card["max_model_len"] = running.max_model_len
         card["endpoints"] = sorted(running.able)
     return card
-
-
-def without_nulls(value: Any, keep: frozenset[str] = frozenset()) -> Any:
-    """`value` without keys that are null, except those whose name is in `keep`.
-
-    OpenAI's schemas allow null only where they say so; strict clients refuse others.
-    """
-    if isinstance(value, dict):
-        return {k: without_nulls(v, keep) for k, v in value.items() if v is not None or k in keep}
-    if isinstance(value, list):
-        return [without_nulls(v, keep) for v in value]
-    return value
 
 
 def describe_path(loc: Iterable[int | str], body: Any) -> str:

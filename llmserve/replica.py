@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
     from prometheus_client import CollectorRegistry
     from starlette.requests import Request
-    from starlette.responses import Response
     from starlette.types import ASGIApp, Scope
 
     from llmserve.config import Config, ModelSpec
     from llmserve.registry import Model
     from llmserve.residency import Takes
+    from llmserve.responses import Responses
 
 
 class State(StrEnum):
@@ -81,11 +81,10 @@ class Running(Protocol):
     async def call(
         self, endpoint: str, body: dict[str, Any], asked: str, request: Request
     ) -> ASGIApp: ...
-    async def fetch_response(self, response_id: str, query: dict[str, Any]) -> Response:
-        """Any replica of the model has it, whichever made it."""
+    def share(self, stored: Responses) -> None:
+        """Store answers of /v1/responses there; before its first request."""
         ...
 
-    async def cancel_response(self, response_id: str) -> Response: ...
     async def responds(self, within_s: float) -> bool:
         """Whether its engine answers a question that it can answer between two steps."""
         ...

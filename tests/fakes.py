@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import orjson
@@ -14,7 +15,7 @@ from prometheus_client import CollectorRegistry
 from starlette.responses import Response
 
 from llmserve.config import ModelSpec
-from llmserve.errors import LLMServeError, RequestError, StartupError
+from llmserve.errors import LLMServeError, StartupError
 from llmserve.protocol import ENDPOINTS
 from llmserve.residency import Level
 from llmserve.sse import EventStream, Frames
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from llmserve.config import Config
     from llmserve.replica import Running, State
     from llmserve.residency import Takes
+    from llmserve.responses import Responses
 
 
 class Gate:
@@ -108,6 +110,11 @@ def failing(error: Exception) -> Answer:
     return answer
 
 
+def written(stored: Any) -> Response:
+    """A stored response as an answer."""
+    return Response(orjson.dumps(vars(stored)), media_type="application/json")
+
+
 class FakeRunning:
     """A running model. Its `answer` can be changed at any time."""
 
@@ -119,7 +126,7 @@ class FakeRunning:
         self.registry = CollectorRegistry()
         self.answer = answer or plain()
         self.calls: list[Call] = []
-        self.responses: dict[str, dict[str, Any]] = {}
+        self.handler: Any = SimpleNamespace()
         self.stopped = 0
         self.hangs = False
         self.stop_gate: Gate | None = None
@@ -144,18 +151,9 @@ class FakeRunning:
         self.calls.append(call)
         return await self.answer(call)
 
-    async def fetch_response(self, response_id: str, query: dict[str, Any]) -> Response:
-        return self._stored(response_id, query)
-
-    async def cancel_response(self, response_id: str) -> Response:
-        return self._stored(response_id, {"cancelled": True})
-
-    def _stored(self, response_id: str, more: dict[str, Any]) -> Response:
-        if response_id not in self.responses:
-            error = RequestError("no such response")
-            error.status = 404
-            raise error
-        return Response(orjson.dumps(self.responses[response_id] | more))
+    def share(self, stored: Responses) -> None:
+        """As vLLM's handler stores answers: its dictionaries stay, those behind them change."""
+        stored.keep_for(self.handler, written)
 
     async def responds(self, within_s: float) -> bool:
         if self.hangs:

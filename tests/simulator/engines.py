@@ -195,6 +195,9 @@ class Running:
     def coming(self) -> AbstractContextManager[None]:
         return nullcontext()
 
+    def share(self, stored: Any) -> None:
+        pass
+
     def express(self, *_: Any) -> None:
         return None
 
@@ -274,7 +277,6 @@ class Fleet:
         self.died: Callable[[str], None] = lambda _: None  # called with the name of the model
         # As the modules `engine` and `serving` and the launcher.
         self.Serving = self
-        self.Stored = dict
 
     def alive(self) -> list[Engine]:
         return [engine for engine in self.engines if engine.alive]
@@ -322,8 +324,8 @@ class Fleet:
             raise FileNotFoundError("the log was renamed")
         return self.weather.chance.choice((None, "loading", "warming"))
 
-    async def build(self, spec: ModelSpec, engine: Engine, stored: Any = None) -> Running:
-        del spec, stored
+    async def build(self, spec: ModelSpec, engine: Engine) -> Running:
+        del spec
         await asyncio.sleep(0.3)
         if self.weather.strikes(0.5):
             raise RuntimeError("a template that cannot be used")

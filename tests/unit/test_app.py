@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
@@ -19,6 +21,8 @@ from llmserve.pool import Pool
 from llmserve.protocol import ENDPOINTS
 from llmserve.registry import Registry
 from llmserve.replica import State
+from llmserve.residency import Level
+from llmserve.responses import owned_by
 from llmserve.routes import Services
 from llmserve.sse import DONE, EventStream, Frames, event
 from tests.fakes import (
@@ -756,14 +760,44 @@ async def test_the_version_is_the_package_s() -> None:
 @pytest.mark.parametrize("holder", ["chat", "embed"])
 async def test_a_stored_response_is_found_whichever_model_gave_it(holder: str) -> None:
     async with asgi() as box:
-        box.backend.running(holder).responses["r1"] = {"id": "r1"}
-        got = await box.client.get("/v1/responses/r1?stream=true&starting_after=4")
+        store_response(box, holder)
+        got = await box.client.get("/v1/responses/r1")
         cancelled = await box.client.post("/v1/responses/r1/cancel")
+        unstreamed = await box.client.get("/v1/responses/r1?stream=true&starting_after=4")
         missing = await box.client.get("/v1/responses/r2")
-    assert got.json() == {"id": "r1", "stream": True, "starting_after": 4}
-    assert cancelled.json()["cancelled"] is True
+    assert got.json() == {"id": "r1", "status": "queued"}
+    assert cancelled.json() == {"id": "r1", "status": "cancelled"}
+    assert unstreamed.status_code == 400
     assert missing.status_code == 404
     assert error_of(missing)["code"] == "not_found"
+
+
+def store_response(box: Any, holder: str, owner: str = "") -> None:
+    handler = box.backend.running(holder).handler
+    with owned_by(owner):
+        handler.response_store["r1"] = SimpleNamespace(id="r1", status="queued")
+
+
+async def test_stored_response_of_stopped_model_is_found() -> None:
+    async with asgi() as box:
+        store_response(box, "chat")
+        (replica,) = box.pool.entries["chat"].replicas
+        await box.pool.life.rest(replica, Level.STOPPED)
+        assert replica.running is None
+        got = await box.client.get("/v1/responses/r1")
+    assert got.json() == {"id": "r1", "status": "queued"}
+
+
+async def test_stored_response_of_another_key_is_not_found() -> None:
+    keys = {"a": {"authorization": "Bearer a"}, "b": {"authorization": "Bearer b"}}
+    async with asgi(server=ServerSpec(api_keys=("a", "b"))) as box:
+        store_response(box, "chat", hashlib.sha256(b"a").hexdigest())
+        for key, status in (("a", 200), ("b", 404)):
+            got = await box.client.get("/v1/responses/r1", headers=keys[key])
+            assert got.status_code == status
+        cancelling = "/v1/responses/r1/cancel"
+        assert (await box.client.post(cancelling, headers=keys["b"])).status_code == 404
+        assert (await box.client.post(cancelling, headers=keys["a"])).status_code == 200
 
 
 # --- figures

@@ -119,7 +119,7 @@ class FakeVllm:
     refuses: bool = False  # to build what serves
     launched: list[tuple[ModelSpec, int]] = field(default_factory=list)
     sleeping: list[bool] = field(default_factory=list)  # whether launched so that it can
-    built: list[tuple[ModelSpec, Any]] = field(default_factory=list)
+    built: list[ModelSpec] = field(default_factory=list)
 
     def modules(self, folder: Path) -> _Modules:
         def start(spec: ModelSpec, number: int, *, sleeps: bool) -> FakeEngine:
@@ -127,8 +127,8 @@ class FakeVllm:
             self.sleeping.append(sleeps)
             return self.engine
 
-        async def build(spec: ModelSpec, engine: FakeEngine, stored: object) -> SimpleNamespace:
-            self.built.append((spec, stored))
+        async def build(spec: ModelSpec, engine: FakeEngine) -> SimpleNamespace:
+            self.built.append(spec)
             if self.refuses:
                 raise ValueError("no such template")
             return SimpleNamespace(engine=engine, took={})
@@ -138,7 +138,7 @@ class FakeVllm:
 
         return _Modules(
             engine=SimpleNamespace(phase_of=lambda log: None, cause_of=cause_of),
-            serving=SimpleNamespace(Stored=object, Serving=SimpleNamespace(build=build)),
+            serving=SimpleNamespace(Serving=SimpleNamespace(build=build)),
             launcher=SimpleNamespace(
                 log_of=lambda spec, number: folder / f"{spec.name}.log", start=start
             ),
@@ -199,7 +199,7 @@ async def test_a_replica_starts_on_the_gpus_of_the_plan(tmp_path: Path) -> None:
     running: Any = await soon(vllm.backend(tmp_path, space).start(wanted, 1, nothing))
     assert running.engine is vllm.engine
     ((launched, number),) = vllm.launched
-    ((built, _),) = vllm.built
+    (built,) = vllm.built
     assert (launched.devices, number, built.devices) == ((1,), 1, (1,))
     assert space.events == ["chat/1 in", "chat/1 out"]
     assert space.reports == [vllm.engine.reports]
@@ -339,12 +339,3 @@ async def test_a_log_that_cannot_be_read_fails_no_start(
     backend._imported.engine.phase_of = renamed
     running: Any = await soon(backend.start(spec(), 0, nothing))
     assert running.engine is vllm.engine
-
-
-async def test_replicas_share_what_is_stored_and_models_do_not(tmp_path: Path) -> None:
-    vllm = FakeVllm()
-    backend = vllm.backend(tmp_path, FakeSpace())
-    for name, number in (("a", 0), ("a", 1), ("b", 0)):
-        await soon(backend.start(spec(name, replicas=2), number, nothing))
-    first, second, other = (stored for _, stored in vllm.built)
-    assert first is second is not other
