@@ -6,6 +6,7 @@ import ast
 import inspect
 import itertools
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -781,9 +782,11 @@ def engine(executor: Any) -> Any:
 
     from llmserve.engine import Engine
     from llmserve.stats import Figures
+    from llmserve.tether import Tether
 
     client: Any = Client(executor)
-    return Engine(client, AsyncEngineArgs(model="m", enable_sleep_mode=True), Figures("chat"))
+    arguments = AsyncEngineArgs(model="m", enable_sleep_mode=True)
+    return Engine(client, arguments, Figures("chat"), Tether(), Path("model-chat.log"))
 
 
 SLEEP, WAKE = "sleep", "wake_up"
