@@ -157,11 +157,11 @@ def test_a_required_model_that_cannot_start_ends_the_server(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-@pytest.mark.parametrize("after_s", [0.0, 0.3, 1.5, 4.0, 9.0])
+@pytest.mark.parametrize("after_s", [0.0, 1.5, 6.0])
 def test_a_server_killed_at_any_moment_leaves_nothing(
     tmp_path: Path, after_s: float, how: signal.Signals
 ) -> None:
-    """Twice as often as it matters: an engine's process is young, imports, shakes hands, loads."""
+    """The process of its engine is young, imports, or loads."""
     with Server(write_registry(tmp_path, models={"chat": SMALL})) as server:
         server.wait_for("chat: loading")
         until(lambda: bool(server.family()), within_s=60)
