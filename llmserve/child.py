@@ -1,20 +1,14 @@
 """Runs first in every process that vLLM starts (entry point `vllm.general_plugins`).
 
-An engine core gets a process group of its own, so that Ctrl-C in the terminal reaches
-the server alone and running requests can finish; it writes into its model's log file;
-and it ends when the server has ended, however that happened.
+An engine core and its workers write into their model's log file, and see their own GPUs only.
+That they end with the server is `llmserve.tether`'s, which comes before this.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import multiprocessing
 import os
-import signal
-import threading
-import time
-from multiprocessing import connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -24,57 +18,16 @@ from llmserve.environment import LOG_DIR
 if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
 
-_GUARD_LOOK_S = 0.5
-
-
-class Guard:
-    """Among what a process passes on to those it spawns: they end when it has ended.
-
-    It is unpickled before the spawned process imports its target, which takes vLLM's engine
-    core some ten seconds, and long before vLLM loads plugins.
-    """
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _guarded, (os.getpid(),)
-
-
-def guard() -> None:
-    """From now on, whatever this process spawns ends with it, and so on below.
-
-    A process's `_config` is copied to each that it makes (multiprocessing/process.py,
-    BaseProcess.__init__), and is the first of its attributes that need unpickling.
-    """
-    config: dict[str, Any] = multiprocessing.current_process()._config  # type: ignore[attr-defined]  # noqa: SLF001
-    config["llmserve"] = Guard()
-
-
-def _guarded(parent: int) -> Guard:
-    threading.Thread(target=_end_without, args=(parent,), daemon=True, name="guard").start()
-    return Guard()
-
-
-def _end_without(parent: int) -> None:
-    """SIGKILL, to this process's group if it leads one, once its parent is another."""
-    while os.getppid() == parent:
-        time.sleep(_GUARD_LOOK_S)
-    if os.getpgid(0) == os.getpid():
-        os.killpg(0, signal.SIGKILL)
-    os.kill(os.getpid(), signal.SIGKILL)
-
 
 def enter() -> None:
-    parent = multiprocessing.parent_process()
     config = _config_of(multiprocessing.current_process())
-    if parent is None or config is None or LOG_DIR not in os.environ:
-        return  # the server itself, or a worker, which inherits all this from its core
+    if config is None or LOG_DIR not in os.environ:
+        return  # the server itself
     _see_only_own_gpus(config)
     replica = _replica_of(config.instance_id)
     file = log_file(Path(os.environ[LOG_DIR]), config.model_config.served_model_name, replica)
-    with contextlib.suppress(PermissionError):  # it leads its group already
-        os.setpgid(0, 0)
     _write_to(file)
     _log_again(config)
-    threading.Thread(target=_end_with, args=(parent,), daemon=True, name="parent-watch").start()
 
 
 def _see_only_own_gpus(config: Any) -> None:
@@ -137,8 +90,3 @@ def _write_to(file: Path) -> None:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.close(descriptor)
-
-
-def _end_with(parent: BaseProcess) -> None:
-    connection.wait([parent.sentinel])
-    os.killpg(os.getpgid(0), 9)

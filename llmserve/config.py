@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -148,15 +148,6 @@ class IdleSpec(_Spec):
         return self
 
 
-class Download(NamedTuple):
-    """A repository of the hub at a revision, and the cache that it comes into."""
-
-    repo: str
-    revision: str | None
-    cache_dir: str | None
-    token: str | bool | None
-
-
 class ModelSpec(_Spec):
     """One entry of `models:`, `defaults:` merged in."""
 
@@ -274,17 +265,6 @@ class ModelSpec(_Spec):
         """What has to come from the hub: the model, adapters."""
         sources = (self.model, *self.loras.values())
         return tuple(source for source in sources if not Path(source).is_absolute())
-
-    @property
-    def downloads(self) -> tuple[Download, ...]:
-        """The same, with all that decides which files come and where they lie."""
-        folder, token = self.engine.get("download_dir"), self.engine.get("hf_token")
-        return tuple(
-            Download(
-                repo, self.engine.get("revision") if repo == self.model else None, folder, token
-            )
-            for repo in self.hub_names
-        )
 
     @property
     def names(self) -> tuple[str, ...]:

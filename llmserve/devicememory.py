@@ -82,13 +82,15 @@ class CudaMemory:
         return found
 
     def map(self, handles: Sequence[HandleType]) -> None:
-        used = self._pages.map(handles, self._may_pass)
+        imported = self._pages.map(handles, self._may_pass)
         try:
-            for start, size in used:
+            for start, size in imported:
                 # Another model's cache could be NaN to this one.
                 error = self._begin_to_clear(start, 0, size, self._stream.cuda_stream)
                 self._cudart.CUDART_CHECK(error)
-        except BaseException:  # it sleeps on, with nothing mapped
+        except BaseException:
+            with contextlib.suppress(RuntimeError):  # what is being cleared stays mapped so long
+                self.copied()
             self.unmap(handles)
             raise
 
@@ -134,7 +136,7 @@ class Pages:
     def map(
         self, handles: Sequence[HandleType], may_pass: Callable[[int], bool]
     ) -> list[tuple[int, int]]:
-        """All of them, or none; where what another left lies, and how many bytes of it.
+        """All of them, or none; where another's pages lie, and how many bytes of them.
 
         `may_pass` says of an address whether what lies there may go to another engine. Raises
         RuntimeError.
@@ -142,24 +144,26 @@ class Pages:
         in_pages = {address for _, _, address, _ in handles if self._in_pages and may_pass(address)}
         wanted = sum(size // PAGE_BYTES for _, size, at, _ in handles if at in in_pages)
         taken = handover.take(self._gpu, wanted)
-        used: list[tuple[int, int]] = []
+        imported: list[tuple[int, int]] = []
         done: list[HandleType] = []
         try:
             for handle in handles:
                 _, size, address, _ = handle
                 if address in in_pages and size >= PAGE_BYTES:
-                    used.append((address, self._map_pages(handle, taken) * PAGE_BYTES))
+                    imported.append((address, self._map_pages(handle, taken)))
                 else:
                     self._map_whole(handle)
                 done.append(handle)
-        except RuntimeError:
-            self.unmap(done)
-            handover.give(self._gpu, taken)
+        except BaseException:
+            try:
+                self.unmap(done)
+            finally:
+                handover.give(self._gpu, taken)
             raise
-        return [(start, size) for start, size in used if size]
+        return [(start, size) for start, size in imported if size]
 
     def _map_pages(self, handle: HandleType, taken: list[int]) -> int:
-        """How many pages, from the first on, are another engine's."""
+        """How many bytes, from the first on, are in pages of another: those are used first."""
         _, size, address, pointer = handle
         pages: list[int] = []
         mapped = imported = 0
@@ -167,14 +171,14 @@ class Pages:
         try:
             while mapped < size:
                 length = min(PAGE_BYTES, size - mapped)
-                page = self._import(taken, pages) if length == PAGE_BYTES else None
-                if page is None:
-                    page = self._create(length, pages)
+                page = self._imported(taken, pages) if length == PAGE_BYTES else None
+                if page is not None:
+                    imported += length
                 else:
-                    imported += 1
+                    page = self._created(length, pages)
                 try:
                     self._driver.map(address + mapped, length, page)
-                except RuntimeError:
+                except BaseException:
                     self._driver.release(page)
                     raise
                 if mapped:
@@ -183,7 +187,7 @@ class Pages:
                     first.value = page
                 mapped += length
             self._driver.allow(address, size)
-        except RuntimeError:
+        except BaseException:
             if mapped:
                 self._driver.unmap(address, mapped)
                 self._driver.release(first.value)
@@ -192,8 +196,8 @@ class Pages:
         self._mapped[address] = pages
         return imported
 
-    def _import(self, taken: list[int], pages: list[int]) -> int | None:
-        """A handle of a page that was taken; its descriptor goes to `pages`."""
+    def _imported(self, taken: list[int], pages: list[int]) -> int | None:
+        """A handle of one of the pages taken, whose descriptor goes to `pages`."""
         while taken:
             with contextlib.suppress(RuntimeError):  # it is not to be had any more
                 page = self._driver.of(taken[-1])
@@ -202,7 +206,7 @@ class Pages:
             os.close(taken.pop())
         return None
 
-    def _create(self, length: int, pages: list[int]) -> int:
+    def _created(self, length: int, pages: list[int]) -> int:
         """A handle of new memory; its descriptor goes to `pages` if it is a whole page."""
         if length < PAGE_BYTES:
             return self._driver.create(length, shared=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import huggingface_hub
 from huggingface_hub import errors, snapshot_download
@@ -14,7 +14,7 @@ from llmserve.errors import StartupError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from llmserve.config import Download
+    from llmserve.config import ModelSpec
     from llmserve.errors import LLMServeError
 
 _HUB_TIMEOUT_S = 10
@@ -27,11 +27,37 @@ _BESIDE_WEIGHTS = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken"
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt")  # in vLLM's order of preference
 
 
-def download(wanted: Download, progress: Callable[[int, int], None]) -> str:
-    """Bring a model or adapter into the cache that vLLM reads; its folder. Blocks.
+class Wanted(NamedTuple):
+    """A repository of the hub, and all that decides which folder it becomes."""
 
-    `progress` gets bytes done and bytes in all. HF_TOKEN, HF_HOME and HF_HUB_OFFLINE hold as
-    in vLLM.
+    repo: str
+    revision: str | None
+    cache_dir: str | None
+    token: str | bool | None
+
+    @classmethod
+    def of(cls, spec: ModelSpec) -> tuple[Wanted, ...]:
+        """The model and its adapters, as far as they are on the hub.
+
+        `download_dir`, `revision` and `hf_token` of `engine:` hold as in vLLM.
+        """
+        engine = spec.engine
+        return tuple(
+            cls(
+                repo,
+                engine.get("revision") if repo == spec.model else None,
+                engine.get("download_dir"),
+                engine.get("hf_token"),
+            )
+            for repo in spec.hub_names
+        )
+
+
+def download(wanted: Wanted, progress: Callable[[int, int], None]) -> str:
+    """Bring a repository into the cache that vLLM reads; its folder there. Blocks.
+
+    `progress` gets bytes done and bytes in all. HF_TOKEN, HF_HOME and HF_HUB_OFFLINE hold
+    as in vLLM.
 
     Raises StartupError with the cause in one line.
     """
@@ -67,14 +93,13 @@ def told(repo: str, revision: str | None, raised: Callable[[str], LLMServeError]
     raise raised(f"{repo} {cause}") from None
 
 
-def _fetch(wanted: Download, progress: Callable[[int, int], None]) -> str:
-    repo, revision, cache_dir, token = wanted
-    files = _files_of(repo, revision, token)
+def _fetch(wanted: Wanted, progress: Callable[[int, int], None]) -> str:
+    files = _files_of(wanted.repo, wanted.revision, wanted.token)
     folder: str = snapshot_download(
-        repo,
-        revision=revision,
-        cache_dir=cache_dir,
-        token=token,
+        wanted.repo,
+        revision=wanted.revision,
+        cache_dir=wanted.cache_dir,
+        token=wanted.token,
         local_files_only=files is None,  # which weights there are is then vLLM's to find
         allow_patterns=[*_BESIDE_WEIGHTS, *([] if files is None else [_weights_of(files)])],
         ignore_patterns=["original/**", "*.onnx", "*.gguf"],

@@ -80,6 +80,7 @@ from llmserve.stream import FIRST_S
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from prometheus_client import CollectorRegistry
     from starlette.requests import Request
@@ -251,9 +252,10 @@ class Serving:
     async def _of(
         cls, spec: ModelSpec, engine: Engine, stored: Responses, encode: Encode | None
     ) -> Serving:
-        tasks = await engine.client.get_supported_tasks()
         state = State()
-        await init_app_state(engine.client, state, _frontend_arguments(spec, engine), tasks)
+        async with engine.within("answer its tasks"):
+            tasks = await engine.client.get_supported_tasks()
+            await init_app_state(engine.client, state, _frontend_arguments(spec, engine), tasks)
         # init_app_state makes this object itself; no argument of it sets the class.
         state.openai_serving_models.__class__ = PublicNames
         if spec.sampling.max_tokens is not None:
@@ -299,7 +301,11 @@ class Serving:
 
     @property
     def dead(self) -> bool:
-        return bool(self.engine.client.errored)
+        return self.engine.dead
+
+    @property
+    def log(self) -> Path:
+        return self.engine.log
 
     @property
     def registry(self) -> CollectorRegistry:
@@ -331,7 +337,7 @@ class Serving:
     async def stop(self) -> None:
         if (handler := self.engine.client.output_handler) is not None:
             handler.cancel()  # else it reports the end of its engine as a failure
-        await asyncio.to_thread(self.engine.stop)
+        await self.engine.end()
         garbage.look_soon()
 
     def coming(self) -> contextlib.AbstractContextManager[None]:

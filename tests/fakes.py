@@ -137,6 +137,7 @@ class FakeRunning:
         self.wake_error: LLMServeError | None = None
         self.prepared = 0
         self.pid = 4242
+        self.log = Path("/logs/model-chat.log")
 
     def coming(self) -> AbstractContextManager[None]:
         return nullcontext()

@@ -110,7 +110,7 @@ def test_engine_cores_are_given_their_config_as_a_keyword() -> None:
 def test_the_cause_of_a_failed_start_comes_from_the_engines_log(
     log: str, cause: str, tmp_path: Path
 ) -> None:
-    from llmserve.engine import cause_of
+    from llmserve.startlog import cause_of
 
     file = tmp_path / "chat.log"
     file.write_text(log)

@@ -6,6 +6,7 @@ import ast
 import inspect
 import itertools
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -198,6 +199,34 @@ def prepared(copies: HostCopies) -> None:
     copies.prepare()
     while not copies.prepared():
         threading.Event().wait(0.001)
+
+
+@pytest.mark.parametrize("fails", ["copy", "copied"])
+@pytest.mark.parametrize("good", [0, 1, 2])
+def test_a_wake_whose_copy_fails_leaves_nothing_mapped(
+    memory: Memory, copies: HostCopies, monkeypatch: pytest.MonkeyPatch, fails: str, good: int
+) -> None:
+    """So that it sleeps on, and each later wake maps over nothing."""
+    before = contents(memory, "weights", "runtime")
+    copies.suspend()
+    assert not memory.mapped
+    real, calls = getattr(memory, fails), itertools.count()
+
+    def failing(*arguments: Any) -> None:
+        if next(calls) == good:
+            raise RuntimeError("CUDART error: 700")
+        real(*arguments)
+
+    monkeypatch.setattr(memory, fails, failing)
+    if fails == "copy" or good == 0:
+        with pytest.raises(RuntimeError, match="700"):
+            copies.resume()
+        assert not memory.mapped
+        assert all(data.is_asleep for data in memory.found.values())
+        monkeypatch.undo()
+        monkeypatch.setattr("llmserve.hostcopy.BUFFER_BYTES", 64)
+    copies.resume()
+    assert contents(memory, "weights", "runtime") == before
 
 
 def test_all_that_is_kept_comes_back(memory: Memory, copies: HostCopies) -> None:
@@ -781,9 +810,11 @@ def engine(executor: Any) -> Any:
 
     from llmserve.engine import Engine
     from llmserve.stats import Figures
+    from llmserve.tether import Tether
 
     client: Any = Client(executor)
-    return Engine(client, AsyncEngineArgs(model="m", enable_sleep_mode=True), Figures("chat"))
+    arguments = AsyncEngineArgs(model="m", enable_sleep_mode=True)
+    return Engine(client, arguments, Figures("chat"), Tether(), Path("model-chat.log"))
 
 
 SLEEP, WAKE = "sleep", "wake_up"

@@ -90,7 +90,8 @@ class Memory:
 class Engine:
     """An engine's process."""
 
-    def __init__(self, fleet: Fleet, spec: ModelSpec, *, sleeps: bool) -> None:
+    def __init__(self, fleet: Fleet, spec: ModelSpec, tether: Tether, *, sleeps: bool) -> None:
+        tether.engine = self
         self.spec = spec
         self.sleeps = sleeps
         self.dead = False  # as its client knows
@@ -162,6 +163,21 @@ class Engine:
         """Blocks: the loop lets it take its time."""
         self.alive = False
         self.dead = True
+
+
+class Tether:
+    """What ends an engine's processes, also while they start."""
+
+    pids = ()
+
+    def __init__(self) -> None:
+        self.engine: Engine | None = None
+        self.is_cut = False
+
+    def cut(self) -> None:
+        self.is_cut = True
+        if self.engine is not None and self.engine.alive:
+            self.engine.die()
 
 
 def _finish(future: asyncio.Future[None]) -> None:
@@ -275,8 +291,7 @@ class Fleet:
         self.most = 0  # that engines held at the same time
         memory.count = self.count
         self.died: Callable[[str], None] = lambda _: None  # called with the name of the model
-        # As the modules `engine` and `serving` and the launcher.
-        self.Serving = self
+        self.Serving = self  # as the module `serving`
 
     def alive(self) -> list[Engine]:
         return [engine for engine in self.engines if engine.alive]
@@ -287,16 +302,21 @@ class Fleet:
 
     # --- the launcher
 
-    def start(self, spec: ModelSpec, number: int, *, sleeps: bool) -> Engine:
+    def tether(self) -> Tether:
+        if self.stopped:
+            raise StartupError("the server is stopping")
+        return Tether()
+
+    def start(self, spec: ModelSpec, number: int, *, sleeps: bool, tether: Tether) -> Engine:
         """At the end of the seconds that the thread takes."""
         self.memory.starting.pop(f"{spec.name}/{number}", None)
-        if self.stopped:
+        if self.stopped or tether.is_cut:
             raise StartupError("the server is stopping")
         if self.weather.strikes():
             raise StartupError("no memory left")
         if self.weather.strikes(0.3):
             raise ValueError("unforeseen by the launcher")
-        engine = Engine(self, spec, sleeps=sleeps)
+        engine = Engine(self, spec, tether, sleeps=sleeps)
         self.engines.append(engine)
         self.count()
         return engine
@@ -304,25 +324,12 @@ class Fleet:
     def start_s(self) -> float:
         return self.weather.chance.choice((0.5, 3.0, 10.0, 40.0)) * self.weather.chance.random()
 
-    def log_of(self, spec: ModelSpec, number: int) -> Path:
-        return Path(f"/logs/{spec.name}+{number}")
-
     def stop(self) -> None:
         self.stopped = True
         for engine in self.alive():
             engine.die()
 
     # --- the modules
-
-    def cause_of(self, error: BaseException, log: Path) -> str:
-        del log
-        return f"{type(error).__name__}: {error}"
-
-    def phase_of(self, log: Path) -> str | None:
-        del log
-        if self.weather.strikes():
-            raise FileNotFoundError("the log was renamed")
-        return self.weather.chance.choice((None, "loading", "warming"))
 
     async def build(self, spec: ModelSpec, engine: Engine) -> Running:
         del spec

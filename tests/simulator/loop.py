@@ -7,6 +7,7 @@ import contextlib
 import gc
 import heapq
 import time
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
@@ -121,6 +122,9 @@ class SimulatedLoop(asyncio.BaseEventLoop):
             if not future.done():
                 future.set_result(result)
 
+    def seconds_of(self, func: Any) -> float:
+        return self._thread_s(func)
+
     def call_soon_threadsafe(self, callback: Any, *args: Any, context: Any = None) -> Any:
         return self.call_soon(callback, *args, context=context)
 
@@ -132,6 +136,35 @@ class SimulatedLoop(asyncio.BaseEventLoop):
 
     async def shutdown_default_executor(self, timeout: float | None = None) -> None:  # noqa: ASYNC109
         del timeout
+
+
+class SimulatedThreads:
+    """As an executor of the loop's threads; a call that waits for another's result gets it."""
+
+    def __init__(self, loop: SimulatedLoop) -> None:
+        self._loop = loop
+
+    def submit(self, func: Any, *args: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_running_or_notify_cancel()
+        awaited = [each for each in args if isinstance(each, Future)]
+        if awaited:
+            awaited[0].add_done_callback(lambda _: self._begin(future, func, args))
+        else:
+            self._begin(future, func, args)
+        return future
+
+    def _begin(self, future: Future[Any], func: Any, args: tuple[Any, ...]) -> None:
+        seconds = self._loop.seconds_of(func)
+        self._loop.call_later(seconds, self._run, future, func, args)
+
+    def _run(self, future: Future[Any], func: Any, args: tuple[Any, ...]) -> None:
+        try:
+            result = func(*args)
+        except Exception as error:
+            future.set_exception(error)
+        else:
+            future.set_result(result)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import random
 from collections import Counter
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import orjson
 from sse_starlette.sse import _get_shutdown_state
@@ -27,10 +27,11 @@ from llmserve.residency import Level
 from llmserve.routes import Services
 from llmserve.watch import Watch
 from tests.simulator.engines import Fleet, Memory, Weather
-from tests.simulator.loop import SimulatedLoop, Stuck, virtual_time
+from tests.simulator.loop import SimulatedLoop, SimulatedThreads, Stuck, virtual_time
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
+    from concurrent.futures import ThreadPoolExecutor
 
     from llmserve.replica import Replica
 
@@ -159,7 +160,8 @@ class World:
         metrics = Metrics()
         backend = VllmBackend(Path("/logs"), self.memory)
         fleet: Any = self.fleet
-        backend._imported = _Modules(fleet, fleet, fleet)
+        backend._imported = _Modules(fleet, fleet)
+        backend._threads = cast("ThreadPoolExecutor", SimulatedThreads(self.loop))
         self.pool = Pool(Registry(self.config.models), backend, metrics, self._on_change)
         self.control = Control(self.config, self.pool, backend, self._changed, self._adopted)
         self.services = Services(self.config, self.pool, metrics, self.control)

@@ -1,12 +1,8 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from llmserve import child
@@ -42,61 +38,6 @@ def test_an_engine_core_knows_which_replica_it_is(instance: str) -> None:
 @pytest.mark.parametrize("instance", ["1712345678", "0f3ab_dp1"], ids=["alone", "vLLM's others"])
 def test_an_engine_core_without_siblings_has_no_number(instance: str) -> None:
     assert child._replica_of(instance) is None
-
-
-PARENT = """
-import multiprocessing, sys
-from llmserve import child
-
-if __name__ == "__main__":
-    child.guard()
-    spawned = multiprocessing.get_context("spawn").Process(target=__import__(sys.argv[1]).work)
-    spawned.start()
-    print(spawned.pid, flush=True)
-    spawned.join()
-"""
-SLOW = """
-import multiprocessing, time
-
-if multiprocessing.current_process().name != "MainProcess":
-    time.sleep(60)  # as vLLM's imports
-
-def work() -> None:
-    raise AssertionError("it should have ended while it imported this")
-"""
-
-
-def test_a_spawned_process_ends_with_a_server_killed_early(tmp_path: Path) -> None:
-    """Also while it imports what it is to run, before any of that can look after it."""
-    (tmp_path / "parent.py").write_text(PARENT)
-    (tmp_path / "slow.py").write_text(SLOW)
-    path = os.pathsep.join([str(tmp_path), str(Path(child.__file__).parents[1])])
-    server = subprocess.Popen(
-        [sys.executable, str(tmp_path / "parent.py"), "slow"],
-        stdout=subprocess.PIPE,
-        env=os.environ | {"PYTHONPATH": path},
-        start_new_session=True,
-    )
-    assert server.stdout is not None
-    spawned = psutil.Process(int(server.stdout.readline()))
-    try:
-        until_guarded(spawned)
-        server.kill()
-        server.wait()
-        _, alive = psutil.wait_procs([spawned], timeout=20)
-        assert not alive
-    finally:
-        server.stdout.close()
-        if spawned.is_running():
-            spawned.kill()
-
-
-def until_guarded(process: psutil.Process) -> None:
-    """A thread of its own, beside the one that imports."""
-    end = time.monotonic() + 20
-    while process.num_threads() < 2:
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def test_the_server_s_own_process_stays_as_it_is() -> None:
