@@ -162,7 +162,7 @@ class FakeVllm:
     refuses: bool = False  # to build what serves
     launched: list[tuple[ModelSpec, int]] = field(default_factory=list)
     sleeping: list[bool] = field(default_factory=list)  # whether launched so that it can
-    built: list[tuple[ModelSpec, Any]] = field(default_factory=list)
+    built: list[ModelSpec] = field(default_factory=list)
 
     building: Callable[[], Awaitable[None]] = turn
     launching: Callable[[FakeTether], None] = lambda _: None  # what a start does
@@ -180,15 +180,15 @@ class FakeVllm:
             self.tethers.append(FakeTether())
             return self.tethers[-1]
 
-        async def build(spec: ModelSpec, engine: FakeEngine, stored: object) -> SimpleNamespace:
+        async def build(spec: ModelSpec, engine: FakeEngine) -> SimpleNamespace:
             await self.building()
-            self.built.append((spec, stored))
+            self.built.append(spec)
             if self.refuses:
                 raise ValueError("no such template")
             return SimpleNamespace(engine=engine, took={})
 
         return _Modules(
-            serving=SimpleNamespace(Stored=object, Serving=SimpleNamespace(build=build)),
+            serving=SimpleNamespace(Serving=SimpleNamespace(build=build)),
             launcher=SimpleNamespace(start=start, tether=tether),
         )
 
@@ -247,7 +247,7 @@ async def test_a_replica_starts_on_the_gpus_of_the_plan(tmp_path: Path) -> None:
     running: Any = await soon(vllm.backend(tmp_path, space).start(wanted, 1, nothing))
     assert running.engine is vllm.engine
     ((launched, number),) = vllm.launched
-    ((built, _),) = vllm.built
+    (built,) = vllm.built
     assert (launched.devices, number, built.devices) == ((1,), 1, (1,))
     assert space.events == ["chat/1 in", "chat/1 out"]
     assert space.reports == [vllm.engine.reports]
@@ -340,15 +340,6 @@ async def test_an_engine_that_cannot_be_served_is_ended(tmp_path: Path) -> None:
     with pytest.raises(StartupError, match="no such template"):
         await soon(vllm.backend(tmp_path, FakeSpace()).start(spec(), 0, nothing))
     assert vllm.engine.stopped == 1
-
-
-async def test_replicas_share_what_is_stored_and_models_do_not(tmp_path: Path) -> None:
-    vllm = FakeVllm()
-    backend = vllm.backend(tmp_path, FakeSpace())
-    for name, number in (("a", 0), ("a", 1), ("b", 0)):
-        await soon(backend.start(spec(name, replicas=2), number, nothing))
-    first, second, other = (stored for _, stored in vllm.built)
-    assert first is second is not other
 
 
 # --- a start that is given up
