@@ -4,7 +4,7 @@ import gzip
 import os
 import tracemalloc
 import zlib
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import pytest
 import zstandard
@@ -13,6 +13,9 @@ from hypothesis import strategies as st
 
 from llmserve.contentcoding import ALLOWED, coding_of, decode
 from llmserve.errors import BodyTooLarge, RequestError, UnsupportedEncoding
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 MIB = 2**20
 
