@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 import zstandard
 
@@ -27,6 +27,9 @@ class _Decoder(Protocol):
     def eof(self) -> bool: ...
     @property
     def unused_data(self) -> bytes: ...
+
+
+D = TypeVar("D", bound=_Decoder)
 
 
 def coding_of(headers: Iterable[tuple[bytes, bytes]]) -> str | None:
@@ -98,10 +101,10 @@ def _zstd(data: bytes | bytearray) -> Iterator[bytes]:
     frames.end()
 
 
-class _Frames:
+class _Frames(Generic[D]):
     """The decoder of the frame at hand; a new one where a frame follows another."""
 
-    def __init__(self, make: Callable[[], _Decoder], coding: str) -> None:
+    def __init__(self, make: Callable[[], D], coding: str) -> None:
         self._make, self._coding = make, coding
         self._current = make()
         self._count = 1
@@ -110,7 +113,7 @@ class _Frames:
     def ended(self) -> bool:
         return self._current.eof
 
-    def current(self) -> _Decoder:
+    def current(self) -> D:
         if self.ended:
             self._count += 1
             if self._count > _FRAMES:

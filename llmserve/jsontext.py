@@ -76,7 +76,7 @@ class LongString:
     def text(self, buffer: Buffer) -> str:
         text, plain = "", True
         for start, end in zip([self.start, *self.cuts], [*self.cuts, self.end], strict=True):
-            piece = _loads(b'"%b"' % buffer[start:end], lambda at, start=start: start - 1 + at)
+            piece = _loads(b'"' + buffer[start:end] + b'"', lambda at, start=start: start - 1 + at)
             plain = plain and piece.isascii()
             if not plain and len(self) > TEXT_LIMIT:
                 raise BodyTooLarge(

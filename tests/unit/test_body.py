@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tracemalloc
 import zlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple
 
 import pytest
 import zstandard
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from starlette.types import Message, Receive, Scope
 
 MIB = 2**20
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 AUDIO = "/v1/audio/transcriptions"
 PACKED = {
     "gzip": gzip.compress,
@@ -40,7 +42,7 @@ FILE = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\
 class Counted(OffLoop):
     runs = 0
 
-    async def run(self, work: Any, *arguments: Any) -> Any:
+    async def run(self, work: Callable[[*Ts], T], *arguments: *Ts) -> T:
         self.runs += 1
         return await super().run(work, *arguments)
 
@@ -159,7 +161,7 @@ async def test_a_packed_bomb_is_refused(path: str) -> None:
 
 
 async def form(body: bytes) -> dict[str, Any]:
-    scope = scope_of(content_type=FORM["content-type"]) | {"app": None}
+    scope = scope_of(content_type=FORM["content-type"])
     request = await form_of(scope, chunks([body]), 64 * MIB, OffLoop())
     try:
         return await form_fields(request)
