@@ -75,7 +75,8 @@ class Config(uvicorn.Config):
     """uvicorn's, with the limits of a connection."""
 
     def __init__(self, *arguments: Any, limits: Limits, **options: Any) -> None:
-        super().__init__(*arguments, http=Connection, ws="none", **options)
+        options |= {"http": Connection, "ws": "none"}
+        super().__init__(*arguments, **options)
         self.limits = limits
 
 

@@ -91,7 +91,7 @@ class Work:
         gone = asyncio.ensure_future(_gone(receive))
         try:
             while not place.given.done():
-                both = {place.given, gone}
+                both: set[asyncio.Future[Any]] = {place.given, gone}
                 await asyncio.wait(both, timeout=each_s, return_when="FIRST_COMPLETED")
                 if gone.done():
                     raise ClientDisconnect  # noqa: TRY301  # what it has joined, it leaves below

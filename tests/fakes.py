@@ -14,6 +14,7 @@ import orjson
 from prometheus_client import CollectorRegistry
 from starlette.responses import Response
 
+from llmserve.admission import Held
 from llmserve.config import ModelSpec
 from llmserve.errors import LLMServeError, StartupError
 from llmserve.protocol import ENDPOINTS
@@ -66,6 +67,7 @@ class Call:
 
 Answer = Callable[[Call], Awaitable[Response]]
 T = TypeVar("T")
+H = TypeVar("H", bound=Held)
 
 
 def plain(content: dict[str, Any] | None = None, gate: Gate | None = None) -> Answer:
@@ -274,7 +276,7 @@ def spec(name: str = "chat", **more: Any) -> ModelSpec:
     return ModelSpec(name=name, **({"model": f"/models/{name}"} | more))
 
 
-async def let_in(place: Place[Any, T]) -> T:
+async def let_in(place: Place[Any, H]) -> H:
     """What a place in the queue is given; it is left if the wait is cancelled."""
     try:
         await asyncio.wait({place.given})

@@ -14,7 +14,9 @@ import pytest
 import pytest_asyncio
 
 from llmserve import connection, server, stream, work
+from llmserve.admission import Place
 from llmserve.config import ServerSpec
+from llmserve.lease import Lease
 from tests.contract.fake_core import SILENT
 from tests.contract.test_express import CHATS, COMPLETIONS, EMOJI, Box, boxed, events
 from tests.fakes import soon, until
@@ -22,7 +24,7 @@ from tests.fakes import soon, until
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from llmserve.lease import Lease, Wish
+    from llmserve.lease import Wish
 
 SMALL = 4096  # of the kernel's buffers; uvicorn's own is 64 KiB
 LONG_ID = "i" * 128  # in every event, so that buffers are soon full
@@ -305,12 +307,17 @@ async def test_an_answer_after_comments_comes_whole(
     pool = box.services.pool
     lease = pool.lease
 
-    async def wait(wish: Wish) -> Lease | None:
-        await asyncio.sleep(0.2)
-        return lease(wish)
+    def lease_later(wish: Wish) -> Place[Wish, Lease]:
+        place: Place[Wish, Lease] = Place(wish.deadline, wish)
+        asyncio.get_running_loop().call_later(0.2, lambda: place.give(lambda _: held(wish)))
+        return place
 
-    monkeypatch.setattr(pool, "lease", lambda _: None)
-    monkeypatch.setattr(pool, "wait", wait)
+    def held(wish: Wish) -> Lease:
+        given = lease(wish)
+        assert isinstance(given, Lease)
+        return given
+
+    monkeypatch.setattr(pool, "lease", lease_later)
     body = asking("one two three", 1)
     expected = await box.client.post(COMPLETIONS, json=body)
     async with served(box) as port, httpx.AsyncClient(timeout=5) as client:

@@ -106,18 +106,19 @@ async def test_engine_hung_as_it_wakes_is_killed(engine: Any, level: Level) -> N
 
 
 async def test_engine_cannot_be_built_on_a_hung_one(engine: Any) -> None:
-    from llmserve.serving import Serving, Stored
+    from llmserve.responses import Responses
+    from llmserve.serving import Serving
 
     with pytest.raises(EngineError, match=r"did not answer its tasks within 0\.02 s"):
-        await soon(Serving._of(ModelSpec(name="chat", model=str(CHAT)), engine, Stored(), None))
+        await soon(Serving._of(ModelSpec(name="chat", model=str(CHAT)), engine, Responses(), None))
     assert engine.dead
 
 
-async def test_engine_that_refuses_is_not_killed(engine: Any, client: Hung) -> None:
+async def test_engine_that_refuses_is_not_killed(engine: Any, client: Any) -> None:
     async def collective_rpc(_: str) -> None:
         raise TimeoutError("of its own")
 
-    client.collective_rpc = collective_rpc  # type: ignore[method-assign]
+    client.collective_rpc = collective_rpc
     with pytest.raises(EngineError, match="could not prepare for sleep: TimeoutError: of its own"):
         await soon(engine.prepare_sleep())
     assert not engine.dead
@@ -145,11 +146,11 @@ def test_bounds_grow_with_what_is_moved() -> None:
     assert bounds.read_s(140 << 30) > 140 * 2**30 / (50 << 20)  # a slow disk
 
 
-async def test_engine_s_weights_decide_its_bounds(engine: Any, client: Hung) -> None:
+async def test_engine_s_weights_decide_its_bounds(engine: Any, client: Any) -> None:
     async def collective_rpc(_: str) -> list[dict[str, Any]]:
         return [{"seconds": {}, "bytes": {"weights": 10**11}} for _ in range(2)]
 
-    client.collective_rpc = collective_rpc  # type: ignore[method-assign]
+    client.collective_rpc = collective_rpc
     await engine.start_reports()
     assert engine.bounds.read_s(engine._weights) == pytest.approx(0.22)
 

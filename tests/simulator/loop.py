@@ -106,7 +106,7 @@ class SimulatedLoop(asyncio.BaseEventLoop):
         self._passed = 0
         return ready.popleft()
 
-    def run_in_executor(self, executor: Any, func: Any, *args: Any) -> Any:
+    def run_in_executor(self, executor: Any, func: Any, *args: Any) -> Any:  # type: ignore[override]
         del executor
         future = self.create_future()
         self.call_later(self._thread_s(func), self._ran, future, func, args)
@@ -125,7 +125,9 @@ class SimulatedLoop(asyncio.BaseEventLoop):
     def seconds_of(self, func: Any) -> float:
         return self._thread_s(func)
 
-    def call_soon_threadsafe(self, callback: Any, *args: Any, context: Any = None) -> Any:
+    def call_soon_threadsafe(  # type: ignore[override]
+        self, callback: Any, *args: Any, context: Any = None
+    ) -> Any:
         return self.call_soon(callback, *args, context=context)
 
     def _process_events(self, event_list: Any) -> None:

@@ -30,7 +30,7 @@ from tests.simulator.engines import Fleet, Memory, Weather
 from tests.simulator.loop import SimulatedLoop, SimulatedThreads, Stuck, virtual_time
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Coroutine, MutableMapping
     from concurrent.futures import ThreadPoolExecutor
 
     from llmserve.replica import Replica
@@ -98,7 +98,7 @@ class Exchange:
         await self.left.wait()
         return {"type": "http.disconnect"}
 
-    async def _send(self, message: dict[str, Any]) -> None:
+    async def _send(self, message: MutableMapping[str, Any]) -> None:
         if self.left.is_set() and not self.whole:
             return
         if self.whole:
@@ -434,7 +434,7 @@ class World:
             await asyncio.wait(rest, timeout=_PATIENCE_S)
         for _ in range(50):
             await asyncio.sleep(0)
-        tasks = asyncio.all_tasks() - {asyncio.current_task()}  # type: ignore[arg-type]
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
         if tasks:
             self.violate(f"tasks are left: {tasks}")
         self._check_idle()

@@ -595,7 +595,7 @@ async def test_tokens_in_flight_are_those_of_the_leases_that_are_held() -> None:
     first = box.lease("chat", prompt="x" * 400, max_tokens=50)
     second = box.lease("chat", prompt=[1] * 30, max_tokens=9000)
     third = box.pool.lease(Wish("chat", EMBED, {"input": "x" * 40, "max_tokens": 50}, Deadline()))
-    assert third is not None
+    assert isinstance(third, Lease)
     assert shown() == [100 + 512, 30 + 512 + 10]
     for lease in (first, third, second, second, first):
         lease.release()
