@@ -42,7 +42,7 @@ FILE = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\
 class Counted(OffLoop):
     runs = 0
 
-    async def run(self, work: Callable[..., T], *arguments: Any) -> T:
+    async def run(self, work: Callable[..., T], *arguments: Any) -> T:  # type: ignore[override]
         self.runs += 1
         return await super().run(work, *arguments)
 
