@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from vllm.renderers import chat_utils
 from vllm.v1.metrics.loggers import PrometheusStatLogger, StatLoggerManager
 
-from llmserve import app
+from llmserve import app, deaths
 from llmserve.config import ModelSpec
 from llmserve.outputs import Outputs
 from llmserve.stats import Figures
@@ -845,7 +845,10 @@ async def test_a_request_that_fails_in_mid_stream_ends_alike_on_all_ways(box: Bo
     assert await box.core("running") == 0
 
 
-async def test_an_engine_that_dies_is_an_event_in_mid_stream_and_a_503_before() -> None:
+async def test_an_engine_that_dies_is_an_event_in_mid_stream_and_a_503_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(deaths, "_FIRST_S", 0.01)  # each new start finds it dead
     long = {"model": "chat", "max_tokens": 1900, "stream": True}
     killing = {"model": "chat", "prompt": "die", "seed": DIES_AT_ONCE, "stream": True}
     async with boxed() as box, listening(box.app) as url, httpx.AsyncClient(timeout=30) as client:
