@@ -1004,7 +1004,7 @@ async def test_http_1_0_stream_of_a_model_has_no_chunks() -> None:
 async def test_path_in_the_log_is_escaped(caplog: pytest.LogCaptureFixture) -> None:
     async with asgi() as box:
         box.pool.registry = None  # type: ignore[assignment]  # unforeseen
-        reply = await box.client.get("http://box/v1/models/a%0Aforged%1b%5B2J")
+        reply = await box.client.get("http://box/v1/models/a%0Dforged%1b%5B2J")
     assert reply.status_code == 500
     (record,) = (each for each in caplog.records if "unforeseen" in each.message)
     assert record.message.startswith("path=`/v1/models/a")

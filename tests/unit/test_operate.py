@@ -376,7 +376,8 @@ class Proxy(Server):
 
 @pytest.fixture
 def proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    with Proxy() as running:
+    running = Proxy()
+    with running:
         for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
             monkeypatch.setenv(name, running.url)
         for name in ("NO_PROXY", "no_proxy"):
