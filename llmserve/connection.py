@@ -74,9 +74,8 @@ class Limits:
 class Config(uvicorn.Config):
     """uvicorn's, with the limits of a connection."""
 
-    def __init__(self, *arguments: Any, limits: Limits, **options: Any) -> None:
-        options |= {"http": Connection, "ws": "none"}
-        super().__init__(*arguments, **options)
+    def __init__(self, application: Any, limits: Limits, **options: Any) -> None:
+        super().__init__(application, http=Connection, ws="none", **options)
         self.limits = limits
 
 
@@ -638,7 +637,7 @@ def _bytes_of(error: LLMServeError) -> bytes:
 
 
 def _acknowledged(transport: asyncio.Transport) -> int:
-    """Bytes that the client's machine has taken; -1 for a connection that is gone."""
+    """Bytes that the client's machine has taken; 0 for a connection that is gone."""
     try:
         raw = transport.get_extra_info("socket")
         info = raw.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES_ACKED + 8)

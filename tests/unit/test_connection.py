@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import resource
 import socket
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -872,5 +873,5 @@ async def nothing(_: Any, __: Any, ___: Any) -> None:
 
 
 def test_limits_leave_descriptors_to_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("resource.getrlimit", lambda _: (1000, 1000))
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1000, 1000))
     assert Limits.of_process().connections == 750

@@ -375,8 +375,9 @@ class Proxy(Server):
 
 
 @pytest.fixture
-def proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    with Proxy() as running:
+def proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    running = Proxy()
+    with running:
         for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
             monkeypatch.setenv(name, running.url)
         for name in ("NO_PROXY", "no_proxy"):
