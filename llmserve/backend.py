@@ -272,12 +272,12 @@ class VllmBackend:
         folders: dict[str, str] = {}
         for wanted in hub.Wanted.of(spec):
             async with self._downloading[wanted]:
-                folder = self._there.get(wanted)
-                if folder is None or not await asyncio.to_thread(Path(folder).is_dir):
-                    folder = await loop.run_in_executor(
-                        self._threads, hub.download, wanted, progress
+                there: str | None = self._there.get(wanted)
+                if there is None or not await asyncio.to_thread(Path(there).is_dir):
+                    there = str(
+                        await loop.run_in_executor(self._threads, hub.download, wanted, progress)
                     )
-                self._there[wanted] = folders[wanted.repo] = folder
+                self._there[wanted] = folders[wanted.repo] = there
         # vLLM looks for adapters in another cache.
         loras = {name: folders.get(source, source) for name, source in spec.loras.items()}
         return spec.model_copy(update={"loras": loras})

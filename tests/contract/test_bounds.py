@@ -121,7 +121,7 @@ async def test_engine_that_refuses_is_not_killed(engine: Any, client: Hung) -> N
     async def collective_rpc(_: str) -> None:
         raise TimeoutError("of its own")
 
-    client.collective_rpc = collective_rpc  # type: ignore[method-assign]
+    vars(client).update(collective_rpc=collective_rpc)
     with pytest.raises(EngineError, match="could not prepare for sleep: TimeoutError: of its own"):
         await soon(engine.prepare_sleep())
     assert not engine.dead
@@ -153,7 +153,7 @@ async def test_engine_s_weights_decide_its_bounds(engine: Any, client: Hung) -> 
     async def collective_rpc(_: str) -> list[dict[str, Any]]:
         return [{"seconds": {}, "bytes": {"weights": 10**11}} for _ in range(2)]
 
-    client.collective_rpc = collective_rpc  # type: ignore[method-assign]
+    vars(client).update(collective_rpc=collective_rpc)
     await engine.start_reports()
     assert engine.bounds.read_s(engine._weights) == pytest.approx(0.22)
 
@@ -204,15 +204,15 @@ async def test_engine_dead_has_answered() -> None:
 async def test_engine_s_handlers_are_built_outside_the_loop(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from llmserve import serving as module
+    from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 
-    real, threads = module.init_app_state, []
+    threads: list[threading.Thread] = []
 
     async def noted(*arguments: Any) -> None:
         threads.append(threading.current_thread())
-        await real(*arguments)
+        await init_app_state(*arguments)
 
-    monkeypatch.setattr(module, "init_app_state", noted)
+    monkeypatch.setattr("llmserve.serving.init_app_state", noted)
     spec = ModelSpec(name="chat", model=str(CHAT), engine={"max_model_len": 512})
     async with on_fake_core(spec) as (serving, _):
         changed = await serving.changed(spec.model_copy(update={"tool_call_parser": "hermes"}))

@@ -165,7 +165,7 @@ class FakeVllm:
     built: list[tuple[ModelSpec, Any]] = field(default_factory=list)
 
     building: Callable[[], Awaitable[None]] = turn
-    launching: Callable[[FakeTether], None] = lambda _: None  # what a start does
+    launching: Callable[[FakeTether], object] = lambda _: None  # what a start does
     tethers: list[FakeTether] = field(default_factory=list)
 
     def modules(self) -> _Modules:
