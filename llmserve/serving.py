@@ -12,6 +12,7 @@ import contextlib
 import json
 import logging
 import re
+import threading
 from argparse import Namespace
 from collections.abc import AsyncGenerator, Awaitable
 from contextvars import ContextVar
@@ -255,7 +256,7 @@ class Serving:
         state = State()
         async with engine.within("answer its tasks"):
             tasks = await engine.client.get_supported_tasks()
-            await init_app_state(engine.client, state, _frontend_arguments(spec, engine), tasks)
+            await _init_state(engine, state, spec, tasks)
         # init_app_state makes this object itself; no argument of it sets the class.
         state.openai_serving_models.__class__ = PublicNames
         if spec.sampling.max_tokens is not None:
@@ -503,6 +504,37 @@ class Serving:
         return EngineError(message)
 
 
+# vLLM makes counters of the whole process where there are none yet.
+_initializing = threading.Lock()
+
+
+async def _init_state(engine: Engine, state: State, spec: ModelSpec, tasks: Any) -> None:
+    """vLLM's `init_app_state`, in a thread: parsers and templates take tenths of a second.
+
+    Adapters alone ask the engine, which belongs to the calling loop.
+    """
+    arguments = _frontend_arguments(spec, engine)
+    adapters = _adapters(spec)
+    lora_config = engine.client.vllm_config.lora_config
+    if lora_config is not None and lora_config.default_mm_loras:  # adapters of vLLM's own
+        arguments.lora_modules = adapters
+        await init_app_state(engine.client, state, arguments, tasks)
+        return
+
+    def init() -> None:
+        with _initializing:
+            asyncio.run(init_app_state(engine.client, state, arguments, tasks))
+
+    await asyncio.to_thread(init)
+    state.openai_serving_models.static_lora_modules = adapters
+    await state.openai_serving_models.init_static_loras()
+
+
+def _adapters(spec: ModelSpec) -> list[LoRAModulePath]:
+    """In an order of their own: an adapter's id is its place, and the engine keeps it."""
+    return [LoRAModulePath(*each) for each in sorted(spec.loras.items())]
+
+
 def _frontend_arguments(spec: ModelSpec, engine: Engine) -> Namespace:
     """What vLLM's server takes from its command line: engine and front-end arguments."""
     frontend = FrontendArgs(
@@ -510,8 +542,6 @@ def _frontend_arguments(spec: ModelSpec, engine: Engine) -> Namespace:
         default_chat_template_kwargs=spec.chat_template_kwargs or None,
         tool_call_parser=spec.tool_call_parser,
         enable_auto_tool_choice=spec.tool_call_parser is not None,
-        # In an order of their own: an adapter's id is its place, and the engine keeps it.
-        lora_modules=[LoRAModulePath(*each) for each in sorted(spec.loras.items())] or None,
     )
     names = {"served_model_name": list(spec.names)}
     return Namespace(**vars(frontend) | vars(engine.arguments) | names)

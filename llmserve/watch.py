@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 _LOOK_S = 0.5  # a dead engine is noticed this soon
 _ASK_EVERY_S = 10.0
-HUNG_S = 45.0  # an engine that says nothing for so long is taken for dead; steps are shorter
+HUNG_S = 45.0  # an engine that does not answer for so long, and does not work, is killed
 
 # States in which an engine answers; every other call into it has a bound of its own.
 _ASKED = frozenset({State.READY, State.DRAINING, State.SLEEPING})
@@ -89,7 +89,7 @@ class Watch:
             log.exception("model=%s could not be asked whether it hangs", replica.name)
             return
         if replica.running is running and not running.dead:
-            log.error("model=%s has said nothing for %g s: killed", replica.name, HUNG_S)
+            log.error("model=%s: no answer and no work for %g s; killed", replica.name, HUNG_S)
             running.kill()
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
+import inspect
 import signal
+import textwrap
+import threading
 import time
 from contextlib import contextmanager
 from dataclasses import replace
@@ -196,3 +200,47 @@ async def test_engine_dead_has_answered() -> None:
     async with on_fake_core(spec) as (serving, _):
         serving.engine.client.engine_core.resources.engine_dead = True
         assert await serving.responds(5)
+
+
+async def test_engine_s_handlers_are_built_outside_the_loop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+
+    threads: list[threading.Thread] = []
+
+    async def noted(*arguments: Any) -> None:
+        threads.append(threading.current_thread())
+        await init_app_state(*arguments)
+
+    monkeypatch.setattr("llmserve.serving.init_app_state", noted)
+    spec = ModelSpec(name="chat", model=str(CHAT), engine={"max_model_len": 512})
+    async with on_fake_core(spec) as (serving, _):
+        changed = await serving.changed(spec.model_copy(update={"tool_call_parser": "hermes"}))
+        assert changed.able == serving.able
+    assert len(threads) == 2
+    assert threading.current_thread() not in threads
+
+
+def test_adapters_alone_ask_the_engine_while_handlers_are_built() -> None:
+    """All else may run on a loop of its own: `serving._init_state`."""
+    from vllm.entrypoints.generate.api_router import init_generate_state
+    from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+    from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+
+    def awaited(function: Any) -> set[str]:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+        return {
+            ast.unparse(node.value.func)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Await) and isinstance(node.value, ast.Call)
+        }
+
+    assert awaited(init_app_state) == {
+        "init_tool_server",
+        "state.openai_serving_models.init_static_loras",
+        "init_generate_state",
+        "init_endpoint_plugins_state",
+    }
+    assert awaited(init_generate_state) == set()
+    assert "self.static_lora_modules = lora_modules" in inspect.getsource(OpenAIServingModels)
