@@ -80,10 +80,11 @@ class Archive:
         """Evict the oldest, of whichever model, until the rest fits."""
         over = sum(each.size for each in self._models) - self._limit_bytes
         while over > 0:
-            holders = [each for each in self._models if each.oldest is not None]
+            holders = [(first.since_s, each) for each in self._models if (first := each.oldest)]
             if not holders:
                 return
-            over -= min(holders, key=lambda each: each.oldest.since_s).evict()  # type: ignore[union-attr]
+            _, oldest = min(holders, key=lambda holder: holder[0])
+            over -= oldest.evict()
 
 
 class Responses:

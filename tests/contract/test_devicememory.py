@@ -251,7 +251,7 @@ def test_a_page_that_cannot_change_hands_comes_from_the_driver(
 def test_pages_imported_are_cleared_and_no_others(
     driver: Driver, server: Handover, refused: tuple[bool, ...]
 ) -> None:
-    """Of two allocations: whichever imports fail, what is told lies within its own."""
+    """With two allocations, each reported range lies within its own, whatever import fails."""
     size = 2 * PAGE_BYTES + SMALL
     made = [Allocation(size, at << 40) for at in (1, 2)]
     ours = [each.handle for each in made]

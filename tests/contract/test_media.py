@@ -80,7 +80,7 @@ async def test_media_of_private_address_is_refused(host: str) -> None:
 @pytest.mark.parametrize("host", ["2130706433", "127.1", "0", "0x7f.1", "0177.0.0.1", "[::1%25lo]"])
 async def test_media_of_address_in_disguise_is_refused(host: str) -> None:
     async with site() as visited:
-        with pytest.raises(Exception):  # noqa: B017, PT011  # by whoever notices first
+        with pytest.raises(Exception):  # noqa: B017, PT011  # the resolver's or ours, by how the address is disguised
             await asyncio.wait_for(
                 connector().fetch_image_async(f"http://{host}:{visited.port}/a.png"), 30
             )

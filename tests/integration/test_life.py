@@ -175,7 +175,7 @@ def test_a_server_killed_at_any_moment_leaves_nothing(
 
 
 def started_by(registry: Path) -> list[psutil.Process]:
-    """Processes that write into the server's logs: of an engine, whoever their parent is."""
+    """Processes of engines that write into the server's logs, also orphans."""
     return [
         each
         for each in psutil.process_iter()

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from llmserve.admission import Place, Slots
+from llmserve.backend import _Start
 from llmserve.pool import Pool
 from llmserve.replica import State
 from llmserve.residency import Level
 from tests.simulator.world import Violation, World
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
     from llmserve.replica import Replica
 
 _SEEDS = 2000
@@ -91,4 +95,16 @@ def test_a_death_in_the_step_that_ends_a_start_is_found(monkeypatch: pytest.Monk
     monkeypatch.setattr(Pool, "died", died)
     monkeypatch.setattr(Pool, "_came", came)
     with pytest.raises(Violation, match=r"stays waiting|wait for ever"):
+        run(range(_SEEDS), harsh=True)
+
+
+def test_an_engine_without_an_owner_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A start that went wrong, or was given up, left what its thread had made."""
+
+    @asynccontextmanager
+    async def owned(_: _Start) -> AsyncIterator[None]:
+        yield
+
+    monkeypatch.setattr(_Start, "owned", owned)
+    with pytest.raises(Violation, match=r"engines hold|have no owner|alive after the end"):
         run(range(_SEEDS), harsh=True)

@@ -336,8 +336,14 @@ async def test_swaps_and_deaths_are_added_up(up: Boxes) -> None:
     watching.cancel()
 
 
-async def test_where_a_log_is(up: Boxes) -> None:
+async def test_a_log_is_where_the_running_engine_writes(up: Boxes) -> None:
+    """Also if the model has another number of replicas by now, and its file another name."""
     box = await up({"a": {"replicas": 2, "aliases": ["x"]}})
+    running: Any = box.pool.entries["a"].replicas[1].running
+    running.log = Path("/logs/as-it-was-started")
+    assert box.control.log_of("x", 1) == running.log
+    assert box.control.log_of("x", 2) == Path("/logs/a+2")
+    await soon(box.control.unload("a", drain=True))
     assert box.control.log_of("x", 1) == Path("/logs/a+1")
 
 

@@ -952,3 +952,27 @@ async def test_every_step_of_a_swap_is_an_event() -> None:
     assert told[:2] == ["a ready draining", "a draining sleeping"]
     assert told[-1].endswith(" ready")
     assert all(line.startswith("b ") for line in told[2:])
+
+
+async def test_memory_of_a_cancelled_start_is_free_again() -> None:
+    gate = Gate()
+    box = Box(lazy("a"), lazy("b"), sizes={"a": 60, "b": 60}, a=Plan(gate=gate))
+    coming = asyncio.create_task(box.pool.life.bring(box.replica("a")))
+    await soon(gate.reached.wait())
+    assert not box.pool.life.fits([box.replica("b")])
+    coming.cancel()
+    await asyncio.wait({coming})
+    assert box.pool.life.fits([box.replica("b")])
+
+
+async def test_death_in_a_transition_is_left_to_its_end() -> None:
+    """Else it would be counted at every look, and started again over what is under way."""
+    box = Box(spec("a"), sizes={"a": 60})
+    await soon(box.pool.start())
+    replica = box.replica("a")
+    box.running("a").dead = True
+    async with replica.turn:
+        assert not box.pool.died(replica)
+        assert replica.state is State.READY
+    assert box.pool.died(replica)
+    assert box.figure("engine_deaths_total", model="a", replica="0") == 1
