@@ -32,6 +32,7 @@ test: $(TOOLS) models ## What CI runs; ARGS go to pytest.
 
 fuzz: $(TOOLS) ## The property tests with other examples each time, many of them.
 	$(BIN)/python -m pytest --hypothesis-profile=fuzz tests/unit tests/contract/test_sleep.py -m hypothesis $(ARGS)
+	$(BIN)/python -m tests.simulator $$(date +%s) 20000
 
 check: $(TOOLS) ## Formatting, lint, types.
 	$(BIN)/ruff format --check

@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
-import re
-from ipaddress import IPv6Address, ip_address
 from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypeVar
 
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
-from starlette.datastructures import Headers
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from llmserve.errors import (
     BodyTooLarge,
     ConfigError,
-    Forbidden,
     LLMServeError,
     RequestError,
     RouteNotFound,
-    Unauthorized,
     quoted,
 )
 from llmserve.protocol import error_body, parse_object
@@ -32,16 +26,11 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Mapping
     from pathlib import Path
 
-    from pydantic import SecretStr
     from starlette.requests import Request
-    from starlette.types import Scope
 
 _BODY_LIMIT = 64 * 2**10
 _LINES_LIMIT = 100_000
 _LOOK_S = 0.25  # how often a log is looked at for more
-# A page's browser and a proxy say so; X-Forwarded-... is matched by its beginning.
-_FROM_ELSEWHERE = frozenset({"origin", "forwarded", "via", "x-real-ip"})
-_HOST = re.compile(r"(?:\[(?P<v6>[0-9a-f:.]+)\]|(?P<name>[^:\[\]@/]+))(?::\d+)?", re.IGNORECASE)
 
 
 class Operator(Protocol):
@@ -97,78 +86,6 @@ def table() -> list[Route]:
         Route(f"{model}/logs", logs),
         Route(model, model_state),
     ]
-
-
-# --- access
-
-
-def owns(path: str) -> bool:
-    """Whether a path is the operator's: `check` instead of the API keys."""
-    return path == "/admin" or path.startswith("/admin/")
-
-
-def check(scope: Scope, admin_key: SecretStr | None) -> None:
-    """Whether a request comes from an operator: with the key, or else from this machine.
-
-    Raises Unauthorized or Forbidden.
-    """
-    headers = Headers(scope=scope)
-    if admin_key is not None:
-        _check_key(headers, admin_key.get_secret_value())
-    elif why := _not_from_here(scope, headers):
-        raise Forbidden(
-            f"{why}. Without server.admin_key, /admin answers this machine's own clients alone; "
-            "set that key in the registry and send it."
-        )
-
-
-def _check_key(headers: Headers, key: str) -> None:
-    scheme, _, token = headers.get("authorization", "").partition(" ")
-    given = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
-    if not given:
-        raise Unauthorized("No admin key came; send `Authorization: Bearer KEY`.")
-    # Headers come as latin-1, whatever bytes the client meant.
-    if not hmac.compare_digest(given.encode("latin-1"), key.encode()):
-        raise Unauthorized("The key is not server.admin_key; API keys do not open /admin.")
-
-
-def _not_from_here(scope: Scope, headers: Headers) -> str | None:
-    """Why a request may come from elsewhere, through a page in a browser or a proxy on this machine.
-
-    A page reaches this machine's ports under its own origin, or, by a DNS name of its owner
-    that leads here, under its own host.
-    """
-    client = scope.get("client")
-    address = client[0] if client else "unknown"
-    if not _is_loopback(address):
-        return f"The client's address, {address}, is not a loopback address"
-    for name in headers:
-        if name in _FROM_ELSEWHERE or name.startswith("x-forwarded-"):
-            return f"The request has the header {quoted(name)}, which a web page or a proxy sends"
-    if headers.get("sec-fetch-site", "none") != "none":
-        return "A web page sent the request"
-    hosts = headers.getlist("host")
-    if not hosts or not all(map(_is_local_host, hosts)):
-        return f"The Host header, {quoted(', '.join(hosts))}, is no name of a loopback address"
-    return None
-
-
-def _is_local_host(header: str) -> bool:
-    found = _HOST.fullmatch(header.strip())
-    if found is None:
-        return False
-    name: str = found["v6"] or found["name"]
-    return name.lower() == "localhost" or _is_loopback(name)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        address = ip_address(host)
-    except ValueError:
-        return False
-    if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
-        return address.ipv4_mapped.is_loopback
-    return address.is_loopback
 
 
 # --- models

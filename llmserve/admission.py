@@ -1,4 +1,4 @@
-"""Who may enter a model and who waits: slots, a line in order of arrival, its pace."""
+"""Admission to a model: slots, a queue in order of arrival, the completion rate."""
 
 from __future__ import annotations
 
@@ -84,48 +84,85 @@ class Deadline:
         return DeadlineExceeded(f"The request took longer than its {self.timeout_s:g} s.")
 
 
-class _Place(Generic[W, T]):
-    """Somebody in the line, until given what he waits for."""
+class Place(Generic[W, T]):
+    """A request in the queue, until `given` is done: what it waits for, or why it gets nothing.
+
+    Its deadline is a timer here, whatever the request's task does meanwhile.
+    """
 
     def __init__(self, deadline: Deadline, wish: W) -> None:
+        loop = asyncio.get_running_loop()
         self.number = deadline.number
         self.wish = wish
-        self.given: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self._line: list[_Place[W, T]] = []
+        self.given: asyncio.Future[T] = loop.create_future()
+        self._queue: list[Place[W, T]] = []
+        self._timer: asyncio.TimerHandle | None = None
+        if deadline.timeout_s is not None:
+            self._timer = loop.call_later(deadline.left_s, lambda: self.refuse(deadline.exceeded()))
 
-    def stand_in(self, line: list[_Place[W, T]]) -> None:
-        self._line = line
-        bisect.insort(line, self, key=lambda each: each.number)
+    def join(self, queue: list[Place[W, T]]) -> None:
+        self._queue = queue
+        bisect.insort(queue, self, key=lambda each: each.number)
+
+    def give(self, enter: Callable[[W], T]) -> None:
+        """`enter` makes what it waits for, or raises why it gets nothing."""
+        try:
+            given = enter(self.wish)
+        except Exception as error:
+            self.refuse(error)
+        else:
+            self._leave_queue()
+            self.given.set_result(given)
+
+    def refuse(self, error: Exception) -> None:
+        self._leave_queue()
+        self.given.set_exception(error)
 
     def leave(self) -> None:
         """What was given in the moment of leaving goes back."""
-        if self in self._line:
-            self._line.remove(self)
-        elif self.given.done() and not self.given.cancelled() and not self.given.exception():
+        self._leave_queue()
+        if not self.given.cancel() and self.given.exception() is None:
             self.given.result().release()
+
+    def _leave_queue(self) -> None:
+        if self in self._queue:
+            self._queue.remove(self)
+        if self._timer is not None:
+            self._timer.cancel()
 
 
 class Slots(Generic[W, T]):
-    """The requests a model has in flight, at most `limit`, and those that wait for a slot."""
+    """The requests a model has in flight, at most `limit`, and the queue for its slots.
 
-    def __init__(self, model: str, limit: int, longest: int) -> None:
+    `changed` is called in the same step as whatever may let a request in, and advances the
+    queue: a place was taken, a slot given back, the limit raised.
+    """
+
+    def __init__(
+        self, model: str, limit: int, longest: int, changed: Callable[[], None] = lambda: None
+    ) -> None:
         self.model = model
         self.limit = limit
-        self.longest = longest  # line
+        self.longest = longest  # queue
         self.in_flight = 0
         self.pace = Pace()
-        self._line: list[_Place[W, T]] = []
+        self._queue: list[Place[W, T]] = []
+        self.changed = changed
 
     def count(self) -> int:
         return self.in_flight
 
     def waiting(self) -> int:
-        return len(self._line)
+        return len(self._queue)
 
     @property
     def free(self) -> bool:
-        """Whether somebody who comes now need not wait."""
-        return self.in_flight < self.limit and not self._line
+        """Whether a request that comes now need not wait."""
+        return self.in_flight < self.limit and not self._queue
+
+    def resize(self, limit: int, longest: int) -> None:
+        self.limit, self.longest = limit, longest
+        self.changed()
 
     def take(self) -> Slot:
         self.pace.begins()
@@ -138,16 +175,17 @@ class Slots(Generic[W, T]):
             self.pace.ended()
         if not self.in_flight:
             self.pace.rests()
+        self.changed()
 
     def unless_full(self, deadline: Deadline, ready_in_s: float) -> None:
-        """Raises Overloaded if the line is full, or too long for the request's deadline."""
-        wait_s = ready_in_s + (self.pace.seconds(len(self._line) + 1) or 0.0)
-        everybody = len(self._line) + self.in_flight + 1
+        """Raises Overloaded if the queue is full, or too long for the request's deadline."""
+        wait_s = ready_in_s + (self.pace.seconds(len(self._queue) + 1) or 0.0)
+        everybody = len(self._queue) + self.in_flight + 1
         done_s = ready_in_s + (self.pace.seconds(everybody) or 0.0) * _MARGIN
-        if len(self._line) >= self.longest:
+        if len(self._queue) >= self.longest:
             raise Overloaded(
                 f"The model {quoted(self.model)} has {self.in_flight} requests in flight and "
-                f"{len(self._line)} that wait, its max_in_flight and max_queue; try again.",
+                f"{len(self._queue)} that wait, its max_in_flight and max_queue; try again.",
                 retry_after_s=_whole(wait_s),
             )
         if done_s > deadline.left_s:
@@ -158,45 +196,29 @@ class Slots(Generic[W, T]):
                 code="deadline_unreachable",
             )
 
-    async def wait(self, deadline: Deadline, wish: W) -> T:
-        """What `advance` gives for the wish when it is this one's turn, in order of arrival.
-
-        Raises DeadlineExceeded, or what `advance` was made to raise.
-        """
-        place: _Place[W, T] = _Place(deadline, wish)
-        place.stand_in(self._line)
-        left_s = deadline.left_s
-        try:
-            return await asyncio.wait_for(place.given, None if left_s == math.inf else left_s)
-        except BaseException as error:
-            place.leave()
-            if isinstance(error, TimeoutError):
-                raise deadline.exceeded() from None
-            raise
+    def join(self, deadline: Deadline, wish: W) -> Place[W, T]:
+        """A place in the queue, in order of arrival."""
+        place: Place[W, T] = Place(deadline, wish)
+        place.join(self._queue)
+        self.changed()
+        return place
 
     def move_to(self, other: Slots[W, T]) -> None:
-        """The whole line goes over, and waits there in order of arrival."""
-        for place in self._line:
-            place.stand_in(other._line)
-        self._line.clear()
+        """The whole queue goes over, and waits there in order of arrival."""
+        queue, self._queue = self._queue, []
+        for place in queue:
+            place.join(other._queue)
+        other.changed()
 
     def advance(self, enter: Callable[[W], T]) -> None:
-        """Let in whoever is first, as long as there are slots."""
-        while self._line and self.in_flight < self.limit:
-            place = self._line.pop(0)
-            if place.given.done():  # has left
-                continue
-            try:
-                place.given.set_result(enter(place.wish))
-            except Exception as error:
-                place.given.set_exception(error)
+        """Let in the first in the queue, as long as there are slots."""
+        while self._queue and self.in_flight < self.limit:
+            self._queue[0].give(enter)
 
     def refuse(self, error: Callable[[], LLMServeError]) -> None:
-        """Send the whole line away."""
-        for place in self._line:
-            if not place.given.done():
-                place.given.set_exception(error())
-        self._line.clear()
+        """Send the whole queue away."""
+        while self._queue:
+            self._queue[0].refuse(error())
 
 
 class Slot:

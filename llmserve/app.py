@@ -1,26 +1,26 @@
-"""Wiring: the route table, keys, request ids, and the one error handler."""
+"""Wiring: the route table, access, request ids, and the one error handler."""
 
 from __future__ import annotations
 
-import hmac
+import hashlib
 import logging
 import os
+import re
 from typing import TYPE_CHECKING, cast
+from urllib.parse import quote, unquote
 
 from starlette.applications import Starlette
-from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.routing import Match, Route
 
-from llmserve import admin, routes
+from llmserve import access, routes
 from llmserve.errors import (
     LLMServeError,
     MethodNotAllowed,
     RequestError,
     RouteNotFound,
-    Unauthorized,
     nearest,
     quoted,
 )
@@ -30,7 +30,7 @@ from llmserve.work import Work
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from pydantic import SecretStr
+    from starlette.datastructures import Headers
     from starlette.responses import Response
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_OPEN = frozenset({"/health"})  # a probe has no key
+_SLASHES = re.compile(rb"/{2,}")
 _ID = b"x-request-id"
 _CLIENT_CLOSED = 499  # nginx's status for a client that left; never sent
 _ENDPOINT_OF = {path: endpoint.name for endpoint in ENDPOINTS for path in endpoint.paths}
@@ -56,8 +56,8 @@ def build(services: Services) -> ASGIApp:
     )
     app.router.redirect_slashes = False  # a 404 that says what was meant
     app.state.services = services
-    answering = _Answering(_Keys(_Dispatch(app), services))
-    return _Watched(_with_cors(answering, services.config.server), services)
+    answering = _Answering(_Access(_Dispatch(app), services))
+    return _Watched(_Cors.of(answering, services.config.server), services)
 
 
 class _Dispatch:
@@ -93,6 +93,8 @@ class _Answering:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await self._app(scope, receive, send)
+        except ClientDisconnect:
+            return  # also after the first byte: there is no client to answer
         except Exception as error:
             if scope["type"] != "http" or scope["state"]["began"]:
                 raise
@@ -106,7 +108,7 @@ def _answer_to(error: Exception, scope: Scope) -> ASGIApp:
         return error_response(_refusal(error))
     if isinstance(error, ClientDisconnect):
         return _nobody
-    log.error("path=%s unforeseen", scope["path"], exc_info=error)
+    log.error("path=%s unforeseen", quoted(scope["path"]), exc_info=error)
     return error_response(
         LLMServeError("Something went wrong in the server.", code="internal_error")
     )
@@ -116,31 +118,55 @@ async def _nobody(_: Scope, __: Receive, ___: Send) -> None:
     """There is nobody to answer."""
 
 
-def _with_cors(app: ASGIApp, server: ServerSpec) -> ASGIApp:
-    """Around everything, so that a page can read errors too."""
-    if not server.allowed_origins:
-        return app
-    return _Cors(
-        app,
-        allow_origins=server.allowed_origins,
-        allow_methods=server.allowed_methods,
-        allow_headers=server.allowed_headers,
-        allow_credentials=server.allow_credentials,
-        expose_headers=[_ID.decode()],
-    )
-
-
 class _Cors(CORSMiddleware):
-    """Starlette's, with our error object where it refuses a page."""
+    """Starlette's, with our error object where it refuses a page.
+
+    It is around everything, so that a page can read errors too, and a preflight needs no key.
+    """
+
+    @classmethod
+    def of(cls, app: ASGIApp, server: ServerSpec) -> _Cors:
+        return cls(
+            app,
+            allow_origins=server.allowed_origins,
+            allow_methods=server.allowed_methods,
+            allow_headers=server.allowed_headers,
+            allow_credentials=server.allow_credentials,
+            expose_headers=[_ID.decode()],
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self.allow_origins or scope.get("method") == "OPTIONS":
+            await super().__call__(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
 
     def preflight_response(self, request_headers: Headers) -> Response:
         response = super().preflight_response(request_headers)
         if response.status_code < 400:
             return response
-        refusal = error_response(RequestError(bytes(response.body).decode(), code="cors_refused"))
+        refusal = error_response(RequestError(self._why(request_headers), code="cors_refused"))
         for name in set(response.headers) - {"content-type", "content-length"}:
             refusal.headers[name] = response.headers[name]
         return refusal
+
+    def _why(self, headers: Headers) -> str:
+        origin, method = headers["origin"], headers["access-control-request-method"]
+        if not self.is_allowed_origin(origin):
+            return _unlisted("origin", origin, "allowed_origins", self.allow_origins)
+        if method not in self.allow_methods:
+            return _unlisted("method", method, "allowed_methods", self.allow_methods)
+        asked = headers.get("access-control-request-headers", "")
+        return _unlisted("headers", asked, "allowed_headers", self.allow_headers)
+
+
+def _unlisted(what: str, came: str, setting: str, allowed: Iterable[str]) -> str:
+    """Why a preflight is refused."""
+    listed = ", ".join(map(quoted, allowed)) or "empty"
+    return (
+        f"The preflight asks for the {what} {quoted(came)}, which server.{setting} does not hold; "
+        f"it is {listed}. Add what is missing there and restart the server."
+    )
 
 
 class _Watched:
@@ -154,12 +180,13 @@ class _Watched:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        _merge_slashes(scope)
         request_id = _request_id(scope)
         named = (_ID, request_id.encode("ascii"))
         # vLLM's handlers take the id of an answer from here.
         scope["headers"] = [*(h for h in scope["headers"] if h[0] != _ID), named]
         state = scope.setdefault("state", {})
-        state |= {"request_id": request_id, "began": False}
+        state |= {"request_id": request_id, "began": False, "ended": False}
         status, whole = _CLIENT_CLOSED, False
 
         async def with_id(message: Message) -> None:
@@ -169,7 +196,7 @@ class _Watched:
                 state["began"] = True
                 message = {**message, "headers": [*message["headers"], named]}
             else:
-                whole = not message.get("more_body", False)
+                whole = state["ended"] = not message.get("more_body", False)
             await send(message)
 
         try:
@@ -187,18 +214,26 @@ class _Watched:
             self._metrics.disconnects.labels(model, endpoint).inc()
 
 
+def _merge_slashes(scope: Scope) -> None:
+    """Take `/v1//models/` for `/v1/models`, as clients join a base URL and a path.
+
+    A slash that is part of a model's name is written `%2F`, and stays.
+    """
+    path = scope["path"]
+    if path[-1:] == "/" or "//" in path:
+        raw = scope.get("raw_path") or quote(path).encode("ascii")
+        scope["raw_path"] = raw = _SLASHES.sub(b"/", raw).rstrip(b"/") or b"/"
+        scope["path"] = unquote(raw.decode("ascii"))
+
+
 def _request_id(scope: Scope) -> str:
     given = next((value for name, value in scope["headers"] if name == _ID), b"").decode("latin-1")
     fit = 0 < len(given) <= 128 and given.isascii() and given.isprintable()
     return given if fit else os.urandom(16).hex()
 
 
-class _Keys:
-    """Every route but /health needs one of the server's keys, if it has any.
-
-    A key comes as `Authorization: Bearer KEY`, or as `x-api-key`, Anthropic's way. The
-    operator's routes have their own.
-    """
+class _Access:
+    """Lets in who has a key, or may do without."""
 
     def __init__(self, app: ASGIApp, services: Services) -> None:
         self._app = app
@@ -206,25 +241,10 @@ class _Keys:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            server = self._services.config.server
-            if admin.owns(scope["path"]):
-                admin.check(scope, server.admin_key)
-            elif server.api_keys and scope["path"] not in _OPEN:
-                self._check(Headers(scope=scope), server.api_keys)
+            key = access.check(scope, self._services.config.server)
+            if key is not None:
+                scope["state"]["owner"] = hashlib.sha256(key).hexdigest()
         await self._app(scope, receive, send)
-
-    def _check(self, headers: Headers, keys: Iterable[SecretStr]) -> None:
-        scheme, _, token = headers.get("authorization", "").partition(" ")
-        given = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
-        if not given:
-            raise Unauthorized("No API key came; send `Authorization: Bearer KEY`.")
-        # Headers come as latin-1, whatever bytes the client meant.
-        matches = [
-            hmac.compare_digest(given.encode("latin-1"), key.get_secret_value().encode())
-            for key in keys
-        ]
-        if not any(matches):
-            raise Unauthorized("The API key is not one of this server's.")
 
 
 # --- errors

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib
+import logging
 import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -16,24 +18,28 @@ from llmserve import checkpoint, garbage
 from llmserve.child import log_file
 from llmserve.errors import LLMServeError, StartupError
 from llmserve.replica import State
+from llmserve.silence import Silence, cpu_s
+from llmserve.startlog import StartLog, cause_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+    from concurrent.futures import Future
     from contextlib import AbstractAsyncContextManager, AbstractContextManager
 
     from llmserve.config import Config, ModelSpec
+    from llmserve.hub import Wanted
     from llmserve.replica import Running
     from llmserve.residency import Level, Takes
     from llmserve.space import Keep
 
+log = logging.getLogger(__name__)
+
 _STARTS = 64  # at the same time
-_LOOK_S = 0.5  # how often a start's log is read for progress
 
 
 class _Modules(NamedTuple):
     """What imports vLLM, and so is imported late."""
 
-    engine: Any
     serving: Any
     launcher: Any
 
@@ -54,14 +60,95 @@ class _Clock:
         self._last = now
 
 
-@contextlib.asynccontextmanager
-async def _or_ended(modules: _Modules, engine: Any, log: Path) -> AsyncIterator[None]:
-    """Whatever goes wrong with a started engine, a template that vLLM cannot use, ends it."""
-    try:
-        yield
-    except Exception as error:
-        await asyncio.to_thread(engine.stop)
-        raise StartupError(modules.engine.cause_of(error, log)) from error
+@dataclass(frozen=True)
+class Patience:
+    """How long a start may go on. Its download is not part of it."""
+
+    look_s: float = 0.5  # between two looks at its log
+    quiet_s: float = 600.0  # without a line of its log, and without work
+    at_most_s: float = 7200.0
+
+
+_STOP_S = 60.0  # what a killed engine gets to leave this process
+_WORKS = 0.01  # of a core: pages of weights from a slow disk take that
+
+
+class _Start:
+    """A start in a thread of its own. What it has made ends with it, unless all goes well."""
+
+    def __init__(self, modules: _Modules, threads: ThreadPoolExecutor, log: StartLog) -> None:
+        self._launcher = modules.launcher
+        self._threads = threads
+        self._log = log
+        self._tether = modules.launcher.tether()
+        self._made: Future[Any] | None = None
+
+    @contextlib.asynccontextmanager
+    async def owned(self) -> AsyncIterator[None]:
+        """Whatever goes wrong, a cancellation too, ends the engine that is made or being made."""
+        try:
+            yield
+        except BaseException as error:
+            self._tether.cut()
+            made, self._made = self._made, None
+            stopping = asyncio.wrap_future(self._threads.submit(self._stop, made))
+            if not isinstance(error, Exception):
+                raise  # the thread goes on
+            await asyncio.wait({stopping}, timeout=_STOP_S)
+            if isinstance(error, StartupError):
+                raise
+            raise StartupError(cause_of(error, self._log.path)) from error
+
+    def _stop(self, made: Future[Any] | None) -> None:
+        """End what of a killed engine is in this process, once its start has come to an end."""
+        try:
+            if made is not None and made.exception() is None:
+                made.result().stop()
+        except Exception:
+            log.exception("%s: its engine did not stop cleanly", self._log.path)
+
+    async def engine(
+        self,
+        spec: ModelSpec,
+        number: int,
+        report: Callable[[State, str], None],
+        patience: Patience,
+        *,
+        sleeps: bool,
+    ) -> Any:
+        await asyncio.to_thread(self._log.begin)
+        start = partial(self._launcher.start, spec, number, sleeps=sleeps, tether=self._tether)
+        self._made = self._threads.submit(start)
+        made = asyncio.wrap_future(self._made)
+        made.add_done_callback(_retrieved)
+        silence = Silence(
+            time.monotonic(),
+            lambda: cpu_s(self._tether.pids),
+            quiet_s=patience.quiet_s,
+            at_most_s=patience.at_most_s,
+            share=_WORKS,
+        )
+        while not made.done():
+            await asyncio.wait({made}, timeout=patience.look_s)
+            hangs = await asyncio.to_thread(self._hangs, silence)
+            if self._log.is_warming:
+                report(State.WARMING, "")
+            if hangs and not made.done():
+                raise StartupError(
+                    f"the engine did not start: nothing in its log and no work for "
+                    f"{patience.quiet_s:g} s, or no end after {patience.at_most_s:g} s; "
+                    f"it was killed; its log: {self._log.path}"
+                )
+        return await made
+
+    def _hangs(self, silence: Silence) -> bool:
+        return silence.is_hang(time.monotonic(), heard=self._log.grew())
+
+
+def _retrieved(future: asyncio.Future[Any]) -> None:
+    """Its exception is no surprise where a start is given up before."""
+    if not future.cancelled():
+        future.exception()
 
 
 def _unless_flawed(spec: ModelSpec) -> None:
@@ -99,17 +186,17 @@ class Memory(Protocol):
 class VllmBackend:
     """Engines of vLLM's, in the memory that there is: `space.Space` or `hostspace.HostSpace`."""
 
-    def __init__(self, log_dir: Path, memory: Memory) -> None:
+    def __init__(self, log_dir: Path, memory: Memory, patience: Patience | None = None) -> None:
         self._log_dir = log_dir
+        self._patience = patience or Patience()
         self.memory = memory
         # A thread for each: an engine's constructor blocks until it is ready.
         self._threads = ThreadPoolExecutor(_STARTS, thread_name_prefix="start")
         self._imported: _Modules | None = None
-        self._stored: dict[str, Any] = {}  # by model: what its replicas share
         self._importing = asyncio.Lock()
-        # By hub names: replicas wait for one download, and need no other when started again.
-        self._there: dict[tuple[str, ...], ModelSpec] = {}
-        self._downloading: defaultdict[tuple[str, ...], asyncio.Lock] = defaultdict(asyncio.Lock)
+        # Folders: replicas wait for one download, and need no other when started again.
+        self._there: dict[Wanted, str] = {}
+        self._downloading: defaultdict[Wanted, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._killed = False
 
     async def start(
@@ -131,17 +218,19 @@ class VllmBackend:
         await asyncio.to_thread(_unless_flawed, spec)
         modules = await self._modules()
         clock.lap("server_imports")
-        async with self.memory.start(spec, number) as (placed, keep):
-            clock.lap("gpu_wait")
-            log = modules.launcher.log_of(spec, number)
-            engine = await self._engine(modules, placed, number, report)
-            async with _or_ended(modules, engine, log):
-                reports = await engine.start_reports()
-                keep(reports)
-            clock.lap("engine", [each["seconds"] for each in reports])
-        stored = self._stored.setdefault(spec.name, modules.serving.Stored())
-        async with _or_ended(modules, engine, log):
-            serving: Running = await modules.serving.Serving.build(placed, engine, stored)
+        start = _Start(modules, self._threads, StartLog(self.log_of(spec, number)))
+        async with start.owned():
+            async with self.memory.start(spec, number) as (placed, keep):
+                clock.lap("gpu_wait")
+                async with start.owned():  # its GPUs are given back once it has ended
+                    sleeps = self.memory.sleeps(spec, number)
+                    engine = await start.engine(
+                        placed, number, report, self._patience, sleeps=sleeps
+                    )
+                    reports = await engine.start_reports()
+                    keep(reports)
+                clock.lap("engine", [each["seconds"] for each in reports])
+            serving: Running = await modules.serving.Serving.build(placed, engine)
         clock.lap("serving")
         serving.took = clock.took
         return serving
@@ -167,25 +256,6 @@ class VllmBackend:
     def log_of(self, spec: ModelSpec, number: int) -> Path:
         return log_file(self._log_dir, spec.name, number if spec.replicas > 1 else None)
 
-    async def _engine(
-        self,
-        modules: _Modules,
-        spec: ModelSpec,
-        number: int,
-        report: Callable[[State, str], None],
-    ) -> Any:
-        log = modules.launcher.log_of(spec, number)
-        loop = asyncio.get_running_loop()
-        start = loop.run_in_executor(
-            self._threads,
-            partial(modules.launcher.start, spec, number, sleeps=self.memory.sleeps(spec, number)),
-        )
-        while not start.done():
-            await asyncio.wait({start}, timeout=_LOOK_S)
-            if await asyncio.to_thread(modules.engine.phase_of, log) == "warming":
-                report(State.WARMING, "")
-        return await start
-
     async def _downloaded(self, spec: ModelSpec, report: Callable[[State, str], None]) -> ModelSpec:
         if not spec.hub_names:
             return spec
@@ -197,14 +267,18 @@ class VllmBackend:
             loop.call_soon_threadsafe(report, State.DOWNLOADING, note)
 
         hub = await loop.run_in_executor(self._threads, importlib.import_module, "llmserve.hub")
-        names = spec.hub_names
-        async with self._downloading[names]:
-            if names not in self._there:
-                self._there[names] = await loop.run_in_executor(
-                    self._threads, hub.download, spec, progress
-                )
-        there = self._there[names]
-        return spec.model_copy(update={"model": there.model, "loras": there.loras})
+        folders: dict[str, str] = {}
+        for wanted in hub.Wanted.of(spec):
+            async with self._downloading[wanted]:
+                there = self._there.get(wanted)
+                if there is None or not await asyncio.to_thread(Path(there).is_dir):
+                    self._there[wanted] = await loop.run_in_executor(
+                        self._threads, hub.download, wanted, progress
+                    )
+                folders[wanted.repo] = self._there[wanted]
+        # vLLM looks for adapters in another cache.
+        loras = {name: folders.get(source, source) for name, source in spec.loras.items()}
+        return spec.model_copy(update={"loras": loras})
 
     async def _modules(self) -> _Modules:
         """The importers of vLLM; the first import takes seconds."""
@@ -212,7 +286,7 @@ class VllmBackend:
             if self._imported is None:
                 engine = await asyncio.to_thread(importlib.import_module, "llmserve.engine")
                 serving = await asyncio.to_thread(importlib.import_module, "llmserve.serving")
-                self._imported = _Modules(engine, serving, engine.Launcher(self._log_dir))
+                self._imported = _Modules(serving, engine.Launcher(self._log_dir))
                 garbage.keep()
                 if self._killed:
                     self._imported.launcher.stop()

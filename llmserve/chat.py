@@ -10,8 +10,11 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NotRequired, TextIO, TypedDict
+from urllib.parse import urlsplit
 
 import httpx
+
+from llmserve import access
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -182,6 +185,20 @@ class Answer:
         return text + (", ended by the token limit" if self.finish == "length" else "")
 
 
+def mounts(url: str) -> dict[str, None]:
+    """httpx's transports for a server's URL: a loopback address is not asked through a proxy.
+
+    Without this, HTTP_PROXY sends the request and its key to another machine.
+    """
+    try:
+        host = (urlsplit(url).hostname or "").rstrip(".")
+    except ValueError:  # httpx explains it
+        return {}
+    is_here = host == "localhost" or host.endswith(".localhost") or access.is_loopback(host)
+    is_here = is_here or host in {"0.0.0.0", "::"}  # noqa: S104  # a client reaches itself there
+    return dict.fromkeys(("all://", "http://", "https://")) if is_here else {}
+
+
 class Client:
     """HTTP to one server; whatever keeps a method from its answer is a ChatError."""
 
@@ -191,6 +208,7 @@ class Client:
         sampling = {"temperature": options.temperature, "max_tokens": options.max_tokens}
         self._sampling = {k: v for k, v in sampling.items() if v is not None}
         self._http = httpx.Client(
+            mounts=mounts(self.url),
             headers=[(b"authorization", b"Bearer " + key.encode(errors="surrogateescape"))]
             if key
             else None,

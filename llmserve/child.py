@@ -1,18 +1,14 @@
 """Runs first in every process that vLLM starts (entry point `vllm.general_plugins`).
 
-An engine core gets a process group of its own, so that Ctrl-C in the terminal reaches
-the server alone and running requests can finish; it writes into its model's log file;
-and it ends when the server has ended, however that happened.
+An engine core and its workers write into their model's log file, and see their own GPUs only.
+That they end with the server is `llmserve.tether`'s, which comes before this.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import multiprocessing
 import os
-import threading
-from multiprocessing import connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -24,18 +20,14 @@ if TYPE_CHECKING:
 
 
 def enter() -> None:
-    parent = multiprocessing.parent_process()
     config = _config_of(multiprocessing.current_process())
-    if parent is None or config is None or LOG_DIR not in os.environ:
-        return  # the server itself, or a worker, which inherits all this from its core
+    if config is None or LOG_DIR not in os.environ:
+        return  # the server itself
     _see_only_own_gpus(config)
     replica = _replica_of(config.instance_id)
     file = log_file(Path(os.environ[LOG_DIR]), config.model_config.served_model_name, replica)
-    with contextlib.suppress(PermissionError):  # it leads its group already
-        os.setpgid(0, 0)
     _write_to(file)
     _log_again(config)
-    threading.Thread(target=_end_with, args=(parent,), daemon=True, name="parent-watch").start()
 
 
 def _see_only_own_gpus(config: Any) -> None:
@@ -98,8 +90,3 @@ def _write_to(file: Path) -> None:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.close(descriptor)
-
-
-def _end_with(parent: BaseProcess) -> None:
-    connection.wait([parent.sentinel])
-    os.killpg(os.getpgid(0), 9)

@@ -1,18 +1,17 @@
 """Bounds on what a request may ask vLLM to compile. Pure.
 
-vLLM compiles schemas, patterns and grammars in the server's process
-(vllm/sampling_params.py, StructuredOutputsParams; vllm/v1/structured_output), and memory
-grows with the counts in them: one request could end all models.
+vLLM compiles schemas, patterns and grammars, with memory that grows with the counts in
+them. A check takes NODES_LIMIT steps at most, and its expression does not backtrack.
 """
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import Any
 
-import orjson
-
-from llmserve.errors import RequestError
+from llmserve.errors import BodyTooLarge, RequestError
+from llmserve.jsontext import load
 
 # Where a body can hold a JSON schema, a regular expression or a grammar.
 _CONSTRAINTS = (
@@ -28,41 +27,87 @@ _COUNTS = frozenset(
     {"minItems", "maxItems", "minLength", "maxLength", "minProperties", "maxProperties"}
 )
 _PATTERNS = frozenset({"pattern", "regex", "grammar"})
-_REPEATED = re.compile(r"\{\s*(\d*)\s*(?:,\s*(\d*)\s*)?\}")
+_JSON_TEXTS = frozenset({"json", "structural_tag"})  # of structured_outputs
+_REPEATED = re.compile(r"\{(\d*+)(?:,(\d*+))?+\}")  # in a pattern without white space
 COUNT_LIMIT = 100_000
+PATTERN_LIMIT = 64 * 2**10  # characters of a pattern or a grammar
+NODES_LIMIT = 2**16  # values in the constraints of a body
+DEPTH_LIMIT = 128
+_SHOWN = 200  # characters of a path
+
+
+@dataclass(slots=True)
+class Place:
+    """Where a value is. Its path is written out for an error only."""
+
+    key: str | int
+    parent: Place | None = None
+    depth: int = 1
+
+    def inside(self, key: str | int) -> Place:
+        return Place(key, self, self.depth + 1)
+
+    def __str__(self) -> str:
+        keys: list[str] = []
+        place: Place | None = self
+        while place is not None:
+            keys.append(str(place.key)[:_SHOWN])
+            place = place.parent
+        return ".".join(reversed(keys))[:_SHOWN]
 
 
 def check_constraints(body: dict[str, Any]) -> None:
-    """Raises RequestError for a count beyond COUNT_LIMIT, with its place in the body."""
-    unseen = [(key, body[key]) for key in _CONSTRAINTS if key in body]
+    """Raises RequestError for what exceeds a limit, with its place in the body."""
+    unseen: list[tuple[Place, Any]] = [
+        (Place(key), body[key]) for key in _CONSTRAINTS if isinstance(body.get(key), list | dict)
+    ]
+    nodes = 0
     while unseen:
-        path, value = unseen.pop()
-        if isinstance(value, list):
-            unseen += [(f"{path}.{i}", each) for i, each in enumerate(value)]
-        elif isinstance(value, dict):
-            for key, each in value.items():
-                here = f"{path}.{key}"
-                if _too_many(key, each):
-                    raise RequestError(
-                        f"{here[:200]}: counts go up to {COUNT_LIMIT} here.", param=here[:200]
-                    )
-                unseen.append((here, _unpacked(key, each)))
+        place, value = unseen.pop()
+        nodes += len(value)
+        _check_size(place, nodes)
+        for key, each in value.items() if isinstance(value, dict) else enumerate(value):
+            if isinstance(key, str):
+                _check_value(place, key, each)
+            inner = _unpacked(key, each)
+            if isinstance(inner, list | dict):
+                unseen.append((place.inside(key), inner))
 
 
-def _too_many(key: str, value: Any) -> bool:
-    if key in _COUNTS:
-        return isinstance(value, int | float) and value > COUNT_LIMIT
-    if key in _PATTERNS and isinstance(value, str):
-        counts = (count for pair in _REPEATED.findall(value) for count in pair if count)
-        return any(len(count) > 9 or int(count) > COUNT_LIMIT for count in counts)
-    return False
+def _check_size(place: Place, nodes: int) -> None:
+    if nodes > NODES_LIMIT:
+        raise _refused(place, f"{nodes} values in schemas and tools", f"up to {NODES_LIMIT}")
+    if place.depth > DEPTH_LIMIT:
+        raise _refused(place, "deeper nesting", f"up to {DEPTH_LIMIT} levels")
 
 
-def _unpacked(key: str, value: Any) -> Any:
-    """`structured_outputs.json` may be a schema or its text."""
-    if key == "json" and isinstance(value, str):
-        try:
-            return orjson.loads(value)
-        except orjson.JSONDecodeError:
-            return None
-    return value
+def _check_value(place: Place, key: str, value: Any) -> None:
+    if key in _COUNTS and isinstance(value, int | float) and value > COUNT_LIMIT:
+        raise _refused(place.inside(key), "a larger count", f"counts up to {COUNT_LIMIT}")
+    if key not in _PATTERNS or not isinstance(value, str):
+        return
+    if len(value) > PATTERN_LIMIT:
+        came, limit = f"{len(value)} characters", f"up to {PATTERN_LIMIT}"
+        raise _refused(place.inside(key), came, limit)
+    pairs = _REPEATED.findall("".join(value.split()))
+    if any(len(count) > 9 or int(count or 0) > COUNT_LIMIT for pair in pairs for count in pair):
+        raise _refused(place.inside(key), "a larger count", f"counts up to {COUNT_LIMIT}")
+
+
+def _unpacked(key: str | int, value: Any) -> Any:
+    """A schema, or the JSON text of one. What is no JSON is refused by vLLM, in its words."""
+    if key not in _JSON_TEXTS or not isinstance(value, str):
+        return value
+    try:
+        return load(value.encode())
+    except BodyTooLarge:
+        raise
+    except RequestError:
+        return None
+
+
+def _refused(place: Place, came: str, allowed: str) -> RequestError:
+    path = str(place)
+    return RequestError(
+        f"{path} is too large: it has {came}; allowed: {allowed}. Send a smaller one.", param=path
+    )

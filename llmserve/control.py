@@ -76,7 +76,10 @@ class Control:
         return self._pool.events.listen()
 
     def log_of(self, name: str, replica: int) -> Path:
-        return self._backend.log_of(self._pool.entry(name).model.spec, replica)
+        """The file that a replica's engine writes, or would write if it ran."""
+        entry = self._pool.entry(name)
+        running = next((each.running for each in entry.replicas if each.number == replica), None)
+        return self._backend.log_of(entry.model.spec, replica) if running is None else running.log
 
     # --- steering
 

@@ -82,10 +82,17 @@ class CudaMemory:
         return found
 
     def map(self, handles: Sequence[HandleType]) -> None:
-        for start, size in self._pages.map(handles, self._may_pass):
-            # Another model's cache could be NaN to this one.
-            error = self._begin_to_clear(start, 0, size, self._stream.cuda_stream)
-            self._cudart.CUDART_CHECK(error)
+        imported = self._pages.map(handles, self._may_pass)
+        try:
+            for start, size in imported:
+                # Another model's cache could be NaN to this one.
+                error = self._begin_to_clear(start, 0, size, self._stream.cuda_stream)
+                self._cudart.CUDART_CHECK(error)
+        except BaseException:
+            with contextlib.suppress(RuntimeError):  # what is being cleared stays mapped so long
+                self.copied()
+            self.unmap(handles)
+            raise
 
     def unmap(self, handles: Sequence[HandleType]) -> None:
         self._pages.unmap(handles)
@@ -129,7 +136,7 @@ class Pages:
     def map(
         self, handles: Sequence[HandleType], may_pass: Callable[[int], bool]
     ) -> list[tuple[int, int]]:
-        """All of them, or none; where what another left lies, and how many bytes of it.
+        """All of them, or none; where another's pages lie, and how many bytes of them.
 
         `may_pass` says of an address whether what lies there may go to another engine. Raises
         RuntimeError.
@@ -137,36 +144,41 @@ class Pages:
         in_pages = {address for _, _, address, _ in handles if self._in_pages and may_pass(address)}
         wanted = sum(size // PAGE_BYTES for _, size, at, _ in handles if at in in_pages)
         taken = handover.take(self._gpu, wanted)
-        used: list[tuple[int, int]] = []
+        imported: list[tuple[int, int]] = []
         done: list[HandleType] = []
         try:
             for handle in handles:
                 _, size, address, _ = handle
                 if address in in_pages and size >= PAGE_BYTES:
-                    before = len(taken)
-                    self._map_pages(handle, taken)
-                    used.append((address, (before - len(taken)) * PAGE_BYTES))
+                    imported.append((address, self._map_pages(handle, taken)))
                 else:
                     self._map_whole(handle)
                 done.append(handle)
-        except RuntimeError:
-            self.unmap(done)
-            handover.give(self._gpu, taken)
+        except BaseException:
+            try:
+                self.unmap(done)
+            finally:
+                handover.give(self._gpu, taken)
             raise
-        return [(start, size) for start, size in used if size]
+        return [(start, size) for start, size in imported if size]
 
-    def _map_pages(self, handle: HandleType, taken: list[int]) -> None:
+    def _map_pages(self, handle: HandleType, taken: list[int]) -> int:
+        """How many bytes, from the first on, are in pages of another: those are used first."""
         _, size, address, pointer = handle
         pages: list[int] = []
-        mapped = 0
+        mapped = imported = 0
         first = ctypes.c_ulonglong.from_address(pointer)
         try:
             while mapped < size:
                 length = min(PAGE_BYTES, size - mapped)
-                page = self._page(length, taken, pages)
+                page = self._imported(taken, pages) if length == PAGE_BYTES else None
+                if page is not None:
+                    imported += length
+                else:
+                    page = self._created(length, pages)
                 try:
                     self._driver.map(address + mapped, length, page)
-                except RuntimeError:
+                except BaseException:
                     self._driver.release(page)
                     raise
                 if mapped:
@@ -175,24 +187,29 @@ class Pages:
                     first.value = page
                 mapped += length
             self._driver.allow(address, size)
-        except RuntimeError:
+        except BaseException:
             if mapped:
                 self._driver.unmap(address, mapped)
                 self._driver.release(first.value)
             taken += pages
             raise
         self._mapped[address] = pages
+        return imported
 
-    def _page(self, length: int, taken: list[int], pages: list[int]) -> int:
-        """A handle of memory; its descriptor goes to `pages` if it is a whole page."""
-        if length < PAGE_BYTES:
-            return self._driver.create(length, shared=False)
+    def _imported(self, taken: list[int], pages: list[int]) -> int | None:
+        """A handle of one of the pages taken, whose descriptor goes to `pages`."""
         while taken:
             with contextlib.suppress(RuntimeError):  # it is not to be had any more
                 page = self._driver.of(taken[-1])
                 pages.append(taken.pop())
                 return page
             os.close(taken.pop())
+        return None
+
+    def _created(self, length: int, pages: list[int]) -> int:
+        """A handle of new memory; its descriptor goes to `pages` if it is a whole page."""
+        if length < PAGE_BYTES:
+            return self._driver.create(length, shared=False)
         page = self._driver.create(length, shared=True)
         with contextlib.suppress(RuntimeError):  # then it stays here
             pages.append(self._driver.descriptor(page))

@@ -227,7 +227,7 @@ def policy_of(spec: ModelSpec) -> Policy | None:
         return None
     match spec.dispatch:
         case "lottery":
-            return Lottery(spec.weights or (1.0,) * spec.replicas, random.Random())  # noqa: S311
+            return Lottery(spec.weights or (1.0,) * spec.replicas, random.Random(random.random()))  # noqa: S311  # no secret
         case "shortest_queue":
             return ShortestQueue()
         case "prefix_affinity":

@@ -1,4 +1,4 @@
-"""One vLLM engine: its arguments, start, sleep, end, figures, and why it did not start."""
+"""One vLLM engine: its arguments, start, sleep, end and figures."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ import asyncio
 import contextlib
 import dataclasses
 import json
+import logging
 import math
-import multiprocessing
-import os
-import re
-import signal
 import threading
+import time
 import typing
+import weakref
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter
 from vllm import envs
@@ -29,16 +28,21 @@ from llmserve.errors import EngineError, StartupError
 from llmserve.grammar import Grammars
 from llmserve.outputs import Outputs
 from llmserve.residency import Level
+from llmserve.silence import Silence, cpu_s
+from llmserve.startlog import cause_of, one_line
 from llmserve.stats import Figures
 from llmserve.stream import Flow
+from llmserve.tether import Tether
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
     from multiprocessing.process import BaseProcess
 
     from prometheus_client import CollectorRegistry
 
     from llmserve.config import ModelSpec
+
+log = logging.getLogger(__name__)
 
 _CPU_KV_CACHE_BYTES = 1 << 30  # per engine, where a registry says nothing
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vllm/config/lora.py, MaxLoRARanks
@@ -47,16 +51,48 @@ _WORKERS = {True: "llmserve.cpuworker.CpuWorker", False: "llmserve.worker.GpuWor
 _VLLM_LEVELS = {Level.HOST: 1, Level.DISK: 2}
 _STOP_S = 5.0  # what an engine gets to end by itself
 _LOOK_S = 0.1
+_WORKS = 0.05  # of a core; engines that share few cores take little each
+
+
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """How long an engine may take for what it is asked; after that it is killed."""
+
+    answer_s: float = 300.0  # what vLLM gives a step (VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS)
+    silence_s: float = 600.0  # without an answer, although it works
+    stop_s: float = 60.0
+    copied_per_s: float = 128 << 20  # bytes between host and device, pinned meanwhile
+    read_per_s: float = 32 << 20  # bytes from a disk that others use
+
+    def copy_s(self, size: int) -> float:
+        return self.answer_s + size / self.copied_per_s
+
+    def read_s(self, size: int) -> float:
+        return self.answer_s + size / self.read_per_s
 
 
 class Engine:
-    """A started `CheckedLLM`, the arguments it has, and its metrics."""
+    """A started `CheckedLLM`, the arguments it has, and its metrics.
 
-    def __init__(self, client: CheckedLLM, arguments: AsyncEngineArgs, figures: Figures) -> None:
+    Whatever is asked of it returns or raises within its `bounds`. `log` is where it writes.
+    """
+
+    def __init__(
+        self,
+        client: CheckedLLM,
+        arguments: AsyncEngineArgs,
+        figures: Figures,
+        tether: Tether,
+        log: Path,
+    ) -> None:
         self.client = client
         self.arguments = arguments
+        self.log = log
+        self.bounds = Bounds()
         self.level = Level.READY
         self._figures = figures
+        self._tether = tether
+        self._weights = 0  # bytes on all its GPUs, as it has reported
         self.flow = Flow(figures.stream_lag())
 
     @property
@@ -65,19 +101,39 @@ class Engine:
         self._figures.enter()
         return self._figures.registry
 
+    @property
+    def dead(self) -> bool:
+        return self._tether.is_cut or bool(self.client.errored)
+
     async def start_reports(self) -> list[dict[str, Any]]:
-        """What the start took, by worker (`llmserve.worker`)."""
-        reports: list[dict[str, Any]] = await self.client.collective_rpc("start_report")
+        """What the start took, by worker (`llmserve.worker`). Raises EngineError."""
+        async with self._doing("report its start", self.bounds.answer_s):
+            reports: list[dict[str, Any]] = await self.client.collective_rpc("start_report")
+        self._weights = sum(each.get("bytes", {}).get("weights", 0) for each in reports)
         return reports
 
     async def responds(self, within_s: float) -> bool:
-        """False if the engine core leaves a question unanswered; one that is dead has answered."""
+        """False if its core leaves a question unanswered for so long, and does not work either.
+
+        A core answers between two steps. One that is dead has answered.
+        """
+        asked = asyncio.ensure_future(self.client.engine_core.is_sleeping_async())
+        silence = Silence(
+            time.monotonic(),
+            lambda: cpu_s(self._tether.pids),
+            quiet_s=within_s,
+            at_most_s=self.bounds.silence_s,
+            share=_WORKS,
+        )
         try:
-            await asyncio.wait_for(self.client.engine_core.is_sleeping_async(), within_s)
-        except TimeoutError:
-            return False
+            while not (await asyncio.wait({asked}, timeout=within_s / 4))[0]:
+                if await asyncio.to_thread(silence.is_hang, time.monotonic()):
+                    return False
+            asked.result()
         except EngineDeadError:
             pass
+        finally:
+            asked.cancel()
         return True
 
     @property
@@ -91,7 +147,7 @@ class Engine:
         Only a shorter first sleep depends on it. An engine that was at DISK has no copy any
         more. Raises EngineError if the host has no room.
         """
-        with self._doing("prepare for sleep"):
+        async with self._doing("prepare for sleep", self.bounds.copy_s(self._weights)):
             self._unless(Level.READY)
             await self.client.collective_rpc("prepare_sleep")
             # Another process has no event to wait for.
@@ -103,7 +159,7 @@ class Engine:
 
         Raises EngineError; what of the engine is in memory is then unknown.
         """
-        with self._doing(f"sleep at level {level.name}"):
+        async with self._doing(f"sleep at level {level.name}", self.bounds.copy_s(self._weights)):
             self._unless(*(each for each in Level if each > level))
             if level is Level.KV_RELEASED:
                 # Not `pause_generation`, which waits for a little while.
@@ -117,7 +173,8 @@ class Engine:
 
     async def wake(self) -> None:
         """Up to READY. Raises EngineError; what of the engine is in memory is then unknown."""
-        with self._doing("wake"):
+        takes_s = self.bounds.read_s if self.level is Level.DISK else self.bounds.copy_s
+        async with self._doing("wake", takes_s(self._weights)):
             if self.level is Level.DISK:
                 # Reading takes memory of its own, which must come before the KV cache's.
                 await self.client.wake_up(["weights"])
@@ -136,15 +193,33 @@ class Engine:
                 f"the engine is at {self.level.name}, and would have to be at {names}"
             )
 
-    @contextlib.contextmanager
-    def _doing(self, what: str) -> Iterator[None]:
+    @contextlib.asynccontextmanager
+    async def _doing(self, what: str, bound_s: float) -> AsyncIterator[None]:
+        """As `within`; raises EngineError for all that fails."""
         try:
-            yield
+            async with self.within(what, bound_s):
+                yield
         except EngineError:
             raise
         except Exception as error:
-            cause = _one_line(type(error).__name__, str(error))
+            cause = one_line(type(error).__name__, str(error))
             raise EngineError(f"the engine could not {what}: {cause}") from error
+
+    @contextlib.asynccontextmanager
+    async def within(self, what: str, bound_s: float | None = None) -> AsyncIterator[None]:
+        """A bound for what it is asked; after that it is killed. Raises EngineError then."""
+        bound_s = self.bounds.answer_s if bound_s is None else bound_s
+        try:
+            async with asyncio.timeout(bound_s) as bound:
+                yield
+        except TimeoutError:
+            if not bound.expired():
+                raise
+            self.kill()
+            raise EngineError(
+                f"the engine did not {what} within {bound_s:g} s and was killed; "
+                f"its log: {self.log}"
+            ) from None
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -169,24 +244,48 @@ class Engine:
 
     def kill(self) -> None:
         """End the engine's processes at once; vLLM notices."""
-        for process in self._processes:
-            _kill_group(process)
+        self._tether.cut()
+
+    async def end(self) -> None:
+        """End the engine and its processes, within a bound."""
+        stopping = asyncio.ensure_future(asyncio.to_thread(self.stop))
+        try:
+            await asyncio.wait_for(asyncio.shield(stopping), self.bounds.stop_s)
+        except TimeoutError:
+            log.error("%s: the engine did not stop within %g s", self.log, self.bounds.stop_s)  # noqa: TRY400
+        finally:
+            self.kill()
 
     def stop(self) -> None:
         """End the engine and its processes. Blocks for some seconds."""
-        self.client.shutdown(timeout=_STOP_S)
+        try:
+            self.client.shutdown(timeout=_STOP_S)
+        finally:
+            self.kill()
 
 
 class Launcher:
     """Starts engines, several at once, each call in a thread of its own."""
 
-    def __init__(self, log_dir: Path) -> None:
+    def __init__(self, log_dir: Path, bounds: Bounds | None = None) -> None:
         self._log_dir = log_dir
         self.grammars = Grammars()
+        self._bounds = bounds or Bounds()
         # Building a config can change os.environ (vllm/config/vllm.py): one at a time.
         self._configuring = threading.Lock()
         self._starting = 0
-        self._stopped = threading.Event()
+        self._tethering = threading.Lock()
+        self._tethers: weakref.WeakSet[Tether] = weakref.WeakSet()
+        self._stopped = False
+
+    def tether(self) -> Tether:
+        """Of an engine to be started. Raises StartupError if the server is stopping."""
+        with self._tethering:
+            if self._stopped:
+                raise StartupError("the server is stopping")
+            tether = Tether()
+            self._tethers.add(tether)
+            return tether
 
     def start(
         self,
@@ -195,19 +294,23 @@ class Launcher:
         addresses: dict[str, str] | None = None,
         *,
         sleeps: bool = False,
+        tether: Tether | None = None,
     ) -> Engine:
         """Blocks until the engine is ready. Raises StartupError with the cause in one line.
 
         `number` is that of the model's replica. `addresses` lead to an engine core that
         runs already, as vLLM's own API server processes get them; without, one is started.
-        `sleeps`: so that it can be put to sleep; on a CPU none can.
+        `sleeps`: so that it can be put to sleep; on a CPU none can. A start whose `tether` is
+        cut ends at once.
         """
+        tether = tether or self.tether()
         try:
             with self._reading_environment():
-                return self._start(spec, number, addresses, sleeps=sleeps)
-        except StartupError:
-            raise
-        except Exception as error:
+                return self._start(spec, number, addresses, tether, sleeps=sleeps)
+        except BaseException as error:
+            tether.cut()
+            if isinstance(error, StartupError) or not isinstance(error, Exception):
+                raise
             raise StartupError(cause_of(error, self.log_of(spec, number))) from error
 
     def log_of(self, spec: ModelSpec, number: int) -> Path:
@@ -215,27 +318,35 @@ class Launcher:
         return log_file(self._log_dir, spec.name, number if spec.replicas > 1 else None)
 
     def _start(
-        self, spec: ModelSpec, number: int, addresses: dict[str, str] | None, *, sleeps: bool
+        self,
+        spec: ModelSpec,
+        number: int,
+        addresses: dict[str, str] | None,
+        tether: Tether,
+        *,
+        sleeps: bool,
     ) -> Engine:
         figures = Figures(spec.name, number, spec.parallel_sizes.get("data_parallel_size", 1))
-        _keep_one(self.log_of(spec, number))
         with self._configuring:
-            self._unless_stopped()
+            self._unless_cut(tether)
             arguments = engine_arguments(spec, sleeps=sleeps)
             _log_in_engine_only(arguments)
             config = arguments.create_engine_config(UsageContext.OPENAI_API_SERVER)
         if spec.replicas > 1:
             config.instance_id = instance_of(number, config.instance_id)
-        self._unless_stopped()
-        client = CheckedLLM.from_vllm_config(
-            config, stat_loggers=[figures.logger_class], client_addresses=addresses
-        )
+        self._unless_cut(tether)
+        with tether.tying():
+            client = CheckedLLM.from_vllm_config(
+                config, stat_loggers=[figures.logger_class], client_addresses=addresses
+            )
         client.check_with(self.grammars)
         figures.take_over(client)
         Outputs.take_over(client)
         # Asked for at every request, and found anew by transformers each time.
         client.renderer.get_eos_token_id = _constant(client.renderer.get_eos_token_id())
-        return Engine(client, arguments, figures)
+        engine = Engine(client, arguments, figures, tether, self.log_of(spec, number))
+        engine.bounds = self._bounds
+        return engine
 
     @contextlib.contextmanager
     def _reading_environment(self) -> Iterator[None]:
@@ -256,27 +367,16 @@ class Launcher:
 
     def stop(self) -> None:
         """Let no start begin, and end the processes of those under way and of all engines."""
-        self._stopped.set()
         self.grammars.kill()
-        for process in multiprocessing.active_children():
-            _kill_group(process)
+        with self._tethering:
+            self._stopped = True
+            tethers = list(self._tethers)
+        for tether in tethers:
+            tether.cut()
 
-    def _unless_stopped(self) -> None:
-        if self._stopped.is_set():
-            raise StartupError("the server is stopping")
-
-
-def _kill_group(process: BaseProcess) -> None:
-    process.kill()
-    # llmserve.child made it a group; if it did not come so far, it has no workers.
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(cast("int", process.pid), signal.SIGKILL)
-
-
-def _keep_one(log: Path) -> None:
-    """The log of the engine before, which may have died, gets a `.1` at its end."""
-    with contextlib.suppress(FileNotFoundError):
-        log.replace(log.with_name(log.name + ".1"))
+    def _unless_cut(self, tether: Tether) -> None:
+        if tether.is_cut:
+            raise StartupError("the server is stopping" if self._stopped else "the start was ended")
 
 
 def _constant(value: Any) -> Callable[[], Any]:
@@ -365,53 +465,3 @@ def _typed(engine: Mapping[str, Any]) -> dict[str, Any]:
 
 def _holds_dataclass(hint: Any) -> bool:
     return any(dataclasses.is_dataclass(part) for part in (hint, *typing.get_args(hint)))
-
-
-# "(EngineCore pid=7) ERROR 11-22 10:00:00 [core.py:1] ValueError: To serve ..."
-_RAISED = re.compile(
-    r"^(?:\([^)]*\)\s*)?(?:ERROR \S+ \S+ \[[^\]]*\]\s)?(?:[\w.]+\.)?"
-    r"(?P<kind>[A-Z]\w*(?:Error|Exception|Interrupt|Exit))(?:: (?P<text>.+))?$"
-)
-_ECHOES = ("initialization failed", "See stack trace", "See root cause")
-
-
-def cause_of(error: BaseException, log: Path) -> str:
-    """Why an engine did not start, in one line.
-
-    vLLM raises "see root cause above" here; the cause itself is in the engine's log.
-    """
-    if not _echoes(str(error)) or not log.is_file():
-        return _one_line(type(error).__name__, str(error))
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    causes = [found for line in lines if (found := _RAISED.match(line)) and not _echoes(line)]
-    if not causes:
-        return f"the engine's process ended without a word; its log: {log}"
-    return _one_line(causes[-1]["kind"], causes[-1]["text"] or "")
-
-
-def _echoes(text: str) -> bool:
-    """Whether it only says that something failed elsewhere."""
-    return any(echo in text for echo in _ECHOES)
-
-
-def _one_line(kind: str, text: str, limit: int = 300) -> str:
-    text = " ".join(text.split())
-    # pydantic's frame around what a validator of vLLM's said
-    text = re.sub(r"^\d+ validation errors? for \w+ (Value error, )?", "", text)
-    text = re.sub(r" \[type=\w+, input_value=.*$", "", text)
-    shown = text if len(text) <= limit else text[:limit].rsplit(" ", 1)[0] + " ..."
-    return f"{kind}: {shown}" if shown else kind
-
-
-_PHASES = (
-    ("warming", re.compile(r"Model loading took|GPU KV cache size|# CPU blocks|Warming up")),
-    ("loading", re.compile(r"Starting to load model|Initializing a V1 LLM engine")),
-)
-
-
-def phase_of(log: Path) -> str | None:
-    """How far a start has come, by the engine's log: loading, then warming."""
-    if not log.is_file():
-        return None
-    text = log.read_text(encoding="utf-8", errors="replace")
-    return next((phase for phase, sign in _PHASES if sign.search(text)), None)

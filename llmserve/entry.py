@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 from llmserve.admission import Slots
 from llmserve.dispatch import policy_of
 from llmserve.replica import STARTING, Replica, State
+from llmserve.responses import Responses
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from llmserve.dispatch import Policy
     from llmserve.lease import Lease, Wish
@@ -34,24 +35,37 @@ _FURTHEST = (
 
 
 class Entry:
-    def __init__(self, model: Model, replicas: Iterable[Replica]) -> None:
+    """`changed` is called with it whenever a request in its queue may have to be let in."""
+
+    def __init__(
+        self, model: Model, replicas: Iterable[Replica], changed: Callable[[Entry], None]
+    ) -> None:
         self.model = model
         self.replicas = tuple(replicas)
         self.ready: tuple[Replica, ...] = ()
+        self.changed = lambda: changed(self)
         self.slots: Slots[Wish, Lease] = Slots(
-            model.name, model.spec.max_in_flight, model.spec.max_queue
+            model.name, model.spec.max_in_flight, model.spec.max_queue, self.changed
         )
+        self.responses = Responses()  # that can be fetched again, also while no engine runs
         self.policy: Policy | None = policy_of(model.spec)  # None: there is one replica
 
     def adopt(self, model: Model) -> None:
         """Go on by a changed entry of the registry, with the same engines."""
         before, self.model = self.model.spec, model
         self.slots.model = model.name
-        self.slots.limit, self.slots.longest = model.spec.max_in_flight, model.spec.max_queue
         if (before.dispatch, before.weights) != (model.spec.dispatch, model.spec.weights):
             self.policy = policy_of(model.spec)
         for replica in self.replicas:
             replica.model = model
+        self.slots.resize(model.spec.max_in_flight, model.spec.max_queue)
+
+    def inherit(self, before: Entry) -> None:
+        """Take the slots of an entry whose engines go on here, with what holds and awaits them."""
+        self.slots, before.slots = before.slots, self.slots
+        for entry in (self, before):
+            entry.slots.changed = entry.changed
+        self.slots.limit, self.slots.longest = before.slots.limit, before.slots.longest
 
     @property
     def name(self) -> str:

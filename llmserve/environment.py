@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _DESCRIPTORS = 65_536  # as vLLM's own server allows itself; more slows programs that close all
 # Where llmserve.child sends the output of engine processes.
 LOG_DIR = "LLMSERVE_LOG_DIR"
+MEDIA_CONNECTOR = "llmserve"  # what fetches the URLs of images: llmserve.media
 
 
 def is_cpu_build() -> bool:
@@ -43,6 +44,8 @@ def prepare(engines: int, log_dir: Path, env: MutableMapping[str, str] = os.envi
     env.setdefault("VLLM_V1_OUTPUT_PROC_CHUNK_SIZE", "4096")
     # Answers can be fetched again by id; serving.py bounds how many are kept.
     env.setdefault("VLLM_ENABLE_RESPONSES_API_STORE", "1")
+    # vLLM's own ("http") fetches URLs that clients name from any address in the server's reach.
+    env.setdefault("VLLM_MEDIA_CONNECTOR", MEDIA_CONNECTOR)
     return list(_prepare_cpu(engines, env)) if is_cpu_build() else []
 
 

@@ -11,7 +11,10 @@
         ModelNotFound          404
         RouteNotFound          404
         MethodNotAllowed       405
+        RequestTimeout         408
         BodyTooLarge           413
+        UnsupportedEncoding    415
+        HeadTooLarge           431
         ContextTooLong         400
         Unsupported            400
         InvalidGrammar         400
@@ -86,7 +89,7 @@ class Unauthorized(RequestError):
 
 
 class Forbidden(RequestError):
-    """Only an operator may do that."""
+    """The client may not do that, whatever key it has."""
 
     status = 403
     code = "admin_only"
@@ -124,9 +127,35 @@ class MethodNotAllowed(RequestError):
         return {"allow": ", ".join(self.allowed)}
 
 
+class RequestTimeout(RequestError):
+    """The client stopped in the middle of a request."""
+
+    status = 408
+    code = "request_timeout"
+
+
 class BodyTooLarge(RequestError):
     status = 413
     code = "request_too_large"
+
+
+class UnsupportedEncoding(RequestError):
+    """The body has a Content-Encoding that is not decoded."""
+
+    status = 415
+    code = "unsupported_encoding"
+
+    def __init__(self, message: str, allowed: Iterable[str]) -> None:
+        super().__init__(message)
+        self.allowed = tuple(allowed)
+
+    def headers(self) -> dict[str, str]:
+        return {"accept-encoding": ", ".join(self.allowed)}  # RFC 9110, 12.5.3
+
+
+class HeadTooLarge(RequestError):
+    status = 431
+    code = "headers_too_large"
 
 
 class ContextTooLong(RequestError):

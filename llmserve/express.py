@@ -21,22 +21,21 @@ from collections import OrderedDict
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
-from inspect import isfunction
 from typing import TYPE_CHECKING, Any, Protocol
 
 import orjson
 from jinja2.runtime import new_context
 from transformers.utils.chat_template_utils import _compile_jinja_template
 from vllm.entrypoints.serve.utils.api_utils import get_max_tokens, should_include_usage
-from vllm.parser.abstract_parser import DelegatingParser
+from vllm.renderers.chat_utils import _CLAUDE_CODE_BILLING_HEADER
 from vllm.renderers.hf import (
     resolve_chat_template,
     resolve_chat_template_content_format,
     resolve_chat_template_kwargs,
 )
-from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.detokenizer import uses_fast_detokenizer
 
+from llmserve import guards
 from llmserve.chunks import ChatModels, CompletionModels, Template
 from llmserve.encoder import Encode, encoder
 from llmserve.outputs import Asked, Call, Ready
@@ -47,7 +46,6 @@ if TYPE_CHECKING:
 
     import jinja2
     from starlette.types import Scope
-    from vllm.parser import Parser
     from vllm.v1.engine import EngineCoreRequest
     from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -222,7 +220,7 @@ class Express:
         self._terms = terms
         self._recipes = Recipes()
         self._encode = encode
-        self.open = _open(serving, client)
+        self.open = guards.is_open(serving, client)
         if self.open:
             serving.engine_client = Noting(client)
 
@@ -258,13 +256,14 @@ class Express:
     def _key(self, body: dict[str, Any], asked_name: str) -> bytes:
         """All of a body but the prompt, and of its limits and its seed that they are there.
 
-        Empty for a body that is nested too deep to be written down.
+        In the order of its keys: a template can tell the order of a document's, say. Empty
+        for a body that is nested too deep to be written down.
         """
         given = (*self._lane.limits, "seed")
         rest = {name: None if name in given else value for name, value in body.items()}
         del rest[self._lane.prompt]
         try:
-            return asked_name.encode() + orjson.dumps(rest, option=orjson.OPT_SORT_KEYS)
+            return asked_name.encode() + orjson.dumps(rest)
         except TypeError:
             return b""
 
@@ -274,15 +273,16 @@ class Express:
         self, request: Any, body: dict[str, Any], asked_name: str, scope: Scope, calls: list[Call]
     ) -> TokenStream | None:
         """The answer to a request that vLLM has prepared; None if it must give it itself."""
-        if not (self.open and len(calls) == 1 and _plain(request, calls[0].params)):
+        if not (self.open and len(calls) == 1 and guards.is_plain(request, calls[0].params)):
             return None
         if not self._lane.able(request):
             return None
         name = self._serving.models.model_name(calls[0].more.get("lora_request"))
         template = self._lane.template(request, name, self._terms.prune)
-        if self._fits(body, scope) and _repeatable(request, calls[0]):
-            self._learn(request, body, asked_name, calls[0], template)
-        return self._carried(calls[0], template)
+        (call,) = calls
+        if self._fits(body, scope) and guards.is_repeatable(request, call.prompt, call.params):
+            self._learn(request, body, asked_name, call, template)
+        return self._carried(call, template)
 
     def _carried(self, call: Call | Ready, template: Template) -> TokenStream:
         asked = Asked(self._client, call, self._terms.translate)
@@ -305,7 +305,7 @@ class Express:
         if prompt is None or key in self._recipes.kept or not 0 < len(key) <= _KEY_LIMIT:
             return
         made = _made(self._client, call)
-        if made is None:
+        if made is None or not guards.is_known(made):
             return
         try:
             recipe = self._recipe(request, made, template)
@@ -341,45 +341,7 @@ class Express:
         )
 
 
-# --- who may go
-
-
-def _open(serving: Any, client: AsyncLLM) -> bool:
-    """Whether this engine and these handlers do nothing that the short way leaves out."""
-    config = client.vllm_config
-    return (
-        serving is not None
-        and _steps_aside(getattr(serving, "parser_cls", None))
-        and not serving.enable_prompt_tokens_details
-        and not serving.enable_force_include_usage
-        and not serving.enable_per_request_metrics
-        and not getattr(serving, "enable_log_outputs", False)
-        and serving.request_logger is None
-        and not serving.has_kv_connector
-        and config.observability_config.otlp_traces_endpoint is None
-        and config.scheduler_config.stream_interval == 1
-        and config.speculative_config is None
-        and not config.model_config.is_encoder_decoder
-        and not config.model_config.skip_tokenizer_init
-    )
-
-
-def _steps_aside(parser: type[Parser] | None) -> bool:
-    """Whether there is no parser, or one that passes text on where a request has no tools.
-
-    That is what `DelegatingParser` does with `tool_choice: none`, if it is not told to parse
-    reasoning and its tool parser is not one that parses everything
-    (vllm/parser/abstract_parser.py, `parse_delta` and `_extract_tool_calls_streaming`).
-    """
-    if parser is None:
-        return True
-    return (
-        parser.__base__ is DelegatingParser
-        and not any(map(isfunction, vars(parser).values()))
-        and parser.reasoning_parser_cls is None
-        and parser.tool_parser_cls is not None
-        and not parser.tool_parser_cls.engine_based_streaming
-    )
+# --- the requests of one kind
 
 
 def _as_text(message: Any) -> dict[str, str] | None:
@@ -387,50 +349,25 @@ def _as_text(message: Any) -> dict[str, str] | None:
 
     vLLM joins parts of text with newlines, where a template takes strings.
     """
-    if type(message) is not dict or len(message) != 2 or message.get("role") not in _ROLES:
+    if type(message) is not dict or len(message) != 2:
         return None
-    content = message.get("content")
-    if type(content) is str:
-        return {"role": message["role"], "content": content} if content else None
-    if type(content) is not list or len(content) != 1 or type(content[0]) is not dict:
+    role, text = message.get("role"), message.get("content")
+    if type(role) is not str or role not in _ROLES:
         return None
-    (part,) = content
-    text = part.get("text")
-    if len(part) != 2 or part.get("type") != "text" or type(text) is not str or not text:
+    if type(text) is list:
+        text = _only_text(text)
+    if type(text) is not str or not text:
         return None
-    return {"role": message["role"], "content": text}
+    if role == "system" and text.startswith(_CLAUDE_CODE_BILLING_HEADER):
+        return None  # vLLM drops this line
+    return {"role": role, "content": text}
 
 
-def _plain(request: Any, params: Any) -> bool:
-    """Text of one choice, in chunks that hold nothing else."""
-    _, continuous = should_include_usage(request.stream_options, False)
-    return (
-        isinstance(params, SamplingParams)
-        and params.n == 1
-        and params.logprobs is None
-        and params.prompt_logprobs is None
-        and params.stream_interval is None
-        and params.detokenize
-        and not continuous
-        and not request.echo
-        and not request.return_token_ids
-    )
-
-
-def _repeatable(request: Any, call: Call) -> bool:
-    """Whether all that depends on the prompt is the prompt and `max_tokens`."""
-    params = call.params
-    return (
-        call.prompt.get("type") == "token"
-        and request.truncate_prompt_tokens is None
-        and params.structured_outputs is None
-        and not params.bad_words
-        and not params.min_tokens
-        and not params.trace_decode_token_ids
-        and not params.routed_experts_prompt_start
-        and not params.extra_args
-        and "request_id" not in request.model_fields_set
-    )
+def _only_text(parts: list[Any]) -> Any:
+    if len(parts) != 1 or type(parts[0]) is not dict:
+        return None
+    (part,) = parts
+    return part.get("text") if len(part) == 2 and part.get("type") == "text" else None
 
 
 def _made(client: AsyncLLM, call: Call) -> EngineCoreRequest | None:

@@ -8,6 +8,7 @@ belongs to the KV cache) may change at any step, so that is copied when nothing 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from bisect import bisect_left, bisect_right
@@ -315,21 +316,33 @@ class HostCopies(SleepModeBackend):
         laps = _Laps()
         self._state = "RESUMING"
         kept, scratch = self._asleep(tags)
+        handles = [data.handle for data in (*scratch, *kept)]
         try:
             # Before any copy begins: beside one, it takes longer (docs/performance.md).
-            self._memory.map([data.handle for data in (*scratch, *kept)])
+            self._memory.map(handles)
         except RuntimeError as error:
             self._state = "SUSPENDED"
             raise RuntimeError(_no_room(_size([*kept, *scratch]), error)) from error
         laps.lap("map")
-        for data in kept:
-            self._begin_to_fill(data)
-        self._memory.copied()
+        try:
+            for data in kept:
+                self._begin_to_fill(data)
+            self._memory.copied()
+        except BaseException:
+            self._give_up(handles)
+            raise
         laps.lap("copy")
         for data in (*kept, *scratch):
             data.is_asleep = False
         self._state = "RUNNING"
         log.info("woke: kept=%s scratch=%s %s", _gib(_size(kept)), _gib(_size(scratch)), laps)
+
+    def _give_up(self, handles: Sequence[HandleType]) -> None:
+        """Unmap what was mapped and not filled: it sleeps on, and nothing is mapped twice."""
+        self._state = "SUSPENDED"
+        with contextlib.suppress(Exception):  # copies that have begun end before their memory goes
+            self._memory.copied()
+        self._memory.unmap(handles)
 
     def _asleep(self, tags: list[str] | None) -> tuple[list[AllocationData], list[AllocationData]]:
         """Those to wake: what is kept, and what has no contents."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import huggingface_hub
 from huggingface_hub import errors, snapshot_download
@@ -27,25 +27,43 @@ _BESIDE_WEIGHTS = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken"
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt")  # in vLLM's order of preference
 
 
-def download(spec: ModelSpec, progress: Callable[[int, int], None]) -> ModelSpec:
-    """Bring a hub model into the cache that vLLM reads. Blocks.
+class Wanted(NamedTuple):
+    """A repository of the hub, and all that decides which folder it becomes."""
 
-    Returns the entry with its hub adapters as folders, since vLLM would look for those
-    in another cache.
+    repo: str
+    revision: str | None
+    cache_dir: str | None
+    token: str | bool | None
 
-    `progress` gets bytes done and bytes in all. `download_dir`, `revision` and
-    `hf_token` of `engine:` and HF_TOKEN, HF_HOME and HF_HUB_OFFLINE hold as in vLLM.
+    @classmethod
+    def of(cls, spec: ModelSpec) -> tuple[Wanted, ...]:
+        """The model and its adapters, as far as they are on the hub.
+
+        `download_dir`, `revision` and `hf_token` of `engine:` hold as in vLLM.
+        """
+        engine = spec.engine
+        return tuple(
+            cls(
+                repo,
+                engine.get("revision") if repo == spec.model else None,
+                engine.get("download_dir"),
+                engine.get("hf_token"),
+            )
+            for repo in spec.hub_names
+        )
+
+
+def download(wanted: Wanted, progress: Callable[[int, int], None]) -> str:
+    """Bring a repository into the cache that vLLM reads; its folder there. Blocks.
+
+    `progress` gets bytes done and bytes in all. HF_TOKEN, HF_HOME and HF_HUB_OFFLINE hold
+    as in vLLM.
 
     Raises StartupError with the cause in one line.
     """
-    engine, folders = spec.engine, {}
-    for repo in spec.hub_names:
-        revision = engine.get("revision") if repo == spec.model else None
-        with told(repo, revision, StartupError):
-            huggingface_hub.utils.validate_repo_id(repo)
-            folders[repo] = _fetch(repo, revision, engine, progress)
-    loras = {name: folders.get(source, source) for name, source in spec.loras.items()}
-    return spec.model_copy(update={"loras": loras})
+    with told(wanted.repo, wanted.revision, StartupError):
+        huggingface_hub.utils.validate_repo_id(wanted.repo)
+        return _fetch(wanted, progress)
 
 
 @contextlib.contextmanager
@@ -75,16 +93,13 @@ def told(repo: str, revision: str | None, raised: Callable[[str], LLMServeError]
     raise raised(f"{repo} {cause}") from None
 
 
-def _fetch(
-    repo: str, revision: str | None, engine: dict[str, Any], progress: Callable[[int, int], None]
-) -> str:
-    token = engine.get("hf_token")
-    files = _files_of(repo, revision, token)
+def _fetch(wanted: Wanted, progress: Callable[[int, int], None]) -> str:
+    files = _files_of(wanted.repo, wanted.revision, wanted.token)
     folder: str = snapshot_download(
-        repo,
-        revision=revision,
-        cache_dir=engine.get("download_dir"),
-        token=token,
+        wanted.repo,
+        revision=wanted.revision,
+        cache_dir=wanted.cache_dir,
+        token=wanted.token,
         local_files_only=files is None,  # which weights there are is then vLLM's to find
         allow_patterns=[*_BESIDE_WEIGHTS, *([] if files is None else [_weights_of(files)])],
         ignore_patterns=["original/**", "*.onnx", "*.gguf"],

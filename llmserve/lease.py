@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from llmserve.admission import Deadline, Slot
     from llmserve.errors import LLMServeError
     from llmserve.protocol import Endpoint
@@ -35,21 +33,24 @@ class Wish:
 
 @dataclass(eq=False, slots=True)
 class Lease:
-    """A running replica and a slot of its model, until released."""
+    """A running replica and a slot of its model, until released; cut at its deadline."""
 
     replica: Replica
     running: Running
     _slot: Slot
     _tokens: int
-    _leases: set[Lease]
-    _left: Callable[[Lease], None]
+    _leases: dict[Lease, None]
+    _deadline: Deadline
     _task: Task | None
     cut_by: LLMServeError | None = None  # why its request was ended from here
     _timer: asyncio.TimerHandle | None = None
 
     def __post_init__(self) -> None:
         self.replica.load.add(self._tokens)
-        self._leases.add(self)
+        self._leases[self] = None
+        if self._deadline.timeout_s is not None:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(self._deadline.left_s, self._exceed)
 
     @property
     def model(self) -> str:
@@ -58,25 +59,21 @@ class Lease:
     def release(self) -> None:
         """Give back what it holds; again is no mistake."""
         if self in self._leases:
-            self._leases.discard(self)
+            del self._leases[self]
             self.replica.load.remove(self._tokens)
             self.replica.used = time.monotonic()
-            self._slot.release(whole=self.cut_by is None)
+            if not self.replica.load.requests:
+                self.replica.unused.set()
             if self._timer is not None:
                 self._timer.cancel()
-            self._left(self)
+            self._slot.release(whole=self.cut_by is None)
 
     def cut(self, error: LLMServeError) -> None:
-        """Cancel the request; whoever handles it answers with the error."""
-        self.cut_by = error
-        if self._task is not None:
-            self._task.cancel()
+        """Cancel the request, once; its task answers with the error."""
+        if self.cut_by is None and self in self._leases:
+            self.cut_by = error
+            if self._task is not None:
+                self._task.cancel()
 
-    def until(self, deadline: Deadline) -> None:
-        """Cut it when its time is over."""
-        if deadline.timeout_s is not None:
-            loop = asyncio.get_running_loop()
-            self._timer = loop.call_later(deadline.left_s, self._over, deadline)
-
-    def _over(self, deadline: Deadline) -> None:
-        self.cut(deadline.exceeded())
+    def _exceed(self) -> None:
+        self.cut(self._deadline.exceeded())

@@ -61,13 +61,17 @@ class Life:
     async def bring(self, replica: Replica) -> None:
         """To READY or FAILED from wherever it is."""
         replica.started = time.monotonic()
-        with self._expecting(replica):
-            while self._has_room(replica) or await self._found_room(replica):
-                async with replica.turn:
-                    if self._has_room(replica):  # nobody has taken it down meanwhile
-                        if replica.state is not State.READY:
-                            await self._up(replica)
-                        return
+        try:
+            with self._expecting(replica):
+                while self._has_room(replica) or await self._found_room(replica):
+                    async with replica.turn:
+                        if self._has_room(replica):  # nothing has taken it down meanwhile
+                            if replica.state is not State.READY:
+                                await self._up(replica)
+                            return
+        except BaseException:  # cancelled: what it does not use is not kept for it
+            self._book(replica, replica.level)
+            raise
 
     def _expecting(self, replica: Replica) -> AbstractContextManager[None]:
         if not replica.level:
@@ -88,9 +92,6 @@ class Life:
             # Whatever it is, it is this replica's: the others go on.
             log.exception("model=%s unforeseen", replica.name)
             await self._failed(replica, f"{type(error).__name__}: {error}")
-        except BaseException:
-            self._book(replica, replica.level)
-            raise
 
     async def _failed(self, replica: Replica, note: str) -> None:
         await self.end(replica)
@@ -140,18 +141,21 @@ class Life:
 
     # --- down
 
-    async def rest(self, replica: Replica, level: Level) -> None:
-        """Down to a level that it has, or the next below, once its requests have ended."""
+    async def rest(
+        self, replica: Replica, level: Level, still: Callable[[], bool] = lambda: True
+    ) -> None:
+        """Down to a level that it has, or the next below, once its requests have ended.
+
+        It stays if the reason for it does not `still` hold when its turn comes.
+        """
         level = max(each for each in (Level.STOPPED, *replica.holds) if each <= level)
         async with replica.turn:
-            if replica.level > level:
+            if replica.level > level and still():
                 await self._down(replica, level)
 
     async def _down(self, replica: Replica, level: Level) -> None:
         if replica.state is State.READY:
-            self.change(replica, State.DRAINING)
-            while replica.load.requests:  # noqa: ASYNC110  # rare, and a request ends any time
-                await asyncio.sleep(_LOOK_S)
+            await self._drain(replica)
         running = replica.running
         if running is not None and running.sleeps and not running.dead and level:
             try:
@@ -164,6 +168,17 @@ class Life:
                 return
         await self.end(replica)
         self._settle(replica, Level.STOPPED, State.STOPPED)
+
+    async def _drain(self, replica: Replica) -> None:
+        """Until its requests have ended; it gets no more. Cancelled, it serves on."""
+        self.change(replica, State.DRAINING)
+        try:
+            while replica.load.requests:
+                replica.unused.clear()
+                await replica.unused.wait()
+        except BaseException:
+            self.change(replica, State.READY)
+            raise
 
     def _settle(self, replica: Replica, level: Level, state: State) -> None:
         replica.level = level
@@ -196,13 +211,18 @@ class Life:
             await self.bring(replica)
             again = replica.state is not State.READY and self.again(replica, replica.note, 0.0)
 
+    async def discard(self, replica: Replica) -> None:
+        """End what is left of a dead engine that is not started again."""
+        async with replica.turn:
+            await self.end(replica)
+            self._book(replica, Level.STOPPED)
+
     def again(self, replica: Replica, note: str, lived_s: float) -> bool:
         """Whether a dead replica is started again, which it then waits for."""
         self._metrics.deaths.labels(replica.model.name, replica.number).inc()
         pause_s = replica.deaths.pause_s(lived_s)
         if pause_s is None:
             times = replica.deaths.in_a_row
-            self._book(replica, Level.STOPPED)
             replica.again_at = math.inf
             self.change(replica, State.FAILED, f"{note}; {times} times, not started again")
             return False
@@ -265,7 +285,8 @@ class Life:
         log.info("model=%s gives way to model=%s level=%s", replica.name, comer.name, to)
         replica.gave_way += 1
         self._metrics.evictions.labels(replica.model.name, replica.number, to).inc()
-        await self.rest(replica, level)
+        idle = not replica.load.requests
+        await self.rest(replica, level, lambda: not (idle and replica.load.requests))
 
     async def _look_again(self, replica: Replica) -> None:
         if replica.state is not State.WAITING:

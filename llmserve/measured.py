@@ -72,11 +72,19 @@ def fingerprint(spec: ModelSpec, shape: Shape, settings: Settings, gpu: Gpu) -> 
         "shape": vars(shape),
         "settings": vars(settings),
         "engine": engine,
-        "loras": len(spec.loras),
+        # Their rank decides what the engine keeps for them; a folder's is in its config.
+        "loras": sorted(_adapter(source) for source in spec.loras.values()),
         "gpu": gpu.kind,
         "versions": {name: _version(name) for name in _PACKAGES},
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:24]
+
+
+def _adapter(source: str) -> str:
+    try:
+        return (Path(source) / "adapter_config.json").read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return source  # on the hub
 
 
 @cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ from prometheus_client.metrics_core import Metric
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+log = logging.getLogger(__name__)
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 _LAG_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 
@@ -105,7 +107,10 @@ class Metrics:
         while True:
             due = time.monotonic() + every_s
             await asyncio.sleep(every_s)
-            self.loop_lag.observe(max(0.0, time.monotonic() - due))
+            try:
+                self.loop_lag.observe(max(0.0, time.monotonic() - due))
+            except Exception:
+                log.exception("the event loop's lag could not be counted")
 
     def page(self, engines: Iterable[CollectorRegistry]) -> bytes:
         """The Prometheus text of this process, ours and every engine's, side by side."""

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from llmserve.chat import error_message, sse_data
+from llmserve.chat import error_message, mounts, sse_data
 from llmserve.gpus import GIB
 
 if TYPE_CHECKING:
@@ -68,7 +68,9 @@ class Client:
         url = url.strip().rstrip("/").removesuffix("/v1").rstrip("/")
         self.url = url if "://" in url else f"http://{url}"
         bearer = b"Bearer " + (key or "").encode(errors="surrogateescape")
-        self._http = httpx.Client(headers=[(b"authorization", bearer)] if key else None)
+        self._http = httpx.Client(
+            mounts=mounts(self.url), headers=[(b"authorization", bearer)] if key else None
+        )
 
     def close(self) -> None:
         self._http.close()
@@ -155,7 +157,9 @@ class Client:
 
 
 def _model(name: str) -> str:
-    return f"models/{quote(name, safe='/')}"
+    """The path of a model; the server merges slashes that are not escaped."""
+    plain = name == "/".join(filter(None, name.split("/")))
+    return f"models/{quote(name, safe='/' if plain else '')}"
 
 
 def _check(reply: httpx.Response) -> None:

@@ -21,7 +21,7 @@ from vllm.v1.engine.detokenizer import FastIncrementalDetokenizer
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import OutputProcessor, OutputProcessorOutput, RequestState
 
-from llmserve.detokenizer import ByTable, text_table
+from llmserve.detokenizer import ByTable, start_clean, text_table
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -197,6 +197,8 @@ class Outputs(OutputProcessor):
             return  # more input for a request that is here already
         if self.table is not None:
             ByTable.take_over(state.detokenizer, self.table)
+        else:
+            start_clean(state.detokenizer, request.prompt_token_ids)
         beginning = _beginning.get()
         if beginning is not None and beginning[0].is_for(request):
             state.__class__ = Streamed

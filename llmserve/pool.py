@@ -11,7 +11,7 @@ import logging
 import time
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from llmserve.dispatch import Ask
 from llmserve.entry import Entry
@@ -21,17 +21,20 @@ from llmserve.lease import Lease, Task, Wish
 from llmserve.life import Life
 from llmserve.replica import AT_REST, STARTING, Replica, State
 from llmserve.residency import Level
+from llmserve.responses import Archive
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterable
+    from collections.abc import Callable, Coroutine, Iterable, Sequence
 
     from prometheus_client import CollectorRegistry, Counter
 
+    from llmserve.admission import Place
     from llmserve.metrics import Metrics
     from llmserve.registry import Model, Registry
     from llmserve.replica import Backend
 
 log = logging.getLogger(__name__)
+Way: TypeAlias = "Callable[[Replica], Coroutine[Any, Any, None]]"  # from one state to another
 _STOPPING_RETRY_S = 5
 _DRAIN_LOOK_S = 0.05
 
@@ -54,9 +57,10 @@ class Pool:
     ) -> None:
         self.registry = registry
         self.entries: dict[str, Entry] = {}
-        self.leases: set[Lease] = set()
+        self.leases: dict[Lease, None] = {}  # in the order in which they were given
         self.events = Events()
         self.life = Life(backend, metrics, self._changed)
+        self._archive = Archive()
         self._backend = backend
         self._metrics = metrics
         self._on_change = on_change
@@ -82,22 +86,28 @@ class Pool:
             there.get(number) or Replica(model, number, self._backend.holds(spec, number))
             for number in range(spec.replicas)
         ]
-        entry = Entry(model, replicas)
-        entry.adopt(model)
+        entry = Entry(model, replicas, self._onward)
+        entry.responses = self._archive.of_model()
         entry.ready = tuple(each for each in replicas if each.state is State.READY)
         for replica in replicas:
             self._owner[replica] = entry
+        entry.adopt(model)
         return entry
 
     def enter(self, entry: Entry) -> None:
-        """From now on this is the model of its name; whoever waits for the one before goes on."""
+        """From now on this is the model of its name; requests that wait for it wait on here."""
         before = self.entries.get(entry.name)
         if before not in (None, entry):
+            if set(before.replicas) & set(entry.replicas):
+                entry.inherit(before)
+            entry.responses = before.responses
             self.leave(before)
         self.entries[entry.name] = entry
         self._metrics.in_flight.labels(entry.name).set_function(entry.slots.count)
         self._metrics.queued.labels(entry.name).set_function(entry.slots.waiting)
         for replica in entry.replicas:
+            if replica.running is not None:
+                replica.running.share(entry.responses)
             self._show(replica)
             if entry.policy is not None:
                 self._count(replica)
@@ -131,6 +141,8 @@ class Pool:
         while entry.slots.waiting() and entry.comes:  # noqa: ASYNC110  # once in its life
             await asyncio.sleep(_DRAIN_LOOK_S)
         replicas = entry.replicas if replicas is None else tuple(replicas)
+        for replica in replicas:
+            replica.retired = True
         await asyncio.gather(*(self._ended(each) for each in replicas))
         for replica in replicas:
             self._owner.pop(replica, None)
@@ -169,72 +181,63 @@ class Pool:
         """That of a public name. Raises ModelNotFound."""
         return self.entries[self.registry.find(name).name]
 
-    def lease(self, wish: Wish) -> Lease | None:
-        """Leave to send one request to its model; None: it has to `wait` for that.
+    def lease(self, wish: Wish) -> Lease | Place[Wish, Lease]:
+        """Leave to send one request to its model, or a place in the queue for that.
 
-        Raises ModelNotFound, or Overloaded if it may not wait: the line is full or too long,
-        the model starts for another reason than requests (unless the engine died over this
-        one), or the server stops; or EngineDead.
+        Deciding and queueing are one step, so that no change comes between. A place starts the
+        model if it is at rest. Raises ModelNotFound, or Overloaded if it may not wait: the queue
+        is full or too long, the model starts for another reason than requests (unless the engine
+        died over this one), or the server stops; or EngineDead.
         """
         entry = self.entry(wish.name)
         if self._closed:
             raise cut_off()
-        if entry.slots.free and self._living(entry):
-            return self._leased(entry, wish)
+        if entry.slots.free and (living := self._living(entry)):
+            return self._leased(entry, living, wish)
         if not entry.ready and not entry.awaits and not (wish.before and entry.comes):
             raise self._not_ready(entry)
         ready_in_s = None if entry.ready else entry.furthest.ready_in_s
         if not wish.before:  # that one has been admitted
             entry.slots.unless_full(wish.deadline, ready_in_s or 0.0)
-        return None
+        return entry.slots.join(wish.deadline, wish)
 
-    async def wait(self, wish: Wish) -> Lease:
-        """The same, in order of arrival; brings the model if it is at rest.
-
-        Raises as `lease` does, or DeadlineExceeded.
-        """
-        entry = self.entry(wish.name)
-        if not entry.ready:
-            self._ask_for(entry)
-        return await entry.slots.wait(wish.deadline, wish)
-
-    def _leased(self, entry: Entry, wish: Wish) -> Lease:
-        replica, tokens = entry.ready[0], 0
+    def _leased(self, entry: Entry, living: Sequence[Replica], wish: Wish) -> Lease:
+        replica, tokens = living[0], 0
         if entry.policy is not None:
             ask = Ask.of(wish.name, wish.body, wish.endpoint.answer_tokens)
-            replica, tokens = entry.policy.choose(entry.ready, ask), ask.tokens
+            replica, tokens = entry.policy.choose(living, ask), ask.tokens
             self._dispatched[replica].inc()
         if replica.running is None:
             raise self._not_ready(entry)
         slot = entry.slots.take()
-        held = (self.leases, self._released)
-        return Lease(replica, replica.running, slot, tokens, *held, wish.task)
+        held = (slot, tokens, self.leases, wish.deadline, wish.task)
+        return Lease(replica, replica.running, *held)
 
-    def _living(self, entry: Entry) -> bool:
-        """Whether a replica is ready, without those that died a moment ago.
+    def _living(self, entry: Entry) -> Sequence[Replica]:
+        """The replicas that are ready, without those whose engine has died.
 
-        They have the least to do, and would get every request.
+        These have the least to do, and would get every request.
         """
-        for replica in entry.ready:
-            self.died(replica)
-        return bool(entry.ready)
-
-    def _released(self, lease: Lease) -> None:
-        entry = self._owner.get(lease.replica)
-        if entry is not None and entry.slots.waiting():
-            self._onward(entry)
+        if any(_is_dead(replica) for replica in entry.ready):
+            for replica in entry.ready:
+                self.died(replica)
+            return [replica for replica in entry.ready if not _is_dead(replica)]
+        return entry.ready
 
     def _onward(self, entry: Entry) -> None:
-        """Let those in the line in, or see to it that their model comes."""
+        """Let in those that wait, or start their model, or send them away.
+
+        Called after each change of what they wait for: the queue, slots, limit or states.
+        """
         if not entry.slots.waiting():
             return
-        if self._living(entry):
-            entry.slots.advance(partial(self._leased, entry))
+        if living := self._living(entry):
+            entry.slots.advance(partial(self._leased, entry, living))
         elif self._closed:
             entry.slots.refuse(cut_off)
-        elif entry.comes:
+        elif entry.comes or entry.rests:
             self._ask_for(entry)
-        else:
+        elif not any(replica in self._comings for replica in entry.replicas):
             entry.slots.refuse(lambda: self._not_ready(entry))
 
     def _not_ready(self, entry: Entry) -> LLMServeError:
@@ -261,17 +264,18 @@ class Pool:
         """Until each of its replicas is ready, or has failed."""
         if self._closed:
             raise cut_off()
+        await self.came(entry)  # also on the way to sleep
         for replica in entry.replicas:
             if replica.state in AT_REST or replica.state is State.FAILED:
                 replica.patient = True
-                self._come(replica, self.life.bring(replica))
+                self._come(replica, self.life.bring)
         await self.came(entry)
 
     async def start_late(self, entry: Entry) -> None:
         """Start the replicas of a model that has just come, and wait for them."""
         for replica in entry.replicas:
-            if replica.level is Level.STOPPED and not self._closed:
-                self._come(replica, self.life.start(replica))
+            if replica.level is Level.STOPPED:
+                self._come(replica, self.life.start)
         await self.came(entry)
 
     async def came(self, entry: Entry) -> None:
@@ -289,8 +293,8 @@ class Pool:
         first = [each for each in self.replicas if each.state is State.WAITING]
         first.sort(key=lambda replica: replica.model.spec.start != "sleeping")
         for replica in first:
-            self._come(replica, self.life.start(replica))
-        starts = {self._comings[replica] for replica in first}
+            self._come(replica, self.life.start)
+        starts = {self._comings[replica] for replica in first if replica in self._comings}
         try:
             while starts:
                 _, starts = await asyncio.wait(starts, return_when=asyncio.FIRST_COMPLETED)
@@ -305,28 +309,30 @@ class Pool:
 
     def _ask_for(self, entry: Entry) -> None:
         for replica in entry.replicas:
-            if replica.may_come and not self._closed:
+            if replica.may_come:
                 replica.patient = True
-                self._come(replica, self.life.bring(replica))
+                self._come(replica, self.life.bring)
 
-    def _come(self, replica: Replica, way: Coroutine[Any, Any, None]) -> None:
-        if replica in self._comings:
-            way.close()  # it is on its way
-            return
-        coming = asyncio.create_task(way)
-        self._comings[replica] = coming
-        coming.add_done_callback(partial(self._came, replica))
+    def _come(self, replica: Replica, way: Way) -> None:
+        """Go `way` unless the replica is on one; at its end `_came` looks what is to do then."""
+        if replica not in self._comings and not (self._closed or replica.retired):
+            coming = asyncio.create_task(way(replica))
+            self._comings[replica] = coming
+            coming.add_done_callback(partial(self._came, replica))
 
     def _came(self, replica: Replica, coming: Task) -> None:
         del self._comings[replica]
         if not coming.cancelled() and (error := coming.exception()) is not None:
             log.error("model=%s unforeseen", replica.name, exc_info=error)
         if replica in self._owner:
+            self.died(replica)
             self._onward(self._owner[replica])
 
     # --- states
 
     def _changed(self, replica: Replica, before: State) -> None:
+        if replica not in self._owner:
+            return  # it has left
         if replica.state is not before:
             self._moved(replica, before)
         self._on_change(replica)
@@ -338,10 +344,11 @@ class Pool:
             entry.policy.forget(replica.number)
         if self.entries.get(entry.name) is entry:  # else it comes or leaves under another's name
             self._show(replica)
+        if replica.state is State.READY and replica.running is not None:
+            replica.running.share(entry.responses)
         self.events.tell(replica, before)
         log.info("model=%s state=%s", replica.name, replica.state)
-        if replica.state is State.READY or replica.state in AT_REST:
-            self._onward(entry)
+        self._onward(entry)
 
     def _show(self, replica: Replica) -> None:
         model, number = replica.model.name, replica.number
@@ -362,18 +369,19 @@ class Pool:
 
     def died(self, replica: Replica) -> bool:
         """Whether the engine of a replica has died, which is then known everywhere."""
-        running = replica.running
-        if running is None or not running.dead:
+        if not _is_dead(replica) or replica.state not in (State.READY, State.SLEEPING):
             return False
-        if replica.turn.locked() or replica.state not in (State.READY, State.SLEEPING):
-            return False  # whoever has the turn finds it dead, or it is known
-        if self._closed:
+        if replica.turn.locked() or replica in self._comings:
+            return False  # it is looked at again when that is over
+        if self._closed or replica.retired:
             self.life.change(replica, State.FAILED, "its engine died")
         elif replica.state is State.SLEEPING:
             self._metrics.deaths.labels(replica.model.name, replica.number).inc()
-            self._come(replica, self.life.rest(replica, Level.STOPPED))
+            self._come(replica, partial(self.life.rest, level=Level.STOPPED))
         elif self.life.again(replica, "its engine died", time.monotonic() - replica.since):
-            self._come(replica, self.life.revive(replica))
+            self._come(replica, self.life.revive)
+        else:
+            self._come(replica, self.life.discard)
         return True
 
     # --- the end
@@ -381,9 +389,13 @@ class Pool:
     def close(self) -> None:
         """Admit no more requests, and send away those that wait for their model."""
         self._closed = True
-        for entry in self.entries.values():
+        for entry in self._all():
             if not entry.ready:
                 entry.slots.refuse(cut_off)
+
+    def _all(self) -> Iterable[Entry]:
+        """Models that leave included."""
+        return dict.fromkeys((*self.entries.values(), *self._owner.values()))
 
     async def drain(self, timeout_s: float) -> None:
         """Admit no more, wait for running requests, cut off those that take too long."""
@@ -391,21 +403,23 @@ class Pool:
         end = time.monotonic() + timeout_s
         while self._busy() and time.monotonic() < end:  # noqa: ASYNC110  # once in a life
             await asyncio.sleep(_DRAIN_LOOK_S)
-        for entry in self.entries.values():
+        for entry in self._all():
             entry.slots.refuse(cut_off)
         for lease in list(self.leases):
             lease.cut(cut_off())
 
     def _busy(self) -> bool:
-        return bool(self.leases) or any(e.slots.waiting() for e in self.entries.values())
+        return bool(self.leases) or any(entry.slots.waiting() for entry in self._all())
 
     async def stop(self) -> None:
         """End all engines, all at once."""
         self.close()
         if any(replica.state in STARTING for replica in self.replicas):
             self._backend.kill()
-        for coming in self._comings.values():
-            coming.cancel()
+        if comings := list(self._comings.values()):
+            for coming in comings:
+                coming.cancel()
+            await asyncio.wait(comings)
         running = [replica for replica in self.replicas if replica.running is not None]
         await asyncio.gather(*(self.life.end(replica) for replica in running))
         for replica in running:
@@ -413,6 +427,10 @@ class Pool:
 
     def kill(self) -> None:
         self._backend.kill()
+
+
+def _is_dead(replica: Replica) -> bool:
+    return replica.running is not None and replica.running.dead
 
 
 def _unless_required(entry: Entry) -> None:

@@ -10,11 +10,15 @@ from starlette.responses import Response
 
 from llmserve import sse
 from llmserve.errors import LLMServeError, RequestError, quoted
+from llmserve.jsontext import load
 
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import Iterable
 
+    from starlette.types import ASGIApp, Receive, Scope, Send
+
+    from llmserve.jsontext import Buffer
     from llmserve.registry import Model, Registry
     from llmserve.replica import Running
 
@@ -70,12 +74,15 @@ def last_event(endpoint: str, body: dict[str, Any]) -> bytes:
     return sse.event(body) + sse.DONE
 
 
-class Ongoing(Response):
+class Ongoing:
     """An answer that is out before the work for it is done; `task` does the rest."""
 
-    def __init__(self, response: Response, task: asyncio.Task[Any]) -> None:
-        super().__init__(response.body, response.status_code, media_type=response.media_type)
+    def __init__(self, answer: ASGIApp, task: asyncio.Task[Any]) -> None:
+        self._answer = answer
         self.task = task
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._answer(scope, receive, send)
 
 
 def error_body(error: LLMServeError) -> dict[str, Any]:
@@ -99,20 +106,14 @@ def error_response(error: LLMServeError) -> Response:
     )
 
 
-def parse_object(body: bytes) -> dict[str, Any]:
-    """A request body as a JSON object; integers beyond 64 bits are floats (RFC 8259, 6).
+def parse_object(body: Buffer) -> dict[str, Any]:
+    """A request body as a JSON object; see `jsontext.load`.
 
-    Raises RequestError, which never repeats the body.
+    Raises RequestError, which never repeats the body, and BodyTooLarge.
     """
     if not body:
         raise RequestError("The body is empty; send a JSON object.", code="invalid_json")
-    try:
-        value = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        raise RequestError(
-            f"The body is not valid JSON: {error.msg} at character {error.pos}.",
-            code="invalid_json",
-        ) from None
+    value = load(body)
     if not isinstance(value, dict):
         raise RequestError("The body must be a JSON object.", code="invalid_json")
     return value
@@ -151,18 +152,6 @@ def model_card(name: str, model: Model, created: int, running: Running | None) -
         card["max_model_len"] = running.max_model_len
         card["endpoints"] = sorted(running.able)
     return card
-
-
-def without_nulls(value: Any, keep: frozenset[str] = frozenset()) -> Any:
-    """`value` without keys that are null, except those whose name is in `keep`.
-
-    OpenAI's schemas allow null only where they say so; strict clients refuse others.
-    """
-    if isinstance(value, dict):
-        return {k: without_nulls(v, keep) for k, v in value.items() if v is not None or k in keep}
-    if isinstance(value, list):
-        return [without_nulls(v, keep) for v in value]
-    return value
 
 
 def describe_path(loc: Iterable[int | str], body: Any) -> str:

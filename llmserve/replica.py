@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
     from prometheus_client import CollectorRegistry
     from starlette.requests import Request
-    from starlette.responses import Response
     from starlette.types import ASGIApp, Scope
 
     from llmserve.config import Config, ModelSpec
     from llmserve.registry import Model
     from llmserve.residency import Takes
+    from llmserve.responses import Responses
 
 
 class State(StrEnum):
@@ -63,6 +63,11 @@ class Running(Protocol):
         ...
 
     @property
+    def log(self) -> Path:
+        """Where its engine writes, whatever its model is called now."""
+        ...
+
+    @property
     def max_model_len(self) -> int: ...
     @property
     def dead(self) -> bool: ...
@@ -81,11 +86,10 @@ class Running(Protocol):
     async def call(
         self, endpoint: str, body: dict[str, Any], asked: str, request: Request
     ) -> ASGIApp: ...
-    async def fetch_response(self, response_id: str, query: dict[str, Any]) -> Response:
-        """Any replica of the model has it, whichever made it."""
+    def share(self, stored: Responses) -> None:
+        """Store answers of /v1/responses there; before its first request."""
         ...
 
-    async def cancel_response(self, response_id: str) -> Response: ...
     async def responds(self, within_s: float) -> bool:
         """Whether its engine answers a question that it can answer between two steps."""
         ...
@@ -176,12 +180,14 @@ class Replica:
         self.cost_s: dict[Level, float] = {}  # what it last took to be ready, by where from
         self.since = time.monotonic()  # its state
         self.used = time.monotonic()  # when a request last came or went
+        self.retired = False  # it ends with its requests, and does not start again
         self.patient = model.spec.start == "lazy"  # requests wait for it while it is on its way
         self.deaths = Deaths()
         self.failures = Deaths()  # of starts that requests asked for
         self.again_at = math.inf  # when they may once more
         self.gave_way = 0  # times
         self.load = Load()
+        self.unused = asyncio.Event()  # set when its last request has ended
         self.turn = asyncio.Lock()  # one transition at a time
 
     @property
@@ -201,6 +207,8 @@ class Replica:
     @property
     def may_come(self) -> bool:
         """Whether requests can have it brought."""
+        if self.retired:
+            return False
         if self.state is State.FAILED:
             return self.model.spec.start != "eager" and time.monotonic() >= self.again_at
         return self.state in AT_REST

@@ -13,7 +13,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from llmserve import __version__, admin, metrics
-from llmserve.errors import LLMServeError, RequestError, RouteNotFound, quoted
+from llmserve.errors import RequestError, RouteNotFound, quoted
+from llmserve.offloop import OffLoop
 from llmserve.protocol import ENDPOINTS, model_card
 from llmserve.replica import STARTING
 from llmserve.turns import Turns
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from llmserve.metrics import Metrics
     from llmserve.pool import Pool
     from llmserve.replica import Replica
+    from llmserve.responses import Responses
 
 
 @dataclass
@@ -39,6 +41,7 @@ class Services:
     metrics: Metrics
     operator: Operator
     turns: Turns = field(default_factory=Turns)
+    off_loop: OffLoop = field(default_factory=OffLoop)
     created: int = field(default_factory=lambda: int(time.time()))
 
 
@@ -68,8 +71,10 @@ def table() -> list[Route]:
 
 
 async def fetch_response(request: Request) -> Response:
-    """A stored answer of /v1/responses, whichever model gave it."""
-    return await _of_response(request, "fetch_response", _Fetch.of(request).model_dump())
+    """A stored answer of /v1/responses, whichever model gave it, running or not."""
+    query = _Fetch.of(request)
+    stored, response_id = _stored(request)
+    return stored.fetch(response_id, stream=query.stream, starting_after=query.starting_after)
 
 
 class _Fetch(BaseModel):
@@ -89,22 +94,17 @@ class _Fetch(BaseModel):
 
 
 async def cancel_response(request: Request) -> Response:
-    return await _of_response(request, "cancel_response")
+    stored, response_id = _stored(request)
+    return await stored.cancel(response_id)
 
 
-async def _of_response(request: Request, action: str, *arguments: Any) -> Response:
+def _stored(request: Request) -> tuple[Responses, str]:
+    """Where the response of the path is. Raises RouteNotFound, also for another key's."""
     response_id = request.path_params["response_id"]
+    owner = request.scope["state"].get("owner", "")
     for entry in _services(request).pool.entries.values():
-        if entry.running is None or "responses" not in entry.running.able:
-            continue
-        try:
-            act = getattr(entry.running, action)
-            response: Response = await act(response_id, *arguments)
-        except LLMServeError as error:
-            if error.status != 404:
-                raise
-        else:
-            return response
+        if entry.responses.has(response_id, owner):
+            return entry.responses, response_id
     raise RouteNotFound(
         f"There is no stored response {quoted(response_id)}.", param="response_id", code="not_found"
     )

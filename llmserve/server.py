@@ -11,26 +11,20 @@ import os
 import signal
 import socket
 import sys
-import uuid
-from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+import time
+from typing import TYPE_CHECKING, NoReturn, cast
 
-import orjson
 import uvicorn
 import uvloop
-from uvicorn.protocols.http.flow_control import FlowControl
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
-from uvicorn.protocols.utils import get_remote_addr, is_ssl
 
-from llmserve import admin, app, environment, nvml, stream, survey, table
+from llmserve import app, connection, environment, nvml, survey, table
 from llmserve.backend import VllmBackend
 from llmserve.control import Control
-from llmserve.errors import LLMServeError, RequestError, StartupError
+from llmserve.errors import LLMServeError, StartupError
 from llmserve.handover import Handover
 from llmserve.hostspace import HostSpace
 from llmserve.metrics import Metrics
 from llmserve.pool import Pool
-from llmserve.protocol import error_body
 from llmserve.registry import Registry
 from llmserve.replica import State
 from llmserve.routes import Services
@@ -136,7 +130,25 @@ def _log_folder(server: ServerSpec, listener: socket.socket) -> Path:
     return folder
 
 
-class _Brief(logging.Formatter):
+class _Escaping(logging.Formatter):
+    """Writes control characters as escapes and indents further lines of a record.
+
+    Clients choose paths, names and headers: none of these drives a terminal or forges a record.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return text if text.isprintable() else "\n  ".join(map(_escaped, text.split("\n")))
+
+
+def _escaped(line: str) -> str:
+    return "".join(
+        c if c.isprintable() or c == "\t" else c.encode("unicode_escape").decode("ascii")
+        for c in line
+    )
+
+
+class _Brief(_Escaping):
     """Without tracebacks, which are in the file."""
 
     def format(self, record: logging.LogRecord) -> str:
@@ -151,7 +163,7 @@ def _log_to(file: Path) -> None:
     The rest of the terminal belongs to what `up` shows.
     """
     to_file = logging.FileHandler(file, mode="w")
-    to_file.setFormatter(logging.Formatter(_LOG_FORMAT))
+    to_file.setFormatter(_Escaping(_LOG_FORMAT))
     to_terminal = logging.StreamHandler()
     to_terminal.setLevel(logging.ERROR)
     to_terminal.setFormatter(_Brief(_LOG_FORMAT))
@@ -164,12 +176,31 @@ def _log_to(file: Path) -> None:
 class _Uvicorn(uvicorn.Server):
     """uvicorn without its signal handlers: `_Process` decides when to end.
 
-    It looks after its date header once a second, not ten times.
+    It updates its date header once a second, not ten times, and one timer looks at all
+    connections: a timer for each would cost more than a request's headers.
     """
 
-    def __init__(self, config: uvicorn.Config) -> None:
+    def __init__(self, config: connection.Config) -> None:
         super().__init__(config)
+        self._limits = config.limits
         self._ending = asyncio.Event()
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        sweeping = asyncio.create_task(self._sweep())
+        try:
+            await super().serve(sockets)
+        finally:
+            sweeping.cancel()
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(self._limits.sweep_s)
+            now = time.monotonic()
+            for each in list(self.server_state.connections):
+                try:
+                    cast("connection.Connection", each).look(now)
+                except Exception:  # this one's; the others go on
+                    log.exception("a connection could not be looked at")
 
     def end(self) -> None:
         self.should_exit = True
@@ -183,115 +214,6 @@ class _Uvicorn(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
-
-
-class _Protocol(HttpToolsProtocol):
-    """uvicorn's, with a direct way to write, to end, and our error object for no HTTP."""
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """uvicorn's, which asks for both addresses, seven system calls.
-
-        Nobody but the operator's routes wants to know one.
-        """
-        self.connections.add(self)
-        self.transport = transport
-        self.flow = FlowControl(transport)
-        self.scheme = "https" if is_ssl(transport) else "http"
-        self._cycles: list[RequestResponseCycle] = []
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """uvicorn tells the newest request only; the one that runs may be older."""
-        super().connection_lost(exc)
-        for cycle in self._cycles:
-            if not cycle.response_complete:
-                cycle.disconnected = True
-            cycle.message_event.set()
-            _untie(cycle)
-        self._cycles = []
-
-    def on_headers_complete(self) -> None:
-        super().on_headers_complete()
-        for cycle in self._cycles:
-            if cycle.response_complete:
-                _untie(cycle)
-        self._cycles = [cycle for cycle in self._cycles if not cycle.response_complete]
-        self._cycles.append(self.cycle)
-        # The task that this starts has not run yet.
-        scope = cast("dict[str, Any]", self.scope)
-        if admin.owns(scope["path"]):
-            scope["client"] = get_remote_addr(self.transport)
-        scope["extensions"] = {
-            stream.WRITE: _writer(self.cycle, self.flow),
-            stream.ABORT: self.transport.abort,
-            stream.HOLD: partial(_hold, self.cycle),
-        }
-
-    def send_400_response(self, msg: str) -> None:
-        body = orjson.dumps(error_body(RequestError(msg, code="invalid_http")))
-        head = (
-            "HTTP/1.1 400 Bad Request\r\n"
-            "content-type: application/json\r\n"
-            f"content-length: {len(body)}\r\n"
-            f"x-request-id: {uuid.uuid4().hex}\r\n"
-            "connection: close\r\n\r\n"
-        )
-        self.transport.write(head.encode("ascii") + body)
-        self.transport.close()
-
-
-def _writer(cycle: RequestResponseCycle, flow: FlowControl) -> Callable[[bytes], bool]:
-    """What `cycle.send` does for a chunk, when it would not wait."""
-    transport = cycle.transport
-    begun = False
-
-    def write(body: bytes) -> bool:
-        nonlocal begun
-        if flow.write_paused or transport.is_closing():
-            return False
-        chunk = b"%x\r\n%b\r\n" % (len(body), body)
-        if begun:
-            transport.write(chunk)
-        elif cycle.disconnected or not cycle.chunked_encoding:
-            return False
-        else:
-            begun = True
-            cycle.transport.write(chunk)  # which may have held the headers back
-        return True
-
-    return write
-
-
-def _hold(cycle: RequestResponseCycle) -> None:
-    """Its headers are yet to come, and not there already with a comment."""
-    if not (cycle.response_started or cycle.disconnected):
-        cycle.transport = cast("asyncio.Transport", _Held(cycle))
-
-
-class _Held:
-    """A cycle's transport until it has written twice: its headers, and what comes next."""
-
-    def __init__(self, cycle: RequestResponseCycle) -> None:
-        self._cycle = cycle
-        self._headers: bytes | None = None
-        self.behind = cycle.transport
-
-    def write(self, data: bytes) -> None:
-        if self._headers is None:
-            self._headers = data
-            return
-        self._cycle.transport = self.behind
-        self.behind.write(self._headers + data)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.behind, name)
-
-
-def _untie(cycle: RequestResponseCycle) -> None:
-    """Let it be freed at once: collecting a cycle for each request stalls all streams."""
-    cast("dict[str, Any]", cycle.scope)["extensions"] = {}
-    transport: Any = cycle.transport
-    if isinstance(transport, _Held):
-        cycle.transport = transport.behind
 
 
 class _Process:
@@ -444,16 +366,17 @@ def _graceful_s(server: ServerSpec) -> int:
     return math.ceil(server.drain_timeout) + _LINGER_S
 
 
-def _uvicorn_config(server: ServerSpec, application: object) -> uvicorn.Config:
-    config = uvicorn.Config(
-        application,  # type: ignore[arg-type]  # our ASGI app
-        http=_Protocol,
-        ws="none",
+def _uvicorn_config(
+    server: ServerSpec, application: object, limits: connection.Limits | None = None
+) -> connection.Config:
+    config = connection.Config(
+        application,
+        limits=limits or connection.Limits.of_process(),
         lifespan="off",
         log_config=None,
         access_log=False,
         server_header=False,
-        proxy_headers=False,  # nobody asks for a client's address
+        proxy_headers=False,
         # The pool cuts off requests; this is for what holds a connection and no model.
         timeout_graceful_shutdown=_graceful_s(server),
         ssl_certfile=server.ssl_certfile,

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import re
+import threading
 from argparse import Namespace
-from collections import OrderedDict
-from collections.abc import AsyncGenerator, Awaitable, Container
+from collections.abc import AsyncGenerator, Awaitable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -27,11 +27,15 @@ from starlette.responses import Response
 from vllm.entrypoints.anthropic.protocol import (
     AnthropicCountTokensRequest,
     AnthropicMessagesRequest,
+    AnthropicStreamEvent,
 )
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.cli_args import FrontendArgs
-from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.entrypoints.openai.chat_completion.protocol import (
+    ChatCompletionRequest,
+    ChatCompletionStreamResponse,
+)
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest, CompletionStreamResponse
 from vllm.entrypoints.openai.models.protocol import LoRAModulePath
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
@@ -43,12 +47,20 @@ from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.entrypoints.serve.tokenize.protocol import DetokenizeRequest, TokenizeRequest
 from vllm.entrypoints.speech_to_text.base.utils import read_upload_with_limit
-from vllm.entrypoints.speech_to_text.transcription.protocol import TranscriptionRequest
-from vllm.entrypoints.speech_to_text.translation.protocol import TranslationRequest
+from vllm.entrypoints.speech_to_text.transcription.protocol import (
+    TranscriptionRequest,
+    TranscriptionStreamResponse,
+)
+from vllm.entrypoints.speech_to_text.translation.protocol import (
+    TranslationRequest,
+    TranslationStreamResponse,
+)
 from vllm.exceptions import VLLMError, VLLMValidationError
 from vllm.v1.engine.exceptions import EngineDeadError
 
+import llmserve.media  # noqa: F401  # registers what fetches the URLs of images
 from llmserve import garbage, sse, wire
+from llmserve.bounded import bounded
 from llmserve.checked import Refused
 from llmserve.engine import request_defaults
 from llmserve.errors import (
@@ -62,11 +74,15 @@ from llmserve.errors import (
     quoted,
 )
 from llmserve.express import Chat, Completions, Express, Noted, Terms, encoder_of
-from llmserve.protocol import Ongoing, cannot, describe_path, failure, without_nulls
+from llmserve.nulls import schema_of, without_nulls
+from llmserve.pace import Paced
+from llmserve.protocol import Ongoing, cannot, describe_path, failure
+from llmserve.responses import Responses, owned_by
 from llmserve.stream import FIRST_S
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from prometheus_client import CollectorRegistry
     from starlette.requests import Request
@@ -76,6 +92,7 @@ if TYPE_CHECKING:
     from llmserve.config import ModelSpec
     from llmserve.encoder import Encode
     from llmserve.engine import Engine
+    from llmserve.offloop import OffLoop
     from llmserve.residency import Level
 
 log = logging.getLogger(__name__)
@@ -88,7 +105,6 @@ TOO_LONG = (
     "maximum model length",
     "exceeds the max_model_len",
 )
-_KEPT_RESPONSES = 1000  # answers of /v1/responses that can be fetched again, per model
 
 # The name that the running request used for its model.
 _asked: ContextVar[str] = ContextVar("asked")
@@ -106,13 +122,31 @@ class Handler:
     """How one endpoint is served: the State's object, its method, the request's type.
 
     `nulls` are the keys that may be null in OpenAI's schema; None leaves the answer as
-    it is, where there is no such schema.
+    it is, where there is no such schema. `events` are the classes of events that vLLM writes
+    as text; the others come as what they are.
     """
 
     owner: str
     method: str
     request: TypeAdapter[Any]
     nulls: frozenset[str] | None = None
+    events: tuple[type[BaseModel], ...] = ()
+
+    def pruned(self, frame: bytes) -> bytes:
+        """An event that came as text, without nulls."""
+        if self.nulls is None or b":null" not in frame:
+            return frame
+        payload = sse.payload(frame)
+        if payload is None:
+            return frame
+        return sse.with_payload(frame, without_nulls(payload, schema_of(*self.events), self.nulls))
+
+    def content(self, answer: BaseModel) -> bytes:
+        """An answer, or an event that came as an object, as JSON without nulls."""
+        content = answer.model_dump(mode="json", by_alias=True)
+        if self.nulls is not None:
+            content = without_nulls(content, schema_of(type(answer)), self.nulls)
+        return _json(content)
 
 
 _CHAT_NULLS = frozenset({"content", "refusal", "logprobs", "finish_reason", "usage"})
@@ -129,54 +163,58 @@ HANDLERS: dict[str, Handler] = {
     "chat completions": Handler(
         "openai_serving_chat",
         "create_chat_completion",
-        TypeAdapter(ChatCompletionRequest),
+        bounded(ChatCompletionRequest),
         _CHAT_NULLS,
+        (ChatCompletionStreamResponse,),
     ),
     "completions": Handler(
         "openai_serving_completion",
         "create_completion",
-        TypeAdapter(CompletionRequest),
+        bounded(CompletionRequest),
         _COMPLETION_NULLS,
+        (CompletionStreamResponse,),
     ),
     "responses": Handler(
         "openai_serving_responses",
         "create_responses",
-        TypeAdapter(ResponsesRequest),
+        bounded(ResponsesRequest),
         _RESPONSE_NULLS,
     ),
     "messages": Handler(
         "anthropic_serving_messages",
         "create_messages",
-        TypeAdapter(AnthropicMessagesRequest),
+        bounded(AnthropicMessagesRequest),
         frozenset({"stop_reason", "stop_sequence"}),
+        (AnthropicStreamEvent,),
     ),
     "token counts": Handler(
         "anthropic_serving_messages",
         "count_tokens",
-        TypeAdapter(AnthropicCountTokensRequest),
+        bounded(AnthropicCountTokensRequest),
         _NONE,
     ),
-    "embeddings": Handler("serving_embedding", "__call__", TypeAdapter(EmbeddingRequest), _NONE),
-    "scores": Handler("serving_scores", "__call__", TypeAdapter(ScoreRequest)),
-    "reranking": Handler("serving_scores", "__call__", TypeAdapter(RerankRequest)),
-    "pooling": Handler("serving_pooling", "__call__", TypeAdapter(PoolingRequest)),
-    "classification": Handler(
-        "serving_classification", "__call__", TypeAdapter(ClassificationRequest)
-    ),
-    "tokenization": Handler(
-        "serving_tokenization", "create_tokenize", TypeAdapter(TokenizeRequest)
-    ),
+    "embeddings": Handler("serving_embedding", "__call__", bounded(EmbeddingRequest), _NONE),
+    "scores": Handler("serving_scores", "__call__", bounded(ScoreRequest)),
+    "reranking": Handler("serving_scores", "__call__", bounded(RerankRequest)),
+    "pooling": Handler("serving_pooling", "__call__", bounded(PoolingRequest)),
+    "classification": Handler("serving_classification", "__call__", bounded(ClassificationRequest)),
+    "tokenization": Handler("serving_tokenization", "create_tokenize", bounded(TokenizeRequest)),
     "detokenization": Handler(
-        "serving_tokenization", "create_detokenize", TypeAdapter(DetokenizeRequest)
+        "serving_tokenization", "create_detokenize", bounded(DetokenizeRequest)
     ),
     "transcriptions": Handler(
         "openai_serving_transcription",
         "create_transcription",
-        TypeAdapter(TranscriptionRequest),
+        bounded(TranscriptionRequest),
         _NONE,
+        (TranscriptionStreamResponse,),
     ),
     "translations": Handler(
-        "openai_serving_translation", "create_translation", TypeAdapter(TranslationRequest), _NONE
+        "openai_serving_translation",
+        "create_translation",
+        bounded(TranslationRequest),
+        _NONE,
+        (TranslationStreamResponse,),
     ),
 }
 
@@ -191,7 +229,7 @@ class Serving:
     """What one engine answers."""
 
     def __init__(
-        self, name: str, engine: Engine, state: State, encode: Encode | None, stored: Stored
+        self, name: str, engine: Engine, state: State, encode: Encode | None, stored: Responses
     ) -> None:
         self.name = name
         self.engine = engine
@@ -207,30 +245,38 @@ class Serving:
         self._express = {name: self._opened(name, encode) for name in LANES if name in self.able}
 
     @classmethod
-    async def build(cls, spec: ModelSpec, engine: Engine, stored: Stored | None = None) -> Serving:
-        """Also the first call into the engine: one that died at once is noticed here.
-
-        A model's replicas share what is `stored`.
-        """
+    async def build(cls, spec: ModelSpec, engine: Engine) -> Serving:
+        """Also the first call into the engine: one that died at once is noticed here."""
         await wire.take_over(engine.client, engine.flow)
+        vars(engine.client)["add_request"] = Paced(engine.client.add_request)
         # Reads the tokenizer again and compares: the other models go on meanwhile.
         encode = await asyncio.to_thread(encoder_of, engine.client)
-        return await cls._of(spec, engine, stored or Stored(), encode)
+        return await cls._of(spec, engine, Responses(), encode)
 
     @classmethod
     async def _of(
-        cls, spec: ModelSpec, engine: Engine, stored: Stored, encode: Encode | None
+        cls, spec: ModelSpec, engine: Engine, stored: Responses, encode: Encode | None
     ) -> Serving:
-        tasks = await engine.client.get_supported_tasks()
         state = State()
-        await init_app_state(engine.client, state, _frontend_arguments(spec, engine), tasks)
+        async with engine.within("answer its tasks"):
+            tasks = await engine.client.get_supported_tasks()
+            await _init_state(engine, state, spec, tasks)
         # init_app_state makes this object itself; no argument of it sets the class.
         state.openai_serving_models.__class__ = PublicNames
-        if (responses := getattr(state, "openai_serving_responses", None)) is not None:
-            stored.keep_for(responses)
         if spec.sampling.max_tokens is not None:
             _default_not_limit(state)
-        return cls(spec.name, engine, state, encode, stored)
+        for processor in _processors(state):
+            processor.render_async = Paced(processor.render_async)
+        serving = cls(spec.name, engine, state, encode, stored)
+        serving.share(stored)
+        return serving
+
+    def share(self, stored: Responses) -> None:
+        """Store answers of /v1/responses there: a model's replicas share them."""
+        self._stored = stored
+        responses = getattr(self._state, "openai_serving_responses", None)
+        if responses is not None:
+            stored.keep_for(responses, _stored_answer)
 
     async def changed(self, spec: ModelSpec) -> Serving:
         """The same engine under new serving objects; requests under way keep theirs."""
@@ -250,7 +296,7 @@ class Serving:
         terms = Terms(
             self._translated,
             partial(failure, endpoint),
-            partial(_without_nulls, keep=handler.nulls),
+            handler.pruned,
         )
         return Express(LANES[endpoint](served), served, self.engine, encode, terms)
 
@@ -260,7 +306,11 @@ class Serving:
 
     @property
     def dead(self) -> bool:
-        return bool(self.engine.client.errored)
+        return self.engine.dead
+
+    @property
+    def log(self) -> Path:
+        return self.engine.log
 
     @property
     def registry(self) -> CollectorRegistry:
@@ -292,7 +342,7 @@ class Serving:
     async def stop(self) -> None:
         if (handler := self.engine.client.output_handler) is not None:
             handler.cancel()  # else it reports the end of its engine as a failure
-        await asyncio.to_thread(self.engine.stop)
+        await self.engine.end()
         garbage.look_soon()
 
     def coming(self) -> contextlib.AbstractContextManager[None]:
@@ -317,45 +367,45 @@ class Serving:
             raise Unsupported(cannot(self.name, endpoint, self.able), param="model")
         handler = HANDLERS[endpoint]
         _asked.set(asked)
+        if "request_id" in body:  # the server's to choose: it is an answer's id, and a key
+            body = {name: value for name, value in body.items() if name != "request_id"}
         if endpoint in _GENERATING:
             await self.engine.client.check_explicit(body)
-        parsed = _validate(handler.request, body, endpoint)
-        with Noted() as calls:
+        parsed = await _validated(handler.request, body, endpoint, request.scope)
+        owner = request.scope.get("state", {}).get("owner", "")
+        self._check_previous(parsed, owner)
+        with Noted() as calls, owned_by(owner):
             result = await self._translating(self._handled(handler, parsed, request))
         for noted in calls:  # before the headers: a parser may have derived a constraint
             await self._translating(self.engine.client.check(noted.params))
+        if endpoint == "responses" and parsed.background and isinstance(result, AsyncGenerator):
+            await result.aclose()
+            result = self._stored.replay(parsed.request_id)
         express = self._express.get(endpoint)
         if express is not None and isinstance(result, AsyncGenerator):
             stream = express.carry(parsed, body, asked, request.scope, calls)
             if stream is not None:
                 return stream
         response = await self._respond(result, endpoint)
-        if getattr(parsed, "background", False) and (task := self._background_task(result)):
-            return Ongoing(response, task)
-        return response
+        task = self._stored.task(getattr(parsed, "request_id", ""))
+        return response if task is None else Ongoing(response, task)
+
+    def _check_previous(self, parsed: Any, owner: str) -> None:
+        """Raises RequestError for a response of another model or another API key."""
+        previous = getattr(parsed, "previous_response_id", None)
+        if previous is not None and not self._stored.has(previous, owner):
+            error = RequestError(
+                f"There is no stored response {quoted(previous)}.",
+                param="previous_response_id",
+                code="not_found",
+            )
+            error.status = 404
+            raise error
 
     async def _handled(self, handler: Handler, parsed: Any, request: Request) -> Any:
         method = getattr(getattr(self._state, handler.owner), handler.method)
         upload = [await read_upload_with_limit(parsed.file)] if hasattr(parsed, "file") else []
         return await method(*upload, parsed, request)
-
-    def _background_task(self, result: Any) -> asyncio.Task[Any] | None:
-        """The task that goes on with a response of `background: true`."""
-        tasks: dict[str, asyncio.Task[Any]] = self._state.openai_serving_responses.background_tasks
-        return tasks.get(getattr(result, "id", ""))
-
-    async def fetch_response(self, response_id: str, query: dict[str, Any]) -> Response:
-        """GET /v1/responses/{id}. Raises LLMServeError, 404 if it is not from this model."""
-        stored = self._state.openai_serving_responses.retrieve_responses(response_id, **query)
-        return await self._respond(await self._translating(stored), "responses")
-
-    async def cancel_response(self, response_id: str) -> Response:
-        """Cancel what runs in the background; again is no mistake."""
-        responses = self._state.openai_serving_responses
-        stored = responses.response_store.get(response_id)
-        if stored is None or stored.status != "cancelled":
-            stored = await self._translating(responses.cancel_responses(response_id))
-        return await self._respond(stored, "responses")
 
     async def _respond(self, result: Any, endpoint: str) -> Response:
         handler = HANDLERS[endpoint]
@@ -366,10 +416,7 @@ class Serving:
         if isinstance(result, AsyncGenerator):
             return await self._stream(result, endpoint)
         if isinstance(result, BaseModel):
-            content = result.model_dump(mode="json", by_alias=True)
-            if handler.nulls is not None:
-                content = without_nulls(content, handler.nulls)
-            return Response(orjson.dumps(content), media_type="application/json")
+            return Response(handler.content(result), media_type="application/json")
         return Response(str(result), media_type="text/plain")  # a transcript as text, srt or vtt
 
     # --- streams
@@ -388,9 +435,13 @@ class Serving:
         async with contextlib.aclosing(source):
             try:
                 async for item in source:
-                    frame = _event_of(item) if isinstance(item, BaseModel) else item.encode()
+                    frame = (
+                        _event_of(item, handler)
+                        if isinstance(item, BaseModel)
+                        else handler.pruned(item.encode())
+                    )
                     self._raise_error_in(frame)
-                    yield _without_nulls(frame, handler.nulls)
+                    yield frame
             except LLMServeError:
                 raise
             except Exception as error:
@@ -463,6 +514,37 @@ class Serving:
         return EngineError(message)
 
 
+# vLLM makes counters of the whole process where there are none yet.
+_initializing = threading.Lock()
+
+
+async def _init_state(engine: Engine, state: State, spec: ModelSpec, tasks: Any) -> None:
+    """vLLM's `init_app_state`, in a thread: parsers and templates take tenths of a second.
+
+    Adapters alone ask the engine, which belongs to the calling loop.
+    """
+    arguments = _frontend_arguments(spec, engine)
+    adapters = _adapters(spec)
+    lora_config = engine.client.vllm_config.lora_config
+    if lora_config is not None and lora_config.default_mm_loras:  # adapters of vLLM's own
+        arguments.lora_modules = adapters
+        await init_app_state(engine.client, state, arguments, tasks)
+        return
+
+    def init() -> None:
+        with _initializing:
+            asyncio.run(init_app_state(engine.client, state, arguments, tasks))
+
+    await asyncio.to_thread(init)
+    state.openai_serving_models.static_lora_modules = adapters
+    await state.openai_serving_models.init_static_loras()
+
+
+def _adapters(spec: ModelSpec) -> list[LoRAModulePath]:
+    """In an order of their own: an adapter's id is its place, and the engine keeps it."""
+    return [LoRAModulePath(*each) for each in sorted(spec.loras.items())]
+
+
 def _frontend_arguments(spec: ModelSpec, engine: Engine) -> Namespace:
     """What vLLM's server takes from its command line: engine and front-end arguments."""
     frontend = FrontendArgs(
@@ -470,47 +552,19 @@ def _frontend_arguments(spec: ModelSpec, engine: Engine) -> Namespace:
         default_chat_template_kwargs=spec.chat_template_kwargs or None,
         tool_call_parser=spec.tool_call_parser,
         enable_auto_tool_choice=spec.tool_call_parser is not None,
-        # In an order of their own: an adapter's id is its place, and the engine keeps it.
-        lora_modules=[LoRAModulePath(*each) for each in sorted(spec.loras.items())] or None,
     )
     names = {"served_model_name": list(spec.names)}
     return Namespace(**vars(frontend) | vars(engine.arguments) | names)
 
 
-class Stored:
-    """A model's answers of /v1/responses, for whoever goes on with one or fetches it.
-
-    vLLM keeps each engine's for ever; these are the last ones, whichever replica gave them.
-    """
-
-    def __init__(self) -> None:
-        self._running: dict[str, asyncio.Task[Any]] = {}
-        self._stores = {
-            store: Bounded(_KEPT_RESPONSES, self._running)
-            for store in ("response_store", "msg_store", "event_store")
-        }
-        self._lock = asyncio.Lock()
-
-    def keep_for(self, responses: Any) -> None:
-        """Be the stores of a replica's OpenAIServingResponses, which has had no request yet."""
-        vars(responses).update(
-            self._stores, response_store_lock=self._lock, background_tasks=self._running
-        )
-
-
-class Bounded(OrderedDict[str, Any]):
-    """A mapping that forgets its oldest entries beyond `limit`, but none that is in `kept`."""
-
-    def __init__(self, limit: int, kept: Container[str] = ()) -> None:
-        super().__init__()
-        self._limit = limit
-        self._kept = kept
-
-    def __setitem__(self, key: str, value: Any) -> None:
-        super().__setitem__(key, value)
-        for oldest in list(islice(self, max(0, len(self) - self._limit))):
-            if oldest not in self._kept:
-                del self[oldest]
+def _processors(state: State) -> list[Any]:
+    """What prepares the inputs of pooling requests, each in a call of its own."""
+    owners = {handler.owner for handler in HANDLERS.values()}
+    found: list[Any] = []
+    for serving in filter(None, (getattr(state, owner, None) for owner in sorted(owners))):
+        found += getattr(serving, "io_processors", {}).values()
+        found += filter(None, [getattr(serving, "io_processor", None)])
+    return found
 
 
 def _default_not_limit(state: State) -> None:
@@ -524,6 +578,16 @@ def _default_not_limit(state: State) -> None:
         serving = getattr(state, owner, None)
         if serving is not None:
             serving.override_max_tokens = None
+
+
+async def _validated(
+    adapter: TypeAdapter[Any], body: dict[str, Any], endpoint: str, scope: Scope
+) -> Any:
+    """A large body is validated beside the loop."""
+    off_loop: OffLoop | None = scope.get("state", {}).get("off_loop")
+    if off_loop is None:
+        return _validate(adapter, body, endpoint)
+    return await off_loop.run(_validate, adapter, body, endpoint)
 
 
 def _validate(adapter: TypeAdapter[Any], body: dict[str, Any], endpoint: str) -> Any:
@@ -558,16 +622,33 @@ def _short(message: str, limit: int = 500) -> str:
     return line if len(line) <= limit else line[:limit] + "..."
 
 
-def _event_of(item: BaseModel) -> bytes:
-    data = item.model_dump_json(by_alias=True)
-    return f"event: {getattr(item, 'type', 'unknown')}\ndata: {data}\n\n".encode()
+def _event_of(item: BaseModel, handler: Handler) -> bytes:
+    name = getattr(item, "type", "unknown")
+    return f"event: {name}\n".encode() + b"data: " + handler.content(item) + b"\n\n"
 
 
-def _without_nulls(frame: bytes, keep: frozenset[str] | None) -> bytes:
-    if keep is None or b":null" not in frame:
-        return frame
-    payload = sse.payload(frame)
-    return frame if payload is None else sse.with_payload(frame, without_nulls(payload, keep))
+def _stored_answer(result: Any) -> Response:
+    """A stored response, or its events again; no engine is asked."""
+    handler = HANDLERS["responses"]
+    if isinstance(result, BaseModel):
+        return Response(handler.content(result), media_type="application/json")
+    return sse.EventStream(sse.Frames(_replayed(result, handler), partial(failure, "responses")))
+
+
+async def _replayed(
+    events: AsyncGenerator[Any, None], handler: Handler
+) -> AsyncGenerator[bytes, None]:
+    async with contextlib.aclosing(events):
+        async for event in events:
+            yield _event_of(event, handler)
+
+
+def _json(content: Any) -> bytes:
+    """A model's own data may have integers and text that are not UTF-8's and orjson's."""
+    try:
+        return orjson.dumps(content)
+    except TypeError:
+        return json.dumps(content, separators=(",", ":")).encode()
 
 
 def _pruned(response: Response) -> Response:

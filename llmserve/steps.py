@@ -72,12 +72,15 @@ class Steps:
             return
         self._outputs.update_scheduler_stats(step.scheduler_stats)
         if logger is not None:
-            logger.record(
-                engine_idx=step.engine_index,
-                scheduler_stats=step.scheduler_stats,
-                iteration_stats=stats,
-                mm_cache_stats=None,
-            )
+            try:
+                logger.record(
+                    engine_idx=step.engine_index,
+                    scheduler_stats=step.scheduler_stats,
+                    iteration_stats=stats,
+                    mm_cache_stats=None,
+                )
+            except Exception:  # vLLM would end all requests over it
+                log.exception("a step could not be counted")
 
     def _abort(self, request_ids: list[str]) -> None:
         aborting = asyncio.ensure_future(self._core.abort_requests_async(request_ids))

@@ -36,8 +36,7 @@ BEHIND_S = 0.1  # text is collected before any is written, for at most this long
 BUSY_S = 0.001  # a longer turn of the loop had more to do than to write
 CROWDED = 4  # short turns of the loop, after which nobody seems to come any more
 SHARE_S = 0.001  # of a turn of the loop, for later text
-STUCK_S = 60.0  # a client that has not taken an event for so long has left
-HELD_LIMIT = 500_000  # characters that wait for one client
+HELD_LIMIT = 500_000  # characters that wait for one client; `connection` bounds the time
 _TEND_S = 0.5
 _PING = b": ping\n\n"
 
@@ -154,7 +153,7 @@ class Flow:
         if self._first:
             first, self._first = self._first, []
             for _, _, stream in first:
-                self._write(stream)
+                self.write(stream)
             if not (self._ends or self._later):
                 self._tell_lag(first[0])
 
@@ -162,7 +161,7 @@ class Flow:
         """How many have been written, and are in the list no longer."""
         written = 0
         for _, _, stream in texts[: self._due(texts, now)]:
-            self._write(stream)
+            self.write(stream)
             written += 1
             if time.monotonic() - now > SHARE_S:
                 break
@@ -177,12 +176,16 @@ class Flow:
         return bisect_left(texts, (now - BEHIND_S,)) if waiting else len(texts)
 
     def _tell_lag(self, oldest: _Text) -> None:
-        self._lag(max(0.0, time.monotonic() - oldest[1]))
+        try:
+            self._lag(max(0.0, time.monotonic() - oldest[1]))
+        except Exception:  # text is worth more than its figure
+            log.exception("a stream's lag could not be counted")
 
-    def _write(self, stream: TokenStream) -> None:
+    def write(self, stream: TokenStream) -> None:
+        """What it has. A failure ends this stream; the others go on."""
         try:
             stream.write()
-        except Exception as error:  # this one's; the others go on
+        except Exception as error:
             stream.broke(error)
 
     @contextmanager
@@ -208,7 +211,10 @@ class Flow:
         """One timer for all of them: a timer each would cost more than the rest of it."""
         now = time.monotonic()
         for stream in list(self._streams):
-            stream.tend(now)
+            try:
+                stream.tend(now)
+            except Exception as error:  # as above
+                stream.broke(error)
         self._tending = bool(self._streams)
         if self._tending:
             asyncio.get_running_loop().call_later(_TEND_S, self._tend)
@@ -411,15 +417,15 @@ class TokenStream:
             self.broke(error)
         self._sending = None
         if self._waits:
-            self.write()
+            self._flow.write(self)
 
     # --- quiet ones
 
     def tend(self, now: float) -> None:
-        """Headers or a comment when they are due; an end if the client does not read."""
+        """Headers or a comment when they are due; an end if too much waits for the client."""
         quiet_s = now - self._moved_s
         if self._sending is not None:
-            if quiet_s > STUCK_S or sum(map(len, self.pieces)) > HELD_LIMIT:
+            if sum(map(len, self.pieces)) > HELD_LIMIT:
                 self._give_up()
         elif self._over:
             pass
@@ -435,7 +441,10 @@ class TokenStream:
 
     def _give_up(self) -> None:
         """End the connection and the wait, which aborts the request."""
-        self._abort()
+        try:
+            self._abort()
+        except Exception:
+            log.exception("a connection could not be ended")
         self._leave()
 
     def _leave(self) -> None:

@@ -42,13 +42,15 @@ class Turns:
         """Once a turn of the loop, while any wait."""
         came, self._came = self._came, False
         held_s = time.monotonic() - self._since_s
-        if not came or len(self._waiting) >= self._size or held_s >= HOLD_S:
-            self._let_in()
-        self._looking = bool(self._waiting)
-        if self._looking:
-            asyncio.get_running_loop().call_soon(self._look)
-        else:
-            self._size = self._smallest
+        try:
+            if not came or len(self._waiting) >= self._size or held_s >= HOLD_S:
+                self._let_in()
+        finally:  # whatever fails, those that are left have their turn
+            self._looking = bool(self._waiting)
+            if self._looking:
+                asyncio.get_running_loop().call_soon(self._look)
+            else:
+                self._size = self._smallest
 
     def _let_in(self) -> None:
         left, self._size = self._size, min(2 * self._size, self._largest)

@@ -19,7 +19,10 @@ log = logging.getLogger(__name__)
 
 _LOOK_S = 0.5  # a dead engine is noticed this soon
 _ASK_EVERY_S = 10.0
-HUNG_S = 45.0  # an engine that says nothing for so long is taken for dead; steps are shorter
+HUNG_S = 45.0  # an engine that does not answer for so long, and does not work, is killed
+
+# States in which an engine answers; every other call into it has a bound of its own.
+_ASKED = frozenset({State.READY, State.DRAINING, State.SLEEPING})
 
 
 class Watch:
@@ -41,30 +44,33 @@ class Watch:
         while True:
             await asyncio.sleep(_LOOK_S)
             for replica in self._pool.replicas:
-                if not self._pool.died(replica):
-                    self._rest_if_idle(replica)
+                try:
+                    if not self._pool.died(replica):
+                        self._rest_if_idle(replica)
+                except Exception:  # of this one; the others are looked after
+                    log.exception("model=%s unforeseen", replica.name)
 
     def _rest_if_idle(self, replica: Replica) -> None:
-        idle, idle_s = replica.model.spec.idle, replica.idle_s
-        if replica.load.requests or replica.turn.locked() or replica in self._restings:
+        if replica.turn.locked() or replica in self._restings:
             return
-        if idle.stop_after is not None and idle_s >= idle.stop_after:
-            wanted = Level.STOPPED
-        elif idle.sleep_after is not None and idle_s >= idle.sleep_after:
-            wanted = Level.HOST
-        else:
-            return
+        wanted = _level_for_idle(replica)
         if replica.state in (State.READY, State.SLEEPING) and replica.level > wanted:
-            resting = asyncio.create_task(self._pool.life.rest(replica, wanted))
+            still = partial(_is_idle_for, replica, wanted)
+            resting = asyncio.create_task(self._pool.life.rest(replica, wanted, still))
             self._restings[replica] = resting
-            resting.add_done_callback(lambda _: self._restings.pop(replica, None))
+            resting.add_done_callback(partial(self._rested, replica))
+
+    def _rested(self, replica: Replica, resting: Task) -> None:
+        del self._restings[replica]
+        if not resting.cancelled() and (error := resting.exception()) is not None:
+            log.error("model=%s unforeseen", replica.name, exc_info=error)
 
     async def _for_hung(self) -> None:
         """Engines that hang: they are killed, and then found dead."""
         while True:
             await asyncio.sleep(_ASK_EVERY_S)
             for replica in self._pool.replicas:
-                if replica not in self._asked and replica.state in (State.READY, State.SLEEPING):
+                if replica not in self._asked and replica.state in _ASKED:
                     asked = asyncio.create_task(self._kill_if_hung(replica))
                     self._asked[replica] = asked
                     asked.add_done_callback(partial(self._was_asked, replica))
@@ -83,5 +89,21 @@ class Watch:
             log.exception("model=%s could not be asked whether it hangs", replica.name)
             return
         if replica.running is running and not running.dead:
-            log.error("model=%s has said nothing for %g s: killed", replica.name, HUNG_S)
+            log.error("model=%s: no answer and no work for %g s; killed", replica.name, HUNG_S)
             running.kill()
+
+
+def _level_for_idle(replica: Replica) -> Level:
+    """How far down a replica goes that has been idle for so long."""
+    idle, idle_s = replica.model.spec.idle, replica.idle_s
+    if replica.load.requests:
+        return Level.READY
+    if idle.stop_after is not None and idle_s >= idle.stop_after:
+        return Level.STOPPED
+    if idle.sleep_after is not None and idle_s >= idle.sleep_after:
+        return Level.HOST
+    return Level.READY
+
+
+def _is_idle_for(replica: Replica, level: Level) -> bool:
+    return _level_for_idle(replica) <= level

@@ -88,8 +88,11 @@ class Outbox:
             log.error("%d messages to an engine were not sent: it has ended", len(held))
             return
         for message, copy in held:
-            if self._queued or not self._sent(message, copy=copy):
-                self._queue(message, copy=copy)
+            try:
+                if self._queued or not self._sent(message, copy=copy):
+                    self._queue(message, copy=copy)
+            except Exception:  # this one's; the others are sent
+                log.exception("a message to an engine was not sent")
 
     def _sent(self, message: Sequence[Any], *, copy: bool) -> bool:
         send = self._now.send
@@ -107,8 +110,10 @@ class Outbox:
         sent.add_done_callback(self._dequeue)
         return sent
 
-    def _dequeue(self, _: asyncio.Future[Any]) -> None:
+    def _dequeue(self, sent: asyncio.Future[Any]) -> None:
         self._queued -= 1
+        if not sent.cancelled() and (error := sent.exception()) is not None:
+            log.error("a message to an engine was not sent", exc_info=error)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._socket, name)

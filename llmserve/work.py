@@ -7,22 +7,22 @@ from typing import TYPE_CHECKING, Any
 
 from starlette.requests import ClientDisconnect, Request
 
-from llmserve.admission import Deadline
-from llmserve.constraints import check_constraints
+from llmserve.admission import Deadline, Place
+from llmserve.body import form_fields, form_of, json_object
 from llmserve.early import COMMENT_S, Early
-from llmserve.errors import BodyTooLarge, EngineDead, LLMServeError, RequestError, quoted
+from llmserve.errors import EngineDead, LLMServeError, RequestError, quoted
 from llmserve.lease import Wish
-from llmserve.protocol import Endpoint, Ongoing, parse_object, requested_model
+from llmserve.protocol import Endpoint, Ongoing, requested_model
 from llmserve.sse import EventStream
 from llmserve.stream import TokenStream
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable
 
-    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
+    from llmserve.entry import Entry
     from llmserve.lease import Lease
-    from llmserve.pool import Pool
     from llmserve.routes import Services
 
 _TIMEOUT = b"x-request-timeout"
@@ -37,22 +37,20 @@ class Work:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         services: Services = scope["app"].state.services
         limit = services.config.server.max_body
-        if _length(scope) > limit:
-            raise BodyTooLarge(f"The body has {_length(scope)} bytes; server.max_body is {limit}.")
         if self.endpoint.multipart:
-            request = Request(scope, _counted(receive, limit))
+            request = await form_of(scope, receive, limit, services.off_loop)
             try:
-                await self._serve(scope, receive, send, await _form(request))
+                await self._serve(scope, receive, send, await form_fields(request))
             finally:
                 await request.close()  # an upload's temporary file
         else:
-            await self._serve(scope, receive, send, parse_object(await _read(receive, limit)))
+            body = await json_object(scope, receive, limit, services.off_loop)
+            await self._serve(scope, receive, send, body)
 
     async def _serve(
         self, scope: Scope, receive: Receive, send: Send, body: dict[str, Any]
     ) -> None:
         """Once more if the engine dies before the answer has begun."""
-        check_constraints(body)
         pool = scope["app"].state.services.pool
         name = requested_model(body, pool.registry)
         model = pool.registry.find(name)
@@ -75,32 +73,38 @@ class Work:
     async def _once(self, scope: Scope, receive: Receive, early: Early, wish: Wish) -> None:
         services: Services = scope["app"].state.services
         lease = services.pool.lease(wish)
-        if lease is None:
-            lease = await self._waited(services.pool, receive, early, wish)
-        lease.until(wish.deadline)
+        if isinstance(lease, Place):
+            entry = services.pool.entry(wish.name)
+            lease = await self._waited(receive, early, lease, entry)
         answer = await self._answer(scope, receive, wish, lease)
         await answer(scope, receive, early)
 
-    async def _waited(self, pool: Pool, receive: Receive, early: Early, wish: Wish) -> Lease:
-        """A stream is told every few seconds that it is still waiting."""
-        streams = self.endpoint.answer_tokens and wish.body.get("stream") is True
-        entry = pool.entry(wish.name)
-        waiting = asyncio.ensure_future(pool.wait(wish))
+    async def _waited(
+        self, receive: Receive, early: Early, place: Place[Wish, Lease], entry: Entry
+    ) -> Lease:
+        """A stream gets a comment every few seconds meanwhile.
+
+        Raises what the queue refuses with, or ClientDisconnect.
+        """
+        streams = self.endpoint.answer_tokens and place.wish.body.get("stream") is True
+        each_s = COMMENT_S if streams else None
         gone = asyncio.ensure_future(_gone(receive))
         try:
-            while not waiting.done():
-                each_s = COMMENT_S if streams else None
-                await asyncio.wait({waiting, gone}, timeout=each_s, return_when="FIRST_COMPLETED")
+            while not place.given.done():
+                both: set[asyncio.Future[Any]] = {place.given, gone}
+                await asyncio.wait(both, timeout=each_s, return_when="FIRST_COMPLETED")
                 if gone.done():
-                    waiting.cancel()
-                elif not waiting.done():
+                    raise ClientDisconnect  # noqa: TRY301  # what it has joined, it leaves below
+                if not place.given.done():
                     await early.comment(
                         f"{entry.name} is {entry.state}, {entry.slots.waiting()} wait"
                     )
-            return await _unless_left(waiting)
-        except BaseException:
-            waiting.cancel()
-            waiting.add_done_callback(_released)
+            return place.given.result()
+        except BaseException as error:
+            cut_by = _cut_by(place)
+            place.leave()
+            if cut_by is not None and isinstance(error, asyncio.CancelledError):
+                raise cut_by from None
             raise
         finally:
             gone.cancel()
@@ -124,19 +128,10 @@ class Work:
         return Leased(answer, lease)
 
 
-async def _unless_left(waiting: asyncio.Future[Lease]) -> Lease:
-    try:
-        return await waiting
-    except asyncio.CancelledError:
-        if waiting.cancelled():
-            raise ClientDisconnect from None
-        raise
-
-
-def _released(waiting: asyncio.Future[Lease]) -> None:
-    """Of a request that left in the moment in which it was let in."""
-    if not waiting.cancelled() and waiting.exception() is None:
-        waiting.result().release()
+def _cut_by(place: Place[Wish, Lease]) -> LLMServeError | None:
+    """Of a lease that was cut before its request could take it from the queue."""
+    given = place.given
+    return given.result().cut_by if given.done() and given.exception() is None else None
 
 
 class Leased:
@@ -155,7 +150,8 @@ class Leased:
                 raise
             if not scope["state"]["began"]:
                 raise error from None
-            await self._end_early(send, error)
+            if not scope["state"]["ended"]:
+                await self._end_early(send, error)
         finally:
             if isinstance(self._answer, Ongoing):
                 self._answer.task.add_done_callback(lambda _: self._lease.release())
@@ -183,53 +179,6 @@ def _deadline(scope: Scope, timeout_s: float | None) -> Deadline:
             raise RequestError(f"x-request-timeout must be seconds, more than 0; it is {came}.")
         timeout_s = own_s if timeout_s is None else min(own_s, timeout_s)
     return Deadline(timeout_s)
-
-
-def _length(scope: Scope) -> int:
-    given = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
-    return int(given[:20]) if given.isdigit() else 0
-
-
-async def _read(receive: Receive, limit: int) -> bytes:
-    """Raises BodyTooLarge, or ClientDisconnect if it ends before it is whole."""
-    parts: list[bytes] = []
-    received, more = 0, True
-    while more:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientDisconnect
-        parts.append(message.get("body", b""))
-        received += len(parts[-1])
-        if received > limit:
-            raise _too_large(limit)
-        more = message.get("more_body", False)
-    return parts[0] if len(parts) == 1 else b"".join(parts)
-
-
-def _counted(receive: Receive, limit: int) -> Receive:
-    received = 0
-
-    async def counting() -> Message:
-        nonlocal received
-        message = await receive()
-        received += len(message.get("body", b""))
-        if received > limit:
-            raise _too_large(limit)
-        return message
-
-    return counting
-
-
-def _too_large(limit: int) -> LLMServeError:
-    return BodyTooLarge(f"The body is larger than server.max_body, {limit} bytes.")
-
-
-async def _form(request: Request) -> dict[str, Any]:
-    """An upload's fields; a name that ends in [] is a list."""
-    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
-        raise RequestError("Send the audio as multipart/form-data.", param="file")
-    form = await request.form()
-    return {key: form.getlist(key) if key.endswith("[]") else form[key] for key in form}
 
 
 async def _unless_gone(receive: Receive, work: Awaitable[ASGIApp]) -> ASGIApp:

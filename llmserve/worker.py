@@ -130,11 +130,32 @@ class GpuWorker(Worker):
         self.sleep_mode_backend.forget()
 
     def _unless_read_once(self) -> None:
-        """Raises ValueError if the weights cannot be read into a loaded model."""
-        if not hasattr(get_model_loader(self.load_config), "get_all_weights"):
+        """Raises ValueError unless it is known that weights are the same when read again.
+
+        vLLM reads them into the loaded model layer by layer, and only warns of those that it
+        does not find (model_loader/reload). tests/gpu/test_sleep.py shows it for dense models.
+        """
+        model, config = self.model_config, self.vllm_config
+        unknown = {
+            f"load_format {self.load_config.load_format}": not hasattr(
+                get_model_loader(self.load_config), "get_all_weights"
+            ),
+            "adapters": config.lora_config is not None,
+            "quantized weights": model.quantization is not None,
+            f"a KV cache of type {config.cache_config.cache_dtype}": (
+                config.cache_config.cache_dtype != "auto"
+            ),
+            "experts": model.is_moe,
+            "layers without attention": model.is_hybrid,
+            "latent attention": model.use_mla,
+            "other inputs than text": model.is_multimodal_model,
+            "speculative decoding": config.speculative_config is not None,
+            f"runner {model.runner_type}": model.runner_type != "generate",
+        }
+        if found := ", ".join(what for what, is_so in unknown.items() if is_so):
             raise ValueError(
-                f"weights of load_format {self.load_config.load_format} cannot be read again; "
-                "let the model sleep in host memory, or stop it"
+                f"weights of a model with {found} are not read again into a loaded model; let it "
+                "sleep in host memory, or stop it"
             )
 
     def wake_up(self, tags: list[str] | None = None) -> None:

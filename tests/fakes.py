@@ -7,14 +7,16 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import orjson
 from prometheus_client import CollectorRegistry
 from starlette.responses import Response
 
+from llmserve.admission import Held
 from llmserve.config import ModelSpec
-from llmserve.errors import LLMServeError, RequestError, StartupError
+from llmserve.errors import LLMServeError, StartupError
 from llmserve.protocol import ENDPOINTS
 from llmserve.residency import Level
 from llmserve.sse import EventStream, Frames
@@ -26,9 +28,11 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.types import Scope
 
+    from llmserve.admission import Place
     from llmserve.config import Config
     from llmserve.replica import Running, State
     from llmserve.residency import Takes
+    from llmserve.responses import Responses
 
 
 class Gate:
@@ -63,6 +67,7 @@ class Call:
 
 Answer = Callable[[Call], Awaitable[Response]]
 T = TypeVar("T")
+H = TypeVar("H", bound=Held)
 
 
 def plain(content: dict[str, Any] | None = None, gate: Gate | None = None) -> Answer:
@@ -107,6 +112,11 @@ def failing(error: Exception) -> Answer:
     return answer
 
 
+def written(stored: Any) -> Response:
+    """A stored response as an answer."""
+    return Response(orjson.dumps(vars(stored)), media_type="application/json")
+
+
 class FakeRunning:
     """A running model. Its `answer` can be changed at any time."""
 
@@ -118,7 +128,7 @@ class FakeRunning:
         self.registry = CollectorRegistry()
         self.answer = answer or plain()
         self.calls: list[Call] = []
-        self.responses: dict[str, dict[str, Any]] = {}
+        self.handler: Any = SimpleNamespace()
         self.stopped = 0
         self.hangs = False
         self.stop_gate: Gate | None = None
@@ -129,6 +139,7 @@ class FakeRunning:
         self.wake_error: LLMServeError | None = None
         self.prepared = 0
         self.pid = 4242
+        self.log = Path("/logs/model-chat.log")
 
     def coming(self) -> AbstractContextManager[None]:
         return nullcontext()
@@ -143,18 +154,9 @@ class FakeRunning:
         self.calls.append(call)
         return await self.answer(call)
 
-    async def fetch_response(self, response_id: str, query: dict[str, Any]) -> Response:
-        return self._stored(response_id, query)
-
-    async def cancel_response(self, response_id: str) -> Response:
-        return self._stored(response_id, {"cancelled": True})
-
-    def _stored(self, response_id: str, more: dict[str, Any]) -> Response:
-        if response_id not in self.responses:
-            error = RequestError("no such response")
-            error.status = 404
-            raise error
-        return Response(orjson.dumps(self.responses[response_id] | more))
+    def share(self, stored: Responses) -> None:
+        """As vLLM's handler stores answers: its dictionaries stay, those behind them change."""
+        stored.keep_for(self.handler, written)
 
     async def responds(self, within_s: float) -> bool:
         if self.hangs:
@@ -272,6 +274,16 @@ def broken(cause: str = "ValueError: no memory left") -> Plan:
 
 def spec(name: str = "chat", **more: Any) -> ModelSpec:
     return ModelSpec(name=name, **({"model": f"/models/{name}"} | more))
+
+
+async def let_in(place: Place[Any, H]) -> H:
+    """What a place in the queue is given; it is left if the wait is cancelled."""
+    try:
+        await asyncio.wait({place.given})
+    except asyncio.CancelledError:
+        place.leave()
+        raise
+    return place.given.result()
 
 
 async def until(holds: Callable[[], bool], within_s: float = 3.0) -> None:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
     from llmserve.replica import Running, State
-    from llmserve.serving import Serving, Stored
+    from llmserve.serving import Serving
 
 MODELS = Path(__file__).parents[2] / "models"
 CHAT = MODELS / "SmolLM2-135M-Instruct"
@@ -51,7 +51,7 @@ def engine_environment(engine_logs: Path) -> None:
 
 @asynccontextmanager
 async def on_fake_core(
-    spec: ModelSpec, step_s: float = STEP_S, number: int = 0, stored: Stored | None = None
+    spec: ModelSpec, step_s: float = STEP_S, number: int = 0
 ) -> AsyncIterator[tuple[Serving, Popen[bytes]]]:
     """vLLM's front end for a replica of `spec`, attached to a fake engine core."""
     from llmserve.engine import Launcher
@@ -63,7 +63,7 @@ async def on_fake_core(
     try:
         launcher = Launcher(Path(os.environ[environment.LOG_DIR]))
         engine = await asyncio.to_thread(launcher.start, spec, number, addresses)
-        serving = await Serving.build(spec, engine, stored)
+        serving = await Serving.build(spec, engine)
         yield serving, core
         await serving.stop()
     finally:

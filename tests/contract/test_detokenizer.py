@@ -24,27 +24,32 @@ def tokenizer(folder: str) -> Any:
     return transformers.AutoTokenizer.from_pretrained(folder)
 
 
-def by_table(ids: list[int]) -> list[str]:
+def detokenizer_of(tokens: Any, prompt: list[int], **params: Any) -> Any:
+    """vLLM's own, for an answer to `prompt`."""
     from vllm import SamplingParams
     from vllm.v1.engine import EngineCoreRequest
     from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 
-    from llmserve.detokenizer import ByTable, text_table
-
-    table = text_table(tokenizer(str(CHAT)), "chat")
-    assert table is not None
     request = EngineCoreRequest(
         request_id="r",
-        prompt_token_ids=[1, 2, 3],
+        prompt_token_ids=prompt,
         mm_features=None,
-        sampling_params=SamplingParams(),
+        sampling_params=SamplingParams(**params),
         pooling_params=None,
         arrival_time=0.0,
         lora_request=None,
         cache_salt=None,
         data_parallel_rank=None,
     )
-    detokenizer: Any = IncrementalDetokenizer.from_new_request(tokenizer(str(CHAT)), request)
+    return IncrementalDetokenizer.from_new_request(tokens, request)
+
+
+def by_table(ids: list[int], prompt: list[int] | None = None) -> list[str]:
+    from llmserve.detokenizer import ByTable, text_table
+
+    table = text_table(tokenizer(str(CHAT)), "chat")
+    assert table is not None
+    detokenizer = detokenizer_of(tokenizer(str(CHAT)), prompt or [1, 2, 3])
     assert ByTable.take_over(detokenizer, table)
     return [detokenizer.decode_next(token) for token in ids]
 
@@ -81,3 +86,77 @@ def test_a_table_that_disagrees_is_not_used(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(detokenizer, "_text", lambda token, _: token)
     assert detokenizer.text_table(tokenizer(str(CHAT)), "chat") is None
+
+
+# --- prompts that end in U+FFFD, or in part of a character
+
+FAMILY = "Family: 👨‍👩‍👧 end \N{REPLACEMENT CHARACTER}"
+
+
+def crooked() -> list[list[int]]:
+    ids = tokenizer(str(CHAT)).encode(FAMILY)
+    half = tokenizer(str(CHAT)).encode("half a 🦩")[:-1]
+    return [ids, ids + tokenizer(str(CHAT)).all_special_ids[:1], half, half[-2:]]
+
+
+@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize("shown", [False, True], ids=["skipped", "special tokens shown"])
+def test_decode_after_crooked_prompt_is_answer_alone(number: int, *, shown: bool) -> None:
+    from llmserve.detokenizer import ByTable, text_table
+
+    tokens = tokenizer(str(CHAT))
+    table = text_table(tokens, "chat")
+    assert table is not None
+    detokenizer = detokenizer_of(tokens, crooked()[number], skip_special_tokens=not shown)
+    assert ByTable.take_over(detokenizer, table) is not shown
+    answer = "A flamingo 🦩, a family 👨‍👩‍👧."
+    pieces = [detokenizer.decode_next(token) for token in tokens.encode(answer)]
+    assert "".join(pieces) == answer
+
+
+@cache
+def pieces_of_words() -> Any:
+    """A tokenizer whose texts depend on what is before: spaces, and bytes as a fallback."""
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)}
+    for piece in ("<unk>", "▁", "▁a", "▁word", "s"):
+        vocabulary[piece] = len(vocabulary)
+    model = models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True)
+    made = Tokenizer(model)
+    made.pre_tokenizer = pre_tokenizers.Metaspace()
+    made.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=made)
+
+
+@pytest.mark.parametrize("end", ["", "\N{REPLACEMENT CHARACTER}", "🦩", "half"])
+def test_decode_without_table_is_answer_alone(end: str) -> None:
+    from llmserve.detokenizer import start_clean, text_table
+
+    tokens = pieces_of_words()
+    assert text_table(tokens, "words") is None
+    word, a = tokens.convert_tokens_to_ids(["▁word", "▁a"])
+    ended = "🦩".encode()[:2] if end == "half" else end.encode()
+    prompt = [a, word, *ended]  # a byte's id is its value
+    answer = [word, *"🦩".encode(), a]
+    detokenizer = detokenizer_of(tokens, prompt)
+    start_clean(detokenizer, prompt)
+    assert "".join(detokenizer.decode_next(token) for token in answer) == " word🦩 a"
+
+
+def test_start_clean_prompt_of_whole_text_keeps_stream() -> None:
+    from llmserve.detokenizer import start_clean
+
+    prompt = tokenizer(str(CHAT)).encode("whole")
+    detokenizer = detokenizer_of(tokenizer(str(CHAT)), prompt)
+    before = detokenizer.stream
+    start_clean(detokenizer, prompt)
+    assert detokenizer.stream is before

@@ -15,7 +15,9 @@ from llmserve.handover import ADDRESS, PAGE_BYTES, Handover
 from tests.unit.test_handover import until
 
 if TYPE_CHECKING:
-    from llmserve.devicememory import Pages
+    from collections.abc import Mapping
+
+    from llmserve.devicememory import CudaMemory, Pages
 
 GPU = "GPU-1"
 ROOM = 20 * PAGE_BYTES
@@ -37,6 +39,7 @@ class Driver:
         self.open: dict[int, set[int]] = {}
         self.allowed: list[tuple[int, int]] = []
         self.fails: set[str] = set()
+        self.refused: list[bool] = []  # of the imports to come, whether each fails
         self._numbers = itertools.count(1)
 
     def used(self) -> int:
@@ -70,6 +73,8 @@ class Driver:
 
     def of(self, descriptor: int) -> int:
         self._unless("of")
+        if self.refused and self.refused.pop(0):
+            raise RuntimeError("CUDA: error 999 from of")
         handle = next(self._numbers)
         self.handles[handle] = self.exports[inode_of(descriptor)]
         return handle
@@ -242,6 +247,26 @@ def test_a_page_that_cannot_change_hands_comes_from_the_driver(
     assert driver.used() == 0
 
 
+@pytest.mark.parametrize("refused", list(itertools.product([True, False], repeat=4)))
+def test_pages_imported_are_cleared_and_no_others(
+    driver: Driver, server: Handover, refused: tuple[bool, ...]
+) -> None:
+    """With two allocations, each reported range lies within its own, whatever import fails."""
+    size = 2 * PAGE_BYTES + SMALL
+    made = [Allocation(size, at << 40) for at in (1, 2)]
+    ours = [each.handle for each in made]
+    goer, comer = pages(driver), pages(driver)
+    goer.map(ours, anything)
+    before = {memory for _, memory in driver.mapped.values()}
+    with server.expecting([GPU]):
+        goer.unmap(ours)
+        driver.refused = list(refused)
+        told = comer.map(ours, anything)
+    dirty = {at for at, (_, memory) in driver.mapped.items() if memory in before}
+    assert len(dirty) == refused.count(False)
+    assert {at for start, many in told for at in range(start, start + many, PAGE_BYTES)} == dirty
+
+
 def test_what_may_not_pass_is_of_one_piece(driver: Driver, server: Handover) -> None:
     cache, weights = Allocation(KV, 1 << 40), Allocation(KV, 2 << 40)
     ours = pages(driver)
@@ -287,16 +312,18 @@ class Cudart:
 
     def __init__(self) -> None:
         self.cleared: list[tuple[int, int, int, int]] = []
+        self.error = 0
         self.lib = SimpleNamespace(
             cudaMemcpyAsync=Function(), cudaMemsetAsync=Function(self._clear)
         )
 
     def _clear(self, *arguments: int) -> int:
         self.cleared.append(arguments)  # type: ignore[arg-type]
-        return 0
+        return self.error
 
     def CUDART_CHECK(self, error: int) -> None:  # noqa: N802  # vLLM's name
-        assert error == 0
+        if error:
+            raise RuntimeError(f"CUDART error: {error}")
 
 
 class Function:
@@ -313,10 +340,7 @@ class Function:
 def test_the_kv_cache_alone_passes_and_is_cleared(
     driver: Driver, server: Handover, monkeypatch: pytest.MonkeyPatch, *, hands_over: bool
 ) -> None:
-    import torch
-    from vllm.device_allocator import AllocationData, cumem
-
-    from llmserve.devicememory import CudaMemory
+    from vllm.device_allocator import AllocationData
 
     cache, weights = Allocation(KV, 1 << 40), Allocation(KV, 2 << 40)
     data = {
@@ -324,18 +348,7 @@ def test_the_kv_cache_alone_passes_and_is_cleared(
         weights.handle[2]: AllocationData(weights.handle, "weights"),
     }
     cudart = Cudart()
-    allocator = SimpleNamespace(pointer_to_data=data)
-    monkeypatch.setattr(
-        cumem, "CuMemAllocator", SimpleNamespace(get_instance=lambda: allocator), raising=False
-    )
-    monkeypatch.setattr(cumem, "libcudart", cudart, raising=False)
-    monkeypatch.setattr(cumem, "create_and_map", driver.create_and_map)
-    monkeypatch.setattr(cumem, "unmap_and_release", driver.unmap_and_release)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda: SimpleNamespace(cuda_stream=7))
-    uuid = GPU.removeprefix("GPU-")
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid=uuid))
-    memory = CudaMemory(hands_over=hands_over)
+    memory = memory_of(driver, cudart, data, monkeypatch, hands_over=hands_over)
     handles = [each.handle for each in data.values()]
     memory.map(handles)
     assert not cudart.cleared  # the driver's
@@ -344,3 +357,54 @@ def test_the_kv_cache_alone_passes_and_is_cleared(
         assert server.bytes(GPU) == (3 * PAGE_BYTES if hands_over else 0)
         memory.map(handles)
     assert cudart.cleared == ([(1 << 40, 0, 3 * PAGE_BYTES, 7)] if hands_over else [])
+
+
+def test_memory_that_cannot_be_cleared_is_not_left_mapped(
+    driver: Driver, server: Handover, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.device_allocator import AllocationData
+
+    cache, weights = Allocation(KV, 1 << 40), Allocation(KV, 2 << 40)
+    data = {each.handle[2]: AllocationData(each.handle, "kv_cache") for each in (cache, weights)}
+    cudart = Cudart()
+    memory = memory_of(driver, cudart, data, monkeypatch, hands_over=True)
+    handles = [each.handle for each in data.values()]
+    memory.map(handles)
+    with server.expecting([GPU]):
+        memory.unmap(handles)
+        cudart.error = 700
+        with pytest.raises(RuntimeError, match="700"):
+            memory.map(handles)
+        assert not driver.mapped
+        cudart.error = 0
+        memory.map(handles)  # which maps over nothing
+    memory.unmap(handles)
+    assert driver.used() == 0
+
+
+def memory_of(
+    driver: Driver,
+    cudart: Cudart,
+    data: Mapping[int, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    hands_over: bool,
+) -> CudaMemory:
+    import torch
+    from vllm.device_allocator import cumem
+
+    from llmserve.devicememory import CudaMemory
+
+    allocator = SimpleNamespace(pointer_to_data=data)
+    monkeypatch.setattr(
+        cumem, "CuMemAllocator", SimpleNamespace(get_instance=lambda: allocator), raising=False
+    )
+    monkeypatch.setattr(cumem, "libcudart", cudart, raising=False)
+    monkeypatch.setattr(cumem, "create_and_map", driver.create_and_map)
+    monkeypatch.setattr(cumem, "unmap_and_release", driver.unmap_and_release)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    stream = SimpleNamespace(cuda_stream=7, synchronize=lambda: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    uuid = GPU.removeprefix("GPU-")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid=uuid))
+    return CudaMemory(hands_over=hands_over)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import signal
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from llmserve.config import ModelSpec, SamplingSpec
+from llmserve.errors import StartupError
 from tests.contract.conftest import CHAT
 
 if TYPE_CHECKING:
@@ -110,9 +112,65 @@ def test_engine_cores_are_given_their_config_as_a_keyword() -> None:
 def test_the_cause_of_a_failed_start_comes_from_the_engines_log(
     log: str, cause: str, tmp_path: Path
 ) -> None:
-    from llmserve.engine import cause_of
+    from llmserve.startlog import cause_of
 
     file = tmp_path / "chat.log"
     file.write_text(log)
     raised = RuntimeError("Engine core initialization failed. See root cause above.")
     assert cause_of(raised, file) == cause
+
+
+def test_engine_cores_are_started_where_they_are_tied() -> None:
+    """By multiprocessing, in the thread of the start: `llmserve.tether`."""
+    from vllm.v1.engine.utils import CoreEngineProcManager
+    from vllm.v1.executor import Executor
+
+    from llmserve.engine import engine_arguments
+    from llmserve.tether import Tether
+
+    config = engine_arguments(spec()).create_engine_config()
+    tether = Tether()
+    with tether.tying():
+        manager = CoreEngineProcManager(
+            local_engine_count=1,
+            start_index=0,
+            local_start_index=0,
+            vllm_config=config,
+            local_client=True,
+            handshake_address="ipc://@llmserve-nobody",
+            executor_class=Executor.get_class(config),
+            log_stats=False,
+        )
+    (process,) = manager.processes
+    assert tether.pids == [process.pid]
+    assert process.is_alive()
+    tether.cut()
+    process.join(10)
+    assert process.exitcode == -signal.SIGKILL
+
+
+def test_launcher_stopped_cuts_all_and_starts_nothing(tmp_path: Path) -> None:
+    from llmserve.engine import Launcher
+
+    launcher = Launcher(tmp_path)
+    under_way = [launcher.tether() for _ in range(2)]
+    launcher.stop()
+    assert all(tether.is_cut for tether in under_way)
+    for start in (launcher.tether, lambda: launcher.start(spec(), tether=under_way[0])):
+        with pytest.raises(StartupError, match="the server is stopping"):
+            start()
+
+
+def test_launcher_that_fails_after_its_engine_is_made_ends_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    from llmserve.engine import Launcher
+
+    monkeypatch.setattr(AsyncLLM, "from_vllm_config", lambda *_, **__: object())
+    launcher = Launcher(tmp_path)
+    tether = launcher.tether()
+    with pytest.raises(StartupError, match="AttributeError"):
+        launcher.start(spec(), tether=tether)
+    assert tether.is_cut

@@ -20,9 +20,12 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 import pytest_asyncio
+from hypothesis import given
+from hypothesis import strategies as st
+from vllm.renderers import chat_utils
 from vllm.v1.metrics.loggers import PrometheusStatLogger, StatLoggerManager
 
-from llmserve import app
+from llmserve import app, deaths
 from llmserve.config import ModelSpec
 from llmserve.outputs import Outputs
 from llmserve.stats import Figures
@@ -49,6 +52,7 @@ CJK = "東京は日本の首都です。你好世界。한국어"
 INDIC = "नमस्ते दुनिया مرحبا بالعالم שלום"
 SPECIAL = "one<|im_end|>\n<|im_start|>two<|endoftext|>three"
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+FAMILY = f"Family: 👨‍👩‍👧 end {REPLACEMENT}"
 QUOTES = 'a "quoted" \\ back\tslash </script> \x7f é'
 
 
@@ -300,6 +304,11 @@ def cases() -> Iterator[tuple[str, Case]]:
         "completions, half a character, preempted",
         Case(COMPLETIONS, broken | {"seed": PREEMPTED}, kept=False, broken=True),
     )
+    # U+FFFD is the text of part of a character, and here a character of the prompt's own.
+    crooked = {"prompt": FAMILY, "max_tokens": 20}
+    yield "completions, a prompt that ends in U+FFFD", Case(COMPLETIONS, crooked, broken=True)
+    shown = crooked | {"skip_special_tokens": False}
+    yield "completions, U+FFFD and special tokens", Case(COMPLETIONS, shown, broken=True)
     yield "completions, no limit", Case(COMPLETIONS, {"prompt": FOX}, FOX)
 
 
@@ -346,6 +355,18 @@ async def same_on_all_ways(box: Box, case: Case) -> None:
         assert await box.core("last_request") == asked
         assert box.written > before, "the short way was not taken"
         assert len(calls) == (0 if known else 1)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("shown", [False, True])
+async def test_prompt_that_ends_in_ufffd_stays_out_of_answer(
+    box: Box, *, streamed: bool, shown: bool
+) -> None:
+    tokens = len(box.serving.engine.client.renderer.tokenizer.encode(FAMILY))
+    body = {"prompt": FAMILY, "max_tokens": tokens + 1, "stream": streamed}
+    reply = await box.ask(COMPLETIONS, body | {"skip_special_tokens": not shown})
+    text = seen(reply).text if streamed else reply.json()["choices"][0]["text"]
+    assert text == FAMILY + "Family"  # the fake core says the prompt, and begins again
 
 
 WHOLE = {
@@ -505,6 +526,87 @@ async def test_values_that_look_alike_are_different_fields(box: Box, value: Any)
     assert not await asked_by_recipe(box, CHATS, body | {"unknown": value})
 
 
+# A template that tells the order of a document's keys, and of an argument's.
+ORDERED = (
+    "{% for d in documents or [] %}{% for k, v in d.items() %}[{{ k }}={{ v }}]{% endfor %}"
+    "{% endfor %}{% for k, v in (more or {}).items() %}[{{ k }}={{ v }}]{% endfor %}"
+    "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}"
+)
+
+
+@asynccontextmanager
+async def with_template(box: Box, template: str) -> AsyncIterator[Box]:
+    """The same engine behind handlers that use another chat template."""
+    spec = ModelSpec(
+        name="chat",
+        model=str(CHAT),
+        aliases=("alias",),
+        engine={"max_model_len": 2048},
+        chat_template=template,
+    )
+    serving = await box.serving.changed(spec)
+    made = Box(await services_of([spec], {"chat": serving}), serving)
+    async with made.client:
+        yield made
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"documents": [{"title": "T", "text": "X"}]},
+        {"chat_template_kwargs": {"more": {"a": 1, "b": 2}}},
+    ],
+)
+async def test_recipe_of_other_key_order_is_not_shared(box: Box, more: dict[str, Any]) -> None:
+    body = user(FOX) | {"stream": True, "max_tokens": 2}
+    ((name, value),) = more.items()
+    turned = json.loads(json.dumps(more), object_pairs_hook=lambda pairs: dict(reversed(pairs)))
+    async with with_template(box, ORDERED) as ordered:
+        for _ in range(2):
+            prompts = []
+            for asking in (body | {name: value}, body | turned):
+                await ordered.ask(CHATS, asking)
+                prompts.append((await box.core("last_request"))["prompt_token_ids"])
+            assert prompts[0] != prompts[1]
+
+
+def test_recipe_of_one_adapter_is_not_anothers(box: Box) -> None:
+    for express in box.serving._express.values():
+        prompt = {express._lane.prompt: FOX, "model": "legal"}
+        keys = {express._key(prompt, name) for name in ("legal", "medical", "chat")}
+        assert len(keys) == 3
+
+
+BILLING = "x-anthropic-billing-header: cc_version=2.1; cch=0f3a;"
+
+
+@pytest.mark.parametrize("rest", ["", "\nBe brief.", "\n", "\n" + BILLING + "\nmore"])
+@pytest.mark.parametrize("as_part", [False, True])
+async def test_billing_header_is_dropped_whatever_is_known(
+    box: Box, rest: str, *, as_part: bool
+) -> None:
+    def body(system: str) -> dict[str, Any]:
+        content = [{"type": "text", "text": system}] if as_part else system
+        messages = [{"role": "system", "content": content}, {"role": "user", "content": FOX}]
+        return {"messages": messages, "max_tokens": 2, "stream": True}
+
+    with box.long_way():
+        await box.ask(CHATS, body(BILLING + rest))
+    expected = await box.core("last_request")
+    await box.ask(CHATS, body("known"))
+    assert await asked_by_recipe(box, CHATS, body("also " + BILLING))
+    assert not await asked_by_recipe(box, CHATS, body(BILLING + rest))
+    assert await box.core("last_request") == expected
+
+
+@pytest.mark.parametrize("role", [["user"], {}, 1, None])
+async def test_role_that_is_no_string_is_refused(box: Box, role: Any) -> None:
+    await box.ask(CHATS, user(FOX) | {"stream": True, "max_tokens": 4})
+    message = {"role": role, "content": FOX}
+    reply = await box.ask(CHATS, {"messages": [message], "stream": True, "max_tokens": 4})
+    assert reply.status_code == 400
+
+
 async def test_a_body_with_a_limit_and_one_without_share_no_recipe(box: Box) -> None:
     limited = {"prompt": FOX, "max_tokens": 3, "stream": True}
     unlimited = {"prompt": FOX, "stream": True}
@@ -578,6 +680,89 @@ async def test_the_last_kinds_of_requests_are_remembered(
         await box.ask(COMPLETIONS, body)
     assert not await asked_by_recipe(box, COMPLETIONS, bodies[0])
     assert await asked_by_recipe(box, COMPLETIONS, bodies[2])
+
+
+# --- prompts of random conversations
+
+CONSTANTS = [
+    chat_utils._CLAUDE_CODE_BILLING_HEADER,
+    chat_utils.PROMPT_EMBEDS_PLACEHOLDER_TOKEN,
+    *chat_utils.MODALITY_PLACEHOLDERS_MAP.values(),
+    *("<|im_start|>", "<|im_end|>", "<|endoftext|>", "{{ messages }}", "{% raw %}", "</think>"),
+    *("\n", "\r\n", " ", "\t", "\x00", "\ufeff", REPLACEMENT, EMOJI, CJK, "'\"\\", "x" * 300),
+]
+TEXTS = st.lists(
+    st.sampled_from(CONSTANTS) | st.text("aZ1 .,\n中é\u00a0\u200b🙂", min_size=1, max_size=8),
+    min_size=1,
+    max_size=5,
+).map("".join)
+CONTENTS = TEXTS | TEXTS.map(lambda text: [{"type": "text", "text": text}])
+MESSAGES = st.lists(
+    st.fixed_dictionaries(
+        {"role": st.sampled_from(["system", "user", "assistant"]), "content": CONTENTS}
+    ),
+    min_size=1,
+    max_size=5,
+)
+KINDS: list[dict[str, Any]] = [
+    {},
+    {"add_special_tokens": True},
+    {"chat_template_kwargs": {"enable_thinking": False}},
+    {"documents": [{"title": "T", "text": "X"}]},
+    {"temperature": 0.0, "stop": ["x"]},
+]
+LOOPS = (
+    "{%- set ns = namespace(n=0) -%}{%- for m in messages -%}{%- set ns.n = ns.n + 1 -%}"
+    "{{ ns.n }}{{ m.role }}={{ m.content | tojson }}|{{ m.content.split('\n')[0] | trim }}"
+    "{%- endfor -%}{%- if add_generation_prompt %}A:{% endif -%}"
+)
+
+
+@pytest.mark.parametrize("template", [None, LOOPS], ids=["its own", "another"])
+async def test_prompt_of_recipe_is_vllms_for_any_conversation(
+    box: Box, template: str | None
+) -> None:
+    """Whatever the texts hold: what vLLM looks at in them, too."""
+    drawn: list[list[dict[str, Any]]] = []
+
+    @given(MESSAGES)
+    def draw(messages: list[dict[str, Any]]) -> None:
+        drawn.append(messages)
+
+    draw()
+    way = contextlib.nullcontext(box) if template is None else with_template(box, template)
+    async with way as asked:
+        known = {n: await recipe_of(asked, kind) for n, kind in enumerate(KINDS)}
+        taken = 0
+        for number, messages in enumerate(drawn):
+            kind, recipe = KINDS[number % len(KINDS)], known[number % len(KINDS)]
+            plain = recipe.lane.plain(messages)
+            ready = None
+            if plain is not None:
+                with contextlib.suppress(ValueError):  # of a text that fastokens refuses
+                    ready = recipe.request(plain, {"max_tokens": 1}, "id")
+            if ready is not None:
+                taken += 1
+                expected = await rendered(asked, kind | {"messages": messages})
+                assert ready.request.prompt_token_ids == expected, messages
+    assert taken > len(drawn) / 3
+
+
+async def recipe_of(box: Box, kind: dict[str, Any]) -> Any:
+    await box.ask(CHATS, user(FOX) | kind | {"max_tokens": 1, "stream": True})
+    return next(reversed(box.serving._express["chat completions"]._recipes.kept.values()))
+
+
+async def rendered(box: Box, body: dict[str, Any]) -> list[int] | None:
+    """The prompt that vLLM makes of a chat; None if it refuses it."""
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+
+    handler = box.serving._express["chat completions"]._serving
+    made = await handler.render_chat_request(ChatCompletionRequest(model="chat", **body))
+    if not isinstance(made, tuple):
+        return None
+    ids: list[int] = made[1][0]["prompt_token_ids"]
+    return ids
 
 
 # --- errors
@@ -660,7 +845,10 @@ async def test_a_request_that_fails_in_mid_stream_ends_alike_on_all_ways(box: Bo
     assert await box.core("running") == 0
 
 
-async def test_an_engine_that_dies_is_an_event_in_mid_stream_and_a_503_before() -> None:
+async def test_an_engine_that_dies_is_an_event_in_mid_stream_and_a_503_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(deaths, "_FIRST_S", 0.01)  # each new start finds it dead
     long = {"model": "chat", "max_tokens": 1900, "stream": True}
     killing = {"model": "chat", "prompt": "die", "seed": DIES_AT_ONCE, "stream": True}
     async with boxed() as box, listening(box.app) as url, httpx.AsyncClient(timeout=30) as client:
@@ -694,7 +882,7 @@ async def test_an_engine_that_dies_is_an_event_in_mid_stream_and_a_503_before() 
         for text in texts:
             *_, failure, done = [part for part in text.split("\n\n") if part]
             assert done == "data: [DONE]"
-            assert json.loads(failure[6:])["error"] == refused.json()["error"]
+            assert json.loads(failure[6:])["error"]["code"] == "engine_dead"
         # By recipe, for the first time, and by vLLM's generator.
         later = [await box.ask(COMPLETIONS, long | {"prompt": FOX}) for _ in range(2)]
         later.append(await box.ask(COMPLETIONS, long | {"prompt": FOX, "user": "me"}))
@@ -748,25 +936,25 @@ def test_a_parser_steps_aside_only_if_it_is_vllms_own_way_of_doing_so() -> None:
     from vllm.parser import ParserManager
     from vllm.tool_parsers import ToolParserManager
 
-    from llmserve.express import _steps_aside
+    from llmserve.guards import steps_aside
 
     def parser(tools: str | None, reasoning: str = "") -> Any:
         return ParserManager.get_parser(tools, reasoning, enable_auto_tools=True)
 
-    assert _steps_aside(None)
-    assert _steps_aside(parser("hermes"))
-    assert _steps_aside(parser("llama3_json"))
-    assert not _steps_aside(parser("hermes", "qwen3"))
-    assert not _steps_aside(parser(None, "qwen3"))
-    assert not _steps_aside(parser("kimi_k3"))
-    assert not _steps_aside(parser("hf"))
+    assert steps_aside(None)
+    assert steps_aside(parser("hermes"))
+    assert steps_aside(parser("llama3_json"))
+    assert not steps_aside(parser("hermes", "qwen3"))
+    assert not steps_aside(parser(None, "qwen3"))
+    assert not steps_aside(parser("kimi_k3"))
+    assert not steps_aside(parser("hf"))
     engine_based = [
         name
         for name in ToolParserManager.list_registered()
         if ToolParserManager.get_tool_parser(name).engine_based_streaming
     ]
     assert engine_based
-    assert not any(_steps_aside(parser(name)) for name in engine_based)
+    assert not any(steps_aside(parser(name)) for name in engine_based)
 
 
 @pytest.mark.parametrize("name", LONG)

@@ -6,6 +6,7 @@ import asyncio
 import inspect
 from collections import Counter
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -36,12 +37,10 @@ def twins(**said: Any) -> ModelSpec:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def services() -> AsyncIterator[Services]:
-    from llmserve.serving import Stored
-
-    spec, stored = twins(), Stored()
+    spec = twins()
     async with (
-        on_fake_core(spec, number=0, stored=stored) as (first, _),
-        on_fake_core(spec, number=1, stored=stored) as (second, _),
+        on_fake_core(spec, number=0) as (first, _),
+        on_fake_core(spec, number=1) as (second, _),
     ):
         yield await services_of([spec], {"chat": [first, second]})
 
@@ -139,13 +138,10 @@ async def test_a_response_is_found_whichever_replica_gave_it(services: Services)
 def test_vllm_keeps_responses_where_replicas_share_them() -> None:
     from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 
-    from llmserve.serving import Stored
+    from llmserve.responses import Responses
 
-    class Responses:
-        pass
-
-    kept = Responses()
-    Stored().keep_for(kept)
+    kept = SimpleNamespace()
+    Responses().keep_for(kept, lambda _: None)  # type: ignore[arg-type, return-value]
     source = inspect.getsource(OpenAIServingResponses.__init__)
     assert len(vars(kept)) == 5
     for name in vars(kept):

@@ -297,3 +297,194 @@ def test_the_openapi_page_names_every_route(fake: Services) -> None:
     reference = body["content"]["application/json"]["schema"]["$ref"]
     schema = page["components"]["schemas"][reference.rpartition("/")[2]]
     assert "messages" in schema["properties"]
+
+
+# --- what is the model's or the client's own
+
+WITH_NULLS: dict[str, Any] = {
+    "city": "Paris",
+    "unit": None,
+    "filters": {"after": None},
+    "l": [None],
+}
+
+
+async def sent(services: Services, endpoint: str, answer: Any) -> Any:
+    """What a client gets of vLLM's answer to a request."""
+    running: Any = services.pool.entries["chat"].running
+    return json.loads((await running._respond(answer, endpoint)).body)
+
+
+def tool_use(arguments: dict[str, Any]) -> Any:
+    from vllm.entrypoints.anthropic.protocol import (
+        AnthropicContentBlock,
+        AnthropicMessagesResponse,
+    )
+
+    block = AnthropicContentBlock(type="tool_use", id="t", name="weather", input=arguments)
+    return AnthropicMessagesResponse(id="m", content=[block], model="chat")
+
+
+async def test_tool_input_of_a_message_keeps_its_nulls(fake: Services) -> None:
+    (block,) = (await sent(fake, "messages", tool_use(WITH_NULLS)))["content"]
+    assert block == {"type": "tool_use", "id": "t", "name": "weather", "input": WITH_NULLS}
+
+
+@pytest.mark.parametrize("value", [10**30, -(10**30), "\ud83d", 1e-7, 0.1, float(10**22)])
+async def test_tool_input_of_a_message_has_any_value(fake: Services, value: Any) -> None:
+    (block,) = (await sent(fake, "messages", tool_use({"x": value})))["content"]
+    assert block["input"] == {"x": value}
+
+
+async def test_tool_input_is_the_same_streamed_and_whole(fake: Services) -> None:
+    from vllm.entrypoints.anthropic.protocol import AnthropicDelta, AnthropicStreamEvent
+
+    from llmserve.serving import HANDLERS
+
+    delta = AnthropicDelta(type="input_json_delta", partial_json=json.dumps(WITH_NULLS))
+    event = AnthropicStreamEvent(type="content_block_delta", index=0, delta=delta)
+    frame = f"event: content_block_delta\ndata: {event.model_dump_json()}\n\n".encode()
+    pruned = json.loads(HANDLERS["messages"].pruned(frame).partition(b"data: ")[2])
+    assert pruned.keys() == {"type", "index", "delta"}
+    (block,) = (await sent(fake, "messages", tool_use(WITH_NULLS)))["content"]
+    assert json.loads(pruned["delta"]["partial_json"]) == block["input"]
+
+
+RESPONSE_TOOL = {
+    "type": "function",
+    "name": "weather",
+    "parameters": {"type": "object", "properties": {"unit": {"type": "string", "default": None}}},
+}
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_response_keeps_nulls_of_a_tools_parameters(
+    fake: Services, *, streamed: bool
+) -> None:
+    body = {"input": "hi", "max_output_tokens": 2, "tools": [RESPONSE_TOOL], "stream": streamed}
+    reply = await post(fake, "/v1/responses", **body, tool_choice="none")
+    answers = (
+        [reply.json()] if not streamed else [events(reply.text)[n]["response"] for n in (0, -1)]
+    )
+    for answer in answers:
+        (tool,) = answer["tools"]
+        assert tool["parameters"] == RESPONSE_TOOL["parameters"]
+        assert "description" not in tool  # a null that is no data
+        assert "kv_transfer_params" not in answer
+
+
+async def test_response_keeps_nulls_of_a_text_formats_schema(fake: Services) -> None:
+    schema = {"type": "object", "properties": {"x": {"default": None}}}
+    text = {"format": {"type": "json_schema", "name": "x", "schema": schema}}
+    answer = (await post(fake, "/v1/responses", input="hi", max_output_tokens=2, text=text)).json()
+    assert answer["text"]["format"]["schema"] == schema
+
+
+def free_fields() -> list[tuple[type[Any], tuple[str, ...]]]:
+    from vllm.entrypoints.anthropic.protocol import AnthropicMessagesResponse
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionResponse
+    from vllm.entrypoints.openai.responses.protocol import ResponsesResponse
+
+    return [
+        (AnthropicMessagesResponse, ("content", "input")),
+        (AnthropicMessagesResponse, ("kv_transfer_params",)),
+        (ChatCompletionResponse, ("kv_transfer_params",)),
+        (ChatCompletionResponse, ("prompt_logprobs",)),
+        (ResponsesResponse, ("metadata",)),
+        (ResponsesResponse, ("tools", "parameters")),
+        (ResponsesResponse, ("text", "format", "schema")),
+        (ResponsesResponse, ("prompt", "variables")),
+        (ResponsesResponse, ("output", "arguments")),
+        (ResponsesResponse, ("input_messages",)),
+    ]
+
+
+@pytest.mark.parametrize("number", range(10))
+def test_free_field_of_a_response_model_is_data(number: int) -> None:
+    from llmserve.nulls import schema_of
+
+    kind, path = free_fields()[number]
+    schema = schema_of(kind)
+    for key in path[:-1]:
+        below = schema.fields[key]
+        assert below is not None, key
+        schema = below
+    assert schema.fields[path[-1]] is None
+
+
+# --- stored responses
+
+
+def test_vllm_uses_its_stores_as_responses_offers_them() -> None:
+    import ast
+    import inspect
+
+    from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
+
+    said = "llmserve/responses.py stands for these dictionaries; look at how vLLM uses them now"
+    names = {"response_store", "msg_store", "event_store", "background_tasks"}
+    uses = [
+        (node.value.attr, node.attr)
+        for node in ast.walk(ast.parse(inspect.getsource(OpenAIServingResponses)))
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Attribute)
+        and node.value.attr in names
+    ]
+    assert set(uses) == {
+        ("response_store", "get"),
+        ("msg_store", "get"),
+        ("background_tasks", "get"),
+        ("background_tasks", "pop"),
+    }, said
+
+
+async def test_response_id_is_never_the_clients(fake: Services) -> None:
+    first = (await post(fake, "/v1/responses", input="hi", max_output_tokens=2)).json()
+    for chosen in (first["id"], "mine", 7):
+        body = {"input": "other", "max_output_tokens": 2, "request_id": chosen}
+        made = (await post(fake, "/v1/responses", **body)).json()
+        assert made["id"] not in {first["id"], chosen}
+    transport = httpx.ASGITransport(app.build(fake))
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        again = (await client.get(f"/v1/responses/{first['id']}")).json()
+    assert again["output"] == first["output"]
+
+
+async def test_response_of_another_key_cannot_be_continued(fake: Services) -> None:
+    made = (await post(fake, "/v1/responses", input="hi", max_output_tokens=2)).json()
+    more = {"input": "more", "max_output_tokens": 2, "previous_response_id": made["id"]}
+    assert (await post(fake, "/v1/responses", **more)).status_code == 200
+    entry = fake.pool.entries["chat"]
+    entry.responses._records[made["id"]].owner = "another"
+    refused = await post(fake, "/v1/responses", **more)
+    assert refused.status_code == 404
+    assert refused.json()["error"]["param"] == "previous_response_id"
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+async def test_stream_of_response_in_background_ends(fake: Services, *, cancelled: bool) -> None:
+    body = {"input": "hi", "background": True, "stream": True, "model": "chat"}
+    limit = 1500 if cancelled else 4
+    transport = httpx.ASGITransport(app.build(fake))
+    async with listening(app.build(fake)) as url, httpx.AsyncClient(timeout=30) as client:
+        asking = client.stream(
+            "POST", f"{url}/v1/responses", json=body | {"max_output_tokens": limit}
+        )
+        async with asking as reply:
+            lines = reply.aiter_lines()
+            text = [await anext(lines), await anext(lines)]
+            made = json.loads(text[1].removeprefix("data: "))["response"]
+            if cancelled:
+                await client.post(f"{url}/v1/responses/{made['id']}/cancel")
+            async with asyncio.timeout(10):
+                text += [line async for line in lines]
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as other:
+            again = await other.get(f"/v1/responses/{made['id']}?stream=true")
+            stored = (await other.get(f"/v1/responses/{made['id']}")).json()
+    names = [line for line in text if line.startswith("event: ")]
+    assert ("event: response.completed" in names) is not cancelled
+    assert names == [line for line in again.text.splitlines() if line.startswith("event: ")]
+    assert (stored["status"] == "cancelled") is cancelled
+    async with asyncio.timeout(5):
+        while fake.pool.entries["chat"].slots.in_flight:
+            await asyncio.sleep(0.02)

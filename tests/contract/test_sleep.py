@@ -6,6 +6,7 @@ import ast
 import inspect
 import itertools
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -198,6 +199,34 @@ def prepared(copies: HostCopies) -> None:
     copies.prepare()
     while not copies.prepared():
         threading.Event().wait(0.001)
+
+
+@pytest.mark.parametrize("fails", ["copy", "copied"])
+@pytest.mark.parametrize("good", [0, 1, 2])
+def test_a_wake_whose_copy_fails_leaves_nothing_mapped(
+    memory: Memory, copies: HostCopies, monkeypatch: pytest.MonkeyPatch, fails: str, good: int
+) -> None:
+    """So that it sleeps on, and each later wake maps over nothing."""
+    before = contents(memory, "weights", "runtime")
+    copies.suspend()
+    assert not memory.mapped
+    real, calls = getattr(memory, fails), itertools.count()
+
+    def failing(*arguments: Any) -> None:
+        if next(calls) == good:
+            raise RuntimeError("CUDART error: 700")
+        real(*arguments)
+
+    monkeypatch.setattr(memory, fails, failing)
+    if fails == "copy" or good == 0:
+        with pytest.raises(RuntimeError, match="700"):
+            copies.resume()
+        assert not memory.mapped
+        assert all(data.is_asleep for data in memory.found.values())
+        monkeypatch.undo()
+        monkeypatch.setattr("llmserve.hostcopy.BUFFER_BYTES", 64)
+    copies.resume()
+    assert contents(memory, "weights", "runtime") == before
 
 
 def test_all_that_is_kept_comes_back(memory: Memory, copies: HostCopies) -> None:
@@ -568,9 +597,21 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> Any:
     made._sleep_mode_backend = Backend()
     made._sleep_saved_buffers = made._sleep_saved_draft_buffers = {}
     made._sleep_saved_parameters = {}
-    made.model_config = SimpleNamespace(enable_sleep_mode=True, enable_nccl_comm_suspend=False)
+    made.model_config = SimpleNamespace(
+        enable_sleep_mode=True,
+        enable_nccl_comm_suspend=False,
+        quantization=None,
+        is_moe=False,
+        is_hybrid=False,
+        use_mla=False,
+        is_multimodal_model=False,
+        runner_type="generate",
+    )
     made.vllm_config = SimpleNamespace(
         model_config=made.model_config,
+        cache_config=SimpleNamespace(cache_dtype="auto"),
+        lora_config=None,
+        speculative_config=None,
         parallel_config=SimpleNamespace(enable_eplb=False),
         weight_transfer_config=None,
     )
@@ -639,9 +680,49 @@ def test_weights_that_cannot_be_read_again_are_not_given_up(worker: Any) -> None
 
     worker.load_config = LoadConfig(load_format="dummy")
     for give_up in (lambda: worker.sleep(2), worker.forget_copies):
-        with pytest.raises(ValueError, match="load_format dummy cannot be read again"):
+        with pytest.raises(ValueError, match="load_format dummy are not read again"):
             give_up()
     assert worker.sleep_mode_backend.asked == []
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "value", "told"),
+    [
+        ("vllm_config", "lora_config", object(), "adapters"),
+        ("vllm_config", "speculative_config", object(), "speculative decoding"),
+        ("model_config", "quantization", "fp8", "quantized weights"),
+        ("model_config", "is_moe", True, "experts"),
+        ("model_config", "is_hybrid", True, "layers without attention"),
+        ("model_config", "use_mla", True, "latent attention"),
+        ("model_config", "is_multimodal_model", True, "other inputs than text"),
+        ("model_config", "runner_type", "pooling", "runner pooling"),
+        ("cache_config", "cache_dtype", "fp8", "a KV cache of type fp8"),
+    ],
+)
+def test_weights_of_models_not_looked_into_are_not_given_up(
+    worker: Any, owner: str, name: str, value: object, told: str
+) -> None:
+    cache = worker.vllm_config.cache_config
+    of = cache if owner == "cache_config" else getattr(worker, owner)
+    setattr(of, name, value)
+    for give_up in (lambda: worker.sleep(2), worker.forget_copies):
+        with pytest.raises(ValueError, match=f"with {told} are not read again"):
+            give_up()
+    assert worker.sleep_mode_backend.asked == []
+    worker.sleep(1)  # in host memory it may
+
+
+def test_what_tells_models_apart_is_vllm_s() -> None:
+    from llmserve.engine import engine_arguments
+
+    config = engine_arguments(spec()).create_engine_config()
+    model = config.model_config
+    assert (model.quantization, model.is_moe, model.is_hybrid, model.use_mla) == (
+        (None,) + (False,) * 3
+    )
+    assert (model.is_multimodal_model, model.runner_type) == (False, "generate")
+    assert config.cache_config.cache_dtype == "auto"
+    assert config.lora_config is config.speculative_config is None
 
 
 def test_loaders_that_read_again_are_told_by_the_method_that_vllm_looks_for() -> None:
@@ -781,9 +862,11 @@ def engine(executor: Any) -> Any:
 
     from llmserve.engine import Engine
     from llmserve.stats import Figures
+    from llmserve.tether import Tether
 
     client: Any = Client(executor)
-    return Engine(client, AsyncEngineArgs(model="m", enable_sleep_mode=True), Figures("chat"))
+    arguments = AsyncEngineArgs(model="m", enable_sleep_mode=True)
+    return Engine(client, arguments, Figures("chat"), Tether(), Path("model-chat.log"))
 
 
 SLEEP, WAKE = "sleep", "wake_up"

@@ -123,6 +123,43 @@ async def test_what_a_closed_socket_does_not_take_is_told(
     assert "2 messages to an engine were not sent: it has ended" in caplog.text
 
 
+class Breaking:
+    """The end of a socket that one message breaks."""
+
+    def __init__(self, socket: Any) -> None:
+        self._socket = socket
+
+    def send(self, part: bytes, *rest: Any) -> None:
+        if part == b"broken":
+            raise RuntimeError("no such message")
+        self._socket.send(part, *rest)
+
+
+async def test_outbox_with_message_that_breaks_sends_the_rest(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with pair() as (push, pull):
+        outbox, inbox = Outbox(push), inbox_of(pull)
+        outbox._now = Breaking(outbox._now)  # type: ignore[assignment]
+        for message in (b"1", b"broken", b"2", b"broken", b"3"):
+            await outbox.send_multipart((message,), copy=False)
+        async with asyncio.timeout(5):
+            assert [await received(inbox) for _ in range(3)] == [[b"1"], [b"2"], [b"3"]]
+    assert caplog.text.count("a message to an engine was not sent") == 2
+
+
+async def test_outbox_with_queued_message_that_breaks_says_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with pair() as (push, pull):
+        outbox, inbox = Outbox(push), inbox_of(pull)
+        sent = outbox._queue(("no bytes",), copy=False)
+        await asyncio.wait({asyncio.ensure_future(sent)})
+        await outbox.send_multipart((b"1",), copy=False)
+        assert await asyncio.wait_for(received(inbox), 5) == [b"1"]
+    assert "a message to an engine was not sent" in caplog.text
+
+
 async def test_what_is_taken_where_it_comes_does_not_reach_the_task() -> None:
     """And what has come together is one turn."""
     taken: list[bytes] = []

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import ctypes
 import multiprocessing
+import sys
 import time
+from collections import defaultdict
 from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -24,11 +28,12 @@ if TYPE_CHECKING:
 
 pytestmark = MARKS
 
-GPU = "GPU-under-test"
+GPU = "GPU-under-test"  # of bare pages
 CACHE = 16 * PAGE_BYTES + (10 << 20)
 LARGER = 20 * PAGE_BYTES
 SLACK = 64 << 20
 WORD = 9  # what each process leaves everywhere
+ZEROS = bytes(PAGE_BYTES)
 
 
 class Device:
@@ -44,8 +49,29 @@ class Device:
         self.driver = Driver(0)
         self.library = self.driver._library
         self.pages = Pages(0, GPU, self.create_and_map, self.unmap_and_release)
+        self.memory = self._worker_memory()
         self._handles: dict[int, tuple[int, int, int, int]] = {}
         self._places: list[ctypes.c_ulonglong] = []
+
+    def _worker_memory(self) -> Any:
+        """As an engine's worker has it, which clears; vLLM's part of it is this object's."""
+        from llmserve.devicememory import CudaMemory
+
+        runtime = ctypes.CDLL(loaded("libcudart"))
+        every = SimpleNamespace(tag="kv_cache")
+        cumem = ModuleType("cumem")
+        vars(cumem).update(
+            CuMemAllocator=SimpleNamespace(
+                get_instance=lambda: SimpleNamespace(pointer_to_data=defaultdict(lambda: every))
+            ),
+            libcudart=SimpleNamespace(lib=runtime, CUDART_CHECK=no_error),
+            create_and_map=self.create_and_map,
+            unmap_and_release=self.unmap_and_release,
+        )
+        allocator = ModuleType("vllm.device_allocator")
+        vars(allocator).update(cumem=cumem)
+        sys.modules |= {"vllm": ModuleType("vllm"), "vllm.device_allocator": allocator}
+        return CudaMemory(hands_over=True)
 
     def handle(self, size: int) -> tuple[int, int, int, int]:
         if size not in self._handles:
@@ -70,6 +96,19 @@ class Device:
         self.driver.unmap(address, size)
         self.driver.release(ctypes.c_ulonglong.from_address(pointer).value)
 
+    def dirty(self, handle: Any) -> int:
+        """How many of its pages have a byte that is not zero; WORD everywhere from now on."""
+        _, size, address, _ = handle
+        found, host = 0, ctypes.create_string_buffer(PAGE_BYTES)
+        copy = self.library.cuMemcpyDtoH_v2
+        copy.argtypes = [ctypes.c_void_p, ctypes.c_ulonglong, ctypes.c_size_t]
+        for start in range(0, size, PAGE_BYTES):
+            length = min(PAGE_BYTES, size - start)
+            assert copy(host, address + start, length) == 0
+            found += host.raw[:length] != ZEROS[:length]
+        self.filled(handle)
+        return found
+
     def filled(self, handle: Any) -> tuple[int, int]:
         """Its first and its last word so far; WORD from now on."""
         _, size, address, _ = handle
@@ -84,6 +123,16 @@ class Device:
         return words[0].value, words[1].value
 
 
+def no_error(error: int) -> None:
+    assert error == 0
+
+
+def loaded(name: str) -> str:
+    """The path of a library of the calling process."""
+    maps = Path("/proc/self/maps").read_text(encoding="utf-8").split()
+    return next(path for path in maps if name in path.rpartition("/")[2])
+
+
 def work(orders: Connection) -> None:
     """Maps and unmaps as it is told."""
     device = Device()
@@ -92,7 +141,14 @@ def work(orders: Connection) -> None:
         word, size = order
         handle = device.handle(size)
         try:
-            if word == "map":
+            if word == "wake":
+                device.memory.map([handle])
+                device.memory.copied()
+                orders.send(device.dirty(handle))
+            elif word == "sleep":
+                device.memory.unmap([handle])
+                orders.send(None)
+            elif word == "map":
                 left = device.pages.map([handle], lambda _: True)
                 orders.send((sum(bytes_ for _, bytes_ in left), device.filled(handle)))
             else:
@@ -157,6 +213,29 @@ def test_it_changes_hands_and_comes_back(workers: tuple[Handover, Worker, Worker
             assert one("map", CACHE)[0] == 16 * PAGE_BYTES
         assert used() <= before + CACHE + SLACK
     one("unmap", CACHE)
+    assert comes_back(before)
+
+
+def test_a_cache_taken_from_another_is_zero_everywhere(
+    workers: tuple[Handover, Worker, Worker],
+) -> None:
+    """Pages of another engine, and those of the driver beside them."""
+    server, one, other = workers
+    gpu = nvml.visible()[0].uuid
+    assert gpu is not None
+    before = used()
+    assert one("wake", CACHE) == 0
+    for _ in range(3):
+        with server.expecting([gpu]):
+            one("sleep", CACHE)
+            assert server.bytes(gpu) == 16 * PAGE_BYTES
+            assert other("wake", LARGER) == 0
+            assert server.bytes(gpu) == 0
+            assert used() <= before + LARGER + SLACK  # the other's pages are among them
+        with server.expecting([gpu]):
+            other("sleep", LARGER)
+            assert one("wake", CACHE) == 0
+    one("sleep", CACHE)
     assert comes_back(before)
 
 

@@ -168,6 +168,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("server")
     registry = write_registry(
         folder,
+        server={"drain_timeout": 600},  # a slow CPU takes long for what a test lets finish
         models={
             "chat": {
                 "model": CHAT,

@@ -156,6 +156,40 @@ def test_a_required_model_that_cannot_start_ends_the_server(tmp_path: Path) -> N
             httpx.get(url)
 
 
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("after_s", [0.0, 1.5, 6.0])
+def test_a_server_killed_at_any_moment_leaves_nothing(
+    tmp_path: Path, after_s: float, how: signal.Signals
+) -> None:
+    """The process of its engine is young, imports, or loads."""
+    with Server(write_registry(tmp_path, models={"chat": SMALL})) as server:
+        server.wait_for("chat: loading")
+        until(lambda: bool(server.family()), within_s=60)
+        time.sleep(after_s)
+        family = server.family()
+        server.send(how)
+        assert server.process.wait(20) == (0 if how is signal.SIGTERM else -how)
+        _, alive = psutil.wait_procs(family, timeout=5)
+        assert not alive
+        assert not started_by(server.registry)
+
+
+def started_by(registry: Path) -> list[psutil.Process]:
+    """Processes of engines that write into the server's logs, also orphans."""
+    return [
+        each
+        for each in psutil.process_iter()
+        if each.is_running() and str(registry.parent) in environment_of(each)
+    ]
+
+
+def environment_of(process: psutil.Process) -> str:
+    try:
+        return str(process.environ().get("LLMSERVE_LOG_DIR", ""))
+    except psutil.Error:
+        return ""
+
+
 def test_a_signal_while_models_load(tmp_path: Path) -> None:
     with Server(write_registry(tmp_path, models={"chat": SMALL})) as server:
         server.wait_for("chat: loading")

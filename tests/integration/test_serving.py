@@ -374,23 +374,32 @@ def test_a_killed_engine_comes_back_and_the_other_model_loses_nothing(server: Se
 
 def test_ctrl_c_lets_requests_finish_and_leaves_nothing_behind(server: Server) -> None:
     """As a terminal does it: the signal goes to the whole process group."""
-    url, family = server.url, server.family()
-    answers: list[Any] = []
-
-    def ask() -> None:
-        body = {"model": "chat", "prompt": "Once", "max_tokens": 600, "ignore_eos": True}
-        answers.append(httpx.post(f"{url}/v1/completions", json=body, timeout=60))
-
-    asking = threading.Thread(target=ask)
-    asking.start()
-    until(lambda: server.running("chat") == 1)
-    os.killpg(server.process.pid, signal.SIGINT)
-    time.sleep(0.5)
-    with pytest.raises(httpx.ConnectError):
-        httpx.get(f"{url}/health")
-    asking.join()
-    assert answers[0].json()["usage"]["completion_tokens"] == 600
+    family = server.family()
+    body = {
+        "model": "chat",
+        "prompt": "Once",
+        "max_tokens": 200,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=120) as answer:
+        lines = answer.iter_lines()
+        next(lines)  # the first token: the request runs, however fast the CPU is
+        os.killpg(server.process.pid, signal.SIGINT)
+        until(lambda: not _accepts(server.url))
+        events = [line.removeprefix("data: ") for line in lines if line]
+    assert events[-1] == "[DONE]"
+    assert json.loads(events[-2])["usage"]["completion_tokens"] == 200
     assert server.process.wait(STOP_S) == 0
-    _, alive = psutil.wait_procs(family, timeout=5)
+    _, alive = psutil.wait_procs(family, timeout=STOP_S)
     assert not alive
     assert "Traceback" not in server.printed()
+
+
+def _accepts(url: str) -> bool:
+    try:
+        httpx.get(f"{url}/health")
+    except httpx.ConnectError:
+        return False
+    return True

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from llmserve import admission
 from llmserve.admission import Deadline, Pace, Slot, Slots
 from llmserve.errors import DeadlineExceeded, EngineDead, LLMServeError, Overloaded
-from tests.fakes import soon, until
+from tests.fakes import let_in, soon, until
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -65,7 +65,8 @@ class Line:
         self.slots.advance(self.enter)
 
     async def stand(self, wish: str, deadline: Deadline | None = None) -> asyncio.Task[Leave]:
-        waiting = asyncio.create_task(self.slots.wait(deadline or Deadline(), wish))
+        place = self.slots.join(deadline or Deadline(), wish)
+        waiting = asyncio.create_task(let_in(place))
         await asyncio.sleep(0)
         return waiting
 
@@ -374,7 +375,7 @@ async def test_one_that_has_passed_does_not_wait_at_all() -> None:
     deadline = Deadline(1e-9)
     await until(lambda: deadline.left_s < 0)
     with pytest.raises(DeadlineExceeded):
-        await soon(line.slots.wait(deadline, "late"))
+        await soon(let_in(line.slots.join(deadline, "late")))
     assert line.slots.waiting() == 0
 
 

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import httpx
 import pytest
@@ -18,6 +21,8 @@ from llmserve.pool import Pool
 from llmserve.protocol import ENDPOINTS
 from llmserve.registry import Registry
 from llmserve.replica import State
+from llmserve.residency import Level
+from llmserve.responses import owned_by
 from llmserve.routes import Services
 from llmserve.sse import DONE, EventStream, Frames, event
 from tests.fakes import (
@@ -406,7 +411,7 @@ async def test_only_health_is_open() -> None:
             "/v1/models",
             "/openapi.json",
             "/xyz",
-            "/health/",
+            "/healthy",
         ]
         paths += [path for endpoint in ENDPOINTS for path in endpoint.paths]
         for path in paths:
@@ -494,7 +499,7 @@ async def test_a_missing_or_ill_formed_request_id_is_replaced(given: bytes | Non
         ("GET", "/xyz", 404),
         ("GET", CHAT, 405),
         ("POST", CHAT, 400),
-        ("POST", CHAT + "/", 404),
+        ("POST", CHAT + "/x", 404),
     ],
 )
 async def test_every_answer_has_a_request_id(method: str, path: str, status: int) -> None:
@@ -755,14 +760,44 @@ async def test_the_version_is_the_package_s() -> None:
 @pytest.mark.parametrize("holder", ["chat", "embed"])
 async def test_a_stored_response_is_found_whichever_model_gave_it(holder: str) -> None:
     async with asgi() as box:
-        box.backend.running(holder).responses["r1"] = {"id": "r1"}
-        got = await box.client.get("/v1/responses/r1?stream=true&starting_after=4")
+        store_response(box, holder)
+        got = await box.client.get("/v1/responses/r1")
         cancelled = await box.client.post("/v1/responses/r1/cancel")
+        unstreamed = await box.client.get("/v1/responses/r1?stream=true&starting_after=4")
         missing = await box.client.get("/v1/responses/r2")
-    assert got.json() == {"id": "r1", "stream": True, "starting_after": 4}
-    assert cancelled.json()["cancelled"] is True
+    assert got.json() == {"id": "r1", "status": "queued"}
+    assert cancelled.json() == {"id": "r1", "status": "cancelled"}
+    assert unstreamed.status_code == 400
     assert missing.status_code == 404
     assert error_of(missing)["code"] == "not_found"
+
+
+def store_response(box: Any, holder: str, owner: str = "") -> None:
+    handler = box.backend.running(holder).handler
+    with owned_by(owner):
+        handler.response_store["r1"] = SimpleNamespace(id="r1", status="queued")
+
+
+async def test_stored_response_of_stopped_model_is_found() -> None:
+    async with asgi() as box:
+        store_response(box, "chat")
+        (replica,) = box.pool.entries["chat"].replicas
+        await box.pool.life.rest(replica, Level.STOPPED)
+        assert replica.running is None
+        got = await box.client.get("/v1/responses/r1")
+    assert got.json() == {"id": "r1", "status": "queued"}
+
+
+async def test_stored_response_of_another_key_is_not_found() -> None:
+    keys = {"a": {"authorization": "Bearer a"}, "b": {"authorization": "Bearer b"}}
+    async with asgi(server=ServerSpec(api_keys=("a", "b"))) as box:
+        store_response(box, "chat", hashlib.sha256(b"a").hexdigest())
+        for key, status in (("a", 200), ("b", 404)):
+            got = await box.client.get("/v1/responses/r1", headers=keys[key])
+            assert got.status_code == status
+        cancelling = "/v1/responses/r1/cancel"
+        assert (await box.client.post(cancelling, headers=keys["b"])).status_code == 404
+        assert (await box.client.post(cancelling, headers=keys["a"])).status_code == 200
 
 
 # --- figures
@@ -818,31 +853,193 @@ async def test_a_request_that_outlasts_the_drain_is_told_so(streamed: bool) -> N
     assert gate.cancelled
 
 
-async def test_a_refused_preflight_has_the_one_shape() -> None:
-    async with asgi(server=ServerSpec(allowed_origins=("https://one",))) as box:
-        reply = await box.client.options(
-            CHAT, headers={"origin": "https://two", "access-control-request-method": "POST"}
-        )
+@pytest.mark.parametrize(
+    ("server_spec", "method", "told"),
+    [
+        (ServerSpec(), "POST", "server.allowed_origins does not hold; it is empty."),
+        (KEYED, "POST", "server.allowed_origins does not hold; it is empty."),
+        (ServerSpec(allowed_origins=("https://one",)), "POST", "it is `https://one`."),
+        (
+            ServerSpec(allowed_origins=("https://two",), allowed_methods=("GET",)),
+            "POST",
+            "asks for the method `POST`, which server.allowed_methods does not hold; it is `GET`.",
+        ),
+        (
+            ServerSpec(allowed_origins=("https://two",), allowed_headers=("x-mine",)),
+            "POST",
+            "asks for the headers `x-other`, which server.allowed_headers does not hold",
+        ),
+    ],
+)
+async def test_refused_preflight_names_the_setting(
+    server_spec: ServerSpec, method: str, told: str
+) -> None:
+    asks = {
+        "origin": "https://two",
+        "access-control-request-method": method,
+        "access-control-request-headers": "x-other",
+    }
+    async with asgi(server=server_spec) as box:
+        reply = await box.client.options(CHAT, headers=asks)
     assert reply.status_code == 400
-    assert reply.json()["error"]["code"] == "cors_refused"
+    error = error_of(reply)
+    assert error["code"] == "cors_refused"
+    assert told in error["message"]
+    assert "restart the server" in error["message"]
 
 
-@pytest.mark.parametrize("query", ["starting_after=x", "starting_after=-1", "stream=perhaps"])
-async def test_a_query_that_cannot_be_read_is_refused(query: str) -> None:
+async def test_options_that_is_no_preflight_says_what_a_route_takes() -> None:
+    for headers in ({}, {"origin": "http://box"}):
+        async with asgi() as box:
+            reply = await box.client.options(CHAT, headers=headers)
+        assert (reply.status_code, reply.headers["allow"]) == (405, "POST")
+
+
+# --- paths
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("POST", "/v1/chat/completions/", 200),
+        ("POST", "/v1//chat/completions", 200),
+        ("POST", "//v1/chat//completions//", 200),
+        ("GET", "/v1/models/", 200),
+        ("GET", "/v1/models/chat/", 200),
+        ("GET", "//health", 200),
+        ("HEAD", "/v1/models/", 200),
+        ("GET", "/ready/", 200),
+        ("GET", "/", 404),
+        ("GET", "//", 404),
+        ("GET", "/v1/", 404),
+        ("GET", "/v1/models/%2F", 404),
+        ("GET", "/v1/chat/completions/", 405),
+        ("POST", "/v1/models/", 405),
+    ],
+)
+async def test_path_with_more_slashes_is_the_same_route(
+    method: str, path: str, status: int
+) -> None:
     async with asgi() as box:
-        reply = await box.client.get(f"/v1/responses/r1?{query}")
-    assert reply.status_code == 400
-    assert reply.json()["error"]["param"] == query.partition("=")[0]
+        sent = HI if method == "POST" else None
+        reply = await box.client.request(method, f"http://box{path}", json=sent)
+    assert reply.status_code == status, reply.text
 
 
-async def test_what_is_no_http_gets_the_one_shape() -> None:
+async def test_model_list_with_a_slash_lists_the_models() -> None:
+    async with asgi() as box:
+        assert (await box.client.get("/v1/models/")).json()["object"] == "list"
+
+
+@pytest.mark.parametrize("name", ["a//b", "a/", "/a", "org/model"])
+async def test_name_with_slashes_is_found_where_they_are_escaped(name: str) -> None:
+    async with asgi(spec(name)) as box:
+        reply = await box.client.get(f"http://box/v1/models/{quote(name, safe='')}")
+    assert reply.json()["id"] == name
+
+
+@pytest.mark.parametrize("path", ["//admin/models", "/admin//models/", "/%61dmin/models"])
+async def test_path_with_more_slashes_has_the_same_access(path: str) -> None:
+    async with asgi(server=ServerSpec(admin_key="a-key")) as box:
+        assert (await box.client.get(f"http://box{path}")).status_code == 401
+        with_key = await box.client.get(f"http://box{path}", headers={"x-api-key": "a-key"})
+        assert with_key.status_code == 200
+
+
+async def test_path_with_more_slashes_is_counted_as_its_route() -> None:
+    async with asgi() as box:
+        await box.client.post(f"http://box{CHAT}/", json=HI)
+    assert box.requests(200) == 1
+
+
+# --- pages
+
+
+async def test_page_without_cors_cannot_use_a_model() -> None:
+    """A no-cors POST has a content type that needs no preflight."""
+    headers = ORIGIN | {"content-type": "text/plain"}
+    async with asgi() as box:
+        reply = await box.client.post(CHAT, content=json.dumps(HI), headers=headers)
+        assert box.running.calls == []
+    assert (reply.status_code, error_of(reply)["code"]) == (403, "origin_refused")
+
+
+async def test_page_of_an_allowed_origin_can_use_a_model() -> None:
+    async with asgi(server=ServerSpec(allowed_origins=(ORIGIN["origin"],))) as box:
+        reply = await box.client.post(CHAT, json=HI, headers=ORIGIN)
+    assert reply.status_code == 200
+    assert reply.headers["access-control-allow-origin"] == ORIGIN["origin"]
+
+
+async def test_readme_s_curl_is_served() -> None:
+    """`curl -d` sends this content type."""
+    headers = {"content-type": "application/x-www-form-urlencoded", "user-agent": "curl/8"}
+    async with asgi() as box:
+        reply = await box.client.post(CHAT, content=json.dumps(HI), headers=headers)
+    assert reply.status_code == 200
+
+
+async def raw(box: Box, *parts: bytes) -> bytes:
+    """What a server on a socket answers to bytes, until it closes."""
+    url = box.client.base_url
+    reader, writer = await asyncio.open_connection(url.host, url.port)
+    for part in parts:
+        writer.write(part)
+        await writer.drain()
+    received = await soon(reader.read())
+    writer.close()
+    return received
+
+
+@pytest.mark.parametrize("upgrade", [b"h2c", b"websocket"])
+@pytest.mark.parametrize("framing", ["length", "chunks"])
+async def test_body_of_an_upgrade_offer_is_no_request(upgrade: bytes, framing: str) -> None:
+    body = json.dumps(HI).encode()
+    inside = b"GET /admin/models HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
     async with real() as box:
-        url = box.client.base_url
-        reader, writer = await asyncio.open_connection(url.host, url.port)
-        writer.write(b"\x16\x03\x01 no http\r\n\r\n")
-        head, _, body = (await soon(reader.read())).partition(b"\r\n\r\n")
-        writer.close()
-        await writer.wait_closed()
-    assert head.startswith(b"HTTP/1.1 400 ")
-    assert b"x-request-id: " in head
-    assert json.loads(body)["error"]["code"] == "invalid_http"
+        for content, answered in ((body, 200), (inside, 400)):
+            length = b"Content-Length: %d\r\n\r\n%b" % (len(content), content)
+            chunks = b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (
+                len(content),
+                content,
+            )
+            sent = (
+                b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+                b"Connection: Upgrade, HTTP2-Settings, close\r\nUpgrade: " + upgrade + b"\r\n"
+                b"HTTP2-Settings: AAMAAABkAAQ\r\n" + (length if framing == "length" else chunks)
+            )
+            reply = await raw(box, sent)
+            assert reply.startswith(b"HTTP/1.1 %d " % answered)
+            assert reply.count(b"HTTP/1.1 ") == 1
+            assert b'"models"' not in reply
+
+
+async def test_page_that_rebinds_a_name_reaches_no_route() -> None:
+    async with real() as box:
+        sent = b"GET /v1/models HTTP/1.1\r\nHost: evil.example\r\nConnection: close\r\n\r\n"
+        reply = await raw(box, sent)
+        assert reply.startswith(b"HTTP/1.1 403 ")
+        assert b"host_refused" in reply
+        local = sent.replace(b"evil.example", b"localhost")
+        assert (await raw(box, local)).startswith(b"HTTP/1.1 200 ")
+
+
+async def test_http_1_0_stream_of_a_model_has_no_chunks() -> None:
+    async with real() as box:
+        box.running.answer = stream(FRAME, DONE)
+        body = json.dumps(HI | {"stream": True}).encode()
+        head = b"POST /v1/chat/completions HTTP/1.0\r\nContent-Length: %d\r\n\r\n" % len(body)
+        reply = await raw(box, head + body)
+    head, _, events = reply.partition(b"\r\n\r\n")
+    assert b"transfer-encoding" not in head.lower()
+    assert events == FRAME + DONE
+
+
+async def test_path_in_the_log_is_escaped(caplog: pytest.LogCaptureFixture) -> None:
+    async with asgi() as box:
+        box.pool.registry = None  # type: ignore[assignment]  # unforeseen
+        reply = await box.client.get("http://box/v1/models/a%0Dforged%1b%5B2J")
+    assert reply.status_code == 500
+    (record,) = (each for each in caplog.records if "unforeseen" in each.message)
+    assert record.message.startswith("path=`/v1/models/a")
+    assert record.message.isprintable()

@@ -6,69 +6,152 @@ import time
 from collections import Counter
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from llmserve import hub
-from llmserve.backend import VllmBackend, _Clock, _Modules
+from llmserve.backend import Patience, VllmBackend, _Clock, _Modules
 from llmserve.child import log_file
 from llmserve.config import Config
 from llmserve.errors import StartupError
 from llmserve.hostspace import HostSpace
+from llmserve.replica import State
 from llmserve.residency import Level
-from tests.fakes import soon, spec
+from tests.fakes import Gate, soon, spec, until
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from llmserve.backend import Memory
     from llmserve.config import ModelSpec
-    from llmserve.replica import State
     from llmserve.residency import Takes
 
 
-async def test_replicas_do_not_download_the_same_side_by_side(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    lock, running = threading.Lock(), Counter[str]()
-    side_by_side: list[int] = []
+@dataclass
+class FakeHub:
+    """Its repositories become folders of their name and revision."""
 
-    def download(wanted: ModelSpec, _: Callable[[int, int], None]) -> ModelSpec:
-        with lock:
-            running[wanted.name] += 1
-            side_by_side.append(running[wanted.name])
+    folder: Path
+    fetched: list[hub.Wanted] = field(default_factory=list)
+    side_by_side: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._lock, self._running = threading.Lock(), Counter[str]()
+
+    def download(self, wanted: hub.Wanted, _: Callable[[int, int], None]) -> str:
+        with self._lock:
+            self.fetched.append(wanted)
+            self._running[wanted.repo] += 1
+            self.side_by_side.append(self._running[wanted.repo])
         time.sleep(0.02)
-        with lock:
-            running[wanted.name] -= 1
-        return wanted
+        with self._lock:
+            self._running[wanted.repo] -= 1
+        return str(self.there(wanted.repo, wanted.revision))
 
-    monkeypatch.setattr(hub, "download", download)
+    def there(self, repo: str, revision: str | None = None) -> Path:
+        made = self.folder / f"{repo}@{revision}"
+        made.mkdir(parents=True, exist_ok=True)
+        return made
+
+
+@pytest.fixture
+def fake_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeHub:
+    made = FakeHub(tmp_path / "hub")
+    monkeypatch.setattr(hub, "download", made.download)
+    return made
+
+
+async def test_replicas_do_not_download_the_same_side_by_side(
+    fake_hub: FakeHub, tmp_path: Path
+) -> None:
     specs = [spec(name, model=f"org/{name}", replicas=2) for name in ("one", "two")]
     backend = VllmBackend(tmp_path, FakeSpace())
-    starts = [backend._downloaded(each, lambda *_: None) for each in specs for _ in range(2)]
+    starts = [backend._downloaded(each, nothing) for each in specs for _ in range(2)]
     assert await soon(asyncio.gather(*starts)) == [each for each in specs for _ in range(2)]
-    assert side_by_side == [1, 1]  # one for each model: its replicas and revivals need no other
+    assert fake_hub.side_by_side == [1, 1]  # one for each: replicas and revivals need no other
+
+
+async def test_adapters_renamed_in_a_reload_have_their_own_folder(
+    fake_hub: FakeHub, tmp_path: Path
+) -> None:
+    backend = VllmBackend(tmp_path, FakeSpace())
+    legal, medical = "org/legal-lora", "org/medical-lora"
+    for loras in (
+        {"legal": legal, "medical": medical},
+        {"legal": medical, "medical": legal},
+        {"law": legal},
+        {"law": legal, "local": "/loras/local"},
+    ):
+        found = await soon(backend._downloaded(spec(model="org/base", loras=loras), nothing))
+        assert found.model == "org/base"
+        assert found.loras == {
+            name: source if source.startswith("/") else str(fake_hub.there(source))
+            for name, source in loras.items()
+        }
+    assert [wanted.repo for wanted in fake_hub.fetched] == ["org/base", legal, medical]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("revision", "v2"), ("download_dir", "/big"), ("hf_token", "hf_b")]
+)
+async def test_a_download_depends_on_all_that_is_asked(
+    fake_hub: FakeHub, tmp_path: Path, key: str, value: str
+) -> None:
+    backend = VllmBackend(tmp_path, FakeSpace())
+    for engine in ({}, {key: value}, {}, {key: value}):
+        await soon(backend._downloaded(spec(model="org/base", engine=engine), nothing))
+    assert len(fake_hub.fetched) == 2
+    assert value in fake_hub.fetched[1]
+
+
+async def test_a_download_whose_folder_is_gone_is_fetched_again(
+    fake_hub: FakeHub, tmp_path: Path
+) -> None:
+    backend = VllmBackend(tmp_path, FakeSpace())
+    for times in (1, 1, 2):
+        if times == 2:
+            fake_hub.there("org/base").rmdir()
+        await soon(backend._downloaded(spec(model="org/base"), nothing))
+        assert len(fake_hub.fetched) == times
 
 
 # --- a start, with fakes of what imports vLLM
+
+turn = partial(asyncio.sleep, 0)
 
 
 @dataclass
 class FakeEngine:
     reports: Sequence[Mapping[str, Any]] = ({"seconds": {"weights": 0.0}, "bytes": {}},)
     fails: bool = False
+    made: int = 0
     stopped: int = 0
+    reporting: Callable[[], Awaitable[None]] = turn
 
     async def start_reports(self) -> Sequence[Mapping[str, Any]]:
+        await self.reporting()
         if self.fails:
             raise RuntimeError("the worker has no report")
         return self.reports
 
     def stop(self) -> None:
         self.stopped += 1
+
+
+PATIENCE = Patience(look_s=0.005)
+
+
+@dataclass
+class FakeTether:
+    pids: tuple[int, ...] = ()
+    was_cut: threading.Event = field(default_factory=threading.Event)
+
+    def cut(self) -> None:
+        self.was_cut.set()
 
 
 @dataclass
@@ -79,34 +162,39 @@ class FakeVllm:
     refuses: bool = False  # to build what serves
     launched: list[tuple[ModelSpec, int]] = field(default_factory=list)
     sleeping: list[bool] = field(default_factory=list)  # whether launched so that it can
-    built: list[tuple[ModelSpec, Any]] = field(default_factory=list)
+    built: list[ModelSpec] = field(default_factory=list)
 
-    def modules(self, folder: Path) -> _Modules:
-        def start(spec: ModelSpec, number: int, *, sleeps: bool) -> FakeEngine:
+    building: Callable[[], Awaitable[None]] = turn
+    launching: Callable[[FakeTether], object] = lambda _: None  # what a start does
+    tethers: list[FakeTether] = field(default_factory=list)
+
+    def modules(self) -> _Modules:
+        def start(spec: ModelSpec, number: int, *, sleeps: bool, tether: FakeTether) -> FakeEngine:
             self.launched.append((spec, number))
             self.sleeping.append(sleeps)
+            self.launching(tether)
+            self.engine.made += 1
             return self.engine
 
-        async def build(spec: ModelSpec, engine: FakeEngine, stored: object) -> SimpleNamespace:
-            self.built.append((spec, stored))
+        def tether() -> FakeTether:
+            self.tethers.append(FakeTether())
+            return self.tethers[-1]
+
+        async def build(spec: ModelSpec, engine: FakeEngine) -> SimpleNamespace:
+            await self.building()
+            self.built.append(spec)
             if self.refuses:
                 raise ValueError("no such template")
             return SimpleNamespace(engine=engine, took={})
 
-        def cause_of(error: Exception, log: Path) -> str:
-            return f"{log.name}: {error}"
-
         return _Modules(
-            engine=SimpleNamespace(phase_of=lambda log: None, cause_of=cause_of),
-            serving=SimpleNamespace(Stored=object, Serving=SimpleNamespace(build=build)),
-            launcher=SimpleNamespace(
-                log_of=lambda spec, number: folder / f"{spec.name}.log", start=start
-            ),
+            serving=SimpleNamespace(Serving=SimpleNamespace(build=build)),
+            launcher=SimpleNamespace(start=start, tether=tether),
         )
 
     def backend(self, folder: Path, memory: Memory) -> VllmBackend:
-        backend = VllmBackend(folder, memory)
-        backend._imported = self.modules(folder)
+        backend = VllmBackend(folder, memory, PATIENCE)
+        backend._imported = self.modules()
         return backend
 
 
@@ -159,7 +247,7 @@ async def test_a_replica_starts_on_the_gpus_of_the_plan(tmp_path: Path) -> None:
     running: Any = await soon(vllm.backend(tmp_path, space).start(wanted, 1, nothing))
     assert running.engine is vllm.engine
     ((launched, number),) = vllm.launched
-    ((built, _),) = vllm.built
+    (built,) = vllm.built
     assert (launched.devices, number, built.devices) == ((1,), 1, (1,))
     assert space.events == ["chat/1 in", "chat/1 out"]
     assert space.reports == [vllm.engine.reports]
@@ -241,7 +329,7 @@ async def test_an_engine_that_does_not_report_is_ended_and_leaves_its_gpus(
     vllm, space = FakeVllm(FakeEngine(fails=True)), FakeSpace()
     with pytest.raises(StartupError) as failed:
         await soon(vllm.backend(tmp_path, space).start(spec(), 0, nothing))
-    assert failed.value.message == "chat.log: the worker has no report"
+    assert failed.value.message == "RuntimeError: the worker has no report"
     assert vllm.engine.stopped == 1
     assert space.events == ["chat/0 in", "chat/0 out"]
     assert space.reports == []
@@ -254,10 +342,106 @@ async def test_an_engine_that_cannot_be_served_is_ended(tmp_path: Path) -> None:
     assert vllm.engine.stopped == 1
 
 
-async def test_replicas_share_what_is_stored_and_models_do_not(tmp_path: Path) -> None:
+# --- a start that is given up
+
+
+def ended(vllm: FakeVllm) -> bool:
+    cut = all(tether.was_cut.is_set() for tether in vllm.tethers)
+    return cut and vllm.engine.stopped == vllm.engine.made
+
+
+@pytest.mark.parametrize("at", ["launching", "reporting", "building"])
+async def test_a_start_cancelled_leaves_no_engine(tmp_path: Path, at: str) -> None:
+    vllm, gate, reached = FakeVllm(), Gate(), threading.Event()
+
+    def launching(tether: FakeTether) -> None:
+        reached.set()
+        tether.was_cut.wait(3)
+
+    if at == "launching":
+        vllm.launching = launching
+    elif at == "reporting":
+        vllm.engine.reporting = gate.wait
+    else:
+        vllm.building = gate.wait
+    start = asyncio.create_task(vllm.backend(tmp_path, FakeSpace()).start(spec(), 0, nothing))
+    await until(lambda: reached.is_set() or gate.reached.is_set())
+    start.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await soon(start)
+    await until(lambda: ended(vllm))
+    assert vllm.engine.made == 1
+
+
+async def test_a_start_cancelled_at_any_turn_leaves_no_engine(tmp_path: Path) -> None:
+    for turns in range(60):
+        vllm = FakeVllm()
+        start = asyncio.create_task(vllm.backend(tmp_path, FakeSpace()).start(spec(), 0, nothing))
+        for _ in range(turns):
+            await asyncio.sleep(0.0002)
+        start.cancel()
+        try:
+            await soon(start)
+        except asyncio.CancelledError:
+            await until(lambda vllm=vllm: ended(vllm))  # type: ignore[misc]
+        else:
+            assert vllm.engine.stopped == 0
+
+
+async def test_a_start_whose_report_fails_leaves_no_engine(tmp_path: Path) -> None:
+    """Whatever goes wrong while it is looked at."""
     vllm = FakeVllm()
+    vllm.launching = lambda tether: (
+        (tmp_path / "model-chat.log").write_text("Warming up\n") and (tether.was_cut.wait(3))
+    )
+
+    def report(state: State, _: str) -> None:
+        if state is State.WARMING:
+            raise KeyError(state)
+
+    with pytest.raises(StartupError):
+        await soon(vllm.backend(tmp_path, FakeSpace()).start(spec(), 0, report))
+    await until(lambda: ended(vllm))
+    assert vllm.engine.made == 1
+
+
+async def test_a_start_without_sign_of_life_is_ended(tmp_path: Path) -> None:
+    vllm = FakeVllm()
+    vllm.launching = lambda tether: tether.was_cut.wait(3)
     backend = vllm.backend(tmp_path, FakeSpace())
-    for name, number in (("a", 0), ("a", 1), ("b", 0)):
-        await soon(backend.start(spec(name, replicas=2), number, nothing))
-    first, second, other = (stored for _, stored in vllm.built)
-    assert first is second is not other
+    backend._patience = Patience(look_s=0.005, quiet_s=0.02)
+    with pytest.raises(StartupError, match=r"nothing in its log and no work for 0\.02 s"):
+        await soon(backend.start(spec(), 0, nothing))
+    assert ended(vllm)
+
+
+async def test_a_start_that_writes_is_not_ended_before_its_bound(tmp_path: Path) -> None:
+    vllm = FakeVllm()
+    lines = 0
+
+    def launching(tether: FakeTether) -> None:
+        nonlocal lines
+        while not tether.was_cut.wait(0.002):
+            lines += 1
+            with (tmp_path / "model-chat.log").open("a") as log:
+                log.write("line\n")
+
+    vllm.launching = launching
+    backend = vllm.backend(tmp_path, FakeSpace())
+    backend._patience = Patience(look_s=0.005, quiet_s=0.05, at_most_s=0.4)
+    with pytest.raises(StartupError, match=r"no end after 0\.4 s"):
+        await soon(backend.start(spec(), 0, nothing))
+    assert lines > 50
+    assert ended(vllm)
+
+
+async def test_a_start_again_is_not_warming_at_once(tmp_path: Path) -> None:
+    log = log_file(tmp_path, "chat")
+    log.write_text("Warming up\n")
+    states: list[State] = []
+    vllm = FakeVllm(launching=lambda _: time.sleep(0.05))
+    await soon(
+        vllm.backend(tmp_path, FakeSpace()).start(spec(), 0, lambda state, _: states.append(state))
+    )
+    assert State.WARMING not in states
+    assert log.with_name(f"{log.name}.1").read_text() == "Warming up\n"

@@ -37,7 +37,7 @@ from llmserve.registry import Registry
 from llmserve.replica import Replica, State
 from llmserve.residency import HOST, Level
 from llmserve.watch import Watch
-from tests.fakes import FakeBackend, FakeRunning, Gate, Plan, broken, soon, until
+from tests.fakes import FakeBackend, FakeRunning, Gate, Plan, broken, let_in, soon, until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -184,7 +184,7 @@ class Box:
         """As a request does: it waits if it has to."""
         wish = Wish(name, CHAT, {}, Deadline(), task)
         lease = self.pool.lease(wish)
-        return await self.pool.wait(wish) if lease is None else lease
+        return lease if isinstance(lease, Lease) else await let_in(lease)
 
     async def use(self, *names: str) -> list[Running]:
         used: list[Running] = []
@@ -205,7 +205,7 @@ class Box:
     def settled(self) -> None:
         """Nothing is held by what is not there, and nothing is there that nobody knows."""
         here = {each for entry in self.pool.entries.values() for each in entry.replicas}
-        assert self.pool.leases == set()
+        assert self.pool.leases == {}
         assert set(self.pool._owner) == here
         assert self.pool._comings == {}
         assert set(self.pool._dispatched) <= here
@@ -336,8 +336,14 @@ async def test_swaps_and_deaths_are_added_up(up: Boxes) -> None:
     watching.cancel()
 
 
-async def test_where_a_log_is(up: Boxes) -> None:
+async def test_a_log_is_where_the_running_engine_writes(up: Boxes) -> None:
+    """Also if the model has another number of replicas by now, and its file another name."""
     box = await up({"a": {"replicas": 2, "aliases": ["x"]}})
+    running: Any = box.pool.entries["a"].replicas[1].running
+    running.log = Path("/logs/as-it-was-started")
+    assert box.control.log_of("x", 1) == running.log
+    assert box.control.log_of("x", 2) == Path("/logs/a+2")
+    await soon(box.control.unload("a", drain=True))
     assert box.control.log_of("x", 1) == Path("/logs/a+1")
 
 
@@ -1172,9 +1178,9 @@ async def test_those_in_line_stay_in_line_while_a_model_is_resized(up: Boxes) ->
     reloading = asyncio.create_task(
         box.reload({"a": {"memory": 60, "max_in_flight": 1, "replicas": 2}, "b": {"memory": 40}})
     )
+    held.release()  # one request of the model at a time, whichever engine has it
     for each in line:
         (await soon(each)).release()
-    held.release()
     lines = await soon(reloading)
     assert "its own other replicas leave" in lines[-1]
 

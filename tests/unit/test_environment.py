@@ -32,6 +32,7 @@ def test_what_the_operator_said_stays(tmp_path: Path) -> None:
     said = {
         "VLLM_NO_USAGE_STATS": "0",
         "VLLM_ENABLE_RESPONSES_API_STORE": "0",
+        "VLLM_MEDIA_CONNECTOR": "http",
         "OMP_NUM_THREADS": "3",
         "VLLM_CPU_OMP_THREADS_BIND": "0-3",
     }

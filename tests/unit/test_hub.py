@@ -136,7 +136,8 @@ def box(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 def download(model: str = "org/m", **more: Any) -> list[tuple[int, int]]:
     """The progress that was told."""
     told: list[tuple[int, int]] = []
-    hub.download(spec("chat", model=model, **more), lambda done, total: told.append((done, total)))
+    for wanted in hub.Wanted.of(spec("chat", model=model, **more)):
+        hub.download(wanted, lambda done, total: told.append((done, total)))
     return told
 
 
@@ -176,6 +177,12 @@ def test_adapters_are_fetched_too_and_folders_are_not(box: Hub) -> None:
     box.repos["org/lora"] = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"l"}
     download("/models/chat", loras={"sql": "org/lora", "py": "/loras/py"})
     assert sorted(box.fetched) == ["adapter_config.json", "adapter_model.safetensors"]
+
+
+def test_a_revision_is_the_model_s_and_not_its_adapters() -> None:
+    engine = {"revision": "v2", "download_dir": "/big", "hf_token": True}
+    wanted = hub.Wanted.of(spec(model="org/m", loras={"sql": "org/lora"}, engine=engine))
+    assert wanted == (("org/m", "v2", "/big", True), ("org/lora", None, "/big", True))
 
 
 def test_a_folder_needs_no_hub(box: Hub) -> None:

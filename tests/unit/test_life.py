@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from llmserve import deaths, life, watch
-from llmserve.admission import Deadline
+from llmserve.admission import Deadline, Place
 from llmserve.errors import DeadlineExceeded, EngineDead, EngineError, Overloaded, StartupError
 from llmserve.lease import Lease, Wish
 from llmserve.metrics import Metrics
@@ -21,7 +21,7 @@ from llmserve.registry import Registry
 from llmserve.replica import Replica, State
 from llmserve.residency import HOST, Level
 from llmserve.watch import Watch
-from tests.fakes import FakeBackend, FakeRunning, Gate, Plan, broken, soon, spec, until
+from tests.fakes import FakeBackend, FakeRunning, Gate, Plan, broken, let_in, soon, spec, until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
@@ -106,7 +106,7 @@ class Box:
         """As a request does: it waits if it has to."""
         wish = Wish(name, CHAT, {}, deadline or Deadline())
         lease = self.pool.lease(wish)
-        return await self.pool.wait(wish) if lease is None else lease
+        return lease if isinstance(lease, Lease) else await let_in(lease)
 
     async def use(self, *names: str) -> None:
         """A request to each, one after the other."""
@@ -828,8 +828,9 @@ async def test_a_request_over_which_an_engine_died_waits_for_the_next_and_others
     with pytest.raises(Overloaded, match="is waiting") as refused:
         box.pool.lease(wish)
     assert refused.value.code == "model_not_ready"
-    assert box.pool.lease(wish.again()) is None
-    waiting = asyncio.create_task(box.pool.wait(wish.again()))
+    place = box.pool.lease(wish.again())
+    assert isinstance(place, Place)
+    waiting = asyncio.create_task(let_in(place))
     gate.opened.set()
     (await soon(waiting)).release()
     assert box.backend.started == ["a", "a"]
@@ -951,3 +952,27 @@ async def test_every_step_of_a_swap_is_an_event() -> None:
     assert told[:2] == ["a ready draining", "a draining sleeping"]
     assert told[-1].endswith(" ready")
     assert all(line.startswith("b ") for line in told[2:])
+
+
+async def test_memory_of_a_cancelled_start_is_free_again() -> None:
+    gate = Gate()
+    box = Box(lazy("a"), lazy("b"), sizes={"a": 60, "b": 60}, a=Plan(gate=gate))
+    coming = asyncio.create_task(box.pool.life.bring(box.replica("a")))
+    await soon(gate.reached.wait())
+    assert not box.pool.life.fits([box.replica("b")])
+    coming.cancel()
+    await asyncio.wait({coming})
+    assert box.pool.life.fits([box.replica("b")])
+
+
+async def test_death_in_a_transition_is_left_to_its_end() -> None:
+    """Else it would be counted at every look, and started again over what is under way."""
+    box = Box(spec("a"), sizes={"a": 60})
+    await soon(box.pool.start())
+    replica = box.replica("a")
+    box.running("a").dead = True
+    async with replica.turn:
+        assert not box.pool.died(replica)
+        assert replica.state is State.READY
+    assert box.pool.died(replica)
+    assert box.figure("engine_deaths_total", model="a", replica="0") == 1

@@ -123,6 +123,16 @@ def test_a_fingerprint_is_that_of_everything_that_changes_memory(
     assert mark() != before
 
 
+def test_a_fingerprint_is_that_of_the_adapters_rank(tmp_path: Path) -> None:
+    marks = set()
+    for rank in (8, 64, 8):
+        (tmp_path / "adapter_config.json").write_text(f'{{"r": {rank}}}', encoding="utf-8")
+        marks.add(mark(loras={"one": str(tmp_path)}))
+    assert len(marks) == 2
+    assert mark(loras={"one": "org/a"}) == mark(loras={"other": "org/a"})
+    assert mark(loras={"one": "org/a"}) != mark(loras={"one": "org/b"})
+
+
 def test_a_fingerprint_is_that_of_a_shape() -> None:
     (box0,) = described("H100")
     settings = Settings.of(spec(), LLAMA_8B, 1, box0)

@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.parser import text_string_to_metric_families
 
 from llmserve.metrics import CONTENT_TYPE, Metrics
+from tests.fakes import until
 
 
 def engine(model: str, buckets: list[float]) -> CollectorRegistry:
@@ -72,3 +73,25 @@ async def test_a_blocked_loop_is_seen_as_lag() -> None:
     assert metrics.registry.get_sample_value(
         "llmserve_event_loop_lag_seconds_sum"
     ) == pytest.approx(0.14, abs=0.1)
+
+
+class Uncounted:
+    """A histogram that fails at first."""
+
+    def __init__(self) -> None:
+        self.observed = 0
+
+    def observe(self, _: float) -> None:
+        self.observed += 1
+        if self.observed == 1:
+            raise RuntimeError("no figure")
+
+
+async def test_watch_loop_after_failure_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    metrics = Metrics()
+    lag = Uncounted()
+    metrics.loop_lag = lag  # type: ignore[assignment]
+    watching = asyncio.create_task(metrics.watch_loop(0.001))
+    await until(lambda: lag.observed > 2)
+    watching.cancel()
+    assert "the event loop's lag could not be counted" in caplog.text

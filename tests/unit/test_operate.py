@@ -19,6 +19,7 @@ from starlette.routing import Route
 from typer.testing import CliRunner, Result
 
 from llmserve import operate
+from llmserve.chat import mounts
 from llmserve.cli import app as cli
 from llmserve.errors import ConfigError, StartupError
 from tests.unit.test_admin import FakeOperator, change, served
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
     from pathlib import Path
 
-    from starlette.types import ASGIApp
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
 
 class Server:
@@ -358,3 +359,76 @@ def test_ctrl_c_ends_a_command_with_130(server: Server, monkeypatch: pytest.Monk
     monkeypatch.setattr(operate.Client, "events", interrupted)
     result = llmserve(server, "events")
     assert (result.exit_code, result.stdout, result.stderr) == (130, "", "")
+
+
+class Proxy(Server):
+    """Answers every request itself, and keeps what it saw."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            self.seen.append(dict(scope["headers"]).get(b"authorization", b"").decode())
+            await PlainTextResponse("proxied", 502)(scope, receive, send)
+
+        super().__init__(app)
+
+
+@pytest.fixture
+def proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    running = Proxy()
+    with running:
+        for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+            monkeypatch.setenv(name, running.url)
+        for name in ("NO_PROXY", "no_proxy"):
+            monkeypatch.delenv(name, raising=False)
+        yield running
+
+
+def test_key_for_a_loopback_server_goes_to_no_proxy(server: Server, proxy: Proxy) -> None:
+    client = operate.Client(server.url, "k")
+    assert [model["name"] for model in client.models()] == ["chat", "org/embed"]
+    client.close()
+    assert proxy.seen == []
+
+
+def test_server_of_another_machine_is_asked_through_a_proxy(proxy: Proxy) -> None:
+    client = operate.Client("http://box.example:8000", "k")
+    with pytest.raises(operate.Refused, match="502 proxied"):
+        client.models()
+    client.close()
+    assert proxy.seen == ["Bearer k"]
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://localhost:8000",
+        "http://LOCALHOST.",
+        "http://a.localhost",
+        "http://127.1.2.3:1",
+        "https://[::1]:8000",
+        "http://[::ffff:127.0.0.1]",
+        "http://0.0.0.0:8000",
+    ],
+)
+def test_url_of_this_machine_has_no_proxy(url: str) -> None:
+    assert mounts(url) == {"all://": None, "http://": None, "https://": None}
+
+
+@pytest.mark.parametrize("url", ["http://localhost.example", "http://10.0.0.7", "http://[::1", ""])
+def test_url_of_another_machine_may_have_a_proxy(url: str) -> None:
+    assert mounts(url) == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("org/embed", "models/org/embed"),
+        ("a//b", "models/a%2F%2Fb"),
+        ("a/", "models/a%2F"),
+        ("a b", "models/a%20b"),
+    ],
+)
+def test_path_of_a_model_keeps_its_slashes(name: str, path: str) -> None:
+    assert operate._model(name) == path

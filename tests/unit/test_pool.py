@@ -61,7 +61,7 @@ class Box:
 
     def lease(self, name: str, task: asyncio.Future[None] | None = None, **body: Any) -> Lease:
         lease = self.pool.lease(wish(name, task, **body))
-        assert lease is not None
+        assert isinstance(lease, Lease)
         return lease
 
     def states(self) -> dict[str, str]:
@@ -595,7 +595,7 @@ async def test_tokens_in_flight_are_those_of_the_leases_that_are_held() -> None:
     first = box.lease("chat", prompt="x" * 400, max_tokens=50)
     second = box.lease("chat", prompt=[1] * 30, max_tokens=9000)
     third = box.pool.lease(Wish("chat", EMBED, {"input": "x" * 40, "max_tokens": 50}, Deadline()))
-    assert third is not None
+    assert isinstance(third, Lease)
     assert shown() == [100 + 512, 30 + 512 + 10]
     for lease in (first, third, second, second, first):
         lease.release()
@@ -680,3 +680,20 @@ async def test_an_engine_that_cannot_be_asked_is_left_alone(
     with suppress(asyncio.CancelledError):
         await asking
     assert not box.backend.running("chat").dead
+
+
+async def test_watch_that_is_cancelled_leaves_no_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be asking an engine that hangs, and draining one that is idle."""
+    monkeypatch.setattr(watch, "_ASK_EVERY_S", 0.001)
+    monkeypatch.setattr(watch, "_LOOK_S", 0.001)
+    box = Box(spec("chat", idle={"stop_after": 0.002}))
+    await soon(box.pool.start())
+    running = box.backend.running("chat")
+    running.hangs = True
+    running.stop_gate = Gate()
+    before = asyncio.all_tasks()
+    watching = asyncio.ensure_future(Watch(box.pool).run())
+    await soon(running.stop_gate.reached.wait())
+    watching.cancel()
+    await asyncio.wait({watching})
+    await until(lambda: asyncio.all_tasks() <= before)

@@ -16,7 +16,6 @@ from llmserve.protocol import (
     model_card,
     parse_object,
     requested_model,
-    without_nulls,
 )
 from llmserve.registry import Model, Registry
 from tests.fakes import FakeRunning, spec
@@ -32,14 +31,6 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS, inner, max_size=4),
     max_leaves=20,
 )
-
-
-def nulls(value: Any) -> list[str]:
-    """The keys that are null, at any depth."""
-    if isinstance(value, dict):
-        own = [key for key, item in value.items() if item is None]
-        return own + [key for item in value.values() for key in nulls(item)]
-    return [key for item in value for key in nulls(item)] if isinstance(value, list) else []
 
 
 def test_no_path_leads_to_two_endpoints() -> None:
@@ -166,21 +157,6 @@ def test_the_card_of_a_model_and_of_its_adapter() -> None:
     card = model_card("sql", model, 7, None)
     assert card["parent"] == "chat"
     assert "max_model_len" not in card
-
-
-@given(JSON, st.frozensets(KEYS, max_size=3))
-def test_only_nulls_are_taken_away_and_none_but_the_kept_ones_stay(
-    value: Any, keep: frozenset[str]
-) -> None:
-    pruned = without_nulls(value, keep)
-    assert sorted(nulls(pruned)) == sorted(key for key in nulls(pruned) if key in keep)
-    assert without_nulls(pruned, keep) == pruned
-    if not nulls(value):
-        assert pruned == value
-
-
-def test_nulls_in_lists_stay() -> None:
-    assert without_nulls({"logprobs": [None, {"top": None}]}) == {"logprobs": [None, {}]}
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,10 @@
 from __future__ import annotations
 
+import logging
 import socket
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
-from uvicorn.server import ServerState
 
 from llmserve import environment, nvml, server, shape
 from llmserve.config import Config, ModelSpec, ServerSpec
@@ -89,6 +88,30 @@ def test_a_log_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
             server._log_folder(spec, listener)
 
 
+def record(message: str, *arguments: object, error: Exception | None = None) -> logging.LogRecord:
+    info = (type(error), error, None) if error is not None else None
+    return logging.LogRecord("llmserve.app", logging.ERROR, "app.py", 1, message, arguments, info)
+
+
+def test_log_record_of_a_client_s_text_is_one_record() -> None:
+    forged = "/a\n2026-01-01 00:00:00 ERROR llmserve: forged\r\x1b[2J\u202e\x85"
+    text = server._Escaping("%(levelname)s %(message)s").format(record("path=%s", forged))
+    assert text == (
+        "ERROR path=/a\n  2026-01-01 00:00:00 ERROR llmserve: forged\\r\\x1b[2J\\u202e\\x85"
+    )
+
+
+def test_log_record_s_traceback_drives_no_terminal() -> None:
+    error = ValueError("bad\nERROR forged \x1b]0;title\x07 \udcff\tthere")
+    text = server._Escaping().format(record("unforeseen", error=error))
+    assert text.splitlines() == [
+        "unforeseen",
+        "  ValueError: bad",
+        "  ERROR forged \\x1b]0;title\\x07 \\udcff\tthere",
+    ]
+    assert server._Brief().format(record("x\x1b", error=error)) == "x\\x1b"
+
+
 def test_what_holds_a_connection_and_no_model_ends_soon_after_the_drain() -> None:
     config = server._uvicorn_config(ServerSpec(drain_timeout=0.5), object())
     assert config.timeout_graceful_shutdown == 3
@@ -163,30 +186,3 @@ def test_the_plan_is_made_with_what_was_measured_here(
     again = server._memory(registry(tmp_path))
     assert isinstance(again, Space)
     assert again.plan.replica("m", 0).overhead == 5 * GIB
-
-
-class Connection:
-    """A transport between two addresses."""
-
-    def get_extra_info(self, name: str) -> tuple[str, int] | None:
-        return {"sockname": ("127.0.0.1", 8000), "peername": ("127.0.0.1", 40_000)}.get(name)
-
-
-async def test_a_connection_begins_as_uvicorn_s_does_but_for_its_addresses() -> None:
-    config = server._uvicorn_config(ServerSpec(), nobody)
-
-    def made(kind: type[HttpToolsProtocol]) -> dict[str, Any]:
-        protocol = kind(config=config, server_state=ServerState(), app_state={})
-        protocol.connection_made(Connection())  # type: ignore[arg-type]  # all that is asked of it
-        assert protocol.connections == {protocol}
-        return vars(protocol)
-
-    known, ours = made(HttpToolsProtocol), made(server._Protocol)
-    assert ours.keys() - known.keys() == {"_cycles"}
-    differs = {name for name in known if type(known[name]) is not type(ours[name])}
-    assert differs == {"server", "client"}
-    assert ours["scheme"] == known["scheme"] == "http"
-
-
-async def nobody(_: Any, __: Any, ___: Any) -> None:
-    """An app that is not asked."""

@@ -652,19 +652,6 @@ async def test_an_end_and_a_failure_wait_for_a_slow_client() -> None:
     assert line.engine.aborts == 0
 
 
-async def test_a_client_that_reads_nothing_is_cut_off(hurried: pytest.MonkeyPatch) -> None:
-    hurried.setattr(stream, "STUCK_S", 0.02)
-    async with begun() as line:
-        line.engine.gives("a")
-        await turn()
-        line.client.stops_reading()
-        line.engine.gives("b")
-        await soon(line.answering)
-        line.client.reads.set()
-    assert line.client.aborts >= 1
-    assert line.engine.aborts == 1
-
-
 async def test_a_client_for_which_too_much_waits_is_cut_off(hurried: pytest.MonkeyPatch) -> None:
     hurried.setattr(stream, "HELD_LIMIT", 10)
     async with begun() as line:
@@ -858,14 +845,107 @@ async def test_text_waits_after_a_request_until_a_turn_is_short(
         assert line.client.bodies == [b"first [a]", b"[b]"]
 
 
+class Clock:
+    """Stands for `time` in `stream`: what it tells passes when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
 async def test_each_text_waits_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream, "BEHIND_S", 0.5)
+    clock = Clock()
+    monkeypatch.setattr(stream, "time", clock)
     async with several(2) as (flow, engines, clients):
         for engine in engines:
             flow.gather()
-            engine.gives("b")
+            engine.gives("b", clock.now)
             flow.release(more=True)
-            await asyncio.sleep(0.4)
-        await until(partial(clients[0].has, 2))
-        assert clients[1].bodies == [b"first [a]"]  # for 0.4 s yet
-        await until(partial(clients[1].has, 2))
+            clock.now += 0.8 * stream.BEHIND_S
+        for expected in ([2, 1], [2, 2]):  # 1.6 and 0.8 of what each may wait, then 1.4
+            await turn()
+            assert [len(client.bodies) for client in clients] == expected
+            clock.now += 0.6 * stream.BEHIND_S
+
+
+# --- failures that must not stop the others
+
+
+def refusing(_: Message) -> None:
+    raise RuntimeError("no message is taken")
+
+
+async def test_tend_that_raises_leaves_others_tended(
+    hurried: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with several(2) as (flow, engines, clients):
+        hurried.setattr(stream, "PING_S", 0.001)
+        broken = engines[0]._stream
+        broken._send = refusing  # type: ignore[assignment]  # raises where it is called
+        await until(lambda: engines[0].aborts == 1)
+        before = len(clients[1].bodies)
+        await until(lambda: len(clients[1].bodies) > before + 1)
+        assert flow._streams == {engines[1]._stream}
+    assert "an event could not be written" in caplog.text
+
+
+async def test_abort_that_raises_leaves_others_written() -> None:
+    def unclosable() -> None:
+        raise RuntimeError("no connection")
+
+    async with several(3) as (_, engines, clients):
+        for engine in engines[:2]:
+            engine._stream._write = failing
+            engine._stream._abort = unclosable
+        for engine in engines:
+            engine.gives("b")
+        await until(partial(clients[2].has, 2))
+        await until(lambda: [engine.aborts for engine in engines] == [1, 1, 0])
+
+
+async def test_lag_that_cannot_be_counted_loses_no_text() -> None:
+    def uncounted(_: float) -> None:
+        raise RuntimeError("no figure")
+
+    async with several(2, uncounted) as (_, engines, clients):
+        for text in "bc":
+            for engine in engines:
+                engine.gives(text)
+            await turn()
+        for client in clients:
+            await until(partial(client.has, 3))
+            assert client.bodies == [b"first [a]", b"[b]", b"[c]"]
+
+
+# --- an end before the answer's
+
+
+async def test_end_early_cuts_off_client_that_does_not_read() -> None:
+    async with begun() as line:
+        line.engine.gives("a")
+        await turn()
+        line.client.stops_reading()
+        line.engine.gives("b")
+        await turn()
+        line.answering.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await soon(line.answering)
+        sent = list(line.client.sent)
+        await soon(line.stream.end_early(Overloaded("late", retry_after_s=1)))
+        assert line.client.aborts == 1
+        assert line.client.sent == sent
+        line.client.reads.set()
+
+
+async def test_end_early_tells_client_that_reads() -> None:
+    async with begun() as line:
+        line.engine.gives("a")
+        await turn()
+        line.answering.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await soon(line.answering)
+        await soon(line.stream.end_early(Overloaded("late", retry_after_s=1, code="late")))
+        assert line.client.aborts == 0
+        assert line.client.bodies == [b"first [a]", b"data: late\n\n"]

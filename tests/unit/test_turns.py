@@ -154,3 +154,26 @@ async def test_a_quiet_server_looks_for_nobody() -> None:
     assert not queue.turns._looking
     await soon(asyncio.gather(*queue.come(3, 4)))
     assert queue.order == [0, 1, 2, 3, 4]
+
+
+class Failing(Turns):
+    """Its first group cannot be let in."""
+
+    failed = False
+
+    def _let_in(self) -> None:
+        if not self.failed:
+            self.failed = True
+            raise RuntimeError("no turn")
+        super()._let_in()
+
+
+async def test_turns_after_failure_are_given() -> None:
+    queue = Queue(4)
+    queue.turns = Failing()
+    seen: list[str] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, what: seen.append(what["message"]))
+    taking = queue.come(1, 2, 3)
+    await soon(asyncio.gather(*taking))
+    assert queue.order == [1, 2, 3]
+    assert len(seen) == 1  # the loop tells what a callback raised

@@ -1,0 +1,71 @@
+"""How many of each thing a body may hold. Pure.
+
+vLLM prepares these on the event loop, one after another: a limit keeps that short.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from llmserve.errors import RequestError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+# Items of lists at the top of a body. One of numbers is a single text, as token ids.
+ITEMS: Mapping[str, int] = {
+    "messages": 2048,
+    "input": 2048,
+    "prompt": 512,
+    "documents": 2048,
+    "queries": 2048,
+    "text_1": 2048,
+    "text_2": 2048,
+    "data_1": 2048,
+    "data_2": 2048,
+    "query": 2048,
+    "data": 2048,
+    "tools": 2048,
+    "stop": 1024,
+    "bad_words": 1024,
+}
+PARTS_LIMIT = 4096  # items in the lists of all messages together: content parts, tool calls
+KEYS_LIMIT = 1024  # of the body
+CHOICES_LIMIT = 128
+
+
+def check_quantities(body: dict[str, Any]) -> None:
+    """Raises RequestError for the first quantity that is over its limit."""
+    if len(body) > KEYS_LIMIT:
+        raise RequestError(
+            f"The body has {len(body)} keys; the limit is {KEYS_LIMIT}. Send fewer keys."
+        )
+    for key, limit in ITEMS.items():
+        value = body.get(key)
+        if isinstance(value, list) and not _is_numbers(value) and len(value) > limit:
+            raise _refused(key, f"{len(value)} items", limit)
+    for key in ("messages", "input"):
+        if isinstance(body.get(key), list) and (parts := _parts(body[key])) > PARTS_LIMIT:
+            raise _refused(key, f"{parts} content parts and tool calls", PARTS_LIMIT)
+    for key in ("n", "best_of"):
+        value = body.get(key)
+        if isinstance(value, int | float) and value > CHOICES_LIMIT:
+            raise _refused(key, "a larger value", CHOICES_LIMIT)
+
+
+def _is_numbers(values: list[Any]) -> bool:
+    return all(isinstance(each, int | float) for each in values)
+
+
+def _parts(messages: list[Any]) -> int:
+    return sum(
+        len(value)
+        for message in messages
+        if isinstance(message, dict)
+        for value in message.values()
+        if isinstance(value, list)
+    )
+
+
+def _refused(key: str, came: str, limit: int) -> RequestError:
+    return RequestError(f"`{key}` has {came}; the limit is {limit}. Send fewer.", param=key)

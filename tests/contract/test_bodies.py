@@ -1,0 +1,149 @@
+"""Adversarial bodies through the whole app, with vLLM's front end on a fake engine core."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+from pydantic import TypeAdapter, ValidationError
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.pooling.embed.protocol import EmbeddingRequest
+from vllm.exceptions import VLLMValidationError
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from llmserve import app
+from llmserve.bounded import KEYS_LIMIT, bounded
+from llmserve.pace import Paced
+from llmserve.protocol import ENDPOINTS
+from llmserve.serving import HANDLERS
+from tests.unit.effort import LongestTurn, calls
+
+if TYPE_CHECKING:
+    from llmserve.routes import Services
+
+JSON_PATHS = [endpoint.paths[0] for endpoint in ENDPOINTS if not endpoint.multipart]
+CALLS = 120_000  # of a callback on the loop: some 30 ms
+USER = {"role": "user", "content": "hello"}
+PLAIN: dict[str, Any] = {
+    "model": "chat",
+    "max_tokens": 2,
+    "messages": [USER],
+    "prompt": "hello",
+    "input": "hello",
+    "tokens": [1],
+}
+NESTED = "nested"  # stands for 900 levels, which json does not write
+LEVELS = b'{"properties":[' * 450 + b"]}" * 450
+
+BODIES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "bad messages": {"messages": [{"role": 1}] * 2000, "input": [{"role": 1}] * 2000},
+    "many bad messages": {"messages": [{}] * 50_000, "input": [{}] * 50_000},
+    "messages": {"messages": [USER] * 2048, "input": [USER] * 2048},
+    "parts": {
+        "messages": [{"role": "user", "content": [{"type": "text", "text": "a"}] * 4096}],
+        "input": [{"role": "user", "content": [{"type": "input_text", "text": "a"}] * 4096}],
+    },
+    "texts": {"input": ["a"] * 2048, "prompt": ["a"] * 512, "tokens": ["a"] * 2048},
+    "many texts": {"input": ["a"] * 100_000, "prompt": ["a"] * 100_000, "stop": ["a"] * 9000},
+    "nulls": {"input": [None] * 50_000, "prompt": [None] * 50_000, "tokens": [None] * 50_000},
+    "ids": {"input": [7] * 90_000, "prompt": [7] * 90_000, "tokens": [7] * 90_000},
+    "id lists": {"input": [[7] * 90] * 1000, "prompt": [[7] * 90] * 512},
+    "keys": {f"k{i}": i for i in range(50_000)},
+    "unknown": {"x": [[]] * 50_000},
+    "spaces": {"structured_outputs": {"regex": "{" + " " * 4000 + "," + " " * 4000}},
+    "a long key": {"tools": {"k" * 15_000: [0] * 40_000}, "response_format": {"k" * 15_000: [0]}},
+    "depth": {"tools": [NESTED], "chat_template_kwargs": NESTED, "metadata": NESTED},
+    "depth of input": {"messages": NESTED, "input": NESTED, "prompt": NESTED, "tokens": NESTED},
+    "free keys": {
+        "logit_bias": {str(i): "x" for i in range(20_000)},
+        "metadata": {str(i): "x" for i in range(20_000)},
+        "chat_template_kwargs": {str(i): i for i in range(20_000)},
+    },
+    "template": {"chat_template": "{% for i in range(10**9) %}{% endfor %}"},
+    "template as argument": {"chat_template_kwargs": {"chat_template": "{{ 'a' * 10**10 }}"}},
+    "numbers": {"n": 10**9, "seed": 10**400, "top_k": 10**30, "max_tokens": 10**30, "min_p": -1e308},
+    "many choices": {"n": 128},
+    "words": {"bad_words": [f"w{i}" for i in range(1024)], "stop": ["a"] * 1024},
+    "bias": {"allowed_token_ids": list(range(49_000)), "logit_bias": {str(i): 1 for i in range(4000)}},
+    "a long text": {"messages": [{"role": "user", "content": "a " * 2_000_000}], "prompt": "a " * 2_000_000},
+    "truncated": {"truncate_prompt_tokens": 2**62, "messages": [{"role": "user", "content": "a " * 300_000}]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BODIES)
+async def test_a_body_of_any_kind_takes_a_short_turn(fake: Services, name: str) -> None:
+    transport = httpx.ASGITransport(app.build(fake))
+    async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=60) as client:
+        for path in JSON_PATHS:
+            body = json.dumps(PLAIN | BODIES[name]).encode().replace(b'"nested"', LEVELS)
+            with LongestTurn() as turn:
+                reply = await client.post(path, content=body)
+            assert reply.status_code in {200, 400, 413}, (path, reply.text[:300])
+            assert turn.calls < CALLS, path
+            if reply.status_code != 200:
+                error = reply.json()["error"]
+                assert error["type"] == "invalid_request_error", (path, error)
+                assert len(error["message"]) < 2000, path
+
+
+@pytest.mark.parametrize("name", HANDLERS)
+def test_bounded_classes_stop_at_the_first_mistake(name: str) -> None:
+    kind = HANDLERS[name].request
+    wrong: dict[str, Any] = {key: [{"role": 1}] * 5000 for key in ("messages", "input", "tools")}
+    wrong |= {"documents": [1] * 5000, "queries": [{}] * 5000, "tokens": ["a"] * 5000}
+
+    def validate() -> int:
+        with pytest.raises((ValidationError, VLLMValidationError)) as caught:
+            kind.validate_python({"model": "m", "stop": [1] * 5000, "stream": "maybe"} | wrong)
+        return caught.value.error_count() if isinstance(caught.value, ValidationError) else 1
+
+    errors, steps = calls(validate)
+    assert errors < 1000
+    assert steps < 50_000
+
+
+def test_bounded_list_of_texts_costs_no_branch_its_mistakes() -> None:
+    body = {"model": "m", "input": ["a"] * 2000}
+    expected, _ = calls(lambda: TypeAdapter(EmbeddingRequest).validate_python(body))
+    found, steps = calls(lambda: bounded(EmbeddingRequest).validate_python(body))
+    assert found.input == expected.input
+    assert steps < 100_000
+
+
+def test_bounded_object_has_a_limit_of_keys() -> None:
+    body = {"messages": [USER], "logit_bias": {str(i): "x" for i in range(20 * KEYS_LIMIT)}}
+    with pytest.raises(ValidationError) as caught:
+        bounded(ChatCompletionRequest).validate_python(body)
+    assert caught.value.error_count() == 1
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"a": {}}}}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]},
+        {"logit_bias": {"1": 2}, "stop": ["a"], "metadata": {"a": "b"}, "n": 2},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {}}}},
+    ],
+    ids=["plain", "tools", "parts", "more", "schema"],
+)
+def test_bounded_validation_gives_what_vllm_s_gives(more: dict[str, Any]) -> None:
+    body = {"messages": [USER]} | more
+    expected = TypeAdapter(ChatCompletionRequest).validate_python(body)
+    found = bounded(ChatCompletionRequest).validate_python(body)
+    assert type(found) is ChatCompletionRequest
+    assert found.model_fields_set == expected.model_fields_set
+    made_up = {"request_id"}
+    dumped = found.model_dump(mode="json", exclude=made_up)
+    assert dumped == expected.model_dump(mode="json", exclude=made_up)
+
+
+def test_vllm_adds_each_prompt_through_add_request(fake: Services) -> None:
+    client = fake.pool.entries["chat"].running.engine.client  # type: ignore[union-attr]
+    assert isinstance(client.add_request, Paced)
+    for method in (AsyncLLM.generate, AsyncLLM.encode):
+        assert "add_request" in method.__code__.co_names

@@ -1,0 +1,339 @@
+"""Simulated engines behind the real backend: they start, die, hang, are slow or refuse."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import asynccontextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prometheus_client import CollectorRegistry
+from starlette.responses import Response
+
+from llmserve.errors import EngineDead, EngineError, StartupError
+from llmserve.protocol import ENDPOINTS
+from llmserve.residency import Level
+from llmserve.sse import EventStream, Frames
+from tests.fakes import failure
+
+if TYPE_CHECKING:
+    import random
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+    from contextlib import AbstractContextManager
+
+    from starlette.requests import Request
+
+    from llmserve.config import Config, ModelSpec
+    from llmserve.residency import Takes
+    from llmserve.space import Keep
+
+_BOUND_S = 60.0  # on every call into an engine, as on the real ones
+_NO_FIGURES = CollectorRegistry()
+
+
+class Weather:
+    """How likely things go wrong in one run."""
+
+    def __init__(self, chance: random.Random) -> None:
+        self.chance = chance
+        self.bad = chance.choice((0.0, 0.05, 0.3))
+
+    def strikes(self, weight: float = 1.0) -> bool:
+        return self.chance.random() < self.bad * weight
+
+
+class Memory:
+    """One place of `capacity` units; a model holds `memory` of them, half of it asleep."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity: Takes = {0: capacity}
+        self.starting: dict[str, int] = {}  # what starts may hold that have no engine yet
+        self.count: Callable[[], None] = lambda: None  # called when more may be held
+
+    def holds(self, spec: ModelSpec, number: int) -> Mapping[Level, Takes]:
+        del number
+        size = int(spec.memory or 0)
+        asleep = {Level.KV_RELEASED: {0: size // 2}, Level.HOST: {0: size // 8}}
+        return {Level.READY: {0: size}} | (asleep if self.sleeps(spec, 0) else {})
+
+    def sleeps(self, spec: ModelSpec, number: int) -> bool:
+        del number
+        return spec.start == "sleeping" or spec.idle.sleep_after is not None
+
+    @asynccontextmanager
+    async def start(self, spec: ModelSpec, number: int) -> AsyncIterator[tuple[ModelSpec, Keep]]:
+        name = f"{spec.name}/{number}"
+        self.starting[name] = int(spec.memory or 0)
+        self.count()
+        try:
+            yield spec, lambda _: None
+        finally:
+            self.starting.pop(name, None)
+
+    def expecting(self, spec: ModelSpec, number: int) -> AbstractContextManager[None]:
+        del spec, number
+        return nullcontext()
+
+    @asynccontextmanager
+    async def moves(
+        self, spec: ModelSpec, number: int, wakes_from: Level | None
+    ) -> AsyncIterator[None]:
+        del spec, number, wakes_from
+        await asyncio.sleep(0)
+        yield
+
+    def planned(self, config: Config, kept: Mapping[str, str]) -> Callable[[], None]:
+        del config, kept
+        return lambda: None
+
+
+class Engine:
+    """An engine's process."""
+
+    def __init__(self, fleet: Fleet, spec: ModelSpec, tether: Tether, *, sleeps: bool) -> None:
+        tether.engine = self
+        self.spec = spec
+        self.sleeps = sleeps
+        self.dead = False  # as its client knows
+        self.alive = True  # as the machine knows
+        self.hangs = False
+        self.level = Level.READY
+        self.work: dict[asyncio.Future[None], asyncio.TimerHandle] = {}
+        self._fleet = fleet
+        self.count = fleet.count
+        self._weather = fleet.weather
+
+    @property
+    def held(self) -> int:
+        if not self.alive:
+            return 0
+        return self._fleet.memory.holds(self.spec, 0)[self.level][0]
+
+    def die(self) -> None:
+        """Its client notices at once, those that wait for it a little later."""
+        self.alive = False
+        self.dead = True
+        self._fleet.died(self.spec.name)
+        loop = asyncio.get_running_loop()
+        for future, timer in self.work.items():
+            timer.cancel()
+            loop.call_later(self._weather.chance.random() * 0.1, _fail, future)
+
+    async def do(self, seconds: float) -> None:
+        """Some work. Raises EngineDead."""
+        if self.dead:
+            raise EngineDead("dead")
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[None] = loop.create_future()
+        seconds = seconds if not self.hangs else 1e9
+        self.work[future] = loop.call_later(seconds, _finish, future)
+        try:
+            await future
+        finally:
+            self.work.pop(future).cancel()
+
+    def hang(self) -> None:
+        self.hangs = True
+        loop = asyncio.get_running_loop()
+        for future, timer in self.work.items():
+            timer.cancel()
+            self.work[future] = loop.call_later(1e9, _finish, future)
+
+    async def bounded(self, what: str, seconds: float) -> None:
+        """A call that moves memory, and has a bound: a hung engine is killed at its end."""
+        if self.hangs or self._weather.strikes(0.3):
+            await asyncio.sleep(_BOUND_S)
+            self.die()
+            raise EngineError(f"did not {what} in time")
+        await asyncio.sleep(seconds)
+        if self._weather.strikes(0.5):
+            self.die()
+        if self.dead or self._weather.strikes():
+            raise EngineError(f"could not {what}")
+
+    # --- as `llmserve.engine.Engine` is used by the backend
+
+    async def start_reports(self) -> Sequence[Mapping[str, Any]]:
+        await asyncio.sleep(0.01)
+        if self._weather.strikes(0.2):
+            raise EngineError("no report")
+        return [{"seconds": {}, "bytes": {}}]
+
+    def stop(self) -> None:
+        """Blocks: the loop lets it take its time."""
+        self.alive = False
+        self.dead = True
+
+
+class Tether:
+    """What ends an engine's processes, also while they start."""
+
+    pids = ()
+
+    def __init__(self) -> None:
+        self.engine: Engine | None = None
+        self.is_cut = False
+
+    def cut(self) -> None:
+        self.is_cut = True
+        if self.engine is not None and self.engine.alive:
+            self.engine.die()
+
+
+def _finish(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+def _fail(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_exception(EngineDead("died"))
+
+
+class Running:
+    """What the pool sees of an engine."""
+
+    def __init__(self, engine: Engine, weather: Weather) -> None:
+        self.engine = engine
+        self.able = frozenset(endpoint.name for endpoint in ENDPOINTS)
+        self.took: Mapping[str, float] = {}
+        self.max_model_len = 2048
+        self.registry = _NO_FIGURES
+        self.pid = 1
+        self.sleeps = engine.sleeps
+        self.log = Path("/logs/engine.log")
+        self._weather = weather
+
+    @property
+    def dead(self) -> bool:
+        return self.engine.dead
+
+    def coming(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def share(self, stored: Any) -> None:
+        pass
+
+    def express(self, *_: Any) -> None:
+        return None
+
+    async def call(
+        self, endpoint: str, body: dict[str, Any], asked: str, request: Request
+    ) -> Response:
+        del endpoint, request
+        assert self.engine.level is Level.READY, "a request reached an engine that is asleep"
+        names = (*self.engine.spec.names, *self.engine.spec.loras)
+        assert asked in names or self._weather is None, "another model's request"
+        pieces, each_s = int(body["pieces"]), float(body["each_s"])
+        if body.get("stream"):
+            frames = Frames(self._frames(pieces, each_s), failure)
+            await frames.begin(2.0)
+            return EventStream(frames)
+        await self.engine.do(pieces * each_s)
+        return Response(b"{}", media_type="application/json")
+
+    async def _frames(self, pieces: int, each_s: float) -> AsyncGenerator[bytes, None]:
+        for _ in range(pieces):
+            await self.engine.do(each_s)
+            yield b"data: x\n\n"
+
+    async def fetch_response(self, *_: Any) -> Response:
+        return Response(b"{}")
+
+    cancel_response = fetch_response
+
+    async def responds(self, within_s: float) -> bool:
+        if self.engine.hangs and not self.engine.dead:
+            await asyncio.sleep(within_s)
+            return False
+        return True
+
+    async def prepare_sleep(self) -> None:
+        await self.engine.bounded("prepare", 0.5)
+
+    async def sleep(self, level: Level) -> None:
+        assert not self.engine.work, "an engine fell asleep over a request"
+        await self.engine.bounded("sleep", 0.2)
+        self.engine.level = level
+
+    async def wake(self) -> None:
+        self.engine.level = Level.READY
+        self.engine.count()
+        await self.engine.bounded("wake", 0.3)
+
+    async def changed(self, spec: ModelSpec) -> Running:
+        await asyncio.sleep(0.05)
+        if self._weather.strikes():
+            raise EngineError("could not change")
+        self.engine.spec = spec
+        return Running(self.engine, self._weather)
+
+    def kill(self) -> None:
+        if not self.engine.dead:
+            self.engine.die()
+
+    async def stop(self) -> None:
+        await asyncio.to_thread(self.engine.stop)
+        for future in self.engine.work:
+            _fail(future)
+        if self._weather.strikes(0.3):
+            raise RuntimeError("did not stop cleanly")
+
+
+class Fleet:
+    """Every engine there ever was; the modules that the backend would import vLLM with."""
+
+    def __init__(self, weather: Weather, memory: Memory) -> None:
+        self.weather = weather
+        self.memory = memory
+        self.engines: list[Engine] = []
+        self.stopped = False
+        self.most = 0  # that engines held at the same time
+        memory.count = self.count
+        self.died: Callable[[str], None] = lambda _: None  # called with the name of the model
+        self.Serving = self  # as the module `serving`
+
+    def alive(self) -> list[Engine]:
+        return [engine for engine in self.engines if engine.alive]
+
+    def count(self) -> None:
+        held = sum(engine.held for engine in self.engines) + sum(self.memory.starting.values())
+        self.most = max(self.most, held)
+
+    # --- the launcher
+
+    def tether(self) -> Tether:
+        if self.stopped:
+            raise StartupError("the server is stopping")
+        return Tether()
+
+    def start(self, spec: ModelSpec, number: int, *, sleeps: bool, tether: Tether) -> Engine:
+        """At the end of the seconds that the thread takes."""
+        self.memory.starting.pop(f"{spec.name}/{number}", None)
+        if self.stopped or tether.is_cut:
+            raise StartupError("the server is stopping")
+        if self.weather.strikes():
+            raise StartupError("no memory left")
+        if self.weather.strikes(0.3):
+            raise ValueError("unforeseen by the launcher")
+        engine = Engine(self, spec, tether, sleeps=sleeps)
+        self.engines.append(engine)
+        self.count()
+        return engine
+
+    def start_s(self) -> float:
+        return self.weather.chance.choice((0.5, 3.0, 10.0, 40.0)) * self.weather.chance.random()
+
+    def stop(self) -> None:
+        self.stopped = True
+        for engine in self.alive():
+            engine.die()
+
+    # --- the modules
+
+    async def build(self, spec: ModelSpec, engine: Engine) -> Running:
+        del spec
+        await asyncio.sleep(0.3)
+        if self.weather.strikes(0.5):
+            raise RuntimeError("a template that cannot be used")
+        return Running(engine, self.weather)

@@ -1,0 +1,110 @@
+"""Seeds that CI runs, and the proof that a fault of each kind does not pass them."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from llmserve.admission import Place, Slots
+from llmserve.backend import _Start
+from llmserve.pool import Pool
+from llmserve.replica import State
+from llmserve.residency import Level
+from tests.simulator.world import Violation, World
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from llmserve.replica import Replica
+
+_SEEDS = 2000
+_CHUNK = 250
+
+
+def run(seeds: range, *, harsh: bool = False) -> None:
+    for seed in seeds:
+        World(seed, harsh=harsh).run()
+
+
+@pytest.mark.parametrize("first", range(0, _SEEDS, _CHUNK))
+def test_every_seed_keeps_the_invariants(first: int) -> None:
+    """A failing one is replayed by `python -m tests.simulator SEED --trace`."""
+    run(range(first, first + _CHUNK))
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_seed_replays_event_by_event(seed: int) -> None:
+    first, second = World(seed), World(seed)
+    first.run()
+    second.run()
+    assert first.trace
+    assert first.trace == second.trace
+
+
+# --- faults that were here once, put back
+
+
+def test_a_request_that_queues_a_step_late_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def join_late(slots: Slots[Any, Any], deadline: Any, wish: Any) -> Place[Any, Any]:
+        place: Place[Any, Any] = Place(deadline, wish)
+        asyncio.get_running_loop().call_soon(place.join, slots._queue)
+        return place
+
+    monkeypatch.setattr(Slots, "join", join_late)
+    with pytest.raises(Violation, match=r"wait for ever|a request waits, a slot is free"):
+        run(range(50), harsh=True)
+
+
+def test_a_raised_limit_that_admits_nothing_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def resize_only(slots: Slots[Any, Any], limit: int, longest: int) -> None:
+        slots.limit, slots.longest = limit, longest
+
+    monkeypatch.setattr(Slots, "resize", resize_only)
+    with pytest.raises(Violation, match="a request waits, a slot is free"):
+        run(range(_SEEDS), harsh=True)
+
+
+def test_a_death_in_the_step_that_ends_a_start_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was noticed, and the new start dropped for the one that had yet to end."""
+
+    def died(pool: Pool, replica: Replica) -> bool:
+        running = replica.running
+        if running is None or not running.dead:
+            return False
+        if replica.turn.locked() or replica.state not in {State.READY, State.SLEEPING}:
+            return False
+        if pool._closed:
+            pool.life.change(replica, State.FAILED, "its engine died")
+        elif replica.state is State.SLEEPING:
+            pool._come(replica, partial(pool.life.rest, level=Level.STOPPED))
+        elif pool.life.again(replica, "its engine died", 0.0):
+            pool._come(replica, pool.life.revive)
+        else:
+            pool._come(replica, pool.life.discard)
+        return True
+
+    def came(pool: Pool, replica: Replica, coming: asyncio.Task[None]) -> None:
+        del pool._comings[replica]
+        if replica in pool._owner:
+            pool._onward(pool._owner[replica])
+
+    monkeypatch.setattr(Pool, "died", died)
+    monkeypatch.setattr(Pool, "_came", came)
+    with pytest.raises(Violation, match=r"stays waiting|wait for ever"):
+        run(range(_SEEDS), harsh=True)
+
+
+def test_an_engine_without_an_owner_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A start that went wrong, or was given up, left what its thread had made."""
+
+    @asynccontextmanager
+    async def owned(_: _Start) -> AsyncIterator[None]:
+        yield
+
+    monkeypatch.setattr(_Start, "owned", owned)
+    with pytest.raises(Violation, match=r"engines hold|have no owner|alive after the end"):
+        run(range(_SEEDS), harsh=True)

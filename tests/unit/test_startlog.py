@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from llmserve import startlog
+from llmserve.errors import EngineError
+from llmserve.startlog import StartLog, cause_of
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "model-chat.log"
+
+
+def test_startlog_without_file_has_nothing(path: Path) -> None:
+    log = StartLog(path)
+    assert not log.grew()
+    path.mkdir()  # no file
+    assert not log.grew()
+    assert not log.is_warming
+
+
+def test_startlog_begin_puts_the_log_before_aside(path: Path) -> None:
+    path.write_text("Warming up\n")
+    log = StartLog(path)
+    log.begin()
+    assert not log.grew()
+    path.write_text("Starting\n")
+    assert log.grew()
+    assert not log.is_warming
+    assert path.with_name(f"{path.name}.1").read_text() == "Warming up\n"
+
+
+def test_startlog_sign_cut_between_two_looks_is_found(path: Path) -> None:
+    log = StartLog(path)
+    text = b"x" * 1000 + b"Model loading took 3 s"
+    for size in (900, 1005, 1010, len(text)):
+        path.write_bytes(text[:size])
+        assert log.grew()
+    assert log.is_warming
+    assert not log.grew()
+
+
+def test_startlog_reads_what_is_new_block_by_block(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(startlog, "_BLOCK", 100)
+    path.write_bytes(b"x" * 250)
+    log = StartLog(path)
+    assert [log.grew() for _ in range(4)] == [True, True, True, False]
+
+
+def test_startlog_renamed_in_between_has_nothing(path: Path) -> None:
+    log = StartLog(path)
+    path.write_text("line\n")
+    assert log.grew()
+    path.rename(path.with_suffix(".1"))
+    assert not log.grew()
+
+
+ECHO = RuntimeError("Engine core initialization failed. See root cause above.")
+
+
+def test_cause_is_found_in_the_last_block_of_the_log(path: Path) -> None:
+    path.write_text("x" * 3_000_000 + "\nValueError: no room\n")
+    assert cause_of(ECHO, path) == "ValueError: no room"
+
+
+def test_cause_of_an_endless_line_takes_no_time(path: Path) -> None:
+    path.write_text("A." * 500_000)  # cut: the pattern would go back and forth in it
+    assert cause_of(ECHO, path).startswith("the engine's process ended without a word")
+
+
+def test_cause_without_a_log_is_the_error_s_own(path: Path) -> None:
+    assert cause_of(ECHO, path) == f"RuntimeError: {ECHO}"
+
+
+def test_cause_of_our_own_error_is_its_message(path: Path) -> None:
+    assert cause_of(EngineError("killed"), path) == "killed"
