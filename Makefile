@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 CONFIG ?= models.yaml
+SEED ?= 0
 # cuda where there is an NVIDIA driver, else cpu.
 ifndef VARIANT
 VARIANT := $(shell { test -e /proc/driver/nvidia/version || nvidia-smi -L >/dev/null 2>&1; } && echo cuda || echo cpu)
@@ -27,8 +28,11 @@ install: $(READY) ## The virtual environment with vLLM and llmserve.
 models: $(READY) ## The two demo models, in models/.
 	@$(BIN)/python -m llmserve.demo
 
-test: $(TOOLS) models ## What CI runs; ARGS go to pytest.
+test: simulate models ## What CI runs; ARGS go to pytest.
 	$(BIN)/python -m pytest -m "not gpu" --cov --cov-report=term-missing:skip-covered $(ARGS)
+
+simulate: $(TOOLS) ## Requests and engines' lives under random interleavings, from SEED on.
+	$(BIN)/python -m tests.simulator $(SEED) 2000
 
 fuzz: $(TOOLS) ## The property tests with other examples each time, many of them.
 	$(BIN)/python -m pytest --hypothesis-profile=fuzz tests/unit tests/contract/test_sleep.py -m hypothesis $(ARGS)
@@ -80,4 +84,4 @@ lock: $(VENV)/.python ## Resolve the lock files anew from pyproject.toml.
 	@grep -vxFf requirements/cpu.lock requirements/dev.lock > $(VENV)/dev.lock  # only what cpu.lock lacks
 	@mv $(VENV)/dev.lock requirements/dev.lock
 
-.PHONY: help up install models test fuzz check format clean lock
+.PHONY: help up install models test simulate fuzz check format clean lock

@@ -37,10 +37,9 @@ def test_a_taken_port_is_told_at_once(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         registry = write_registry(tmp_path, server={"port": port}, models={"chat": SMALL})
-        began = time.monotonic()
         ended = run(registry)
-    assert time.monotonic() - began < 2
     assert ended.returncode == 3
+    assert not (tmp_path / "logs").exists()  # nothing has begun to load
     assert f"port {port}" in ended.stderr
     assert "Traceback" not in ended.stderr
 

@@ -80,7 +80,7 @@ class Exchange:
         }
         try:
             await self._world.app(scope, self._receive, self._send)
-        except BaseException as error:
+        except (Exception, asyncio.CancelledError) as error:
             self._world.violate(f"the application raised {error!r}", error)
         self.over = True
         self._world.note(f"{self.model} answered {self.status} whole={self.whole}")
