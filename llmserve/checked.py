@@ -43,6 +43,10 @@ class CheckedLLM(AsyncLLM):
         self._grammars = grammars
         self.input_processor.structured_outputs_config = None
 
+    def prepare_constraints(self) -> None:
+        """Have the tokenizer loaded where constraints are checked."""
+        self._grammars.prepare(self._checked_model)
+
     async def check_explicit(self, body: Mapping[str, Any]) -> None:
         """Raises RequestError, with its place, for a constraint in a body that is refused."""
         for place, constraint in constraints_of(body):

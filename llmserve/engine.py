@@ -367,7 +367,7 @@ class Launcher:
 
     def stop(self) -> None:
         """Let no start begin, and end the processes of those under way and of all engines."""
-        self.grammars.kill()
+        self.grammars.stop()
         with self._tethering:
             self._stopped = True
             tethers = list(self._tethers)

@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 HEAD = struct.Struct(">II")
 # Outcomes that the load of the machine can cause: they are found anew.
 _PASSING = frozenset({"wall", "crash"})
+_ANY = orjson.dumps({"regex": "a"})  # what is checked when only the worker matters
 _COMMAND = (sys.executable, "-m", "llmserve.grammarworker")
 # The worker's environment: no GPU, one malloc arena (each reserves address space).
 _ENVIRONMENT = {
@@ -99,6 +100,7 @@ class Grammars:
         self._checks: dict[bytes, asyncio.Task[Verdict]] = {}
         self._turn = asyncio.Lock()
         self._process: asyncio.subprocess.Process | None = None
+        self._stopped = False
 
     @property
     def pid(self) -> int | None:
@@ -142,6 +144,18 @@ class Grammars:
                 "Use a smaller schema or grammar."
             )
         return verdict.refusal(place)
+
+    def prepare(self, model: Model) -> None:
+        """Start the worker and have it load the model's tokenizer, before a client waits for it."""
+        key = hashlib.sha256(model.key.encode()).digest()
+        is_known = key in self._checks or self.remembered.find(key) is not None
+        if not is_known and len(self._checks) < self.limits.queue:
+            self._check_of(key, model, _ANY)
+
+    def stop(self) -> None:
+        """`kill`, and start no other worker; checks under way end with Overloaded."""
+        self._stopped = True
+        self.kill()
 
     def kill(self) -> None:
         """End the worker and what it forked, at once; a later check starts another one."""
@@ -217,6 +231,8 @@ class Grammars:
     async def _running(self) -> asyncio.subprocess.Process:
         if self._process is None or self._process.returncode is not None:
             self._process = None
+            if self._stopped:
+                raise _WorkerGone
             try:
                 self._process = await asyncio.create_subprocess_exec(
                     *self._command,

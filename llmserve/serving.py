@@ -221,7 +221,6 @@ HANDLERS: dict[str, Handler] = {
 
 # Endpoints whose bodies may hold a constraint.
 _GENERATING = frozenset({"chat completions", "completions", "responses", "messages"})
-
 LANES: dict[str, type[Chat | Completions]] = {"chat completions": Chat, "completions": Completions}
 
 
@@ -326,6 +325,11 @@ class Serving:
 
     async def responds(self, within_s: float) -> bool:
         return await self.engine.responds(within_s)
+
+    def prepare_constraints(self) -> None:
+        """What the first constraint would take long for, done ahead while the model serves."""
+        if self.able & _GENERATING:
+            self.engine.client.prepare_constraints()
 
     async def prepare_sleep(self) -> None:
         await self.engine.prepare_sleep()

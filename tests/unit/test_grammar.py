@@ -210,6 +210,42 @@ async def test_worker_that_answers_nothing_is_replaced() -> None:
         assert grammars.pid is None
 
 
+async def test_prepare_starts_the_worker_once() -> None:
+    async with toy() as grammars:
+        for _ in range(2):
+            grammars.prepare(MODEL)
+        await asyncio.gather(*grammars._checks.values())
+        worker = grammars.pid
+        assert worker is not None
+        grammars.kill()
+        await until_ended(worker)
+        grammars.prepare(MODEL)
+        assert not grammars._checks
+
+
+async def test_prepare_takes_no_place_in_a_full_queue() -> None:
+    async with toy(Limits(queue=1, wall_s=3600)) as grammars:
+        waiting = asyncio.ensure_future(grammars.check(MODEL, regex("sleep 3600")))
+        await asyncio.sleep(0)
+        grammars.prepare(Model("other", b"config"))
+        assert len(grammars._checks) == 1
+        await grammars.close()
+        await asyncio.gather(waiting, return_exceptions=True)
+
+
+async def test_stop_ends_the_check_under_way_and_starts_no_worker() -> None:
+    async with toy(Limits(wall_s=3600)) as grammars:
+        check = asyncio.ensure_future(grammars.check(MODEL, regex("sleep 3600")))
+        while grammars.pid is None:
+            await asyncio.sleep(0.01)
+        grammars.stop()
+        with pytest.raises(Overloaded):
+            await check
+        assert grammars.pid is None
+        with pytest.raises(Overloaded):
+            await grammars.check(MODEL, regex("a"))
+
+
 async def test_kill_leaves_no_process() -> None:
     async with toy(Limits(wall_s=3600)) as grammars:
         await grammars.check(MODEL, regex("a"))
