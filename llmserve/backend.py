@@ -230,10 +230,12 @@ class VllmBackend:
                     reports = await engine.start_reports()
                     keep(reports)
                 clock.lap("engine", [each["seconds"] for each in reports])
-            serving: Running = await modules.serving.Serving.build(placed, engine)
+            serving = await modules.serving.Serving.build(placed, engine)
+            serving.prepare_constraints()
         clock.lap("serving")
         serving.took = clock.took
-        return serving
+        running: Running = serving
+        return running
 
     @property
     def capacity(self) -> Takes:

@@ -20,11 +20,12 @@ from vllm import envs
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.platforms import current_platform
 from vllm.usage.usage_lib import UsageContext
-from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from llmserve.checked import CheckedLLM
 from llmserve.child import instance_of, log_file
 from llmserve.errors import EngineError, StartupError
+from llmserve.grammar import Grammars
 from llmserve.outputs import Outputs
 from llmserve.residency import Level
 from llmserve.silence import Silence, cpu_s
@@ -71,14 +72,14 @@ class Bounds:
 
 
 class Engine:
-    """A started `AsyncLLM`, the arguments it has, and its metrics.
+    """A started `CheckedLLM`, the arguments it has, and its metrics.
 
     Whatever is asked of it returns or raises within its `bounds`. `log` is where it writes.
     """
 
     def __init__(
         self,
-        client: AsyncLLM,
+        client: CheckedLLM,
         arguments: AsyncEngineArgs,
         figures: Figures,
         tether: Tether,
@@ -268,6 +269,7 @@ class Launcher:
 
     def __init__(self, log_dir: Path, bounds: Bounds | None = None) -> None:
         self._log_dir = log_dir
+        self.grammars = Grammars()
         self._bounds = bounds or Bounds()
         # Building a config can change os.environ (vllm/config/vllm.py): one at a time.
         self._configuring = threading.Lock()
@@ -334,9 +336,10 @@ class Launcher:
             config.instance_id = instance_of(number, config.instance_id)
         self._unless_cut(tether)
         with tether.tying():
-            client = AsyncLLM.from_vllm_config(
+            client = CheckedLLM.from_vllm_config(
                 config, stat_loggers=[figures.logger_class], client_addresses=addresses
             )
+        client.check_with(self.grammars)
         figures.take_over(client)
         Outputs.take_over(client)
         # Asked for at every request, and found anew by transformers each time.
@@ -364,6 +367,7 @@ class Launcher:
 
     def stop(self) -> None:
         """Let no start begin, and end the processes of those under way and of all engines."""
+        self.grammars.stop()
         with self._tethering:
             self._stopped = True
             tethers = list(self._tethers)

@@ -17,6 +17,8 @@
         HeadTooLarge           431
         ContextTooLong         400
         Unsupported            400
+        InvalidGrammar         400
+        GrammarTooComplex      400
       Overloaded               503, Retry-After   (a model is full or not ready)
       DeadlineExceeded         504
       EngineError              500
@@ -164,6 +166,18 @@ class Unsupported(RequestError):
     """The model cannot do what the route asks for."""
 
     code = "unsupported_model"
+
+
+class InvalidGrammar(RequestError):
+    """A schema, pattern or grammar that does not compile for the model."""
+
+    code = "invalid_grammar"
+
+
+class GrammarTooComplex(RequestError):
+    """A schema, pattern or grammar that takes more than its limits to compile."""
+
+    code = "grammar_too_complex"
 
 
 class Overloaded(LLMServeError):

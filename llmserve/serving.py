@@ -61,6 +61,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 import llmserve.media  # noqa: F401  # registers what fetches the URLs of images
 from llmserve import garbage, sse, wire
 from llmserve.bounded import bounded
+from llmserve.checked import Refused
 from llmserve.engine import request_defaults
 from llmserve.errors import (
     ContextTooLong,
@@ -218,6 +219,8 @@ HANDLERS: dict[str, Handler] = {
 }
 
 
+# Endpoints whose bodies may hold a constraint.
+_GENERATING = frozenset({"chat completions", "completions", "responses", "messages"})
 LANES: dict[str, type[Chat | Completions]] = {"chat completions": Chat, "completions": Completions}
 
 
@@ -323,6 +326,11 @@ class Serving:
     async def responds(self, within_s: float) -> bool:
         return await self.engine.responds(within_s)
 
+    def prepare_constraints(self) -> None:
+        """What the first constraint would take long for, done ahead while the model serves."""
+        if self.able & _GENERATING:
+            self.engine.client.prepare_constraints()
+
     async def prepare_sleep(self) -> None:
         await self.engine.prepare_sleep()
 
@@ -365,11 +373,15 @@ class Serving:
         _asked.set(asked)
         if "request_id" in body:  # the server's to choose: it is an answer's id, and a key
             body = {name: value for name, value in body.items() if name != "request_id"}
+        if endpoint in _GENERATING:
+            await self.engine.client.check_explicit(body)
         parsed = await _validated(handler.request, body, endpoint, request.scope)
         owner = request.scope.get("state", {}).get("owner", "")
         self._check_previous(parsed, owner)
         with Noted() as calls, owned_by(owner):
             result = await self._translating(self._handled(handler, parsed, request))
+        for noted in calls:  # before the headers: a parser may have derived a constraint
+            await self._translating(self.engine.client.check(noted.params))
         if endpoint == "responses" and parsed.background and isinstance(result, AsyncGenerator):
             await result.aclose()
             result = self._stored.replay(parsed.request_id)
@@ -470,6 +482,8 @@ class Serving:
         """Any exception of vLLM's in our terms; what it did not foresee keeps its words."""
         if isinstance(error, EngineDeadError) or self.dead:
             return self._dead()
+        if isinstance(error, Refused):
+            return error.refusal
         refusal = self._refusal(create_error_response(error).error)
         foreseen = isinstance(error, VLLMError | ValueError)
         if isinstance(refusal, EngineError) or not foreseen:

@@ -166,6 +166,7 @@ class FakeCore:
             "seed": params.seed,
             "temperature": params.temperature,
             "stop": params.stop,
+            "backend": getattr(params.structured_outputs, "_backend", None),
             "prompt_token_ids": list(request.prompt_token_ids),
         }
         self.requests[request.request_id] = Running(

@@ -211,6 +211,8 @@ class Running:
     def coming(self) -> AbstractContextManager[None]:
         return nullcontext()
 
+    def prepare_constraints(self) -> None: ...
+
     def share(self, stored: Any) -> None:
         pass
 

@@ -185,7 +185,7 @@ class FakeVllm:
             self.built.append(spec)
             if self.refuses:
                 raise ValueError("no such template")
-            return SimpleNamespace(engine=engine, took={})
+            return SimpleNamespace(engine=engine, took={}, prepare_constraints=lambda: None)
 
         return _Modules(
             serving=SimpleNamespace(Serving=SimpleNamespace(build=build)),

@@ -1,0 +1,266 @@
+"""Constraints through our routes, vLLM's front end and the real compilers.
+
+The engine core is the fake one: what reaches it was compiled by the sandbox, with the
+code that the engine core itself has.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import pytest_asyncio
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from llmserve.config import ModelSpec
+from llmserve.errors import LLMServeError
+from tests.contract.conftest import CHAT, on_fake_core, services_of
+from tests.contract.test_serving import HELLO, post
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from llmserve.grammar import Grammars
+    from llmserve.routes import Services
+
+CHATS = "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def served() -> AsyncIterator[Services]:
+    spec = ModelSpec(
+        name="chat",
+        model=str(CHAT),
+        engine={"max_model_len": 2048},
+        tool_call_parser="hermes",
+    )
+    async with on_fake_core(spec) as (serving, _):
+        yield await services_of([spec], {"chat": serving})
+        await grammars_of(serving).close()
+
+
+def grammars_of(serving: Any) -> Grammars:
+    grammars: Grammars = serving.engine.client._grammars
+    return grammars
+
+
+def running(services: Services) -> Any:
+    return services.pool.entries["chat"].running
+
+
+def own(**constraint: Any) -> dict[str, Any]:
+    return {"structured_outputs": constraint}
+
+
+def schema(of: Any) -> dict[str, Any]:
+    form = {"name": "it", "schema": of}
+    return {"response_format": {"type": "json_schema", "json_schema": form}}
+
+
+def objects(count: int) -> dict[str, Any]:
+    return {"type": "object", "properties": {f"k{n}": {"type": "string"} for n in range(count)}}
+
+
+def product(depth: int) -> dict[str, Any]:
+    of: dict[str, Any] = {"type": "string"}
+    for _ in range(depth):
+        of = {"anyOf": [of, {"type": "array", "items": of}]}
+    return of
+
+
+INVALID, COMPLEX = "invalid_grammar", "grammar_too_complex"
+REFUSED = {
+    "an open group": (own(regex="("), INVALID),
+    "a class of Unicode": (own(regex=r"\p{L}{500}"), INVALID),
+    "100,000 groups": (own(regex="(" * 100_000 + "a" + ")" * 100_000), INVALID),
+    "alternatives": (own(regex="|".join(f"word{n}" for n in range(40_000))), COMPLEX),
+    "choices": (own(choice=[f"choice{n}" for n in range(30_000)]), COMPLEX),
+    "a long choice": (own(choice=["a" * 1_000_000]), COMPLEX),
+    "names": (schema({"enum": [f"value{n}" for n in range(30_000)]}), COMPLEX),
+    "properties": (schema(objects(10_000)), COMPLEX),
+    "a product": (schema(product(12)), COMPLEX),
+    "a root that is itself": (schema({"$ref": "#"}), INVALID),
+    "a cycle": (schema({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}), INVALID),
+    "a pointer": (schema({"$ref": "#/$defs/a~1b", "$defs": {"a/b": {}}}), INVALID),
+    "allOf": (schema({"allOf": [objects(1), {"type": "object"}]}), INVALID),
+    "multipleOf": (schema({"type": "integer", "multipleOf": 3}), INVALID),
+    "no grammar": (own(grammar="root ::= undefined"), INVALID),
+    "rules": (
+        own(grammar="root ::= " + " | ".join(f'"w{n}" root' for n in range(20_000))),
+        COMPLEX,
+    ),
+    "a tag": (
+        {
+            "response_format": {
+                "type": "structural_tag",
+                "format": {"type": "regex", "pattern": "("},
+            }
+        },
+        INVALID,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+async def test_constraint_refused_has_place_and_reason(served: Services, name: str) -> None:
+    body, code = REFUSED[name]
+    reply = await post(served, CHATS, messages=HELLO, max_tokens=4, **body)
+    error = reply.json()["error"]
+    assert (reply.status_code, error["code"]) == (400, code), error
+    assert error["param"].split(".")[0] in body
+    assert error["message"].startswith(error["param"])
+    assert len(error["message"]) < 1000
+    again = await post(served, CHATS, messages=HELLO, max_tokens=4, stream=True, **body)
+    assert (again.status_code, again.json()["error"]["code"]) == (400, code)
+
+
+COMPILED = {
+    "nested counts": own(regex="((a{1,999}){1,999}){1,999}"),
+    "a left recursion": own(grammar='root ::= root "a" | "a"'),
+    "an ambiguity": own(grammar='root ::= root root | "a" | ""'),
+    "choices": own(choice=["yes", "no"]),
+    "a schema": schema(objects(5)),
+    "text of a schema": own(json=json.dumps(objects(5))),
+    "an object": {"response_format": {"type": "json_object"}},
+    "references": schema(
+        {
+            "$ref": "#/$defs/d0",
+            "$defs": {
+                **{
+                    f"d{n}": {
+                        "type": "object",
+                        "properties": {key: {"$ref": f"#/$defs/d{n + 1}"} for key in "ab"},
+                    }
+                    for n in range(25)
+                },
+                "d25": {"type": "string"},
+            },
+        }
+    ),
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize("stream", [False, True])
+async def test_constraint_compiled_reaches_the_engine(
+    served: Services, name: str, *, stream: bool
+) -> None:
+    body = COMPILED[name]
+    reply = await post(served, CHATS, messages=HELLO, max_tokens=4, stream=stream, **body)
+    assert reply.status_code == 200, reply.text
+    sent = await running(served).engine.client.engine_core.call_utility_async("last_request")
+    assert sent["backend"] == "xgrammar"
+
+
+async def test_constraint_known_is_not_sent_to_the_worker(served: Services) -> None:
+    grammars = grammars_of(running(served))
+    body = own(regex="known")
+    await post(served, COMPLETIONS, prompt="a", max_tokens=2, **body)
+    await grammars.close()
+    reply = await post(served, COMPLETIONS, prompt="a", max_tokens=2, **body)
+    assert (reply.status_code, grammars.pid) == (200, None)
+
+
+# With `strict`, hermes' parser constrains the arguments by the parameters.
+POINTER = {"$ref": "#/$defs/a~1b", "$defs": {"a/b": {}}}
+TOOL = {"type": "function", "function": {"name": "go", "strict": True, "parameters": POINTER}}
+FREE = {"type": "function", "function": {"name": "go", "parameters": objects(1)}}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_constraint_of_tools_is_refused_before_headers(
+    served: Services, *, stream: bool
+) -> None:
+    reply = await post(
+        served, CHATS, messages=HELLO, stream=stream, tools=[TOOL], tool_choice="required"
+    )
+    error = reply.json()["error"]
+    assert (reply.status_code, error["code"]) == (400, INVALID), error
+    assert error["param"] == "tools"
+
+
+async def test_request_without_constraint_starts_no_worker(served: Services) -> None:
+    grammars = grammars_of(running(served))
+    await grammars.close()
+    reply = await post(served, CHATS, messages=HELLO, max_tokens=2, tools=[FREE])
+    assert (reply.status_code, grammars.pid) == (200, None)
+
+
+async def test_constraint_while_a_stream_runs_lets_it_go_on(served: Services) -> None:
+    body = own(regex="|".join(f"other{n}" for n in range(40_000)))
+    heavy = asyncio.ensure_future(post(served, COMPLETIONS, prompt="a", **body))
+    for _ in range(5):
+        reply = await post(served, COMPLETIONS, prompt="b", max_tokens=8, stream=True)
+        assert reply.text.endswith("data: [DONE]\n\n")
+    assert not heavy.done()
+    assert (await heavy).status_code == 400
+
+
+async def test_check_off_in_vllm_leaves_request_without_backend(served: Services) -> None:
+    """What the engine core refuses (StructuredOutputManager.grammar_init)."""
+    from vllm.sampling_params import SamplingParams, StructuredOutputsParams
+
+    client = running(served).engine.client
+    params = SamplingParams(structured_outputs=StructuredOutputsParams(regex="("))
+    prompt = {"type": "token", "prompt_token_ids": [1]}
+    made = client.input_processor.process_inputs(
+        "id", prompt, params, supported_tasks=("generate",)
+    )
+    assert made.params.structured_outputs._backend is None
+
+
+COUNTS = st.recursive(
+    st.sampled_from(["a", "(a|b)", "[a-z]", r"\w", "."]),
+    lambda inner: st.builds(
+        lambda part, low, more: f"({part}){{{low},{low + more}}}",
+        inner,
+        st.integers(0, 2000),
+        st.integers(0, 2000),
+    ),
+    max_leaves=4,
+)
+
+
+@given(pattern=COUNTS)
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+def test_nested_counts_have_a_verdict(served: Services, pattern: str) -> None:
+    async def verdict() -> int:
+        client = running(served).engine.client
+        try:
+            await client.check_explicit(own(regex=pattern))
+        except LLMServeError as error:
+            return error.status
+        return 200
+
+    loop = asyncio.get_event_loop_policy().get_event_loop()
+    assert loop.run_until_complete(verdict()) in {200, 400}
+
+
+def test_vllm_compiles_with_the_backend_of_the_first_request() -> None:
+    """Why `auto` stands for one backend here."""
+    from vllm.v1.structured_output import StructuredOutputManager
+
+    source = inspect.getsource(StructuredOutputManager.grammar_init)
+    assert "if self.backend is None:" in source
+    assert "_use_async_grammar_compilation" in source
+
+
+def test_vllm_gives_every_request_to_add_request() -> None:
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    assert "self.add_request(" in inspect.getsource(AsyncLLM.generate)
+
+
+def test_vllm_reports_a_compile_error_for_its_request_alone() -> None:
+    """A future that fails ends its request; the scheduler asks at each step."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.structured_output.request import StructuredOutputRequest
+
+    source = inspect.getsource(Scheduler)
+    assert "grammar_compile_error_reqs.add(request.request_id)" in source
+    assert "is_grammar_ready" in dir(StructuredOutputRequest)
