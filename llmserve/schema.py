@@ -50,6 +50,7 @@ _KEYWORDS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("dependentRequired", "dependentSchemas", "dependencies"), ("object",)),
 }
 _APPLICATORS = ("$ref", "allOf", "anyOf", "oneOf")
+_IN_PLACE = {*_APPLICATORS, ARGUMENTS}
 # Keywords that no rewriting makes xgrammar honour, whatever the type.
 _REFUSED = ("not", "if", "$dynamicRef", "$recursiveRef")
 
@@ -108,13 +109,7 @@ class _Part:
 
 def honoured(schema: Any, place: str = "") -> Any:
     """A schema for xgrammar, each of whose values satisfies `schema`. Raises Unsupported."""
-    return _Rewriting().result(_part(schema, place, _Document(schema, place)))
-
-
-def _part(schema: Any, place: str, document: _Document) -> _Part:
-    if isinstance(schema, dict) and ARGUMENTS in schema:
-        return _Part(schema, place, _Document(schema, place, relaxed=not schema[ARGUMENTS]))
-    return _Part(schema, place, document)
+    return _Rewriting().result(_Part(schema, place, _Document(schema, place)))
 
 
 class _Rewriting:
@@ -129,7 +124,7 @@ class _Rewriting:
         except _Never:
             raise Unsupported("no value satisfies it") from None
         except RecursionError:
-            raise Unsupported("it is nested too deeply") from None
+            raise Unsupported("it is nested too deeply, or refers to itself") from None
         if not _is_finite(root, self._defs):
             raise Unsupported("only an endless text satisfies it")
         return {**root, "$defs": self._defs} if self._defs else root
@@ -138,7 +133,7 @@ class _Rewriting:
 
     def _lower(self, parts: list[_Part]) -> Any:
         """The conjunction of `parts` for xgrammar; False if no value satisfies it."""
-        parts = _distinct(_part(each.schema, each.place, each.document) for each in parts)
+        parts = _distinct(parts)
         is_simple = len(parts) < 2 and not any(_applies(each, "$ref", "allOf") for each in parts)
         try:
             return self._inline(parts) if is_simple else self._named(parts)
@@ -166,8 +161,6 @@ class _Rewriting:
         atoms: list[_Part] = []
         choices: list[list[_Part]] = []
         for part in parts:
-            if ARGUMENTS in (part.schema if isinstance(part.schema, dict) else ()):
-                atoms.append(part.like({"type": "object"}))
             self._flatten(part, atoms, choices, frozenset(), alone=len(parts) == 1)
         if not choices:
             return self._values(atoms)
@@ -197,6 +190,10 @@ class _Rewriting:
             raise _Never
         if not isinstance(schema, dict):
             return part.refuse("schema", "must be an object or a boolean")
+        if ARGUMENTS in schema:
+            document = _Document(schema, part.place, relaxed=not schema[ARGUMENTS])
+            part = _Part(schema, part.place, document)
+            atoms.append(part.like({"type": "object"}))
         self._refuse_keywords(part)
         if "$ref" in schema and (found := self._target(part)) is not None:
             if found.place in through:
@@ -208,7 +205,7 @@ class _Rewriting:
             choices.append(_list(part, "anyOf") or [part.like(True)])
         if "oneOf" in schema:
             choices.append(self._exclusive(part) or [part.like(True)])
-        own = {key: value for key, value in schema.items() if key not in _APPLICATORS}
+        own = {key: value for key, value in schema.items() if key not in _IN_PLACE}
         if any(key in _KEYWORDS or key in {"type", "enum", "const", "format"} for key in own):
             atoms.append(part.like(_without_unevaluated(part, own, alone=alone)))
 
@@ -259,7 +256,9 @@ class _Rewriting:
             needed[one].add(tags[0])
             needed[other].add(tags[0])
         return [
-            each.like({"allOf": [each.schema, {"required": sorted(names)}]}) if names else each
+            each.like({"type": "object", "required": sorted(names), "allOf": [each.schema]})
+            if names
+            else each
             for each, names in zip(branches, needed, strict=True)
         ]
 
@@ -267,7 +266,7 @@ class _Rewriting:
         atoms: list[_Part] = []
         try:
             self._flatten(part, atoms, [], frozenset(), alone=False)
-            types = _types(atoms)
+            types = _explicit_types(atoms) or set(_TYPES)
             constants = _constants(atoms)
             properties: dict[str, set[str]] = {}
             for atom in atoms:
@@ -396,25 +395,31 @@ class _Rewriting:
         names = [
             each.inside("propertyNames") for each in atoms if _limits_names(each.schema)
         ]
-        for each, key in [
-            *((each, "patternProperties") for each, _ in patterns[:1]),
-            *((each, "propertyNames") for each in names[:1]),
-        ]:
-            if properties or len(patterns) > 1 or (names and patterns):
-                each.refuse(key, "is supported alone: without other names or patterns of properties")
-                return {"additionalProperties": False}
+        has_names = bool(properties) or any(_dict(each, "properties") for each in atoms)
+        if (names or patterns) and (has_names or len(patterns) > 1 or (names and patterns)):
+            owner, key = (patterns[0][0], "patternProperties") if patterns else (atoms[0], "propertyNames")
+            owner.refuse(key, "is supported without other names or patterns of properties alone")
+            return {"additionalProperties": False} if has_names else {"additionalProperties": True}
         if patterns:
             ((each, pattern),) = patterns
             if not _is_honoured(each.inside("patternProperties", pattern), pattern):
                 return {"additionalProperties": True}
             _refuse_distinct(each, least)
-            value = self._lower([each.inside("patternProperties", pattern)])
+            others = [
+                other.inside("additionalProperties")
+                for other in atoms
+                if other is not each and "additionalProperties" in other.schema
+            ]
+            value = self._lower([each.inside("patternProperties", pattern), *others])
             if value is False:
                 return {"additionalProperties": False}
             return {"patternProperties": {pattern: value}}
         value = self._lower(additional)
-        is_declared = any("properties" in each.schema for each in atoms) or properties
-        if value is False or (not additional and is_declared) or 1 < least <= len(properties):
+        is_closed = properties or any(
+            "properties" in each.schema or each.schema.get("unevaluatedProperties") is False
+            for each in atoms
+        )
+        if value is False or (not additional and is_closed) or 1 < least <= len(properties):
             return {"additionalProperties": False}
         if atoms:
             _refuse_distinct(atoms[0], least)
@@ -443,8 +448,6 @@ class _Facts:
             return None
         if self.constants is not None and other.constants is not None:
             return [] if self.constants & other.constants else None
-        if _common(self.types, other.types) != {"object"}:
-            return []
         shared = self.properties.keys() & other.properties.keys()
         return sorted(
             name for name in shared if not self.properties[name] & other.properties[name]
@@ -463,6 +466,16 @@ def _types(atoms: list[_Part]) -> set[str]:
 
     Without a `type`, keywords that constrain one type stand for it.
     """
+    types = _explicit_types(atoms)
+    if types is None:
+        keywords = (key for each in atoms for key in each.schema)
+        families = {_KEYWORDS[key][0] for key in keywords if key in _KEYWORDS}
+        types = families or set(_TYPES) - {"integer"}
+    return types - {"integer"} if "number" in types else types
+
+
+def _explicit_types(atoms: list[_Part]) -> set[str] | None:
+    """What `type` leaves; None for any. Raises _Never."""
     types: set[str] | None = None
     for each in atoms:
         if "type" not in each.schema:
@@ -473,13 +486,9 @@ def _types(atoms: list[_Part]) -> set[str]:
             each.refuse("type", f"must be one or more of {', '.join(_TYPES)}")
             continue
         types = set(names) if types is None else _common(types, set(names))
-    if types is None:
-        keywords = (key for each in atoms for key in each.schema)
-        families = {_KEYWORDS[key][0] for key in keywords if key in _KEYWORDS}
-        types = families or set(_TYPES) - {"integer"}
-    if not types:
+    if types is not None and not types:
         raise _Never
-    return types - {"integer"} if "number" in types else types
+    return types
 
 
 def _type_of(value: Any) -> str:
@@ -526,8 +535,7 @@ def _canonical(value: Any) -> str:
 
 def _enumerated(constants: dict[str, Any], atoms: list[_Part]) -> dict[str, Any]:
     """Raises _Never."""
-    has_type = any("type" in each.schema for each in atoms)
-    types = _types(atoms) if has_type else set(_TYPES)
+    types = _explicit_types(atoms) or set(_TYPES)
     values = [value for value in constants.values() if _common({_type_of(value)}, types)]
     for each in atoms:
         values = [value for value in values if _satisfies(value, each)]
@@ -603,7 +611,14 @@ def _number(kind: str, atoms: list[_Part]) -> dict[str, Any]:
         divisor = each.schema.get("multipleOf", 1)
         if "multipleOf" in each.schema and not (kind == "integer" and divisor == 1):
             each.refuse("multipleOf", "is not supported")
-    return _whole(made) if kind == "integer" else made
+    if kind == "integer":
+        return _whole(made)
+    least = max(made.get("minimum", -math.inf), made.get("exclusiveMinimum", -math.inf))
+    most = min(made.get("maximum", math.inf), made.get("exclusiveMaximum", math.inf))
+    is_open = made.get("exclusiveMinimum") == least or made.get("exclusiveMaximum") == most
+    if least > most or (least == most and is_open):
+        raise _Never
+    return made
 
 
 def _whole(made: dict[str, Any]) -> dict[str, Any]:
@@ -694,11 +709,12 @@ def _without_unevaluated(part: _Part, own: dict[str, Any], *, alone: bool) -> di
     ):
         if key not in own or own[key] is True:
             continue
-        is_own = not any(each in part.schema for each in _APPLICATORS)
-        if not is_own and not (alone and key == "unevaluatedProperties" and own[key] is False):
+        applied = {each for each in _APPLICATORS if each in part.schema}
+        closes = alone and key == "unevaluatedProperties" and own[key] is False
+        if not applied:
+            own = {plain: own[key]} | {each: own[each] for each in own if each != key}
+        elif not closes or applied & {"anyOf", "oneOf"}:
             part.refuse(key, "is not supported beside `$ref`, `allOf`, `anyOf` or `oneOf` here")
-        elif is_own:
-            own = {plain: own[key]} | own
     return own
 
 
@@ -797,8 +813,8 @@ def _is_finite(root: Any, defs: dict[str, Any]) -> bool:
     return ends(root)
 
 
-def documents(tag: Any) -> Iterator[tuple[dict[str, Any], str]]:
-    """Where a structural tag holds schemas: the object, and its key."""
+def constraints_in(tag: Any) -> Iterator[tuple[dict[str, Any], str]]:
+    """Where a structural tag holds schemas and expressions: the object, and its key."""
     unseen = [tag]
     while unseen:
         value = unseen.pop()
@@ -806,7 +822,10 @@ def documents(tag: Any) -> Iterator[tuple[dict[str, Any], str]]:
             unseen += value
         elif isinstance(value, dict):
             for key, each in value.items():
-                if key in {"json_schema", "schema"}:
+                if key in {"json_schema", "schema"} or (key, value.get("type")) == _EXPRESSION:
                     yield value, key
                 else:
                     unseen.append(each)
+
+
+_EXPRESSION = ("pattern", "regex")
