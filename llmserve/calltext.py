@@ -58,7 +58,8 @@ class Calls:
 
     def _inside(self, members: _Members) -> bool:
         call = self.found[-1]
-        self._position = members.read(self._text, self._position)
+        if not members.is_broken:
+            self._position = members.read(self._text, self._position)
         call.name = members.name
         call.arguments = members.arguments(self._text)
         if not (members.is_closed or members.is_broken):
@@ -124,9 +125,11 @@ class _Members:
     def read(self, text: str, position: int) -> int:
         """Read on from `position`; where it stopped."""
         for at in range(position, len(text)):
-            if self.is_closed or self.is_broken:
+            if self.is_closed:
                 return at
             self._next(text, at)
+            if self.is_broken:
+                return at
         return len(text)
 
     def _next(self, text: str, at: int) -> None:

@@ -11,7 +11,7 @@ import re
 _TOKEN = re.compile(
     r"\\(?:u[0-9a-fA-F]{4}|x[0-9a-fA-F]{2}|.)|\(\?(?:<?[=!])?|.", re.DOTALL
 )  # an escape, the head of a group, or a character
-_START = re.compile(r"(?:\((?:\?:)?)*$")  # before an anchor at the start
+_START = re.compile(r"(?:\(\?i\))?(?:\((?:\?:)?)*$")  # before an anchor at the start
 _CLASSES = frozenset("dDwWsS")
 
 

@@ -109,7 +109,11 @@ class _Part:
 
 def honoured(schema: Any, place: str = "") -> Any:
     """A schema for xgrammar, each of whose values satisfies `schema`. Raises Unsupported."""
-    return _Rewriting().result(_Part(schema, place, _Document(schema, place)))
+    return _Rewriting().result(_Part(schema, place, _document(schema, place)))
+
+
+def _document(root: Any, place: str) -> _Document:
+    return _Document(root, place, isinstance(root, dict) and root.get(ARGUMENTS) is False)
 
 
 class _Rewriting:
@@ -191,8 +195,8 @@ class _Rewriting:
         if not isinstance(schema, dict):
             return part.refuse("schema", "must be an object or a boolean")
         if ARGUMENTS in schema:
-            document = _Document(schema, part.place, relaxed=not schema[ARGUMENTS])
-            part = _Part(schema, part.place, document)
+            if schema is not part.document.root:
+                part = _Part(schema, part.place, _document(schema, part.place))
             atoms.append(part.like({"type": "object"}))
         self._refuse_keywords(part)
         if "$ref" in schema and (found := self._target(part)) is not None:

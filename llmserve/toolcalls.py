@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
+_UNSAYING = frozenset({"type", "title", "description", "$schema"})
 
 
 def mend_parsers(state: Any) -> None:
@@ -90,7 +91,9 @@ def _held(tool: Any, *, is_nested: bool) -> Any:
         return tool.model_copy(update={"function": _held(tool.function, is_nested=is_nested)})
     if not isinstance(tool, FunctionTool) and not hasattr(tool, "parameters"):
         return tool
-    own = {"type": "object"} | (tool.parameters or _NO_ARGUMENTS)
+    own = {"type": "object"} | (tool.parameters or {})
+    if own["type"] == "object" and own.keys() <= _UNSAYING:
+        own |= _NO_ARGUMENTS
     own[ARGUMENTS] = tool.strict is True
     parameters = {"type": "object", "allOf": [own]} if is_nested else own
     return tool.model_copy(update={"parameters": parameters, "strict": True})
