@@ -27,7 +27,8 @@ from vllm.v1.structured_output.request import StructuredOutputRequest
 from llmserve.grammar import KINDS
 from llmserve.pattern import check_regex
 from llmserve.sandbox import Server, sandboxed
-from llmserve.schema import ARGUMENTS, constraints_in, honoured
+from llmserve.schema import constraints_in, honoured
+from llmserve.subschema import ARGUMENTS
 
 _MODELS = 8  # tokenizers that stay loaded
 _PROBED = 16  # tokens, after which a mask is computed as in the engine's steps

@@ -8,61 +8,54 @@ from __future__ import annotations
 
 import re
 
-_TOKEN = re.compile(
-    r"\\(?:u[0-9a-fA-F]{4}|x[0-9a-fA-F]{2}|.)|\(\?(?:<?[=!])?|.", re.DOTALL
-)  # an escape, the head of a group, or a character
-_START = re.compile(r"(?:\(\?i\))?(?:\((?:\?:)?)*$")  # before an anchor at the start
+# An escape, the head of a group, a class, or a character.
+_PIECE = re.compile(
+    r"\\(?:u[0-9a-fA-F]{4}|x[0-9a-fA-F]{2}|.)|\(\?(?:<?[=!])?|\[\^?(?:\\.|[^\]\\])*\]?|.",
+    re.DOTALL,
+)
+_START = re.compile(r"(?:\(\?i\))?(?:\((?:\?:)?)*$")  # what may stand before an anchor
+_ESCAPES = re.compile(r"\\[AZzGkK0-9]")
 _CLASSES = frozenset("dDwWsS")
+_NOT = "which is not supported"
 
 
 def check_regex(pattern: str) -> str:
     """Why a regular expression cannot be honoured; empty if it can."""
-    return _check(pattern, is_json=False)
+    depth = 0
+    for found in _PIECE.finditer(pattern):
+        piece, before, after = found[0], pattern[: found.start()], pattern[found.end() :]
+        if piece.startswith("(?") and piece[-1] in "=!":
+            return f"has a lookaround, {_NOT}"
+        if piece == "^" and not (_START.fullmatch(before) or (not depth and before[-1:] == "|")):
+            return f"has `^` in the middle, {_NOT}"
+        if piece == "$" and after.strip(")") and not (not depth and after[0] == "|"):
+            return f"has `$` in the middle, {_NOT}"
+        if _ESCAPES.match(piece):
+            return f"has `{piece}`, {_NOT}"
+        depth += (piece[0] == "(") - (piece == ")")
+    return ""
 
 
 def check_pattern(pattern: str) -> str:
     """The same for a `pattern` of a string in JSON."""
-    return _check(pattern, is_json=True)
+    for found in _PIECE.finditer(pattern):
+        piece = found[0]
+        is_class = piece[0] == "[" and len(piece) > 1
+        if is_class and piece[1] == "^":
+            continue  # of what is left, xgrammar takes what needs no escape
+        for each in _PIECE.finditer(piece[1:-1]) if is_class else [found]:
+            if reason := _unescaped(each[0]):
+                return reason
+    return check_regex(pattern)
 
 
-def _check(pattern: str, *, is_json: bool) -> str:
-    depth = 0
-    in_class = is_negated = False
-    for found in _TOKEN.finditer(pattern):
-        token = found[0]
-        before, after = pattern[: found.start()], pattern[found.end() :]
-        if is_json and not is_negated and (reason := _unescaped(token)):
-            return reason
-        if in_class:
-            in_class = token != "]"
-            is_negated = is_negated and in_class
-        elif token == "[":
-            in_class, is_negated = True, after.startswith("^")
-        elif token.startswith("(?") and token[-1] in "=!":
-            return "has a lookaround, which is not supported"
-        elif token.startswith("("):
-            depth += 1
-        elif token == ")":
-            depth -= 1
-        elif token == "^" and not (_START.fullmatch(before) or (not depth and before[-1] == "|")):
-            return "has `^` in the middle, which is not supported"
-        elif token == "$" and after.strip(")") and not (not depth and after[0] == "|"):
-            return "has `$` in the middle, which is not supported"
-        elif len(token) > 1 and token[1] in "AZzGkK0123456789":
-            return f"has `{token}`, which is not supported"
-    return ""
-
-
-def _unescaped(token: str) -> str:
+def _unescaped(piece: str) -> str:
     """Why a character of a pattern would break the JSON string that it is in."""
-    if token[0] != "\\" or len(token) == 1:
-        character = token[0]
-    elif token[1] in "ux" and len(token) > 2:
-        character = chr(int(token[2:], 16))
-    elif token[1].isalpha():
-        return "" if token[1] in _CLASSES else f"has `{token}`, which is not supported in JSON"
-    else:
-        character = token[1]
+    character = piece[0] if len(piece) == 1 or piece[0] != "\\" else piece[1]
+    if len(piece) > 2 and character in "ux" and piece[0] == "\\":
+        character = chr(int(piece[2:], base=16))  # noqa: FURB166  # no number of Python
+    elif piece[0] == "\\" and len(piece) == 2 and character.isalpha():
+        return "" if character in _CLASSES else f"has `{piece}`, {_NOT} in JSON"
     if character in '"\\' or character < " ":
-        return "allows a quote, a backslash or a control character, which is not supported in JSON"
+        return f"allows a quote, a backslash or a control character, {_NOT} in JSON"
     return ""

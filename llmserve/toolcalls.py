@@ -24,7 +24,7 @@ from vllm.tool_parsers.hermes_tool_parser import Hermes2ProToolParser
 from vllm.utils.mistral import is_mistral_tool_parser
 
 from llmserve.calltext import Call, Calls
-from llmserve.schema import ARGUMENTS
+from llmserve.subschema import ARGUMENTS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -271,9 +271,34 @@ ANY = st.recursive(
     max_leaves=5,
 )
 KEYWORDS = st.sampled_from(
-    """type enum const properties required items prefixItems allOf anyOf oneOf not $ref $defs $id
-    additionalProperties patternProperties propertyNames pattern minLength minimum multipleOf
-    minItems uniqueItems contains format x-llmserve-arguments""".split()
+    [
+        "type",
+        "enum",
+        "const",
+        "properties",
+        "required",
+        "items",
+        "prefixItems",
+        "allOf",
+        "anyOf",
+        "oneOf",
+        "not",
+        "$ref",
+        "$defs",
+        "$id",
+        "additionalProperties",
+        "patternProperties",
+        "propertyNames",
+        "pattern",
+        "minLength",
+        "minimum",
+        "multipleOf",
+        "minItems",
+        "uniqueItems",
+        "contains",
+        "format",
+        "x-llmserve-arguments",
+    ]
 )
 
 

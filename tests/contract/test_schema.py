@@ -7,13 +7,13 @@ import random
 from functools import cache
 from typing import Any
 
-import pytest
 import xgrammar as xgr
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
-from llmserve.schema import Unsupported, honoured
+from llmserve.schema import honoured
+from llmserve.subschema import Unsupported
 
 # One token a character, so that random texts end soon.
 VOCABULARY = [*'{}[]",:\\-+.0159aAbBcgiyokelnrtfsuxX_ \n@é', "</s>"]
@@ -65,9 +65,7 @@ def wrong(schema: Any, seed: int = 0, count: int = 20) -> list[str]:
         return []
     validator = Draft202012Validator(schema)
     return [
-        text
-        for text in texts(rewritten, count, seed)
-        if not validator.is_valid(json.loads(text))
+        text for text in texts(rewritten, count, seed) if not validator.is_valid(json.loads(text))
     ]
 
 
@@ -76,7 +74,18 @@ SIZES = st.integers(0, 3)
 BOUNDS = st.sampled_from([0, 1, 5, -1, 1.5, 0.1, 10, 15])
 VALUES = st.sampled_from(["a", "b", "", 1, 1.0, 5, True, None, [], ["a"], {}, {"a": 1}])
 PATTERNS = st.sampled_from(
-    ["^a+$", "a", "^(a|b)$", "^[^a]$", "^a|b$", "(?=a)b", "^[ -~]*$", r"^\d{1,2}$", '"', r"^\w\s\D$"]
+    [
+        "^a+$",
+        "a",
+        "^(a|b)$",
+        "^[^a]$",
+        "^a|b$",
+        "(?=a)b",
+        "^[ -~]*$",
+        r"^\d{1,2}$",
+        '"',
+        r"^\w\s\D$",
+    ]
 )
 TYPES = st.sampled_from(["string", "integer", "number", "boolean", "null", "array", "object"])
 
@@ -121,7 +130,9 @@ def keywords(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]
             "not": inner,
             "if": inner,
             "then": inner,
-            "$ref": st.sampled_from(["#", "#/$defs/a", "#/$defs/b", "#/$defs/x~1y", "#/properties/a"]),
+            "$ref": st.sampled_from(
+                ["#", "#/$defs/a", "#/$defs/b", "#/$defs/x~1y", "#/properties/a"]
+            ),
             "title": st.just("x"),
         },
     ).map(lambda each: dict(list(each.items())))

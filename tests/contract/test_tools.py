@@ -219,9 +219,10 @@ async def test_tools_of_a_request_reach_the_template_unchanged(served: Services)
 
 TEXTS = {
     "plain": (call('{"city": "Agar"}'), [{"city": "Agar"}]),
-    "a tag in a string": (call('{"city": "a</tool_call>b<tool_call>"}'), [
-        {"city": "a</tool_call>b<tool_call>"}
-    ]),
+    "a tag in a string": (
+        call('{"city": "a</tool_call>b<tool_call>"}'),
+        [{"city": "a</tool_call>b<tool_call>"}],
+    ),
     "names inside": (
         '<tool_call>{"arguments": {"name": "x", "arguments": {}}, "name": "go"}</tool_call>',
         [{"name": "x", "arguments": {}}],

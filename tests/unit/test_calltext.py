@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -11,8 +12,10 @@ from llmserve.calltext import Calls
 START, END = "<call>", "</call>"
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(alphabet='a"\\<>/cal{}[]:, \n'),
-    lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(st.sampled_from(["name", "arguments", "a", END]), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["name", "arguments", "a", END]), inner, max_size=3)
+    ),
     max_leaves=6,
 )
 OBJECTS = st.dictionaries(st.sampled_from(["name", "arguments", "x", START]), JSON, max_size=3)
@@ -38,7 +41,7 @@ def test_calls_are_found_wherever_the_text_is_cut(
         START + "{" + members.replace("{}", json.dumps(each)) + "}" + END for each in arguments
     )
     ends = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
-    calls = read(*(text[low:high] for low, high in zip(ends, ends[1:], strict=False)))
+    calls = read(*(text[low:high] for low, high in pairwise(ends)))
     assert calls.content == "before"
     assert [json.loads(each.arguments or "") for each in calls.found] == arguments
     assert all(each.is_complete and not each.is_broken for each in calls.found)

@@ -1,14 +1,15 @@
 from __future__ import annotations
 
-import datetime as dt
+import datetime as dt  # noqa: TC003  # pydantic reads the annotations
 import enum
 from typing import Annotated, Any, Literal, Optional, Union
-from uuid import UUID
+from uuid import UUID  # noqa: TC003
 
 import pytest
 from pydantic import BaseModel, EmailStr, Field, HttpUrl, JsonValue, TypeAdapter, conint, constr
 
-from llmserve.schema import ARGUMENTS, Unsupported, honoured
+from llmserve.schema import honoured
+from llmserve.subschema import ARGUMENTS, Unsupported
 
 
 class Color(enum.Enum):
