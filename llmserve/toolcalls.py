@@ -80,6 +80,11 @@ class ObjectArguments(ToolParser):
         finally:
             request.tools = given
 
+    def get_remaining_unstreamed_args(self) -> str:
+        """vLLM would add `{}` to a call that is cut off before its arguments."""
+        is_begun = bool(self.prev_tool_call_arr) and "arguments" in self.prev_tool_call_arr[-1]
+        return super().get_remaining_unstreamed_args() if is_begun else ""
+
 
 def _held(tool: Any, *, is_nested: bool) -> Any:
     """A tool whose parameters are a document of their own for `llmserve.schema`.

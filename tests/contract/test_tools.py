@@ -12,8 +12,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import pytest_asyncio
 from transformers import AutoTokenizer
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.parser import ParserManager
 
 from llmserve.config import ModelSpec
+from llmserve.schema import constraints_in, honoured
+from llmserve.subschema import ARGUMENTS
+from llmserve.toolcalls import mended
 from tests.contract.conftest import CHAT, on_fake_core, services_of
 from tests.contract.test_grammar import running
 from tests.contract.test_schema import texts
@@ -213,6 +218,37 @@ async def test_tools_of_a_request_reach_the_template_unchanged(served: Services)
     forced = (await core.call_utility_async("last_request"))["prompt_token_ids"]
     await calls(served, CHATS, body | {"tool_choice": "auto"})
     assert (await core.call_utility_async("last_request"))["prompt_token_ids"] == forced
+
+
+# Parsers whose tags, or whose schema of all tools, vLLM makes in different ways.
+PARSERS = ["hermes", "longcat", "internlm", "qwen3_coder", "kimi_k2", "glm47", "deepseek_v32"]
+
+
+@pytest.mark.parametrize("name", PARSERS)
+@pytest.mark.parametrize("choice", ["required", NAMED])
+def test_each_parser_constrains_arguments(name: str, choice: Any) -> None:
+    """Also tools whose definitions have the same name, which vLLM would refuse."""
+    other = {"name": "other", "parameters": {"$ref": "#/$defs/a", "$defs": {"a": CITY}}}
+    parameters = {"properties": {"n": {"$ref": "#/$defs/a"}}, "$defs": {"a": {"type": "integer"}}}
+    tools = [function(parameters), {"type": "function", "function": other}]
+    asked = ChatCompletionRequest(messages=HELLO, tools=tools, tool_choice=choice)
+    before = asked.model_dump(include={"tools"})
+    parser = ParserManager.get_parser(tool_parser_name=name, enable_auto_tools=True)
+    assert parser is not None
+    assert parser.tool_parser_cls is not None
+    parser.tool_parser_cls = mended(parser.tool_parser_cls)
+    made = parser(AutoTokenizer.from_pretrained(str(CHAT)), asked.tools).adjust_request(asked)
+    assert asked.model_dump(include={"tools"}) == before
+    assert ARGUMENTS in str(made.structured_outputs)
+    tag, schema = made.structured_outputs.structural_tag, made.structured_outputs.json
+    schemas = [schema] if tag is None else _schemas_in(json.loads(tag))
+    assert schemas
+    for each in schemas:
+        assert "uniqueItems" not in str(honoured(each))
+
+
+def _schemas_in(tag: Any) -> list[Any]:
+    return [holder[key] for holder, key in constraints_in(tag) if key != "pattern"]
 
 
 # --- what the model wrote
