@@ -28,8 +28,9 @@ install: $(READY) ## The virtual environment with vLLM and llmserve.
 models: $(READY) ## The two demo models, in models/.
 	@$(BIN)/python -m llmserve.demo
 
-test: simulate models ## What CI runs; ARGS go to pytest.
-	$(BIN)/python -m pytest -m "not gpu" --cov --cov-report=term-missing:skip-covered $(ARGS)
+# Two files at a time, those with engines first: engines start in one while the other works.
+test: $(TOOLS) models ## What CI runs; ARGS go to pytest.
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu" --cov --cov-report=term-missing:skip-covered $(ARGS) tests/integration tests/contract tests/unit tests/simulator
 
 simulate: $(TOOLS) ## Requests and engines' lives under random interleavings, from SEED on.
 	$(BIN)/python -m tests.simulator $(SEED) 2000
