@@ -13,7 +13,7 @@ _PIECE = re.compile(
     r"\\(?:u[0-9a-fA-F]{4}|x[0-9a-fA-F]{2}|.)|\(\?(?:<?[=!])?|\[\^?(?:\\.|[^\]\\])*\]?|.",
     re.DOTALL,
 )
-_START = re.compile(r"(?:\(\?i\))?(?:\((?:\?:)?)*$")  # what may stand before an anchor
+_START = re.compile(r"(?:\(\?i\))?(?:\((?:\?:)?)*")  # what may stand before an anchor
 _ESCAPES = re.compile(r"\\[AZzGkK0-9]")
 _CLASSES = frozenset("dDwWsS")
 _NOT = "which is not supported"
@@ -22,13 +22,17 @@ _NOT = "which is not supported"
 def check_regex(pattern: str) -> str:
     """Why a regular expression cannot be honoured; empty if it can."""
     depth = 0
+    first = _START.match(pattern)
+    last = len(pattern.rstrip(")"))
     for found in _PIECE.finditer(pattern):
-        piece, before, after = found[0], pattern[: found.start()], pattern[found.end() :]
+        piece, begin, end = found[0], found.start(), found.end()
         if piece.startswith("(?") and piece[-1] in "=!":
             return f"has a lookaround, {_NOT}"
-        if piece == "^" and not (_START.fullmatch(before) or (not depth and before[-1:] == "|")):
+        is_first = (first and begin <= first.end()) or (pattern[begin - 1] == "|" and not depth)
+        if piece == "^" and not is_first:
             return f"has `^` in the middle, {_NOT}"
-        if piece == "$" and after.strip(")") and not (not depth and after[0] == "|"):
+        is_last = end >= last or (pattern[end] == "|" and not depth)
+        if piece == "$" and not is_last:
             return f"has `$` in the middle, {_NOT}"
         if _ESCAPES.match(piece):
             return f"has `{piece}`, {_NOT}"

@@ -45,3 +45,8 @@ def test_pattern_refused(pattern: str) -> None:
 def test_pattern_refused_in_json_alone(pattern: str) -> None:
     assert not check_regex(pattern)
     assert check_pattern(pattern)
+
+
+@pytest.mark.parametrize("piece", ["^", "$|", "(", ")", "[", "\\", "|^a$", "(?:^"])
+def test_long_pattern_is_checked_in_linear_time(piece: str) -> None:
+    check_pattern(piece * 20_000)  # with a square in it, minutes
