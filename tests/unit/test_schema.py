@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Optional, Union
 from uuid import UUID  # noqa: TC003
 
 import pytest
+from openai.lib._pydantic import to_strict_json_schema
 from pydantic import BaseModel, EmailStr, Field, HttpUrl, JsonValue, TypeAdapter, conint, constr
 
 from llmserve.schema import honoured
@@ -81,6 +82,12 @@ def test_schema_of_a_type_is_honoured(kind: Any) -> None:
     if kind == (EmailStr | None):
         pytest.importorskip("email_validator")
     assert honoured(TypeAdapter(kind).json_schema())
+
+
+@pytest.mark.parametrize("model", [Address, Tree, Link, Cat])
+def test_strict_schema_of_the_openai_sdk_is_honoured(model: type[BaseModel]) -> None:
+    made = honoured(to_strict_json_schema(model))
+    assert made["required"] == list(model.model_fields)
 
 
 def test_discriminator_is_required() -> None:
