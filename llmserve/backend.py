@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from llmserve import checkpoint, garbage
 from llmserve.child import log_file
-from llmserve.errors import LLMServeError, StartupError
+from llmserve.errors import ModelUnusable, ShapeUnknown, StartupError
 from llmserve.replica import State
 from llmserve.silence import Silence, cpu_s
 from llmserve.startlog import StartLog, cause_of
@@ -153,14 +153,14 @@ def _retrieved(future: asyncio.Future[Any]) -> None:
 
 def _unless_flawed(spec: ModelSpec) -> None:
     """Raises StartupError for files that vLLM would fail on later, and without their name."""
-    folder = Path(spec.model)
-    if folder.is_dir() and spec.engine.get("load_format", "auto") in ("auto", "safetensors"):
-        try:
-            flaw = checkpoint.Folder(folder).flaw()
-        except LLMServeError:
-            return  # vLLM may make something of it
-        if flaw is not None:
-            raise StartupError(f"{spec.model}: {flaw}")
+    try:
+        files = checkpoint.of(spec, hub=False)
+        checkpoint.unless_flawed(spec, files)
+        files.config()
+    except ModelUnusable as error:
+        raise StartupError(error.message) from error
+    except ShapeUnknown:
+        return  # vLLM may make something of it
 
 
 class Memory(Protocol):

@@ -68,7 +68,7 @@ def up(
         for notice in notices:
             console.print(notice, style="yellow", markup=False)
         runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
-        starts = backend or VllmBackend(logs, _memory(config))
+        starts = backend or VllmBackend(logs, _told(_memory(config), console))
         leave(runner.run(_Process(config, listener, console, starts, read).run()))
     finally:
         listener.close()
@@ -91,6 +91,14 @@ def _memory(config: Config) -> Memory:
     space = Space(plan, host_memory=config.server.host_memory, handover=Handover())
     space.unless_taken()
     return space
+
+
+def _told(memory: Memory, console: Console) -> Memory:
+    """After telling what the CPU computes in, where it is that."""
+    if isinstance(memory, HostSpace) and memory.dtypes:
+        listed = ", ".join(f"{name} in {dtype}" for name, dtype in memory.dtypes.items())
+        console.print(f"On the CPU: {listed}.", markup=False, highlight=False, soft_wrap=True)
+    return memory
 
 
 def bind(server: ServerSpec) -> socket.socket:

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from llmserve import backend as starts
 from llmserve import hub
-from llmserve.backend import Patience, VllmBackend, _Clock, _Modules
+from llmserve.backend import Patience, VllmBackend, _Clock, _Modules, _unless_flawed
 from llmserve.child import log_file
 from llmserve.config import Config
 from llmserve.errors import StartupError
@@ -29,6 +30,12 @@ if TYPE_CHECKING:
     from llmserve.backend import Memory
     from llmserve.config import ModelSpec
     from llmserve.residency import Takes
+
+
+@pytest.fixture(autouse=True)
+def _whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folders that are not there have models without a flaw."""
+    monkeypatch.setattr(starts, "_unless_flawed", lambda _: None)
 
 
 @dataclass
@@ -256,7 +263,7 @@ async def test_a_replica_starts_on_the_gpus_of_the_plan(tmp_path: Path) -> None:
 
 async def test_on_a_cpu_the_entry_stays_as_it_is(tmp_path: Path) -> None:
     vllm = FakeVllm()
-    memory = HostSpace(Config(file=tmp_path / "models.yaml", models=(spec(),)), {})
+    memory = HostSpace(Config(file=tmp_path / "models.yaml", models=(spec(),)), {}, {})
     await soon(vllm.backend(tmp_path, memory).start(spec(), 0, nothing))
     assert vllm.launched == [(spec(), 0)]
     assert vllm.sleeping == [False]
@@ -445,3 +452,29 @@ async def test_a_start_again_is_not_warming_at_once(tmp_path: Path) -> None:
     )
     assert State.WARMING not in states
     assert log.with_name(f"{log.name}.1").read_text() == "Warming up\n"
+
+
+@pytest.mark.parametrize(
+    ("files", "flaw"),
+    [
+        ({}, "has no config.json"),
+        ({"adapter_config.json": b"{}"}, "is an adapter, no model"),
+        ({"config.json": b"{}", "model.safetensors": b"x"}, "is no whole safetensors file"),
+    ],
+)
+def test_files_that_no_engine_could_load_are_told_before_one_starts(
+    tmp_path: Path, files: dict[str, bytes], flaw: str
+) -> None:
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(StartupError, match=flaw):
+        _unless_flawed(spec(model=str(tmp_path)))
+
+
+def test_what_only_vllm_understands_is_left_to_it(tmp_path: Path) -> None:
+    (tmp_path / "params.json").write_bytes(b"{}")
+    _unless_flawed(spec(model=str(tmp_path)))
+    (tmp_path / "config.json").write_bytes(b"{}")
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    _unless_flawed(spec(model=str(tmp_path), engine={"load_format": "dummy"}))
+    _unless_flawed(spec(model="org/nowhere"))

@@ -263,7 +263,7 @@ def test_weights_that_are_cut_short_are_told_with_their_bytes(tmp_path: Path) ->
     told = f"model.safetensors is cut short: {whole - 3:,} of {whole:,} bytes"
     assert Folder(tmp_path).flaw() == told
     (tmp_path / "model.safetensors").write_bytes(b"abc")
-    assert Folder(tmp_path).flaw() == "model.safetensors is no whole safetensors file"
+    assert Folder(tmp_path).flaw() == "model.safetensors is no whole safetensors file (3 bytes)"
 
 
 def test_weights_that_the_index_names_have_to_be_there(tmp_path: Path) -> None:

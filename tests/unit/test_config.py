@@ -801,12 +801,16 @@ def test_a_path_that_cannot_be_is_told(box: Path, path: str) -> None:
 def test_a_file_given_as_a_model_is_told_what_is_allowed(box: Path, file: str, what: str) -> None:
     (box / file).touch()
     assert problems(box, f"models: {{chat: {{model: ./{file}}}}}\n") == [
-        f"1: models.chat.model: {box / file} is {what}; "
-        "a model is a folder with config.json and safetensors files, or a hub name"
+        (
+            f"1: models.chat.model: {box / file} is {what}; "
+            "a model is a folder with config.json and safetensors files, or a hub name"
+        )
     ]
     assert chat_problems(box, f"loras: {{a: {file}}}") == [
-        f"1: models.chat.loras.a: {box / file} is {what}; "
-        "an adapter is a folder with adapter_config.json and its weights, or a hub name"
+        (
+            f"1: models.chat.loras.a: {box / file} is {what}; "
+            "an adapter is a folder with adapter_config.json and its weights, or a hub name"
+        )
     ]
 
 
