@@ -23,7 +23,7 @@ import huggingface_hub
 from huggingface_hub import errors
 
 from llmserve.errors import ModelOutOfReach, ModelUnusable, ShapeUnknown
-from llmserve.hub import told
+from llmserve.huberrors import told
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -229,6 +229,14 @@ class Folder(Checkpoint):
             return f"has none of {', '.join(weights)}"
         return next(filter(None, self._flaws(there[:1], "")), None)
 
+    def lacks(self) -> str | None:
+        """What a download that broke off has not brought, of a model or an adapter."""
+        if _ADAPTER in self.sizes and "config.json" not in self.sizes:
+            return self.adapter_flaw()
+        if not {"config.json", "params.json"} & self.sizes.keys():
+            return "config.json is missing"
+        return self.flaw() if self.weights else "the weights are missing"
+
     def _flaws(self, weights: Sequence[str], index: str) -> Iterator[str | None]:
         yield from (self._stand_in(file) for file in self.sizes)
         missing = [file for file in weights if file not in self.sizes]
@@ -297,16 +305,17 @@ def of(spec: ModelSpec, *, hub: bool = True) -> Checkpoint:
     """
     if Path(spec.model).is_absolute():
         return Folder(Path(spec.model))
-    cached = _cached(spec)
-    if cached and cached.weights and not cached.missing:
-        return cached
+    engine = spec.engine
+    there = cached(spec.model, engine.get("revision"), engine.get("download_dir"))
+    if there and there.weights and not there.missing:
+        return there
     if not hub:
         raise ModelOutOfReach(f"{spec.model} is not in the cache")
     try:
         return Repository(spec.model, spec.engine)
     except ModelOutOfReach:
-        if cached and "config.json" in cached.sizes:
-            return cached
+        if there and "config.json" in there.sizes:
+            return there
         raise
 
 
@@ -319,17 +328,17 @@ def unless_flawed(spec: ModelSpec, files: Checkpoint) -> None:
             raise ModelUnusable(f"adapter {name}: {source}: {flaw}")
 
 
-def _cached(spec: ModelSpec) -> Folder | None:
+def cached(repo: str, revision: str | None, cache_dir: str | None) -> Folder | None:
+    """What the hub's cache has of a repository, be it whole or not."""
     try:
         path = huggingface_hub.snapshot_download(
-            spec.model,
-            revision=spec.engine.get("revision"),
-            cache_dir=spec.engine.get("download_dir"),
-            local_files_only=True,
+            repo, revision=revision, cache_dir=cache_dir, local_files_only=True
         )
+    except errors.IncompleteSnapshotError as error:  # it lacks what nobody has asked for, too
+        path = error.snapshot_path
     except (errors.LocalEntryNotFoundError, errors.HFValidationError):
         return None
-    return Folder(Path(path), spec.model)
+    return Folder(Path(path), repo)
 
 
 def _tensor(

@@ -44,12 +44,13 @@ class FakeHub:
 
     folder: Path
     fetched: list[hub.Wanted] = field(default_factory=list)
+    warning: str | None = None
     side_by_side: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._lock, self._running = threading.Lock(), Counter[str]()
 
-    def download(self, wanted: hub.Wanted, _: Callable[[int, int], None]) -> str:
+    def download(self, wanted: hub.Wanted, _: Callable[[int, int], None]) -> hub.Fetched:
         with self._lock:
             self.fetched.append(wanted)
             self._running[wanted.repo] += 1
@@ -57,7 +58,7 @@ class FakeHub:
         time.sleep(0.02)
         with self._lock:
             self._running[wanted.repo] -= 1
-        return str(self.there(wanted.repo, wanted.revision))
+        return hub.Fetched(str(self.there(wanted.repo, wanted.revision)), self.warning)
 
     def there(self, repo: str, revision: str | None = None) -> Path:
         made = self.folder / f"{repo}@{revision}"
