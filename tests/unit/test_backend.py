@@ -83,6 +83,22 @@ async def test_replicas_do_not_download_the_same_side_by_side(
     assert fake_hub.side_by_side == [1, 1]  # one for each: replicas and revivals need no other
 
 
+async def test_a_model_from_the_cache_alone_is_a_folder_to_vllm_and_told(
+    fake_hub: FakeHub, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By its name vLLM would ask the hub once more."""
+    notes: list[str] = []
+    backend, wanted = VllmBackend(tmp_path, FakeSpace()), spec(model="org/m")
+    fake_hub.warning = "org/m could not be downloaded: the hub said 504; the cache has it"
+    placed = await soon(backend._downloaded(wanted, lambda _, note: notes.append(note)))
+    assert placed.model == str(fake_hub.there("org/m"))
+    assert notes == ["", fake_hub.warning]
+    assert fake_hub.warning in caplog.text
+    again = await soon(backend._downloaded(wanted, nothing))
+    assert again == placed
+    assert len(fake_hub.fetched) == 1
+
+
 async def test_adapters_renamed_in_a_reload_have_their_own_folder(
     fake_hub: FakeHub, tmp_path: Path
 ) -> None:
