@@ -165,15 +165,21 @@ class _Brief(_Escaping):
         return super().format(brief)
 
 
+def _tells(record: logging.LogRecord) -> bool:
+    """Whether the terminal shows it: errors, and what a start had to do without."""
+    from_start = record.name == VllmBackend.__module__ and record.levelno >= logging.WARNING
+    return from_start or record.levelno >= logging.ERROR
+
+
 def _log_to(file: Path) -> None:
-    """Everything this process logs, vLLM's front end included; errors also on stderr.
+    """Everything this process logs, vLLM's front end included; what `_tells` also on stderr.
 
     The rest of the terminal belongs to what `up` shows.
     """
     to_file = logging.FileHandler(file, mode="w")
     to_file.setFormatter(_Escaping(_LOG_FORMAT))
     to_terminal = logging.StreamHandler()
-    to_terminal.setLevel(logging.ERROR)
+    to_terminal.addFilter(_tells)
     to_terminal.setFormatter(_Brief(_LOG_FORMAT))
     logging.basicConfig(level=logging.INFO, handlers=[to_file, to_terminal])
     logging.captureWarnings(True)

@@ -135,7 +135,9 @@ def test_vllm_tells_of_a_small_kv_cache_as_the_start_s_log_reads_it() -> None:
     )
     with pytest.raises(ValueError, match="cache") as raised:
         check(0, lambda: GIB, 8192, lambda _: 0)
-    assert one_line("ValueError", str(raised.value)).startswith("no memory is left for the KV cache")
+    assert one_line("ValueError", str(raised.value)).startswith(
+        "no memory is left for the KV cache"
+    )
 
 
 @pytest.mark.skipif(not is_cpu_build(), reason="vLLM's build for CPUs sets it")

@@ -186,3 +186,20 @@ def test_the_plan_is_made_with_what_was_measured_here(
     again = server._memory(registry(tmp_path))
     assert isinstance(again, Space)
     assert again.plan.replica("m", 0).overhead == 5 * GIB
+
+
+@pytest.mark.parametrize(
+    ("logger", "level", "told"),
+    [
+        ("llmserve.life", logging.ERROR, True),
+        ("llmserve.life", logging.WARNING, False),
+        ("llmserve.backend", logging.WARNING, True),  # a model that came from the cache alone
+        ("llmserve.backend", logging.INFO, False),
+        ("vllm.config", logging.WARNING, False),
+    ],
+)
+def test_the_terminal_shows_errors_and_what_a_start_did_without(
+    logger: str, level: int, told: bool
+) -> None:
+    record = logging.LogRecord(logger, level, __file__, 1, "text", None, None)
+    assert server._tells(record) is told
