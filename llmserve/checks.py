@@ -68,8 +68,8 @@ def on_cpu(spec: ModelSpec, shape: Shape | Unknown, kv_cache: int) -> list[Probl
     found = of_files(spec, shape)
     if found or isinstance(shape, Unknown):
         return found
-    blocks = {"block_size": _CPU_BLOCK_TOKENS} | spec.engine
-    spec = spec.model_copy(update={"engine": blocks})
+    tokens = memory.BLOCK_TOKENS if shape.latent_dim else _CPU_BLOCK_TOKENS
+    spec = spec.model_copy(update={"engine": {"block_size": tokens} | spec.engine})
     return _short_of_kv(spec, shape, kv_cache, spec.parallel_sizes["tensor_parallel_size"])
 
 
