@@ -59,8 +59,10 @@ def anywhere(spec: ModelSpec, shape: Shape | Unknown) -> list[Problem]:
     if found or isinstance(shape, Unknown) or spec.kv_cache is None:
         return found
     said = spec.tensor_parallel_size or spec.engine.get("tensor_parallel_size")
-    most = 1 if spec.devices is not None else max(1, shape.kv_heads)
-    return _short_of_kv(spec, shape, int(spec.kv_cache), said or most)
+    most = said or (1 if spec.devices is not None else max(1, shape.kv_heads))
+    if not _short_of_kv(spec, shape, int(spec.kv_cache), most):
+        return []
+    return _short_of_kv(spec, shape, int(spec.kv_cache), said or 1)  # told for as few as may be
 
 
 def on_cpu(spec: ModelSpec, shape: Shape | Unknown, kv_cache: int) -> list[Problem]:

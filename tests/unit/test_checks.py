@@ -185,6 +185,7 @@ def test_a_kv_cache_too_small_anywhere_is_told_without_a_box(
 ) -> None:
     found = checks.anywhere(spec(**entry), LLAMA_8B)
     assert [problem.key for problem in found] == ["kv_cache"] * short
+    assert all(problem.remedy == "kv_cache: 1.1GiB" for problem in found)  # on one device
     if entry.get("devices") and short:
         assert found[0].message == (
             "1.000 GiB of KV cache is less than 8,192 tokens take, 1.002 GiB"

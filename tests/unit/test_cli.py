@@ -70,7 +70,7 @@ def test_check_tells_what_the_files_alone_tell(tmp_path: Path) -> None:
     lines = result.stderr.replace(f"{tmp_path}/", "").splitlines()
     assert lines == [
         "models.yaml:3: models.long.engine: max_model_len 200,000 is longer than the model's context, 131,072",
-        "models.yaml:4: models.small.kv_cache: 0.0 GiB of KV cache is less than 131,072 tokens take, 2.0 GiB; what would fit: kv_cache: 2.1GiB",
+        "models.yaml:4: models.small.kv_cache: 0.0 GiB of KV cache is less than 131,072 tokens take, 16.0 GiB; what would fit: kv_cache: 16.1GiB",
         "models.yaml:5: models.lora.model: cannot be loaded: lora is an adapter, no model: list it in `loras` of the model that it adapts",
         "models.yaml:6: models.tuned.model: cannot be loaded: adapter sql: empty: has no adapter_config.json: it is a folder, no adapter",
     ]
