@@ -149,7 +149,7 @@ def test_a_model_of_unknown_shape_must_say_where_and_how_much(
     assert told("H100", Unknown("it is odd"), **entry) == ([] if placed else [("model", message)])
 
 
-SAID = {"devices": (0,), "memory": "20GiB"}
+SAID: dict[str, Any] = {"devices": (0,), "memory": "20GiB"}
 
 
 def test_what_the_hub_does_not_give_is_told_without_a_remedy() -> None:

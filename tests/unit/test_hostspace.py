@@ -206,7 +206,7 @@ async def test_what_an_entry_says_of_it_stays(engine: dict[str, Any]) -> None:
 async def test_a_model_that_came_from_the_hub_is_looked_at_when_it_starts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    here = []
+    here: list[ModelSpec] = []
 
     def read(wanted: ModelSpec, *, hub: bool = True) -> Shape:
         if not here:
