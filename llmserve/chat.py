@@ -393,7 +393,7 @@ class Loop:
             told = self._command(text) if text.startswith("!!") else self._say(text)
             if self.interactive:
                 self.note(told)
-        except (ChatError, OSError) as error:
+        except (ChatError, OSError, RuntimeError) as error:  # the last: `~` without a home
             self.error(error)
 
     def _command(self, text: str) -> str:

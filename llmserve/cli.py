@@ -65,7 +65,11 @@ def up(
 @app.command()
 def check(registry: Registry = Path("models.yaml")) -> None:
     """Check a registry without starting anything."""
+    from llmserve import survey  # noqa: PLC0415  # a file with mistakes is told without it
+
     config = _load(registry)
+    if problems := survey.mistakes(config):
+        _fail("\n".join(problems), ConfigError.exit_code)
     names = ", ".join(spec.name for spec in config.models)
     count = f"{len(config.models)} model" + ("s" if len(config.models) > 1 else "")
     Console().print(f"{registry}: {count}: {names}", markup=False, highlight=False, soft_wrap=True)

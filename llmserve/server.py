@@ -68,7 +68,7 @@ def up(
         for notice in notices:
             console.print(notice, style="yellow", markup=False)
         runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
-        starts = backend or VllmBackend(logs, _memory(config))
+        starts = backend or VllmBackend(logs, _told(_memory(config), console))
         leave(runner.run(_Process(config, listener, console, starts, read).run()))
     finally:
         listener.close()
@@ -91,6 +91,14 @@ def _memory(config: Config) -> Memory:
     space = Space(plan, host_memory=config.server.host_memory, handover=Handover())
     space.unless_taken()
     return space
+
+
+def _told(memory: Memory, console: Console) -> Memory:
+    """After telling what the CPU computes in, where it is that."""
+    if isinstance(memory, HostSpace) and memory.dtypes:
+        listed = ", ".join(f"{name} in {dtype}" for name, dtype in memory.dtypes.items())
+        console.print(f"On the CPU: {listed}.", markup=False, highlight=False, soft_wrap=True)
+    return memory
 
 
 def bind(server: ServerSpec) -> socket.socket:
@@ -157,15 +165,21 @@ class _Brief(_Escaping):
         return super().format(brief)
 
 
+def _tells(record: logging.LogRecord) -> bool:
+    """Whether the terminal shows it: errors, and what a start had to do without."""
+    from_start = record.name == VllmBackend.__module__ and record.levelno >= logging.WARNING
+    return from_start or record.levelno >= logging.ERROR
+
+
 def _log_to(file: Path) -> None:
-    """Everything this process logs, vLLM's front end included; errors also on stderr.
+    """Everything this process logs, vLLM's front end included; what `_tells` also on stderr.
 
     The rest of the terminal belongs to what `up` shows.
     """
     to_file = logging.FileHandler(file, mode="w")
     to_file.setFormatter(_Escaping(_LOG_FORMAT))
     to_terminal = logging.StreamHandler()
-    to_terminal.setLevel(logging.ERROR)
+    to_terminal.addFilter(_tells)
     to_terminal.setFormatter(_Brief(_LOG_FORMAT))
     logging.basicConfig(level=logging.INFO, handlers=[to_file, to_terminal])
     logging.captureWarnings(True)

@@ -21,6 +21,14 @@ _RAISED = re.compile(
     r"^(?:\([^)]*\)\s*)?(?:ERROR \S+ \S+ \[[^\]]*\]\s)?(?:[\w.]+\.)?"
     r"(?P<kind>[A-Z]\w*(?:Error|Exception|Interrupt|Exit))(?:: (?P<text>.+))?$"
 )
+# vLLM's words for a KV cache that holds no request (vllm/v1/core/kv_cache_utils.py), which name
+# its own options; a contract test compares.
+_TOO_SMALL = re.compile(
+    r"max seq len \((?P<tokens>\d+)\), \((?P<needed>[\d.]+) GiB KV cache is needed, which is larger "
+    r"than the available KV cache memory \((?P<there>[\d.]+) GiB\)\."
+    r"(?:.* the estimated maximum model length is (?P<fits>\d+)\.)?"
+)
+_NOTHING_LEFT = "No available memory for the cache blocks."
 _ECHOES = ("initialization failed", "See stack trace", "See root cause")
 
 
@@ -88,8 +96,23 @@ def _echoes(text: str) -> bool:
 
 def one_line(kind: str, text: str, limit: int = 300) -> str:
     text = " ".join(text.split())
+    if (ours := _of_kv_cache(text)) is not None:
+        return ours
     # pydantic's frame around what a validator of vLLM's said
     text = re.sub(r"^\d+ validation errors? for \w+ (Value error, )?", "", text)
     text = re.sub(r" \[type=\w+, input_value=.*$", "", text)
     shown = text if len(text) <= limit else text[:limit].rsplit(" ", 1)[0] + " ..."
     return f"{kind}: {shown}" if shown else kind
+
+
+def _of_kv_cache(text: str) -> str | None:
+    """What vLLM says of a KV cache that is too small, in the registry's words."""
+    if text.startswith(_NOTHING_LEFT):
+        return "no memory is left for the KV cache; `memory` or `kv_cache` of its entry gives more"
+    if (found := _TOO_SMALL.search(text)) is None:
+        return None
+    fits = f"; what would fit: engine: {{max_model_len: {found['fits']}}}" if found["fits"] else ""
+    return (
+        f"{found['there']} GiB of KV cache is less than {int(found['tokens']):,} tokens take, "
+        f"{found['needed']} GiB{fits}"
+    )

@@ -138,10 +138,11 @@ def test_a_required_model_that_cannot_start_ends_the_server(tmp_path: Path) -> N
         check=True,
         capture_output=True,
     )
+    (tmp_path / "empty").mkdir()
     tls = {"ssl_certfile": "cert.pem", "ssl_keyfile": "key.pem"}
     models = {
         "chat": SMALL,
-        "main": {"model": EMBED, "required": True, "engine": {"max_model_len": 10**6}},
+        "main": {"model": str(tmp_path / "empty"), "required": True},
     }
     with Server(write_registry(tmp_path, server=tls, models=models)) as server:
         url = server.url

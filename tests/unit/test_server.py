@@ -133,7 +133,7 @@ def on_gpus(monkeypatch: pytest.MonkeyPatch, folder: Path, box: Box, used: int =
     monkeypatch.setattr(nvml, "visible", lambda: box)
     monkeypatch.setattr(nvml, "used_bytes", lambda gpu: used)
     monkeypatch.setattr(nvml, "holders", lambda gpu: [])
-    monkeypatch.setattr(shape, "read", lambda spec: LLAMA_8B)
+    monkeypatch.setattr(shape, "read", lambda spec, hub: LLAMA_8B)
 
 
 def test_the_build_for_cpus_has_no_gpus_to_plan(
@@ -141,7 +141,7 @@ def test_the_build_for_cpus_has_no_gpus_to_plan(
 ) -> None:
     on_gpus(monkeypatch, tmp_path, described("H100"))
     monkeypatch.setattr(environment, "is_cpu_build", lambda: True)
-    memory = server._memory(registry(tmp_path, devices=[5]))
+    memory = server._memory(registry(tmp_path, devices=[5], kv_cache="4GiB"))
     assert isinstance(memory, HostSpace)
     assert memory.capacity == {}
 
@@ -186,3 +186,20 @@ def test_the_plan_is_made_with_what_was_measured_here(
     again = server._memory(registry(tmp_path))
     assert isinstance(again, Space)
     assert again.plan.replica("m", 0).overhead == 5 * GIB
+
+
+@pytest.mark.parametrize(
+    ("logger", "level", "told"),
+    [
+        ("llmserve.life", logging.ERROR, True),
+        ("llmserve.life", logging.WARNING, False),
+        ("llmserve.backend", logging.WARNING, True),  # a model that came from the cache alone
+        ("llmserve.backend", logging.INFO, False),
+        ("vllm.config", logging.WARNING, False),
+    ],
+)
+def test_the_terminal_shows_errors_and_what_a_start_did_without(
+    logger: str, level: int, told: bool
+) -> None:
+    record = logging.LogRecord(logger, level, __file__, 1, "text", None, None)
+    assert server._tells(record) is told
