@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from llmserve.chat import error_message, mounts, sse_data
+from llmserve.chat import error_message, sse_data
+from llmserve.client import ProxyError, connected, url_of
 from llmserve.gpus import GIB
 
 if TYPE_CHECKING:
@@ -65,12 +66,11 @@ class Client:
     """HTTP to one server; whatever keeps a method from its answer is Refused."""
 
     def __init__(self, url: str, key: str | None) -> None:
-        url = url.strip().rstrip("/").removesuffix("/v1").rstrip("/")
-        self.url = url if "://" in url else f"http://{url}"
-        bearer = b"Bearer " + (key or "").encode(errors="surrogateescape")
-        self._http = httpx.Client(
-            mounts=mounts(self.url), headers=[(b"authorization", bearer)] if key else None
-        )
+        self.url = url_of(url)
+        try:
+            self._http = connected(self.url, key)
+        except ProxyError as error:
+            raise NoServer(self.url, str(error)) from None
 
     def close(self) -> None:
         self._http.close()
