@@ -435,8 +435,6 @@ def chat(options: ChatOptions) -> int:
     1: no talking to the server at the start or, where the input is no terminal, anything
     failed. 130: Ctrl-C there, or before the conversation began.
     """
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     if interactive:
         with suppress(ImportError):
@@ -448,7 +446,12 @@ def chat(options: ChatOptions) -> int:
         raise EOFError
 
     read = input if interactive else read_pipe
-    with closing(Client(options)) as client:
+    try:
+        client = Client(options)
+    except ChatError as error:
+        sys.stderr.write(f"Error: {error}\n")
+        return 1
+    with closing(client):
         loop = Loop(client, options, read, sys.stdout, sys.stderr, interactive)
         try:
             loop.start()

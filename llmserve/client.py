@@ -24,6 +24,8 @@ class ProxyError(Exception):
 
 def url_of(given: str) -> str:
     """The URL of a server as a user writes it: with or without a scheme, `/v1` or a last slash."""
+    # In a locale without UTF-8 an argument's bytes come as lone surrogates.
+    given = given.encode(errors="surrogateescape").decode(errors="replace")
     url = given.strip().rstrip("/").removesuffix("/v1").rstrip("/")
     return url if "://" in url else f"http://{url}"
 
@@ -40,7 +42,8 @@ def connected(
     another machine. For any other server the environment's proxies hold, as for curl. Raises
     ProxyError if one of them cannot be used.
     """
-    bearer = b"Bearer " + (key or "").encode(errors="surrogateescape")
+    key = (key or "").strip("\ufeff \t\r\n")  # as it comes out of a file
+    bearer = b"Bearer " + key.encode(errors="surrogateescape")
     try:
         return httpx.Client(
             headers=[(b"authorization", bearer)] if key else None,

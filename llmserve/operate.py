@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote
 
 import httpx
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from llmserve import terminal
 from llmserve.chat import error_message, sse_data
 from llmserve.client import ProxyError, connected, url_of
 from llmserve.gpus import GIB
@@ -159,7 +159,8 @@ class Client:
 def _model(name: str) -> str:
     """The path of a model; the server merges slashes that are not escaped."""
     plain = name == "/".join(filter(None, name.split("/")))
-    return f"models/{quote(name, safe='/' if plain else '')}"
+    # In a locale without UTF-8 an argument's bytes come as lone surrogates.
+    return f"models/{quote(name, safe='/' if plain else '', errors='surrogateescape')}"
 
 
 def _check(reply: httpx.Response) -> None:
@@ -188,11 +189,11 @@ def _code(body: Any) -> object:
 
 def ps(client: Client, *, as_json: bool) -> None:
     models = client.models()
-    console = Console()
+    console = terminal.console()
     if as_json:
-        console.print_json(data={"models": models})
+        console.print_json(data={"models": models}, ensure_ascii=True)
     else:
-        console = console if console.is_terminal else Console(width=_WIDE)
+        console = console if console.is_terminal else terminal.console(width=_WIDE)
         console.print(table(models))
 
 
@@ -244,11 +245,12 @@ def _lines(parts: Iterator[bytes]) -> Iterator[str]:
 
 
 def _say(text: str) -> None:
-    Console().print(text, markup=False, highlight=False, soft_wrap=True)
+    terminal.console().print(text, soft_wrap=True)
 
 
 def _say_json(value: Body) -> None:
-    _say(json.dumps(value, ensure_ascii=False))
+    """In ASCII, which every terminal has."""
+    _say(json.dumps(value))
 
 
 # --- what is shown

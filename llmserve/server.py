@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NoReturn, cast
 import uvicorn
 import uvloop
 
-from llmserve import app, connection, environment, nvml, survey, table
+from llmserve import app, connection, environment, nvml, survey, table, tls
 from llmserve.backend import VllmBackend
 from llmserve.control import Control
 from llmserve.errors import LLMServeError, StartupError
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from llmserve.backend import Memory
     from llmserve.config import Config, ServerSpec
-    from llmserve.replica import Backend, Replica
+    from llmserve.replica import Backend
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def up(
         engines = sum(spec.replicas for spec in config.models)
         notices = environment.prepare(engines, logs)
         for notice in notices:
-            console.print(notice, style="yellow", markup=False)
+            console.print(notice, style="yellow")
         runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
         starts = backend or VllmBackend(logs, _memory(config))
         leave(runner.run(_Process(config, listener, console, starts, read).run()))
@@ -233,7 +233,7 @@ class _Process:
             Registry(config.models),
             backend,
             self._metrics,
-            self._show,
+            self._display.changed,
         )
         self._display.add(self._pool.replicas)
         self._control = Control(config, self._pool, backend, read, self._adopt)
@@ -315,11 +315,6 @@ class _Process:
         await signalled
         return 0
 
-    def _show(self, replica: Replica) -> None:
-        """A terminal that has gone, with rich's way to end for it, is no reason to end."""
-        with contextlib.suppress(OSError, SystemExit):
-            self._display.changed(replica)
-
     def _announce(self) -> None:
         failed = sum(replica.state is State.FAILED for replica in self._pool.replicas)
         ready = ", ".join(entry.name for entry in self._pool.ready())
@@ -338,7 +333,7 @@ class _Process:
         return f"{scheme}://{host}:{port}"
 
     def _say(self, text: str, style: str = "") -> None:
-        self._console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(text, style=style, soft_wrap=True)
 
     def _on_signal(self, number: signal.Signals) -> None:
         if self._signalled.is_set():
@@ -357,8 +352,9 @@ def leave(code: int) -> NoReturn:
     Not through the interpreter's own end: it would wait for the thread of a start that
     was given up, and native modules of vLLM's print what they take for leaks.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
     os._exit(code)
 
 
@@ -382,8 +378,7 @@ def _uvicorn_config(
         ssl_certfile=server.ssl_certfile,
         ssl_keyfile=server.ssl_keyfile,
     )
-    try:
-        config.load()
-    except OSError as error:
-        raise StartupError(f"the TLS certificate or key cannot be used: {error}") from None
+    if server.ssl_certfile is not None and server.ssl_keyfile is not None:
+        tls.require_usable(server.ssl_certfile, server.ssl_keyfile)
+    config.load()
     return config

@@ -52,8 +52,6 @@ class Lines:
         self._console.print(
             f"{replica.name}: {replica.state}{seconds}{note}",
             style=_STYLES.get(replica.state, ""),
-            markup=False,
-            highlight=False,
             soft_wrap=True,
         )
 

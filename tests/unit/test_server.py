@@ -72,14 +72,6 @@ def test_an_address_of_another_machine_is_told() -> None:
         server.bind(ServerSpec(host="203.0.113.7", port=0))
 
 
-def test_a_certificate_that_is_none_is_told(tmp_path: Path) -> None:
-    for name in ("cert.pem", "key.pem"):
-        (tmp_path / name).write_text("no certificate", encoding="utf-8")
-    tls = ServerSpec(ssl_certfile=tmp_path / "cert.pem", ssl_keyfile=tmp_path / "key.pem")
-    with pytest.raises(StartupError, match="the TLS certificate or key cannot be used"):
-        server._uvicorn_config(tls, object())
-
-
 def test_a_log_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with server.bind(ServerSpec(port=0)) as listener:
