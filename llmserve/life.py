@@ -153,6 +153,12 @@ class Life:
             if replica.level > level and still():
                 await self._down(replica, level)
 
+    async def stop(self, replica: Replica) -> None:
+        """End a replica whose way was cancelled, wherever on it that was."""
+        async with replica.turn:
+            await self.end(replica)
+            self._settle(replica, Level.STOPPED, State.STOPPED)
+
     async def _down(self, replica: Replica, level: Level) -> None:
         if replica.state is State.READY:
             await self._drain(replica)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import copy
 import logging
 import math
 import os
@@ -16,8 +15,9 @@ from typing import TYPE_CHECKING, NoReturn, cast
 
 import uvicorn
 import uvloop
+from rich.text import Text
 
-from llmserve import app, connection, environment, nvml, survey, table, tls
+from llmserve import app, connection, environment, nvml, serverlog, survey, table, tls
 from llmserve.backend import VllmBackend
 from llmserve.control import Control
 from llmserve.errors import LLMServeError, StartupError
@@ -45,7 +45,6 @@ log = logging.getLogger(__name__)
 
 _BACKLOG = 2048
 _LINGER_S = 2
-_LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 
 
 def up(
@@ -66,7 +65,7 @@ def up(
         engines = sum(spec.replicas for spec in config.models)
         notices = environment.prepare(engines, logs)
         for notice in notices:
-            console.print(notice, style="yellow")
+            console.print(Text(notice, "yellow"))
         runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
         starts = backend or VllmBackend(logs, _memory(config))
         leave(runner.run(_Process(config, listener, console, starts, read).run()))
@@ -124,53 +123,10 @@ def _log_folder(server: ServerSpec, listener: socket.socket) -> Path:
     try:
         folder = server.log_dir.expanduser() / str(listener.getsockname()[1])
         folder.mkdir(parents=True, exist_ok=True)
-        _log_to(folder / "server.log")
+        serverlog.begin(folder / "server.log")
     except (OSError, RuntimeError) as error:
         raise StartupError(f"server.log_dir {server.log_dir} cannot be written: {error}") from None
     return folder
-
-
-class _Escaping(logging.Formatter):
-    """Writes control characters as escapes and indents further lines of a record.
-
-    Clients choose paths, names and headers: none of these drives a terminal or forges a record.
-    """
-
-    def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
-        return text if text.isprintable() else "\n  ".join(map(_escaped, text.split("\n")))
-
-
-def _escaped(line: str) -> str:
-    return "".join(
-        c if c.isprintable() or c == "\t" else c.encode("unicode_escape").decode("ascii")
-        for c in line
-    )
-
-
-class _Brief(_Escaping):
-    """Without tracebacks, which are in the file."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        brief = copy.copy(record)
-        brief.exc_info = brief.exc_text = brief.stack_info = None
-        return super().format(brief)
-
-
-def _log_to(file: Path) -> None:
-    """Everything this process logs, vLLM's front end included; errors also on stderr.
-
-    The rest of the terminal belongs to what `up` shows.
-    """
-    to_file = logging.FileHandler(file, mode="w")
-    to_file.setFormatter(_Escaping(_LOG_FORMAT))
-    to_terminal = logging.StreamHandler()
-    to_terminal.setLevel(logging.ERROR)
-    to_terminal.setFormatter(_Brief(_LOG_FORMAT))
-    logging.basicConfig(level=logging.INFO, handlers=[to_file, to_terminal])
-    logging.captureWarnings(True)
-    # torch says on stderr that Triton is missing, which the CPU build does without.
-    logging.getLogger("torch._library").setLevel(logging.ERROR)
 
 
 class _Uvicorn(uvicorn.Server):
@@ -333,7 +289,7 @@ class _Process:
         return f"{scheme}://{host}:{port}"
 
     def _say(self, text: str, style: str = "") -> None:
-        self._console.print(text, style=style, soft_wrap=True)
+        self._console.print(Text(text, style), soft_wrap=True)
 
     def _on_signal(self, number: signal.Signals) -> None:
         if self._signalled.is_set():

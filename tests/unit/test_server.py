@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from llmserve import environment, nvml, server, shape
+from llmserve import environment, nvml, server, serverlog, shape
 from llmserve.config import Config, ModelSpec, ServerSpec
 from llmserve.errors import PlacementError, StartupError
 from llmserve.gpus import GIB, described
@@ -87,7 +87,7 @@ def record(message: str, *arguments: object, error: Exception | None = None) -> 
 
 def test_log_record_of_a_client_s_text_is_one_record() -> None:
     forged = "/a\n2026-01-01 00:00:00 ERROR llmserve: forged\r\x1b[2J\u202e\x85"
-    text = server._Escaping("%(levelname)s %(message)s").format(record("path=%s", forged))
+    text = serverlog._Escaping("%(levelname)s %(message)s").format(record("path=%s", forged))
     assert text == (
         "ERROR path=/a\n  2026-01-01 00:00:00 ERROR llmserve: forged\\r\\x1b[2J\\u202e\\x85"
     )
@@ -95,13 +95,13 @@ def test_log_record_of_a_client_s_text_is_one_record() -> None:
 
 def test_log_record_s_traceback_drives_no_terminal() -> None:
     error = ValueError("bad\nERROR forged \x1b]0;title\x07 \udcff\tthere")
-    text = server._Escaping().format(record("unforeseen", error=error))
+    text = serverlog._Escaping().format(record("unforeseen", error=error))
     assert text.splitlines() == [
         "unforeseen",
         "  ValueError: bad",
         "  ERROR forged \\x1b]0;title\\x07 \\udcff\tthere",
     ]
-    assert server._Brief().format(record("x\x1b", error=error)) == "x\\x1b"
+    assert serverlog._Brief().format(record("x\x1b", error=error)) == "x\\x1b"
 
 
 def test_what_holds_a_connection_and_no_model_ends_soon_after_the_drain() -> None:
