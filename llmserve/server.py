@@ -28,6 +28,7 @@ from llmserve.pool import Pool
 from llmserve.registry import Registry
 from llmserve.replica import State
 from llmserve.routes import Services
+from llmserve.runfolder import RunFolder
 from llmserve.space import Space
 from llmserve.watch import Watch
 
@@ -61,16 +62,31 @@ def up(
     """
     listener = bind(config.server)
     try:
-        logs = _log_folder(config.server, listener)
-        engines = sum(spec.replicas for spec in config.models)
-        notices = environment.prepare(engines, logs)
-        for notice in notices:
-            console.print(Text(notice, "yellow"))
-        runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
-        starts = backend or VllmBackend(logs, _memory(config))
-        leave(runner.run(_Process(config, listener, console, starts, read).run()))
+        folder = RunFolder.make()
+        try:
+            code = _run(config, console, read, backend, listener)
+        finally:
+            folder.remove()
     finally:
         listener.close()
+    leave(code)
+
+
+def _run(
+    config: Config,
+    console: Console,
+    read: Callable[[], Config],
+    backend: Backend | None,
+    listener: socket.socket,
+) -> int:
+    logs = _log_folder(config.server, listener)
+    engines = sum(spec.replicas for spec in config.models)
+    notices = environment.prepare(engines, logs)
+    for notice in notices:
+        console.print(Text(notice, "yellow"))
+    runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
+    starts = backend or VllmBackend(logs, _memory(config))
+    return runner.run(_Process(config, listener, console, starts, read).run())
 
 
 def _memory(config: Config) -> Memory:
@@ -239,6 +255,7 @@ class _Process:
             for watch in watches:
                 watch.cancel()
             await self._pool.stop()
+            self._pool.kill()  # what belongs to no model, and ends that were given up
         return code
 
     @property
