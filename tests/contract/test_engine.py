@@ -145,7 +145,7 @@ def test_engine_cores_are_started_where_they_are_tied() -> None:
     assert tether.pids == [process.pid]
     assert process.is_alive()
     tether.cut()
-    process.join(10)
+    process.join(60)
     assert process.exitcode == -signal.SIGKILL
 
 

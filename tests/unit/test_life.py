@@ -453,7 +453,7 @@ async def test_a_replica_without_room_beside_its_sibling_keeps_nobody_else_out()
     box = Box(lazy("a", replicas=2), lazy("b"), sizes={"a": 60, "b": 60})
     (await soon(box.ask("a"))).release()
     await some_ms()
-    (await soon(box.ask("b"), 1)).release()
+    (await soon(box.ask("b"), 60)).release()
     assert box.states()["b"] == "ready"
 
 
@@ -679,7 +679,7 @@ async def test_a_sleeper_that_waits_behind_another_is_not_in_its_way(asked: bool
     busy.since = time.monotonic() - 60
     held.release()
     for each in (large, *waking):
-        (await soon(each, 1)).release()
+        (await soon(each, 60)).release()
 
 
 # --- the start
