@@ -54,9 +54,9 @@ def up(
         config = read(registry)
         return config.model_copy(update={"server": config.server.model_copy(update=said)})
 
-    terminal.endure()
     try:
-        server.up(overridden(), terminal.console(), overridden)
+        with terminal.enduring():
+            server.up(overridden(), terminal.console(), overridden)
     except (StartupError, ConfigError) as error:
         _fail(error.message, error.exit_code)
 

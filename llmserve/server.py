@@ -17,7 +17,7 @@ import uvicorn
 import uvloop
 from rich.text import Text
 
-from llmserve import app, connection, environment, nvml, serverlog, survey, table, tls
+from llmserve import app, connection, environment, nvml, serverlog, survey, table, terminal, tls
 from llmserve.backend import VllmBackend
 from llmserve.control import Control
 from llmserve.errors import LLMServeError, StartupError
@@ -325,8 +325,9 @@ def leave(code: int) -> NoReturn:
     Not through the interpreter's own end: it would wait for the thread of a start that
     was given up, and native modules of vLLM's print what they take for leaks.
     """
+    terminal.finish()
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # its reader has gone
             stream.flush()
     os._exit(code)
 

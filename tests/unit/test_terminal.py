@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from typing import TYPE_CHECKING
 
 import pytest
@@ -131,7 +132,33 @@ class Gone(io.StringIO):
 def test_enduring_stream_drops_what_cannot_be_written() -> None:
     stream = terminal.Enduring(Gone())
     print("lost", file=stream, flush=True)
+    stream.finish(60)
     assert not stream.isatty()
+
+
+def test_enduring_stream_writes_in_order_and_all_at_the_end() -> None:
+    written = io.StringIO()
+    stream = terminal.Enduring(written)
+    for number in range(500):
+        print(number, file=stream)
+    stream.finish(60)
+    assert written.getvalue().splitlines() == [str(number) for number in range(500)]
+
+
+def test_enduring_stream_does_not_wait_for_its_reader() -> None:
+    """A terminal after Ctrl-S, or of a connection that hangs."""
+    read, write = os.pipe()
+    with os.fdopen(write, "w") as out, os.fdopen(read) as reader:
+        stream = terminal.Enduring(out)
+        for _ in range(5000):  # more than a pipe and the queue take
+            print("x" * 1000, file=stream, flush=True)
+        stream.finish(0.01)
+        seen = threading.Thread(target=reader.read)
+        seen.start()
+        stream.finish(60)
+        assert stream._left == 0
+        out.close()
+        seen.join()
 
 
 def test_names_are_no_markup_and_no_emoji(capsys: pytest.CaptureFixture[str]) -> None:
