@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NotRequired, TextIO, TypedDict
 
 import httpx
 
-from llmserve.client import ProxyError, connected, url_of
+from llmserve.client import SettingError, connected, url_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -199,7 +199,7 @@ class Client:
                 # People think for longer than servers keep an idle connection.
                 limits=httpx.Limits(max_keepalive_connections=0),
             )
-        except ProxyError as error:
+        except SettingError as error:
             raise ChatError(str(error)) from None
 
     def close(self) -> None:

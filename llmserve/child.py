@@ -7,6 +7,7 @@ That they end with the server is `llmserve.tether`'s, which comes before this.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import multiprocessing
 import os
 from pathlib import Path
@@ -18,6 +19,8 @@ from llmserve.environment import LOG_DIR
 
 if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
+
+_LONGEST = 200  # characters of a name in that of a file, which may have 255
 
 
 def enter() -> None:
@@ -51,7 +54,10 @@ def log_file(folder: Path, model: str, replica: int | None = None) -> Path:
     `replica` is its number where its model has several.
     """
     number = "" if replica is None else f"+{replica}"  # `quote` leaves no + in a name
-    return folder / f"model-{quote(model, safe='@ ')}{number}.log"
+    name = quote(model, safe="@ ")
+    if len(name) > _LONGEST:
+        name = f"{name[:_LONGEST]}-{hashlib.sha256(model.encode()).hexdigest()[:16]}"
+    return folder / f"model-{name}{number}.log"
 
 
 def instance_of(replica: int, own: str) -> str:

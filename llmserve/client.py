@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 _LIMITS = httpx.Limits()
 
 
-class ProxyError(Exception):
-    """A proxy of the environment that cannot be used."""
+class SettingError(Exception):
+    """What an option or the environment gives a client, and it cannot use."""
 
 
 def url_of(given: str) -> str:
@@ -40,9 +40,11 @@ def connected(
 
     A server on this machine is asked directly: HTTP_PROXY would send the request and its key to
     another machine. For any other server the environment's proxies hold, as for curl. Raises
-    ProxyError if one of them cannot be used.
+    SettingError if one of them, or the key, cannot be used.
     """
     key = (key or "").strip("\ufeff \t\r\n")  # as it comes out of a file
+    if any(ord(each) < 0x20 or each == "\x7f" for each in key):
+        raise SettingError("the key holds control characters, which no header carries; correct it")
     bearer = b"Bearer " + key.encode(errors="surrogateescape")
     try:
         return httpx.Client(
@@ -52,7 +54,7 @@ def connected(
             transport=httpx.HTTPTransport(limits=limits) if _is_here(url, getproxies()) else None,
         )
     except (ImportError, ValueError, httpx.InvalidURL) as error:
-        raise ProxyError(
+        raise SettingError(
             "a proxy of the environment (HTTP_PROXY, HTTPS_PROXY, ALL_PROXY) cannot be used: "
             f"{error}; correct it, or unset it for this command"
         ) from None

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from llmserve import terminal
 from llmserve.chat import error_message, sse_data
-from llmserve.client import ProxyError, connected, url_of
+from llmserve.client import SettingError, connected, url_of
 from llmserve.gpus import GIB
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class Client:
         self.url = url_of(url)
         try:
             self._http = connected(self.url, key)
-        except ProxyError as error:
+        except SettingError as error:
             raise NoServer(self.url, str(error)) from None
 
     def close(self) -> None:

@@ -151,7 +151,7 @@ class Pool:
             self._dispatched.pop(replica, None)
 
     async def _ended(self, replica: Replica) -> None:
-        """Also if it is on its way."""
+        """Also if it is on its way, which is waited for."""
         await self.life.rest(replica, Level.STOPPED)
         while (coming := self._comings.get(replica)) is not None:
             await asyncio.wait({coming})

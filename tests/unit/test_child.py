@@ -29,6 +29,15 @@ def test_names_that_differ_have_files_that_differ() -> None:
     assert len(files) == len(names) + 2
 
 
+def test_log_file_of_a_long_name_can_be_made(tmp_path: Path) -> None:
+    """A name may have 128 characters, each of which may be 12 in the file's name."""
+    names = ["\U0001f600" * 127 + end for end in "ab"]
+    files = {child.log_file(tmp_path, name, 1023) for name in names}
+    assert len(files) == 2
+    for file in files:
+        file.with_name(f"{file.name}.1").touch()
+
+
 @pytest.mark.parametrize("instance", ["3-1712345678", "3-1712345678_dp1"])
 def test_an_engine_core_knows_which_replica_it_is(instance: str) -> None:
     assert child.instance_of(3, "1712345678") == "3-1712345678"

@@ -8,7 +8,7 @@ import pytest
 from llmserve import client, operate
 from llmserve.chat import ChatError, ChatOptions
 from llmserve.chat import Client as Chat
-from llmserve.client import ProxyError
+from llmserve.client import SettingError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -100,7 +100,7 @@ def test_unusable_proxy_is_told(
 ) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ProxyError, match=r"a proxy of the environment .* cannot be used: "):
+    with pytest.raises(SettingError, match=r"a proxy of the environment .* cannot be used: "):
         client.connected("http://away.example", None)
     with pytest.raises(operate.NoServer, match="cannot be used"):
         operate.Client("http://away.example", None)
@@ -127,3 +127,16 @@ def test_unusable_proxy_does_not_matter_to_a_server_here(
 )
 def test_url_of_a_server_is_taken_as_users_write_it(given: str, url: str) -> None:
     assert client.url_of(given) == url
+
+
+@pytest.mark.parametrize("key", ["k\r\n", "\ufeffk", " k\t"])
+def test_key_is_sent_without_what_a_file_adds(key: str) -> None:
+    with client.connected("http://127.0.0.1:1", key) as made:
+        assert made.headers["authorization"] == "Bearer k"
+
+
+@pytest.mark.parametrize("key", ["k\nsecond", "k\x00", "\x1b[0mk"])
+def test_key_that_no_header_carries_is_refused_and_not_shown(key: str) -> None:
+    with pytest.raises(SettingError, match="the key holds control characters") as refused:
+        client.connected("http://127.0.0.1:1", key)
+    assert "k\n" not in str(refused.value)
