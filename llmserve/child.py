@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from llmserve import runfolder
 from llmserve.environment import LOG_DIR
 
 if TYPE_CHECKING:
@@ -27,7 +26,6 @@ def enter() -> None:
     config = _config_of(multiprocessing.current_process())
     if config is None or LOG_DIR not in os.environ:
         return  # the server itself
-    runfolder.mark()
     _see_only_own_gpus(config)
     replica = _replica_of(config.instance_id)
     file = log_file(Path(os.environ[LOG_DIR]), config.model_config.served_model_name, replica)
