@@ -28,8 +28,10 @@ install: $(READY) ## The virtual environment with vLLM and llmserve.
 models: $(READY) ## The two demo models, in models/.
 	@$(BIN)/python -m llmserve.demo
 
-test: simulate models ## What CI runs; ARGS go to pytest.
-	$(BIN)/python -m pytest -m "not gpu" --cov --cov-report=term-missing:skip-covered $(ARGS)
+# What starts no engine runs on all cores; engines take all cores themselves.
+test: $(TOOLS) models ## What CI runs.
+	$(BIN)/python -m pytest -n auto --cov --cov-report= tests/unit tests/simulator
+	$(BIN)/python -m pytest -m "not gpu" --cov --cov-append --cov-report=term-missing:skip-covered tests/contract tests/integration
 
 simulate: $(TOOLS) ## Requests and engines' lives under random interleavings, from SEED on.
 	$(BIN)/python -m tests.simulator $(SEED) 2000

@@ -75,6 +75,7 @@ def pair(
         context.socket(zmq.PULL) as pull,
     ):
         name = f"{'inproc://' if at_once else 'ipc://@'}llmserve-test-{uuid.uuid4().hex}"
+        push.setsockopt(zmq.LINGER, 0)  # a peer that is closed reads nothing
         push.setsockopt(zmq.SNDHWM, limit)
         pull.setsockopt(zmq.RCVHWM, limit)
         pull.bind(name)
