@@ -185,15 +185,10 @@ def is_honoured(part: Part, pattern: Any) -> bool:
 
 def number_of(kind: str, atoms: list[Part]) -> dict[str, Any]:
     made: dict[str, Any] = {"type": kind}
-    for key, choose in (
-        ("minimum", max),
-        ("maximum", min),
-        ("exclusiveMinimum", max),
-        ("exclusiveMaximum", min),
-    ):
+    for key in ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"):
         bounds = [each.schema[key] for each in atoms if has_number(each, key)]
         if bounds:
-            made[key] = choose(bounds)
+            made[key] = max(bounds) if key.endswith("inimum") else min(bounds)
     for each in atoms:
         divisor = each.schema.get("multipleOf", 1)
         if "multipleOf" in each.schema and not (kind == "integer" and divisor == 1):

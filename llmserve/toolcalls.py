@@ -6,7 +6,7 @@ The constraint of a forced call holds the arguments to the tool's parameters, al
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from openai.types.responses import FunctionTool
 from vllm.entrypoints.generate.base.protocol import (
@@ -58,7 +58,8 @@ def mended(parser: type[ToolParser]) -> type[ToolParser]:
     if issubclass(parser, ObjectArguments) or is_mistral_tool_parser(parser):
         return parser
     own = (TaggedCalls,) if issubclass(parser, Hermes2ProToolParser) else ()
-    return type(parser.__name__, (*own, ObjectArguments, parser), {})
+    made = type(parser.__name__, (*own, ObjectArguments, parser), {})
+    return cast("type[ToolParser]", made)
 
 
 class ObjectArguments(ToolParser):
