@@ -77,8 +77,8 @@ def _budgets(spec: ModelSpec, box: Box, size: Size, headroom: float) -> Iterator
         text, least = amount(size.least)
         yield _remedy(spec, f"kv_cache: {text}", kv_cache=least)
     elif spec.memory is not None:
-        text, least = amount(size.needs)
-        yield _remedy(spec, f"memory: {text}", memory=least)
+        text, needed = amount(size.needs)
+        yield _remedy(spec, f"memory: {text}", memory=needed)
     elif spec.gpu_memory_utilization is not None:
         gpus = [gpu for group in checks.groups(spec, box) for gpu in group] or box
         most = math.floor(100 * (1 - headroom) + 1e-6) / 100
