@@ -74,8 +74,8 @@ def of(
 def _budgets(spec: ModelSpec, box: Box, size: Size, headroom: float) -> Iterator[Remedy]:
     """The most that may be given away, where it asks for more; the least that holds it."""
     if spec.kv_cache is not None and size.least:
-        text, least = amount(size.least)
-        yield _remedy(spec, f"kv_cache: {text}", kv_cache=least)
+        text, needed = amount(size.least)
+        yield _remedy(spec, f"kv_cache: {text}", kv_cache=needed)
     elif spec.memory is not None:
         text, needed = amount(size.needs)
         yield _remedy(spec, f"memory: {text}", memory=needed)
