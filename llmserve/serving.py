@@ -79,6 +79,7 @@ from llmserve.pace import Paced
 from llmserve.protocol import Ongoing, cannot, describe_path, failure
 from llmserve.responses import Responses, owned_by
 from llmserve.stream import FIRST_S
+from llmserve.toolcalls import mend_parsers
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -262,6 +263,7 @@ class Serving:
             await _init_state(engine, state, spec, tasks)
         # init_app_state makes this object itself; no argument of it sets the class.
         state.openai_serving_models.__class__ = PublicNames
+        mend_parsers(state)
         if spec.sampling.max_tokens is not None:
             _default_not_limit(state)
         for processor in _processors(state):
