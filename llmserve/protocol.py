@@ -154,28 +154,5 @@ def model_card(name: str, model: Model, created: int, running: Running | None) -
     return card
 
 
-def describe_path(loc: Iterable[int | str], body: Any) -> str:
-    """Where in `body` a validation error is, as `messages.0.role`.
-
-    pydantic puts the names of union branches and validators into `loc`; only what
-    leads somewhere in the body is kept, and the last word if it is what is missing.
-    """
-    path: list[str] = []
-    *inner, last = loc or ("",)
-    for step in inner:
-        if _leads_on(body, step):
-            body = body[step]
-            path.append(str(step))
-    if isinstance(last, int) or (isinstance(last, str) and last.isidentifier()):
-        path.append(str(last))
-    return ".".join(path)
-
-
-def _leads_on(value: Any, step: int | str) -> bool:
-    if isinstance(value, dict):
-        return step in value
-    return isinstance(value, list) and isinstance(step, int) and 0 <= step < len(value)
-
-
 def cannot(model: str, endpoint: str, able: Iterable[str]) -> str:
     return f"The model {quoted(model)} does not do {endpoint}; it does: {', '.join(sorted(able))}."

@@ -17,7 +17,7 @@ from argparse import Namespace
 from collections.abc import AsyncGenerator, Awaitable
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -59,8 +59,8 @@ from vllm.exceptions import VLLMError, VLLMValidationError
 from vllm.v1.engine.exceptions import EngineDeadError
 
 import llmserve.media  # noqa: F401  # registers what fetches the URLs of images
-from llmserve import garbage, sse, wire
-from llmserve.bounded import bounded
+from llmserve import garbage, sse, tokencount, wire
+from llmserve.bounded import bounded, shape_of
 from llmserve.checked import Refused
 from llmserve.engine import request_defaults
 from llmserve.errors import (
@@ -74,9 +74,11 @@ from llmserve.errors import (
     quoted,
 )
 from llmserve.express import Chat, Completions, Express, Noted, Terms, encoder_of
+from llmserve.mistakes import mistake
 from llmserve.nulls import schema_of, without_nulls
 from llmserve.pace import Paced
-from llmserve.protocol import Ongoing, cannot, describe_path, failure
+from llmserve.protocol import Ongoing, cannot, failure
+from llmserve.quantities import check_choices
 from llmserve.responses import Responses, owned_by
 from llmserve.stream import FIRST_S
 
@@ -85,6 +87,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from prometheus_client import CollectorRegistry
+    from pydantic_core import SchemaValidator
     from starlette.requests import Request
     from starlette.types import ASGIApp, Scope
     from vllm.lora.request import LoRARequest
@@ -105,6 +108,9 @@ TOO_LONG = (
     "maximum model length",
     "exceeds the max_model_len",
 )
+
+# OpenAI's words of it, by which LiteLLM and others tell it from other refusals.
+_CONTEXT = "This model's maximum context length is"
 
 # The name that the running request used for its model.
 _asked: ContextVar[str] = ContextVar("asked")
@@ -131,6 +137,10 @@ class Handler:
     request: TypeAdapter[Any]
     nulls: frozenset[str] | None = None
     events: tuple[type[BaseModel], ...] = ()
+
+    @cached_property
+    def shape(self) -> SchemaValidator:
+        return shape_of(self.request)
 
     def pruned(self, frame: bytes) -> bytes:
         """An event that came as text, without nulls."""
@@ -246,6 +256,7 @@ class Serving:
     @classmethod
     async def build(cls, spec: ModelSpec, engine: Engine) -> Serving:
         """Also the first call into the engine: one that died at once is noticed here."""
+        tokencount.count_whole_prompts()
         await wire.take_over(engine.client, engine.flow)
         vars(engine.client)["add_request"] = Paced(engine.client.add_request)
         # Reads the tokenizer again and compares: the other models go on meanwhile.
@@ -375,7 +386,7 @@ class Serving:
             body = {name: value for name, value in body.items() if name != "request_id"}
         if endpoint in _GENERATING:
             await self.engine.client.check_explicit(body)
-        parsed = await _validated(handler.request, body, endpoint, request.scope)
+        parsed = await _validated(handler, body, endpoint, request.scope)
         owner = request.scope.get("state", {}).get("owner", "")
         self._check_previous(parsed, owner)
         with Noted() as calls, owned_by(owner):
@@ -484,10 +495,16 @@ class Serving:
             return self._dead()
         if isinstance(error, Refused):
             return error.refusal
+        if isinstance(error, ValidationError):  # of a class that vLLM makes of a part of a body
+            found = mistake(error.errors(include_url=False), None)
+            found.param = None  # where that part is in the body is not known here
+            return found
         refusal = self._refusal(create_error_response(error).error)
         foreseen = isinstance(error, VLLMError | ValueError)
         if isinstance(refusal, EngineError) or not foreseen:
             log.error("model=%s request failed", self.name, exc_info=error)
+        if isinstance(error, TypeError | OverflowError):  # Python's words
+            refusal.message = f"A value in the body has a type that {quoted(self.name)} cannot take."
         if foreseen or refusal.status != 500:
             return refusal
         return EngineError(f"{quoted(self.name)} failed on this request.")
@@ -501,12 +518,18 @@ class Serving:
         if info.code >= 500:
             return self._failure_of(info.code, message)
         if any(phrase in message for phrase in TOO_LONG):
-            return ContextTooLong(message, param=info.param)
+            return ContextTooLong(self._too_long(message), param=info.param or "input_tokens")
         error = RequestError(
             message, param=info.param, code="not_found" if info.code == 404 else None
         )
         error.status = info.code
         return error
+
+    def _too_long(self, message: str) -> str:
+        """With the words by which clients know such a refusal, and no more than is known."""
+        if not message.startswith(_CONTEXT):
+            message = f"{_CONTEXT} {self.max_model_len} tokens. {message}"
+        return tokencount.exact(message)
 
     def _failure_of(self, status: int, message: str) -> LLMServeError:
         if self.dead:
@@ -584,40 +607,42 @@ def _default_not_limit(state: State) -> None:
             serving.override_max_tokens = None
 
 
-async def _validated(
-    adapter: TypeAdapter[Any], body: dict[str, Any], endpoint: str, scope: Scope
-) -> Any:
+async def _validated(handler: Handler, body: dict[str, Any], endpoint: str, scope: Scope) -> Any:
     """A large body is validated beside the loop."""
     off_loop: OffLoop | None = scope.get("state", {}).get("off_loop")
     if off_loop is None:
-        return _validate(adapter, body, endpoint)
-    return await off_loop.run(_validate, adapter, body, endpoint)
+        return _validate(handler, body, endpoint)
+    return await off_loop.run(_validate, handler, body, endpoint)
 
 
-def _validate(adapter: TypeAdapter[Any], body: dict[str, Any], endpoint: str) -> Any:
-    """A body as vLLM's request class. Raises RequestError, short, with the deepest finding."""
+def _validate(handler: Handler, body: dict[str, Any], endpoint: str) -> Any:
+    """A body as vLLM's request class. Raises RequestError, short, with the deepest mistake."""
     try:
-        return adapter.validate_python(body)
+        parsed = handler.request.validate_python(body)
     except ValidationError as error:
-        raise _finding(error, body) from None
+        raise mistake(error.errors(include_url=False), body) from None
     except VLLMValidationError as error:
         raise RequestError(_short(error.args[0]), param=error.parameter) from None
     except (TypeError, ValueError, AttributeError, KeyError):
         # vLLM's validators read the body before its types are checked.
-        raise RequestError(f"The body is not that of a request for {endpoint}.") from None
+        raise _misread(handler, body, endpoint) from None
+    check_choices("n", getattr(parsed, "n", None) or 1, _prompts_of(parsed))
+    return parsed
 
 
-def _finding(error: ValidationError, body: dict[str, Any]) -> RequestError:
-    details = error.errors(include_url=False, include_input=False)
-    deepest = max(details, key=lambda d: len(describe_path(d["loc"], body).split(".")))
-    cause = deepest.get("ctx", {}).get("error")
-    param = getattr(cause, "parameter", None) or describe_path(deepest["loc"], body) or None
-    message = cause.args[0] if isinstance(cause, VLLMValidationError) else deepest["msg"]
-    return RequestError(
-        _short(f"{param}: {message}" if param else message),
-        param=param,
-        code="missing_required_parameter" if deepest["type"] == "missing" else None,
-    )
+def _prompts_of(parsed: Any) -> int:
+    prompt = getattr(parsed, "prompt", None)
+    texts = isinstance(prompt, list) and bool(prompt) and not isinstance(prompt[0], int)
+    return len(prompt) if texts else 1
+
+
+def _misread(handler: Handler, body: dict[str, Any], endpoint: str) -> RequestError:
+    """What is wrong with the types of a body that one of vLLM's validators failed on."""
+    try:
+        handler.shape.validate_python(body)
+    except ValidationError as error:
+        return mistake(error.errors(include_url=False), body)
+    return RequestError(f"The body is not that of a request for {endpoint}.")
 
 
 def _short(message: str, limit: int = 500) -> str:

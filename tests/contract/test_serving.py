@@ -112,11 +112,11 @@ async def test_what_openai_does_not_allow_to_be_null_is_left_out(fake: Services)
             "logprobs",
             "invalid_value",
         ),
-        ("/v1/completions", {"prompt": "word " * 3000}, "input_tokens", "context_length_exceeded"),
+        ("/v1/completions", {"prompt": "word " * 3000}, "prompt", "context_length_exceeded"),
         (
             "/v1/chat/completions",
             {"messages": [{"role": "user", "content": "word " * 3000}], "stream": True},
-            "input_tokens",
+            "messages",
             "context_length_exceeded",
         ),
         ("/v1/embeddings", {"input": "hi"}, "model", "unsupported_model"),

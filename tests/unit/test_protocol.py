@@ -11,7 +11,6 @@ from llmserve.errors import Overloaded, RequestError
 from llmserve.protocol import (
     ENDPOINTS,
     cannot,
-    describe_path,
     error_body,
     model_card,
     parse_object,
@@ -157,32 +156,6 @@ def test_the_card_of_a_model_and_of_its_adapter() -> None:
     card = model_card("sql", model, 7, None)
     assert card["parent"] == "chat"
     assert "max_model_len" not in card
-
-
-@pytest.mark.parametrize(
-    ("loc", "body", "expected"),
-    [
-        (("messages", 0, "role"), {"messages": [{}]}, "messages.0.role"),
-        (
-            ("messages", 0, "ChatCompletionUserMessageParam", "content"),
-            {"messages": [{"content": 3}]},
-            "messages.0.content",
-        ),
-        (("function-after[_check(), Request]", "temperature"), {"temperature": "x"}, "temperature"),
-        (("input", "list[str]"), {"input": 3}, "input"),
-        (("input", "list[int]", 1), {"input": [1, "x"]}, "input.1"),
-        ((), {}, ""),
-    ],
-)
-def test_a_path_holds_only_what_is_in_the_body(
-    loc: tuple[int | str, ...], body: Any, expected: str
-) -> None:
-    assert describe_path(loc, body) == expected
-
-
-@given(st.lists(st.integers() | KEYS, max_size=5).map(tuple), JSON)
-def test_describing_a_path_never_raises(loc: tuple[int | str, ...], body: Any) -> None:
-    assert isinstance(describe_path(loc, body), str)
 
 
 def test_what_a_model_cannot_do_and_what_it_can() -> None:

@@ -1,0 +1,115 @@
+"""What a client is told of a wrong body, on every route."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any, get_args
+
+import httpx
+import pytest
+from pydantic import BaseModel
+
+from llmserve import app
+from llmserve.bounded import shape_of
+from llmserve.errors import RequestError
+from llmserve.protocol import ENDPOINTS
+from llmserve.serving import HANDLERS, _validate
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from llmserve.routes import Services
+
+USER = {"role": "user", "content": "hello"}
+BASE: dict[str, dict[str, Any]] = {
+    "chat completions": {"messages": [USER], "max_tokens": 1},
+    "completions": {"prompt": "hello", "max_tokens": 1},
+    "responses": {"input": "hello", "max_output_tokens": 1},
+    "messages": {"messages": [USER], "max_tokens": 1},
+    "token counts": {"messages": [USER]},
+    "tokenization": {"prompt": "hello"},
+    "detokenization": {"tokens": [1]},
+}
+WRONG: list[Any] = [
+    *(5, -1, 1.5, 1e300, True, "wrong", "9" * 40, "", [], {}),
+    *([5], ["wrong"], [[]], [{}], [{"type": 5}], [{"role": 5}], [{"type": "wrong"}], [None]),
+    *({"type": 5}, {"type": "wrong"}, {"name": [5]}, {"a": {"b": [None]}}, {"type": "function"}),
+    *([{"role": "user"}], [{"role": "user", "content": 5}], [{"role": "user", "content": [5]}]),
+    [{"role": "user", "content": [{"type": "text", "text": 5}]}],
+    [{"role": "user", "content": [{"type": "input_image"}]}],
+    [{"role": "assistant", "tool_calls": [{"id": 5}]}],
+    [{"role": "assistant", "tool_calls": 5}],
+    [{"role": "tool", "content": {}}],
+    [{"type": "function", "function": 5}],
+    [{"type": "function", "function": {"name": 5}}],
+    [{"type": "function", "name": 5}],
+    [{"type": "function_call", "name": 5}],
+    [{"name": "f", "input_schema": 5}],
+]  # fmt: skip
+# Words of pydantic, of Python and of classes.
+_PROSE = re.compile(
+    r"Input should|validation error|pydantic|Value error|function-|ValidatorIterator|Literal\["
+    r"|NoneType|object has no|not subscriptable|not iterable|unexpected keyword|required positional"
+    r"|unhashable|[a-z]Param\b|[a-z]Request\b|ChatCompletion|Traceback|'(?:int|str|dict|list|float|bool)'"
+    r"|<class|KeyError|indices must"
+)
+
+
+_NOT_THEIRS = {"model", "request_id", "file"}  # a file is checked as the form is read
+
+
+def _classes(kind: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        yield kind
+    for each in get_args(kind):
+        yield from _classes(each)
+
+
+def fields_of(endpoint: str) -> list[str]:
+    kinds = _classes(HANDLERS[endpoint].request._type)
+    return sorted({field for kind in kinds for field in kind.model_fields} - _NOT_THEIRS)
+
+
+def check_error(error: dict[str, Any], body: dict[str, Any], fields: list[str]) -> None:
+    assert not _PROSE.search(error["message"]), error
+    assert len(error["message"]) < 1000
+    assert error["message"].isprintable()
+    if error["param"] is not None:
+        first, *_ = error["param"].split(".")
+        assert first in body or first in fields, error
+        assert "[" not in error["param"], error
+
+
+@pytest.mark.parametrize("endpoint", HANDLERS)
+def test_wrong_value_in_any_field_is_told_in_plain_words(endpoint: str) -> None:
+    fields = fields_of(endpoint)
+    refused = 0
+    for field in fields:
+        for wrong in WRONG:
+            body = {"model": "chat"} | BASE.get(endpoint, {}) | {field: wrong}
+            try:
+                _validate(HANDLERS[endpoint], body, endpoint)
+            except RequestError as error:
+                refused += 1
+                check_error({"message": error.message, "param": error.param}, body, fields)
+    assert refused > len(fields)
+
+
+@pytest.mark.parametrize("endpoint", [each for each in ENDPOINTS if each.name in BASE], ids=str)
+async def test_wrong_value_in_any_field_is_told_by_the_route(fake: Services, endpoint: Any) -> None:
+    fields = fields_of(endpoint.name)
+    transport = httpx.ASGITransport(app.build(fake))
+    async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=60) as client:
+        for field in fields:
+            for wrong in WRONG:
+                body = {"model": "chat"} | BASE[endpoint.name] | {field: wrong}
+                reply = await client.post(endpoint.paths[0], json=body)
+                assert reply.status_code in {200, 400, 404}, (field, wrong, reply.text)
+                if reply.status_code != 200:
+                    check_error(reply.json()["error"], body, fields)
+
+
+@pytest.mark.parametrize("endpoint", HANDLERS)
+def test_shape_of_a_class_takes_what_the_class_takes(endpoint: str) -> None:
+    if endpoint in BASE:
+        shape_of(HANDLERS[endpoint].request).validate_python({"model": "m"} | BASE[endpoint])
