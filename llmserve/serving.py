@@ -38,7 +38,7 @@ from vllm.entrypoints.openai.chat_completion.protocol import (
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest, CompletionStreamResponse
 from vllm.entrypoints.openai.models.protocol import LoRAModulePath
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
-from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+from vllm.entrypoints.openai.responses.protocol import ResponsesRequest, ResponsesResponse
 from vllm.entrypoints.pooling.classify.protocol import ClassificationRequest
 from vllm.entrypoints.pooling.embed.protocol import EmbeddingRequest
 from vllm.entrypoints.pooling.pooling.protocol import PoolingRequest
@@ -59,7 +59,7 @@ from vllm.exceptions import VLLMError, VLLMValidationError
 from vllm.v1.engine.exceptions import EngineDeadError
 
 import llmserve.media  # noqa: F401  # registers what fetches the URLs of images
-from llmserve import garbage, sse, tokencount, wire
+from llmserve import garbage, history, required, sse, tokencount, wire
 from llmserve.bounded import bounded, shape_of
 from llmserve.checked import Refused
 from llmserve.engine import request_defaults
@@ -83,7 +83,7 @@ from llmserve.responses import Responses, owned_by
 from llmserve.stream import FIRST_S
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from prometheus_client import CollectorRegistry
@@ -123,13 +123,18 @@ class PublicNames(OpenAIServingModels):
         return _asked.get(super().model_name(lora_request))
 
 
+def _whole(answer: dict[str, Any]) -> dict[str, Any]:
+    return answer
+
+
 @dataclass(frozen=True)
 class Handler:
     """How one endpoint is served: the State's object, its method, the request's type.
 
     `nulls` are the keys that may be null in OpenAI's schema; None leaves the answer as
     it is, where there is no such schema. `events` are the classes of events that vLLM writes
-    as text; the others come as what they are.
+    as text; the others come as what they are. `required` adds the keys that vLLM leaves out;
+    a frame that needs it has `mark`.
     """
 
     owner: str
@@ -137,6 +142,8 @@ class Handler:
     request: TypeAdapter[Any]
     nulls: frozenset[str] | None = None
     events: tuple[type[BaseModel], ...] = ()
+    required: Callable[[dict[str, Any]], dict[str, Any]] = _whole
+    mark: bytes = b":null"
 
     @cached_property
     def shape(self) -> SchemaValidator:
@@ -144,19 +151,20 @@ class Handler:
 
     def pruned(self, frame: bytes) -> bytes:
         """An event that came as text, without nulls."""
-        if self.nulls is None or b":null" not in frame:
+        if self.nulls is None or (b":null" not in frame and self.mark not in frame):
             return frame
         payload = sse.payload(frame)
         if payload is None:
             return frame
-        return sse.with_payload(frame, without_nulls(payload, schema_of(*self.events), self.nulls))
+        pruned = without_nulls(payload, schema_of(*self.events), self.nulls)
+        return sse.with_payload(frame, self.required(pruned))
 
     def content(self, answer: BaseModel) -> bytes:
         """An answer, or an event that came as an object, as JSON without nulls."""
         content = answer.model_dump(mode="json", by_alias=True)
         if self.nulls is not None:
             content = without_nulls(content, schema_of(type(answer)), self.nulls)
-        return _json(content)
+        return _json(self.required(content))
 
 
 _CHAT_NULLS = frozenset({"content", "refusal", "logprobs", "finish_reason", "usage"})
@@ -176,6 +184,8 @@ HANDLERS: dict[str, Handler] = {
         bounded(ChatCompletionRequest),
         _CHAT_NULLS,
         (ChatCompletionStreamResponse,),
+        required.of_chat,
+        b'"logprobs":{',
     ),
     "completions": Handler(
         "openai_serving_completion",
@@ -189,6 +199,7 @@ HANDLERS: dict[str, Handler] = {
         "create_responses",
         bounded(ResponsesRequest),
         _RESPONSE_NULLS,
+        required=required.of_response,
     ),
     "messages": Handler(
         "anthropic_serving_messages",
@@ -196,6 +207,8 @@ HANDLERS: dict[str, Handler] = {
         bounded(AnthropicMessagesRequest),
         frozenset({"stop_reason", "stop_sequence"}),
         (AnthropicStreamEvent,),
+        required.of_message,
+        b'"usage":{',
     ),
     "token counts": Handler(
         "anthropic_serving_messages",
@@ -286,7 +299,8 @@ class Serving:
         self._stored = stored
         responses = getattr(self._state, "openai_serving_responses", None)
         if responses is not None:
-            stored.keep_for(responses, _stored_answer)
+            stored.keep_for(responses, _stored_answer, required.ended)
+            history.keep_calls(responses)
 
     async def changed(self, spec: ModelSpec) -> Serving:
         """The same engine under new serving objects; requests under way keep theirs."""
@@ -396,6 +410,8 @@ class Serving:
         if endpoint == "responses" and parsed.background and isinstance(result, AsyncGenerator):
             await result.aclose()
             result = self._stored.replay(parsed.request_id)
+        elif endpoint == "responses":
+            result = _whole_response(result, parsed)
         express = self._express.get(endpoint)
         if express is not None and isinstance(result, AsyncGenerator):
             stream = express.carry(parsed, body, asked, request.scope, calls)
@@ -651,6 +667,15 @@ def _short(message: str, limit: int = 500) -> str:
     return line if len(line) <= limit else line[:limit] + "..."
 
 
+def _whole_response(result: Any, request: Any) -> Any:
+    if isinstance(result, AsyncGenerator):
+        return required.with_ends(result, request)
+    if isinstance(result, ResponsesResponse):
+        required.echo(result, request)
+        required.ended(result)
+    return result
+
+
 def _event_of(item: BaseModel, handler: Handler) -> bytes:
     name = getattr(item, "type", "unknown")
     return f"event: {name}\n".encode() + b"data: " + handler.content(item) + b"\n\n"
@@ -667,8 +692,8 @@ def _stored_answer(result: Any) -> Response:
 async def _replayed(
     events: AsyncGenerator[Any, None], handler: Handler
 ) -> AsyncGenerator[bytes, None]:
-    async with contextlib.aclosing(events):
-        async for event in events:
+    async with contextlib.aclosing(required.with_ends(events)) as whole:
+        async for event in whole:
             yield _event_of(event, handler)
 
 
