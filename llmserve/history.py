@@ -20,7 +20,7 @@ def keep_calls(handler: OpenAIServingResponses) -> None:
     """
     if handler.use_harmony:
         return
-    render = handler._render_resolved_response_inputs
+    render = handler._render_resolved_response_inputs  # noqa: SLF001  # no public name of it
 
     async def rendered(request: Any, previous: Any, **more: Any) -> Any:
         if previous is None:

@@ -129,9 +129,7 @@ _ANTHROPIC_KINDS = {
 }
 
 
-def error_response(
-    error: LLMServeError, path: str = "", request_id: str | None = None
-) -> Response:
+def error_response(error: LLMServeError, path: str = "", request_id: str | None = None) -> Response:
     """In the way of the API that `path` belongs to."""
     anthropic = f"{path}/".startswith(_ANTHROPIC)
     body = anthropic_error(error, request_id) if anthropic else error_body(error)

@@ -401,6 +401,7 @@ class Serving:
         if endpoint in _GENERATING:
             await self.engine.client.check_explicit(body)
         parsed = await _validated(handler, body, endpoint, request.scope)
+        without_own_size(parsed, self.engine.client.model_config)
         owner = request.scope.get("state", {}).get("owner", "")
         self._check_previous(parsed, owner)
         with Noted() as calls, owned_by(owner):
@@ -520,7 +521,9 @@ class Serving:
         if isinstance(refusal, EngineError) or not foreseen:
             log.error("model=%s request failed", self.name, exc_info=error)
         if isinstance(error, TypeError | OverflowError):  # Python's words
-            refusal.message = f"A value in the body has a type that {quoted(self.name)} cannot take."
+            refusal.message = (
+                f"A value in the body has a type that {quoted(self.name)} cannot take."
+            )
         if foreseen or refusal.status != 500:
             return refusal
         return EngineError(f"{quoted(self.name)} failed on this request.")
@@ -665,6 +668,13 @@ def _short(message: str, limit: int = 500) -> str:
     """One bounded line, without what vLLM appends: parts of the request."""
     line = " ".join(_APPENDED.sub("", str(message)).split())
     return line if len(line) <= limit else line[:limit] + "..."
+
+
+def without_own_size(request: Any, model_config: Any) -> None:
+    """A model's own dimensions ask for nothing; vLLM refuses any number for most models."""
+    dimensions = getattr(request, "dimensions", None)
+    if dimensions is not None and dimensions == model_config.embedding_size:
+        request.dimensions = None
 
 
 def _whole_response(result: Any, request: Any) -> Any:

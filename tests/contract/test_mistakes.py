@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import re
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, get_args
 
 import httpx
 import pytest
 from pydantic import BaseModel
+from vllm.config import ModelConfig
+from vllm.exceptions import VLLMValidationError
+from vllm.renderers.params import TokenizeParams
 
-from llmserve import app
+from llmserve import app, tokencount
+from llmserve.body import _checked
 from llmserve.bounded import shape_of
 from llmserve.errors import RequestError
 from llmserve.protocol import ENDPOINTS
-from llmserve.serving import HANDLERS, _validate
+from llmserve.serving import HANDLERS, _validate, without_own_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -113,3 +119,46 @@ async def test_wrong_value_in_any_field_is_told_by_the_route(fake: Services, end
 def test_shape_of_a_class_takes_what_the_class_takes(endpoint: str) -> None:
     if endpoint in BASE:
         shape_of(HANDLERS[endpoint].request).validate_python({"model": "m"} | BASE[endpoint])
+
+
+@pytest.mark.parametrize("endpoint", ["chat completions", "completions"])
+@pytest.mark.parametrize("n", [10_000, "10000", " 129 ", 129.0])
+def test_choices_have_a_limit_however_they_are_written(endpoint: str, n: Any) -> None:
+    body = {"model": "m"} | BASE[endpoint] | {"n": n}
+    with pytest.raises(RequestError, match="limit is 128"):
+        _validate(HANDLERS[endpoint], body, endpoint)
+
+
+def test_vllm_cuts_long_prompts_where_tokencount_expects() -> None:
+    whole = TokenizeParams.get_encode_kwargs
+    bare = getattr(whole, "__wrapped__", whole)
+    params = TokenizeParams(max_total_tokens=2048)
+    assert bare(params)["max_length"] == 2049
+    assert tokencount._whole(bare)(params)["max_length"] == tokencount.LIMIT + 1
+    cut = TokenizeParams(max_total_tokens=2048, truncate_prompt_tokens=7)
+    assert tokencount._whole(bare)(cut) == bare(cut)
+    with pytest.raises(VLLMValidationError) as caught:
+        params.apply_post_tokenization(None, {"prompt_token_ids": [1] * 2049})
+    said = "contains at least 2049 input tokens"
+    assert said in str(caught.value)
+    assert "contains 2049 input tokens" in tokencount.exact(said)
+    more = f"contains {tokencount.LIMIT + 1} input tokens"
+    assert tokencount.exact(more) == more.replace("contains", "contains at least")
+
+
+@pytest.mark.parametrize(("asked", "left"), [(384, None), (100, 100), (None, None)])
+def test_own_dimensions_of_a_model_ask_for_nothing(asked: int | None, left: int | None) -> None:
+    request = SimpleNamespace(dimensions=asked)
+    without_own_size(request, SimpleNamespace(embedding_size=384))
+    assert request.dimensions == left
+    assert isinstance(vars(ModelConfig)["embedding_size"], property)
+
+
+@pytest.mark.parametrize("endpoint", HANDLERS)
+def test_null_in_any_field_is_as_if_left_out(endpoint: str) -> None:
+    """What the body's reader leaves at the top; below, `bounded` does."""
+    base = BASE.get(endpoint, {}) | {"model": "m"}
+    for field in fields_of(endpoint):
+        if endpoint in BASE and field not in base:
+            raw = json.dumps(base | {field: None}).encode()
+            _validate(HANDLERS[endpoint], _checked(raw), endpoint)

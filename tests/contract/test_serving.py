@@ -502,7 +502,13 @@ async def test_stream_of_response_in_background_ends(fake: Services, *, cancelle
 
 # --- what schemas require
 
-CALL = {"type": "function_call", "id": "fc_1", "call_id": "c1", "name": "f", "arguments": '{"a": 1}'}
+CALL = {
+    "type": "function_call",
+    "id": "fc_1",
+    "call_id": "c1",
+    "name": "f",
+    "arguments": '{"a": 1}',
+}
 RESULT = {"type": "function_call_output", "call_id": "c1", "output": "sunny"}
 
 

@@ -1,16 +1,16 @@
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NotRequired
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError, field_validator
-from typing_extensions import NotRequired, TypedDict
+from typing_extensions import TypedDict
 
 from llmserve.bounded import bounded
 from llmserve.errors import RequestError
-from llmserve.mistakes import mistake, path_of
+from llmserve.mistakes import mistake, name_as_sent, path_of
 
 KEYS = st.text(max_size=5)
 JSON = st.recursive(
@@ -172,3 +172,48 @@ def test_path_of_holds_only_what_is_in_the_body(
 @given(st.lists(st.integers() | KEYS, max_size=5), JSON, st.booleans())
 def test_path_of_anything_never_raises(loc: list[int | str], body: Any, missing: bool) -> None:
     assert isinstance(path_of(loc, body, missing=missing), tuple)
+
+
+@pytest.mark.parametrize(
+    ("param", "body", "sent"),
+    [
+        ("input_tokens", {"messages": []}, "messages"),
+        ("input_tokens", {"prompt": ""}, "prompt"),
+        ("max_tokens", {"max_output_tokens": 5}, "max_output_tokens"),
+        ("max_tokens", {"max_tokens": 5}, "max_tokens"),
+        ("temperature", {"messages": []}, "temperature"),
+        (None, {"messages": []}, None),
+    ],
+)
+def test_name_as_sent_is_that_of_the_body(
+    param: str | None, body: dict[str, Any], sent: str | None
+) -> None:
+    error = RequestError(f"{param} is wrong", param=param)
+    name_as_sent(error, body)
+    assert (error.param, error.message) == (sent, f"{sent} is wrong")
+
+
+class Field2(TypedDict):
+    name: NotRequired[str]
+    note: NotRequired[str | None]
+    data: NotRequired[dict[str, Any]]
+
+
+class Nulls(BaseModel):
+    parts: list[Field2] = []
+    n: int = 3
+    rate: float | None = 0.5
+
+
+def test_null_of_a_field_that_takes_none_is_as_if_left_out() -> None:
+    part = {"name": None, "note": None, "data": {"name": None}}
+    taken = bounded(Nulls).validate_python({"parts": [part], "n": None, "rate": None})
+    assert taken.n == 3
+    assert taken.rate is None
+    assert taken.parts == [{"note": None, "data": {"name": None}}]
+
+
+@pytest.mark.parametrize("number", [2**64, -(2**63) - 1, "9" * 40])
+def test_integer_beyond_64_bits_is_refused(number: Any) -> None:
+    assert told({"messages": [USER], "n": number}).param == "n"
+    assert told({"n": number}, bounded(Nulls)).param == "n"
