@@ -21,7 +21,7 @@ from llmserve.body import _checked
 from llmserve.bounded import shape_of
 from llmserve.errors import RequestError
 from llmserve.protocol import ENDPOINTS
-from llmserve.serving import HANDLERS, _validate, without_own_size
+from llmserve.serving import HANDLERS, TOO_LONG, Serving, _validate, without_own_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -154,6 +154,15 @@ def test_vllm_cuts_long_prompts_where_tokencount_expects() -> None:
     assert "contains 2049 input tokens" in tokencount.exact(said)
     more = f"contains {tokencount.LIMIT + 1} input tokens"
     assert tokencount.exact(more) == more.replace("contains", "contains at least")
+
+
+@pytest.mark.parametrize("said", TOO_LONG)
+def test_prompt_that_does_not_fit_is_told_in_openai_s_words(said: str) -> None:
+    """LiteLLM and others know it by them (`is_error_str_context_window_exceeded`)."""
+    serving: Any = SimpleNamespace(max_model_len=2048)
+    told = Serving._too_long(serving, f"The prompt {said}.")
+    assert told.startswith("This model's maximum context length is 2048 tokens. ")
+    assert Serving._too_long(serving, told) == told
 
 
 @pytest.mark.parametrize(("asked", "left"), [(384, None), (100, 100), (None, None)])
