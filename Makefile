@@ -11,6 +11,7 @@ endif
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+PROGRESS := $(BIN)/python requirements/progress.py
 OTHER := $(filter-out $(VARIANT),cpu cuda)
 READY := $(VENV)/.llmserve
 TOOLS := $(VENV)/.tools
@@ -28,8 +29,9 @@ install: $(READY) ## The virtual environment with vLLM and llmserve.
 models: $(READY) ## The two demo models, in models/.
 	@$(BIN)/python -m llmserve.demo
 
-test: simulate models ## What CI runs; ARGS go to pytest.
-	$(BIN)/python -m pytest -m "not gpu" --cov --cov-report=term-missing:skip-covered $(ARGS)
+# Two files at a time, those with engines first: engines start in one while the other works.
+test: $(TOOLS) models ## What CI runs; ARGS go to pytest.
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu" --cov --cov-report=term-missing:skip-covered $(ARGS) tests/integration tests/contract tests/unit tests/simulator
 
 simulate: $(TOOLS) ## Requests and engines' lives under random interleavings, from SEED on.
 	$(BIN)/python -m tests.simulator $(SEED) 2000
@@ -52,19 +54,20 @@ clean: ## Remove the environment; the models stay.
 
 $(VENV)/.python:
 	@$(PYTHON) -c 'import sys; (3, 11) <= sys.version_info < (3, 15) or sys.exit(f"{sys.executable} is Python {sys.version.split()[0]}; vLLM runs on 3.11 to 3.14: make PYTHON=python3.12")'
-	$(PYTHON) -m venv $(VENV)
+	@echo 'A virtual environment in $(VENV)'
+	@$(PYTHON) -m venv $(VENV)
 	@touch $@
 
 # Without dependencies: a lock names them all, and pip would add what cpu.exclude keeps out.
 $(VENV)/.cpu $(VENV)/.cuda: $(VENV)/.%: requirements/%.lock $(VENV)/.python
 	@test ! -e $(VENV)/.$(OTHER) || { echo '$(VENV) holds the $(OTHER) variant; $* needs its own: make clean, or VENV=.venv-$*' >&2; exit 1; }
-	@test $* = cuda || requirements/torch-cpu.sh $(BIN)/python $<
-	$(PIP) install --no-deps -r $<
+	@test $* = cuda || $(PROGRESS) $(VENV)/torch.log torch 1 requirements/torch-cpu.sh $(BIN)/python $<
+	@$(PROGRESS) $(VENV)/pip.log vllm "$$(grep -c '^[a-z0-9]' $<)" $(PIP) install --no-deps -r $<
 	@touch $@
 
 # The build needs setuptools only, which the lock has brought.
 $(READY): pyproject.toml $(VENV)/.$(VARIANT)
-	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
+	@$(PIP) install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
 $(TOOLS): requirements/dev.lock $(READY)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from llmserve import checkpoint, garbage
 from llmserve.child import log_file
-from llmserve.errors import LLMServeError, StartupError
+from llmserve.errors import ModelUnusable, ShapeUnknown, StartupError
 from llmserve.replica import State
 from llmserve.silence import Silence, cpu_s
 from llmserve.startlog import StartLog, cause_of
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager, AbstractContextManager
 
     from llmserve.config import Config, ModelSpec
-    from llmserve.hub import Wanted
+    from llmserve.hub import Fetched, Wanted
     from llmserve.replica import Running
     from llmserve.residency import Level, Takes
     from llmserve.space import Keep
@@ -153,14 +153,23 @@ def _retrieved(future: asyncio.Future[Any]) -> None:
 
 def _unless_flawed(spec: ModelSpec) -> None:
     """Raises StartupError for files that vLLM would fail on later, and without their name."""
-    folder = Path(spec.model)
-    if folder.is_dir() and spec.engine.get("load_format", "auto") in ("auto", "safetensors"):
-        try:
-            flaw = checkpoint.Folder(folder).flaw()
-        except LLMServeError:
-            return  # vLLM may make something of it
-        if flaw is not None:
-            raise StartupError(f"{spec.model}: {flaw}")
+    try:
+        files = checkpoint.of(spec, hub=False)
+        checkpoint.unless_flawed(spec, files)
+        files.config()
+    except ModelUnusable as error:
+        raise StartupError(error.message) from error
+    except ShapeUnknown:
+        return  # vLLM may make something of it
+
+
+def _with_folders(spec: ModelSpec, fetched: Mapping[str, Fetched]) -> ModelSpec:
+    """vLLM looks for adapters in another cache, and asks the hub again for a model by its name."""
+    folders = {repo: each.folder for repo, each in fetched.items()}
+    loras = {name: folders.get(source, source) for name, source in spec.loras.items()}
+    own = fetched.get(spec.model)
+    model = own.folder if own is not None and own.warning is not None else spec.model
+    return spec.model_copy(update={"loras": loras, "model": model})
 
 
 class Memory(Protocol):
@@ -194,8 +203,8 @@ class VllmBackend:
         self._threads = ThreadPoolExecutor(_STARTS, thread_name_prefix="start")
         self._imported: _Modules | None = None
         self._importing = asyncio.Lock()
-        # Folders: replicas wait for one download, and need no other when started again.
-        self._there: dict[Wanted, str] = {}
+        # Replicas wait for one download, and need no other when started again.
+        self._there: dict[Wanted, Fetched] = {}
         self._downloading: defaultdict[Wanted, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._killed = False
 
@@ -269,18 +278,20 @@ class VllmBackend:
             loop.call_soon_threadsafe(report, State.DOWNLOADING, note)
 
         hub = await loop.run_in_executor(self._threads, importlib.import_module, "llmserve.hub")
-        folders: dict[str, str] = {}
+        fetched: dict[str, Fetched] = {}
         for wanted in hub.Wanted.of(spec):
             async with self._downloading[wanted]:
                 there = self._there.get(wanted)
-                if there is None or not await asyncio.to_thread(Path(there).is_dir):
-                    self._there[wanted] = await loop.run_in_executor(
+                if there is None or not await asyncio.to_thread(Path(there.folder).is_dir):
+                    there = await loop.run_in_executor(
                         self._threads, hub.download, wanted, progress
                     )
-                folders[wanted.repo] = self._there[wanted]
-        # vLLM looks for adapters in another cache.
-        loras = {name: folders.get(source, source) for name, source in spec.loras.items()}
-        return spec.model_copy(update={"loras": loras})
+                    self._there[wanted] = there
+                    if there.warning is not None:
+                        log.warning("model=%s %s", spec.name, there.warning)
+                        report(State.DOWNLOADING, there.warning)
+            fetched[wanted.repo] = there
+        return _with_folders(spec, fetched)
 
     async def _modules(self) -> _Modules:
         """The importers of vLLM; the first import takes seconds."""

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 import huggingface_hub
 from huggingface_hub import errors
 
-from llmserve.errors import ShapeUnknown
-from llmserve.hub import told
+from llmserve.errors import ModelOutOfReach, ModelUnusable, ShapeUnknown
+from llmserve.huberrors import told
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -35,6 +35,9 @@ _HUB_THREADS = 8
 _HEADER_LIMIT = 100_000_000  # bytes; the format's own
 _FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # bytes; what is loaded in the model's dtype
 _KINDS = (".safetensors", ".bin", ".pt")  # in vLLM's order of preference
+_ADAPTER = "adapter_config.json"
+_POINTER = b"version https://git-lfs"
+_POINTER_BYTES = 1024  # at most, of a pointer
 _INDEX = "model.safetensors.index.json"
 _NO_WEIGHTS = ("adapter_", "optimizer", "scaler", "scheduler", "training_args")
 _TEXT = ("thinker_config", "text_config", "llm_config", "language_config")
@@ -110,7 +113,7 @@ class Checkpoint(ABC):
     def headers(self, files: Sequence[str]) -> list[Tensor]: ...
 
     def json(self, file: str) -> dict[str, Any]:
-        """A JSON file; empty if there is none. Raises ShapeUnknown if it is none."""
+        """A JSON file; empty if there is none. Raises ModelUnusable if it is none."""
         if file not in self.sizes:
             return {}
         try:
@@ -118,18 +121,32 @@ class Checkpoint(ABC):
         except ValueError:
             value = None
         if not isinstance(value, dict):
-            raise ShapeUnknown(f"{self.name}: {file} is no JSON object")
+            raise ModelUnusable(f"{self.name}: {file} is no JSON object")
         return value
 
     def config(self, overrides: Any = None) -> Config:
-        """Raises ShapeUnknown if there is none."""
+        """Raises ModelUnusable if there is none."""
         if "config.json" not in self.sizes:
-            raise ShapeUnknown(f"{self.name} has no config.json")
+            if "params.json" in self.sizes:  # Mistral's own layout, which vLLM knows
+                raise ShapeUnknown(f"{self.name} has params.json and no config.json")
+            raise ModelUnusable(f"{self.name} {self._is_instead()}")
         said = self.json("config.json")
         return Config(
             _merged(said, overrides if isinstance(overrides, dict) else {}),
             f"{self.name}: config.json",
         )
+
+    def _is_instead(self) -> str:
+        """What a folder without config.json is."""
+        if _ADAPTER in self.sizes:
+            return "is an adapter, no model: list it in `loras` of the model that it adapts"
+        if any(file.endswith(".gguf") for file in self.sizes):
+            return "has no config.json, and GGUF files only; safetensors files are needed"
+        return "has no config.json"
+
+    def flaw(self) -> str | None:
+        """What of its files is missing, cut short or a stand-in; not known of the hub's."""
+        return None
 
     @cached_property
     def weights(self) -> tuple[str, ...]:
@@ -162,14 +179,14 @@ class Checkpoint(ABC):
         if not self.weights or not self.weights[0].endswith(".safetensors"):
             return []
         if self.missing:
-            raise ShapeUnknown(f"{self.name}: {_INDEX} names {self.missing[0]}, which is missing")
+            raise ModelUnusable(f"{self.name}: {_INDEX} names {self.missing[0]}, which is missing")
         return self.headers(self.weights)
 
 
 class Folder(Checkpoint):
     def __init__(self, path: Path, name: str | None = None) -> None:
         if not path.is_dir():
-            raise ShapeUnknown(f"there is no folder {path}")
+            raise ModelUnusable(f"there is no folder {path}")
         name = name or str(path)
         with _readable(name):
             sizes = {file.name: file.stat().st_size for file in path.iterdir() if file.is_file()}
@@ -188,7 +205,7 @@ class Folder(Checkpoint):
             _, header = self._read_header(file)
             return [_tensor(name, **entry) for name, entry in header.items()]
         except (struct.error, ValueError, TypeError, AttributeError):
-            raise ShapeUnknown(f"{self.name}: {file} is no whole safetensors file") from None
+            raise ModelUnusable(f"{self.name}: {file} is no whole safetensors file") from None
 
     def _read_header(self, file: str) -> tuple[int, dict[str, Any]]:
         """Where its data begins, and what it says of each tensor."""
@@ -199,21 +216,47 @@ class Folder(Checkpoint):
         return 8 + length, header
 
     def flaw(self) -> str | None:
-        """What of its safetensors files is missing or cut short, as a download that broke off."""
-        if not self.weights or not self.weights[0].endswith(".safetensors"):
+        return next(filter(None, self._flaws(self.weights, _INDEX)), None)
+
+    def adapter_flaw(self) -> str | None:
+        """The same of a folder that is to be an adapter."""
+        weights = [f"adapter_model{kind}" for kind in _KINDS]
+        there = [file for file in weights if file in self.sizes]
+        if _ADAPTER not in self.sizes:
+            what = "a model" if "config.json" in self.sizes else "a folder"
+            return f"has no {_ADAPTER}: it is {what}, no adapter"
+        if not there:
+            return f"has none of {', '.join(weights)}"
+        return next(filter(None, self._flaws(there[:1], "")), None)
+
+    def lacks(self) -> str | None:
+        """What a download that broke off has not brought, of a model or an adapter."""
+        if _ADAPTER in self.sizes and "config.json" not in self.sizes:
+            return self.adapter_flaw()
+        if not {"config.json", "params.json"} & self.sizes.keys():
+            return "config.json is missing"
+        return self.flaw() if self.weights else "the weights are missing"
+
+    def _flaws(self, weights: Sequence[str], index: str) -> Iterator[str | None]:
+        yield from (self._stand_in(file) for file in self.sizes)
+        missing = [file for file in weights if file not in self.sizes]
+        if missing:
+            yield f"{index} names {missing[0]}, which is missing"
+        elif weights and weights[0].endswith(".safetensors"):
+            yield from (self._flaw_of(file) for file in weights)
+
+    def _stand_in(self, file: str) -> str | None:
+        if self.sizes[file] > _POINTER_BYTES or not self.content(file).startswith(_POINTER):
             return None
-        if self.missing:
-            return f"{_INDEX} names {self.missing[0]}, which is missing"
-        flaws = (self._flaw_of(file) for file in self.weights)
-        return next((flaw for flaw in flaws if flaw), None)
+        return f"{file} is a Git LFS pointer in place of the file; fetch it with `git lfs pull`"
 
     def _flaw_of(self, file: str) -> str | None:
+        there = self.sizes[file]
         try:
             begin, header = self._read_header(file)
             size = begin + max((entry["data_offsets"][1] for entry in header.values()), default=0)
         except (struct.error, ValueError, TypeError, AttributeError, KeyError, LookupError):
-            return f"{file} is no whole safetensors file"
-        there = self.sizes[file]
+            return f"{file} is no whole safetensors file ({there:,} bytes)"
         return None if there >= size else f"{file} is cut short: {there:,} of {size:,} bytes"
 
 
@@ -224,7 +267,7 @@ class Repository(Checkpoint):
         self.api = huggingface_hub.HfApi(token=engine.get("hf_token"))
         self.revision = engine.get("revision")
         self.folder = engine.get("download_dir")
-        with told(repo, self.revision, ShapeUnknown):
+        with told(repo, self.revision, ModelOutOfReach):
             info = self.api.model_info(
                 repo, revision=self.revision, files_metadata=True, timeout=_HUB_TIMEOUT_S
             )
@@ -233,7 +276,7 @@ class Repository(Checkpoint):
         )
 
     def content(self, file: str) -> bytes:
-        with told(self.name, self.revision, ShapeUnknown):
+        with told(self.name, self.revision, ModelOutOfReach):
             path = self.api.hf_hub_download(
                 self.name, file, revision=self.revision, cache_dir=self.folder
             )
@@ -241,7 +284,7 @@ class Repository(Checkpoint):
 
     def headers(self, files: Sequence[str]) -> list[Tensor]:
         with (
-            told(self.name, self.revision, ShapeUnknown),
+            told(self.name, self.revision, ModelOutOfReach),
             ThreadPoolExecutor(_HUB_THREADS) as threads,
         ):
             return [tensor for part in threads.map(self._header, files) for tensor in part]
@@ -254,35 +297,48 @@ class Repository(Checkpoint):
         ]
 
 
-def of(spec: ModelSpec) -> Checkpoint:
-    """A model's files: the folder, the hub's cache, or the hub. Raises ShapeUnknown.
+def of(spec: ModelSpec, *, hub: bool = True) -> Checkpoint:
+    """A model's files: the folder, the hub's cache, or the hub.
 
-    Blocks. `download_dir`, `revision` and `hf_token` of `engine:` hold as in vLLM.
+    Blocks. `download_dir`, `revision` and `hf_token` of `engine:` hold as in vLLM. Raises
+    ModelUnusable, or ModelOutOfReach; without `hub` that is not asked.
     """
     if Path(spec.model).is_absolute():
         return Folder(Path(spec.model))
-    cached = _cached(spec)
-    if cached and cached.weights and not cached.missing:
-        return cached
+    engine = spec.engine
+    there = cached(spec.model, engine.get("revision"), engine.get("download_dir"))
+    if there and there.weights and not there.missing:
+        return there
+    if not hub:
+        raise ModelOutOfReach(f"{spec.model} is not in the cache")
     try:
         return Repository(spec.model, spec.engine)
-    except ShapeUnknown:
-        if cached and "config.json" in cached.sizes:
-            return cached
+    except ModelOutOfReach:
+        if there and "config.json" in there.sizes:
+            return there
         raise
 
 
-def _cached(spec: ModelSpec) -> Folder | None:
+def unless_flawed(spec: ModelSpec, files: Checkpoint) -> None:
+    """Raises ModelUnusable for files, adapters' too, that no engine could load. Blocks."""
+    if spec.engine.get("load_format", "auto") in ("auto", "safetensors") and (flaw := files.flaw()):
+        raise ModelUnusable(f"{files.name}: {flaw}")
+    for name, source in spec.loras.items():
+        if Path(source).is_absolute() and (flaw := Folder(Path(source)).adapter_flaw()):
+            raise ModelUnusable(f"adapter {name}: {source}: {flaw}")
+
+
+def cached(repo: str, revision: str | None, cache_dir: str | None) -> Folder | None:
+    """What the hub's cache has of a repository, be it whole or not."""
     try:
         path = huggingface_hub.snapshot_download(
-            spec.model,
-            revision=spec.engine.get("revision"),
-            cache_dir=spec.engine.get("download_dir"),
-            local_files_only=True,
+            repo, revision=revision, cache_dir=cache_dir, local_files_only=True
         )
+    except errors.IncompleteSnapshotError as error:  # it lacks what nobody has asked for, too
+        path = error.snapshot_path
     except (errors.LocalEntryNotFoundError, errors.HFValidationError):
         return None
-    return Folder(Path(path), spec.model)
+    return Folder(Path(path), repo)
 
 
 def _tensor(
@@ -297,7 +353,7 @@ def _readable(what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ShapeUnknown(f"{what} cannot be read: {error.strerror}") from None
+        raise ModelUnusable(f"{what} cannot be read: {error.strerror}") from None
 
 
 def _merged(said: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:

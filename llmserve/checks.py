@@ -1,18 +1,20 @@
-"""What a box cannot do for a model, whatever else is on it. Pure."""
+"""What the files and an entry alone tell, and what a box cannot do for a model. Pure."""
 
 from __future__ import annotations
 
 import math
 from typing import TYPE_CHECKING
 
-from llmserve.gpus import find, listed, short_name
+from llmserve import memory
+from llmserve.gpus import Gpu, amount, apart, find, listed, short_name
 from llmserve.plan import Problem
+from llmserve.shape import Unknown
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from llmserve.config import ModelSpec
-    from llmserve.gpus import Box, Gpu
+    from llmserve.gpus import Box
     from llmserve.shape import Shape
 
 # The compute capability that a format of weights needs, x 10. Source: get_min_capability of
@@ -37,12 +39,64 @@ QUANTIZATION_NEEDS = {
     "fp_quant": 100,
 }
 _BFLOAT16_NEEDS = 80
+_CPU = Gpu(0, "CPU", 0)
+_AS_FITS = -1  # max_model_len that vLLM finds itself
+_CPU_BLOCK_TOKENS = 128  # of a KV cache. Source: vllm/platforms/cpu.py; a contract test compares
 
 
-def flaws(spec: ModelSpec, shape: Shape | str, box: Box) -> list[Problem]:
+def of_files(spec: ModelSpec, shape: Shape | Unknown) -> list[Problem]:
+    """What is wrong wherever the model is to run."""
+    if not isinstance(shape, Unknown):
+        return list(_of_context(spec, shape))
+    return (
+        [] if shape.usable else [Problem(spec.name, f"cannot be loaded: {shape.why}", key="model")]
+    )
+
+
+def anywhere(spec: ModelSpec, shape: Shape | Unknown) -> list[Problem]:
+    """The same, and a KV cache that is too small on however many devices."""
+    found = of_files(spec, shape)
+    if found or isinstance(shape, Unknown) or spec.kv_cache is None:
+        return found
+    said = spec.tensor_parallel_size or spec.engine.get("tensor_parallel_size")
+    most = said or (1 if spec.devices is not None else max(1, shape.kv_heads))
+    if not _short_of_kv(spec, shape, int(spec.kv_cache), most):
+        return []
+    return _short_of_kv(spec, shape, int(spec.kv_cache), said or 1)  # told for as few as may be
+
+
+def on_cpu(spec: ModelSpec, shape: Shape | Unknown, kv_cache: int) -> list[Problem]:
+    """What is wrong where the model is to run on the CPU, with so much KV cache."""
+    found = of_files(spec, shape)
+    if found or isinstance(shape, Unknown):
+        return found
+    tokens = memory.BLOCK_TOKENS if shape.latent_dim else _CPU_BLOCK_TOKENS
+    spec = spec.model_copy(update={"engine": {"block_size": tokens} | spec.engine})
+    return _short_of_kv(spec, shape, kv_cache, spec.parallel_sizes["tensor_parallel_size"])
+
+
+def _short_of_kv(spec: ModelSpec, shape: Shape, kv_cache: int, tp: int) -> list[Problem]:
+    settings = memory.Settings.of(spec, shape, tp, _CPU)
+    least = memory.kv_bytes(shape, settings, spec.concurrency)
+    fits = spec.engine.get("max_model_len") == _AS_FITS or shape.approximate
+    if fits or kv_cache >= least:
+        return []
+    text, _ = amount(least)
+    message = short_of_kv(spec, kv_cache, settings.context, least)
+    return [Problem(spec.name, message, f"kv_cache: {text}", "kv_cache")]
+
+
+def short_of_kv(spec: ModelSpec, kv_cache: int, context: int, least: int) -> str:
+    """A KV cache that holds no request; `least` is what would."""
+    asked = f"{spec.concurrency} x " if spec.concurrency > 1 else ""
+    there, needed = apart(kv_cache, least)
+    return f"{there} of KV cache is less than {asked}{context:,} tokens take, {needed}"
+
+
+def flaws(spec: ModelSpec, shape: Shape | Unknown, box: Box) -> list[Problem]:
     """Everything about an entry that no placement can mend; for a shape, why it is not known."""
-    told = _unknown(spec, shape) if isinstance(shape, str) else _of_shape(spec, shape, box)
-    return [*_of_devices(spec, box), *told]
+    told = _unknown(spec, shape) if isinstance(shape, Unknown) else _of_shape(spec, shape, box)
+    return [*_of_devices(spec, box), *of_files(spec, shape), *told]
 
 
 def tensor_parallel_sizes(spec: ModelSpec, shape: Shape, box: Box) -> list[int]:
@@ -108,11 +162,14 @@ def _of_shape(spec: ModelSpec, shape: Shape, box: Box) -> Iterator[Problem]:
         )
         remedy = "tensor_parallel_size: " + " or ".join(str(n) for n in possible)
         yield Problem(spec.name, message, remedy, "tensor_parallel_size")
+    yield from _of_kinds(spec, shape, box)
+
+
+def _of_context(spec: ModelSpec, shape: Shape) -> Iterator[Problem]:
     asked = spec.engine.get("max_model_len")
     if asked and asked > shape.context and not spec.engine.get("hf_overrides"):
-        message = f"max_model_len {asked} is longer than the model's context"
-        yield Problem(spec.name, message, f"max_model_len: {shape.context}", "engine")
-    yield from _of_kinds(spec, shape, box)
+        message = f"max_model_len {asked:,} is longer than the model's context, {shape.context:,}"
+        yield Problem(spec.name, message, key="engine")
 
 
 def _of_kinds(spec: ModelSpec, shape: Shape, box: Box) -> Iterator[Problem]:
@@ -136,12 +193,11 @@ def _of_kinds(spec: ModelSpec, shape: Shape, box: Box) -> Iterator[Problem]:
         yield Problem(spec.name, message, "dtype: float16", "engine")
 
 
-def _unknown(spec: ModelSpec, why: str) -> Iterator[Problem]:
-    """Of a model whose files cannot be read, only what the entry says is known."""
-    if spec.devices is None or not (spec.memory or spec.gpu_memory_utilization):
-        yield Problem(
-            spec.name,
-            f"cannot be placed, since its size is not known: {why}",
-            "`devices` and `memory` in its entry",
-            "model",
-        )
+def _unknown(spec: ModelSpec, shape: Unknown) -> Iterator[Problem]:
+    """Of a model of unknown size, only what the entry says is known."""
+    said = spec.devices is not None and (spec.memory or spec.gpu_memory_utilization)
+    if shape.usable and not said:
+        message = f"cannot be placed, since its size is not known: {shape.why}"
+        # Where the hub does not give it, saying its size would not bring it.
+        remedy = "`devices` and `memory` in its entry" if shape.reachable else None
+        yield Problem(spec.name, message, remedy, "model")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import os
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -17,6 +18,8 @@ from llmserve.environment import LOG_DIR
 
 if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
+
+_NAME_LIMIT = 160  # of a model in a file's name, which can have 255 bytes
 
 
 def enter() -> None:
@@ -48,8 +51,11 @@ def log_file(folder: Path, model: str, replica: int | None = None) -> Path:
 
     `replica` is its number where its model has several.
     """
-    number = "" if replica is None else f"+{replica}"  # `quote` leaves no + in a name
-    return folder / f"model-{quote(model, safe='@ ')}{number}.log"
+    number = "" if replica is None else f"+{replica}"  # `quote` leaves no + and no = in a name
+    name = quote(model, safe="@ ")
+    if len(name) > _NAME_LIMIT:  # a character can take twelve
+        name = f"{name[:_NAME_LIMIT]}={sha256(model.encode()).hexdigest()[:32]}"
+    return folder / f"model-{name}{number}.log"
 
 
 def instance_of(replica: int, own: str) -> str:

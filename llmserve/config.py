@@ -7,6 +7,8 @@ problems come out in one ConfigError, each with file, line and key.
 from __future__ import annotations
 
 import math
+import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
@@ -30,7 +32,7 @@ from llmserve.errors import ConfigError, nearest
 from llmserve.installed import engine_fields, parser_names
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from pydantic_core import ErrorDetails
 
@@ -62,7 +64,10 @@ _PLANNED: Mapping[str, str] = {
     "worker_cls": "nothing: llmserve's own worker reports what a start took",
 }
 _NAME_LIMIT = 128
+_KEY_LENGTH = 4096  # characters; longer header values are refused by many proxies
 _SECRETS = frozenset({"api_keys", "admin_key", "hf_token"})  # never shown
+# Where other programs' secrets come from; `file:` alone is one here.
+_LIKE_A_SOURCE = re.compile(r"\s*(file|env|environ|environment|secret|vault)\s*:", re.IGNORECASE)
 _PART = "part"  # the validation context of `defaults`
 _TEMPLATES = frozenset({"chat_template"})  # left as they are: `${` may be theirs
 
@@ -307,7 +312,7 @@ def load(file: Path) -> Config:
 
 def _shown(file: Path) -> str:
     """The file as a terminal can open it, without a long way from the root."""
-    here, there = Path.cwd(), file.resolve()
+    here, there = Path.cwd(), Path(os.path.realpath(file))  # which a loop of links does not stop
     return str(there.relative_to(here)) if there.is_relative_to(here) else file.name
 
 
@@ -316,7 +321,7 @@ class _Reader:
 
     def __init__(self, file: Path, document: yamlfile.Document) -> None:
         self.file = file
-        self.folder = file.resolve().parent
+        self.folder = Path(os.path.realpath(file)).parent
         self.document = document
 
     def read(self) -> Config | None:
@@ -350,7 +355,8 @@ class _Reader:
         if "admin_key" in values:
             values["admin_key"] = self._secret(values["admin_key"], ("server", "admin_key"))
         if isinstance(values.get("log_dir"), str):
-            values["log_dir"] = self.folder / Path(values["log_dir"]).expanduser()
+            log_dir = self._path(values["log_dir"], ("server", "log_dir"))
+            values["log_dir"] = log_dir or Path(values["log_dir"])
         try:
             return ServerSpec(**values)
         except ValidationError as error:
@@ -358,26 +364,53 @@ class _Reader:
             return None
 
     def _secret(self, value: Any, path: yamlfile.Path) -> Any:
-        """A secret as it stands, or the first line of the file that `file:PATH` names."""
+        """A secret as it stands, or the first line of the file that `file:PATH` names.
+
+        Without blanks around it, which a header cannot carry, and a byte order mark before it.
+        """
         if not isinstance(value, str):
             return value
         secret = value
         if value.startswith("file:"):
-            source = self.folder / Path(value.removeprefix("file:").strip()).expanduser()
+            source = self._path(value.removeprefix("file:").strip(), path)
+            if source is None:
+                return value
             try:
-                secret = source.read_text(encoding="utf-8").partition("\n")[0].strip()
-            except (OSError, UnicodeDecodeError) as error:
+                secret = _first_line(source)
+            except (OSError, ValueError) as error:
                 self.document.problem(path, f"{source} cannot be read: {_reason(error)}")
                 return value
-        if not secret and not any(p.path == yamlfile.dotted(path) for p in self.document.problems):
+        elif _LIKE_A_SOURCE.match(value):
+            self.document.problem(
+                path, "begins like a reference and is none; write file:PATH or ${NAME}"
+            )
+        secret = secret.removeprefix("\ufeff").strip()
+        if any(p.path == yamlfile.dotted(path) for p in self.document.problems):
+            return secret
+        if not secret:
             self.document.problem(path, "is empty; a key must be a non-empty string")
+        elif not secret.isprintable() or len(secret) > _KEY_LENGTH:
+            self.document.problem(
+                path,
+                f"is no key: it must be one line of at most {_KEY_LENGTH} printable characters, "
+                "as an Authorization header carries it",
+            )
         return secret
 
     def _file(self, value: str, path: yamlfile.Path) -> Path:
-        file = self.folder / Path(value).expanduser()
-        if not file.is_file():
+        file = self._path(value, path)
+        if file is not None and not _holds(file.is_file):
             self.document.problem(path, f"there is no file {file}")
-        return file
+        return file or Path(value)
+
+    def _path(self, value: str, path: yamlfile.Path) -> Path | None:
+        """From the registry's folder on, with `~` for a home; None, and a problem, without one."""
+        try:
+            return self.folder / Path(value).expanduser()
+        except RuntimeError:
+            home = value.partition("/")[0]
+            self.document.problem(path, f"{home} leads to no home here; write the whole path")
+            return None
 
     # --- models
 
@@ -484,11 +517,16 @@ class _Reader:
         As for vLLM, what is a folder here is that folder; else a name that begins
         like a path must be one.
         """
-        folder = self.folder / Path(value).expanduser()
         if not value.strip():
             self.document.problem(path, "is empty; give a folder or a hub name")
-        elif folder.is_dir():
+            return value
+        folder = self._path(value, path)
+        if folder is None:
+            return value
+        if _holds(folder.is_dir):
             return str(folder.resolve())
+        if _holds(folder.exists):
+            self.document.problem(path, _no_folder(folder, path))
         elif value.startswith((".", "/", "~")) or value.count("/") > 1:
             self.document.problem(path, f"there is no folder {folder}")
         return value
@@ -499,8 +537,8 @@ class _Reader:
             return value
         file = self._file(value, path)
         try:
-            return file.read_text(encoding="utf-8") if file.is_file() else value
-        except (OSError, UnicodeDecodeError) as error:
+            return file.read_text(encoding="utf-8") if _holds(file.is_file) else value
+        except (OSError, ValueError) as error:
             self.document.problem(path, f"{file} cannot be read: {_reason(error)}")
             return value
 
@@ -577,9 +615,16 @@ class _Reader:
         findings: dict[yamlfile.Path, list[str]] = {}
         for detail in error.errors(include_url=False):
             place = self._place(detail, path)
-            findings.setdefault(place, []).append(_plain(detail, place))
+            findings.setdefault(place, []).append(self._told(detail, place))
         for place, messages in findings.items():
             self.document.problem(place, " or ".join(dict.fromkeys(messages)))
+
+    def _told(self, detail: ErrorDetails, place: yamlfile.Path) -> str:
+        written = self.document.written.get(place)
+        if detail["type"] != "string_type" or not written:
+            return _plain(detail, place)
+        shown = "it" if _SECRETS & set(place) else written
+        return f"must be text, and {shown} is a {_kind(detail['input'])} in YAML; put it in quotes"
 
     def _place(self, detail: ErrorDetails, path: yamlfile.Path) -> yamlfile.Path:
         """Where in the file: `loc` without union branches."""
@@ -620,12 +665,14 @@ def _plain(detail: ErrorDetails, place: yamlfile.Path) -> str:
     return message[:1].lower() + message[1:] + (shown if fit else "")
 
 
-def _kind(value: object) -> Literal["list", "text", "number", "value"]:
-    kinds: dict[type, Literal["list", "text", "number"]] = {
+def _kind(value: object) -> str:
+    kinds: dict[type, str] = {
         list: "list",
         str: "text",
         int: "number",
         float: "number",
+        bool: "boolean",
+        type(None): "null",
     }
     return kinds.get(type(value), "value")
 
@@ -634,5 +681,41 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(sorted(names))
 
 
+def _holds(question: Callable[[], bool]) -> bool:
+    """Of a path; False too where it is too long, or nobody here may look."""
+    try:
+        return question()
+    except OSError:
+        return False
+
+
+def _first_line(file: Path) -> str:
+    """Or as much of it as is too long for a key. Raises OSError, UnicodeDecodeError."""
+    if file.exists() and not (file.is_file() or file.is_dir()):  # a pipe would be waited for
+        raise OSError("it is no regular file")
+    with file.open(encoding="utf-8") as lines:
+        return lines.readline(_KEY_LENGTH + 80)
+
+
 def _reason(error: Exception) -> str:
-    return error.strerror or str(error) if isinstance(error, OSError) else "not UTF-8 text"
+    if isinstance(error, UnicodeDecodeError):
+        return "not UTF-8 text"
+    return getattr(error, "strerror", None) or str(error)
+
+
+_FORMATS = {
+    ".gguf": "a GGUF file",
+    ".safetensors": "a file of weights",
+    ".bin": "a file of weights",
+}
+
+
+def _no_folder(file: Path, path: yamlfile.Path) -> str:
+    """Of a file where a folder is needed: what it is, and what is allowed."""
+    what = _FORMATS.get(file.suffix.lower(), "a file")
+    wanted = (
+        "an adapter is a folder with adapter_config.json and its weights"
+        if "loras" in path
+        else "a model is a folder with config.json and safetensors files"
+    )
+    return f"{file} is {what}; {wanted}, or a hub name"

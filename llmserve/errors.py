@@ -4,6 +4,8 @@
       ConfigError              exit 2, before anything starts
         PlacementError
       ShapeUnknown             (a model whose size cannot be read)
+        ModelUnusable          (its files are missing, broken or no model)
+        ModelOutOfReach        (it is on the hub, which does not give it)
       StartupError             exit 3
       RequestError             400
         Unauthorized           401
@@ -68,6 +70,14 @@ class PlacementError(ConfigError):
 
 class ShapeUnknown(LLMServeError):
     """What a model takes cannot be told; one line says what is missing."""
+
+
+class ModelUnusable(ShapeUnknown):
+    """No engine can load a model's files; one line says what is wrong with them."""
+
+
+class ModelOutOfReach(ShapeUnknown):
+    """The hub does not give a model, which is not in the cache either."""
 
 
 class StartupError(LLMServeError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
@@ -209,5 +210,17 @@ def find(box: Box, device: int | str) -> Gpu | None:
     return None
 
 
-def gib(size: float) -> str:
-    return f"{size / GIB:.1f} GiB"
+def gib(size: float, digits: int = 1) -> str:
+    return f"{size / GIB:.{digits}f} GiB"
+
+
+def apart(one: int, other: int) -> tuple[str, str]:
+    """Two sizes that differ, with as many digits as show it."""
+    shown = [(gib(one, digits), gib(other, digits)) for digits in range(1, 7)]
+    return next((pair for pair in shown if pair[0] != pair[1]), shown[-1])
+
+
+def amount(size: int) -> tuple[str, int]:
+    """Rounded up to a tenth of a GiB, in the registry's words and in bytes."""
+    tenths = math.ceil(size * 10 / GIB)
+    return f"{tenths / 10:g}GiB", tenths * GIB // 10 + 1

@@ -1,4 +1,4 @@
-"""The process that compiles constraints for `llmserve.grammar`; run with `-m`.
+"""The process that compiles constraints for `llmserve.grammar`; `sandbox` runs it.
 
 It imports vLLM once and loads an engine's tokenizer once. Each constraint is compiled in
 a fork with limits (`sandbox`), by vLLM's own validation and structured-output manager, as
@@ -181,7 +181,3 @@ def _words(error: BaseException) -> str:
     """An exception and its cause in one bounded line."""
     texts = [str(each) for each in (error, error.__cause__) if each is not None]
     return " ".join(": ".join(dict.fromkeys(texts)).split())[:_REASON] or type(error).__name__
-
-
-if __name__ == "__main__":
-    main()

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import huggingface_hub
-from huggingface_hub import errors, snapshot_download
+from huggingface_hub import snapshot_download
 from tqdm.auto import tqdm
 
+from llmserve import checkpoint
 from llmserve.errors import StartupError
+from llmserve.huberrors import told
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable
 
     from llmserve.config import ModelSpec
-    from llmserve.errors import LLMServeError
 
 _HUB_TIMEOUT_S = 10
-# The hub's library has its own errors derive from those of the HTTP client it uses.
-_TRANSPORT = errors.HfHubHTTPError.__mro__[1]
-_NOT_THERE = (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, _TRANSPORT)
-
 # Everything that vLLM may read besides weights.
 _BESIDE_WEIGHTS = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken")
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt")  # in vLLM's order of preference
@@ -53,74 +49,55 @@ class Wanted(NamedTuple):
         )
 
 
-def download(wanted: Wanted, progress: Callable[[int, int], None]) -> str:
-    """Bring a repository into the cache that vLLM reads; its folder there. Blocks.
+class Fetched(NamedTuple):
+    """Where a repository lies in the cache, and why the hub did not have its say."""
+
+    folder: str
+    warning: str | None = None
+
+
+def download(wanted: Wanted, progress: Callable[[int, int], None]) -> Fetched:
+    """Bring a repository into the cache that vLLM reads. Blocks.
 
     `progress` gets bytes done and bytes in all. HF_TOKEN, HF_HOME and HF_HUB_OFFLINE hold
-    as in vLLM.
+    as in vLLM. Whatever keeps the hub from giving it, what is whole in the cache will do.
 
     Raises StartupError with the cause in one line.
     """
-    with told(wanted.repo, wanted.revision, StartupError):
-        huggingface_hub.utils.validate_repo_id(wanted.repo)
-        return _fetch(wanted, progress)
-
-
-@contextlib.contextmanager
-def told(repo: str, revision: str | None, raised: Callable[[str], LLMServeError]) -> Iterator[None]:
-    """Errors of the hub as one of ours, with the cause in one line."""
     try:
-        yield
-    except errors.GatedRepoError:
-        cause = "is gated on the hub: accept its terms, set HF_TOKEN"
-    except errors.RevisionNotFoundError:
-        cause = f"has no revision {revision} on the hub"
-    except errors.RepositoryNotFoundError:
-        cause = "is neither a folder here nor a model on the hub (if it is private, set HF_TOKEN)"
-    except errors.HFValidationError:
-        cause = "is neither a folder here nor a name the hub allows"
-    except errors.SafetensorsParsingError:
-        cause = "has a broken safetensors file on the hub"
-    except errors.HfHubHTTPError as error:
-        status = getattr(error.response, "status_code", "no status")
-        cause = f"could not be downloaded: the hub said {status}"
-    except _NOT_THERE:
-        cause = "is not in the cache, and the hub is not reachable"
-    except OSError as error:
-        cause = f"could not be downloaded: {error}"
-    else:
-        return
-    raise raised(f"{repo} {cause}") from None
+        with told(wanted.repo, wanted.revision, StartupError):
+            huggingface_hub.utils.validate_repo_id(wanted.repo)
+            return Fetched(_fetch(wanted, progress))
+    except StartupError as error:
+        return _from_cache(wanted, error)
+
+
+def _from_cache(wanted: Wanted, error: StartupError) -> Fetched:
+    """Raises StartupError if it is not there, or not whole."""
+    folder = checkpoint.cached(wanted.repo, wanted.revision, wanted.cache_dir)
+    if folder is None:
+        raise StartupError(f"{error.message}; it is not in the cache either") from error
+    if (lacks := folder.lacks()) is not None:
+        raise StartupError(f"{error.message}; the cache has a part of it: {lacks}") from error
+    warned = None if huggingface_hub.is_offline_mode() else f"{error.message}; the cache has it"
+    return Fetched(str(folder.path), warned)
 
 
 def _fetch(wanted: Wanted, progress: Callable[[int, int], None]) -> str:
-    files = _files_of(wanted.repo, wanted.revision, wanted.token)
+    info = huggingface_hub.HfApi(token=wanted.token).model_info(
+        wanted.repo, revision=wanted.revision, timeout=_HUB_TIMEOUT_S
+    )
+    files = [file.rfilename for file in info.siblings or ()]
     folder: str = snapshot_download(
         wanted.repo,
         revision=wanted.revision,
         cache_dir=wanted.cache_dir,
         token=wanted.token,
-        local_files_only=files is None,  # which weights there are is then vLLM's to find
-        allow_patterns=[*_BESIDE_WEIGHTS, *([] if files is None else [_weights_of(files)])],
+        allow_patterns=[*_BESIDE_WEIGHTS, _weights_of(files)],
         ignore_patterns=["original/**", "*.onnx", "*.gguf"],
         tqdm_class=_reporting(progress),
     )
     return folder
-
-
-def _files_of(repo: str, revision: str | None, token: Any) -> list[str] | None:
-    """What the hub has of a model; None if the hub is out of reach."""
-    if huggingface_hub.is_offline_mode():
-        return None
-    try:
-        info = huggingface_hub.HfApi(token=token).model_info(
-            repo, revision=revision, timeout=_HUB_TIMEOUT_S
-        )
-    except errors.HfHubHTTPError:
-        raise
-    except _TRANSPORT:
-        return None
-    return [file.rfilename for file in info.siblings or ()]
 
 
 def _weights_of(files: Iterable[str]) -> str:

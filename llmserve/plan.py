@@ -75,6 +75,10 @@ class Problem:
     def told(self) -> str:
         return self.message + (f"; what would fit: {self.remedy}" if self.remedy else "")
 
+    def within(self, config: Config) -> str:
+        """With its line in the file."""
+        return config.told(("models", self.model, *([self.key] if self.key else [])), self.told())
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -120,12 +124,7 @@ class Plan:
     def unless_infeasible(self, config: Config) -> Plan:
         """Raises PlacementError with all problems, each with its line in the file."""
         if self.problems:
-            raise PlacementError(
-                [
-                    config.told(("models", p.model, *([p.key] if p.key else [])), p.told())
-                    for p in self.problems
-                ]
-            )
+            raise PlacementError([problem.within(config) for problem in self.problems])
         return self
 
 

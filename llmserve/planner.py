@@ -11,6 +11,7 @@ from llmserve.gpus import gib, listed
 from llmserve.measured import fingerprint
 from llmserve.placement import Demand, Option, place
 from llmserve.plan import Plan, Problem, Replica
+from llmserve.shape import Unknown
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -121,12 +122,9 @@ class Wanted:
             return None
         kv = self.spec.kv_cache
         if kv is not None and kv < size.least:
-            asked = f"{self.spec.concurrency} x " if self.spec.concurrency > 1 else ""
-            return self._problem(
-                f"{gib(kv)} of KV cache is less than {asked}{size.settings.context:,} tokens "
-                f"take, {gib(size.least)}",
-                "kv_cache",
-            )
+            context = size.settings.context
+            short = checks.short_of_kv(self.spec, kv, context, size.least)
+            return self._problem(short, "kv_cache")
         return self._short(size, self._widest)
 
     def short_on(self, placed: Placed) -> Problem | None:
@@ -253,7 +251,7 @@ class Planner:
         self,
         box: Box,
         headroom: float,
-        shapes: Mapping[str, Shape | str],
+        shapes: Mapping[str, Shape | Unknown],
         overhead_of: Callable[[str], int | None] = lambda _: None,
     ) -> None:
         self._box = box
@@ -300,7 +298,7 @@ class Planner:
 
     def _wanted(self, spec: ModelSpec) -> Wanted:
         shape = self._shapes[spec.name]
-        if isinstance(shape, str):
+        if isinstance(shape, Unknown):
             return Wanted(spec, None, (), self._box)
         degrees = checks.tensor_parallel_sizes(spec, shape, self._box)
         sizes = [self._size(spec, shape, degree) for degree in degrees]
@@ -328,7 +326,7 @@ class Planner:
 
     def _with_remedy(self, problem: Problem, specs: Sequence[ModelSpec], plan: Plan) -> Problem:
         shape = self._shapes[problem.model]
-        if problem.remedy is not None or isinstance(shape, str):
+        if problem.remedy is not None or isinstance(shape, Unknown):
             return problem
         spec = next(spec for spec in specs if spec.name == problem.model)
         failed = {each.model for each in plan.problems} - {spec.name}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llmserve import checks
-from llmserve.gpus import GIB
+from llmserve.gpus import amount
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -74,11 +74,11 @@ def of(
 def _budgets(spec: ModelSpec, box: Box, size: Size, headroom: float) -> Iterator[Remedy]:
     """The most that may be given away, where it asks for more; the least that holds it."""
     if spec.kv_cache is not None and size.least:
-        text, amount = _amount(size.least)
-        yield _remedy(spec, f"kv_cache: {text}", kv_cache=amount)
+        text, least = amount(size.least)
+        yield _remedy(spec, f"kv_cache: {text}", kv_cache=least)
     elif spec.memory is not None:
-        text, amount = _amount(size.needs)
-        yield _remedy(spec, f"memory: {text}", memory=amount)
+        text, least = amount(size.needs)
+        yield _remedy(spec, f"memory: {text}", memory=least)
     elif spec.gpu_memory_utilization is not None:
         gpus = [gpu for group in checks.groups(spec, box) for gpu in group] or box
         most = math.floor(100 * (1 - headroom) + 1e-6) / 100
@@ -92,10 +92,13 @@ def _budgets(spec: ModelSpec, box: Box, size: Size, headroom: float) -> Iterator
 def _smaller(spec: ModelSpec, shape: Shape, box: Box) -> Iterator[Remedy]:
     """A shorter context, 8-bit weights, both."""
     asked = max(0, spec.engine.get("max_model_len") or 0) or shape.context
-    halves = [asked >> n for n in range(1, 12) if asked >> n >= _SHORTEST]
-    shorter: list[dict[str, Any]] = [
-        {"max_model_len": context} for context in halves if shape.attention_layers
-    ]
+    longest = min(asked, shape.context)
+    shorter: list[dict[str, Any]] = []
+    if asked > longest:
+        shorter.append({"max_model_len": longest})
+    if shape.attention_layers:
+        halves = (longest >> n for n in range(1, 12) if longest >> n >= _SHORTEST)
+        shorter += [{"max_model_len": context} for context in halves]
     eight_bit: list[dict[str, Any]] = (
         [{"quantization": "fp8"}] if _may_be_fp8(spec, shape, box) else []
     )
@@ -127,12 +130,6 @@ def _may_be_fp8(spec: ModelSpec, shape: Shape, box: Box) -> bool:
 
 def _capability(pair: tuple[int, int]) -> int:
     return pair[0] * 10 + pair[1]
-
-
-def _amount(size: int) -> tuple[str, int]:
-    """Rounded up to a tenth of a GiB, in the registry's words and in bytes."""
-    tenths = math.ceil(size * 10 / GIB)
-    return f"{tenths / 10:g}GiB", tenths * GIB // 10 + 1
 
 
 def _taken(plan: Plan, model: str) -> tuple[int, str]:

@@ -221,6 +221,8 @@ def _rows(plan: Plan, marked: dict[str, Mark]) -> Table:
 
 def _told(problem: Problem) -> list[RenderableType]:
     what = Text.assemble((problem.model, "bold red"), ": ", problem.message)
+    if problem.key == "model" and not problem.remedy:  # of its files: not for want of room
+        return [what]
     remedy = Text.assemble(
         ("what would fit: ", "dim"),
         (problem.remedy, "bold") if problem.remedy else "no change was found",

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from llmserve import checkpoint
 from llmserve.checkpoint import Tensor
-from llmserve.errors import ShapeUnknown
+from llmserve.errors import ModelOutOfReach, ModelUnusable, ShapeUnknown
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from llmserve.checkpoint import Checkpoint, Config
     from llmserve.config import ModelSpec
+    from llmserve.errors import LLMServeError
 
 
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -100,16 +101,34 @@ class Shape:
     approximate: bool = False  # sliding windows, state-space layers: KV cache is an upper bound
 
 
-def read(spec: ModelSpec) -> Shape:
+@dataclass(frozen=True)
+class Unknown:
+    """Why a shape is not known."""
+
+    why: str
+    usable: bool = True  # False: no engine could load the model's files
+    reachable: bool = True  # False: it is not here, and the hub does not give it
+
+    @classmethod
+    def of(cls, error: LLMServeError) -> Unknown:
+        return cls(
+            error.message,
+            usable=not isinstance(error, ModelUnusable),
+            reachable=not isinstance(error, ModelOutOfReach),
+        )
+
+
+def read(spec: ModelSpec, *, hub: bool = True) -> Shape:
     """The shape of a model in a folder or on the hub, without its weights.
 
     From the headers of its safetensors files; without such files, by the size of its
     weights' files; without any, counted from config.json. Blocks: milliseconds for a
-    folder, requests for a model on the hub that is not in the cache.
+    folder, requests for a model on the hub that is not in the cache, if `hub`.
 
     Raises ShapeUnknown with one line that says what is missing.
     """
-    files = checkpoint.of(spec)
+    files = checkpoint.of(spec, hub=hub)
+    checkpoint.unless_flawed(spec, files)
     config = files.config(spec.engine.get("hf_overrides"))
     if config.get("is_encoder_decoder"):
         raise ShapeUnknown(
@@ -433,7 +452,7 @@ def _bytes_of(files: Checkpoint, model: _Model, stored: list[Tensor], dtype: str
         embeddings *= 1 if model.tied or model.encodes else 2
         return {"weights": weights, "embeddings": embeddings, "linear": weights - embeddings}
     if not files.weights and any(file.endswith(".gguf") for file in files.sizes):
-        raise ShapeUnknown(f"{files.name} holds GGUF files only; safetensors files are needed")
+        raise ModelUnusable(f"{files.name} holds GGUF files only; safetensors files are needed")
     sizes = dict.fromkeys(("weights", "embeddings", "linear"), 0)
     for tensor in stored or model.tensors():
         size = tensor.loaded(width)

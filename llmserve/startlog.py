@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,14 @@ _RAISED = re.compile(
     r"^(?:\([^)]*\)\s*)?(?:ERROR \S+ \S+ \[[^\]]*\]\s)?(?:[\w.]+\.)?"
     r"(?P<kind>[A-Z]\w*(?:Error|Exception|Interrupt|Exit))(?:: (?P<text>.+))?$"
 )
+# vLLM's words for a KV cache that holds no request (vllm/v1/core/kv_cache_utils.py), which name
+# its own options; a contract test compares.
+_TOO_SMALL = re.compile(
+    r"max seq len \((?P<tokens>\d+)\), \((?P<needed>[\d.]+) GiB KV cache is needed, which is larger "
+    r"than the available KV cache memory \((?P<there>[\d.]+) GiB\)\."
+    r"(?:.* the estimated maximum model length is (?P<fits>\d+)\.)?"
+)
+_NOTHING_LEFT = "No available memory for the cache blocks."
 _ECHOES = ("initialization failed", "See stack trace", "See root cause")
 
 
@@ -34,14 +43,15 @@ class StartLog:
         self._before = b""
 
     def begin(self) -> None:
-        """Rename the log of the engine before, which may have died: it gets a `.1` at its end."""
-        with contextlib.suppress(FileNotFoundError):
-            self.path.replace(self.path.with_name(self.path.name + ".1"))
+        """Keep the log of the engine before, which may have died."""
+        keep_last(self.path)
 
     def grew(self) -> bool:
         """Read a block of what is new; whether there was anything."""
         try:
             with self.path.open("rb") as file:
+                if file.seek(0, os.SEEK_END) < self._at:  # cut short, as logrotate does
+                    self._at = 0
                 file.seek(self._at)
                 block = file.read(_BLOCK)
         except OSError:
@@ -52,6 +62,12 @@ class StartLog:
             self.is_warming = True
         self._before = text[-_SIGN_BYTES:]
         return bool(block)
+
+
+def keep_last(file: Path) -> None:
+    """Rename the log of the run before: it gets a `.1` at its end, in place of an older one."""
+    with contextlib.suppress(FileNotFoundError):
+        file.replace(file.with_name(file.name + ".1"))
 
 
 def cause_of(error: BaseException, log: Path) -> str:
@@ -88,8 +104,23 @@ def _echoes(text: str) -> bool:
 
 def one_line(kind: str, text: str, limit: int = 300) -> str:
     text = " ".join(text.split())
+    if (ours := _of_kv_cache(text)) is not None:
+        return ours
     # pydantic's frame around what a validator of vLLM's said
     text = re.sub(r"^\d+ validation errors? for \w+ (Value error, )?", "", text)
     text = re.sub(r" \[type=\w+, input_value=.*$", "", text)
     shown = text if len(text) <= limit else text[:limit].rsplit(" ", 1)[0] + " ..."
     return f"{kind}: {shown}" if shown else kind
+
+
+def _of_kv_cache(text: str) -> str | None:
+    """What vLLM says of a KV cache that is too small, in the registry's words."""
+    if text.startswith(_NOTHING_LEFT):
+        return "no memory is left for the KV cache; `memory` or `kv_cache` of its entry gives more"
+    if (found := _TOO_SMALL.search(text)) is None:
+        return None
+    fits = f"; what would fit: engine: {{max_model_len: {found['fits']}}}" if found["fits"] else ""
+    return (
+        f"{found['there']} GiB of KV cache is less than {int(found['tokens']):,} tokens take, "
+        f"{found['needed']} GiB{fits}"
+    )

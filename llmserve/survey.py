@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING
 
-from llmserve import shape
+from llmserve import checks, shape
 from llmserve.errors import LLMServeError
 from llmserve.measured import Measured
 from llmserve.planner import Planner
+from llmserve.shape import Unknown
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from llmserve.config import Config, ModelSpec
     from llmserve.gpus import Box
     from llmserve.plan import Plan
@@ -23,18 +27,23 @@ _READERS = 16  # of headers at a time; most of it is waiting for a disk or the h
 
 def plan(config: Config, box: Box, kept: Measured | None = None) -> Plan:
     """Reads every model's config and headers, or asks the hub for them. Blocks."""
-    with ThreadPoolExecutor(_READERS) as readers:
-        shapes = dict(zip(_names(config), readers.map(_shape, config.models), strict=True))
     overhead_of = (kept or Measured()).overhead
-    return Planner(box, config.server.gpu_headroom, shapes, overhead_of).plan(config.models)
+    planner = Planner(box, config.server.gpu_headroom, shapes(config.models), overhead_of)
+    return planner.plan(config.models)
 
 
-def weights(config: Config) -> dict[str, int]:
-    """Bytes of every model whose size is known, by name. Blocks."""
+def mistakes(config: Config) -> list[str]:
+    """Whatever the files on this machine tell of the entries, with lines. Blocks; asks no hub."""
+    read = shapes(config.models, hub=False)
+    found = [checks.anywhere(spec, read[spec.name]) for spec in config.models]
+    return [problem.within(config) for problems in found for problem in problems]
+
+
+def shapes(specs: Sequence[ModelSpec], *, hub: bool = True) -> dict[str, Shape | Unknown]:
+    """Of every model, by name. Blocks; without `hub` only what is here is read."""
     with ThreadPoolExecutor(_READERS) as readers:
-        shapes = readers.map(_shape, config.models)
-    sizes = zip(config.models, shapes, strict=True)
-    return {spec.name: read.weights for spec, read in sizes if not isinstance(read, str)}
+        read = readers.map(partial(shape_of, hub=hub), specs)
+        return {spec.name: each for spec, each in zip(specs, read, strict=True)}
 
 
 def _whole(read: Shape) -> Shape:
@@ -47,14 +56,10 @@ def _whole(read: Shape) -> Shape:
     return read
 
 
-def _names(config: Config) -> list[str]:
-    return [spec.name for spec in config.models]
-
-
-def _shape(spec: ModelSpec) -> Shape | str:
+def shape_of(spec: ModelSpec, *, hub: bool = True) -> Shape | Unknown:
     try:
-        return _whole(shape.read(spec))
+        return _whole(shape.read(spec, hub=hub))
     except LLMServeError as error:
-        return error.message
+        return Unknown.of(error)
     except (TypeError, ValueError, AttributeError, KeyError) as error:
-        return f"its config.json is not understood: {error}"
+        return Unknown(f"its config.json is not understood: {error}")

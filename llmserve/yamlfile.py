@@ -15,7 +15,18 @@ if TYPE_CHECKING:
 
 Path = tuple[int | str, ...]
 
-_ENV = re.compile(r"\$(\$\{|\{(?P<name>[A-Za-z_][A-Za-z0-9_]*)\})")
+_NAME = "[A-Za-z_][A-Za-z0-9_]*"
+# `$$`, `${NAME}`, or what only looks like a reference.
+_ENV = re.compile(
+    rf"(?P<escape>\$\$)|\$\{{(?P<name>{_NAME})\}}"
+    rf"|(?P<wrong>\$[{{(A-Za-z_]|^%{_NAME}%$)"
+)
+
+_NO_REFERENCE = (
+    "has what looks like a reference and is none; "
+    "write ${NAME} for a variable of the environment, $$ for a plain $"
+)
+_KEPT = {f"tag:yaml.org,2002:{kind}" for kind in ("null", "merge")}  # of YAML 1.1's plain words
 
 
 @dataclass(frozen=True, order=True)
@@ -37,6 +48,7 @@ class Document:
     value: Any = None
     lines: dict[Path, int] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
+    written: dict[Path, str] = field(default_factory=dict)  # what YAML reads as no text
 
     def line(self, path: Path) -> int:
         """The line of `path`, or of the closest thing around it; 0 in an empty file."""
@@ -53,9 +65,9 @@ def dotted(path: Iterable[int | str]) -> str:
 
 
 def read(file: FilePath, *, verbatim: frozenset[str] = frozenset()) -> Document:
-    """Read `file`; `${NAME}` in a string is replaced from the environment (`$${` is a plain `${`).
+    """Read `file`; `${NAME}` in a string is replaced from the environment (`$$` is a plain `$`).
 
-    Strings under a key in `verbatim` are left as they are. A file that cannot be
+    Keys, and strings under a key in `verbatim`, are left as they are. A file that cannot be
     read or parsed gives a document with that problem alone.
     """
     document = Document()
@@ -85,12 +97,26 @@ def read(file: FilePath, *, verbatim: frozenset[str] = frozenset()) -> Document:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's own rules, but for dates: `2025-10-01` is a text like any other."""
+    """Of plain words only true, false, null and decimal numbers are no text.
+
+    YAML 1.1, which PyYAML reads, has more: dates, `yes`, octal and sexagesimal numbers.
+    """
 
     yaml_implicit_resolvers = {  # noqa: RUF012  # as the base class has it
-        first: [rule for rule in rules if rule[0] != "tag:yaml.org,2002:timestamp"]
+        first: [rule for rule in rules if rule[0] in _KEPT]
         for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
+
+
+for _tag, _pattern, _first in (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?(0|[1-9][0-9]*)", "-+0123456789"),
+    ("float", r"[-+]?(\.[0-9]+|(0|[1-9][0-9]*)(\.[0-9]*)?)([eE][-+]?[0-9]+)?", "-+.0123456789"),
+    ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+."),
+):
+    _Loader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first)
+    )
 
 
 class _Builder:
@@ -125,8 +151,12 @@ class _Builder:
         built: dict[str, Any] = {}
         first: dict[str, int] = {}  # own keys only: what is merged in may be said again
         for key_node, value_node in node.value:
-            key = str(self._construct(key_node))
             line = key_node.start_mark.line + 1
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(
+                    problem="a key that is no text", problem_mark=key_node.start_mark
+                )
+            key = key_node.value  # as it is written: `1.10` is no number here
             if key in first:
                 self.document.lines[(*path, key)] = line
                 self.document.problem((*path, key), f"is here twice; first in line {first[key]}")
@@ -135,6 +165,8 @@ class _Builder:
                 first[key] = line
             built[key] = self.build(value_node, (*path, key))
             self.document.lines[(*path, key)] = line
+            if "${" in key:
+                self.document.problem((*path, key), "is a key, and references are for values only")
         return built
 
     def _construct(self, node: yaml.Node) -> Any:
@@ -145,14 +177,20 @@ class _Builder:
 
     def _scalar(self, node: yaml.Node, path: Path) -> Any:
         value = self._construct(node)
-        if not isinstance(value, str) or (path and path[-1] in self.verbatim):
+        if not isinstance(value, str):
+            self.document.written[path] = node.value
+            return value
+        if path and path[-1] in self.verbatim:
             return value
         return _ENV.sub(lambda match: self._expand(match, path), value)
 
     def _expand(self, match: re.Match[str], path: Path) -> str:
+        if match["escape"]:
+            return "$"
         name = match["name"]
         if name is None:
-            return "${"
+            self.document.problem(path, _NO_REFERENCE)  # without the text, which may be a secret
+            return ""
         if name not in os.environ:
             self.document.problem(path, f"the environment has no variable {name}")
             return ""

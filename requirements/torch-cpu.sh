@@ -6,7 +6,7 @@ set -eu
 python=$1
 torch=$(sed -n 's/^\(torch==[^ ]*+cpu\).*/\1/p' "$2")
 
-"$python" -m pip install --no-deps "$torch" 2>/dev/null && exit
+"$python" -m pip install --disable-pip-version-check --no-deps "$torch" && exit
 echo "pip finds no $torch; uv will look in PyTorch's CPU index."
 "$python" -m pip install --quiet --disable-pip-version-check uv &&
     "$python" -m uv pip install --python "$python" --no-deps --torch-backend=cpu "$torch" && exit

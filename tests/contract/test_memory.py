@@ -10,7 +10,11 @@ from types import SimpleNamespace
 import pytest
 
 from llmserve import checks, memory, plan
+from llmserve.config import ModelSpec
+from llmserve.environment import is_cpu_build
 from llmserve.gpus import GIB, Gpu, described
+from llmserve.startlog import one_line
+from tests.contract.conftest import CHAT
 
 
 def gpu(name: str, gib: float) -> Gpu:
@@ -117,3 +121,29 @@ def test_the_share_is_asked_of_the_free_memory_as_a_share_of_all() -> None:
     with pytest.raises(ValueError, match="less than desired GPU memory utilization"):
         request_memory(free(29.9), third)
     assert "request_memory(" in inspect.getsource(Worker.init_device)
+
+
+def test_vllm_tells_of_a_small_kv_cache_as_the_start_s_log_reads_it() -> None:
+    from vllm.v1.core import kv_cache_utils
+
+    check = kv_cache_utils._check_enough_kv_cache_memory
+    with pytest.raises(ValueError, match="KV cache") as raised:
+        check(GIB, lambda: 2 * GIB, 8192, lambda _: 4096)
+    assert one_line("ValueError", str(raised.value)) == (
+        "1.0 GiB of KV cache is less than 8,192 tokens take, 2.0 GiB; "
+        "what would fit: engine: {max_model_len: 4096}"
+    )
+    with pytest.raises(ValueError, match="cache") as raised:
+        check(0, lambda: GIB, 8192, lambda _: 0)
+    assert one_line("ValueError", str(raised.value)).startswith(
+        "no memory is left for the KV cache"
+    )
+
+
+@pytest.mark.skipif(not is_cpu_build(), reason="vLLM's build for CPUs sets it")
+def test_blocks_of_a_kv_cache_on_a_cpu() -> None:
+    from llmserve.engine import engine_arguments
+
+    spec = ModelSpec(name="chat", model=str(CHAT), engine={"max_model_len": 512})
+    config = engine_arguments(spec).create_engine_config()
+    assert config.cache_config.block_size == checks._CPU_BLOCK_TOKENS

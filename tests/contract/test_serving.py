@@ -236,7 +236,7 @@ async def test_what_goes_on_in_the_background_holds_its_place(fake: Services) ->
     transport = httpx.ASGITransport(app.build(fake))
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
         await client.post(f"/v1/responses/{made['id']}/cancel")
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(60):
         while slots.in_flight:
             await asyncio.sleep(0.02)
 
@@ -251,7 +251,7 @@ async def test_a_client_that_leaves_has_its_request_aborted(fake: Services, stre
                 "POST", f"{url}/v1/completions", json=body, timeout=0.5
             ) as reply:
                 await anext(reply.aiter_bytes())
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(60):
             while await aborted(fake) == before:
                 await asyncio.sleep(0.02)
     assert fake.pool.entries["chat"].slots.in_flight == 0
@@ -291,7 +291,7 @@ async def test_a_dead_engine_fails_its_requests_and_nothing_else() -> None:
         assert after.status_code == 503
         assert after.json()["error"]["code"] == "model_not_ready"
         assert int(after.headers["retry-after"]) >= 1
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(60):
             while services.pool.ready():
                 await asyncio.sleep(0.05)
         watch.cancel()
@@ -486,7 +486,7 @@ async def test_stream_of_response_in_background_ends(fake: Services, *, cancelle
             made = json.loads(text[1].removeprefix("data: "))["response"]
             if cancelled:
                 await client.post(f"{url}/v1/responses/{made['id']}/cancel")
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(60):
                 text += [line async for line in lines]
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as other:
             again = await other.get(f"/v1/responses/{made['id']}?stream=true")
@@ -495,7 +495,7 @@ async def test_stream_of_response_in_background_ends(fake: Services, *, cancelle
     assert ("event: response.completed" in names) is not cancelled
     assert names == [line for line in again.text.splitlines() if line.startswith("event: ")]
     assert (stored["status"] == "cancelled") is cancelled
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while fake.pool.entries["chat"].slots.in_flight:
             await asyncio.sleep(0.02)
 

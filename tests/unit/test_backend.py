@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from llmserve import backend as starts
 from llmserve import hub
-from llmserve.backend import Patience, VllmBackend, _Clock, _Modules
+from llmserve.backend import Patience, VllmBackend, _Clock, _Modules, _unless_flawed
 from llmserve.child import log_file
 from llmserve.config import Config
 from llmserve.errors import StartupError
@@ -31,18 +32,25 @@ if TYPE_CHECKING:
     from llmserve.residency import Takes
 
 
+@pytest.fixture(autouse=True)
+def _whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folders that are not there have models without a flaw."""
+    monkeypatch.setattr(starts, "_unless_flawed", lambda _: None)
+
+
 @dataclass
 class FakeHub:
     """Its repositories become folders of their name and revision."""
 
     folder: Path
     fetched: list[hub.Wanted] = field(default_factory=list)
+    warning: str | None = None
     side_by_side: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._lock, self._running = threading.Lock(), Counter[str]()
 
-    def download(self, wanted: hub.Wanted, _: Callable[[int, int], None]) -> str:
+    def download(self, wanted: hub.Wanted, _: Callable[[int, int], None]) -> hub.Fetched:
         with self._lock:
             self.fetched.append(wanted)
             self._running[wanted.repo] += 1
@@ -50,7 +58,7 @@ class FakeHub:
         time.sleep(0.02)
         with self._lock:
             self._running[wanted.repo] -= 1
-        return str(self.there(wanted.repo, wanted.revision))
+        return hub.Fetched(str(self.there(wanted.repo, wanted.revision)), self.warning)
 
     def there(self, repo: str, revision: str | None = None) -> Path:
         made = self.folder / f"{repo}@{revision}"
@@ -73,6 +81,22 @@ async def test_replicas_do_not_download_the_same_side_by_side(
     starts = [backend._downloaded(each, nothing) for each in specs for _ in range(2)]
     assert await soon(asyncio.gather(*starts)) == [each for each in specs for _ in range(2)]
     assert fake_hub.side_by_side == [1, 1]  # one for each: replicas and revivals need no other
+
+
+async def test_a_model_from_the_cache_alone_is_a_folder_to_vllm_and_told(
+    fake_hub: FakeHub, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By its name vLLM would ask the hub once more."""
+    notes: list[str] = []
+    backend, wanted = VllmBackend(tmp_path, FakeSpace()), spec(model="org/m")
+    fake_hub.warning = "org/m could not be downloaded: the hub said 504; the cache has it"
+    placed = await soon(backend._downloaded(wanted, lambda _, note: notes.append(note)))
+    assert placed.model == str(fake_hub.there("org/m"))
+    assert notes == ["", fake_hub.warning]
+    assert fake_hub.warning in caplog.text
+    again = await soon(backend._downloaded(wanted, nothing))
+    assert again == placed
+    assert len(fake_hub.fetched) == 1
 
 
 async def test_adapters_renamed_in_a_reload_have_their_own_folder(
@@ -256,7 +280,7 @@ async def test_a_replica_starts_on_the_gpus_of_the_plan(tmp_path: Path) -> None:
 
 async def test_on_a_cpu_the_entry_stays_as_it_is(tmp_path: Path) -> None:
     vllm = FakeVllm()
-    memory = HostSpace(Config(file=tmp_path / "models.yaml", models=(spec(),)), {})
+    memory = HostSpace(Config(file=tmp_path / "models.yaml", models=(spec(),)), {}, {})
     await soon(vllm.backend(tmp_path, memory).start(spec(), 0, nothing))
     assert vllm.launched == [(spec(), 0)]
     assert vllm.sleeping == [False]
@@ -356,7 +380,7 @@ async def test_a_start_cancelled_leaves_no_engine(tmp_path: Path, at: str) -> No
 
     def launching(tether: FakeTether) -> None:
         reached.set()
-        tether.was_cut.wait(3)
+        tether.was_cut.wait(60)
 
     if at == "launching":
         vllm.launching = launching
@@ -392,7 +416,7 @@ async def test_a_start_whose_report_fails_leaves_no_engine(tmp_path: Path) -> No
     """Whatever goes wrong while it is looked at."""
     vllm = FakeVllm()
     vllm.launching = lambda tether: (
-        (tmp_path / "model-chat.log").write_text("Warming up\n") and (tether.was_cut.wait(3))
+        (tmp_path / "model-chat.log").write_text("Warming up\n") and (tether.was_cut.wait(60))
     )
 
     def report(state: State, _: str) -> None:
@@ -407,7 +431,7 @@ async def test_a_start_whose_report_fails_leaves_no_engine(tmp_path: Path) -> No
 
 async def test_a_start_without_sign_of_life_is_ended(tmp_path: Path) -> None:
     vllm = FakeVllm()
-    vllm.launching = lambda tether: tether.was_cut.wait(3)
+    vllm.launching = lambda tether: tether.was_cut.wait(60)
     backend = vllm.backend(tmp_path, FakeSpace())
     backend._patience = Patience(look_s=0.005, quiet_s=0.02)
     with pytest.raises(StartupError, match=r"nothing in its log and no work for 0\.02 s"):
@@ -445,3 +469,29 @@ async def test_a_start_again_is_not_warming_at_once(tmp_path: Path) -> None:
     )
     assert State.WARMING not in states
     assert log.with_name(f"{log.name}.1").read_text() == "Warming up\n"
+
+
+@pytest.mark.parametrize(
+    ("files", "flaw"),
+    [
+        ({}, "has no config.json"),
+        ({"adapter_config.json": b"{}"}, "is an adapter, no model"),
+        ({"config.json": b"{}", "model.safetensors": b"x"}, "is no whole safetensors file"),
+    ],
+)
+def test_files_that_no_engine_could_load_are_told_before_one_starts(
+    tmp_path: Path, files: dict[str, bytes], flaw: str
+) -> None:
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(StartupError, match=flaw):
+        _unless_flawed(spec(model=str(tmp_path)))
+
+
+def test_what_only_vllm_understands_is_left_to_it(tmp_path: Path) -> None:
+    (tmp_path / "params.json").write_bytes(b"{}")
+    _unless_flawed(spec(model=str(tmp_path)))
+    (tmp_path / "config.json").write_bytes(b"{}")
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    _unless_flawed(spec(model=str(tmp_path), engine={"load_format": "dummy"}))
+    _unless_flawed(spec(model="org/nowhere"))

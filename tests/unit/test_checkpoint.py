@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import struct
+from contextlib import nullcontext
 from itertools import pairwise
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from huggingface_hub import constants
 
 from llmserve import checkpoint
 from llmserve.checkpoint import Checkpoint, Config, Folder, Repository
-from llmserve.errors import ShapeUnknown
+from llmserve.errors import ModelUnusable, ShapeUnknown
 from tests.fakes import spec
 from tests.unit.test_hub import NOBODY, box  # noqa: F401  # a fixture
 
@@ -239,7 +240,7 @@ def test_names_and_revisions_that_are_not_there(hub: Hub) -> None:
 def test_a_hub_that_cannot_be_reached(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     assert hub.repos
     monkeypatch.setattr(constants, "ENDPOINT", NOBODY)
-    with pytest.raises(ShapeUnknown, match="is not in the cache, and the hub is not reachable"):
+    with pytest.raises(ShapeUnknown, match="could not be downloaded: the hub is not reachable"):
         checkpoint.of(spec(model="org/m"))
 
 
@@ -263,7 +264,7 @@ def test_weights_that_are_cut_short_are_told_with_their_bytes(tmp_path: Path) ->
     told = f"model.safetensors is cut short: {whole - 3:,} of {whole:,} bytes"
     assert Folder(tmp_path).flaw() == told
     (tmp_path / "model.safetensors").write_bytes(b"abc")
-    assert Folder(tmp_path).flaw() == "model.safetensors is no whole safetensors file"
+    assert Folder(tmp_path).flaw() == "model.safetensors is no whole safetensors file (3 bytes)"
 
 
 def test_weights_that_the_index_names_have_to_be_there(tmp_path: Path) -> None:
@@ -277,3 +278,62 @@ def test_weights_that_the_index_names_have_to_be_there(tmp_path: Path) -> None:
 def test_weights_of_another_kind_are_left_to_vllm(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"abc")
     assert Folder(tmp_path).flaw() is None
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 7\n"
+
+
+@pytest.mark.parametrize(
+    "file", ["model.safetensors", "pytorch_model.bin", "tokenizer.json", "config.json"]
+)
+def test_a_pointer_in_place_of_a_file_is_told(tmp_path: Path, file: str) -> None:
+    _safetensors(tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / file).write_bytes(POINTER)
+    flaw = f"{file} is a Git LFS pointer in place of the file; fetch it with `git lfs pull`"
+    assert Folder(tmp_path).flaw() == flaw
+
+
+def test_what_a_folder_without_a_config_is(tmp_path: Path) -> None:
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ModelUnusable, match="GGUF files only; safetensors files are needed"):
+        Folder(tmp_path).config()
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelUnusable, match="is an adapter, no model: list it in `loras`"):
+        Folder(tmp_path).config()
+    (tmp_path / "params.json").write_text("{}")
+    with pytest.raises(ShapeUnknown, match=r"params\.json") as unknown:
+        Folder(tmp_path).config()
+    assert not isinstance(unknown.value, ModelUnusable)  # vLLM knows that layout
+
+
+def test_what_is_no_adapter(tmp_path: Path) -> None:
+    assert (
+        Folder(tmp_path).adapter_flaw() == "has no adapter_config.json: it is a folder, no adapter"
+    )
+    (tmp_path / "config.json").write_text("{}")
+    assert (
+        Folder(tmp_path).adapter_flaw() == "has no adapter_config.json: it is a model, no adapter"
+    )
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert str(Folder(tmp_path).adapter_flaw()).startswith("has none of adapter_model.safetensors")
+    _safetensors(tmp_path / "adapter_model.safetensors", cut=1)
+    assert str(Folder(tmp_path).adapter_flaw()).startswith("adapter_model.safetensors is cut short")
+    _safetensors(tmp_path / "adapter_model.safetensors")
+    assert Folder(tmp_path).adapter_flaw() is None
+
+
+@pytest.mark.parametrize(("load_format", "raises"), [("auto", True), ("dummy", False)])
+def test_flaws_count_where_the_weights_are_read(
+    tmp_path: Path, load_format: str, raises: bool
+) -> None:
+    _safetensors(tmp_path / "model.safetensors", cut=1)
+    entry = spec(model=str(tmp_path), engine={"load_format": load_format})
+    with pytest.raises(ModelUnusable, match="cut short") if raises else nullcontext():
+        checkpoint.unless_flawed(entry, checkpoint.of(entry))
+
+
+def test_a_broken_adapter_is_told_with_its_name(tmp_path: Path) -> None:
+    entry = spec(model=str(tmp_path), loras={"sql": str(tmp_path)})
+    with pytest.raises(ModelUnusable, match=r"adapter sql: .* has no adapter_config\.json"):
+        checkpoint.unless_flawed(entry, checkpoint.of(entry))

@@ -9,6 +9,7 @@ import pytest
 
 from llmserve import checks
 from llmserve.gpus import Gpu, described
+from llmserve.shape import Unknown
 from tests.fakes import spec
 from tests.unit.shapes import LLAMA_8B, MINI_LM
 
@@ -124,7 +125,7 @@ def test_of_an_unknown_gpu_nothing_is_claimed() -> None:
 def test_a_context_beyond_the_model_s_is_a_flaw_unless_it_is_stretched() -> None:
     assert told("H100", engine={"max_model_len": 8192}) == []
     assert told("H100", engine={"max_model_len": 8193}) == [
-        ("engine", "max_model_len 8193 is longer than the model's context")
+        ("engine", "max_model_len 8,193 is longer than the model's context, 8,192")
     ]
     stretched = {"max_model_len": 16384, "hf_overrides": {"rope_scaling": {}}}
     assert told("H100", engine=stretched) == []
@@ -144,8 +145,62 @@ def test_a_context_beyond_the_model_s_is_a_flaw_unless_it_is_stretched() -> None
 def test_a_model_of_unknown_shape_must_say_where_and_how_much(
     entry: dict[str, Any], placed: bool
 ) -> None:
-    message = "cannot be placed, since its size is not known: the hub is away"
-    assert told("H100", "the hub is away", **entry) == ([] if placed else [("model", message)])
+    message = "cannot be placed, since its size is not known: it is odd"
+    assert told("H100", Unknown("it is odd"), **entry) == ([] if placed else [("model", message)])
+
+
+SAID: dict[str, Any] = {"devices": (0,), "memory": "20GiB"}
+
+
+def test_what_the_hub_does_not_give_is_told_without_a_remedy() -> None:
+    away = Unknown("the hub is away", reachable=False)
+    (flaw,) = checks.flaws(spec(), away, described("H100"))
+    assert flaw.message == "cannot be placed, since its size is not known: the hub is away"
+    assert flaw.remedy is None
+    assert told("H100", away, **SAID) == []  # it may be there again when the model starts
+
+
+def test_files_that_no_engine_could_load_are_told_whatever_is_said() -> None:
+    broken = Unknown("m: model.safetensors is cut short", usable=False)
+    for entry in ({}, SAID):
+        (flaw,) = checks.flaws(spec(**entry), broken, described("H100"))
+        assert flaw.message == f"cannot be loaded: {broken.why}"
+        assert (flaw.remedy, flaw.key) == (None, "model")
+
+
+@pytest.mark.parametrize(
+    ("entry", "short"),
+    [
+        ({"kv_cache": "1GiB"}, False),  # on eight devices each has an eighth
+        ({"kv_cache": "100MiB"}, True),
+        ({"kv_cache": "1GiB", "tensor_parallel_size": 1}, True),
+        ({"kv_cache": "1GiB", "devices": (0,)}, True),
+        ({"kv_cache": "1GiB", "devices": (0,), "engine": {"max_model_len": -1}}, False),
+        ({"kv_cache": "1GiB", "devices": (0,), "engine": {"max_model_len": 4096}}, False),
+        ({}, False),
+    ],
+)
+def test_a_kv_cache_too_small_anywhere_is_told_without_a_box(
+    entry: dict[str, Any], short: bool
+) -> None:
+    found = checks.anywhere(spec(**entry), LLAMA_8B)
+    assert [problem.key for problem in found] == ["kv_cache"] * short
+    assert all(problem.remedy == "kv_cache: 1.1GiB" for problem in found)  # on one device
+    if entry.get("devices") and short:
+        assert found[0].message == (
+            "1.000 GiB of KV cache is less than 8,192 tokens take, 1.002 GiB"
+        )
+        assert found[0].remedy == "kv_cache: 1.1GiB"
+
+
+def test_on_a_cpu_blocks_of_a_kv_cache_are_larger() -> None:
+    entry = spec(engine={"max_model_len": 16})
+    per_token = 131_072  # bytes
+    assert checks.on_cpu(entry, LLAMA_8B, 256 * per_token) == []  # one block, and vLLM's own
+    (short,) = checks.on_cpu(entry, LLAMA_8B, 256 * per_token - 1)
+    assert short.key == "kv_cache"
+    sixteen = spec(engine={"max_model_len": 16, "block_size": 16})
+    assert checks.on_cpu(sixteen, LLAMA_8B, 32 * per_token) == []
 
 
 def test_all_flaws_come_at_once() -> None:

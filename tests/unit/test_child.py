@@ -29,6 +29,16 @@ def test_names_that_differ_have_files_that_differ() -> None:
     assert len(files) == len(names) + 2
 
 
+@pytest.mark.parametrize("letter", ["x", "%", "\u00e9", "\u6f22", "\U0001f600"])
+def test_the_longest_name_makes_a_file(tmp_path: Path, letter: str) -> None:
+    names = [letter * 128, letter * 127 + "y"]
+    files = {child.log_file(tmp_path, name, 63) for name in names}
+    assert len(files) == 2
+    for file in files:
+        file.with_name(file.name + ".1").touch()  # as the log before is called
+        assert file.parent == tmp_path
+
+
 @pytest.mark.parametrize("instance", ["3-1712345678", "3-1712345678_dp1"])
 def test_an_engine_core_knows_which_replica_it_is(instance: str) -> None:
     assert child.instance_of(3, "1712345678") == "3-1712345678"

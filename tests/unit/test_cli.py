@@ -16,6 +16,7 @@ from llmserve.cli import app
 from llmserve.gpus import GIB, described
 from llmserve.nvml import Holder
 from tests.unit.shapes import LLAMA_8B
+from tests.unit.test_survey import llama
 
 if TYPE_CHECKING:
     from llmserve.gpus import Box
@@ -31,6 +32,7 @@ def llmserve(*words: object) -> Result:
 @pytest.fixture
 def registry(tmp_path: Path) -> Path:
     (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").write_text("{}")
     file = tmp_path / "models.yaml"
     file.write_text("models:\n  chat: {model: m}\n  '[red]': {model: m}\n", encoding="utf-8")
     return file
@@ -46,6 +48,32 @@ def test_check_names_the_models(registry: Path) -> None:
 def test_check_of_one_model_is_singular(registry: Path) -> None:
     registry.write_text("models: {chat: {model: m}}\n", encoding="utf-8")
     assert llmserve("check", registry).stdout == f"{registry}: 1 model: chat\n"
+
+
+def test_check_tells_what_the_files_alone_tell(tmp_path: Path) -> None:
+    llama(tmp_path / "m")
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").write_text("{}")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "models.yaml").write_text(
+        "models:\n"
+        "  fine: {model: m}\n"
+        "  long: {model: m, engine: {max_model_len: 200000}}\n"
+        "  small: {model: m, kv_cache: 1MiB}\n"
+        "  lora: {model: lora}\n"
+        "  tuned: {model: m, loras: {sql: empty}}\n"
+        "  away: {model: org/nowhere}\n",
+        encoding="utf-8",
+    )
+    result = llmserve("check", tmp_path / "models.yaml")
+    assert result.exit_code == 2
+    lines = result.stderr.replace(f"{tmp_path}/", "").splitlines()
+    assert lines == [
+        "models.yaml:3: models.long.engine: max_model_len 200,000 is longer than the model's context, 131,072",
+        "models.yaml:4: models.small.kv_cache: 0.0 GiB of KV cache is less than 131,072 tokens take, 16.0 GiB; what would fit: kv_cache: 16.1GiB",
+        "models.yaml:5: models.lora.model: cannot be loaded: lora is an adapter, no model: list it in `loras` of the model that it adapts",
+        "models.yaml:6: models.tuned.model: cannot be loaded: adapter sql: empty: has no adapter_config.json: it is a folder, no adapter",
+    ]
 
 
 @pytest.mark.parametrize("command", ["check", "plan", "up"])
@@ -125,7 +153,7 @@ def test_nothing_heavy_is_imported_before_an_engine_starts(work: str) -> None:
 def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A registry of two models that can be planned: `big` is of 16 GiB, `odd` says its memory."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("llmserve.shape.read", lambda spec: LLAMA_8B)
+    monkeypatch.setattr("llmserve.shape.read", lambda spec, hub: LLAMA_8B)
     for folder in ("m", "n"):
         (tmp_path / folder).mkdir()
     file = tmp_path / "models.yaml"
@@ -146,7 +174,7 @@ def see(monkeypatch: pytest.MonkeyPatch, box: Box, used: int = 0) -> None:
     monkeypatch.setattr(nvml, "holders", lambda gpu: [Holder(7, "python", used)])
     monkeypatch.setattr(environment, "is_cpu_build", lambda: False)
     monkeypatch.setattr(environment, "prepare", lambda engines, logs: [])
-    monkeypatch.setattr(server, "_log_to", lambda file: None)
+    monkeypatch.setattr(server.serverlog, "begin", lambda file: None)
 
 
 def test_a_plan_is_shown_with_every_gpu_and_model(models: Path) -> None:

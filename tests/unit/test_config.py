@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -233,7 +234,7 @@ def test_an_unknown_key_is_told_what_was_meant(box: Path, entry: str, problem: s
         ("enforce_eager: perhaps", "enforce_eager: input should be a valid boolean"),
         ("seed: [1]", "seed: input should be a valid integer"),
         ("runner: fast", "runner: input should be 'auto', 'generate', 'pooling' or 'draft'"),
-        ("revision: 3", "revision: input should be a valid string (came: 3)"),
+        ("revision: 3", "revision: must be text, and 3 is a number in YAML; put it in quotes"),
     ],
 )
 def test_an_engine_argument_of_the_wrong_type_is_told_with_its_line(
@@ -488,6 +489,47 @@ def test_secrets_come_from_the_environment_and_from_files(
     assert chat(box, "engine: {hf_token: 'file:key'}").engine == {"hf_token": "k-file"}
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xef\xbb\xbfk-file\n",
+        b"k-file\r\n",
+        b"\xef\xbb\xbf k-file\t\r\nsecond\r\n",
+        b"k-file",
+        b"\xc2\xa0k-file\xc2\xa0\n",
+    ],
+)
+def test_secret_of_a_file_is_read_without_what_editors_add(box: Path, content: bytes) -> None:
+    (box / "key").write_bytes(content)
+    assert keys(box, "'file:key'") == ["k-file"]
+    assert keys(box, "' k-plain '") == ["k-plain"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"k\0ey\n",
+        "k\u200bey".encode(),
+        "k\ufeffey".encode(),
+        b"\x1b[0mk\n",
+        b"k" * 4097,
+        b"k" * 10**6,
+    ],
+)
+def test_file_that_holds_no_key_is_refused(box: Path, content: bytes) -> None:
+    (box / "key").write_bytes(content)
+    with pytest.raises(ConfigError) as refused:
+        keys(box, "'file:key'")
+    (found,) = refused.value.problems
+    assert "is no key: it must be one line of at most 4096 printable characters" in found
+
+
+def test_pipe_for_a_secret_is_not_waited_for(box: Path) -> None:
+    os.mkfifo(box / "key")
+    with pytest.raises(ConfigError, match="key cannot be read: it is no regular file"):
+        keys(box, "'file:key'")
+
+
 def test_secrets_are_not_shown(box: Path) -> None:
     config = read(box, "server: {api_keys: [k-secret]}\nmodels: {chat: {model: m}}\n")
     assert "k-secret" not in repr(config)
@@ -502,7 +544,7 @@ def test_secrets_are_not_shown(box: Path) -> None:
         ("'file:bytes'", "bytes cannot be read: not UTF-8 text"),
         ("''", "is empty; a key must be a non-empty string"),
         ("'${LLMSERVE_NO_SUCH}'", "the environment has no variable LLMSERVE_NO_SUCH"),
-        ("7", "input should be a valid string"),
+        ("7", "must be text, and it is a number in YAML; put it in quotes"),
     ],
 )
 def test_a_secret_that_is_not_there_is_told_once(box: Path, written: str, problem: str) -> None:
@@ -711,4 +753,110 @@ def test_a_device_of_digits_is_an_id_and_an_empty_one_is_none(box: Path) -> None
     assert load(box / "models.yaml").models[0].devices == (1,)
     (box / "models.yaml").write_text('models: {a: {model: ./m, devices: [""]}}\n')
     with pytest.raises(ConfigError, match="is empty"):
+        load(box / "models.yaml")
+
+
+# --- names and texts that YAML reads as something else
+
+
+@pytest.mark.parametrize("name", ["1.10", "010", "1:30", "yes", "null", "2025-10-01", "1e3"])
+def test_a_model_has_the_name_that_is_written(box: Path, name: str) -> None:
+    registry = f"models:\n  {name}: {{model: m, loras: {{{name}-x: m}}}}\n  2.0: {{model: m}}\n"
+    first, second = read(box, registry).models
+    assert (first.name, list(first.loras), second.name) == (name, [f"{name}-x"], "2.0")
+
+
+@pytest.mark.parametrize(
+    ("entry", "problem"),
+    [
+        ("aliases: [1.10]", "aliases.0: must be text, and 1.10 is a number in YAML"),
+        ("aliases: [true]", "aliases.0: must be text, and true is a boolean in YAML"),
+        ("aliases: [~]", "aliases.0: must be text, and ~ is a null in YAML"),
+        ("chat_template: 1.10", "chat_template: must be text, and 1.10 is a number in YAML"),
+        ("engine: {revision: 1e5}", "engine.revision: must be text, and 1e5 is a number in YAML"),
+    ],
+)
+def test_what_must_be_text_is_told_as_it_is_written(box: Path, entry: str, problem: str) -> None:
+    assert chat_problems(box, entry) == [f"1: models.chat.{problem}; put it in quotes"]
+
+
+@pytest.mark.parametrize(("written", "key"), [("010", "010"), ("yes", "yes"), ("1:30", "1:30")])
+def test_an_api_key_is_what_is_written(box: Path, written: str, key: str) -> None:
+    assert keys(box, written) == [key]
+
+
+@pytest.mark.parametrize("secret", ["env:KEY", "File:keys", " file:keys", "vault:a/b", "$KEY"])
+def test_a_secret_that_only_looks_like_a_reference_is_refused(box: Path, secret: str) -> None:
+    (problem,) = problems(
+        box, f"server: {{api_keys: ['{secret}']}}\nmodels: {{chat: {{model: m}}}}\n"
+    )
+    assert problem.startswith("1: server.api_keys.0: ")
+    assert "reference" in problem
+    assert "KEY" not in problem
+
+
+# --- paths that lead nowhere
+
+
+@pytest.mark.parametrize("home", ["~nobody-here/x", "~nobody-here"])
+@pytest.mark.parametrize(
+    ("registry", "key"),
+    [
+        ("models: {chat: {model: HOME}}", "models.chat.model"),
+        ("models: {chat: {model: m, loras: {a: HOME}}}", "models.chat.loras.a"),
+        ("models: {chat: {model: m, chat_template: HOME}}", "models.chat.chat_template"),
+        ("server: {log_dir: HOME}\nmodels: {chat: {model: m}}", "server.log_dir"),
+        ("server: {admin_key: 'file:HOME'}\nmodels: {chat: {model: m}}", "server.admin_key"),
+        ("server: {ssl_certfile: HOME, ssl_keyfile: m}\nmodels: {chat: {model: m}}",
+         "server.ssl_certfile"),
+    ],
+)  # fmt: skip
+def test_a_home_of_nobody_is_told(box: Path, registry: str, key: str, home: str) -> None:
+    told = problems(box, registry.replace("HOME", home) + "\n")
+    lead = f"1: {key}: ~nobody-here leads to no home here; write the whole path"
+    assert told[0] == lead
+    assert len([one for one in told if one.startswith(f"1: {key}:")]) == 1
+
+
+@pytest.mark.parametrize("path", ["'./a\0b'", "./" + "x" * 300], ids=["a null", "too long"])
+def test_a_path_that_cannot_be_is_told(box: Path, path: str) -> None:
+    path = path.replace("'", '"').replace("\0", "\\0")
+    for entry in (f"model: {path}", f"model: m, chat_template: {path}"):
+        (problem,) = problems(box, f"models: {{chat: {{{entry}}}}}\n")
+        assert "there is no fol" in problem or "there is no file" in problem
+    assert "cannot be read: " in "".join(
+        problems(
+            box,
+            f"server: {{admin_key: {path.replace('./', 'file:./')}}}\nmodels: {{chat: {{model: m}}}}\n",
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("file", "what"),
+    [
+        ("a.gguf", "a GGUF file"),
+        ("a.safetensors", "a file of weights"),
+        ("a.txt", "a file"),
+    ],
+)
+def test_a_file_given_as_a_model_is_told_what_is_allowed(box: Path, file: str, what: str) -> None:
+    (box / file).touch()
+    assert problems(box, f"models: {{chat: {{model: ./{file}}}}}\n") == [
+        (
+            f"1: models.chat.model: {box / file} is {what}; "
+            "a model is a folder with config.json and safetensors files, or a hub name"
+        )
+    ]
+    assert chat_problems(box, f"loras: {{a: {file}}}") == [
+        (
+            f"1: models.chat.loras.a: {box / file} is {what}; "
+            "an adapter is a folder with adapter_config.json and its weights, or a hub name"
+        )
+    ]
+
+
+def test_a_registry_that_is_a_loop_of_links_is_a_problem(box: Path) -> None:
+    (box / "models.yaml").symlink_to("models.yaml")
+    with pytest.raises(ConfigError, match="Too many levels of symbolic links"):
         load(box / "models.yaml")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,8 @@ from tests.fakes import spec
 from tests.unit.shapes import LLAMA_8B
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from llmserve.config import ModelSpec
     from llmserve.shape import Shape
 
@@ -26,10 +29,13 @@ BESIDE = 2 * GIB
 def _llamas(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every model is one, but for those that are called `odd`."""
 
-    def read(wanted: ModelSpec) -> Shape:
+    def read(wanted: ModelSpec, *, hub: bool = True) -> Shape:
+        del hub
         if wanted.model == "odd":
             raise ShapeUnknown("no config.json")
-        return LLAMA_8B
+        dtype = wanted.engine.get("dtype", "bfloat16")
+        weights = WEIGHTS * (2 if dtype == "float32" else 1)
+        return replace(LLAMA_8B, context=4096, dtype=dtype, weights=weights)
 
     monkeypatch.setattr(shape, "read", read)
 
@@ -39,8 +45,20 @@ def registry(*specs: ModelSpec, memory: str | None = "100GiB") -> Config:
     return Config(file=Path("models.yaml"), server=server, models=specs)
 
 
-def size_of(made: ModelSpec) -> int:
-    holds = HostSpace.of(registry(made)).holds(made, 0)
+def native(shape: Shape) -> str:
+    return shape.dtype
+
+
+def wide(_: Shape) -> str:
+    return "float32"
+
+
+def of(config: Config, dtype_for: Callable[[Shape], str] = native) -> HostSpace:
+    return HostSpace.of(config, dtype_for)
+
+
+def size_of(made: ModelSpec, dtype_for: Callable[[Shape], str] = native) -> int:
+    holds = of(registry(made), dtype_for).holds(made, 0)
     assert list(holds) == [Level.READY]  # or nothing: nobody sleeps
     assert list(holds[Level.READY]) == [HOST]
     return holds[Level.READY][HOST]
@@ -48,7 +66,7 @@ def size_of(made: ModelSpec) -> int:
 
 def problems(*specs: ModelSpec, memory: str) -> list[str]:
     try:
-        HostSpace.of(registry(*specs, memory=memory))
+        of(registry(*specs, memory=memory))
     except ConfigError as error:
         return list(error.problems)
     return []
@@ -72,22 +90,23 @@ def test_an_engine_holds_its_weights_its_kv_cache_and_what_it_needs_besides(
 
 def test_every_replica_holds_as_much() -> None:
     made = spec(replicas=3)
-    space = HostSpace.of(registry(made))
+    space = of(registry(made))
     assert space.holds(made, 0) == space.holds(made, 2)
 
 
 def test_the_budget_is_the_registry_s() -> None:
-    assert HostSpace.of(registry(spec(), memory="24GiB")).capacity == {HOST: 24 * GIB}
+    assert of(registry(spec(), memory="24GiB")).capacity == {HOST: 24 * GIB}
 
 
-def test_without_a_budget_nothing_is_bounded_and_no_model_read(
+def test_without_a_budget_nothing_is_bounded_and_no_hub_asked(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def read(_: ModelSpec) -> Shape:
-        raise AssertionError("nobody needs it")
+    def read(_: ModelSpec, *, hub: bool = True) -> Shape:
+        assert not hub
+        raise ShapeUnknown("it is not here")
 
     monkeypatch.setattr(shape, "read", read)
-    space = HostSpace.of(registry(spec(memory="900GiB"), memory=None))
+    space = of(registry(spec(memory="900GiB"), memory=None))
     assert space.capacity == {}
 
 
@@ -101,13 +120,14 @@ def test_what_runs_at_once_has_to_fit() -> None:
     assert "b" in told
     assert "needs 10.0 GiB" in told
     assert "of server.host_memory 19.0 GiB are left 9.0 GiB" in told
-    assert "`start: lazy`, a smaller kv_cache, or more host_memory" in told
+    assert told.endswith("what would fit: `start: lazy` or server.host_memory: 20GiB")
 
 
 def test_all_replicas_run_at_once() -> None:
     assert problems(spec(memory="10GiB", replicas=2), memory="20GiB") == []
     (told,) = problems(spec(memory="10GiB", replicas=2), memory="19GiB")
     assert "are left 19.0 GiB" in told
+    assert told.endswith("what would fit: server.host_memory: 20GiB")  # no later start would
 
 
 @pytest.mark.parametrize("start", ["lazy", "sleeping"])
@@ -135,19 +155,19 @@ def test_a_pinned_model_leaves_the_others_what_it_does_not_hold() -> None:
 # --- as the memory of a backend
 
 
-async def test_a_start_needs_nothing_more_and_nobody_sleeps() -> None:
+async def test_a_start_says_the_kv_cache_and_nobody_sleeps() -> None:
     made = spec()
-    space = HostSpace.of(registry(made))
+    space = of(registry(made))
     assert not space.sleeps(made, 0)
     async with space.start(made, 0) as (placed, keep):
-        assert placed is made
+        assert placed == spec(kv_cache="1GiB")
         keep([])
     async with space.moves(made, 0, None):
         pass
 
 
 def test_another_registry_counts_once_it_is_adopted() -> None:
-    space = HostSpace.of(registry(spec(), memory="24GiB"))
+    space = of(registry(spec(), memory="24GiB"))
     adopt = space.planned(registry(spec(memory="5GiB"), memory="30GiB"), {"chat": "chat"})
     assert space.capacity == {HOST: 24 * GIB}
     adopt()
@@ -156,7 +176,63 @@ def test_another_registry_counts_once_it_is_adopted() -> None:
 
 
 def test_a_registry_that_does_not_fit_changes_nothing() -> None:
-    space = HostSpace.of(registry(spec(), memory="24GiB"))
+    space = of(registry(spec(), memory="24GiB"))
     with pytest.raises(ConfigError, match=r"needs 31\.0 GiB"):
         space.planned(registry(spec(memory="31GiB"), memory="30GiB"), {})
     assert space.capacity == {HOST: 24 * GIB}
+
+
+# --- what a model is computed in
+
+
+async def test_a_cpu_without_bfloat16_computes_in_float32_and_counts_that() -> None:
+    made = spec()
+    assert size_of(made, wide) == 2 * WEIGHTS + 2 * GIB + BESIDE
+    space = of(registry(made, spec("odd", model="odd")), wide)
+    assert space.dtypes == {"chat": "float32"}
+    async with space.start(made, 0) as (placed, _):
+        assert placed == spec(engine={"dtype": "float32"}, kv_cache="2GiB")
+
+
+@pytest.mark.parametrize("engine", [{"dtype": "bfloat16"}, {"quantization": "fp8"}])
+async def test_what_an_entry_says_of_it_stays(engine: dict[str, Any]) -> None:
+    made = spec(engine=engine)
+    space = of(registry(made), wide)
+    assert space.dtypes == {"chat": "bfloat16"}
+    async with space.start(made, 0) as (placed, _):
+        assert placed.engine == engine
+
+
+async def test_a_model_that_came_from_the_hub_is_looked_at_when_it_starts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    here: list[ModelSpec] = []
+
+    def read(wanted: ModelSpec, *, hub: bool = True) -> Shape:
+        if not here:
+            raise ShapeUnknown("it is not here")
+        return replace(LLAMA_8B, dtype=wanted.engine.get("dtype", "bfloat16"))
+
+    monkeypatch.setattr(shape, "read", read)
+    made = spec(model="org/m")
+    space = of(registry(made, memory=None), wide)
+    assert space.dtypes == {}
+    here.append(made)
+    async with space.start(made, 0) as (placed, _):
+        assert placed.engine == {"dtype": "float32"}
+
+
+# --- what cannot run at all
+
+
+def test_a_context_beyond_the_models_own_starts_nothing() -> None:
+    (told,) = problems(spec(engine={"max_model_len": 4097}), memory="100GiB")
+    assert told.endswith("max_model_len 4,097 is longer than the model's context, 4,096")
+
+
+def test_a_kv_cache_too_small_is_told_with_one_that_would_do() -> None:
+    (told,) = problems(spec(kv_cache="256MiB"), memory="100GiB")
+    short = "0.2 GiB of KV cache is less than 4,096 tokens take, 0.5 GiB"
+    assert told.endswith(f"chat.kv_cache: {short}; what would fit: kv_cache: 0.6GiB")
+    (told,) = problems(spec(kv_cache="256MiB"), memory="17.3GiB")
+    assert told.endswith(short)  # a larger one would not fit beside the weights

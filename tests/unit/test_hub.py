@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import struct
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,7 +13,7 @@ import pytest
 from huggingface_hub import constants
 from huggingface_hub.utils import _http
 
-from llmserve import hub
+from llmserve import checkpoint, hub
 from llmserve.errors import StartupError
 from tests.fakes import spec
 
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
 
 SHA = "a" * 40
 NOBODY = "http://127.0.0.1:9"  # nothing listens there
-WEIGHTS = b"w" * 300_000
+AWAY = "org/m could not be downloaded: the hub is not reachable"
+HEADER = b'{"w": {"dtype": "F32", "shape": [75000], "data_offsets": [0, 300000]}}'
+WEIGHTS = struct.pack("<Q", len(HEADER)) + HEADER + b"w" * 300_000
 FILES = {
     "config.json": b'{"model_type": "llama"}',
     "tokenizer.model": b"t" * 2000,
@@ -46,6 +49,7 @@ class Hub(ThreadingHTTPServer):
         self.refused: dict[str, tuple[int, str]] = {}  # repo: status and the hub's error code
         self.fetched: list[str] = []
         self.tokens: set[str] = set()
+        self.silent = False
 
     @property
     def url(self) -> str:
@@ -65,6 +69,8 @@ class Answers(BaseHTTPRequestHandler):
         self._answer(with_body=True)
 
     def _answer(self, *, with_body: bool) -> None:
+        while self.server.silent:
+            time.sleep(0.01)
         self.server.tokens.add(self.headers.get("authorization", ""))
         parts = self.path.partition("?")[0].strip("/").split("/")
         api = parts[:2] == ["api", "models"]
@@ -139,6 +145,11 @@ def download(model: str = "org/m", **more: Any) -> list[tuple[int, int]]:
     for wanted in hub.Wanted.of(spec("chat", model=model, **more)):
         hub.download(wanted, lambda done, total: told.append((done, total)))
     return told
+
+
+def warned(**more: Any) -> str | None:
+    (wanted,) = hub.Wanted.of(spec("chat", model="org/m", **more))
+    return hub.download(wanted, lambda done, total: None).warning
 
 
 def cached(folder: Path) -> set[str]:
@@ -224,7 +235,7 @@ def test_a_revision_that_is_not_there(box: Hub) -> None:
     assert box.repos
     with pytest.raises(StartupError) as refused:
         download(engine={"revision": "no-such"})
-    assert refused.value.message == "org/m has no revision no-such on the hub"
+    assert refused.value.message.startswith("org/m has no revision no-such on the hub; ")
 
 
 def test_a_name_that_no_hub_can_have(box: Hub) -> None:
@@ -248,7 +259,7 @@ def waits(box: Hub, monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def test_a_hub_that_does_not_answer(waits: list[float]) -> None:
     with pytest.raises(StartupError) as refused:
         download()
-    assert refused.value.message == "org/m is not in the cache, and the hub is not reachable"
+    assert refused.value.message == f"{AWAY}; it is not in the cache either"
     assert sum(waits) < 60
 
 
@@ -258,9 +269,97 @@ def test_what_is_in_the_cache_is_enough_when_the_hub_does_not_answer(
     download()
     box.fetched.clear()
     waits = request.getfixturevalue("waits")
-    download()
+    assert warned() == f"{AWAY}; the cache has it"
     assert box.fetched == []
     assert sum(waits) <= 5
+
+
+def test_a_name_that_leads_to_no_hub(box: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    download()
+    monkeypatch.setattr(constants, "ENDPOINT", "http://hub.invalid")
+    assert warned() == f"{AWAY}; the cache has it"
+
+
+def test_a_hub_that_says_nothing_in_time(box: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    download()
+    monkeypatch.setattr(hub, "_HUB_TIMEOUT_S", 0.05)
+    box.silent = True
+    try:
+        assert warned() == f"{AWAY}; the cache has it"
+    finally:
+        box.silent = False
+
+
+def test_who_works_offline_is_not_warned(box: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    download()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    box.fetched.clear()
+    assert warned() is None
+    assert box.fetched == []
+
+
+REFUSALS = [
+    (429, ""),
+    (500, ""),
+    (502, ""),
+    (503, ""),
+    (504, ""),
+    (401, ""),
+    (401, "GatedRepo"),
+    (403, "GatedRepo"),
+    (403, ""),
+    (401, "RepoNotFound"),
+    (404, "RepoNotFound"),
+    (404, "RevisionNotFound"),
+]
+
+
+@pytest.mark.parametrize(("status", "code"), REFUSALS)
+def test_a_hub_that_refuses_does_not_keep_what_is_in_the_cache(
+    box: Hub, tmp_path: Path, status: int, code: str
+) -> None:
+    download()
+    box.refused["org/m"] = (status, code)
+    (wanted,) = hub.Wanted.of(spec(model="org/m"))
+    fetched = hub.download(wanted, lambda done, total: None)
+    assert fetched.folder == str(tmp_path / "hub" / "models--org--m" / "snapshots" / SHA)
+    assert fetched.warning is not None
+    assert fetched.warning.endswith("; the cache has it")
+    assert isinstance(checkpoint.of(spec(model="org/m")), checkpoint.Folder)  # as the plan reads it
+
+
+@pytest.mark.parametrize(
+    ("gone", "lacks"),
+    [
+        ("model.safetensors", "the weights are missing"),
+        ("config.json", "config.json is missing"),
+    ],
+)
+def test_a_part_in_the_cache_is_not_enough(box: Hub, tmp_path: Path, gone: str, lacks: str) -> None:
+    download()
+    (tmp_path / "hub" / "models--org--m" / "snapshots" / SHA / gone).unlink()
+    box.refused["org/m"] = (504, "")
+    with pytest.raises(StartupError) as refused:
+        download()
+    assert refused.value.message == (
+        f"org/m could not be downloaded: the hub said 504; the cache has a part of it: {lacks}"
+    )
+
+
+def test_weights_cut_short_in_the_cache_are_not_enough(box: Hub, tmp_path: Path) -> None:
+    download()
+    file = tmp_path / "hub" / "models--org--m" / "snapshots" / SHA / "model.safetensors"
+    file.write_bytes(WEIGHTS[:-1])
+    box.refused["org/m"] = (500, "")
+    with pytest.raises(StartupError, match=r"a part of it: model\.safetensors is cut short"):
+        download()
+
+
+def test_an_adapter_in_the_cache_is_enough_too(box: Hub) -> None:
+    box.repos["org/lora"] = {"adapter_config.json": b"{}", "adapter_model.safetensors": WEIGHTS}
+    download("/models/chat", loras={"sql": "org/lora"})
+    box.refused["org/lora"] = (500, "")
+    assert download("/models/chat", loras={"sql": "org/lora"}) == []
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from llmserve.config import ModelSpec
 from llmserve.gpus import GIB, described
 from llmserve.placement import capacity
 from llmserve.planner import Planner
+from llmserve.shape import Unknown
 from tests.unit.effort import calls
 from tests.unit.shapes import LLAMA_8B, LLAMA_70B, MINI_LM
 
@@ -29,8 +30,8 @@ def planned(
 ) -> Plan:
     """The plan of entries whose `model` is one of SHAPES, or anything else: not known."""
     specs = [ModelSpec.model_validate({"name": name} | entry) for name, entry in models.items()]
-    shapes: dict[str, Shape | str] = {
-        spec.name: SHAPES.get(spec.model, "the hub is not reachable") for spec in specs
+    shapes: dict[str, Shape | Unknown] = {
+        spec.name: SHAPES.get(spec.model, Unknown("it is an odd one")) for spec in specs
     }
     return Planner(described(gpus), 0.08, shapes, (overheads or {}).get).plan(specs)
 
@@ -246,15 +247,22 @@ def test_a_model_of_which_nothing_is_known_gets_its_share_alone() -> None:
         (
             "H100",
             {"engine": {"max_model_len": 100_000}},
-            "max_model_len 100000 is longer than the model's context",
-            "max_model_len: 8192",
+            "max_model_len 100,000 is longer than the model's context, 8,192",
+            "engine: {max_model_len: 8192}",
+            "engine",
+        ),
+        (
+            "L4",
+            {"engine": {"max_model_len": 100_000}, "kv_cache": "600MiB"},
+            "max_model_len 100,000 is longer than the model's context, 8,192",
+            "engine: {max_model_len: 4096}",  # a whole context has no room
             "engine",
         ),
         ("RTX4090", {"model": "70b"}, "needs 1", None, ""),
         (
             "H100",
             {"model": "elsewhere"},
-            "its size is not known: the hub is not reachable",
+            "its size is not known: it is an odd one",
             "`devices` and `memory` in its entry",
             "model",
         ),

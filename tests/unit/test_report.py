@@ -462,3 +462,8 @@ def test_a_long_name_is_cut_in_a_picture() -> None:
     texts = [str(text.text) for text in ET.fromstring(report.svg(plan)).iter(f"{SVG}text")]
     assert max(map(len, texts)) < 120
     assert any(text.startswith("A mmm") and text.endswith("…") for text in texts)
+
+
+def test_of_broken_files_no_change_is_looked_for() -> None:
+    lines = report._told(Problem("m", "cannot be loaded: cut short", key="model"))
+    assert [str(line) for line in lines] == ["m: cannot be loaded: cut short"]

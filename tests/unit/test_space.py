@@ -20,6 +20,7 @@ from llmserve.measured import Measured
 from llmserve.nvml import Holder
 from llmserve.planner import Planner
 from llmserve.residency import Level
+from llmserve.shape import Unknown
 from llmserve.space import Space, overhead_bytes
 from tests.unit.shapes import LLAMA_8B
 
@@ -62,8 +63,8 @@ def entry(name: str = "m", **said: Any) -> ModelSpec:
 
 def planned(kept: Measured, *specs: ModelSpec, box: str = "H100") -> Plan:
     """Models are Llamas of 8B, or, if called `odd`, of unknown shape."""
-    shapes: dict[str, Shape | str] = {
-        spec.name: "no config.json" if spec.model == "odd" else LLAMA_8B for spec in specs
+    shapes: dict[str, Shape | Unknown] = {
+        spec.name: Unknown("no config.json") if spec.model == "odd" else LLAMA_8B for spec in specs
     }
     plan = Planner(described(box), 0.08, shapes, kept.overhead).plan(specs)
     assert not plan.problems
@@ -253,7 +254,7 @@ async def test_a_start_that_is_given_up_lets_the_next_one_in(gpus: Gpus, tmp_pat
 
     with pytest.raises(StartupError):
         await failing()
-    async with asyncio.timeout(1), space.start(b, 0) as (spec, _):
+    async with asyncio.timeout(60), space.start(b, 0) as (spec, _):
         assert spec.name == "b"
 
 
@@ -365,7 +366,7 @@ async def test_a_start_waits_for_the_memory_of_a_dead_engine(tmp_path: Path, gpu
     await starts.begin(spec)
     assert starts.running == []
     gpus.used[0] = GIB
-    async with asyncio.timeout(3):
+    async with asyncio.timeout(60):
         while not starts.running:  # the driver tells nobody
             await asyncio.sleep(0.01)
 
@@ -544,7 +545,7 @@ def config(folder: Path, *specs: ModelSpec) -> Config:
 
 @pytest.fixture
 def llamas(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shape, "read", lambda spec: LLAMA_8B)
+    monkeypatch.setattr(shape, "read", lambda spec, hub: LLAMA_8B)
 
 
 @pytest.mark.usefixtures("llamas")

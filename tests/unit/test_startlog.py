@@ -36,6 +36,17 @@ def test_startlog_begin_puts_the_log_before_aside(path: Path) -> None:
     assert path.with_name(f"{path.name}.1").read_text() == "Warming up\n"
 
 
+def test_startlog_that_is_cut_short_is_read_on(path: Path) -> None:
+    """logrotate, `copytruncate`."""
+    path.write_text("Starting, with many words\n")
+    log = StartLog(path)
+    assert log.grew()
+    path.write_text("Warming up\n")
+    assert log.grew()
+    assert log.is_warming
+    assert not log.grew()
+
+
 def test_startlog_sign_cut_between_two_looks_is_found(path: Path) -> None:
     log = StartLog(path)
     text = b"x" * 1000 + b"Model loading took 3 s"
@@ -82,3 +93,41 @@ def test_cause_without_a_log_is_the_error_s_own(path: Path) -> None:
 
 def test_cause_of_our_own_error_is_its_message(path: Path) -> None:
     assert cause_of(EngineError("killed"), path) == "killed"
+
+
+@pytest.mark.parametrize(
+    ("raised", "told"),
+    [
+        (
+            (
+                "To serve at least one request with the model's max seq len (8192), (1.0 GiB KV cache "
+                "is needed, which is larger than the available KV cache memory (0.5 GiB). Based on the "
+                "available memory, the estimated maximum model length is 4080. Try increasing "
+                "`gpu_memory_utilization` or decreasing `max_model_len`"
+            ),
+            (
+                "0.5 GiB of KV cache is less than 8,192 tokens take, 1.0 GiB; "
+                "what would fit: engine: {max_model_len: 4080}"
+            ),
+        ),
+        (
+            (
+                "To serve at least one request with the model's max seq len (8192), (1.0 GiB KV cache "
+                "is needed, which is larger than the available KV cache memory (0.01 GiB). Try increasing"
+            ),
+            "0.01 GiB of KV cache is less than 8,192 tokens take, 1.0 GiB",
+        ),
+        (
+            "No available memory for the cache blocks. Try increasing `gpu_memory_utilization`",
+            "no memory is left for the KV cache; `memory` or `kv_cache` of its entry gives more",
+        ),
+    ],
+)
+def test_a_kv_cache_too_small_is_told_in_the_registry_s_words(
+    path: Path, raised: str, told: str
+) -> None:
+    path.write_text(f"(EngineCore pid=7) ERROR 11-22 10:00:00 [core.py:1] ValueError: {raised}\n")
+    assert (
+        cause_of(RuntimeError("Engine core initialization failed. See root cause above."), path)
+        == told
+    )

@@ -196,16 +196,74 @@ def test_a_missing_variable_is_told_by_name_and_line(tmp_path: Path) -> None:
     [
         ("$${NAME}", "${NAME}"),
         ("a$${", "a${"),
-        ("$NAME", "$NAME"),
-        ("$$", "$$"),
-        ("${}", "${}"),
-        ("${1A}", "${1A}"),
+        ("$$NAME", "$NAME"),
+        ("$$", "$"),
+        ("a$", "a$"),
+        ("$5", "$5"),
+        ("50% of 100%", "50% of 100%"),
     ],
 )
-def test_other_dollars_stay(tmp_path: Path, written: str, meant: str) -> None:
+def test_a_dollar_that_begins_no_reference_stays(tmp_path: Path, written: str, meant: str) -> None:
     document = read(tmp_path, f"a: '{written}'\n")
     assert document.value == {"a": meant}
     assert document.problems == []
+
+
+@pytest.mark.parametrize(
+    "written",
+    ["${KEY:-x}", "${KEY-x}", "$KEY", "a$KEY", "${}", "${1A}", "${KEY", "$(KEY)", "%KEY%"],
+)
+def test_what_only_looks_like_a_reference_is_refused(tmp_path: Path, written: str) -> None:
+    (problem,) = problems(read(tmp_path, f"a: 1\nb: ['{written}']\n"))
+    assert problem.startswith("models.yaml:2: b.0: has what looks like a reference and is none; ")
+    assert "KEY" not in problem  # it may be a secret
+
+
+def test_a_reference_in_a_key_is_refused(tmp_path: Path) -> None:
+    assert problems(read(tmp_path, "a: {'${NAME}': 1}\n")) == [
+        "models.yaml:1: a.${NAME}: is a key, and references are for values only"
+    ]
+
+
+# --- what YAML reads as no text
+
+PLAIN = ["1.10", "010", "0x1f", "0o17", "1:30", "1_000", "2025-10-01", "1e3", "yes", "off", "~",
+         "null", "true", "=", "+1", ".inf", "12345678901234567890"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_a_key_is_taken_as_it_is_written(tmp_path: Path, name: str) -> None:
+    assert read(tmp_path, f"models:\n  {name}: {{}}\n").value == {"models": {name: {}}}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["010", "0x1f", "0o17", "1:30", "1_000", "2025-10-01", "yes", "No", "on", "off", "=", "1.2.3"],
+)
+def test_only_true_false_null_and_decimal_numbers_are_no_text(tmp_path: Path, text: str) -> None:
+    assert read(tmp_path, f"a: {text}\n").value == {"a": text}
+
+
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [
+        ("true", True), ("False", False), ("~", None), ("null", None), ("", None), ("0", 0),
+        ("-7", -7), ("+7", 7), ("1.5", 1.5), (".5", 0.5), ("5.", 5.0), ("1e3", 1000.0),
+        ("2.5e-1", 0.25), (".inf", float("inf")),
+    ],
+)  # fmt: skip
+def test_other_plain_words_have_the_value_that_yaml_gives(
+    tmp_path: Path, written: str, value: object
+) -> None:
+    document = read(tmp_path, f"a: {written}\n")
+    assert document.value == {"a": value}
+    assert type(document.value["a"]) is type(value)
+    assert document.written["a",] == written
+
+
+def test_a_key_that_is_a_list_is_no_yaml_here(tmp_path: Path) -> None:
+    (problem,) = problems(read(tmp_path, "a: 1\n? [b]\n: 2\n"))
+    assert problem == "models.yaml:2: not valid YAML: a key that is no text"
 
 
 def test_a_verbatim_key_is_left_alone(tmp_path: Path) -> None:
