@@ -408,10 +408,10 @@ class Serving:
             result = await self._translating(self._handled(handler, parsed, request))
         for noted in calls:  # before the headers: a parser may have derived a constraint
             await self._translating(self.engine.client.check(noted.params))
-        if endpoint == "responses" and parsed.background and isinstance(result, AsyncGenerator):
-            await result.aclose()
-            result = self._stored.replay(parsed.request_id)
-        elif endpoint == "responses":
+        if endpoint == "responses":
+            if parsed.background and isinstance(result, AsyncGenerator):
+                await result.aclose()
+                result = self._stored.replay(parsed.request_id)
             result = _whole_response(result, parsed)
         express = self._express.get(endpoint)
         if express is not None and isinstance(result, AsyncGenerator):
