@@ -102,16 +102,19 @@ class _Answering:
 
 
 def _answer_to(error: Exception, scope: Scope) -> ASGIApp:
-    if isinstance(error, LLMServeError):
-        return error_response(error)
-    if isinstance(error, HTTPException):  # a form that Starlette cannot read
-        return error_response(_refusal(error))
     if isinstance(error, ClientDisconnect):
         return _nobody
+    if isinstance(error, HTTPException):  # a form that Starlette cannot read
+        return _error_response(_refusal(error), scope)
+    if isinstance(error, LLMServeError):
+        return _error_response(error, scope)
     log.error("path=%s unforeseen", quoted(scope["path"]), exc_info=error)
-    return error_response(
-        LLMServeError("Something went wrong in the server.", code="internal_error")
-    )
+    unforeseen = LLMServeError("Something went wrong in the server.", code="internal_error")
+    return _error_response(unforeseen, scope)
+
+
+def _error_response(error: LLMServeError, scope: Scope) -> Response:
+    return error_response(error, scope["path"], scope["state"].get("request_id"))
 
 
 async def _nobody(_: Scope, __: Receive, ___: Send) -> None:
@@ -259,16 +262,16 @@ async def _unrouted(request: Request, error: Exception) -> Response:
     error = cast("HTTPException", error)
     if error.status_code == 405:
         allowed = sorted(set(_methods(request)))
-        return error_response(
-            MethodNotAllowed(
-                f"{quoted(request.url.path)} does not take {request.method}; "
-                f"it takes {', '.join(allowed)}.",
-                allowed,
-            )
+        refusal: RequestError = MethodNotAllowed(
+            f"{quoted(request.url.path)} does not take {request.method}; "
+            f"it takes {', '.join(allowed)}.",
+            allowed,
         )
-    if error.status_code == 404:
-        return error_response(_no_route(request))
-    return error_response(_refusal(error))
+    elif error.status_code == 404:
+        refusal = _no_route(request)
+    else:
+        refusal = _refusal(error)
+    return _error_response(refusal, request.scope)
 
 
 def _refusal(error: HTTPException) -> RequestError:

@@ -10,11 +10,10 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NotRequired, TextIO, TypedDict
-from urllib.parse import urlsplit
 
 import httpx
 
-from llmserve import access
+from llmserve.client import SettingError, connected, url_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -185,37 +184,23 @@ class Answer:
         return text + (", ended by the token limit" if self.finish == "length" else "")
 
 
-def mounts(url: str) -> dict[str, None]:
-    """httpx's transports for a server's URL: a loopback address is not asked through a proxy.
-
-    Without this, HTTP_PROXY sends the request and its key to another machine.
-    """
-    try:
-        host = (urlsplit(url).hostname or "").rstrip(".")
-    except ValueError:  # httpx explains it
-        return {}
-    is_here = host == "localhost" or host.endswith(".localhost") or access.is_loopback(host)
-    is_here = is_here or host in {"0.0.0.0", "::"}  # noqa: S104  # a client reaches itself there
-    return dict.fromkeys(("all://", "http://", "https://")) if is_here else {}
-
-
 class Client:
     """HTTP to one server; whatever keeps a method from its answer is a ChatError."""
 
     def __init__(self, options: ChatOptions, timeout_s: float = 600) -> None:
-        url, key = options.url.strip().rstrip("/").removesuffix("/v1").rstrip("/"), options.key
-        self.url = url if "://" in url else f"http://{url}"
+        self.url = url_of(options.url)
         sampling = {"temperature": options.temperature, "max_tokens": options.max_tokens}
         self._sampling = {k: v for k, v in sampling.items() if v is not None}
-        self._http = httpx.Client(
-            mounts=mounts(self.url),
-            headers=[(b"authorization", b"Bearer " + key.encode(errors="surrogateescape"))]
-            if key
-            else None,
-            timeout=httpx.Timeout(timeout_s, connect=min(timeout_s, 10)),
-            # People think for longer than servers keep an idle connection.
-            limits=httpx.Limits(max_keepalive_connections=0),
-        )
+        try:
+            self._http = connected(
+                self.url,
+                options.key,
+                httpx.Timeout(timeout_s, connect=min(timeout_s, 10)),
+                # People think for longer than servers keep an idle connection.
+                limits=httpx.Limits(max_keepalive_connections=0),
+            )
+        except SettingError as error:
+            raise ChatError(str(error)) from None
 
     def close(self) -> None:
         self._http.close()
@@ -450,8 +435,6 @@ def chat(options: ChatOptions) -> int:
     1: no talking to the server at the start or, where the input is no terminal, anything
     failed. 130: Ctrl-C there, or before the conversation began.
     """
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     if interactive:
         with suppress(ImportError):
@@ -463,7 +446,12 @@ def chat(options: ChatOptions) -> int:
         raise EOFError
 
     read = input if interactive else read_pipe
-    with closing(Client(options)) as client:
+    try:
+        client = Client(options)
+    except ChatError as error:
+        sys.stderr.write(f"Error: {error}\n")
+        return 1
+    with closing(client):
         loop = Loop(client, options, read, sys.stdout, sys.stderr, interactive)
         try:
             loop.start()

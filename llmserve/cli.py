@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
 
-from llmserve import __version__
+from llmserve import __version__, terminal
 from llmserve.config import Config, ServerSpec
 from llmserve.config import load as read
 from llmserve.errors import ConfigError, StartupError
@@ -55,9 +54,9 @@ def up(
         config = read(registry)
         return config.model_copy(update={"server": config.server.model_copy(update=said)})
 
-    console = Console()
     try:
-        server.up(overridden(), console, overridden)
+        with terminal.enduring():
+            server.up(overridden(), terminal.console(), overridden)
     except (StartupError, ConfigError) as error:
         _fail(error.message, error.exit_code)
 
@@ -72,7 +71,7 @@ def check(registry: Registry = Path("models.yaml")) -> None:
         _fail("\n".join(problems), ConfigError.exit_code)
     names = ", ".join(spec.name for spec in config.models)
     count = f"{len(config.models)} model" + ("s" if len(config.models) > 1 else "")
-    Console().print(f"{registry}: {count}: {names}", markup=False, highlight=False, soft_wrap=True)
+    terminal.console().print(f"{registry}: {count}: {names}", soft_wrap=True)
 
 
 @app.command()
@@ -92,9 +91,9 @@ def plan(
     planned = survey.plan(config, _box(gpus, box))
     if svg is not None:
         _write(svg, report.svg(planned))
-    console = Console()
+    console = terminal.console()
     if as_json:
-        console.print_json(data=report.document(planned))
+        console.print_json(data=report.document(planned), ensure_ascii=True)
     else:
         console.print(report.terminal(planned))
     if planned.problems:
@@ -273,10 +272,11 @@ def _server(url: str, key: str | None) -> Iterator[Client]:
 @app.command()
 def version() -> None:
     """Print the version."""
-    Console().print(__version__, highlight=False)
+    terminal.console().print(__version__)
 
 
 def main() -> None:
+    terminal.prepare()
     app()
 
 
@@ -300,4 +300,4 @@ def _fail(message: str, code: int) -> NoReturn:
 
 
 def _tell(message: str) -> None:
-    Console(stderr=True).print(message, style="red", markup=False, highlight=False, soft_wrap=True)
+    terminal.console(stderr=True).print(message, style="red", soft_wrap=True)

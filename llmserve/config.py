@@ -64,6 +64,7 @@ _PLANNED: Mapping[str, str] = {
     "worker_cls": "nothing: llmserve's own worker reports what a start took",
 }
 _NAME_LIMIT = 128
+_KEY_LENGTH = 4096  # characters; longer header values are refused by many proxies
 _SECRETS = frozenset({"api_keys", "admin_key", "hf_token"})  # never shown
 # Where other programs' secrets come from; `file:` alone is one here.
 _LIKE_A_SOURCE = re.compile(r"\s*(file|env|environ|environment|secret|vault)\s*:", re.IGNORECASE)
@@ -363,7 +364,10 @@ class _Reader:
             return None
 
     def _secret(self, value: Any, path: yamlfile.Path) -> Any:
-        """A secret as it stands, or the first line of the file that `file:PATH` names."""
+        """A secret as it stands, or the first line of the file that `file:PATH` names.
+
+        Without blanks around it, which a header cannot carry, and a byte order mark before it.
+        """
         if not isinstance(value, str):
             return value
         secret = value
@@ -372,7 +376,7 @@ class _Reader:
             if source is None:
                 return value
             try:
-                secret = source.read_text(encoding="utf-8").partition("\n")[0].strip()
+                secret = _first_line(source)
             except (OSError, ValueError) as error:
                 self.document.problem(path, f"{source} cannot be read: {_reason(error)}")
                 return value
@@ -380,8 +384,17 @@ class _Reader:
             self.document.problem(
                 path, "begins like a reference and is none; write file:PATH or ${NAME}"
             )
-        if not secret and not any(p.path == yamlfile.dotted(path) for p in self.document.problems):
+        secret = secret.removeprefix("\ufeff").strip()
+        if any(p.path == yamlfile.dotted(path) for p in self.document.problems):
+            return secret
+        if not secret:
             self.document.problem(path, "is empty; a key must be a non-empty string")
+        elif not secret.isprintable() or len(secret) > _KEY_LENGTH:
+            self.document.problem(
+                path,
+                f"is no key: it must be one line of at most {_KEY_LENGTH} printable characters, "
+                "as an Authorization header carries it",
+            )
         return secret
 
     def _file(self, value: str, path: yamlfile.Path) -> Path:
@@ -674,6 +687,14 @@ def _holds(question: Callable[[], bool]) -> bool:
         return question()
     except OSError:
         return False
+
+
+def _first_line(file: Path) -> str:
+    """Or as much of it as is too long for a key. Raises OSError, UnicodeDecodeError."""
+    if file.exists() and not (file.is_file() or file.is_dir()):  # a pipe would be waited for
+        raise OSError("it is no regular file")
+    with file.open(encoding="utf-8") as lines:
+        return lines.readline(_KEY_LENGTH + 80)
 
 
 def _reason(error: Exception) -> str:

@@ -102,11 +102,13 @@ class Control:
     async def unload(self, name: str, *, drain: bool) -> None:
         entry = self._pool.entry(name)
         entry.slots.refuse(lambda: _unloaded(entry))
-        if not drain:
-            for lease in [each for each in self._pool.leases if each.replica in entry.replicas]:
-                lease.cut(_unloaded(entry))
-        await self._pool.came(entry)  # else it would be there later
-        await self._rest(entry, Level.STOPPED)
+        if drain:
+            await self._pool.came(entry)  # else it would be there later
+            await self._rest(entry, Level.STOPPED)
+            return
+        for lease in [each for each in self._pool.leases if each.replica in entry.replicas]:
+            lease.cut(_unloaded(entry))
+        await self._pool.end_now(entry)
 
     async def sleep(self, name: str) -> None:
         entry = self._pool.entry(name)

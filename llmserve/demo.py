@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     Progress,
@@ -25,6 +24,8 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
+
+from llmserve import terminal
 
 Advance = Callable[[str], None]
 
@@ -198,7 +199,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     # As an exception, so that every folder on the way out is cleaned up.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    console = Console()
+    terminal.prepare()
+    console = terminal.console()
     try:
         with Progress(
             TextColumn("{task.description}"),
@@ -210,7 +212,7 @@ def main(arguments: list[str] | None = None) -> int:
             for demo in missing:
                 make(demo, root / demo.name, progress)
     except DemoError as error:
-        console.print(str(error), style="red", markup=False)
+        console.print(str(error), style="red")
         return 1
     except KeyboardInterrupt:
         console.print("Interrupted; nothing half-made is left. Run it again to go on.")

@@ -37,7 +37,7 @@ HEAD = struct.Struct(">II")
 # Outcomes that the load of the machine can cause: they are found anew.
 _PASSING = frozenset({"wall", "crash"})
 _ANY = orjson.dumps({"regex": "a"})  # what is checked when only the worker matters
-_COMMAND = (sys.executable, "-m", "llmserve.grammarworker")
+_COMMAND = (sys.executable, "-m", "llmserve.sandbox", "llmserve.grammarworker")
 # The worker's environment: no GPU, one malloc arena (each reserves address space).
 _ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",
@@ -239,7 +239,7 @@ class Grammars:
                     stdin=asyncio.subprocess.PIPE,
                     stdout=asyncio.subprocess.PIPE,
                     stderr=asyncio.subprocess.DEVNULL,  # compilers print what clients send
-                    env={**os.environ, **_ENVIRONMENT},
+                    env=_environment(os.environ),
                     start_new_session=True,  # Ctrl-C reaches the server alone
                 )
             except OSError as error:
@@ -251,6 +251,13 @@ class Grammars:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         await process.wait()
+
+
+def _environment(own: Mapping[str, str]) -> dict[str, str]:
+    """Without the engines' OpenMP, of which each fork would leave a file in shared memory."""
+    loaded = own.get("LD_PRELOAD", "").split(":")
+    kept = ":".join(each for each in loaded if not each.endswith("/libiomp5.so"))
+    return {**own, **_ENVIRONMENT, "LD_PRELOAD": kept}
 
 
 class _WorkerGone(Exception):

@@ -153,6 +153,12 @@ class Life:
             if replica.level > level and still():
                 await self._down(replica, level)
 
+    async def stop(self, replica: Replica) -> None:
+        """End a replica whose way was cancelled, wherever on it that was."""
+        async with replica.turn:
+            await self.end(replica)
+            self._settle(replica, Level.STOPPED, State.STOPPED, "it was unloaded")
+
     async def _down(self, replica: Replica, level: Level) -> None:
         if replica.state is State.READY:
             await self._drain(replica)
@@ -180,10 +186,10 @@ class Life:
             self.change(replica, State.READY)
             raise
 
-    def _settle(self, replica: Replica, level: Level, state: State) -> None:
+    def _settle(self, replica: Replica, level: Level, state: State, note: str = "") -> None:
         replica.level = level
         self._book(replica, level)
-        self.change(replica, state)
+        self.change(replica, state, note)
 
     async def end(self, replica: Replica) -> None:
         """End an engine, dead or alive, and forget it."""

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote
 
 import httpx
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from llmserve.chat import error_message, mounts, sse_data
+from llmserve import terminal
+from llmserve.chat import error_message, sse_data
+from llmserve.client import SettingError, connected, url_of
 from llmserve.gpus import GIB
 
 if TYPE_CHECKING:
@@ -65,12 +66,11 @@ class Client:
     """HTTP to one server; whatever keeps a method from its answer is Refused."""
 
     def __init__(self, url: str, key: str | None) -> None:
-        url = url.strip().rstrip("/").removesuffix("/v1").rstrip("/")
-        self.url = url if "://" in url else f"http://{url}"
-        bearer = b"Bearer " + (key or "").encode(errors="surrogateescape")
-        self._http = httpx.Client(
-            mounts=mounts(self.url), headers=[(b"authorization", bearer)] if key else None
-        )
+        self.url = url_of(url)
+        try:
+            self._http = connected(self.url, key)
+        except SettingError as error:
+            raise NoServer(self.url, str(error)) from None
 
     def close(self) -> None:
         self._http.close()
@@ -159,7 +159,8 @@ class Client:
 def _model(name: str) -> str:
     """The path of a model; the server merges slashes that are not escaped."""
     plain = name == "/".join(filter(None, name.split("/")))
-    return f"models/{quote(name, safe='/' if plain else '')}"
+    # In a locale without UTF-8 an argument's bytes come as lone surrogates.
+    return f"models/{quote(name, safe='/' if plain else '', errors='surrogateescape')}"
 
 
 def _check(reply: httpx.Response) -> None:
@@ -188,11 +189,11 @@ def _code(body: Any) -> object:
 
 def ps(client: Client, *, as_json: bool) -> None:
     models = client.models()
-    console = Console()
+    console = terminal.console()
     if as_json:
-        console.print_json(data={"models": models})
+        console.print_json(data={"models": models}, ensure_ascii=True)
     else:
-        console = console if console.is_terminal else Console(width=_WIDE)
+        console = console if console.is_terminal else terminal.console(width=_WIDE)
         console.print(table(models))
 
 
@@ -244,11 +245,12 @@ def _lines(parts: Iterator[bytes]) -> Iterator[str]:
 
 
 def _say(text: str) -> None:
-    Console().print(text, markup=False, highlight=False, soft_wrap=True)
+    terminal.console().print(text, soft_wrap=True)
 
 
 def _say_json(value: Body) -> None:
-    _say(json.dumps(value, ensure_ascii=False))
+    """In ASCII, which every terminal has."""
+    _say(json.dumps(value))
 
 
 # --- what is shown

@@ -66,6 +66,8 @@ class Pool:
         self._on_change = on_change
         self._closed = False
         self._comings: dict[Replica, Task] = {}  # brought or revived
+        self._ending: set[Replica] = set()  # of these: on the way down, which is short
+        self._broken: set[Replica] = set()  # those whose coming is being broken off
         self._dispatched: dict[Replica, Counter] = {}  # where there is a choice
         self._owner: dict[Replica, Entry] = {}  # also of models that leave
         for model in registry.models:
@@ -149,7 +151,7 @@ class Pool:
             self._dispatched.pop(replica, None)
 
     async def _ended(self, replica: Replica) -> None:
-        """Also if it is on its way, which cannot be broken off."""
+        """Also if it is on its way, which is waited for."""
         await self.life.rest(replica, Level.STOPPED)
         while (coming := self._comings.get(replica)) is not None:
             await asyncio.wait({coming})
@@ -289,6 +291,27 @@ class Pool:
         if coming:
             await asyncio.wait(coming)
 
+    async def end_now(self, entry: Entry) -> None:
+        """Stop a model without waiting for a start, wake or restart that is under way."""
+        coming = self._comings.keys() - self._ending
+        broken = [each for each in entry.replicas if each in coming]
+        others = [each for each in entry.replicas if each not in coming]
+        rests = [self.life.rest(each, Level.STOPPED) for each in others]
+        await asyncio.gather(self._break_off(broken), *rests)
+        self._onward(entry)
+
+    async def _break_off(self, replicas: Sequence[Replica]) -> None:
+        comings = [self._comings[each] for each in replicas]
+        self._broken.update(replicas)  # nothing brings them before they are stopped
+        try:
+            for coming in comings:
+                coming.cancel()
+            if comings:
+                await asyncio.wait(comings)
+            await asyncio.gather(*(self.life.stop(each) for each in replicas))
+        finally:
+            self._broken.difference_update(replicas)
+
     async def start(self) -> None:
         """Start every replica that is not lazy, all at once; returns when all have started.
 
@@ -318,15 +341,22 @@ class Pool:
                 replica.patient = True
                 self._come(replica, self.life.bring)
 
-    def _come(self, replica: Replica, way: Way) -> None:
-        """Go `way` unless the replica is on one; at its end `_came` looks what is to do then."""
-        if replica not in self._comings and not (self._closed or replica.retired):
+    def _come(self, replica: Replica, way: Way, *, ends: bool = False) -> None:
+        """Go `way` unless the replica is on one; at its end `_came` looks what is to do then.
+
+        `ends`: down, which nothing breaks off.
+        """
+        is_free = replica not in self._comings and replica not in self._broken
+        if is_free and not (self._closed or replica.retired):
+            if ends:
+                self._ending.add(replica)
             coming = asyncio.create_task(way(replica))
             self._comings[replica] = coming
             coming.add_done_callback(partial(self._came, replica))
 
     def _came(self, replica: Replica, coming: Task) -> None:
         del self._comings[replica]
+        self._ending.discard(replica)
         if not coming.cancelled() and (error := coming.exception()) is not None:
             log.error("model=%s unforeseen", replica.name, exc_info=error)
         if replica in self._owner:
@@ -382,11 +412,11 @@ class Pool:
             self.life.change(replica, State.FAILED, "its engine died")
         elif replica.state is State.SLEEPING:
             self._metrics.deaths.labels(replica.model.name, replica.number).inc()
-            self._come(replica, partial(self.life.rest, level=Level.STOPPED))
+            self._come(replica, partial(self.life.rest, level=Level.STOPPED), ends=True)
         elif self.life.again(replica, "its engine died", time.monotonic() - replica.since):
             self._come(replica, self.life.revive)
         else:
-            self._come(replica, self.life.discard)
+            self._come(replica, self.life.discard, ends=True)
         return True
 
     # --- the end

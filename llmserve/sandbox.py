@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib
 import json
 import os
 import resource
@@ -95,12 +96,25 @@ def _check_in_fork(
 
 def _limit(limits: dict[str, Any]) -> None:
     """For this process: what a check may take, and an end with its parent."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    _end_with_parent()
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
     space = pages * resource.getpagesize() + limits["memory_bytes"]
     resource.setrlimit(resource.RLIMIT_AS, (space, space))
     resource.setrlimit(resource.RLIMIT_CPU, (limits["cpu_s"], limits["cpu_s"] + 1))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def _end_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _end_with_server() -> None:
+    """Before the imports of a worker, which take seconds and read no pipe."""
+    _end_with_parent()
+    poll = select.poll()
+    poll.register(0, 0)
+    if poll.poll(0):  # a hang-up: the server ended before that
+        sys.exit()
 
 
 def _read_until(pipe: int, deadline_s: float) -> bytes | None:
@@ -118,3 +132,8 @@ def _read_until(pipe: int, deadline_s: float) -> bytes | None:
                 return bytes(text)
             text += part
     return None
+
+
+if __name__ == "__main__":
+    _end_with_server()
+    importlib.import_module(sys.argv[1]).main()

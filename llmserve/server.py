@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import copy
 import logging
 import math
 import os
@@ -16,8 +15,9 @@ from typing import TYPE_CHECKING, NoReturn, cast
 
 import uvicorn
 import uvloop
+from rich.text import Text
 
-from llmserve import app, connection, environment, nvml, survey, table
+from llmserve import app, connection, environment, nvml, serverlog, survey, table, terminal, tls
 from llmserve.backend import VllmBackend
 from llmserve.control import Control
 from llmserve.errors import LLMServeError, StartupError
@@ -28,6 +28,7 @@ from llmserve.pool import Pool
 from llmserve.registry import Registry
 from llmserve.replica import State
 from llmserve.routes import Services
+from llmserve.runfolder import RunFolder
 from llmserve.space import Space
 from llmserve.watch import Watch
 
@@ -39,13 +40,12 @@ if TYPE_CHECKING:
 
     from llmserve.backend import Memory
     from llmserve.config import Config, ServerSpec
-    from llmserve.replica import Backend, Replica
+    from llmserve.replica import Backend
 
 log = logging.getLogger(__name__)
 
 _BACKLOG = 2048
 _LINGER_S = 2
-_LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 
 
 def up(
@@ -62,16 +62,31 @@ def up(
     """
     listener = bind(config.server)
     try:
-        logs = _log_folder(config.server, listener)
-        engines = sum(spec.replicas for spec in config.models)
-        notices = environment.prepare(engines, logs)
-        for notice in notices:
-            console.print(notice, style="yellow", markup=False)
-        runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
-        starts = backend or VllmBackend(logs, _told(_memory(config), console))
-        leave(runner.run(_Process(config, listener, console, starts, read).run()))
+        folder = RunFolder.make()
+        try:
+            code = _run(config, console, read, backend, listener)
+        finally:
+            folder.remove()
     finally:
         listener.close()
+    leave(code)
+
+
+def _run(
+    config: Config,
+    console: Console,
+    read: Callable[[], Config],
+    backend: Backend | None,
+    listener: socket.socket,
+) -> int:
+    logs = _log_folder(config.server, listener)
+    engines = sum(spec.replicas for spec in config.models)
+    notices = environment.prepare(engines, logs)
+    for notice in notices:
+        console.print(Text(notice, "yellow"))
+    runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
+    starts = backend or VllmBackend(logs, _told(_memory(config), console))
+    return runner.run(_Process(config, listener, console, starts, read).run())
 
 
 def _memory(config: Config) -> Memory:
@@ -132,59 +147,10 @@ def _log_folder(server: ServerSpec, listener: socket.socket) -> Path:
     try:
         folder = server.log_dir.expanduser() / str(listener.getsockname()[1])
         folder.mkdir(parents=True, exist_ok=True)
-        _log_to(folder / "server.log")
+        serverlog.begin(folder / "server.log")
     except (OSError, RuntimeError) as error:
         raise StartupError(f"server.log_dir {server.log_dir} cannot be written: {error}") from None
     return folder
-
-
-class _Escaping(logging.Formatter):
-    """Writes control characters as escapes and indents further lines of a record.
-
-    Clients choose paths, names and headers: none of these drives a terminal or forges a record.
-    """
-
-    def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
-        return text if text.isprintable() else "\n  ".join(map(_escaped, text.split("\n")))
-
-
-def _escaped(line: str) -> str:
-    return "".join(
-        c if c.isprintable() or c == "\t" else c.encode("unicode_escape").decode("ascii")
-        for c in line
-    )
-
-
-class _Brief(_Escaping):
-    """Without tracebacks, which are in the file."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        brief = copy.copy(record)
-        brief.exc_info = brief.exc_text = brief.stack_info = None
-        return super().format(brief)
-
-
-def _tells(record: logging.LogRecord) -> bool:
-    """Whether the terminal shows it: errors, and what a start had to do without."""
-    from_start = record.name == VllmBackend.__module__ and record.levelno >= logging.WARNING
-    return from_start or record.levelno >= logging.ERROR
-
-
-def _log_to(file: Path) -> None:
-    """Everything this process logs, vLLM's front end included; what `_tells` also on stderr.
-
-    The rest of the terminal belongs to what `up` shows.
-    """
-    to_file = logging.FileHandler(file, mode="w")
-    to_file.setFormatter(_Escaping(_LOG_FORMAT))
-    to_terminal = logging.StreamHandler()
-    to_terminal.addFilter(_tells)
-    to_terminal.setFormatter(_Brief(_LOG_FORMAT))
-    logging.basicConfig(level=logging.INFO, handlers=[to_file, to_terminal])
-    logging.captureWarnings(True)
-    # torch says on stderr that Triton is missing, which the CPU build does without.
-    logging.getLogger("torch._library").setLevel(logging.ERROR)
 
 
 class _Uvicorn(uvicorn.Server):
@@ -247,7 +213,7 @@ class _Process:
             Registry(config.models),
             backend,
             self._metrics,
-            self._show,
+            self._display.changed,
         )
         self._display.add(self._pool.replicas)
         self._control = Control(config, self._pool, backend, read, self._adopt)
@@ -297,6 +263,7 @@ class _Process:
             for watch in watches:
                 watch.cancel()
             await self._pool.stop()
+            self._pool.kill()  # what belongs to no model, and ends that were given up
         return code
 
     @property
@@ -329,11 +296,6 @@ class _Process:
         await signalled
         return 0
 
-    def _show(self, replica: Replica) -> None:
-        """A terminal that has gone, with rich's way to end for it, is no reason to end."""
-        with contextlib.suppress(OSError, SystemExit):
-            self._display.changed(replica)
-
     def _announce(self) -> None:
         failed = sum(replica.state is State.FAILED for replica in self._pool.replicas)
         ready = ", ".join(entry.name for entry in self._pool.ready())
@@ -352,7 +314,7 @@ class _Process:
         return f"{scheme}://{host}:{port}"
 
     def _say(self, text: str, style: str = "") -> None:
-        self._console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(Text(text, style), soft_wrap=True)
 
     def _on_signal(self, number: signal.Signals) -> None:
         if self._signalled.is_set():
@@ -371,8 +333,10 @@ def leave(code: int) -> NoReturn:
     Not through the interpreter's own end: it would wait for the thread of a start that
     was given up, and native modules of vLLM's print what they take for leaks.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    terminal.finish()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # its reader has gone
+            stream.flush()
     os._exit(code)
 
 
@@ -396,8 +360,7 @@ def _uvicorn_config(
         ssl_certfile=server.ssl_certfile,
         ssl_keyfile=server.ssl_keyfile,
     )
-    try:
-        config.load()
-    except OSError as error:
-        raise StartupError(f"the TLS certificate or key cannot be used: {error}") from None
+    if server.ssl_certfile is not None and server.ssl_keyfile is not None:
+        tls.require_usable(server.ssl_certfile, server.ssl_keyfile)
+    config.load()
     return config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from typing import TYPE_CHECKING
 
@@ -42,14 +43,15 @@ class StartLog:
         self._before = b""
 
     def begin(self) -> None:
-        """Rename the log of the engine before, which may have died: it gets a `.1` at its end."""
-        with contextlib.suppress(FileNotFoundError):
-            self.path.replace(self.path.with_name(self.path.name + ".1"))
+        """Keep the log of the engine before, which may have died."""
+        keep_last(self.path)
 
     def grew(self) -> bool:
         """Read a block of what is new; whether there was anything."""
         try:
             with self.path.open("rb") as file:
+                if file.seek(0, os.SEEK_END) < self._at:  # cut short, as logrotate does
+                    self._at = 0
                 file.seek(self._at)
                 block = file.read(_BLOCK)
         except OSError:
@@ -60,6 +62,12 @@ class StartLog:
             self.is_warming = True
         self._before = text[-_SIGN_BYTES:]
         return bool(block)
+
+
+def keep_last(file: Path) -> None:
+    """Rename the log of the run before: it gets a `.1` at its end, in place of an older one."""
+    with contextlib.suppress(FileNotFoundError):
+        file.replace(file.with_name(file.name + ".1"))
 
 
 def cause_of(error: BaseException, log: Path) -> str:

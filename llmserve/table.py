@@ -49,13 +49,8 @@ class Lines:
         started = replica.state in (State.READY, State.FAILED)
         seconds = f" {replica.seconds:.1f} s" if started else ""
         note = f": {_note(replica)}" if _note(replica) else ""
-        self._console.print(
-            f"{replica.name}: {replica.state}{seconds}{note}",
-            style=_STYLES.get(replica.state, ""),
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
+        line = f"{replica.name}: {replica.state}{seconds}{note}"
+        self._console.print(Text(line, _STYLES.get(replica.state, "")), soft_wrap=True)
 
     def live(self) -> AbstractContextManager[object]:
         return nullcontext()

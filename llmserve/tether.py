@@ -23,6 +23,8 @@ from multiprocessing import reduction
 from multiprocessing.context import get_spawning_popen
 from typing import TYPE_CHECKING, Any
 
+from llmserve import runfolder
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -75,11 +77,23 @@ class Tether:
 
 
 class _Knot:
-    """An entry of `_config`; in the new process it becomes None, so workers are not tied again."""
+    """An entry of `_config`; in the new process it becomes a `_Mark`: workers are not tied again."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         tether = _tying.get()
         return (type(None), ()) if tether is None else tether.knot()
+
+
+class _Mark:
+    """An entry of `_config` that each process below an engine's marks itself with, as it begins."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _marked, ()
+
+
+def _marked() -> _Mark:
+    runfolder.mark()
+    return _Mark()
 
 
 def _config_of(process: Any) -> dict[str, Any]:
@@ -87,7 +101,7 @@ def _config_of(process: Any) -> dict[str, Any]:
     return config
 
 
-def _tie(passed: Any) -> None:
+def _tie(passed: Any) -> _Mark:
     """Runs in the new process: it leads a group, which is killed when the pipe is closed.
 
     The terminal's Ctrl-C then reaches the server alone.
@@ -99,6 +113,7 @@ def _tie(passed: Any) -> None:
         _have_group_killed(read_end)
     except (AttributeError, OSError):  # not Linux
         threading.Thread(target=_kill_group_at_end, args=(read_end,), daemon=True).start()
+    return _marked()
 
 
 def _have_group_killed(read_end: int) -> None:

@@ -93,7 +93,7 @@ def stream(*frames: bytes, gate: Gate | None = None, first_within_s: float = 0.0
     return answer
 
 
-def failure(error: LLMServeError) -> bytes:
+def failure(error: LLMServeError, _sent: int = 0) -> bytes:
     """The last frame of a stream that failed."""
     return f"data: {error.code}\n\n".encode()
 
@@ -286,7 +286,7 @@ async def let_in(place: Place[Any, H]) -> H:
     return place.given.result()
 
 
-async def until(holds: Callable[[], bool], within_s: float = 3.0) -> None:
+async def until(holds: Callable[[], bool], within_s: float = 60.0) -> None:
     """Wait until `holds`, which must be soon."""
     for _ in range(int(within_s / 0.005)):
         if holds():
@@ -295,6 +295,6 @@ async def until(holds: Callable[[], bool], within_s: float = 3.0) -> None:
     raise AssertionError(f"did not happen within {within_s} s")
 
 
-async def soon(work: Awaitable[T], within_s: float = 3.0) -> T:
+async def soon(work: Awaitable[T], within_s: float = 60.0) -> T:
     """`work`, which must not hang."""
     return await asyncio.wait_for(work, within_s)

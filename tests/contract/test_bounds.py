@@ -8,7 +8,6 @@ import inspect
 import signal
 import textwrap
 import threading
-import time
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -37,7 +36,8 @@ class Hung:
         self.errored = False
         self.engine_core = self
         self.asked: list[str] = []
-        self.stops = True
+        self.stops = threading.Event()
+        self.stops.set()
 
     def __getattr__(self, name: str) -> Callable[..., Awaitable[Any]]:
         async def never(*_: Any, **__: Any) -> None:
@@ -48,8 +48,7 @@ class Hung:
 
     def shutdown(self, timeout: float) -> None:
         self.asked.append("shutdown")
-        if not self.stops:
-            time.sleep(1)
+        self.stops.wait()
 
 
 @pytest.fixture
@@ -97,7 +96,7 @@ async def test_engine_hung_in_a_call_is_killed(
     )
     assert engine.dead
     assert len(client.asked) == 1
-    await asyncio.to_thread(process.join, 10)
+    await asyncio.to_thread(process.join, 60)
     assert process.exitcode == -signal.SIGKILL
 
 
@@ -129,16 +128,19 @@ async def test_engine_that_refuses_is_not_killed(engine: Any, client: Any) -> No
 
 
 async def test_engine_that_does_not_stop_is_killed(engine: Any, client: Hung) -> None:
-    client.stops = False
-    await soon(engine.end(), 0.9)
-    assert client.asked == ["shutdown"]
-    assert engine.dead
+    client.stops.clear()
+    try:
+        await soon(engine.end())
+        assert client.asked == ["shutdown"]
+        assert engine.dead
+    finally:
+        client.stops.set()
 
 
 async def test_engine_that_stops_leaves_no_process(engine: Any) -> None:
     process = tied.start(engine._tether)
     await soon(engine.end())
-    await asyncio.to_thread(process.join, 10)
+    await asyncio.to_thread(process.join, 60)
     assert process.exitcode == -signal.SIGKILL
 
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import inspect
 import signal
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from llmserve import runfolder
 from llmserve.config import ModelSpec, SamplingSpec
 from llmserve.errors import StartupError
 from tests.contract.conftest import CHAT
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 def spec(**said: Any) -> ModelSpec:
@@ -145,7 +144,7 @@ def test_engine_cores_are_started_where_they_are_tied() -> None:
     assert tether.pids == [process.pid]
     assert process.is_alive()
     tether.cut()
-    process.join(10)
+    process.join(60)
     assert process.exitcode == -signal.SIGKILL
 
 
@@ -174,3 +173,17 @@ def test_launcher_that_fails_after_its_engine_is_made_ends_it(
     with pytest.raises(StartupError, match="AttributeError"):
         launcher.start(spec(), tether=tether)
     assert tether.is_cut
+
+
+def test_sockets_are_where_the_run_folder_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each with a name of 36 characters, for which `runfolder` leaves room."""
+    from vllm import envs
+    from vllm.utils.network_utils import get_open_zmq_ipc_path
+
+    monkeypatch.setenv(runfolder.SOCKETS, str(tmp_path))
+    assert envs.environment_variables[runfolder.SOCKETS]() == str(tmp_path)
+    source = inspect.getsource(get_open_zmq_ipc_path)
+    assert f"envs.{runfolder.SOCKETS}" in source
+    assert len(Path(get_open_zmq_ipc_path()).name) == 36

@@ -12,13 +12,13 @@ from tests.contract.conftest import CHAT, on_fake_core
 async def test_an_engine_that_is_stopped_does_not_respond_and_one_that_goes_on_does() -> None:
     spec = ModelSpec(name="chat", model=str(CHAT), engine={"max_model_len": 512})
     async with on_fake_core(spec) as (serving, core):
-        assert await serving.responds(5)
+        assert await serving.responds(60)
         core.send_signal(signal.SIGSTOP)
         try:
             assert not await serving.responds(0.3)
         finally:
             core.send_signal(signal.SIGCONT)
-        assert await serving.responds(5)
+        assert await serving.responds(60)
 
 
 def test_the_processes_of_an_engine_are_where_we_look() -> None:

@@ -130,7 +130,7 @@ async def test_a_response_is_found_whichever_replica_gave_it(services: Services)
             slow = await respond(max_output_tokens=1500, background=True)
             cancelled = await client.post(f"{RESPONSES}/{slow['id']}/cancel")
             assert cancelled.json()["status"] == "cancelled"
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(60):
         while any(replica.load.tokens for replica in services.pool.replicas):
             await asyncio.sleep(0.02)
 

@@ -323,7 +323,7 @@ def test_at_level_2_what_is_being_copied_is_waited_for(
     def slow(size: int) -> Buffer:
         fixed_is_pinned = sum(map(len, memory.pinned.values())) >= 900
         if threading.current_thread().name.startswith("host-copy") and fixed_is_pinned:
-            goes_on.wait(5)
+            goes_on.wait(60)
         return pin(size)
 
     monkeypatch.setattr(memory, "pin", slow)

@@ -122,7 +122,7 @@ class Server:
         return httpx.post(f"{self.url}{path}", json=body, timeout=120)
 
 
-def until(holds: Callable[[], bool], within_s: float = 20) -> None:
+def until(holds: Callable[[], bool], within_s: float = 60) -> None:
     end = time.monotonic() + within_s
     while not holds():
         assert time.monotonic() < end, f"not within {within_s} s"

@@ -179,6 +179,20 @@ def test_unload_ends_one_engine(box: Server) -> None:
     assert box.post("/v1/embeddings", model="embed", input="x").status_code == 200
 
 
+def test_unload_now_ends_a_load(box: Server) -> None:
+    loads: list[subprocess.CompletedProcess[str]] = []
+    loading = threading.Thread(target=lambda: loads.append(llmserve(box, "load", "chat")))
+    loading.start()
+    until(lambda: len(engines(box)) == 2)
+    ended = llmserve(box, "unload", "--now", "chat")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout.startswith("chat: stopped ")
+    until(lambda: engines(box) == {pid(box, "embed")})
+    loading.join()
+    assert loads[0].returncode == 1
+    assert loads[0].stderr.startswith("The model `chat` is stopped: it was unloaded")
+
+
 def test_a_model_that_nobody_asks_for_stops(box: Server, happened: Path) -> None:
     rewrite(box, "embed", idle={"stop_after": "2s"})
     assert llmserve(box, "reload").returncode == 0

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 NAMES = ("a", "b", "c")
 _SETTLED = (State.READY, State.SLEEPING, State.STOPPED, State.FAILED)
+_STARTS = (State.DOWNLOADING, State.LOADING, State.WARMING)
+_AT_ONCE_S = 1.0  # virtual
 _PATIENCE_S = 4 * 3600.0  # virtual; longer than anything takes that ends by itself
 _STUCK_S = 60.0  # after which the connection of a client that does not read is ended
 _LINGER_S = 2.0
@@ -373,7 +375,7 @@ class World:
                 case "unload":
                     await self.control.unload(name, drain=True)
                 case "unload_now":
-                    await self.control.unload(name, drain=False)
+                    await self._unload_now(name)
                 case "sleep":
                     await self.control.sleep(name)
                 case _:
@@ -382,6 +384,14 @@ class World:
         except LLMServeError as error:
             self.note(f"operator {what} {name}: {error.message}")
         self.note(f"operator {what} {name} done")
+
+    async def _unload_now(self, name: str) -> None:
+        """It ends a start that is under way, and does not wait for it."""
+        starts = all(each.state in _STARTS for each in self.pool.entry(name).replicas)
+        began = self.loop.time()
+        await self.control.unload(name, drain=False)
+        if starts and self.loop.time() - began > _AT_ONCE_S:
+            self.violate(f"unload --now of {name}, which started, waited for it")
 
     def _strike(self) -> None:
         if living := [each for each in self.fleet.alive() if not each.dead]:

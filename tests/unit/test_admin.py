@@ -183,7 +183,7 @@ def error_of(reply: httpx.Response) -> dict[str, Any]:
 
 
 async def soon(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while not condition():
             await asyncio.sleep(0.01)
 
@@ -460,7 +460,7 @@ async def test_a_head_of_a_log_that_is_followed_ends(
     http: httpx.AsyncClient, operator: FakeOperator
 ) -> None:
     operator.log_of("chat", 0).write_text("x\n", encoding="utf-8")
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         assert (await http.head("/models/chat/logs?follow=true")).status_code == 200
 
 

@@ -117,7 +117,7 @@ async def real(*specs: ModelSpec, server_spec: ServerSpec | None = None) -> Asyn
                 yield box
         finally:
             uvicorn.end()
-            await soon(serving, 5)
+            await soon(serving, 60)
 
 
 async def chunks(*parts: bytes) -> AsyncIterator[bytes]:

@@ -380,7 +380,7 @@ async def test_a_start_cancelled_leaves_no_engine(tmp_path: Path, at: str) -> No
 
     def launching(tether: FakeTether) -> None:
         reached.set()
-        tether.was_cut.wait(3)
+        tether.was_cut.wait(60)
 
     if at == "launching":
         vllm.launching = launching
@@ -416,7 +416,7 @@ async def test_a_start_whose_report_fails_leaves_no_engine(tmp_path: Path) -> No
     """Whatever goes wrong while it is looked at."""
     vllm = FakeVllm()
     vllm.launching = lambda tether: (
-        (tmp_path / "model-chat.log").write_text("Warming up\n") and (tether.was_cut.wait(3))
+        (tmp_path / "model-chat.log").write_text("Warming up\n") and (tether.was_cut.wait(60))
     )
 
     def report(state: State, _: str) -> None:
@@ -431,7 +431,7 @@ async def test_a_start_whose_report_fails_leaves_no_engine(tmp_path: Path) -> No
 
 async def test_a_start_without_sign_of_life_is_ended(tmp_path: Path) -> None:
     vllm = FakeVllm()
-    vllm.launching = lambda tether: tether.was_cut.wait(3)
+    vllm.launching = lambda tether: tether.was_cut.wait(60)
     backend = vllm.backend(tmp_path, FakeSpace())
     backend._patience = Patience(look_s=0.005, quiet_s=0.02)
     with pytest.raises(StartupError, match=r"nothing in its log and no work for 0\.02 s"):

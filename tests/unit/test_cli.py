@@ -174,7 +174,7 @@ def see(monkeypatch: pytest.MonkeyPatch, box: Box, used: int = 0) -> None:
     monkeypatch.setattr(nvml, "holders", lambda gpu: [Holder(7, "python", used)])
     monkeypatch.setattr(environment, "is_cpu_build", lambda: False)
     monkeypatch.setattr(environment, "prepare", lambda engines, logs: [])
-    monkeypatch.setattr(server, "_log_to", lambda file: None)
+    monkeypatch.setattr(server.serverlog, "begin", lambda file: None)
 
 
 def test_a_plan_is_shown_with_every_gpu_and_model(models: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -486,6 +487,47 @@ def test_secrets_come_from_the_environment_and_from_files(
     written = f"'${{LLMSERVE_TEST_KEY}}', 'file:key', 'file: {box / 'key'}', k-plain"
     assert keys(box, written) == ["k-env", "k-file", "k-file", "k-plain"]
     assert chat(box, "engine: {hf_token: 'file:key'}").engine == {"hf_token": "k-file"}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xef\xbb\xbfk-file\n",
+        b"k-file\r\n",
+        b"\xef\xbb\xbf k-file\t\r\nsecond\r\n",
+        b"k-file",
+        b"\xc2\xa0k-file\xc2\xa0\n",
+    ],
+)
+def test_secret_of_a_file_is_read_without_what_editors_add(box: Path, content: bytes) -> None:
+    (box / "key").write_bytes(content)
+    assert keys(box, "'file:key'") == ["k-file"]
+    assert keys(box, "' k-plain '") == ["k-plain"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"k\0ey\n",
+        "k\u200bey".encode(),
+        "k\ufeffey".encode(),
+        b"\x1b[0mk\n",
+        b"k" * 4097,
+        b"k" * 10**6,
+    ],
+)
+def test_file_that_holds_no_key_is_refused(box: Path, content: bytes) -> None:
+    (box / "key").write_bytes(content)
+    with pytest.raises(ConfigError) as refused:
+        keys(box, "'file:key'")
+    (found,) = refused.value.problems
+    assert "is no key: it must be one line of at most 4096 printable characters" in found
+
+
+def test_pipe_for_a_secret_is_not_waited_for(box: Path) -> None:
+    os.mkfifo(box / "key")
+    with pytest.raises(ConfigError, match="key cannot be read: it is no regular file"):
+        keys(box, "'file:key'")
 
 
 def test_secrets_are_not_shown(box: Path) -> None:

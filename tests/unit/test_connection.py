@@ -126,7 +126,7 @@ async def serving(app: ASGIApp, **limits: Any) -> AsyncIterator[Served]:
         finally:
             uvicorn.end()
             uvicorn.force_exit = True
-            await soon(task, 5)
+            await soon(task, 60)
 
 
 class Client:
@@ -146,7 +146,7 @@ class Client:
         """All that comes until the server closes the connection."""
         parts = []
         with contextlib.suppress(ConnectionError):
-            while part := await soon(self.reader.read(2**16), 5):
+            while part := await soon(self.reader.read(2**16), 60):
                 parts.append(part)
         return b"".join(parts)
 
@@ -742,7 +742,7 @@ async def test_client_that_does_not_read_loses_its_connection(path: bytes) -> No
     async with serving(echo, stuck_s=0.2) as served:
         client = await deaf(served, b"GET " + path + b" HTTP/1.1\r\nHost: x\r\n\r\n")
         await until(lambda: len(echo.seen) == 1)
-        await until(lambda: not served.connections, 5)
+        await until(lambda: not served.connections, 60)
         assert echo.left == (path == b"/endless")
         client.close()
 
@@ -752,7 +752,7 @@ async def test_client_that_stops_reading_a_closing_answer_is_cut() -> None:
     async with serving(Echo(), stuck_s=0.2) as served:
         client = await deaf(served, b"GET /large HTTP/1.0\r\n\r\n")
         await until(lambda: len(served.connections) == 1)
-        await until(lambda: not served.connections, 5)
+        await until(lambda: not served.connections, 60)
         client.close()
 
 

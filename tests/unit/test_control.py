@@ -505,6 +505,67 @@ async def test_unload_of_a_model_that_is_coming_ends_it_when_it_has(up: Boxes) -
     assert box.states() == {"a": "stopped"}
 
 
+async def test_unload_now_of_a_model_that_is_coming_ends_its_start(up: Boxes) -> None:
+    box = await up({"a": {"start": "lazy"}})
+    gate = Gate()
+    box.backend.coming["a"] = Plan(gate=gate)
+    waiting = await box.asking("a")
+    loading = asyncio.create_task(box.control.load("a"))
+    await soon(gate.reached.wait())
+    await soon(box.control.unload("a", drain=False))
+    assert gate.cancelled
+    assert box.states() == {"a": "stopped"}
+    assert not box.pool.life._booked
+    with pytest.raises(Overloaded):
+        await soon(waiting)
+    with pytest.raises(Overloaded, match="`a` is stopped"):
+        await soon(loading)
+    await box.use("a")
+    assert box.states() == {"a": "ready"}
+
+
+async def test_unload_now_of_a_model_that_wakes_ends_its_engine(up: Boxes) -> None:
+    box = await up({"a": {"start": "sleeping", "memory": 20}})
+    engine = box.engine("a")
+    await soon(box.control.sleep("a"))
+    gate = Gate()
+    engine.wake = gate.wait  # type: ignore[method-assign]
+    loading = asyncio.create_task(box.control.load("a"))
+    await soon(gate.reached.wait())
+    await soon(box.control.unload("a", drain=False))
+    assert (box.states(), engine.stopped) == ({"a": "stopped"}, 1)
+    with pytest.raises(Overloaded):
+        await soon(loading)
+
+
+async def test_unload_now_of_a_model_that_waits_to_be_started_again_ends_it(
+    up: Boxes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deaths, "_FIRST_S", 60.0)
+    box = await up({"a": {}})
+    box.engine("a").dead = True
+    assert box.pool.died(box.replica("a"))
+    assert box.states() == {"a": "waiting"}
+    await soon(box.control.unload("a", drain=False))
+    assert box.states() == {"a": "stopped"}
+    assert box.backend.started == ["a"]
+
+
+async def test_requests_that_come_while_a_start_is_broken_off_bring_it_again(up: Boxes) -> None:
+    box = await up({"a": {"start": "lazy"}})
+    gate = Gate()
+    box.backend.coming["a"] = Plan(gate=gate)
+    first = await box.asking("a")
+    await soon(gate.reached.wait())
+    unloading = asyncio.create_task(box.control.unload("a", drain=False))
+    with pytest.raises(Overloaded):
+        await soon(first)
+    box.backend.coming["a"] = Plan()
+    await box.use("a")
+    await soon(unloading)
+    assert box.states() == {"a": "ready"}
+
+
 async def test_unload_of_a_model_that_waits_to_be_started_again_ends_it_for_good(
     up: Boxes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -512,7 +573,6 @@ async def test_unload_of_a_model_that_waits_to_be_started_again_ends_it_for_good
     box = await up({"a": {}})
     box.engine("a").dead = True
     assert box.pool.died(box.replica("a"))
-    await some_ms()
     assert box.states() == {"a": "waiting"}
     await soon(box.control.unload("a", drain=True))
     await asyncio.sleep(0.03)
@@ -1386,7 +1446,7 @@ class Clients:
 
     async def stop(self) -> None:
         self._stop.set()
-        await soon(asyncio.gather(*self._tasks), 10)
+        await soon(asyncio.gather(*self._tasks), 60)
 
     async def _ask_for(self, names: tuple[str, ...]) -> None:
         while not self._stop.is_set():
@@ -1435,7 +1495,7 @@ async def test_no_request_is_lost_in_any_sequence_of_reloads(up: Boxes, seed: in
     entries: Entries = {}
     for _ in range(8):
         entries = shuffled(entries, chance)
-        lines = await soon(box.reload(entries | steady), 10)
+        lines = await soon(box.reload(entries | steady), 60)
         assert not any("goes on" in line for line in lines)
         assert list(box.pool.entries) == [*entries, "steady"]
         await asyncio.sleep(chance.random() * 0.01)

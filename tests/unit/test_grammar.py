@@ -6,13 +6,16 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llmserve import grammar
 from llmserve.errors import GrammarTooComplex, InvalidGrammar, Overloaded
 from llmserve.grammar import HEAD, Grammars, Limits, Model, constraints_of
 
@@ -343,3 +346,35 @@ def test_constraints_of_any_body_are_of_one_kind_each(body: dict[str, Any]) -> N
     for place, constraint in constraints_of(body):
         assert place.split(".")[0] in body
         assert len(constraint) == 1
+
+
+def test_worker_that_imports_ends_with_its_server(tmp_path: Path) -> None:
+    """Killed, so that it can end nobody."""
+    began = tmp_path / "began"
+    (tmp_path / "slow.py").write_text(
+        f"import pathlib, time; pathlib.Path({str(began)!r}).touch(); time.sleep(600)"
+    )
+    code = (
+        "import subprocess, sys, time\n"
+        "line = [sys.executable, '-m', 'llmserve.sandbox', 'slow']\n"
+        "print(subprocess.Popen(line, stdin=subprocess.PIPE, start_new_session=True).pid, flush=True)\n"
+        "time.sleep(600)"
+    )
+    path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+    env = os.environ | {"PYTHONPATH": path}
+    line = [sys.executable, "-c", code]
+    with subprocess.Popen(line, env=env, stdout=subprocess.PIPE) as server:
+        assert server.stdout is not None
+        worker = psutil.Process(int(server.stdout.readline()))
+        while not began.exists():
+            assert worker.is_running()
+            time.sleep(0.01)
+        server.kill()
+        assert not psutil.wait_procs([worker], timeout=60)[1]
+
+
+def test_worker_has_not_the_openmp_of_the_engines() -> None:
+    own = {"LD_PRELOAD": "/opt/libother.so:/venv/lib/libiomp5.so", "HOME": "/root"}
+    made = grammar._environment(own)
+    assert (made["LD_PRELOAD"], made["HOME"]) == ("/opt/libother.so", "/root")
+    assert grammar._environment({})["LD_PRELOAD"] == ""

@@ -51,7 +51,7 @@ def descriptors() -> int:
 
 
 def until(holds: Callable[[], bool]) -> None:
-    end = time.monotonic() + 5
+    end = time.monotonic() + 60
     while not holds():
         assert time.monotonic() < end
         time.sleep(0.01)
@@ -180,12 +180,15 @@ def test_whoever_does_not_know_the_secret_gets_nothing(server: Handover, secret:
         assert server.bytes("a") == PAGE_BYTES
 
 
-def test_whoever_says_nothing_holds_nobody_up(server: Handover) -> None:
+def test_whoever_says_nothing_holds_nobody_up(
+    server: Handover, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(handover, "_PATIENCE_S", 600.0)
     with connected(), server.expecting(["a"]):
         began = time.monotonic()
         handover.give("a", made(b"one"))
         assert read(handover.take("a", 1)) == [b"one"]
-        assert time.monotonic() - began < handover._PATIENCE_S / 2
+        assert time.monotonic() - began < 60
 
 
 def test_without_a_descriptor_for_a_connection_it_goes_on(

@@ -19,7 +19,6 @@ from starlette.routing import Route
 from typer.testing import CliRunner, Result
 
 from llmserve import operate
-from llmserve.chat import mounts
 from llmserve.cli import app as cli
 from llmserve.errors import ConfigError, StartupError
 from tests.unit.test_admin import FakeOperator, change, served
@@ -378,7 +377,7 @@ class Proxy(Server):
 def proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
     running = Proxy()
     with running:
-        for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy", "HTTPS_PROXY"):
             monkeypatch.setenv(name, running.url)
         for name in ("NO_PROXY", "no_proxy"):
             monkeypatch.delenv(name, raising=False)
@@ -398,27 +397,6 @@ def test_server_of_another_machine_is_asked_through_a_proxy(proxy: Proxy) -> Non
         client.models()
     client.close()
     assert proxy.seen == ["Bearer k"]
-
-
-@pytest.mark.parametrize(
-    "url",
-    [
-        "http://localhost:8000",
-        "http://LOCALHOST.",
-        "http://a.localhost",
-        "http://127.1.2.3:1",
-        "https://[::1]:8000",
-        "http://[::ffff:127.0.0.1]",
-        "http://0.0.0.0:8000",
-    ],
-)
-def test_url_of_this_machine_has_no_proxy(url: str) -> None:
-    assert mounts(url) == {"all://": None, "http://": None, "https://": None}
-
-
-@pytest.mark.parametrize("url", ["http://localhost.example", "http://10.0.0.7", "http://[::1", ""])
-def test_url_of_another_machine_may_have_a_proxy(url: str) -> None:
-    assert mounts(url) == {}
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from llmserve import environment, nvml, server, shape
+from llmserve import environment, nvml, server, serverlog, shape
 from llmserve.config import Config, ModelSpec, ServerSpec
 from llmserve.errors import PlacementError, StartupError
 from llmserve.gpus import GIB, described
@@ -72,14 +72,6 @@ def test_an_address_of_another_machine_is_told() -> None:
         server.bind(ServerSpec(host="203.0.113.7", port=0))
 
 
-def test_a_certificate_that_is_none_is_told(tmp_path: Path) -> None:
-    for name in ("cert.pem", "key.pem"):
-        (tmp_path / name).write_text("no certificate", encoding="utf-8")
-    tls = ServerSpec(ssl_certfile=tmp_path / "cert.pem", ssl_keyfile=tmp_path / "key.pem")
-    with pytest.raises(StartupError, match="the TLS certificate or key cannot be used"):
-        server._uvicorn_config(tls, object())
-
-
 def test_a_log_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with server.bind(ServerSpec(port=0)) as listener:
@@ -95,7 +87,7 @@ def record(message: str, *arguments: object, error: Exception | None = None) -> 
 
 def test_log_record_of_a_client_s_text_is_one_record() -> None:
     forged = "/a\n2026-01-01 00:00:00 ERROR llmserve: forged\r\x1b[2J\u202e\x85"
-    text = server._Escaping("%(levelname)s %(message)s").format(record("path=%s", forged))
+    text = serverlog._Escaping("%(levelname)s %(message)s").format(record("path=%s", forged))
     assert text == (
         "ERROR path=/a\n  2026-01-01 00:00:00 ERROR llmserve: forged\\r\\x1b[2J\\u202e\\x85"
     )
@@ -103,13 +95,13 @@ def test_log_record_of_a_client_s_text_is_one_record() -> None:
 
 def test_log_record_s_traceback_drives_no_terminal() -> None:
     error = ValueError("bad\nERROR forged \x1b]0;title\x07 \udcff\tthere")
-    text = server._Escaping().format(record("unforeseen", error=error))
+    text = serverlog._Escaping().format(record("unforeseen", error=error))
     assert text.splitlines() == [
         "unforeseen",
         "  ValueError: bad",
         "  ERROR forged \\x1b]0;title\\x07 \\udcff\tthere",
     ]
-    assert server._Brief().format(record("x\x1b", error=error)) == "x\\x1b"
+    assert serverlog._Brief().format(record("x\x1b", error=error)) == "x\\x1b"
 
 
 def test_what_holds_a_connection_and_no_model_ends_soon_after_the_drain() -> None:
@@ -202,4 +194,4 @@ def test_the_terminal_shows_errors_and_what_a_start_did_without(
     logger: str, level: int, told: bool
 ) -> None:
     record = logging.LogRecord(logger, level, __file__, 1, "text", None, None)
-    assert server._tells(record) is told
+    assert serverlog._tells(record) is told

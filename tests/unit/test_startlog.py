@@ -36,6 +36,17 @@ def test_startlog_begin_puts_the_log_before_aside(path: Path) -> None:
     assert path.with_name(f"{path.name}.1").read_text() == "Warming up\n"
 
 
+def test_startlog_that_is_cut_short_is_read_on(path: Path) -> None:
+    """logrotate, `copytruncate`."""
+    path.write_text("Starting, with many words\n")
+    log = StartLog(path)
+    assert log.grew()
+    path.write_text("Warming up\n")
+    assert log.grew()
+    assert log.is_warming
+    assert not log.grew()
+
+
 def test_startlog_sign_cut_between_two_looks_is_found(path: Path) -> None:
     log = StartLog(path)
     text = b"x" * 1000 + b"Model loading took 3 s"

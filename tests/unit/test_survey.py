@@ -96,7 +96,7 @@ def test_models_are_read_side_by_side_and_stay_with_their_names(
 
     def read(spec: ModelSpec, *, hub: bool) -> Shape:
         assert hub
-        together.wait(timeout=5)
+        together.wait(timeout=60)
         if spec.name == "m2":
             raise ShapeUnknown("m2 is away")
         return LLAMA_8B

@@ -7,11 +7,13 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from typing import TYPE_CHECKING
 
 import psutil
 import pytest
 
+from llmserve import runfolder
 from llmserve import tether as module
 from llmserve.tether import Tether
 from tests import tied
@@ -19,8 +21,9 @@ from tests import tied
 if TYPE_CHECKING:
     import multiprocessing
     from collections.abc import Iterator
+    from pathlib import Path
 
-WITHIN_S = 10.0  # a kernel's signal comes at once; machines can be slow
+WITHIN_S = 60.0  # a kernel's signal comes at once; machines can be slow
 
 
 @pytest.fixture
@@ -159,3 +162,23 @@ def test_tether_without_the_kernel_s_signal_ends_its_engine() -> None:
         assert process.stdout.readline() == b"tied\n"
         process.stdin.close()
         assert process.wait(WITHIN_S) == -signal.SIGKILL
+
+
+def test_tether_s_processes_and_those_below_mark_themselves(
+    tether: Tether, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As they begin, before anything of vLLM's is imported there."""
+    folder = tmp_path / "llmserve-1"
+    folder.mkdir()
+    (folder / "lock").touch()
+    monkeypatch.setenv(runfolder.SOCKETS, str(folder))
+    process = tied.start(tether)
+    assert process.pid is not None
+    below = psutil.Process(process.pid)
+    while len(pids := [each for each in folder.iterdir() if each.name.isdecimal()]) < 2:
+        assert below.is_running()
+        time.sleep(0.01)
+    assert {int(each.name) for each in pids} == {
+        process.pid,
+        *(each.pid for each in below.children() if "resource_tracker" not in str(each.cmdline())),
+    }

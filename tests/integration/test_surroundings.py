@@ -1,0 +1,195 @@
+"""A server's streams, logs and temporary folders; no model is loaded."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+import yaml
+
+from tests.integration.conftest import CHAT, until, write_registry
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+LAZY = {"chat": {"model": CHAT, "start": "lazy"}}
+
+
+@contextmanager
+def up(registry: Path, env: dict[str, str] | None = None, **streams: Any) -> Iterator[Any]:
+    """`llmserve up`; killed at the end if it still runs."""
+    line = [sys.executable, "-m", "llmserve", "up", str(registry)]
+    process = subprocess.Popen(
+        line, env=os.environ | (env or {}), start_new_session=True, **streams
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def port_of(registry: Path) -> int:
+    """Of the server, once it has one and answers."""
+    logs = registry.parent / "logs"
+    until(lambda: any(each.name.isdecimal() for each in logs.glob("*")), within_s=60)
+    return next(int(each.name) for each in logs.iterdir())
+
+
+def names(port: int) -> list[str]:
+    cards = httpx.get(f"http://127.0.0.1:{port}/v1/models", timeout=60).json()["data"]
+    return [card["id"] for card in cards]
+
+
+def alias(registry: Path, name: str) -> None:
+    content = yaml.safe_load(registry.read_text())
+    content["models"]["chat"]["aliases"] = [name]
+    registry.write_text(yaml.safe_dump(content))
+
+
+def test_a_server_whose_readers_have_gone_goes_on(tmp_path: Path) -> None:
+    """As `llmserve up | head -1`, or a log daemon that restarts."""
+    registry = write_registry(tmp_path, models=LAZY)
+    with up(registry, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert b"Listening on" in process.stdout.readline()
+        port = port_of(registry)
+        process.stdout.close()
+        process.stderr.close()
+        for name in ("one", "two"):
+            alias(registry, name)
+            process.send_signal(signal.SIGHUP)
+            until(lambda: name in names(port), within_s=60)  # noqa: B023  # waited for here
+        registry.write_text("models: {}")
+        process.send_signal(signal.SIGHUP)
+        log = tmp_path / "logs" / str(port) / "server.log"
+        until(lambda: "nothing has changed" in log.read_text(), within_s=60)
+        assert names(port) == ["chat", "two"]
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_server_whose_output_cannot_be_written_goes_on(tmp_path: Path) -> None:
+    registry = write_registry(tmp_path, models=LAZY)
+    with Path("/dev/full").open("w") as full, up(registry, stdout=full, stderr=full) as process:
+        port = port_of(registry)
+        alias(registry, "one")
+        until(lambda: bool(names(port)), within_s=60)
+        process.send_signal(signal.SIGHUP)
+        until(lambda: "one" in names(port), within_s=60)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+
+
+def test_a_server_without_streams_serves(tmp_path: Path) -> None:
+    """As a daemon starts it."""
+    registry = write_registry(tmp_path, models=LAZY)
+    line = f"exec {sys.executable} -m llmserve up {registry} <&- >&- 2>&-"
+    process = subprocess.Popen(["sh", "-c", line], start_new_session=True)
+    try:
+        port = port_of(registry)
+        assert names(port) == ["chat"]
+        streams = [Path(f"/proc/{process.pid}/fd/{number}").readlink() for number in range(3)]
+        assert streams == [Path(os.devnull)] * 3
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_log_that_is_cut_short_has_no_hole_and_the_one_before_is_kept(tmp_path: Path) -> None:
+    port = 0
+    for run in range(2):
+        registry = write_registry(tmp_path, server={"port": port}, models=LAZY)
+        with up(registry, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            port = port_of(registry)
+            until(lambda: answers(port), within_s=60)  # noqa: B023  # waited for here
+            log = tmp_path / "logs" / str(port) / "server.log"
+            if run == 0:
+                log.write_text(log.read_text() + "the first run\n")
+                os.truncate(log, 0)
+                log.write_text("the first run\n")
+            process.send_signal(signal.SIGHUP)
+            until(lambda: "has not changed" in log.read_text(), within_s=60)  # noqa: B023  # here too
+            assert b"\0" not in log.read_bytes()
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 0
+    assert "the first run" not in log.read_text()
+    assert "the first run" in log.with_name("server.log.1").read_text()
+
+
+def answers(port: int) -> bool:
+    try:
+        return bool(names(port))
+    except httpx.HTTPError:
+        return False
+
+
+def test_a_temporary_folder_that_is_not_there_is_told_first(tmp_path: Path) -> None:
+    registry = write_registry(tmp_path, models=LAZY)
+    missing = str(tmp_path / "none")
+    with up(
+        registry, {"TMPDIR": missing}, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
+    ) as process:
+        _, told = process.communicate(timeout=120)
+    assert process.returncode == 3
+    assert told.decode().startswith(f"TMPDIR is {missing}, where no file can be made: No such file")
+    assert not (tmp_path / "logs").exists()
+
+
+@pytest.fixture
+def temporary() -> Iterator[Path]:
+    """Short enough for sockets."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        yield Path(folder)
+
+
+def test_what_a_killed_server_left_goes_at_the_next_start(tmp_path: Path, temporary: Path) -> None:
+    registry = write_registry(tmp_path, models=LAZY)
+    env = {"TMPDIR": str(temporary)}
+    for number in (signal.SIGKILL, signal.SIGTERM):
+        with up(registry, env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+            assert b"Listening on" in process.stdout.readline()
+            assert len(list(temporary.iterdir())) == 1
+            process.send_signal(number)
+            assert process.wait(60) == (0 if number is signal.SIGTERM else -number)
+    assert list(temporary.iterdir()) == []
+
+
+def test_a_key_with_a_pass_phrase_is_refused_and_nobody_asked(tmp_path: Path) -> None:
+    line = "openssl req -x509 -newkey rsa:2048 -passout pass:secret -subj /CN=localhost"
+    files = ["-keyout", str(tmp_path / "key.pem"), "-out", str(tmp_path / "cert.pem")]
+    subprocess.run([*line.split(), *files], check=True, capture_output=True)
+    tls = {"ssl_certfile": "cert.pem", "ssl_keyfile": "key.pem"}
+    registry = write_registry(tmp_path, server=tls, models=LAZY)
+    master, slave = os.openpty()
+    shown = bytearray()
+
+    def read() -> None:
+        try:
+            while part := os.read(master, 1 << 12):
+                shown.extend(part)
+        except OSError:  # nobody has the other end any more
+            pass
+
+    reading = threading.Thread(target=read)
+    reading.start()
+    with up(registry, stdin=slave, stdout=slave, stderr=slave) as process:
+        os.close(slave)
+        assert process.wait(120) == 3
+    reading.join()
+    os.close(master)
+    text = re.sub(r"\x1b\[[0-9;]*m", "", shown.decode())
+    assert "key.pem is encrypted with a pass phrase" in text
+    assert "PEM pass phrase" not in text

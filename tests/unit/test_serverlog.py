@@ -1,0 +1,77 @@
+"""The server's log as logrotate and full disks treat it."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from llmserve.serverlog import LogFile
+from llmserve.startlog import keep_last
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "server.log"
+
+
+@pytest.fixture
+def log(path: Path) -> Iterator[LogFile]:
+    handler = LogFile(path)
+    yield handler
+    handler.close()
+
+
+def write(log: LogFile, text: str) -> None:
+    log.handle(logging.makeLogRecord({"msg": text}))
+
+
+def test_log_that_is_cut_short_goes_on_without_a_hole(path: Path, log: LogFile) -> None:
+    """logrotate, `copytruncate`."""
+    write(log, "before")
+    os.truncate(path, 0)
+    write(log, "after")
+    assert path.read_bytes() == b"after\n"
+
+
+def test_log_that_is_moved_goes_on_in_a_new_file(path: Path, log: LogFile) -> None:
+    """logrotate, `create`."""
+    write(log, "before")
+    path.rename(path.with_name("server.log-1"))
+    write(log, "after")
+    assert path.read_text() == "after\n"
+
+
+def test_log_whose_folder_goes_and_returns_tells_what_is_missing(path: Path, log: LogFile) -> None:
+    write(log, "before")
+    path.unlink()
+    path.parent.rename(path.parent.with_name("elsewhere"))
+    write(log, "lost")
+    write(log, "lost")
+    path.parent.mkdir()
+    write(log, "after")
+    assert path.read_text() == (
+        "after\n2 records before this one may be missing: the log could not be written\n"
+    )
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_log_on_a_full_disk_is_no_failure(capfd: pytest.CaptureFixture[str]) -> None:
+    log = LogFile(Path("/dev/full"))
+    for _ in range(1000):
+        write(log, "x" * 100)
+    assert log._missing
+    assert capfd.readouterr() == ("", "")
+
+
+def test_log_of_the_run_before_is_kept(path: Path) -> None:
+    for text in ("first", "second", "third"):
+        keep_last(path)
+        path.write_text(text)
+    assert path.with_name("server.log.1").read_text() == "second"
