@@ -15,7 +15,7 @@ from starlette.routing import Route
 from llmserve import __version__, admin, metrics
 from llmserve.errors import RequestError, RouteNotFound, quoted
 from llmserve.offloop import OffLoop
-from llmserve.protocol import ENDPOINTS, model_card
+from llmserve.protocol import ENDPOINTS, model_card, model_list
 from llmserve.replica import STARTING
 from llmserve.turns import Turns
 from llmserve.work import Work
@@ -151,7 +151,7 @@ async def figures(request: Request) -> Response:
 async def models(request: Request) -> Response:
     services = _services(request)
     names = services.pool.registry.public_names()
-    return _json({"object": "list", "data": [_card(services, name) for name in names]})
+    return _json(model_list([_card(services, name) for name in names]))
 
 
 async def model(request: Request) -> Response:

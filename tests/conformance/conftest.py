@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 KNOWN = known.read(HERE / "known.yaml")
+START_S = 600  # the engines start, also on a machine that is busy
 KEY = "none"  # the server has no keys, but clients insist on one
 # The clients are in an environment of their own.
 collect_ignore_glob = [] if find_spec("langchain_tests") else ["test_*.py"]
@@ -34,7 +34,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     registry = write_registry(tmp_path_factory.mktemp("server"), **content)
     python = os.environ.get("LLMSERVE_PYTHON", str(ROOT / ".venv/bin/python"))
     with Server(registry, python) as running:
-        yield running.ready()
+        running.wait_for(r"Serving .* on http", START_S)
+        yield running
 
 
 @pytest.fixture(scope="session")
@@ -79,5 +80,10 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     terminalreporter.write_line("| module | passed | known failures | failed | skipped |")
     terminalreporter.write_line("|---|---|---|---|---|")
     for name, count in sorted(outcomes.items()):
-        row = [count["passed"], count["xfailed"], count["failed"] + count["error"], count["skipped"]]
+        row = [
+            count["passed"],
+            count["xfailed"],
+            count["failed"] + count["error"],
+            count["skipped"],
+        ]
         terminalreporter.write_line(f"| {name} | {' | '.join(map(str, row))} |")

@@ -6,12 +6,12 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-import pytest
 import yaml
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import pytest
     from _pytest.reports import TestReport
 
 Owner = Literal["llmserve", "vllm", "model", "client"]

@@ -84,9 +84,7 @@ def test_stop_sequence(client: anthropic.Anthropic) -> None:
 
 
 def test_raw_stream(client: anthropic.Anthropic) -> None:
-    events = list(
-        client.messages.create(model="chat", max_tokens=16, messages=FRANCE, stream=True)
-    )
+    events = list(client.messages.create(model="chat", max_tokens=16, messages=FRANCE, stream=True))
     for event in events:
         valid(RawMessageStreamEvent, event)
     kinds = [event.type for event in events]
@@ -160,9 +158,7 @@ def test_tool_result(client: anthropic.Anthropic) -> None:
 
 
 def test_parse(client: anthropic.Anthropic) -> None:
-    answer = client.messages.parse(
-        model="chat", max_tokens=64, messages=FRANCE, output_format=City
-    )
+    answer = client.messages.parse(model="chat", max_tokens=64, messages=FRANCE, output_format=City)
     assert isinstance(answer.parsed_output, City)
 
 

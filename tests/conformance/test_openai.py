@@ -85,7 +85,9 @@ class TestChat:
         assert "Paris" in str(answer.choices[0].message.content)
         assert answer.choices[0].finish_reason == "stop"
         assert answer.usage is not None
-        assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+        assert (
+            answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+        )
         assert sent["choices"][0]["message"]["refusal"] is None
         assert sent["choices"][0]["logprobs"] is None
 
@@ -99,7 +101,10 @@ class TestChat:
         client.chat.completions.create(model="chat", messages=messages, max_tokens=4)
 
     def test_content_parts(self, client: openai.OpenAI) -> None:
-        parts: Any = [{"type": "text", "text": "What is the capital"}, {"type": "text", "text": "of France?"}]
+        parts: Any = [
+            {"type": "text", "text": "What is the capital"},
+            {"type": "text", "text": "of France?"},
+        ]
         messages: Any = [{"role": "user", "content": parts}]
         answer = client.chat.completions.create(model="chat", messages=messages, max_tokens=16)
         assert "Paris" in str(answer.choices[0].message.content)
@@ -313,7 +318,11 @@ class TestResponses:
         assert answer.incomplete_details.reason == "max_output_tokens"
 
     def test_stream(self, client: openai.OpenAI) -> None:
-        events = list(client.responses.create(model="chat", input="Say hi.", stream=True, max_output_tokens=16))
+        events = list(
+            client.responses.create(
+                model="chat", input="Say hi.", stream=True, max_output_tokens=16
+            )
+        )
         for event in events:
             valid(ResponseStreamEvent, event)
         assert [event.sequence_number for event in events] == list(range(len(events)))
@@ -328,7 +337,9 @@ class TestResponses:
         assert kinds[-1] in ("response.completed", "response.incomplete")
 
     def test_stream_helper(self, client: openai.OpenAI) -> None:
-        with client.responses.stream(model="chat", input="What is the capital of France?") as stream:
+        with client.responses.stream(
+            model="chat", input="What is the capital of France?"
+        ) as stream:
             text = "".join(e.delta for e in stream if e.type == "response.output_text.delta")
             final = stream.get_final_response()
         assert text == final.output_text
@@ -416,9 +427,7 @@ class TestErrors:
     )
     def test_wrong_value(self, client: openai.OpenAI, field: str, value: Any) -> None:
         with pytest.raises(openai.BadRequestError) as refused:
-            client.chat.completions.create(
-                model="chat", messages=FRANCE, extra_body={field: value}
-            )
+            client.chat.completions.create(model="chat", messages=FRANCE, extra_body={field: value})
         assert refused.value.param == field
         assert refused.value.type == "invalid_request_error"
 
@@ -442,7 +451,9 @@ class TestErrors:
         url = "data:image/png;base64,iVBORw0KGgo="
         parts: Any = [{"type": "image_url", "image_url": {"url": url}}]
         with pytest.raises(openai.BadRequestError):
-            client.chat.completions.create(model="chat", messages=[{"role": "user", "content": parts}])
+            client.chat.completions.create(
+                model="chat", messages=[{"role": "user", "content": parts}]
+            )
 
     def test_audio(self, client: openai.OpenAI) -> None:
         with pytest.raises(openai.BadRequestError) as refused:

@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import json
 from contextlib import asynccontextmanager
+from datetime import datetime
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -724,6 +725,17 @@ async def test_the_model_list_has_every_public_name_once() -> None:
         assert isinstance(card["created"], int)
         assert card["max_model_len"] == 2048
     assert body["data"][2]["parent"] == "chat"
+
+
+async def test_the_model_list_is_anthropic_s_too() -> None:
+    """One list for both: each client leaves the other's fields alone."""
+    async with asgi(*SHOWN) as box:
+        body = (await box.client.get("/v1/models")).json()
+        card = (await box.client.get("/v1/models/chat")).json()
+    assert (body["first_id"], body["last_id"], body["has_more"]) == ("chat", "org/embed", False)
+    assert body["data"][0] == card
+    assert (card["type"], card["display_name"], card["lifecycle"]) == ("model", "chat", "active")
+    assert datetime.fromisoformat(card["created_at"]).timestamp() == card["created"]
 
 
 @pytest.mark.parametrize("path", ["/v1/models/org/embed", "/v1/models/org%2Fembed"])
