@@ -64,8 +64,7 @@ def test_responses(client: openai.OpenAI) -> None:
 
 
 @pytest.mark.parametrize("mode", ANTHROPIC_MODES, ids=lambda mode: mode.name)
-def test_anthropic(base_url: str, mode: Mode) -> None:
-    url = base_url.removesuffix("/v1")
-    client = anthropic.Anthropic(base_url=url, api_key=KEY, max_retries=0, timeout=120)
+def test_anthropic(origin: str, mode: Mode) -> None:
+    client = anthropic.Anthropic(base_url=origin, api_key=KEY, max_retries=0, timeout=120)
     patched = instructor.from_anthropic(client, mode=mode)
     assert isinstance(asked(patched.messages.create, response_model=City), City)

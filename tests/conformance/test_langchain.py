@@ -20,8 +20,8 @@ class TestOpenAI(ChatModelIntegrationTests):
     """ChatOpenAI on /v1/chat/completions."""
 
     @pytest.fixture(autouse=True)
-    def _url(self, base_url: str) -> None:
-        self.base_url = base_url
+    def _at(self, origin: str) -> None:
+        self.origin = origin
 
     @property
     def chat_model_class(self) -> type[BaseChatModel]:
@@ -31,7 +31,7 @@ class TestOpenAI(ChatModelIntegrationTests):
     def chat_model_params(self) -> dict[str, Any]:
         return {
             "model": "chat",
-            "base_url": self.base_url,
+            "base_url": f"{self.origin}/v1",
             "api_key": KEY,
             "max_retries": 0,
             "timeout": 120,
@@ -69,8 +69,7 @@ class TestAnthropic(TestOpenAI):
 
     @property
     def chat_model_params(self) -> dict[str, Any]:
-        url = self.base_url.removesuffix("/v1")
-        params = {**super().chat_model_params, "base_url": url, "model": "claude-haiku"}
+        params = {**super().chat_model_params, "base_url": self.origin, "model": "claude-haiku"}
         params.pop("timeout")
         return params | {"default_request_timeout": 120}
 
@@ -89,8 +88,8 @@ class TestAnthropic(TestOpenAI):
 
 class TestEmbeddings(EmbeddingsIntegrationTests):
     @pytest.fixture(autouse=True)
-    def _url(self, base_url: str) -> None:
-        self.base_url = base_url
+    def _at(self, origin: str) -> None:
+        self.origin = origin
 
     @property
     def embeddings_class(self) -> type[Embeddings]:
@@ -100,7 +99,7 @@ class TestEmbeddings(EmbeddingsIntegrationTests):
     def embedding_model_params(self) -> dict[str, Any]:
         return {
             "model": "embed",
-            "base_url": self.base_url,
+            "base_url": f"{self.origin}/v1",
             "api_key": KEY,
             "check_embedding_ctx_length": False,
         }

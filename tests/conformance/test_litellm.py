@@ -21,13 +21,12 @@ class City(BaseModel):
 
 
 @pytest.fixture(params=PROVIDERS)
-def ask(request: pytest.FixtureRequest, base_url: str) -> dict[str, Any]:
+def ask(request: pytest.FixtureRequest, origin: str) -> dict[str, Any]:
     """The arguments that lead to the server by a provider."""
     provider: str = request.param
-    url = base_url.removesuffix("/v1") if provider == "anthropic" else base_url
     return {
         "model": f"{provider}/chat",
-        "api_base": url,
+        "api_base": origin if provider == "anthropic" else f"{origin}/v1",
         "api_key": KEY,
         "max_tokens": 200,
         "timeout": 120,
@@ -117,12 +116,12 @@ def test_embedding(base_url: str, provider: str) -> None:
     assert [len(row["embedding"]) for row in answer.data] == [384, 384]
 
 
-def test_rerank(base_url: str) -> None:
+def test_rerank(origin: str) -> None:
     answer = litellm.rerank(
         model="hosted_vllm/embed",
         query="small cat",
         documents=["The stock market fell.", "A kitten is a young cat."],
-        api_base=base_url.removesuffix("/v1"),
+        api_base=origin,
         api_key=KEY,
     )
     assert answer.results[0]["index"] == 1

@@ -17,8 +17,6 @@ import pytest
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from tests.integration.conftest import Server
-
 NODE = Path(__file__).with_name("node")
 FILES = ("openai", "anthropic", "vercel")
 if not (NODE / "node_modules").is_dir():
@@ -44,13 +42,13 @@ TESTS = [(file, test["name"]) for file in FILES for test in run(f"{file}.mjs", L
 
 
 @pytest.fixture(scope="session")
-def failures(server: Server) -> Callable[[str], dict[str, str | None]]:
+def failures(origin: str) -> Callable[[str], dict[str, str | None]]:
     """What each test of a file shows, None where it passes."""
 
     @cache
     def of(file: str) -> dict[str, str | None]:
         command = ["--test", "--test-reporter=./reporter.mjs", f"{file}.mjs"]
-        lines = run(*command, timeout_s=900, ORIGIN=server.url)
+        lines = run(*command, timeout_s=900, ORIGIN=origin)
         return {line["name"]: line["failure"] for line in lines}
 
     return of
