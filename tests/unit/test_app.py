@@ -784,6 +784,15 @@ async def test_a_stored_response_is_found_whichever_model_gave_it(holder: str) -
     assert error_of(missing)["code"] == "not_found"
 
 
+async def test_a_deleted_response_is_gone() -> None:
+    async with asgi() as box:
+        store_response(box, "embed")
+        deleted = await box.client.delete("/v1/responses/r1")
+        again = await box.client.delete("/v1/responses/r1")
+    assert deleted.json() == {"id": "r1", "object": "response", "deleted": True}
+    assert error_of(again)["code"] == "not_found"
+
+
 def store_response(box: Any, holder: str, owner: str = "") -> None:
     handler = box.backend.running(holder).handler
     with owned_by(owner):
@@ -807,6 +816,8 @@ async def test_stored_response_of_another_key_is_not_found() -> None:
         for key, status in (("a", 200), ("b", 404)):
             got = await box.client.get("/v1/responses/r1", headers=keys[key])
             assert got.status_code == status
+        deleting = await box.client.delete("/v1/responses/r1", headers=keys["b"])
+        assert deleting.status_code == 404
         cancelling = "/v1/responses/r1/cancel"
         assert (await box.client.post(cancelling, headers=keys["b"])).status_code == 404
         assert (await box.client.post(cancelling, headers=keys["a"])).status_code == 200
