@@ -715,6 +715,15 @@ SHOWN = (
 )
 
 
+@pytest.mark.parametrize("path", ["/v1/responses/compact", "/v1/responses/input_tokens"])
+async def test_a_route_of_openai_that_is_not_served_is_no_wrong_method(path: str) -> None:
+    """Though a GET would take its last part for an id."""
+    async with asgi() as box:
+        reply = await box.client.post(path, json=HI)
+    assert reply.status_code == 404
+    assert error_of(reply)["code"] == "unknown_url"
+
+
 async def test_the_model_list_has_every_public_name_once() -> None:
     async with asgi(*SHOWN) as box:
         body = (await box.client.get("/v1/models")).json()
