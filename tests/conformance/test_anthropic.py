@@ -184,7 +184,9 @@ def test_unknown_model(client: anthropic.Anthropic) -> None:
 
 
 @pytest.mark.parametrize(
-    "extra", [{"max_tokens": 0}, {"temperature": "hot"}, {"messages": "Hi"}, {"top_k": "x"}]
+    "extra",
+    [{"max_tokens": 0}, {"temperature": "hot"}, {"messages": "Hi"}, {"top_k": "x"}],
+    ids=lambda extra: next(iter(extra)),
 )
 def test_wrong_value(client: anthropic.Anthropic, extra: dict[str, Any]) -> None:
     with pytest.raises(anthropic.BadRequestError) as refused:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from pathlib import Path
+from typing import Literal, get_args
 
 import pytest
 
 from tests.conformance import known
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
+ROOT = Path(__file__).parents[2]
 KNOWN = known.Known(shows="no tool", owner="model", reason="It is small.")
 
 
@@ -47,3 +46,10 @@ def test_an_entry_is_found_by_the_end_of_a_test_s_id(tmp_path: Path) -> None:
 def test_an_empty_file_knows_nothing(tmp_path: Path) -> None:
     (tmp_path / "known.yaml").write_text("")
     assert known.read(tmp_path / "known.yaml") == {}
+
+
+def test_every_known_failure_has_an_owner_and_is_in_the_docs() -> None:
+    text = " ".join((ROOT / "docs" / "conformance.md").read_text(encoding="utf-8").split())
+    for key, entry in known.read(ROOT / "tests" / "conformance" / "known.yaml").items():
+        assert entry.owner in get_args(known.Owner), key
+        assert entry.reason in text, key
