@@ -93,7 +93,10 @@ class Entry:
     @property
     def comes(self) -> bool:
         """Whether a replica is ready, on its way, or can be."""
-        return any(replica.state is not State.FAILED for replica in self.replicas)
+        return any(
+            replica.state is State.READY or not (replica.retired or replica.state is State.FAILED)
+            for replica in self.replicas
+        )
 
     @property
     def rests(self) -> bool:

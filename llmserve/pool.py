@@ -138,7 +138,7 @@ class Pool:
 
     async def end(self, entry: Entry, replicas: Iterable[Replica] | None = None) -> None:
         """End engines of a model that leaves, once its requests have ended."""
-        while entry.slots.waiting() and entry.comes:  # noqa: ASYNC110  # once in its life
+        while entry.slots.waiting() and self._serves_later(entry):  # noqa: ASYNC110  # once
             await asyncio.sleep(_DRAIN_LOOK_S)
         replicas = entry.replicas if replicas is None else tuple(replicas)
         for replica in replicas:
@@ -235,10 +235,15 @@ class Pool:
             entry.slots.advance(partial(self._leased, entry, living))
         elif self._closed:
             entry.slots.refuse(cut_off)
-        elif entry.comes or entry.rests:
+        elif self._serves_later(entry):
             self._ask_for(entry)
-        elif not any(replica in self._comings for replica in entry.replicas):
+        else:
             entry.slots.refuse(lambda: self._not_ready(entry))
+
+    def _serves_later(self, entry: Entry) -> bool:
+        """Whether those that wait for it may still be let in."""
+        coming = any(each in self._comings and not each.retired for each in entry.replicas)
+        return coming or entry.comes or entry.rests
 
     def _not_ready(self, entry: Entry) -> LLMServeError:
         name = quoted(entry.name)

@@ -59,14 +59,15 @@ async def on_fake_core(
 
     names = [f"ipc://@llmserve-test-{uuid.uuid4().hex}" for _ in range(2)]
     addresses = {"input_address": names[0], "output_address": names[1]}
+    launcher = Launcher(Path(os.environ[environment.LOG_DIR]))
     core = _fake_core(*names, str(step_s))
     try:
-        launcher = Launcher(Path(os.environ[environment.LOG_DIR]))
         engine = await asyncio.to_thread(launcher.start, spec, number, addresses)
         serving = await Serving.build(spec, engine)
         yield serving, core
         await serving.stop()
     finally:
+        launcher.stop()
         core.kill()
         core.wait()
 

@@ -77,8 +77,7 @@ INVALID, COMPLEX = "invalid_grammar", "grammar_too_complex"
 REFUSED = {
     "an open group": (own(regex="("), INVALID),
     "a class of Unicode": (own(regex=r"\p{L}{500}"), INVALID),
-    "100,000 groups": (own(regex="(" * 100_000 + "a" + ")" * 100_000), INVALID),
-    "alternatives": (own(regex="|".join(f"word{n}" for n in range(40_000))), COMPLEX),
+    "30,000 groups": (own(regex="(" * 30_000 + "a" + ")" * 30_000), INVALID),
     "choices": (own(choice=[f"choice{n}" for n in range(30_000)]), COMPLEX),
     "a long choice": (own(choice=["a" * 1_000_000]), COMPLEX),
     "names": (schema({"enum": [f"value{n}" for n in range(30_000)]}), COMPLEX),
@@ -90,10 +89,6 @@ REFUSED = {
     "allOf": (schema({"allOf": [objects(1), {"type": "object"}]}), INVALID),
     "multipleOf": (schema({"type": "integer", "multipleOf": 3}), INVALID),
     "no grammar": (own(grammar="root ::= undefined"), INVALID),
-    "rules": (
-        own(grammar="root ::= " + " | ".join(f'"w{n}" root' for n in range(20_000))),
-        COMPLEX,
-    ),
     "a tag": (
         {
             "response_format": {
@@ -192,7 +187,7 @@ async def test_request_without_constraint_starts_no_worker(served: Services) -> 
 
 
 async def test_constraint_while_a_stream_runs_lets_it_go_on(served: Services) -> None:
-    body = own(regex="|".join(f"other{n}" for n in range(40_000)))
+    body = own(choice=[f"other{n}" for n in range(30_000)])
     heavy = asyncio.ensure_future(post(served, COMPLETIONS, prompt="a", **body))
     for _ in range(5):
         reply = await post(served, COMPLETIONS, prompt="b", max_tokens=8, stream=True)

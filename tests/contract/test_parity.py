@@ -86,6 +86,7 @@ async def servers(engine_logs: Path) -> AsyncIterator[dict[str, Pair]]:
     }
     yield pairs
     await asyncio.gather(*(serving.stop() for serving in running.values()))
+    launcher.stop()
 
 
 async def _stock(spec: ModelSpec, engine: Any) -> ASGIApp:

@@ -70,6 +70,7 @@ def pair(limit: int = 0) -> Iterator[tuple[zmq.asyncio.Socket, zmq.asyncio.Socke
         context.socket(zmq.PULL) as pull,
     ):
         name = f"ipc://@llmserve-test-{uuid.uuid4().hex}"
+        push.setsockopt(zmq.LINGER, 0)  # a peer that is closed reads nothing
         push.setsockopt(zmq.SNDHWM, limit)
         pull.setsockopt(zmq.RCVHWM, limit)
         pull.bind(name)

@@ -1,7 +1,6 @@
 """A GPU's memory goes from one process to another and back, and none of it is lost.
 
-Runs where nothing but pytest is: `pytest -c /dev/null --rootdir . -p no:cacheprovider -s
-tests/gpu/test_handover.py`.
+`pytest -m gpu -s tests/gpu/test_handover.py`, where llmserve and vLLM for CUDA are installed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """An engine goes down and up all levels: it says the same after each, and gives memory back.
 
-Runs where nothing but pytest is: `pytest -c /dev/null --rootdir . -p no:cacheprovider -s
-tests/gpu/test_sleep.py`.
+`pytest -m gpu -s tests/gpu/test_sleep.py`, where llmserve and vLLM for CUDA are installed.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from llmserve import deaths, watch
-from llmserve.admission import Deadline
+from llmserve.admission import Deadline, Place
 from llmserve.errors import EngineDead, ModelNotFound, Overloaded, StartupError
 from llmserve.lease import Lease, Wish
 from llmserve.metrics import Metrics
@@ -17,7 +17,7 @@ from llmserve.protocol import ENDPOINTS
 from llmserve.registry import Registry
 from llmserve.replica import Replica, State
 from llmserve.watch import Watch
-from tests.fakes import FakeBackend, Gate, Plan, broken, soon, spec, until
+from tests.fakes import FakeBackend, Gate, Plan, broken, let_in, soon, spec, until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -697,3 +697,38 @@ async def test_watch_that_is_cancelled_leaves_no_task(monkeypatch: pytest.Monkey
     watching.cancel()
     await asyncio.wait({watching})
     await until(lambda: asyncio.all_tasks() <= before)
+
+
+async def test_model_that_leaves_while_it_is_asked_for_again_serves_its_queue() -> None:
+    box = Box(spec("chat", start="lazy", max_in_flight=1, max_queue=8))
+    await soon(box.pool.start())
+    entry = box.pool.entries["chat"]
+    (replica,) = entry.replicas
+    box.pool.life.change(replica, State.FAILED)
+    replica.again_at = 0.0
+    async with replica.turn:  # another transition is not over
+        places = [box.pool.lease(wish("chat")) for _ in range(2)]
+        box.pool.leave(entry)
+        ending = asyncio.ensure_future(box.pool.end(entry))
+        await asyncio.sleep(0)
+        assert replica.state is State.FAILED
+    first, second = (place for place in places if isinstance(place, Place))
+    lease = await soon(let_in(first))
+    for _ in range(20):  # what ends it begins, if it does not wait for the second
+        await asyncio.sleep(0)
+    lease.release()
+    (await soon(let_in(second))).release()
+    await soon(ending)
+    assert replica.state is State.STOPPED
+
+
+async def test_queue_of_a_model_that_has_left_is_refused_when_nothing_comes() -> None:
+    box = Box(spec("chat", start="lazy", max_in_flight=1, max_queue=8), chat=broken("no weights"))
+    await soon(box.pool.start())
+    entry = box.pool.entries["chat"]
+    place = box.pool.lease(wish("chat"))
+    assert isinstance(place, Place)
+    box.pool.leave(entry)
+    await soon(box.pool.end(entry))
+    with pytest.raises(EngineDead):
+        await let_in(place)
