@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from tests.conformance.conftest import KEY
 
 MESSAGES: Any = [{"role": "user", "content": "Which city is the capital of France?"}]
-OPENAI_MODES = [Mode.TOOLS, Mode.TOOLS_STRICT, Mode.JSON, Mode.JSON_SCHEMA]
+OPENAI_MODES = [Mode.TOOLS, Mode.JSON, Mode.JSON_SCHEMA]
 ANTHROPIC_MODES = [Mode.ANTHROPIC_TOOLS]
 
 

@@ -65,7 +65,8 @@ class TestAnthropic(TestOpenAI):
 
     @property
     def chat_model_class(self) -> type[BaseChatModel]:
-        return ChatAnthropic
+        used: type[BaseChatModel] = ChatAnthropic
+        return used
 
     @property
     def chat_model_params(self) -> dict[str, Any]:
