@@ -22,6 +22,8 @@ ROOT = HERE.parents[1]
 KNOWN = known.read(HERE / "known.yaml")
 START_S = 600  # the engines start, also on a machine that is busy
 KEY = "none"  # the server has no keys, but clients insist on one
+# LiteLLM fetches its list of prices as it is imported: nothing here leaves this machine.
+os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
 # The clients are in an environment of their own.
 collect_ignore_glob = [] if find_spec("langchain_tests") else ["test_*.py"]
 
