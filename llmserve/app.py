@@ -260,14 +260,14 @@ async def _answered(request: Request, error: Exception) -> Response:
 async def _unrouted(request: Request, error: Exception) -> Response:
     """Starlette's own refusals: no such route, wrong method."""
     error = cast("HTTPException", error)
-    if error.status_code == 405:
-        allowed = sorted(set(_methods(request)))
+    allowed = _methods(request)
+    if error.status_code == 405 and allowed:
         refusal: RequestError = MethodNotAllowed(
             f"{quoted(request.url.path)} does not take {request.method}; "
             f"it takes {', '.join(allowed)}.",
             allowed,
         )
-    elif error.status_code == 404:
+    elif error.status_code in {404, 405}:
         refusal = _no_route(request)
     else:
         refusal = _refusal(error)
@@ -280,10 +280,16 @@ def _refusal(error: HTTPException) -> RequestError:
     return refusal
 
 
-def _methods(request: Request) -> Iterable[str]:
-    for route in request.app.routes:
-        if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE:
-            yield from route.methods or ()
+def _methods(request: Request) -> list[str]:
+    """What the path takes. Nothing is posted to an id: POST /v1/responses/compact is a route."""
+    found = [
+        route
+        for route in request.app.routes
+        if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE
+    ]
+    if request.method == "POST":
+        found = [route for route in found if not route.path.endswith("}")]
+    return sorted({method for route in found for method in route.methods or ()})
 
 
 def _no_route(request: Request) -> RouteNotFound:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -171,12 +172,19 @@ def requested_model(body: dict[str, Any], registry: Registry) -> str:
 
 
 def model_card(name: str, model: Model, created: int, running: Running | None) -> dict[str, Any]:
-    """An entry of GET /v1/models; what the model can do is known once it runs."""
+    """An entry of GET /v1/models: OpenAI's fields, Anthropic's, and ours.
+
+    What the model can do is known once it runs.
+    """
     card: dict[str, Any] = {
         "id": name,
         "object": "model",
         "created": created,
         "owned_by": "llmserve",
+        "type": "model",
+        "display_name": name,
+        "created_at": datetime.fromtimestamp(created, UTC).isoformat(),
+        "lifecycle": "active",
     }
     if name in model.loras:
         card["parent"] = model.name
@@ -184,6 +192,13 @@ def model_card(name: str, model: Model, created: int, running: Running | None) -
         card["max_model_len"] = running.max_model_len
         card["endpoints"] = sorted(running.able)
     return card
+
+
+def model_list(cards: list[dict[str, Any]]) -> dict[str, Any]:
+    """All entries as one page, for OpenAI's clients and for Anthropic's."""
+    ids = [card["id"] for card in cards] or [None]
+    page = {"first_id": ids[0], "last_id": ids[-1], "has_more": False}
+    return {"object": "list", "data": cards, **page}
 
 
 def cannot(model: str, endpoint: str, able: Iterable[str]) -> str:

@@ -182,13 +182,20 @@ class Responses:
         response = self.part(response_id, "response")
         if response.status in _PENDING:
             response.status = "cancelled"
-            task = self._running.get(response_id)
-            if task is not None:
-                task.cancel()
-                await asyncio.wait({task})
+            await self._end(response_id)
         elif response.status != "cancelled":
             raise RequestError("Cannot cancel a synchronous response.", param="response_id")
         return self._written(response)
+
+    async def delete(self, response_id: str) -> None:
+        """Forget one that this `has`, and end it if it runs."""
+        await self._end(response_id)
+        self._records.pop(response_id, None)
+
+    async def _end(self, response_id: str) -> None:
+        if task := self._running.get(response_id):
+            task.cancel()
+            await asyncio.wait({task})
 
     async def replay(
         self, response_id: str, starting_after: int | None = None

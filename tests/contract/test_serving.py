@@ -307,6 +307,7 @@ def test_the_openapi_page_names_every_route(fake: Services) -> None:
     reference = body["content"]["application/json"]["schema"]["$ref"]
     schema = page["components"]["schemas"][reference.rpartition("/")[2]]
     assert "messages" in schema["properties"]
+    assert page["paths"]["/v1/responses/{response_id}"].keys() == {"get", "delete"}
 
 
 # --- what is the model's or the client's own
