@@ -674,15 +674,19 @@ async def test_error_of_messages_has_anthropic_s_shape(
     assert error["request_id"] == reply.headers["x-request-id"]
 
 
-async def test_message_that_fails_ends_in_anthropic_s_error(fake: Services) -> None:
-    body = {"messages": HELLO, "max_tokens": 50, "stream": True, "vllm_xargs": None}
+async def test_message_that_fails_ends_in_anthropic_s_error(
+    fake: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
     running: Any = fake.pool.entries["chat"].running
-    default = running._state.anthropic_serving_messages.default_sampling_params
-    default["seed"] = FAILS
-    try:
-        reply = await post(fake, "/v1/messages", **body)
-    finally:
-        del default["seed"]
+    handler = running._state.anthropic_serving_messages
+    converted = handler.to_chat_completion_request
+
+    def failing(*arguments: Any, **more: Any) -> Any:
+        return converted(*arguments, **more).model_copy(update={"seed": FAILS})
+
+    monkeypatch.setattr(handler, "to_chat_completion_request", failing)
+    body = {"messages": HELLO, "max_tokens": 50, "stream": True}
+    reply = await post(fake, "/v1/messages", **body)
     failure = reply.text.rstrip().rpartition("\n\n")[2]
     assert failure.startswith("event: error\n")
     error = json.loads(failure.partition("data: ")[2])
