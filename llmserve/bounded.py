@@ -96,7 +96,7 @@ def _key_of(name: str, field: dict[str, Any]) -> str:
 def _is_required(field: dict[str, Any]) -> bool:
     if field["type"] == "typed-dict-field":
         return bool(field.get("required", True))
-    return field["schema"]["type"] != "default"
+    return bool(field["schema"]["type"] != "default")
 
 
 def _takes_null(schema: dict[str, Any]) -> bool:

@@ -41,7 +41,7 @@ _FAILED = {"code": "server_error", "message": "The response failed."}
 class IncompleteEvent(ResponseIncompleteEvent):
     """The last event of a response that was cut off; vLLM has none."""
 
-    response: ResponsesResponse  # type: ignore[assignment]
+    response: ResponsesResponse
 
 
 def of_chat(answer: dict[str, Any]) -> dict[str, Any]:
@@ -103,7 +103,7 @@ def echo(response: ResponsesResponse, request: Any) -> None:
 def ended(response: ResponsesResponse) -> None:
     """What only the end of a response tells: when that was, and which item was cut off."""
     if response.status == "completed" and not hasattr(response, "completed_at"):
-        response.completed_at = int(time.time())  # type: ignore[attr-defined]
+        response.completed_at = int(time.time())
     if response.status == "incomplete" and response.output:
         cut_off(response.output[-1])
 

@@ -258,7 +258,7 @@ class _Rewriting:
         least, most = range_of(atoms, "minItems", "maxItems")
         _refuse_sets(atoms, most)
         prefix, rest = _items(atoms)
-        lowered = []
+        lowered: list[Any] = []
         for parts in prefix[:most]:
             item = self._lower(parts)
             if item is False:

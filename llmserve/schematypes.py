@@ -149,8 +149,8 @@ def _holds(key: str, size: float, bound: Any) -> bool:
     if not is_number(bound):
         return True
     if key.startswith("exclusive"):
-        return size > bound if key.endswith("Minimum") else size < bound
-    return size >= bound if key.startswith("min") else size <= bound
+        return bool(size > bound if key.endswith("Minimum") else size < bound)
+    return bool(size >= bound if key.startswith("min") else size <= bound)
 
 
 def string_of(atoms: list[Part]) -> dict[str, Any]:

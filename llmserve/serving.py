@@ -272,7 +272,7 @@ class Serving:
         """Also the first call into the engine: one that died at once is noticed here."""
         tokencount.count_whole_prompts()
         await wire.take_over(engine.client, engine.flow)
-        vars(engine.client)["add_request"] = Paced(engine.client.add_request)
+        engine.client.add_request = Paced(engine.client.add_request)  # type: ignore[method-assign]
         # Reads the tokenizer again and compares: the other models go on meanwhile.
         encode = await asyncio.to_thread(encoder_of, engine.client)
         return await cls._of(spec, engine, Responses(), encode)
@@ -653,8 +653,9 @@ def _validate(handler: Handler, body: dict[str, Any], endpoint: str) -> Any:
 
 def _prompts_of(parsed: Any) -> int:
     prompt = getattr(parsed, "prompt", None)
-    texts = isinstance(prompt, list) and bool(prompt) and not isinstance(prompt[0], int)
-    return len(prompt) if texts else 1
+    if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
+        return len(prompt)
+    return 1
 
 
 def _misread(handler: Handler, body: dict[str, Any], endpoint: str) -> RequestError:

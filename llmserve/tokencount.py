@@ -44,4 +44,4 @@ def _whole(encode_kwargs: Callable[[TokenizeParams], dict[str, Any]]) -> Any:
 def count_whole_prompts() -> None:
     """For all engines of this process: the class is vLLM's only place for it."""
     if not hasattr(TokenizeParams.get_encode_kwargs, "__wrapped__"):
-        TokenizeParams.get_encode_kwargs = _whole(TokenizeParams.get_encode_kwargs)  # type: ignore[method-assign]
+        TokenizeParams.get_encode_kwargs = _whole(TokenizeParams.get_encode_kwargs)
