@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from llmserve import terminal
-from tests.unit.test_operate import Server, served
+from tests.unit.test_admin import served
+from tests.unit.test_operate import Server
 from tests.unit.test_operate import operator as operator  # noqa: PLC0414  # a fixture
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ def llmserve(
 @pytest.fixture
 def registry(tmp_path: Path) -> str:
     file = tmp_path / "models.yaml"
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     file.write_text("models: {café: {model: ., memory: 8GiB}}", encoding="utf-8")
     return str(file)
 
