@@ -11,7 +11,7 @@ from xml.etree import ElementTree as ET
 import pytest
 from typer.testing import CliRunner, Result
 
-from llmserve import __version__, environment, nvml, server
+from llmserve import __version__, environment, nvml, server, serverlog
 from llmserve.cli import app
 from llmserve.gpus import GIB, described
 from llmserve.nvml import Holder
@@ -174,7 +174,7 @@ def see(monkeypatch: pytest.MonkeyPatch, box: Box, used: int = 0) -> None:
     monkeypatch.setattr(nvml, "holders", lambda gpu: [Holder(7, "python", used)])
     monkeypatch.setattr(environment, "is_cpu_build", lambda: False)
     monkeypatch.setattr(environment, "prepare", lambda engines, logs: [])
-    monkeypatch.setattr(server.serverlog, "begin", lambda file: None)
+    monkeypatch.setattr(serverlog, "begin", lambda file: None)
 
 
 def test_a_plan_is_shown_with_every_gpu_and_model(models: Path) -> None:

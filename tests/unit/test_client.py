@@ -25,7 +25,7 @@ def names(monkeypatch: pytest.MonkeyPatch) -> None:
     """A resolver without a network."""
     real = socket.getaddrinfo
 
-    def resolve(host: str, port: object, **options: int) -> object:
+    def resolve(host: str, port: int | None, **options: int) -> object:
         if host.endswith(".example") and host not in NAMES:
             raise socket.gaierror(socket.EAI_NONAME, "no such name")
         return real(NAMES.get(host, host), port, **options)

@@ -194,4 +194,4 @@ def test_the_terminal_shows_errors_and_what_a_start_did_without(
     logger: str, level: int, told: bool
 ) -> None:
     record = logging.LogRecord(logger, level, __file__, 1, "text", None, None)
-    assert server._tells(record) is told
+    assert serverlog._tells(record) is told

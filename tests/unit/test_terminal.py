@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from llmserve import terminal
-from tests.unit.test_operate import Server, served
+from tests.unit.test_admin import served
+from tests.unit.test_operate import Server
 from tests.unit.test_operate import operator as operator  # noqa: PLC0414  # a fixture
 
 if TYPE_CHECKING:
