@@ -15,9 +15,12 @@ PROGRESS := $(BIN)/python requirements/progress.py
 OTHER := $(filter-out $(VARIANT),cpu cuda)
 READY := $(VENV)/.llmserve
 TOOLS := $(VENV)/.tools
+CLIENTS := .venv-conformance
+# Empty: without the clients that run in Node.
+NODE ?= tests/conformance/node
 
 help: ## This list.
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
 	@echo 'Settings: VENV=$(VENV) PYTHON=$(PYTHON) VARIANT=$(VARIANT) CONFIG=$(CONFIG)'
 
 # The demo models are for the demo registry.
@@ -31,7 +34,10 @@ models: $(READY) ## The two demo models, in models/.
 
 # Two files at a time, those with engines first: engines start in one while the other works.
 test: $(TOOLS) models ## What CI runs; ARGS go to pytest.
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu" --cov --cov-report=term-missing:skip-covered $(ARGS) tests/integration tests/contract tests/unit tests/simulator
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu and not conformance" --cov --cov-report=term-missing:skip-covered $(ARGS) tests/integration tests/contract tests/unit tests/simulator
+
+conformance: models $(CLIENTS)/.clients $(NODE:%=%/node_modules/.clients) ## Clients of other projects; ARGS go to pytest.
+	LLMSERVE_PYTHON=$(abspath $(BIN)/python) $(CLIENTS)/bin/python -m pytest tests/conformance $(ARGS)
 
 simulate: $(TOOLS) ## Requests and engines' lives under random interleavings, from SEED on.
 	$(BIN)/python -m tests.simulator $(SEED) 2000
@@ -50,7 +56,7 @@ format: $(TOOLS) ## Let ruff format and repair.
 	$(BIN)/ruff format
 
 clean: ## Remove the environment; the models stay.
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(CLIENTS)
 
 $(VENV)/.python:
 	@$(PYTHON) -c 'import sys; (3, 11) <= sys.version_info < (3, 15) or sys.exit(f"{sys.executable} is Python {sys.version.split()[0]}; vLLM runs on 3.11 to 3.14: make PYTHON=python3.12")'
@@ -74,6 +80,16 @@ $(TOOLS): requirements/dev.lock $(READY)
 	$(PIP) install --quiet --no-deps -r $<
 	@touch $@
 
+$(CLIENTS)/.clients: requirements/conformance.lock
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
+	@touch $@
+
+%/node_modules/.clients: %/package-lock.json
+	@npm --version >/dev/null 2>&1 || { echo 'The Node clients need Node 20 or later with npm (Debian: apt-get install nodejs npm). Without them: make conformance NODE=' >&2; exit 1; }
+	npm --prefix $* ci --no-audit --no-fund
+	@touch $@
+
 # The CPU build of torch is in PyTorch's own index only, which uv knows by this flag;
 # elsewhere: make lock TORCH_INDEX=--find-links=FOLDER.
 TORCH_INDEX ?= --torch-backend=cpu
@@ -86,5 +102,6 @@ lock: $(VENV)/.python ## Resolve the lock files anew from pyproject.toml.
 	$(COMPILE) --group dev --constraints requirements/cpu.lock -o requirements/dev.lock
 	@grep -vxFf requirements/cpu.lock requirements/dev.lock > $(VENV)/dev.lock  # only what cpu.lock lacks
 	@mv $(VENV)/dev.lock requirements/dev.lock
+	$(COMPILE) --group conformance --override requirements/conformance.override -o requirements/conformance.lock
 
-.PHONY: help up install models test simulate fuzz check format clean lock
+.PHONY: help up install models test conformance simulate fuzz check format clean lock

@@ -158,7 +158,7 @@ async def _frames(happening: AsyncIterator[dict[str, Any]]) -> AsyncGenerator[by
         yield event(each, "state")
 
 
-def _failure(error: LLMServeError) -> bytes:
+def _failure(error: LLMServeError, _: int) -> bytes:
     return event(error_body(error), "error")
 
 

@@ -102,16 +102,19 @@ class _Answering:
 
 
 def _answer_to(error: Exception, scope: Scope) -> ASGIApp:
-    if isinstance(error, LLMServeError):
-        return error_response(error)
-    if isinstance(error, HTTPException):  # a form that Starlette cannot read
-        return error_response(_refusal(error))
     if isinstance(error, ClientDisconnect):
         return _nobody
+    if isinstance(error, HTTPException):  # a form that Starlette cannot read
+        return _error_response(_refusal(error), scope)
+    if isinstance(error, LLMServeError):
+        return _error_response(error, scope)
     log.error("path=%s unforeseen", quoted(scope["path"]), exc_info=error)
-    return error_response(
-        LLMServeError("Something went wrong in the server.", code="internal_error")
-    )
+    unforeseen = LLMServeError("Something went wrong in the server.", code="internal_error")
+    return _error_response(unforeseen, scope)
+
+
+def _error_response(error: LLMServeError, scope: Scope) -> Response:
+    return error_response(error, scope["path"], scope["state"].get("request_id"))
 
 
 async def _nobody(_: Scope, __: Receive, ___: Send) -> None:
@@ -257,18 +260,18 @@ async def _answered(request: Request, error: Exception) -> Response:
 async def _unrouted(request: Request, error: Exception) -> Response:
     """Starlette's own refusals: no such route, wrong method."""
     error = cast("HTTPException", error)
-    if error.status_code == 405:
-        allowed = sorted(set(_methods(request)))
-        return error_response(
-            MethodNotAllowed(
-                f"{quoted(request.url.path)} does not take {request.method}; "
-                f"it takes {', '.join(allowed)}.",
-                allowed,
-            )
+    allowed = _methods(request)
+    if error.status_code == 405 and allowed:
+        refusal: RequestError = MethodNotAllowed(
+            f"{quoted(request.url.path)} does not take {request.method}; "
+            f"it takes {', '.join(allowed)}.",
+            allowed,
         )
-    if error.status_code == 404:
-        return error_response(_no_route(request))
-    return error_response(_refusal(error))
+    elif error.status_code in {404, 405}:
+        refusal = _no_route(request)
+    else:
+        refusal = _refusal(error)
+    return _error_response(refusal, request.scope)
 
 
 def _refusal(error: HTTPException) -> RequestError:
@@ -277,10 +280,16 @@ def _refusal(error: HTTPException) -> RequestError:
     return refusal
 
 
-def _methods(request: Request) -> Iterable[str]:
-    for route in request.app.routes:
-        if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE:
-            yield from route.methods or ()
+def _methods(request: Request) -> list[str]:
+    """What the path takes. Nothing is posted to an id: POST /v1/responses/compact is a route."""
+    found = [
+        route
+        for route in request.app.routes
+        if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE
+    ]
+    if request.method == "POST":
+        found = [route for route in found if not route.path.endswith("}")]
+    return sorted({method for route in found for method in route.methods or ()})
 
 
 def _no_route(request: Request) -> RouteNotFound:

@@ -283,13 +283,13 @@ class VllmBackend:
             async with self._downloading[wanted]:
                 there = self._there.get(wanted)
                 if there is None or not await asyncio.to_thread(Path(there.folder).is_dir):
-                    there = await loop.run_in_executor(
+                    made: Fetched = await loop.run_in_executor(
                         self._threads, hub.download, wanted, progress
                     )
-                    self._there[wanted] = there
-                    if there.warning is not None:
-                        log.warning("model=%s %s", spec.name, there.warning)
-                        report(State.DOWNLOADING, there.warning)
+                    there = self._there[wanted] = made
+                    if made.warning is not None:
+                        log.warning("model=%s %s", spec.name, made.warning)
+                        report(State.DOWNLOADING, made.warning)
             fetched[wanted.repo] = there
         return _with_folders(spec, fetched)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
+from starlette.datastructures import UploadFile
 from starlette.requests import ClientDisconnect, Request
 
 from llmserve.constraints import check_constraints
@@ -40,10 +41,11 @@ async def json_object(
 
 
 def _checked(raw: Buffer) -> dict[str, Any]:
+    """A key that is null is as if it were left out: OpenAI API reference."""
     body = parse_object(raw)
     check_constraints(body)
     check_quantities(body)
-    return body
+    return {key: value for key, value in body.items() if value is not None}
 
 
 async def form_of(scope: Scope, receive: Receive, limit: int, off_loop: OffLoop) -> Request:
@@ -60,6 +62,8 @@ async def form_fields(request: Request) -> dict[str, Any]:
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
         raise RequestError("Send the audio as multipart/form-data.", param="file")
     form = await request.form(max_files=_FORM_FILES, max_fields=_FORM_FIELDS)
+    if "file" in form and not isinstance(form["file"], UploadFile):
+        raise RequestError("`file` must be a file; it is text. Send its name too.", param="file")
     return {key: form.getlist(key) if key.endswith("[]") else form[key] for key in form}
 
 

@@ -7,6 +7,7 @@ the engine core does it.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import pickle
@@ -24,7 +25,10 @@ from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.structured_output.request import StructuredOutputRequest
 
 from llmserve.grammar import KINDS
+from llmserve.pattern import check_regex
 from llmserve.sandbox import Server, sandboxed
+from llmserve.schema import constraints_in, honoured
+from llmserve.subschema import ARGUMENTS
 
 _MODELS = 8  # tokenizers that stay loaded
 _PROBED = 16  # tokens, after which a mask is computed as in the engine's steps
@@ -102,10 +106,7 @@ def _answer(model: Loaded, constraint: str, step_s: float) -> dict[str, Any]:
 
 
 def _check(model: Loaded, constraint: dict[str, Any], step_s: float) -> dict[str, Any]:
-    tag = constraint.get("structural_tag")
-    if tag is not None and not isinstance(tag, str):
-        constraint = {**constraint, "structural_tag": json.dumps(tag)}
-    structured = StructuredOutputsParams(**constraint)
+    structured = StructuredOutputsParams(**_honoured(model, constraint))
     params = SamplingParams(structured_outputs=structured)
     began = time.process_time()
     params._validate_structured_outputs(  # noqa: SLF001  # as SamplingParams.verify does
@@ -126,6 +127,38 @@ def _check(model: Loaded, constraint: dict[str, Any], step_s: float) -> dict[str
         "fields": changed,
         "parse_s": parse_s,
     }
+
+
+def _honoured(model: Loaded, constraint: dict[str, Any]) -> dict[str, Any]:
+    """A constraint of which the backend ignores nothing. Raises ValueError.
+
+    llguidance refuses by itself what it does not honour, but does not know our keyword.
+    """
+    is_guidance = model.config.structured_outputs_config.backend == "guidance"
+    made = dict(constraint)
+    given, tag, pattern = (constraint.get(kind) for kind in ("json", "structural_tag", "regex"))
+    if given is not None and not (is_guidance and ARGUMENTS not in json.dumps(given)):
+        made["json"] = json.dumps(honoured(_parsed(given)), ensure_ascii=False)
+    if isinstance(pattern, str) and not is_guidance:
+        _require_honoured(pattern)
+    if tag is not None:
+        tag = copy.deepcopy(_parsed(tag))
+        for holder, key in [] if is_guidance else constraints_in(tag):
+            if key == "pattern":
+                _require_honoured(holder[key])
+            else:
+                holder[key] = honoured(holder[key])
+        made["structural_tag"] = json.dumps(tag, ensure_ascii=False)
+    return made
+
+
+def _require_honoured(pattern: Any) -> None:
+    if isinstance(pattern, str) and (reason := check_regex(pattern)):
+        raise ValueError(f"the expression {reason}")
+
+
+def _parsed(given: Any) -> Any:
+    return json.loads(given) if isinstance(given, str) else given
 
 
 def _compiled(model: Loaded, params: SamplingParams) -> Any:

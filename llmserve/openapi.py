@@ -55,7 +55,8 @@ def document(routes: Iterable[Route]) -> dict[str, Any]:
                 "required": True,
                 "content": {media: {"schema": bodies[endpoint.name]}},
             }
-        paths[path.replace(":path", "")] = {method.lower(): operation for method in methods}
+        of_path = paths.setdefault(path.replace(":path", ""), {})
+        of_path.update({method.lower(): operation for method in methods})
     return {
         "openapi": "3.1.0",
         "info": {"title": "llmserve", "version": __version__},

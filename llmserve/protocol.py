@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import orjson
 from starlette.responses import Response
 
 from llmserve import sse
-from llmserve.errors import LLMServeError, RequestError, quoted
+from llmserve.errors import LLMServeError, Overloaded, RequestError, quoted
 from llmserve.jsontext import load
 
 if TYPE_CHECKING:
@@ -59,11 +60,16 @@ ENDPOINTS: tuple[Endpoint, ...] = (
 )
 
 
+_ANTHROPIC = "/v1/messages/"
 NAMED_EVENTS = frozenset(endpoint.name for endpoint in ENDPOINTS if endpoint.named_events)
 
 
-def failure(endpoint: str, error: LLMServeError) -> bytes:
-    """The last events of a stream that failed."""
+def failure(endpoint: str, error: LLMServeError, sent: int = 0) -> bytes:
+    """The last events of a stream that failed after `sent` events."""
+    if endpoint == "messages":
+        return last_event(endpoint, anthropic_error(error))
+    if endpoint == "responses":
+        return last_event(endpoint, _response_error(error, sent))
     return last_event(endpoint, error_body(error))
 
 
@@ -72,6 +78,12 @@ def last_event(endpoint: str, body: dict[str, Any]) -> bytes:
     if endpoint in NAMED_EVENTS:
         return sse.event({"type": "error", **body}, "error")
     return sse.event(body) + sse.DONE
+
+
+def _response_error(error: LLMServeError, sent: int) -> dict[str, Any]:
+    """OpenAI's event has the error's keys itself, that of Open Responses has an object."""
+    flat = {"message": error.message, "param": error.param, "code": error.code}
+    return {"sequence_number": sent, **flat, **error_body(error)}
 
 
 class Ongoing:
@@ -97,12 +109,33 @@ def error_body(error: LLMServeError) -> dict[str, Any]:
     }
 
 
-def error_response(error: LLMServeError) -> Response:
+def anthropic_error(error: LLMServeError, request_id: str | None = None) -> dict[str, Any]:
+    """The same in Anthropic's way: Claude API reference, "Errors"."""
+    kind = _ANTHROPIC_KINDS.get(error.status)
+    if kind is None:
+        kind = "invalid_request_error" if error.status < 500 else "api_error"
+    if isinstance(error, Overloaded):
+        kind = "overloaded_error"
+    body = {"type": "error", "error": {"type": kind, "message": error.message}}
+    return body | ({"request_id": request_id} if request_id else {})
+
+
+_ANTHROPIC_KINDS = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    504: "timeout_error",
+}
+
+
+def error_response(error: LLMServeError, path: str = "", request_id: str | None = None) -> Response:
+    """In the way of the API that `path` belongs to."""
+    anthropic = f"{path}/".startswith(_ANTHROPIC)
+    body = anthropic_error(error, request_id) if anthropic else error_body(error)
     return Response(
-        orjson.dumps(error_body(error)),
-        error.status,
-        headers=error.headers(),
-        media_type="application/json",
+        orjson.dumps(body), error.status, headers=error.headers(), media_type="application/json"
     )
 
 
@@ -139,12 +172,19 @@ def requested_model(body: dict[str, Any], registry: Registry) -> str:
 
 
 def model_card(name: str, model: Model, created: int, running: Running | None) -> dict[str, Any]:
-    """An entry of GET /v1/models; what the model can do is known once it runs."""
+    """An entry of GET /v1/models: OpenAI's fields, Anthropic's, and ours.
+
+    What the model can do is known once it runs.
+    """
     card: dict[str, Any] = {
         "id": name,
         "object": "model",
         "created": created,
         "owned_by": "llmserve",
+        "type": "model",
+        "display_name": name,
+        "created_at": datetime.fromtimestamp(created, UTC).isoformat(),
+        "lifecycle": "active",
     }
     if name in model.loras:
         card["parent"] = model.name
@@ -154,27 +194,11 @@ def model_card(name: str, model: Model, created: int, running: Running | None) -
     return card
 
 
-def describe_path(loc: Iterable[int | str], body: Any) -> str:
-    """Where in `body` a validation error is, as `messages.0.role`.
-
-    pydantic puts the names of union branches and validators into `loc`; only what
-    leads somewhere in the body is kept, and the last word if it is what is missing.
-    """
-    path: list[str] = []
-    *inner, last = loc or ("",)
-    for step in inner:
-        if _leads_on(body, step):
-            body = body[step]
-            path.append(str(step))
-    if isinstance(last, int) or (isinstance(last, str) and last.isidentifier()):
-        path.append(str(last))
-    return ".".join(path)
-
-
-def _leads_on(value: Any, step: int | str) -> bool:
-    if isinstance(value, dict):
-        return step in value
-    return isinstance(value, list) and isinstance(step, int) and 0 <= step < len(value)
+def model_list(cards: list[dict[str, Any]]) -> dict[str, Any]:
+    """All entries as one page, for OpenAI's clients and for Anthropic's."""
+    ids = [card["id"] for card in cards] or [None]
+    page = {"first_id": ids[0], "last_id": ids[-1], "has_more": False}
+    return {"object": "list", "data": cards, **page}
 
 
 def cannot(model: str, endpoint: str, able: Iterable[str]) -> str:

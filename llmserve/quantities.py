@@ -31,7 +31,8 @@ ITEMS: Mapping[str, int] = {
 }
 PARTS_LIMIT = 4096  # items in the lists of all messages together: content parts, tool calls
 KEYS_LIMIT = 1024  # of the body
-CHOICES_LIMIT = 128
+CHOICES_LIMIT = 128  # of each prompt
+ANSWERS_LIMIT = 2048  # choices of all prompts together
 
 
 def check_quantities(body: dict[str, Any]) -> None:
@@ -48,9 +49,20 @@ def check_quantities(body: dict[str, Any]) -> None:
         if isinstance(body.get(key), list) and (parts := _parts(body[key])) > PARTS_LIMIT:
             raise _refused(key, f"{parts} content parts and tool calls", PARTS_LIMIT)
     for key in ("n", "best_of"):
-        value = body.get(key)
-        if isinstance(value, int | float) and value > CHOICES_LIMIT:
-            raise _refused(key, "a larger value", CHOICES_LIMIT)
+        if isinstance(body.get(key), int | float):
+            check_choices(key, body[key])
+
+
+def check_choices(key: str, choices: float, prompts: int = 1) -> None:
+    """Raises RequestError for too many answers to one request."""
+    if choices > CHOICES_LIMIT:
+        raise _refused(key, "a larger value", CHOICES_LIMIT)
+    if choices * prompts > ANSWERS_LIMIT:
+        raise RequestError(
+            f"`{key}` asks for {choices} answers to each of {prompts} prompts; the limit is "
+            f"{ANSWERS_LIMIT} in all. Send fewer.",
+            param=key,
+        )
 
 
 def _is_numbers(values: list[Any]) -> bool:

@@ -74,11 +74,11 @@ def of(
 def _budgets(spec: ModelSpec, box: Box, size: Size, headroom: float) -> Iterator[Remedy]:
     """The most that may be given away, where it asks for more; the least that holds it."""
     if spec.kv_cache is not None and size.least:
-        text, least = amount(size.least)
-        yield _remedy(spec, f"kv_cache: {text}", kv_cache=least)
+        text, needed = amount(size.least)
+        yield _remedy(spec, f"kv_cache: {text}", kv_cache=needed)
     elif spec.memory is not None:
-        text, least = amount(size.needs)
-        yield _remedy(spec, f"memory: {text}", memory=least)
+        text, needed = amount(size.needs)
+        yield _remedy(spec, f"memory: {text}", memory=needed)
     elif spec.gpu_memory_utilization is not None:
         gpus = [gpu for group in checks.groups(spec, box) for gpu in group] or box
         most = math.floor(100 * (1 - headroom) + 1e-6) / 100

@@ -97,15 +97,23 @@ class Responses:
         self._lock = asyncio.Lock()
         self._running = _Running(self._ended)
         self._written: Callable[[Any], Response]
+        self._whole: Callable[[Any], None] = lambda _: None
 
     # --- vLLM's side
 
-    def keep_for(self, handler: Any, written: Callable[[Any], Response]) -> None:
+    def keep_for(
+        self,
+        handler: Any,
+        written: Callable[[Any], Response],
+        whole: Callable[[Any], None] = lambda _: None,
+    ) -> None:
         """Be the stores of an OpenAIServingResponses that has had no request yet.
 
-        `written` makes an answer of a response, or of an async generator of events.
+        `written` makes an answer of a response, or of an async generator of events; `whole`
+        adds to a response what vLLM leaves out.
         """
         self._written = written
+        self._whole = whole
         vars(handler).update(
             response_store=_Part(self, "response"),
             msg_store=_Part(self, "messages"),
@@ -122,6 +130,8 @@ class Responses:
         record = self._records.get(response_id)
         if record is None:
             record = self._records[response_id] = Record(_owner.get(), time.monotonic())
+        if name == "response":
+            self._whole(value)
         record.parts[name] = value
         record.sizes[name] = 0 if name == "events" else size_of(value)
         if len(self._records) > self._limit:
@@ -172,13 +182,20 @@ class Responses:
         response = self.part(response_id, "response")
         if response.status in _PENDING:
             response.status = "cancelled"
-            task = self._running.get(response_id)
-            if task is not None:
-                task.cancel()
-                await asyncio.wait({task})
+            await self._end(response_id)
         elif response.status != "cancelled":
             raise RequestError("Cannot cancel a synchronous response.", param="response_id")
         return self._written(response)
+
+    async def delete(self, response_id: str) -> None:
+        """Forget one that this `has`, and end it if it runs."""
+        await self._end(response_id)
+        self._records.pop(response_id, None)
+
+    async def _end(self, response_id: str) -> None:
+        if task := self._running.get(response_id):
+            task.cancel()
+            await asyncio.wait({task})
 
     async def replay(
         self, response_id: str, starting_after: int | None = None

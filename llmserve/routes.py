@@ -15,7 +15,7 @@ from starlette.routing import Route
 from llmserve import __version__, admin, metrics
 from llmserve.errors import RequestError, RouteNotFound, quoted
 from llmserve.offloop import OffLoop
-from llmserve.protocol import ENDPOINTS, model_card
+from llmserve.protocol import ENDPOINTS, model_card, model_list
 from llmserve.replica import STARTING
 from llmserve.turns import Turns
 from llmserve.work import Work
@@ -61,6 +61,7 @@ def table() -> list[Route]:
         Route("/v1/models", models),
         Route("/v1/models/{name:path}", model),
         Route("/v1/responses/{response_id}", fetch_response),
+        Route("/v1/responses/{response_id}", delete_response, methods=["DELETE"]),
         Route("/v1/responses/{response_id}/cancel", cancel_response, methods=["POST"]),
         *admin.table(),
         *served,
@@ -91,6 +92,13 @@ class _Fetch(BaseModel):
             first = error.errors()[0]
             name = str(first["loc"][0])
             raise RequestError(f"{name}: {first['msg']}", param=name) from None
+
+
+async def delete_response(request: Request) -> Response:
+    """A stored answer is forgotten, and ended if it runs in the background."""
+    stored, response_id = _stored(request)
+    await stored.delete(response_id)
+    return _json({"id": response_id, "object": "response", "deleted": True})
 
 
 async def cancel_response(request: Request) -> Response:
@@ -151,7 +159,7 @@ async def figures(request: Request) -> Response:
 async def models(request: Request) -> Response:
     services = _services(request)
     names = services.pool.registry.public_names()
-    return _json({"object": "list", "data": [_card(services, name) for name in names]})
+    return _json(model_list([_card(services, name) for name in names]))
 
 
 async def model(request: Request) -> Response:

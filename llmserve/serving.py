@@ -17,7 +17,7 @@ from argparse import Namespace
 from collections.abc import AsyncGenerator, Awaitable
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -38,7 +38,7 @@ from vllm.entrypoints.openai.chat_completion.protocol import (
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest, CompletionStreamResponse
 from vllm.entrypoints.openai.models.protocol import LoRAModulePath
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
-from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+from vllm.entrypoints.openai.responses.protocol import ResponsesRequest, ResponsesResponse
 from vllm.entrypoints.pooling.classify.protocol import ClassificationRequest
 from vllm.entrypoints.pooling.embed.protocol import EmbeddingRequest
 from vllm.entrypoints.pooling.pooling.protocol import PoolingRequest
@@ -59,8 +59,8 @@ from vllm.exceptions import VLLMError, VLLMValidationError
 from vllm.v1.engine.exceptions import EngineDeadError
 
 import llmserve.media  # noqa: F401  # registers what fetches the URLs of images
-from llmserve import garbage, sse, wire
-from llmserve.bounded import bounded
+from llmserve import garbage, history, required, sse, tokencount, wire
+from llmserve.bounded import bounded, shape_of
 from llmserve.checked import Refused
 from llmserve.engine import request_defaults
 from llmserve.errors import (
@@ -74,17 +74,21 @@ from llmserve.errors import (
     quoted,
 )
 from llmserve.express import Chat, Completions, Express, Noted, Terms, encoder_of
+from llmserve.mistakes import mistake
 from llmserve.nulls import schema_of, without_nulls
 from llmserve.pace import Paced
-from llmserve.protocol import Ongoing, cannot, describe_path, failure
+from llmserve.protocol import Ongoing, cannot, failure
+from llmserve.quantities import check_choices
 from llmserve.responses import Responses, owned_by
 from llmserve.stream import FIRST_S
+from llmserve.toolcalls import mend_parsers
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from prometheus_client import CollectorRegistry
+    from pydantic_core import SchemaValidator
     from starlette.requests import Request
     from starlette.types import ASGIApp, Scope
     from vllm.lora.request import LoRARequest
@@ -106,6 +110,9 @@ TOO_LONG = (
     "exceeds the max_model_len",
 )
 
+# OpenAI's words of it, by which LiteLLM and others tell it from other refusals.
+_CONTEXT = "This model's maximum context length is"
+
 # The name that the running request used for its model.
 _asked: ContextVar[str] = ContextVar("asked")
 
@@ -117,13 +124,18 @@ class PublicNames(OpenAIServingModels):
         return _asked.get(super().model_name(lora_request))
 
 
+def _whole(answer: dict[str, Any]) -> dict[str, Any]:
+    return answer
+
+
 @dataclass(frozen=True)
 class Handler:
     """How one endpoint is served: the State's object, its method, the request's type.
 
     `nulls` are the keys that may be null in OpenAI's schema; None leaves the answer as
     it is, where there is no such schema. `events` are the classes of events that vLLM writes
-    as text; the others come as what they are.
+    as text; the others come as what they are. `required` adds the keys that vLLM leaves out;
+    a frame that needs it has `mark`.
     """
 
     owner: str
@@ -131,22 +143,29 @@ class Handler:
     request: TypeAdapter[Any]
     nulls: frozenset[str] | None = None
     events: tuple[type[BaseModel], ...] = ()
+    required: Callable[[dict[str, Any]], dict[str, Any]] = _whole
+    mark: bytes = b":null"
+
+    @cached_property
+    def shape(self) -> SchemaValidator:
+        return shape_of(self.request)
 
     def pruned(self, frame: bytes) -> bytes:
         """An event that came as text, without nulls."""
-        if self.nulls is None or b":null" not in frame:
+        if self.nulls is None or (b":null" not in frame and self.mark not in frame):
             return frame
         payload = sse.payload(frame)
         if payload is None:
             return frame
-        return sse.with_payload(frame, without_nulls(payload, schema_of(*self.events), self.nulls))
+        pruned = without_nulls(payload, schema_of(*self.events), self.nulls)
+        return sse.with_payload(frame, self.required(pruned))
 
     def content(self, answer: BaseModel) -> bytes:
         """An answer, or an event that came as an object, as JSON without nulls."""
         content = answer.model_dump(mode="json", by_alias=True)
         if self.nulls is not None:
             content = without_nulls(content, schema_of(type(answer)), self.nulls)
-        return _json(content)
+        return _json(self.required(content))
 
 
 _CHAT_NULLS = frozenset({"content", "refusal", "logprobs", "finish_reason", "usage"})
@@ -166,6 +185,8 @@ HANDLERS: dict[str, Handler] = {
         bounded(ChatCompletionRequest),
         _CHAT_NULLS,
         (ChatCompletionStreamResponse,),
+        required.of_chat,
+        b'"logprobs":{',
     ),
     "completions": Handler(
         "openai_serving_completion",
@@ -179,6 +200,7 @@ HANDLERS: dict[str, Handler] = {
         "create_responses",
         bounded(ResponsesRequest),
         _RESPONSE_NULLS,
+        required=required.of_response,
     ),
     "messages": Handler(
         "anthropic_serving_messages",
@@ -186,6 +208,8 @@ HANDLERS: dict[str, Handler] = {
         bounded(AnthropicMessagesRequest),
         frozenset({"stop_reason", "stop_sequence"}),
         (AnthropicStreamEvent,),
+        required.of_message,
+        b'"usage":{',
     ),
     "token counts": Handler(
         "anthropic_serving_messages",
@@ -246,8 +270,9 @@ class Serving:
     @classmethod
     async def build(cls, spec: ModelSpec, engine: Engine) -> Serving:
         """Also the first call into the engine: one that died at once is noticed here."""
+        tokencount.count_whole_prompts()
         await wire.take_over(engine.client, engine.flow)
-        vars(engine.client)["add_request"] = Paced(engine.client.add_request)
+        engine.client.add_request = Paced(engine.client.add_request)  # type: ignore[method-assign]
         # Reads the tokenizer again and compares: the other models go on meanwhile.
         encode = await asyncio.to_thread(encoder_of, engine.client)
         return await cls._of(spec, engine, Responses(), encode)
@@ -262,6 +287,7 @@ class Serving:
             await _init_state(engine, state, spec, tasks)
         # init_app_state makes this object itself; no argument of it sets the class.
         state.openai_serving_models.__class__ = PublicNames
+        mend_parsers(state)
         if spec.sampling.max_tokens is not None:
             _default_not_limit(state)
         for processor in _processors(state):
@@ -275,7 +301,8 @@ class Serving:
         self._stored = stored
         responses = getattr(self._state, "openai_serving_responses", None)
         if responses is not None:
-            stored.keep_for(responses, _stored_answer)
+            stored.keep_for(responses, _stored_answer, required.ended)
+            history.keep_calls(responses)
 
     async def changed(self, spec: ModelSpec) -> Serving:
         """The same engine under new serving objects; requests under way keep theirs."""
@@ -375,16 +402,19 @@ class Serving:
             body = {name: value for name, value in body.items() if name != "request_id"}
         if endpoint in _GENERATING:
             await self.engine.client.check_explicit(body)
-        parsed = await _validated(handler.request, body, endpoint, request.scope)
+        parsed = await _validated(handler, body, endpoint, request.scope)
+        without_own_size(parsed, self.engine.client.model_config)
         owner = request.scope.get("state", {}).get("owner", "")
         self._check_previous(parsed, owner)
         with Noted() as calls, owned_by(owner):
             result = await self._translating(self._handled(handler, parsed, request))
         for noted in calls:  # before the headers: a parser may have derived a constraint
             await self._translating(self.engine.client.check(noted.params))
-        if endpoint == "responses" and parsed.background and isinstance(result, AsyncGenerator):
-            await result.aclose()
-            result = self._stored.replay(parsed.request_id)
+        if endpoint == "responses":
+            if parsed.background and isinstance(result, AsyncGenerator):
+                await result.aclose()
+                result = self._stored.replay(parsed.request_id)
+            result = _whole_response(result, parsed)
         express = self._express.get(endpoint)
         if express is not None and isinstance(result, AsyncGenerator):
             stream = express.carry(parsed, body, asked, request.scope, calls)
@@ -484,10 +514,18 @@ class Serving:
             return self._dead()
         if isinstance(error, Refused):
             return error.refusal
+        if isinstance(error, ValidationError):  # of a class that vLLM makes of a part of a body
+            found = mistake(error.errors(include_url=False), None)
+            found.param = None  # where that part is in the body is not known here
+            return found
         refusal = self._refusal(create_error_response(error).error)
         foreseen = isinstance(error, VLLMError | ValueError)
         if isinstance(refusal, EngineError) or not foreseen:
             log.error("model=%s request failed", self.name, exc_info=error)
+        if isinstance(error, TypeError | OverflowError):  # Python's words
+            refusal.message = (
+                f"A value in the body has a type that {quoted(self.name)} cannot take."
+            )
         if foreseen or refusal.status != 500:
             return refusal
         return EngineError(f"{quoted(self.name)} failed on this request.")
@@ -501,12 +539,18 @@ class Serving:
         if info.code >= 500:
             return self._failure_of(info.code, message)
         if any(phrase in message for phrase in TOO_LONG):
-            return ContextTooLong(message, param=info.param)
+            return ContextTooLong(self._too_long(message), param=info.param or "input_tokens")
         error = RequestError(
             message, param=info.param, code="not_found" if info.code == 404 else None
         )
         error.status = info.code
         return error
+
+    def _too_long(self, message: str) -> str:
+        """With the words by which clients know such a refusal, and no more than is known."""
+        if not message.startswith(_CONTEXT):
+            message = f"{_CONTEXT} {self.max_model_len} tokens. {message}"
+        return tokencount.exact(message)
 
     def _failure_of(self, status: int, message: str) -> LLMServeError:
         if self.dead:
@@ -584,46 +628,65 @@ def _default_not_limit(state: State) -> None:
             serving.override_max_tokens = None
 
 
-async def _validated(
-    adapter: TypeAdapter[Any], body: dict[str, Any], endpoint: str, scope: Scope
-) -> Any:
+async def _validated(handler: Handler, body: dict[str, Any], endpoint: str, scope: Scope) -> Any:
     """A large body is validated beside the loop."""
     off_loop: OffLoop | None = scope.get("state", {}).get("off_loop")
     if off_loop is None:
-        return _validate(adapter, body, endpoint)
-    return await off_loop.run(_validate, adapter, body, endpoint)
+        return _validate(handler, body, endpoint)
+    return await off_loop.run(_validate, handler, body, endpoint)
 
 
-def _validate(adapter: TypeAdapter[Any], body: dict[str, Any], endpoint: str) -> Any:
-    """A body as vLLM's request class. Raises RequestError, short, with the deepest finding."""
+def _validate(handler: Handler, body: dict[str, Any], endpoint: str) -> Any:
+    """A body as vLLM's request class. Raises RequestError, short, with the deepest mistake."""
     try:
-        return adapter.validate_python(body)
+        parsed = handler.request.validate_python(body)
     except ValidationError as error:
-        raise _finding(error, body) from None
+        raise mistake(error.errors(include_url=False), body) from None
     except VLLMValidationError as error:
         raise RequestError(_short(error.args[0]), param=error.parameter) from None
     except (TypeError, ValueError, AttributeError, KeyError):
         # vLLM's validators read the body before its types are checked.
-        raise RequestError(f"The body is not that of a request for {endpoint}.") from None
+        raise _misread(handler, body, endpoint) from None
+    check_choices("n", getattr(parsed, "n", None) or 1, _prompts_of(parsed))
+    return parsed
 
 
-def _finding(error: ValidationError, body: dict[str, Any]) -> RequestError:
-    details = error.errors(include_url=False, include_input=False)
-    deepest = max(details, key=lambda d: len(describe_path(d["loc"], body).split(".")))
-    cause = deepest.get("ctx", {}).get("error")
-    param = getattr(cause, "parameter", None) or describe_path(deepest["loc"], body) or None
-    message = cause.args[0] if isinstance(cause, VLLMValidationError) else deepest["msg"]
-    return RequestError(
-        _short(f"{param}: {message}" if param else message),
-        param=param,
-        code="missing_required_parameter" if deepest["type"] == "missing" else None,
-    )
+def _prompts_of(parsed: Any) -> int:
+    prompt = getattr(parsed, "prompt", None)
+    if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
+        return len(prompt)
+    return 1
+
+
+def _misread(handler: Handler, body: dict[str, Any], endpoint: str) -> RequestError:
+    """What is wrong with the types of a body that one of vLLM's validators failed on."""
+    try:
+        handler.shape.validate_python(body)
+    except ValidationError as error:
+        return mistake(error.errors(include_url=False), body)
+    return RequestError(f"The body is not that of a request for {endpoint}.")
 
 
 def _short(message: str, limit: int = 500) -> str:
     """One bounded line, without what vLLM appends: parts of the request."""
     line = " ".join(_APPENDED.sub("", str(message)).split())
     return line if len(line) <= limit else line[:limit] + "..."
+
+
+def without_own_size(request: Any, model_config: Any) -> None:
+    """A model's own dimensions ask for nothing; vLLM refuses any number for most models."""
+    dimensions = getattr(request, "dimensions", None)
+    if dimensions is not None and dimensions == model_config.embedding_size:
+        request.dimensions = None
+
+
+def _whole_response(result: Any, request: Any) -> Any:
+    if isinstance(result, AsyncGenerator):
+        return required.with_ends(result, request)
+    if isinstance(result, ResponsesResponse):
+        required.echo(result, request)
+        required.ended(result)
+    return result
 
 
 def _event_of(item: BaseModel, handler: Handler) -> bytes:
@@ -642,8 +705,8 @@ def _stored_answer(result: Any) -> Response:
 async def _replayed(
     events: AsyncGenerator[Any, None], handler: Handler
 ) -> AsyncGenerator[bytes, None]:
-    async with contextlib.aclosing(events):
-        async for event in events:
+    async with contextlib.aclosing(required.with_ends(events)) as whole:
+        async for event in whole:
             yield _event_of(event, handler)
 
 

@@ -54,13 +54,14 @@ class Frames:
     """A source of frames that can be asked for the first one before it is written.
 
     A LLMServeError that comes at once can so be an answer with a status of its own; a
-    later one is the last frame, `failure(error)`.
+    later one is the last frame, `failure(error, sent)`: after so many frames.
     """
 
     def __init__(
-        self, source: AsyncGenerator[bytes, None], failure: Callable[[LLMServeError], bytes]
+        self, source: AsyncGenerator[bytes, None], failure: Callable[[LLMServeError, int], bytes]
     ) -> None:
-        self.failure = failure
+        self._failure = failure
+        self._sent = 0
         self._source = source
         self._first: asyncio.Task[bytes] | None = None
         self._failed = False
@@ -84,10 +85,15 @@ class Frames:
             raise StopAsyncIteration
         first, self._first = self._first, None
         try:
-            return await (anext(self._source) if first is None else first)
+            frame = await (anext(self._source) if first is None else first)
+            self._sent += 1
         except LLMServeError as error:
             self._failed = True
             return self.failure(error)
+        return frame
+
+    def failure(self, error: LLMServeError) -> bytes:
+        return self._failure(error, self._sent)
 
     async def aclose(self) -> None:
         if self._first is not None:

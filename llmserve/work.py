@@ -12,6 +12,7 @@ from llmserve.body import form_fields, form_of, json_object
 from llmserve.early import COMMENT_S, Early
 from llmserve.errors import EngineDead, LLMServeError, RequestError, quoted
 from llmserve.lease import Wish
+from llmserve.mistakes import name_as_sent
 from llmserve.protocol import Endpoint, Ongoing, requested_model
 from llmserve.sse import EventStream
 from llmserve.stream import TokenStream
@@ -66,6 +67,7 @@ class Work:
                     raise
                 await self._once(scope, receive, early, wish.again())
         except LLMServeError as error:
+            name_as_sent(error, body)
             if not early.began:
                 raise
             await early.fail(error)

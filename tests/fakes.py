@@ -93,7 +93,7 @@ def stream(*frames: bytes, gate: Gate | None = None, first_within_s: float = 0.0
     return answer
 
 
-def failure(error: LLMServeError) -> bytes:
+def failure(error: LLMServeError, _sent: int = 0) -> bytes:
     """The last frame of a stream that failed."""
     return f"data: {error.code}\n\n".encode()
 

@@ -2,7 +2,8 @@
 
 Run as `python fake_core.py INPUT OUTPUT [STEP_S]`. Each request gets one token a step,
 the ids of its own prompt over and over, until its `max_tokens` or one of its
-`stop_token_ids`. Some values of `seed` ask for more: see below.
+`stop_token_ids`. Some values of `seed` ask for more: see below. A request with
+`vllm_xargs: {"answer": [...]}` gets these ids instead, and ends as at an end of text.
 
 Source: vllm/v1/engine/core.py (EngineCoreProc) and core_client.py (AsyncMPClient).
 """
@@ -76,6 +77,7 @@ class Running:
     seed: int | None
     logprobs: int | None
     came_s: float
+    answer_tokens: int | None = None
     done: int = 0
 
     def start(self) -> dict[str, Any]:
@@ -109,6 +111,8 @@ class Running:
             self.done += 1
             if token in self.stop_ids:
                 return ids, FinishReason.STOP, token
+        if self.done == self.answer_tokens:
+            return ids, FinishReason.STOP, None
         if self.seed == FAILS and self.done >= 3:
             return ids, FinishReason.ERROR, None
         return ids, FinishReason.LENGTH if self.done >= self.max_tokens else None, None
@@ -161,22 +165,27 @@ class FakeCore:
 
     def add(self, request: EngineCoreRequest) -> None:
         params = request.sampling_params
+        answer = (params.extra_args or {}).get("answer")
+        structured = params.structured_outputs
         self.last = {
+            "json": getattr(structured, "json", None),
+            "structural_tag": getattr(structured, "structural_tag", None),
             "max_tokens": params.max_tokens,
             "seed": params.seed,
             "temperature": params.temperature,
             "stop": params.stop,
-            "backend": getattr(params.structured_outputs, "_backend", None),
+            "backend": getattr(structured, "_backend", None),
             "prompt_token_ids": list(request.prompt_token_ids),
         }
         self.requests[request.request_id] = Running(
-            cycle(request.prompt_token_ids),
+            cycle(answer or request.prompt_token_ids),
             len(request.prompt_token_ids),
             params.max_tokens,
             frozenset(params.stop_token_ids or ()),
             params.seed,
             params.logprobs,
             time.monotonic(),
+            len(answer) if answer else None,
         )
 
     def step(self) -> None:

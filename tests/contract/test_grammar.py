@@ -11,11 +11,13 @@ import inspect
 import json
 from typing import TYPE_CHECKING, Any
 
+import httpx
 import pytest
 import pytest_asyncio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from llmserve import app
 from llmserve.config import ModelSpec
 from llmserve.errors import LLMServeError
 from tests.contract.conftest import CHAT, on_fake_core, services_of
@@ -85,9 +87,41 @@ REFUSED = {
     "a product": (schema(product(12)), COMPLEX),
     "a root that is itself": (schema({"$ref": "#"}), INVALID),
     "a cycle": (schema({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}), INVALID),
-    "a pointer": (schema({"$ref": "#/$defs/a~1b", "$defs": {"a/b": {}}}), INVALID),
-    "allOf": (schema({"allOf": [objects(1), {"type": "object"}]}), INVALID),
+    "no way out": (schema({"properties": {"a": {"$ref": "#"}}, "required": ["a"]}), INVALID),
+    "no such pointer": (schema({"$ref": "#/$defs/a/b", "$defs": {"a": {}}}), INVALID),
+    "a remote reference": (schema({"$ref": "http://localhost/a.json"}), INVALID),
+    "a remote reference inside": (schema({"anyOf": [{"items": {"$ref": "a.json"}}]}), INVALID),
+    "an anchor": (schema({"$ref": "#a", "$defs": {"a": {"$anchor": "a"}}}), INVALID),
+    "no value": (schema({"allOf": [objects(1), {"type": "string"}]}), INVALID),
     "multipleOf": (schema({"type": "integer", "multipleOf": 3}), INVALID),
+    "not": (schema({"type": "string", "not": {"const": "a"}}), INVALID),
+    "if": (schema({"if": {"type": "string"}, "then": {"minLength": 2}}), INVALID),
+    "dependentRequired": (schema({"dependentRequired": {"a": ["b"]}}), INVALID),
+    "uniqueItems": (schema({"type": "array", "uniqueItems": True}), INVALID),
+    "oneOf": (schema({"oneOf": [{"type": "string"}, {"const": "a"}]}), INVALID),
+    "a pattern and a length": (schema({"pattern": "^a*$", "minLength": 2}), INVALID),
+    "a quote in a pattern": (schema({"pattern": '^"$'}), INVALID),
+    "a lookahead in a pattern": (schema({"pattern": "^(?!a).*$"}), INVALID),
+    "a lookahead": (own(regex="(?!a).*"), INVALID),
+    "a schema of a tag": (
+        {
+            "response_format": {
+                "type": "structural_tag",
+                "format": {"type": "json_schema", "json_schema": {"not": {}}},
+            }
+        },
+        INVALID,
+    ),
+    "a schema of an old tag": (
+        {
+            "response_format": {
+                "type": "structural_tag",
+                "structures": [{"begin": "<a>", "schema": {"$ref": "http://a"}, "end": "</a>"}],
+                "triggers": ["<a>"],
+            }
+        },
+        INVALID,
+    ),
     "no grammar": (own(grammar="root ::= undefined"), INVALID),
     "a tag": (
         {
@@ -122,6 +156,15 @@ COMPILED = {
     "a schema": schema(objects(5)),
     "text of a schema": own(json=json.dumps(objects(5))),
     "an object": {"response_format": {"type": "json_object"}},
+    "a pointer": schema({"$ref": "#/$defs/a~1b", "$defs": {"a/b": {"type": "object"}}}),
+    "a tilde": schema({"$ref": "#/$defs/~0", "$defs": {"~": {"type": "object"}}}),
+    "percents": schema({"$ref": "#/$defs/%3Ca%3E", "$defs": {"<a>": {"type": "object"}}}),
+    "a recursion": schema({"properties": {"a": {"$ref": "#"}}}),
+    "allOf": schema({"allOf": [objects(1), {"type": "object"}]}),
+    "a description beside a reference": schema(
+        {"properties": {"a": {"$ref": "#/$defs/a", "description": "x"}}, "$defs": {"a": objects(1)}}
+    ),
+    "an unknown format": schema({"type": "object", "properties": {"a": {"format": "x"}}}),
     "references": schema(
         {
             "$ref": "#/$defs/d0",
@@ -162,8 +205,8 @@ async def test_constraint_known_is_not_sent_to_the_worker(served: Services) -> N
 
 
 # With `strict`, hermes' parser constrains the arguments by the parameters.
-POINTER = {"$ref": "#/$defs/a~1b", "$defs": {"a/b": {}}}
-TOOL = {"type": "function", "function": {"name": "go", "strict": True, "parameters": POINTER}}
+REMOTE = {"type": "object", "properties": {"a": {"$ref": "http://localhost/a.json"}}}
+TOOL = {"type": "function", "function": {"name": "go", "strict": True, "parameters": REMOTE}}
 FREE = {"type": "function", "function": {"name": "go", "parameters": objects(1)}}
 
 
@@ -207,6 +250,72 @@ async def test_check_off_in_vllm_leaves_request_without_backend(served: Services
         "id", prompt, params, supported_tasks=("generate",)
     )
     assert made.params.structured_outputs._backend is None
+
+
+async def test_schema_reaches_the_engine_as_it_was_honoured(served: Services) -> None:
+    given = {"allOf": [{"type": "object"}, {"required": ["a"]}], "title": "x"}
+    reply = await post(served, CHATS, messages=HELLO, max_tokens=4, **schema(given))
+    assert reply.status_code == 200
+    sent = await running(served).engine.client.engine_core.call_utility_async("last_request")
+    assert json.loads(sent["json"])["required"] == ["a"]
+
+
+ANY = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=5,
+)
+KEYWORDS = st.sampled_from(
+    [
+        "type",
+        "enum",
+        "const",
+        "properties",
+        "required",
+        "items",
+        "prefixItems",
+        "allOf",
+        "anyOf",
+        "oneOf",
+        "not",
+        "$ref",
+        "$defs",
+        "$id",
+        "additionalProperties",
+        "patternProperties",
+        "propertyNames",
+        "pattern",
+        "minLength",
+        "minimum",
+        "multipleOf",
+        "minItems",
+        "uniqueItems",
+        "contains",
+        "format",
+        "x-llmserve-arguments",
+    ]
+)
+
+
+@given(given=st.dictionaries(KEYWORDS, ANY | st.dictionaries(KEYWORDS, ANY), max_size=4))
+@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+def test_any_schema_has_an_answer(served: Services, given: dict[str, Any]) -> None:
+    """Not one of them is a failure of the server."""
+    tool = {"type": "function", "function": {"name": "go", "parameters": given, "strict": True}}
+    forced = {"tools": [tool], "tool_choice": "required"}
+    loop = asyncio.get_event_loop_policy().get_event_loop()
+    for body in (schema(given), forced):
+        content = body | {"messages": HELLO, "max_tokens": 2}
+        reply = loop.run_until_complete(post_json(served, CHATS, content))
+        assert reply.status_code in {200, 400}, reply.text
+
+
+async def post_json(services: Services, path: str, body: dict[str, Any]) -> Any:
+    """As clients write it that know NaN and lone surrogates."""
+    transport = httpx.ASGITransport(app.build(services))
+    async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=60) as client:
+        content = json.dumps({"model": "chat"} | body)
+        return await client.post(path, content=content.encode("utf-8", "surrogatepass"))
 
 
 COUNTS = st.recursive(

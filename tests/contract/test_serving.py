@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
+from openai.types.responses import Response, ResponseFunctionToolCall, ResponseStreamEvent
+from pydantic import TypeAdapter
 
 from llmserve import app
 from llmserve.config import ModelSpec
@@ -36,6 +38,12 @@ async def post(services: Services, path: str, **body: Any) -> httpx.Response:
     transport = httpx.ASGITransport(app.build(services))
     async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=60) as client:
         return await client.post(path, json={"model": "chat"} | body)
+
+
+async def get(services: Services, path: str) -> httpx.Response:
+    transport = httpx.ASGITransport(app.build(services))
+    async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=60) as client:
+        return await client.get(path)
 
 
 async def aborted(services: Services) -> int:
@@ -112,11 +120,11 @@ async def test_what_openai_does_not_allow_to_be_null_is_left_out(fake: Services)
             "logprobs",
             "invalid_value",
         ),
-        ("/v1/completions", {"prompt": "word " * 3000}, "input_tokens", "context_length_exceeded"),
+        ("/v1/completions", {"prompt": "word " * 3000}, "prompt", "context_length_exceeded"),
         (
             "/v1/chat/completions",
             {"messages": [{"role": "user", "content": "word " * 3000}], "stream": True},
-            "input_tokens",
+            "messages",
             "context_length_exceeded",
         ),
         ("/v1/embeddings", {"input": "hi"}, "model", "unsupported_model"),
@@ -158,6 +166,8 @@ async def test_a_response_that_fails_ends_in_an_event_called_error(fake: Service
     error = json.loads(failure.partition("data: ")[2])
     assert error["type"] == "error"
     assert error["error"].keys() == {"message", "type", "param", "code"}
+    assert all(error[key] == error["error"][key] for key in ("message", "param", "code"))
+    assert error["sequence_number"] == len(events(reply.text)) - 1
 
 
 async def test_messages_come_in_named_events(fake: Services) -> None:
@@ -297,6 +307,7 @@ def test_the_openapi_page_names_every_route(fake: Services) -> None:
     reference = body["content"]["application/json"]["schema"]["$ref"]
     schema = page["components"]["schemas"][reference.rpartition("/")[2]]
     assert "messages" in schema["properties"]
+    assert page["paths"]["/v1/responses/{response_id}"].keys() == {"get", "delete"}
 
 
 # --- what is the model's or the client's own
@@ -369,7 +380,8 @@ async def test_response_keeps_nulls_of_a_tools_parameters(
     for answer in answers:
         (tool,) = answer["tools"]
         assert tool["parameters"] == RESPONSE_TOOL["parameters"]
-        assert "description" not in tool  # a null that is no data
+        assert tool["description"] is None  # a key that the schema requires
+        assert "defer_loading" not in tool  # a null that is no data
         assert "kv_transfer_params" not in answer
 
 
@@ -482,9 +494,203 @@ async def test_stream_of_response_in_background_ends(fake: Services, *, cancelle
             again = await other.get(f"/v1/responses/{made['id']}?stream=true")
             stored = (await other.get(f"/v1/responses/{made['id']}")).json()
     names = [line for line in text if line.startswith("event: ")]
-    assert ("event: response.completed" in names) is not cancelled
+    assert ("event: response.incomplete" in names) is not cancelled
     assert names == [line for line in again.text.splitlines() if line.startswith("event: ")]
     assert (stored["status"] == "cancelled") is cancelled
     async with asyncio.timeout(60):
         while fake.pool.entries["chat"].slots.in_flight:
             await asyncio.sleep(0.02)
+
+
+# --- what schemas require
+
+CALL = {
+    "type": "function_call",
+    "id": "fc_1",
+    "call_id": "c1",
+    "name": "f",
+    "arguments": '{"a": 1}',
+}
+RESULT = {"type": "function_call_output", "call_id": "c1", "output": "sunny"}
+
+
+async def prompt_of_last(services: Services) -> list[int]:
+    running: Any = services.pool.entries["chat"].running
+    last = await running.engine.client.engine_core.call_utility_async("last_request")
+    ids: list[int] = last["prompt_token_ids"]
+    return ids
+
+
+@pytest.mark.parametrize("with_text", [True, False])
+async def test_response_goes_on_with_the_calls_before(fake: Services, *, with_text: bool) -> None:
+    first = (await post(fake, "/v1/responses", input="weather?", max_output_tokens=4)).json()
+    running: Any = fake.pool.entries["chat"].running
+    stored = running._stored.part(first["id"], "response")
+    text = first["output"] if with_text else []
+    stored.output = [*(stored.output if with_text else []), ResponseFunctionToolCall(**CALL)]
+    full = [{"role": "user", "content": "weather?"}, *text, CALL, RESULT]
+    await post(fake, "/v1/responses", input=full, max_output_tokens=2)
+    expected = await prompt_of_last(fake)
+    more = {"input": [RESULT], "previous_response_id": first["id"], "max_output_tokens": 2}
+    second = await post(fake, "/v1/responses", **more)
+    assert await prompt_of_last(fake) == expected
+    third = {"input": "go on", "previous_response_id": second.json()["id"]}
+    await post(fake, "/v1/responses", **third, max_output_tokens=2)
+    full += [*second.json()["output"], {"role": "user", "content": "go on"}]
+    longer = await prompt_of_last(fake)
+    await post(fake, "/v1/responses", input=full, max_output_tokens=2)
+    assert await prompt_of_last(fake) == longer
+
+
+REQUIRED = set(
+    """id object created_at completed_at status incomplete_details model previous_response_id
+    instructions output error tools tool_choice truncation parallel_tool_calls text top_p
+    presence_penalty frequency_penalty top_logprobs temperature reasoning usage max_output_tokens
+    max_tool_calls store background service_tier metadata safety_identifier
+    prompt_cache_key""".split()  # noqa: SIM905
+)
+
+
+def check_response(response: dict[str, Any]) -> None:
+    """As the Open Responses schema and OpenAI's own types have it."""
+    assert response.keys() >= REQUIRED
+    Response.model_validate(response, strict=True)
+    for item in response["output"]:
+        for part in item.get("content", ()):
+            assert part.keys() >= {"type", "text", "annotations", "logprobs"}
+    for tool in response["tools"]:
+        assert tool.keys() >= {"type", "name", "description", "parameters", "strict"}
+
+
+async def test_response_has_every_required_key(fake: Services) -> None:
+    tools = [{"type": "function", "name": "f"}]
+    more = {"store": False, "safety_identifier": "who", "prompt_cache_key": "key"}
+    body = {"input": "hi", "max_output_tokens": 4, "tools": tools}
+    response = (await post(fake, "/v1/responses", **body)).json()
+    check_response(response)
+    assert response["store"] is True
+    assert response["status"] == response["output"][-1]["status"] == "incomplete"
+    echoed = (await post(fake, "/v1/responses", **body, **more)).json()
+    assert {key: echoed[key] for key in more} == more
+
+
+async def test_response_that_is_completed_says_when(fake: Services) -> None:
+    body = {"input": "hi", "stop": ["system"], "max_output_tokens": 9}
+    response = (await post(fake, "/v1/responses", **body)).json()
+    check_response(response)
+    assert response["status"] == "completed"
+    assert response["completed_at"] >= response["created_at"]
+    again = await get(fake, f"/v1/responses/{response['id']}")
+    assert again.json() == response
+
+
+@pytest.mark.parametrize("background", [False, True])
+async def test_stream_of_response_cut_off_is_incomplete(
+    fake: Services, *, background: bool
+) -> None:
+    body = {"input": "hi", "max_output_tokens": 4, "stream": True, "background": background}
+    reply = await post(fake, "/v1/responses", **body)
+    told = events(reply.text)
+    assert [event["sequence_number"] for event in told] == list(range(len(told)))
+    *_, item, last = told
+    assert item["type"] == "response.output_item.done"
+    assert item["item"]["status"] == "incomplete"
+    assert last["type"] == "response.incomplete"
+    assert last["response"]["incomplete_details"] == {"reason": "max_output_tokens"}
+    assert last["response"]["output"][-1]["status"] == "incomplete"
+    for event in told:
+        TypeAdapter(ResponseStreamEvent).validate_python(event)
+        if "response" in event:
+            check_response(event["response"])
+
+
+async def test_stream_of_response_that_ends_is_completed(fake: Services) -> None:
+    body = {"input": "hi", "stop": ["assist"], "max_output_tokens": 40, "stream": True}
+    *_, item, last = events((await post(fake, "/v1/responses", **body)).text)
+    assert (item["item"]["status"], last["type"]) == ("completed", "response.completed")
+
+
+@pytest.mark.parametrize(
+    ("tool", "status"),
+    [
+        ({"type": "custom", "name": "x"}, 200),
+        ({"type": "custom", "name": "x", "description": None, "format": {"type": "text"}}, 200),
+        ({"type": "custom", "name": "x", "format": {"type": "grammar", "syntax": "lark"}}, 400),
+        ({"type": "web_search"}, 200),
+        ({"type": "nonsense"}, 400),
+    ],
+)
+async def test_response_takes_tools_by_their_type(
+    fake: Services, tool: dict[str, Any], status: int
+) -> None:
+    reply = await post(fake, "/v1/responses", input="hi", max_output_tokens=2, tools=[tool])
+    assert reply.status_code == status
+    if status == 400:
+        message = reply.json()["error"]["message"]
+        assert "only free-form text custom tools" in message or "'custom'" in message
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_logprobs_of_a_chat_say_refusal(fake: Services, *, stream: bool) -> None:
+    body = {"messages": HELLO, "max_tokens": 3, "logprobs": True, "stream": stream}
+    reply = await post(fake, "/v1/chat/completions", **body)
+    answers = events(reply.text)[:-1] if stream else [reply.json()]
+    found = [choice["logprobs"] for answer in answers for choice in answer["choices"]]
+    assert any(found)
+    assert all(each["refusal"] is None for each in found if each is not None)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_usage_of_a_message_counts_the_cache(fake: Services, *, stream: bool) -> None:
+    reply = await post(fake, "/v1/messages", messages=HELLO, max_tokens=3, stream=stream)
+    answers = events(reply.text) if stream else [reply.json()]
+    found = [each.get("message", each).get("usage") for each in answers]
+    usages = [usage for usage in found if usage is not None]
+    assert len(usages) == 1 + stream
+    for usage in usages:
+        assert usage["cache_creation_input_tokens"] == usage["cache_read_input_tokens"] == 0
+
+
+ANTHROPIC = {
+    "no JSON": (b"{", 400, "invalid_request_error"),
+    "wrong": (b'{"messages": 5, "max_tokens": 5}', 400, "invalid_request_error"),
+    "unknown model": (b'{"model": "gpt", "messages": []}', 404, "not_found_error"),
+}
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/messages/count_tokens"])
+@pytest.mark.parametrize("case", ANTHROPIC)
+async def test_error_of_messages_has_anthropic_s_shape(
+    fake: Services, path: str, case: str
+) -> None:
+    content, status, kind = ANTHROPIC[case]
+    transport = httpx.ASGITransport(app.build(fake))
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        reply = await client.post(path, content=content)
+    assert reply.status_code == status
+    error = reply.json()
+    assert error.keys() == {"type", "error", "request_id"}
+    assert error["error"].keys() == {"type", "message"}
+    assert (error["type"], error["error"]["type"]) == ("error", kind)
+    assert error["request_id"] == reply.headers["x-request-id"]
+
+
+async def test_message_that_fails_ends_in_anthropic_s_error(
+    fake: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running: Any = fake.pool.entries["chat"].running
+    handler = running._state.anthropic_serving_messages
+    converted = handler.to_chat_completion_request
+
+    def failing(*arguments: Any, **more: Any) -> Any:
+        return converted(*arguments, **more).model_copy(update={"seed": FAILS})
+
+    monkeypatch.setattr(handler, "to_chat_completion_request", failing)
+    body = {"messages": HELLO, "max_tokens": 50, "stream": True}
+    reply = await post(fake, "/v1/messages", **body)
+    failure = reply.text.rstrip().rpartition("\n\n")[2]
+    assert failure.startswith("event: error\n")
+    error = json.loads(failure.partition("data: ")[2])
+    assert error["type"] == "error"
+    assert error["error"].keys() == {"type", "message"}
+    assert error["error"]["type"] == "api_error"

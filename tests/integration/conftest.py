@@ -34,6 +34,7 @@ class Server:
     """A running `llmserve up` and what it printed."""
 
     registry: Path
+    python: str = sys.executable
     process: subprocess.Popen[str] = field(init=False)
     output: Path = field(init=False)
 
@@ -41,7 +42,7 @@ class Server:
         self.output = self.registry.with_suffix(".out")
         with self.output.open("w") as out:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "llmserve", "up", str(self.registry)],
+                [self.python, "-m", "llmserve", "up", str(self.registry)],
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 text=True,

@@ -22,10 +22,17 @@ from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI, OpenAIEmbeddings
 from pydantic import BaseModel, SecretStr
 
+# The quick ones of openai-python's checks run here too, on this file's engines.
+from tests.conformance.test_openai import TestCompletions, TestModels  # noqa: F401
 from tests.integration.conftest import START_S, STOP_S, Server, until
 from tests.readme import ANSWER, BODY, QUESTION, REPLY, SYSTEM
 
 FRANCE: list[Any] = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+@pytest.fixture
+def base_url(server: Server) -> str:
+    return f"{server.url}/v1"
 
 
 @pytest.fixture
@@ -185,6 +192,9 @@ def test_responses(client: openai.OpenAI) -> None:
     made = client.responses.create(model="chat", input="Say hi.", max_output_tokens=16)
     assert made.output_text
     assert client.responses.retrieve(made.id).output_text == made.output_text
+    client.responses.delete(made.id)
+    with pytest.raises(openai.NotFoundError, match="no stored response"):
+        client.responses.retrieve(made.id)
     slow = client.responses.create(
         model="gpt-4o-mini",
         input="Count up.",

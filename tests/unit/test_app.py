@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import json
 from contextlib import asynccontextmanager
+from datetime import datetime
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -714,6 +715,15 @@ SHOWN = (
 )
 
 
+@pytest.mark.parametrize("path", ["/v1/responses/compact", "/v1/responses/input_tokens"])
+async def test_a_route_of_openai_that_is_not_served_is_no_wrong_method(path: str) -> None:
+    """Though a GET would take its last part for an id."""
+    async with asgi() as box:
+        reply = await box.client.post(path, json=HI)
+    assert reply.status_code == 404
+    assert error_of(reply)["code"] == "unknown_url"
+
+
 async def test_the_model_list_has_every_public_name_once() -> None:
     async with asgi(*SHOWN) as box:
         body = (await box.client.get("/v1/models")).json()
@@ -724,6 +734,17 @@ async def test_the_model_list_has_every_public_name_once() -> None:
         assert isinstance(card["created"], int)
         assert card["max_model_len"] == 2048
     assert body["data"][2]["parent"] == "chat"
+
+
+async def test_the_model_list_is_anthropic_s_too() -> None:
+    """One list for both: each client leaves the other's fields alone."""
+    async with asgi(*SHOWN) as box:
+        body = (await box.client.get("/v1/models")).json()
+        card = (await box.client.get("/v1/models/chat")).json()
+    assert (body["first_id"], body["last_id"], body["has_more"]) == ("chat", "org/embed", False)
+    assert body["data"][0] == card
+    assert (card["type"], card["display_name"], card["lifecycle"]) == ("model", "chat", "active")
+    assert datetime.fromisoformat(card["created_at"]).timestamp() == card["created"]
 
 
 @pytest.mark.parametrize("path", ["/v1/models/org/embed", "/v1/models/org%2Fembed"])
@@ -772,6 +793,15 @@ async def test_a_stored_response_is_found_whichever_model_gave_it(holder: str) -
     assert error_of(missing)["code"] == "not_found"
 
 
+async def test_a_deleted_response_is_gone() -> None:
+    async with asgi() as box:
+        store_response(box, "embed")
+        deleted = await box.client.delete("/v1/responses/r1")
+        again = await box.client.delete("/v1/responses/r1")
+    assert deleted.json() == {"id": "r1", "object": "response", "deleted": True}
+    assert error_of(again)["code"] == "not_found"
+
+
 def store_response(box: Any, holder: str, owner: str = "") -> None:
     handler = box.backend.running(holder).handler
     with owned_by(owner):
@@ -795,6 +825,8 @@ async def test_stored_response_of_another_key_is_not_found() -> None:
         for key, status in (("a", 200), ("b", 404)):
             got = await box.client.get("/v1/responses/r1", headers=keys[key])
             assert got.status_code == status
+        deleting = await box.client.delete("/v1/responses/r1", headers=keys["b"])
+        assert deleting.status_code == 404
         cancelling = "/v1/responses/r1/cancel"
         assert (await box.client.post(cancelling, headers=keys["b"])).status_code == 404
         assert (await box.client.post(cancelling, headers=keys["a"])).status_code == 200

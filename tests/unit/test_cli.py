@@ -11,7 +11,7 @@ from xml.etree import ElementTree as ET
 import pytest
 from typer.testing import CliRunner, Result
 
-from llmserve import __version__, environment, nvml, server, serverlog
+from llmserve import __version__, environment, nvml, serverlog
 from llmserve.cli import app
 from llmserve.gpus import GIB, described
 from llmserve.nvml import Holder

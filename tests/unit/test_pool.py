@@ -711,7 +711,6 @@ async def test_model_that_leaves_while_it_is_asked_for_again_serves_its_queue() 
         box.pool.leave(entry)
         ending = asyncio.ensure_future(box.pool.end(entry))
         await asyncio.sleep(0)
-        assert replica.state is State.FAILED
     first, second = (place for place in places if isinstance(place, Place))
     lease = await soon(let_in(first))
     for _ in range(20):  # what ends it begins, if it does not wait for the second

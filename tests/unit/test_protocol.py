@@ -1,18 +1,35 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from llmserve.errors import Overloaded, RequestError
+from llmserve import sse
+from llmserve.errors import (
+    BodyTooLarge,
+    ContextTooLong,
+    DeadlineExceeded,
+    EngineDead,
+    EngineError,
+    Forbidden,
+    LLMServeError,
+    MethodNotAllowed,
+    ModelNotFound,
+    Overloaded,
+    RequestError,
+    RouteNotFound,
+    Unauthorized,
+)
 from llmserve.protocol import (
     ENDPOINTS,
     cannot,
-    describe_path,
     error_body,
+    error_response,
+    failure,
     model_card,
     parse_object,
     requested_model,
@@ -49,6 +66,73 @@ def test_the_error_object_has_four_keys_always() -> None:
             "code": "overloaded",
         }
     }
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (RequestError("m"), "invalid_request_error"),
+        (ContextTooLong("m"), "invalid_request_error"),
+        (Unauthorized("m"), "authentication_error"),
+        (Forbidden("m"), "permission_error"),
+        (ModelNotFound("m", ()), "not_found_error"),
+        (RouteNotFound("m"), "not_found_error"),
+        (MethodNotAllowed("m", ()), "invalid_request_error"),
+        (BodyTooLarge("m"), "request_too_large"),
+        (Overloaded("m", retry_after_s=1), "overloaded_error"),
+        (DeadlineExceeded("m"), "timeout_error"),
+        (EngineError("m"), "api_error"),
+        (EngineDead("m"), "api_error"),
+    ],
+    ids=lambda each: type(each).__name__,
+)
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/messages/count_tokens"])
+def test_error_of_messages_has_anthropic_s_shape(
+    error: LLMServeError, kind: str, path: str
+) -> None:
+    body = {"type": "error", "error": {"type": kind, "message": error.message}}
+    reply = error_response(error, path, "req_1")
+    assert json.loads(bytes(reply.body)) == body | {"request_id": "req_1"}
+    assert reply.status_code == error.status
+    last = failure("messages", error)
+    assert last.startswith(b"event: error\n")
+    assert sse.payload(last) == body
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messagesx", "/v1/responses", ""])
+def test_error_of_other_routes_has_openai_s_shape(path: str) -> None:
+    error = Overloaded("busy", retry_after_s=1)
+    assert json.loads(bytes(error_response(error, path, "1").body)) == error_body(error)
+
+
+def test_failure_of_a_response_has_both_shapes_of_its_event() -> None:
+    error = RequestError("no", param="input")
+    flat = {"type": "error", "sequence_number": 7, "message": "no", "param": "input"}
+    assert sse.payload(failure("responses", error, 7)) == {
+        **flat,
+        "code": "invalid_value",
+        **error_body(error),
+    }
+
+
+# What LiteLLM 1.110 looks for in the text of an error, next to its status
+# (litellm/litellm_core_utils/exception_mapping_utils.py).
+@pytest.mark.parametrize(
+    "error",
+    [
+        RequestError("`n` must be an integer; it is null."),
+        Unauthorized("m"),
+        ModelNotFound("m", ()),
+        Overloaded("m", retry_after_s=1),
+        EngineDead("m"),
+    ],
+    ids=lambda each: type(each).__name__,
+)
+def test_error_is_what_litellm_takes_it_for(error: LLMServeError) -> None:
+    text = str(error_body(error)).lower()
+    assert ("invalid_request_error" in text) is (error.status < 500)
+    assert ("model_not_found" in text) is (error.status == 404)
+    assert re.search(r"rate[\s_-]*limit|timeout occurred|maximum context", text) is None
 
 
 @pytest.mark.parametrize(
@@ -157,32 +241,6 @@ def test_the_card_of_a_model_and_of_its_adapter() -> None:
     card = model_card("sql", model, 7, None)
     assert card["parent"] == "chat"
     assert "max_model_len" not in card
-
-
-@pytest.mark.parametrize(
-    ("loc", "body", "expected"),
-    [
-        (("messages", 0, "role"), {"messages": [{}]}, "messages.0.role"),
-        (
-            ("messages", 0, "ChatCompletionUserMessageParam", "content"),
-            {"messages": [{"content": 3}]},
-            "messages.0.content",
-        ),
-        (("function-after[_check(), Request]", "temperature"), {"temperature": "x"}, "temperature"),
-        (("input", "list[str]"), {"input": 3}, "input"),
-        (("input", "list[int]", 1), {"input": [1, "x"]}, "input.1"),
-        ((), {}, ""),
-    ],
-)
-def test_a_path_holds_only_what_is_in_the_body(
-    loc: tuple[int | str, ...], body: Any, expected: str
-) -> None:
-    assert describe_path(loc, body) == expected
-
-
-@given(st.lists(st.integers() | KEYS, max_size=5).map(tuple), JSON)
-def test_describing_a_path_never_raises(loc: tuple[int | str, ...], body: Any) -> None:
-    assert isinstance(describe_path(loc, body), str)
 
 
 def test_what_a_model_cannot_do_and_what_it_can() -> None:

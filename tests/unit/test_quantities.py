@@ -10,6 +10,7 @@ from llmserve.quantities import (
     ITEMS,
     KEYS_LIMIT,
     PARTS_LIMIT,
+    check_choices,
     check_quantities,
 )
 
@@ -24,6 +25,7 @@ def bodies(over: int) -> dict[str, dict[str, Any]]:
         "input.content": {"input": [{"content": [PART] * (PARTS_LIMIT + over)}]},
         "id lists": {"prompt": [[1]] * (ITEMS["prompt"] + over)},
         "n": {"n": CHOICES_LIMIT + over},
+        "best_of": {"best_of": CHOICES_LIMIT + over},
         "keys": {str(i): i for i in range(KEYS_LIMIT + over)},
     }
 
@@ -49,3 +51,10 @@ def test_quantities_of_token_ids_are_one_text(key: str) -> None:
 @pytest.mark.parametrize("value", [None, True, "a", {"a": 1}, 1e300, -1, [[]], [None]])
 def test_quantities_of_another_type_are_left_to_vllm(value: Any) -> None:
     check_quantities(dict.fromkeys(ITEMS, value) | {"n": "many"})
+
+
+@pytest.mark.parametrize(("choices", "prompts"), [(128, 16), (4, 512)])
+def test_choices_of_all_prompts_have_a_limit(choices: int, prompts: int) -> None:
+    check_choices("n", choices, prompts)
+    with pytest.raises(RequestError, match="in all"):
+        check_choices("n", choices, prompts + 1)

@@ -226,6 +226,25 @@ async def test_replay_of_response_that_was_not_streamed_is_refused() -> None:
         await soon(all_of(responses))
 
 
+async def test_deleted_response_is_gone() -> None:
+    responses = Responses()
+    store(handler_of(responses), "r")
+    await soon(responses.delete("r"))
+    assert not responses.has("r", "")
+    assert responses.size == 0
+
+
+async def test_deleted_response_in_background_is_ended_first() -> None:
+    """What a task stores as it ends would bring the response back."""
+    responses = Responses()
+    handler = handler_of(responses)
+    running = Stream(handler)
+    await asyncio.sleep(0)
+    await soon(responses.delete("r"))
+    assert running.task.cancelled()
+    assert not responses.has("r", "")
+
+
 async def test_cancel_of_completed_response_is_refused() -> None:
     responses = Responses()
     store(handler_of(responses), "r")

@@ -307,15 +307,15 @@ async def test_a_model_that_comes_soon_begins_no_stream_early() -> None:
 
 @pytest.mark.usefixtures("talkative")
 @pytest.mark.parametrize(
-    ("path", "begins", "ends"),
+    ("path", "begins", "kind", "ends"),
     [
-        (CHAT, b"data: {", b"data: [DONE]\n\n"),
-        ("/v1/messages", b"event: error\ndata: {", b"}\n\n"),
-        ("/v1/responses", b"event: error\ndata: {", b"}\n\n"),
+        (CHAT, b"data: {", b'"code":"model_failed"', b"data: [DONE]\n\n"),
+        ("/v1/messages", b"event: error\ndata: {", b'"type":"api_error"', b"}\n\n"),
+        ("/v1/responses", b"event: error\ndata: {", b'"code":"model_failed"', b"}\n\n"),
     ],
 )
 async def test_an_error_after_comments_is_the_last_event(
-    path: str, begins: bytes, ends: bytes
+    path: str, begins: bytes, kind: bytes, ends: bytes
 ) -> None:
     gate = Gate()
     failing_start = lazy(gate, error=StartupError("no memory left"))
@@ -326,7 +326,7 @@ async def test_an_error_after_comments_is_the_last_event(
     last = b"\n\n".join(each for each in reply.content.split(b"\n\n") if not each.startswith(b": "))
     assert last.startswith(begins)
     assert last.endswith(ends)
-    assert b'"code":"model_failed"' in last
+    assert kind in last
 
 
 @pytest.mark.usefixtures("talkative")

@@ -1,0 +1,46 @@
+"""What a request of /v1/responses goes on from.
+
+vLLM makes messages of the texts of the response before, and loses its tool calls.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from openai.types.responses import ResponseOutputMessage, ResponseReasoningItem
+
+if TYPE_CHECKING:
+    from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
+
+
+def keep_calls(handler: OpenAIServingResponses) -> None:
+    """Let this handler take the output of a response as if the client had sent it.
+
+    Harmony's messages, of gpt-oss, have the calls.
+    """
+    if handler.use_harmony:
+        return
+    render = handler._render_resolved_response_inputs  # noqa: SLF001  # no public name of it
+
+    async def rendered(request: Any, previous: Any, **more: Any) -> Any:
+        if previous is None:
+            return await render(request, previous, **more)
+        given = request.input  # a parser may set other fields of the request
+        request.input = [*filter(_is_kept, previous.output), *_items(given)]
+        try:
+            return await render(request, previous.model_copy(update={"output": []}), **more)
+        finally:
+            request.input = given
+
+    vars(handler)["_render_resolved_response_inputs"] = rendered
+
+
+def _is_kept(item: Any) -> bool:
+    """Reasoning is left out, as vLLM does, and so is a message without text."""
+    if isinstance(item, ResponseOutputMessage):
+        return bool(item.content)
+    return not isinstance(item, ResponseReasoningItem)
+
+
+def _items(given: Any) -> list[Any]:
+    return [{"role": "user", "content": given}] if isinstance(given, str) else given

@@ -1,0 +1,183 @@
+"""What a client is told of a wrong body, on every route."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, get_args
+
+import httpx
+import pytest
+from pydantic import BaseModel
+from starlette.datastructures import UploadFile
+from vllm.config import ModelConfig
+from vllm.exceptions import VLLMValidationError
+from vllm.renderers.params import TokenizeParams
+
+from llmserve import app, tokencount
+from llmserve.body import _checked
+from llmserve.bounded import shape_of
+from llmserve.errors import RequestError
+from llmserve.protocol import ENDPOINTS
+from llmserve.serving import HANDLERS, TOO_LONG, Serving, _validate, without_own_size
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from llmserve.routes import Services
+
+USER = {"role": "user", "content": "hello"}
+BASE: dict[str, dict[str, Any]] = {
+    "chat completions": {"messages": [USER], "max_tokens": 1},
+    "completions": {"prompt": "hello", "max_tokens": 1},
+    "responses": {"input": "hello", "max_output_tokens": 1},
+    "messages": {"messages": [USER], "max_tokens": 1},
+    "token counts": {"messages": [USER]},
+    "tokenization": {"prompt": "hello"},
+    "detokenization": {"tokens": [1]},
+    # and those that the fake core's model does not do
+    "embeddings": {"input": "hello"},
+    "scores": {"text_1": "hello", "text_2": "hello"},
+    "reranking": {"query": "hello", "documents": ["hello"]},
+    "pooling": {"input": "hello"},
+    "classification": {"input": "hello"},
+    "transcriptions": {"file": UploadFile(io.BytesIO(), filename="a.wav")},
+    "translations": {"file": UploadFile(io.BytesIO(), filename="a.wav")},
+}
+ROUTES = [endpoint for endpoint in ENDPOINTS if endpoint.name in list(BASE)[:7]]
+WRONG: list[Any] = [
+    *(5, -1, 1.5, 1e300, True, "wrong", "9" * 40, "", [], {}),
+    *([5], ["wrong"], [[]], [{}], [{"type": 5}], [{"role": 5}], [{"type": "wrong"}], [None]),
+    *({"type": 5}, {"type": "wrong"}, {"name": [5]}, {"a": {"b": [None]}}, {"type": "function"}),
+    *([{"role": "user"}], [{"role": "user", "content": 5}], [{"role": "user", "content": [5]}]),
+    [{"role": "user", "content": [{"type": "text", "text": 5}]}],
+    [{"role": "user", "content": [{"type": "input_image"}]}],
+    [{"role": "assistant", "tool_calls": [{"id": 5}]}],
+    [{"role": "assistant", "tool_calls": 5}],
+    [{"role": "tool", "content": {}}],
+    [{"type": "function", "function": 5}],
+    [{"type": "function", "function": {"name": 5}}],
+    [{"type": "function", "name": 5}],
+    [{"type": "function_call", "name": 5}],
+    [{"name": "f", "input_schema": 5}],
+]  # fmt: skip
+# Words of pydantic, of Python and of classes.
+_PROSE = re.compile(
+    r"Input should|validation error|pydantic|Value error|function-|ValidatorIterator|Literal\["
+    r"|NoneType|object has no|not subscriptable|not iterable|unexpected keyword|required positional"
+    r"|unhashable|[a-z]Param\b|[a-z]Request\b|ChatCompletion|Traceback|'(?:int|str|dict|list|float|bool)'"
+    r"|<class|KeyError|indices must"
+)
+
+
+_NOT_THEIRS = {"model", "request_id", "file"}  # a file is checked as the form is read
+
+
+def _classes(kind: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        yield kind
+    for each in get_args(kind):
+        yield from _classes(each)
+
+
+def fields_of(endpoint: str) -> list[str]:
+    kinds = _classes(HANDLERS[endpoint].request._type)
+    return sorted({field for kind in kinds for field in kind.model_fields} - _NOT_THEIRS)
+
+
+def check_error(error: dict[str, Any], body: dict[str, Any], fields: list[str]) -> None:
+    assert not _PROSE.search(error["message"]), error
+    assert len(error["message"]) < 1000
+    assert error["message"].isprintable()
+    if error["param"] is not None:
+        first, *_ = error["param"].split(".")
+        assert first in body or first in fields, error
+        assert "[" not in error["param"], error
+
+
+@pytest.mark.parametrize("endpoint", HANDLERS)
+def test_wrong_value_in_any_field_is_told_in_plain_words(endpoint: str) -> None:
+    fields = fields_of(endpoint)
+    refused = 0
+    for field in fields:
+        for wrong in WRONG:
+            body = {"model": "chat"} | BASE[endpoint] | {field: wrong}
+            try:
+                _validate(HANDLERS[endpoint], body, endpoint)
+            except RequestError as error:
+                refused += 1
+                check_error({"message": error.message, "param": error.param}, body, fields)
+    assert refused > len(fields)
+
+
+@pytest.mark.parametrize("endpoint", ROUTES, ids=lambda each: each.name)
+async def test_wrong_value_in_any_field_is_told_by_the_route(fake: Services, endpoint: Any) -> None:
+    fields = fields_of(endpoint.name)
+    transport = httpx.ASGITransport(app.build(fake))
+    async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=60) as client:
+        for field in fields:
+            for wrong in WRONG:
+                body = {"model": "chat"} | BASE[endpoint.name] | {field: wrong}
+                reply = await client.post(endpoint.paths[0], json=body)
+                assert reply.status_code in {200, 400, 404}, (field, wrong, reply.text)
+                if reply.status_code != 200:
+                    check_error(reply.json()["error"], body, fields)
+
+
+@pytest.mark.parametrize("endpoint", HANDLERS)
+def test_shape_of_a_class_takes_what_the_class_takes(endpoint: str) -> None:
+    shape_of(HANDLERS[endpoint].request).validate_python({"model": "m"} | BASE[endpoint])
+
+
+@pytest.mark.parametrize("endpoint", ["chat completions", "completions"])
+@pytest.mark.parametrize("n", [10_000, "10000", " 129 ", 129.0])
+def test_choices_have_a_limit_however_they_are_written(endpoint: str, n: Any) -> None:
+    body = {"model": "m"} | BASE[endpoint] | {"n": n}
+    with pytest.raises(RequestError, match="limit is 128"):
+        _validate(HANDLERS[endpoint], body, endpoint)
+
+
+def test_vllm_cuts_long_prompts_where_tokencount_expects() -> None:
+    whole = TokenizeParams.get_encode_kwargs
+    bare = getattr(whole, "__wrapped__", whole)
+    params = TokenizeParams(max_total_tokens=2048)
+    assert bare(params)["max_length"] == 2049
+    assert tokencount._whole(bare)(params)["max_length"] == tokencount.LIMIT + 1
+    cut = TokenizeParams(max_total_tokens=2048, truncate_prompt_tokens=7)
+    assert tokencount._whole(bare)(cut) == bare(cut)
+    with pytest.raises(VLLMValidationError) as caught:
+        params.apply_post_tokenization(None, {"prompt_token_ids": [1] * 2049})
+    said = "contains at least 2049 input tokens"
+    assert said in str(caught.value)
+    assert "contains 2049 input tokens" in tokencount.exact(said)
+    more = f"contains {tokencount.LIMIT + 1} input tokens"
+    assert tokencount.exact(more) == more.replace("contains", "contains at least")
+
+
+@pytest.mark.parametrize("said", TOO_LONG)
+def test_prompt_that_does_not_fit_is_told_in_openai_s_words(said: str) -> None:
+    """LiteLLM and others know it by them (`is_error_str_context_window_exceeded`)."""
+    serving: Any = SimpleNamespace(max_model_len=2048)
+    told = Serving._too_long(serving, f"The prompt {said}.")
+    assert told.startswith("This model's maximum context length is 2048 tokens. ")
+    assert Serving._too_long(serving, told) == told
+
+
+@pytest.mark.parametrize(("asked", "left"), [(384, None), (100, 100), (None, None)])
+def test_own_dimensions_of_a_model_ask_for_nothing(asked: int | None, left: int | None) -> None:
+    request = SimpleNamespace(dimensions=asked)
+    without_own_size(request, SimpleNamespace(embedding_size=384))
+    assert request.dimensions == left
+    assert isinstance(vars(ModelConfig)["embedding_size"], property)
+
+
+@pytest.mark.parametrize("endpoint", HANDLERS)
+def test_null_in_any_field_is_as_if_left_out(endpoint: str) -> None:
+    """What the body's reader leaves at the top; below, `bounded` does."""
+    base = BASE[endpoint] | {"model": "m"}
+    for field in fields_of(endpoint):
+        if field not in base and "file" not in base:
+            raw = json.dumps(base | {field: None}).encode()
+            _validate(HANDLERS[endpoint], _checked(raw), endpoint)
