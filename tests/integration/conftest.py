@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 MODELS = Path(os.environ.get("LLMSERVE_TEST_MODELS", Path(__file__).parents[2] / "models"))
 CHAT = str(MODELS / "SmolLM2-135M-Instruct")
 EMBED = str(MODELS / "all-MiniLM-L6-v2")
-START_S = 180
-STOP_S = 60
+START_S = 900
+STOP_S = 120
 
 
 @dataclass

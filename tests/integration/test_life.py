@@ -113,7 +113,7 @@ def test_models_that_cannot_start_are_told_in_a_line_and_the_rest_serves(pair: S
 
 def test_a_second_signal_ends_at_once(pair: Server) -> None:
     """The last that this server sees."""
-    url, family = pair.url, pair.family()
+    url, family = pair.ready().url, pair.family()
     body = {"model": "chat", "prompt": "x", "max_tokens": 2000, "ignore_eos": True}
 
     def ask() -> None:
