@@ -87,7 +87,7 @@ def _type_of(value: Any) -> str:
         case str():
             return "string"
         case int() | float():
-            return "integer" if value == int(value) else "number"
+            return "integer" if isinstance(value, int) or value.is_integer() else "number"
         case list():
             return "array"
     return "object"

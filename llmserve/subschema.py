@@ -139,14 +139,14 @@ def dict_of(part: Part, key: str) -> dict[str, Any]:
 
 
 def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
 
 
 def has_number(part: Part, key: str) -> bool:
     if key not in part.schema:
         return False
     if not is_number(part.schema[key]):
-        part.refuse(key, "must be a number")
+        part.refuse(key, "must be a finite number")
         return False
     return True
 

@@ -1,16 +1,20 @@
 from __future__ import annotations
 
+import contextlib
 import datetime as dt  # noqa: TC003  # pydantic reads the annotations
 import enum
 from typing import Annotated, Any, Literal, Optional, Union
 from uuid import UUID  # noqa: TC003
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from openai.lib._pydantic import to_strict_json_schema
 from pydantic import BaseModel, EmailStr, Field, HttpUrl, JsonValue, TypeAdapter, conint, constr
 
 from llmserve.schema import honoured
-from llmserve.subschema import ARGUMENTS, Unsupported
+from llmserve.subschema import ARGUMENTS, IN_PLACE, KEYWORDS, Unsupported
+from llmserve.subschema import REFUSED as REFUSED_KEYS
 
 
 class Color(enum.Enum):
@@ -117,6 +121,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "empty anyOf": ({"anyOf": []}, "`anyOf` must not be empty"),
     "overlap": ({"oneOf": [{"minLength": 1}, {"maxLength": 2}]}, "`oneOf`"),
     "type": ({"type": "foo"}, "`type` must be"),
+    "an infinite bound": ({"type": "integer", "minimum": float("-inf")}, "`minimum` must be"),
     "no schema": ({"anyOf": [1]}, "at anyOf.0"),
 }
 
@@ -202,3 +207,21 @@ def test_schema_that_multiplies_is_refused() -> None:
     ]
     with pytest.raises(Unsupported, match="too large"):
         honoured({"allOf": choices})
+
+
+ANY = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+    ),
+    max_leaves=5,
+)
+KEYS = st.sampled_from(
+    [*KEYWORDS, *IN_PLACE, *REFUSED_KEYS, "type", "enum", "const", "$id", "$defs"]
+)
+
+
+@given(schema=st.dictionaries(KEYS, ANY | st.dictionaries(KEYS, ANY, max_size=4), max_size=4))
+def test_any_schema_is_honoured_or_refused(schema: dict[str, Any]) -> None:
+    with contextlib.suppress(Unsupported):
+        honoured(schema)
