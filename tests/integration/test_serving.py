@@ -316,13 +316,16 @@ def test_one_server_process_and_each_engines_own(server: Server) -> None:
     engines = server.engines()
     assert len(engines) == 2
     others = [p for p in server.family() if p not in engines and p.ppid() == server.process.pid]
-    assert all("resource_tracker" in " ".join(p.cmdline()) for p in others)
+    lines = [" ".join(p.cmdline()) for p in others]
+    assert sum("llmserve.grammarworker" in line for line in lines) <= 1
+    assert all("resource_tracker" in line or "grammarworker" in line for line in lines)
     assert all("Worker" in child.name() for engine in engines for child in engine.children())
     assert {os.getpgid(p.pid) for p in engines} == {p.pid for p in engines}  # not the terminal's
 
 
 def test_nothing_but_states_was_printed(server: Server) -> None:
-    lines = server.printed().splitlines()
+    first, *lines = server.printed().splitlines()
+    assert first.startswith("On the CPU: chat in ")
     assert lines[0].startswith("Listening on http://127.0.0.1:")
     assert lines[-1] == f"Serving chat, embed on {server.url}"
     for line in lines[1:-1]:

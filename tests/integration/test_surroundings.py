@@ -39,6 +39,11 @@ def up(registry: Path, env: dict[str, str] | None = None, **streams: Any) -> Ite
         process.wait()
 
 
+def listening(process: Any) -> None:
+    """Read what it prints up to that line."""
+    assert any(line.startswith(b"Listening on") for line in process.stdout)
+
+
 def port_of(registry: Path) -> int:
     """Of the server, once it has one and answers."""
     logs = registry.parent / "logs"
@@ -61,7 +66,7 @@ def test_a_server_whose_readers_have_gone_goes_on(tmp_path: Path) -> None:
     """As `llmserve up | head -1`, or a log daemon that restarts."""
     registry = write_registry(tmp_path, models=LAZY)
     with up(registry, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert b"Listening on" in process.stdout.readline()
+        listening(process)
         port = port_of(registry)
         process.stdout.close()
         process.stderr.close()
@@ -160,7 +165,7 @@ def test_what_a_killed_server_left_goes_at_the_next_start(tmp_path: Path, tempor
     env = {"TMPDIR": str(temporary)}
     for number in (signal.SIGKILL, signal.SIGTERM):
         with up(registry, env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
-            assert b"Listening on" in process.stdout.readline()
+            listening(process)
             assert len(list(temporary.iterdir())) == 1
             process.send_signal(number)
             assert process.wait(60) == (0 if number is signal.SIGTERM else -number)
