@@ -67,7 +67,8 @@ class Pool:
         self._closed = False
         self._comings: dict[Replica, Task] = {}  # brought or revived
         self._ending: set[Replica] = set()  # of these: on the way down, which is short
-        self._broken: set[Replica] = set()  # those whose coming is being broken off
+        # Those whose coming is being broken off, until they are stopped.
+        self._broken: dict[Replica, asyncio.Future[None]] = {}
         self._dispatched: dict[Replica, Counter] = {}  # where there is a choice
         self._owner: dict[Replica, Entry] = {}  # also of models that leave
         for model in registry.models:
@@ -271,7 +272,8 @@ class Pool:
         """Until each of its replicas is ready, or has failed."""
         if self._closed:
             raise cut_off()
-        await self.came(entry)  # also on the way to sleep
+        if not await self.came(entry):  # also on the way to sleep
+            return
         for replica in entry.replicas:
             if replica.state in AT_REST or replica.state is State.FAILED:
                 replica.patient = True
@@ -285,11 +287,17 @@ class Pool:
                 self._come(replica, self.life.start)
         await self.came(entry)
 
-    async def came(self, entry: Entry) -> None:
-        """Until those of its replicas that are on their way are ready, or have failed."""
+    async def came(self, entry: Entry) -> bool:
+        """Until those of its replicas that are on their way are ready, or have failed.
+
+        False if that was broken off meanwhile; they are stopped then.
+        """
         coming = [self._comings[each] for each in entry.replicas if each in self._comings]
         if coming:
             await asyncio.wait(coming)
+        if broken := {self._broken[each] for each in entry.replicas if each in self._broken}:
+            await asyncio.wait(broken)
+        return not (coming and broken)
 
     async def end_now(self, entry: Entry) -> None:
         """Stop a model without waiting for a start, wake or restart that is under way."""
@@ -302,7 +310,8 @@ class Pool:
 
     async def _break_off(self, replicas: Sequence[Replica]) -> None:
         comings = [self._comings[each] for each in replicas]
-        self._broken.update(replicas)  # nothing brings them before they are stopped
+        stopped = asyncio.get_running_loop().create_future()
+        self._broken |= dict.fromkeys(replicas, stopped)  # nothing brings them before that
         try:
             for coming in comings:
                 coming.cancel()
@@ -310,7 +319,10 @@ class Pool:
                 await asyncio.wait(comings)
             await asyncio.gather(*(self.life.stop(each) for each in replicas))
         finally:
-            self._broken.difference_update(replicas)
+            for replica in replicas:
+                if self._broken.get(replica) is stopped:
+                    del self._broken[replica]
+            stopped.set_result(None)
 
     async def start(self) -> None:
         """Start every replica that is not lazy, all at once; returns when all have started.
