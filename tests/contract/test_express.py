@@ -919,7 +919,6 @@ TOOL = {"type": "function", "function": {"name": "f"}}
 PARSED: dict[str, dict[str, Any]] = {
     "tools": {"tools": [TOOL]},
     "tools that are not to be called": {"tools": [TOOL], "tool_choice": "none"},
-    "a choice that is null": {"tool_choice": None},
     "hidden reasoning": {"include_reasoning": False},
 }
 
