@@ -87,6 +87,7 @@ async def test_a_model_from_the_cache_alone_is_a_folder_to_vllm_and_told(
     fake_hub: FakeHub, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """By its name vLLM would ask the hub once more."""
+    caplog.set_level("WARNING")  # whatever other tests have left
     notes: list[str] = []
     backend, wanted = VllmBackend(tmp_path, FakeSpace()), spec(model="org/m")
     fake_hub.warning = "org/m could not be downloaded: the hub said 504; the cache has it"
