@@ -235,6 +235,10 @@ def test_the_card_of_a_model_and_of_its_adapter() -> None:
         "object": "model",
         "created": 7,
         "owned_by": "llmserve",
+        "type": "model",
+        "display_name": "chat",
+        "created_at": "1970-01-01T00:00:07+00:00",
+        "lifecycle": "active",
         "max_model_len": 2048,
         "endpoints": ["pooling", "scores"],
     }
