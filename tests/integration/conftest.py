@@ -98,7 +98,15 @@ class Server:
         return below
 
     def engines(self) -> list[psutil.Process]:
-        return [p for p in self.family() if p.ppid() == self.process.pid and "VLLM" in p.name()]
+        return [each for each in self.family() if self._is_engine(each)]
+
+    def _is_engine(self, process: psutil.Process) -> bool:
+        """One that lives: who has ended may not have been reaped."""
+        try:
+            is_child = process.ppid() == self.process.pid and "VLLM" in process.name()
+            return is_child and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
 
     def send(self, number: signal.Signals) -> None:
         os.kill(self.process.pid, number)
