@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from llmserve.residency import Level
 from tests.simulator.world import Violation, World
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Iterator
 
     from llmserve.replica import Replica
 
@@ -25,6 +26,15 @@ pytestmark = pytest.mark.no_cover  # tracing makes a seed several times slower
 
 _SEEDS = 2000
 _CHUNK = 100
+
+
+@pytest.fixture(scope="module", autouse=True)
+def garbage() -> Iterator[None]:
+    """Only of the seeds: a process that has imported vLLM has millions of other objects."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def run(seeds: range, *, harsh: bool = False) -> None:
