@@ -194,7 +194,7 @@ def test_whoever_says_nothing_holds_nobody_up(
 def test_without_a_descriptor_for_a_connection_it_goes_on(
     server: Handover, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(handover, "_PATIENCE_S", 0.2)
+    monkeypatch.setattr(handover, "_PATIENCE_S", 3.0)
     name = os.environ[ADDRESS].split()[0]
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
