@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from llmserve.replica import Replica
 
 NAMES = ("a", "b", "c")
+_FOLDER = Path(__file__).with_name("model")  # files that a start takes
 _SETTLED = (State.READY, State.SLEEPING, State.STOPPED, State.FAILED)
 _STARTS = (State.DOWNLOADING, State.LOADING, State.WARMING)
 _AT_ONCE_S = 1.0  # virtual
@@ -189,7 +190,7 @@ class World:
             pinned, idle = False, IdleSpec(sleep_after=1.0)
         return ModelSpec(
             name=name,
-            model=f"/models/{name}",
+            model=str(_FOLDER),
             memory=size,
             replicas=chance.choice((1, 1, 1, 2)),
             dispatch=chance.choice(("lottery", "shortest_queue", "prefix_affinity")),
