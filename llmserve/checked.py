@@ -70,7 +70,7 @@ class CheckedLLM(AsyncLLM):
         for kind, value in verdict.fields.items():
             setattr(structured, kind, value)
         structured._backend = verdict.backend  # noqa: SLF001  # what vLLM's own check sets
-        structured._backend_was_auto = True  # noqa: SLF001
+        structured._backend_was_auto = True  # noqa: SLF001  # likewise
 
     async def add_request(
         self, request_id: str, prompt: Any, params: Any, *arguments: Any, **more: Any

@@ -23,7 +23,7 @@ import huggingface_hub
 from huggingface_hub import errors
 
 from llmserve.errors import ModelOutOfReach, ModelUnusable, ShapeUnknown
-from llmserve.huberrors import told
+from llmserve.huberrors import translated
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -267,7 +267,7 @@ class Repository(Checkpoint):
         self.api = huggingface_hub.HfApi(token=engine.get("hf_token"))
         self.revision = engine.get("revision")
         self.folder = engine.get("download_dir")
-        with told(repo, self.revision, ModelOutOfReach):
+        with translated(repo, self.revision, ModelOutOfReach):
             info = self.api.model_info(
                 repo, revision=self.revision, files_metadata=True, timeout=_HUB_TIMEOUT_S
             )
@@ -276,7 +276,7 @@ class Repository(Checkpoint):
         )
 
     def content(self, file: str) -> bytes:
-        with told(self.name, self.revision, ModelOutOfReach):
+        with translated(self.name, self.revision, ModelOutOfReach):
             path = self.api.hf_hub_download(
                 self.name, file, revision=self.revision, cache_dir=self.folder
             )
@@ -284,7 +284,7 @@ class Repository(Checkpoint):
 
     def headers(self, files: Sequence[str]) -> list[Tensor]:
         with (
-            told(self.name, self.revision, ModelOutOfReach),
+            translated(self.name, self.revision, ModelOutOfReach),
             ThreadPoolExecutor(_HUB_THREADS) as threads,
         ):
             return [tensor for part in threads.map(self._header, files) for tensor in part]
@@ -334,7 +334,7 @@ def cached(repo: str, revision: str | None, cache_dir: str | None) -> Folder | N
         path = huggingface_hub.snapshot_download(
             repo, revision=revision, cache_dir=cache_dir, local_files_only=True
         )
-    except errors.IncompleteSnapshotError as error:  # it lacks what nobody has asked for, too
+    except errors.IncompleteSnapshotError as error:  # also without files that vLLM does not read
         path = error.snapshot_path
     except (errors.LocalEntryNotFoundError, errors.HFValidationError):
         return None

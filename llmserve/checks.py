@@ -62,7 +62,9 @@ def anywhere(spec: ModelSpec, shape: Shape | Unknown) -> list[Problem]:
     most = said or (1 if spec.devices is not None else max(1, shape.kv_heads))
     if not _short_of_kv(spec, shape, int(spec.kv_cache), most):
         return []
-    return _short_of_kv(spec, shape, int(spec.kv_cache), said or 1)  # told for as few as may be
+    return _short_of_kv(
+        spec, shape, int(spec.kv_cache), said or 1
+    )  # for the fewest devices that are possible
 
 
 def on_cpu(spec: ModelSpec, shape: Shape | Unknown, kv_cache: int) -> list[Problem]:

@@ -64,7 +64,7 @@ def up(
 @app.command()
 def check(registry: Registry = Path("models.yaml")) -> None:
     """Check a registry without starting anything."""
-    from llmserve import survey  # noqa: PLC0415  # a file with mistakes is told without it
+    from llmserve import survey  # noqa: PLC0415  # a file with mistakes is reported without it
 
     config = _load(registry)
     if problems := survey.mistakes(config):

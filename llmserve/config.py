@@ -682,7 +682,7 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def _holds(question: Callable[[], bool]) -> bool:
-    """Of a path; False too where it is too long, or nobody here may look."""
+    """Of a path; False too where it is too long or may not be read."""
     try:
         return question()
     except OSError:

@@ -134,7 +134,7 @@ class Grammars:
     ) -> RequestError | None:
         """Why the constraint at `place` of a body is refused; None if it is not.
 
-        vLLM's request classes and parsers parse some kinds once more on the event loop.
+        vLLM's request classes and parsers parse some kinds again on the event loop.
         """
         verdict = await self.check(model, constraint)
         limit = self.limits.loop_s

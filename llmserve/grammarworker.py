@@ -47,7 +47,7 @@ class Loaded:
         config = pickle.loads(pickled)  # noqa: S301  # the server's own
         manager = StructuredOutputManager(config)
         # In this thread: one of the manager's pool would not survive a fork.
-        manager._use_async_grammar_compilation = False  # noqa: SLF001
+        manager._use_async_grammar_compilation = False  # noqa: SLF001  # no public setting
         structured = config.structured_outputs_config
         if structured.backend == "auto":
             structured.backend = fixed_backend(manager.tokenizer)

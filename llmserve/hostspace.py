@@ -33,7 +33,7 @@ _KV_CACHE = 1 << 30  # of 16-bit values, where a registry says nothing; as `engi
 
 
 class HostSpace:
-    """Nobody sleeps here, since a sleeper would give nothing back.
+    """No model sleeps here, since a sleeper would give nothing back.
 
     `weights` and `dtypes` are what is known of the models: their bytes, and what they are computed
     in.
@@ -148,7 +148,7 @@ class HostSpace:
         yield placed, lambda _: None
 
     def expecting(self, spec: ModelSpec, number: int) -> AbstractContextManager[None]:
-        del spec, number  # nobody sleeps here
+        del spec, number  # no model sleeps here
         return contextlib.nullcontext()
 
     @contextlib.asynccontextmanager

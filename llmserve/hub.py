@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from llmserve import checkpoint
 from llmserve.errors import StartupError
-from llmserve.huberrors import told
+from llmserve.huberrors import translated
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -65,7 +65,7 @@ def download(wanted: Wanted, progress: Callable[[int, int], None]) -> Fetched:
     Raises StartupError with the cause in one line.
     """
     try:
-        with told(wanted.repo, wanted.revision, StartupError):
+        with translated(wanted.repo, wanted.revision, StartupError):
             huggingface_hub.utils.validate_repo_id(wanted.repo)
             return Fetched(_fetch(wanted, progress))
     except StartupError as error:

@@ -18,7 +18,9 @@ _AWAY = (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, TRANSPORT)
 
 
 @contextlib.contextmanager
-def told(repo: str, revision: str | None, raised: Callable[[str], LLMServeError]) -> Iterator[None]:
+def translated(
+    repo: str, revision: str | None, raised: Callable[[str], LLMServeError]
+) -> Iterator[None]:
     """Raises one of ours in place of an error of the hub's."""
     try:
         yield

@@ -1,8 +1,8 @@
-"""The mistake of a body that its client is told of, out of all that pydantic finds. Pure.
+"""Which of the mistakes that pydantic finds in a body its client gets to read. Pure.
 
 pydantic reports the mistakes of every branch of a union. Branches for another kind of object,
-by its `type` or `role`, are left out. Of the rest the deepest place is told, with everything
-that is allowed there.
+by its `type` or `role`, are left out. The message names the deepest place of the rest, and
+everything that is allowed there.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _KINDS = frozenset({"type", "role"})  # keys that tell one kind of object from another
 _OF_ANOTHER_KIND = frozenset({"literal_error", "enum", "union_tag_invalid", "missing"})
-_DEEPEST = 32  # steps of a path that are told
+_DEEPEST = 32  # steps of a path in a message
 _ALLOWED = 16  # of what a value may be
 _OWN_WORDS = 500  # characters of a message of vLLM's
 
@@ -92,7 +92,7 @@ class Found:
 
 
 def mistake(details: Iterable[ErrorDetails], body: Any) -> RequestError:
-    """Where a body is wrong, what came and what is allowed. Texts of the body are not told."""
+    """Where a body is wrong, what came and what is allowed. Quotes no text of the body."""
     found = _relevant([Found.of(each, body) for each in details], 0, (), body)
     worst = max(found, key=lambda each: (len(each.path), _is_of_another_kind(each)))
     path = worst.path

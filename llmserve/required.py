@@ -117,7 +117,7 @@ def cut_off(item: Any) -> None:
 async def with_ends(
     events: AsyncGenerator[Any, None], request: Any = None
 ) -> AsyncGenerator[Any, None]:
-    """The events of a response: one that was cut off is told to be incomplete.
+    """The events of a response: one that was cut off ends as incomplete.
 
     The end of an item waits for the event after it, which vLLM makes in the same step.
     """

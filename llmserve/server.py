@@ -85,8 +85,11 @@ def _run(
     for notice in notices:
         console.print(Text(notice, "yellow"))
     runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
-    starts = backend or VllmBackend(logs, _told(_memory(config), console))
-    return runner.run(_Process(config, listener, console, starts, read).run())
+    if backend is None:
+        memory = _memory(config)
+        _print_dtypes(memory, console)
+        backend = VllmBackend(logs, memory)
+    return runner.run(_Process(config, listener, console, backend, read).run())
 
 
 def _memory(config: Config) -> Memory:
@@ -108,12 +111,11 @@ def _memory(config: Config) -> Memory:
     return space
 
 
-def _told(memory: Memory, console: Console) -> Memory:
-    """After telling what the CPU computes in, where it is that."""
+def _print_dtypes(memory: Memory, console: Console) -> None:
+    """The data type of each model on a CPU, where it may have been chosen."""
     if isinstance(memory, HostSpace) and memory.dtypes:
         listed = ", ".join(f"{name} in {dtype}" for name, dtype in memory.dtypes.items())
         console.print(f"On the CPU: {listed}.", markup=False, highlight=False, soft_wrap=True)
-    return memory
 
 
 def bind(server: ServerSpec) -> socket.socket:

@@ -272,7 +272,8 @@ class Serving:
         """Also the first call into the engine: one that died at once is noticed here."""
         tokencount.count_whole_prompts()
         await wire.take_over(engine.client, engine.flow)
-        engine.client.add_request = Paced(engine.client.add_request)  # type: ignore[method-assign]
+        add = engine.client.add_request
+        engine.client.add_request = Paced(add)  # type: ignore[method-assign]  # this one's
         # Reads the tokenizer again and compares: the other models go on meanwhile.
         encode = await asyncio.to_thread(encoder_of, engine.client)
         return await cls._of(spec, engine, Responses(), encode)
@@ -288,6 +289,8 @@ class Serving:
         # init_app_state makes this object itself; no argument of it sets the class.
         state.openai_serving_models.__class__ = PublicNames
         mend_parsers(state)
+        if state.openai_serving_responses is not None:
+            history.keep_calls(state.openai_serving_responses)
         if spec.sampling.max_tokens is not None:
             _default_not_limit(state)
         for processor in _processors(state):
@@ -302,7 +305,6 @@ class Serving:
         responses = getattr(self._state, "openai_serving_responses", None)
         if responses is not None:
             stored.keep_for(responses, _stored_answer, required.ended)
-            history.keep_calls(responses)
 
     async def changed(self, spec: ModelSpec) -> Serving:
         """The same engine under new serving objects; requests under way keep theirs."""

@@ -12,6 +12,7 @@ import os
 import queue
 import sys
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.cells import cell_len
@@ -45,7 +46,8 @@ def prepare() -> None:
         stream = getattr(sys, name)
         if stream is None:
             # Takes the stream's number, which would else become a socket's or a log's.
-            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: PTH123, SIM115
+            null = Path(os.devnull).open(mode, encoding="utf-8")  # noqa: SIM115  # never closed
+            setattr(sys, name, null)
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace" if name == "stdin" else _ERRORS)
 

@@ -15,7 +15,7 @@ _BEGIN = "-----BEGIN "
 
 
 def require_usable(certificate: Path, key: Path) -> None:
-    """Raises StartupError, which names the file. Asks nobody for a pass phrase."""
+    """Raises StartupError, which names the file. Does not ask for a pass phrase."""
     _require("server.ssl_certfile", certificate, "CERTIFICATE")
     _require("server.ssl_keyfile", key, "PRIVATE KEY")
     try:

@@ -108,3 +108,17 @@ async def fake() -> AsyncIterator[Any]:
     )
     async with on_fake_core(spec) as (serving, _):
         yield await services_of([spec], {"chat": serving})
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def calling() -> AsyncIterator[Services]:
+    """A model with a tool parser, whose constraints are compiled."""
+    spec = ModelSpec(
+        name="chat",
+        model=str(CHAT),
+        engine={"max_model_len": 2048},
+        tool_call_parser="hermes",
+    )
+    async with on_fake_core(spec) as (serving, _):
+        yield await services_of([spec], {"chat": serving})
+        await serving.engine.client._grammars.close()

@@ -13,37 +13,19 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
-import pytest_asyncio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llmserve import app
-from llmserve.config import ModelSpec
 from llmserve.errors import LLMServeError
-from tests.contract.conftest import CHAT, on_fake_core, services_of
 from tests.contract.test_serving import HELLO, post
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
     from llmserve.grammar import Grammars
     from llmserve.routes import Services
 
 CHATS = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def served() -> AsyncIterator[Services]:
-    spec = ModelSpec(
-        name="chat",
-        model=str(CHAT),
-        engine={"max_model_len": 2048},
-        tool_call_parser="hermes",
-    )
-    async with on_fake_core(spec) as (serving, _):
-        yield await services_of([spec], {"chat": serving})
-        await grammars_of(serving).close()
 
 
 def grammars_of(serving: Any) -> Grammars:
@@ -136,15 +118,15 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-async def test_constraint_refused_has_place_and_reason(served: Services, name: str) -> None:
+async def test_constraint_refused_has_place_and_reason(calling: Services, name: str) -> None:
     body, code = REFUSED[name]
-    reply = await post(served, CHATS, messages=HELLO, max_tokens=4, **body)
+    reply = await post(calling, CHATS, messages=HELLO, max_tokens=4, **body)
     error = reply.json()["error"]
     assert (reply.status_code, error["code"]) == (400, code), error
     assert error["param"].split(".")[0] in body
     assert error["message"].startswith(error["param"])
     assert len(error["message"]) < 1000
-    again = await post(served, CHATS, messages=HELLO, max_tokens=4, stream=True, **body)
+    again = await post(calling, CHATS, messages=HELLO, max_tokens=4, stream=True, **body)
     assert (again.status_code, again.json()["error"]["code"]) == (400, code)
 
 
@@ -186,21 +168,21 @@ COMPILED = {
 @pytest.mark.parametrize("name", COMPILED)
 @pytest.mark.parametrize("stream", [False, True])
 async def test_constraint_compiled_reaches_the_engine(
-    served: Services, name: str, *, stream: bool
+    calling: Services, name: str, *, stream: bool
 ) -> None:
     body = COMPILED[name]
-    reply = await post(served, CHATS, messages=HELLO, max_tokens=4, stream=stream, **body)
+    reply = await post(calling, CHATS, messages=HELLO, max_tokens=4, stream=stream, **body)
     assert reply.status_code == 200, reply.text
-    sent = await running(served).engine.client.engine_core.call_utility_async("last_request")
+    sent = await running(calling).engine.client.engine_core.call_utility_async("last_request")
     assert sent["backend"] == "xgrammar"
 
 
-async def test_constraint_known_is_not_sent_to_the_worker(served: Services) -> None:
-    grammars = grammars_of(running(served))
+async def test_constraint_known_is_not_sent_to_the_worker(calling: Services) -> None:
+    grammars = grammars_of(running(calling))
     body = own(regex="known")
-    await post(served, COMPLETIONS, prompt="a", max_tokens=2, **body)
+    await post(calling, COMPLETIONS, prompt="a", max_tokens=2, **body)
     await grammars.close()
-    reply = await post(served, COMPLETIONS, prompt="a", max_tokens=2, **body)
+    reply = await post(calling, COMPLETIONS, prompt="a", max_tokens=2, **body)
     assert (reply.status_code, grammars.pid) == (200, None)
 
 
@@ -212,38 +194,38 @@ FREE = {"type": "function", "function": {"name": "go", "parameters": objects(1)}
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_constraint_of_tools_is_refused_before_headers(
-    served: Services, *, stream: bool
+    calling: Services, *, stream: bool
 ) -> None:
     reply = await post(
-        served, CHATS, messages=HELLO, stream=stream, tools=[TOOL], tool_choice="required"
+        calling, CHATS, messages=HELLO, stream=stream, tools=[TOOL], tool_choice="required"
     )
     error = reply.json()["error"]
     assert (reply.status_code, error["code"]) == (400, INVALID), error
     assert error["param"] == "tools"
 
 
-async def test_request_without_constraint_starts_no_worker(served: Services) -> None:
-    grammars = grammars_of(running(served))
+async def test_request_without_constraint_starts_no_worker(calling: Services) -> None:
+    grammars = grammars_of(running(calling))
     await grammars.close()
-    reply = await post(served, CHATS, messages=HELLO, max_tokens=2, tools=[FREE])
+    reply = await post(calling, CHATS, messages=HELLO, max_tokens=2, tools=[FREE])
     assert (reply.status_code, grammars.pid) == (200, None)
 
 
-async def test_constraint_while_a_stream_runs_lets_it_go_on(served: Services) -> None:
+async def test_constraint_while_a_stream_runs_lets_it_go_on(calling: Services) -> None:
     body = own(choice=[f"other{n}" for n in range(30_000)])
-    heavy = asyncio.ensure_future(post(served, COMPLETIONS, prompt="a", **body))
+    heavy = asyncio.ensure_future(post(calling, COMPLETIONS, prompt="a", **body))
     for _ in range(5):
-        reply = await post(served, COMPLETIONS, prompt="b", max_tokens=8, stream=True)
+        reply = await post(calling, COMPLETIONS, prompt="b", max_tokens=8, stream=True)
         assert reply.text.endswith("data: [DONE]\n\n")
     assert not heavy.done()
     assert (await heavy).status_code == 400
 
 
-async def test_check_off_in_vllm_leaves_request_without_backend(served: Services) -> None:
+async def test_check_off_in_vllm_leaves_request_without_backend(calling: Services) -> None:
     """What the engine core refuses (StructuredOutputManager.grammar_init)."""
     from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 
-    client = running(served).engine.client
+    client = running(calling).engine.client
     params = SamplingParams(structured_outputs=StructuredOutputsParams(regex="("))
     prompt = {"type": "token", "prompt_token_ids": [1]}
     made = client.input_processor.process_inputs(
@@ -252,11 +234,11 @@ async def test_check_off_in_vllm_leaves_request_without_backend(served: Services
     assert made.params.structured_outputs._backend is None
 
 
-async def test_schema_reaches_the_engine_as_it_was_honoured(served: Services) -> None:
+async def test_schema_reaches_the_engine_as_it_was_honoured(calling: Services) -> None:
     given = {"allOf": [{"type": "object"}, {"required": ["a"]}], "title": "x"}
-    reply = await post(served, CHATS, messages=HELLO, max_tokens=4, **schema(given))
+    reply = await post(calling, CHATS, messages=HELLO, max_tokens=4, **schema(given))
     assert reply.status_code == 200
-    sent = await running(served).engine.client.engine_core.call_utility_async("last_request")
+    sent = await running(calling).engine.client.engine_core.call_utility_async("last_request")
     assert json.loads(sent["json"])["required"] == ["a"]
 
 
@@ -299,14 +281,14 @@ KEYWORDS = st.sampled_from(
 
 @given(given=st.dictionaries(KEYWORDS, ANY | st.dictionaries(KEYWORDS, ANY), max_size=4))
 @settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
-def test_any_schema_has_an_answer(served: Services, given: dict[str, Any]) -> None:
+def test_any_schema_has_an_answer(calling: Services, given: dict[str, Any]) -> None:
     """Not one of them is a failure of the server."""
     tool = {"type": "function", "function": {"name": "go", "parameters": given, "strict": True}}
     forced = {"tools": [tool], "tool_choice": "required"}
     loop = asyncio.get_event_loop_policy().get_event_loop()
     for body in (schema(given), forced):
         content = body | {"messages": HELLO, "max_tokens": 2}
-        reply = loop.run_until_complete(post_json(served, CHATS, content))
+        reply = loop.run_until_complete(post_json(calling, CHATS, content))
         assert reply.status_code in {200, 400}, reply.text
 
 
@@ -332,9 +314,9 @@ COUNTS = st.recursive(
 
 @given(pattern=COUNTS)
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
-def test_nested_counts_have_a_verdict(served: Services, pattern: str) -> None:
+def test_nested_counts_have_a_verdict(calling: Services, pattern: str) -> None:
     async def verdict() -> int:
-        client = running(served).engine.client
+        client = running(calling).engine.client
         try:
             await client.check_explicit(own(regex=pattern))
         except LLMServeError as error:

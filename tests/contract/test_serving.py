@@ -547,7 +547,7 @@ REQUIRED = set(
     instructions output error tools tool_choice truncation parallel_tool_calls text top_p
     presence_penalty frequency_penalty top_logprobs temperature reasoning usage max_output_tokens
     max_tool_calls store background service_tier metadata safety_identifier
-    prompt_cache_key""".split()  # noqa: SIM905
+    prompt_cache_key""".split()  # noqa: SIM905  # a list of quoted words reads worse
 )
 
 
@@ -694,3 +694,12 @@ async def test_message_that_fails_ends_in_anthropic_s_error(
     assert error["type"] == "error"
     assert error["error"].keys() == {"type", "message"}
     assert error["error"]["type"] == "api_error"
+
+
+async def test_responses_shared_again_are_rendered_through_one_wrapper(fake: Services) -> None:
+    """A model shares them each time it becomes ready."""
+    running: Any = fake.pool.entries["chat"].running
+    handler = running._state.openai_serving_responses
+    render = handler._render_resolved_response_inputs
+    running.share(running._stored)
+    assert handler._render_resolved_response_inputs is render

@@ -10,40 +10,23 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import pytest_asyncio
 from transformers import AutoTokenizer
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.parser import ParserManager
 
-from llmserve.config import ModelSpec
 from llmserve.schema import constraints_in, honoured
 from llmserve.subschema import ARGUMENTS
 from llmserve.toolcalls import mended
-from tests.contract.conftest import CHAT, on_fake_core, services_of
+from tests.contract.conftest import CHAT
 from tests.contract.test_grammar import running
 from tests.contract.test_schema import texts
 from tests.contract.test_serving import HELLO, events, post
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
     from llmserve.routes import Services
 
 CHATS, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/responses", "/v1/messages"
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def served() -> AsyncIterator[Services]:
-    spec = ModelSpec(
-        name="chat",
-        model=str(CHAT),
-        engine={"max_model_len": 2048},
-        tool_call_parser="hermes",
-    )
-    async with on_fake_core(spec) as (serving, _):
-        yield await services_of([spec], {"chat": serving})
-        await serving.engine.client._grammars.close()
 
 
 @cache
@@ -174,12 +157,12 @@ PARAMETERS: dict[str, Any] = {
 @pytest.mark.parametrize("choice", ["required", "named"])
 @pytest.mark.parametrize("name", PARAMETERS)
 async def test_forced_call_is_held_to_an_object(
-    served: Services, path: str, choice: str, name: str
+    calling: Services, path: str, choice: str, name: str
 ) -> None:
     body = request(path, PARAMETERS[name], choice, call('{"city": "Agar"}'))
-    found = await calls(served, path, body)
+    found = await calls(calling, path, body)
     assert [(go, json.loads(given)) for go, given in found] == [("go", {"city": "Agar"})]
-    schemas = argument_schemas(await sent(served))
+    schemas = argument_schemas(await sent(calling))
     for schema in schemas:
         allowed = [json.loads(text) for text in texts(schema, 10, 0)]
         assert allowed
@@ -190,33 +173,33 @@ async def test_forced_call_is_held_to_an_object(
             assert all(isinstance(each["city"], str) for each in allowed)
 
 
-async def test_forced_call_without_object_in_parameters_is_refused(served: Services) -> None:
+async def test_forced_call_without_object_in_parameters_is_refused(calling: Services) -> None:
     body = request(CHATS, {"type": "string"}, "required", call("{}"))
-    reply = await post(served, CHATS, **body)
+    reply = await post(calling, CHATS, **body)
     error = reply.json()["error"]
     assert (reply.status_code, error["param"], error["code"]) == (400, "tools", "invalid_grammar")
 
 
 @pytest.mark.parametrize("choice", ["required", "auto"])
 async def test_strict_tool_that_cannot_be_honoured_is_refused(
-    served: Services, choice: str
+    calling: Services, choice: str
 ) -> None:
     body = request(CHATS, CITY, choice, call("{}"))
     body["tools"] = [function(PARAMETERS["what cannot be honoured"], strict=True)]
-    reply = await post(served, CHATS, **body)
+    reply = await post(calling, CHATS, **body)
     error = reply.json()["error"]
     assert (reply.status_code, error["param"]) == (400, "tools")
     assert "`not`" in error["message"]
 
 
-async def test_tools_of_a_request_reach_the_template_unchanged(served: Services) -> None:
+async def test_tools_of_a_request_reach_the_template_unchanged(calling: Services) -> None:
     body = request(CHATS, CITY, "required", call('{"city": "a"}'))
-    reply = await post(served, RESPONSES, **request(RESPONSES, CITY, "required", call("{}")))
+    reply = await post(calling, RESPONSES, **request(RESPONSES, CITY, "required", call("{}")))
     assert reply.json()["tools"][0]["parameters"] == CITY
-    await calls(served, CHATS, body)
-    core = running(served).engine.client.engine_core
+    await calls(calling, CHATS, body)
+    core = running(calling).engine.client.engine_core
     forced = (await core.call_utility_async("last_request"))["prompt_token_ids"]
-    await calls(served, CHATS, body | {"tool_choice": "auto"})
+    await calls(calling, CHATS, body | {"tool_choice": "auto"})
     assert (await core.call_utility_async("last_request"))["prompt_token_ids"] == forced
 
 
@@ -280,10 +263,10 @@ TEXTS = {
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("name", TEXTS)
 async def test_call_is_what_the_model_wrote(
-    served: Services, path: str, name: str, *, stream: bool
+    calling: Services, path: str, name: str, *, stream: bool
 ) -> None:
     text, expected = TEXTS[name]
-    found = await calls(served, path, request(path, CITY, "auto", text, stream=stream))
+    found = await calls(calling, path, request(path, CITY, "auto", text, stream=stream))
     if name == "no JSON" and stream:
         return  # its arguments were under way when they turned out to be none
     if name == "an open string" and stream:
@@ -292,9 +275,9 @@ async def test_call_is_what_the_model_wrote(
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_text_that_is_no_call_is_content(served: Services, *, stream: bool) -> None:
+async def test_text_that_is_no_call_is_content(calling: Services, *, stream: bool) -> None:
     text = "Well: " + call('"Agar"')
-    reply = await post(served, CHATS, **request(CHATS, CITY, "auto", text, stream=stream))
+    reply = await post(calling, CHATS, **request(CHATS, CITY, "auto", text, stream=stream))
     if stream:
         deltas = [each["choices"][0]["delta"] for each in events(reply.text)[:-1]]
         content = "".join(each.get("content") or "" for each in deltas)
@@ -306,11 +289,11 @@ async def test_text_that_is_no_call_is_content(served: Services, *, stream: bool
 @pytest.mark.parametrize("choice", ["auto", "required", "named"])
 @pytest.mark.parametrize("tokens", range(2, 24, 3))
 async def test_call_that_is_cut_off_has_what_was_written(
-    served: Services, choice: str, tokens: int
+    calling: Services, choice: str, tokens: int
 ) -> None:
     text = call('{"city": "Agar Agar Agar"}')
     body = request(CHATS, CITY, choice, text, stream=True, max_tokens=tokens)
-    reply = await post(served, CHATS, **body)
+    reply = await post(calling, CHATS, **body)
     chunks = events(reply.text)[:-1]
     ends = [each["choices"][0]["finish_reason"] for each in chunks]
     assert ends[-1] == "length"
@@ -321,8 +304,8 @@ async def test_call_that_is_cut_off_has_what_was_written(
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_message_that_is_cut_off_is_no_error(served: Services, *, stream: bool) -> None:
+async def test_message_that_is_cut_off_is_no_error(calling: Services, *, stream: bool) -> None:
     body = request(MESSAGES, CITY, "required", call('{"city": "Agar"}'), max_tokens=12)
-    reply = await post(served, MESSAGES, **body, stream=stream)
+    reply = await post(calling, MESSAGES, **body, stream=stream)
     assert reply.status_code == 200, reply.text
     assert '"max_tokens"' in reply.text

@@ -23,7 +23,7 @@ from langchain_openai import ChatOpenAI, OpenAIEmbeddings
 from pydantic import BaseModel, SecretStr
 
 # The quick ones of openai-python's checks run here too, on this file's engines.
-from tests.conformance.test_openai import TestCompletions, TestModels  # noqa: F401
+from tests.conformance.test_openai import TestCompletions, TestModels  # noqa: F401  # collected
 from tests.integration.conftest import START_S, STOP_S, Server, until
 from tests.readme import ANSWER, BODY, QUESTION, REPLY, SYSTEM
 
