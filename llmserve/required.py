@@ -1,4 +1,4 @@
-"""What OpenAI's and Anthropic's schemas require of an answer and vLLM's classes lack.
+"""Keys that OpenAI's types, and clients of Anthropic's API, expect and vLLM's classes lack.
 
 Sources: OpenAI's OpenAPI document, the Open Responses specification, Claude API reference.
 """
