@@ -70,6 +70,7 @@ _SECRETS = frozenset({"api_keys", "admin_key", "hf_token"})  # never shown
 _LIKE_A_SOURCE = re.compile(r"\s*(file|env|environ|environment|secret|vault)\s*:", re.IGNORECASE)
 _PART = "part"  # the validation context of `defaults`
 _TEMPLATES = frozenset({"chat_template"})  # left as they are: `${` may be theirs
+_ENGINE_SOURCES = frozenset({"tokenizer", "hf_config_path", "generation_config"})
 
 
 def _not_nothing(size: ByteSize) -> ByteSize:
@@ -495,6 +496,10 @@ class _Reader:
                 self._note(error, (*path, name))
         if "hf_token" in arguments:
             arguments["hf_token"] = self._secret(arguments["hf_token"], (*path, "hf_token"))
+        for name in arguments.keys() & _ENGINE_SOURCES:
+            arguments[name] = self._sources(arguments[name], (*path, name))
+        if isinstance(folder := arguments.get("download_dir"), str):
+            arguments["download_dir"] = str(self._path(folder, (*path, "download_dir")) or folder)
         return arguments
 
     def _said_once(self, values: dict[str, Any], path: yamlfile.Path) -> None:

@@ -805,6 +805,9 @@ def test_a_secret_that_only_looks_like_a_reference_is_refused(box: Path, secret:
         ("models: {chat: {model: HOME}}", "models.chat.model"),
         ("models: {chat: {model: m, loras: {a: HOME}}}", "models.chat.loras.a"),
         ("models: {chat: {model: m, chat_template: HOME}}", "models.chat.chat_template"),
+        ("models: {chat: {model: m, engine: {download_dir: HOME}}}",
+         "models.chat.engine.download_dir"),
+        ("models: {chat: {model: m, engine: {tokenizer: HOME}}}", "models.chat.engine.tokenizer"),
         ("server: {log_dir: HOME}\nmodels: {chat: {model: m}}", "server.log_dir"),
         ("server: {admin_key: 'file:HOME'}\nmodels: {chat: {model: m}}", "server.admin_key"),
         ("server: {ssl_certfile: HOME, ssl_keyfile: m}\nmodels: {chat: {model: m}}",
@@ -816,6 +819,18 @@ def test_a_home_of_nobody_is_told(box: Path, registry: str, key: str, home: str)
     lead = f"1: {key}: ~nobody-here leads to no home here; write the whole path"
     assert told[0] == lead
     assert len([one for one in told if one.startswith(f"1: {key}:")]) == 1
+
+
+def test_paths_of_engine_arguments_begin_at_the_registry_or_a_home(
+    box: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(box))
+    engine = "engine: {download_dir: ~/hub, tokenizer: ./m, generation_config: vllm}"
+    assert chat(box, engine).engine == {
+        "download_dir": str(box / "hub"),
+        "tokenizer": str(box / "m"),
+        "generation_config": "vllm",
+    }
 
 
 @pytest.mark.parametrize("path", ["'./a\0b'", "./" + "x" * 300], ids=["a null", "too long"])
