@@ -35,8 +35,14 @@ models: $(READY) ## The two demo models, in models/.
 # What imports no vLLM goes first, in processes of its own. Then two files at a time: engines start
 # in one while the other works.
 test: $(TOOLS) models ## What CI runs.
-	$(BIN)/python -m pytest -n 2 --cov --cov-report= tests/unit tests/simulator
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu and not conformance" --cov --cov-append --cov-report=term-missing:skip-covered tests/integration tests/contract
+	$(BIN)/python -m pytest -n 2 $(COVERAGE) tests/unit tests/simulator
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu and not conformance" $(COVERAGE) tests/integration tests/contract
+
+# It traces engines too, which then take a third longer to start.
+coverage: $(TOOLS) ## The lines that these tests do not run.
+	$(BIN)/coverage erase
+	$(MAKE) test COVERAGE="--cov --cov-append --cov-report="
+	$(BIN)/coverage report --show-missing --skip-covered
 
 conformance: models $(CLIENTS)/.clients $(NODE:%=%/node_modules/.clients) ## Clients of other projects; ARGS go to pytest.
 	LLMSERVE_PYTHON=$(abspath $(BIN)/python) $(CLIENTS)/bin/python -m pytest tests/conformance $(ARGS)
@@ -106,4 +112,4 @@ lock: $(VENV)/.python ## Resolve the lock files anew from pyproject.toml.
 	@mv $(VENV)/dev.lock requirements/dev.lock
 	$(COMPILE) --group conformance --override requirements/conformance.override -o requirements/conformance.lock
 
-.PHONY: help up install models test conformance simulate fuzz check format clean lock
+.PHONY: help up install models test coverage conformance simulate fuzz check format clean lock
