@@ -289,8 +289,9 @@ class Serving:
         # init_app_state makes this object itself; no argument of it sets the class.
         state.openai_serving_models.__class__ = PublicNames
         mend_parsers(state)
-        if state.openai_serving_responses is not None:
-            history.keep_calls(state.openai_serving_responses)
+        responses = getattr(state, "openai_serving_responses", None)  # absent in models that embed
+        if responses is not None:
+            history.keep_calls(responses)
         if spec.sampling.max_tokens is not None:
             _default_not_limit(state)
         for processor in _processors(state):
