@@ -51,7 +51,7 @@ def engine_environment(engine_logs: Path) -> None:
 
 @asynccontextmanager
 async def on_fake_core(
-    spec: ModelSpec, step_s: float = STEP_S, number: int = 0
+    spec: ModelSpec, step_s: float = STEP_S, number: int = 0, task: str = "generate"
 ) -> AsyncIterator[tuple[Serving, Popen[bytes]]]:
     """vLLM's front end for a replica of `spec`, attached to a fake engine core."""
     from llmserve.engine import Launcher
@@ -60,7 +60,7 @@ async def on_fake_core(
     names = [f"ipc://@llmserve-test-{uuid.uuid4().hex}" for _ in range(2)]
     addresses = {"input_address": names[0], "output_address": names[1]}
     launcher = Launcher(Path(os.environ[environment.LOG_DIR]))
-    core = _fake_core(*names, str(step_s))
+    core = _fake_core(*names, str(step_s), task)
     try:
         engine = await asyncio.to_thread(launcher.start, spec, number, addresses)
         serving = await Serving.build(spec, engine)

@@ -1,6 +1,6 @@
 """A stand-in for vLLM's engine core: its ZMQ and msgpack protocol, no model.
 
-Run as `python fake_core.py INPUT OUTPUT [STEP_S]`. Each request gets one token a step,
+Run as `python fake_core.py INPUT OUTPUT [STEP_S [TASK]]`. Each request gets one token a step,
 the ids of its own prompt over and over, until its `max_tokens` or one of its
 `stop_token_ids`. Some values of `seed` ask for more: see below. A request with
 `vllm_xargs: {"answer": [...]}` gets these ids instead, and ends as at an end of text.
@@ -119,8 +119,10 @@ class Running:
 
 
 class FakeCore:
-    def __init__(self, inputs: str, outputs: str, step_s: str = str(STEP_S)) -> None:
-        self.step_s = float(step_s)
+    def __init__(
+        self, inputs: str, outputs: str, step_s: str = str(STEP_S), task: str = "generate"
+    ) -> None:
+        self.step_s, self.task = float(step_s), task
         context = zmq.Context()
         self.inputs = context.socket(zmq.DEALER)
         self.inputs.setsockopt(zmq.IDENTITY, (0).to_bytes(2, "little"))
@@ -155,7 +157,7 @@ class FakeCore:
             case EngineCoreRequestType.UTILITY:
                 _, call_id, method, _ = self.decode(frames)
                 answers: dict[str, Any] = {
-                    "get_supported_tasks": ("generate",),
+                    "get_supported_tasks": (self.task,),
                     "aborted": self.aborted,  # the rest is ours, for tests
                     "running": len(self.requests),
                     "last_request": self.last,

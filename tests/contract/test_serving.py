@@ -18,7 +18,7 @@ from llmserve import app
 from llmserve.config import ModelSpec
 from llmserve.errors import LLMServeError
 from llmserve.watch import Watch
-from tests.contract.conftest import CHAT, on_fake_core, services_of
+from tests.contract.conftest import CHAT, EMBED, on_fake_core, services_of
 from tests.contract.fake_core import DIES, FAILS
 from tests.listening import listening
 
@@ -62,6 +62,15 @@ async def test_a_stream_carries_the_name_that_was_asked_for(fake: Services) -> N
     assert reply.headers["content-type"].startswith("text/event-stream")
     assert reply.headers["cache-control"] == "no-cache"
     assert reply.headers["x-accel-buffering"] == "no"
+
+
+async def test_a_model_that_embeds_has_no_routes_of_text() -> None:
+    spec = ModelSpec(name="embed", model=str(EMBED))
+    async with on_fake_core(spec, task="embed") as (serving, _):
+        services = await services_of([spec], {"embed": serving})
+        reply = await post(services, "/v1/responses", model="embed", input="Hello")
+    assert reply.status_code == HTTPStatus.BAD_REQUEST
+    assert "embed" in reply.json()["error"]["message"]
 
 
 async def test_concurrent_requests_get_their_own_names_and_texts(fake: Services) -> None:
