@@ -30,7 +30,7 @@ up: $(if $(filter models.yaml,$(CONFIG)),models,$(READY)) ## Install what is mis
 install: $(READY) ## The virtual environment with vLLM and llmserve.
 
 models: $(READY) ## The two demo models, in models/.
-	@$(BIN)/python -m llmserve.demo
+	@$(BIN)/python -m llmserve.cli.demo
 
 # What imports no vLLM goes first, in processes of its own. Then two files at a time: engines start
 # in one while the other works.

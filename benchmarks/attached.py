@@ -20,15 +20,17 @@ import orjson
 import uvloop
 from rich.console import Console
 
-from llmserve import config, garbage, server
-from llmserve.residency import Level
+from llmserve.engine import gc_policy
+from llmserve.lifecycle.eviction import Level
+from llmserve.registry import config
+from llmserve.server import process
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping
 
-    from llmserve.config import Config, ModelSpec
-    from llmserve.replica import Running, State
-    from llmserve.residency import Takes
+    from llmserve.lifecycle.eviction import Takes
+    from llmserve.lifecycle.replica import Running, State
+    from llmserve.registry.config import Config, ModelSpec
 
 Addresses = dict[str, list[dict[str, str]]]  # of each model's replicas
 
@@ -42,10 +44,10 @@ class AttachedBackend:
 
     async def start(self, spec: ModelSpec, number: int, _: Callable[[State, str], None]) -> Running:
         # Only now: `up` has prepared the environment.
-        from llmserve.engine import Launcher  # noqa: PLC0415  # imports vLLM
-        from llmserve.serving import Serving  # noqa: PLC0415  # as above
+        from llmserve.engine.engine import Launcher  # noqa: PLC0415  # imports vLLM
+        from llmserve.engine.handlers import Serving  # noqa: PLC0415  # as above
 
-        garbage.keep()
+        gc_policy.keep()
         launcher = Launcher(self._log_dir)
         addresses = self._addresses[spec.name][number]
         engine = await asyncio.to_thread(launcher.start, spec, number, addresses)
@@ -84,7 +86,7 @@ class AttachedBackend:
 
 def ours(registry: Path, addresses: Addresses) -> None:
     read = partial(config.load, registry)
-    server.up(read(), Console(), read, AttachedBackend(addresses, registry.parent))
+    process.up(read(), Console(), read, AttachedBackend(addresses, registry.parent))
 
 
 def stock(addresses: dict[str, str], arguments: list[str]) -> None:

@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.attached import AttachedBackend
-from llmserve import environment
+from llmserve.engine import environment
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -262,13 +262,13 @@ async def _ask(app: Any, path: str, headers: dict[str, str], body: bytes) -> tup
 
 @contextlib.asynccontextmanager
 async def _app(model: str) -> Any:
-    from llmserve import app  # noqa: PLC0415  # `main` has prepared the environment
-    from llmserve.config import Config, ModelSpec, ServerSpec  # noqa: PLC0415
-    from llmserve.control import Control  # noqa: PLC0415
+    from llmserve.http import app  # noqa: PLC0415  # `main` has prepared the environment
+    from llmserve.http.routes import Services  # noqa: PLC0415
+    from llmserve.lifecycle.operator import Control  # noqa: PLC0415
+    from llmserve.lifecycle.pool import Pool  # noqa: PLC0415
     from llmserve.metrics import Metrics  # noqa: PLC0415
-    from llmserve.pool import Pool  # noqa: PLC0415
-    from llmserve.registry import Registry  # noqa: PLC0415
-    from llmserve.routes import Services  # noqa: PLC0415
+    from llmserve.registry.config import Config, ModelSpec, ServerSpec  # noqa: PLC0415
+    from llmserve.registry.names import Registry  # noqa: PLC0415
 
     spec = ModelSpec(name=model, model=str(MODELS / FOLDERS[model]))
     names = [f"ipc://@llmserve-bodies-{uuid.uuid4().hex}" for _ in range(2)]
@@ -379,7 +379,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     environment.prepare(engines=1, log_dir=Path(tempfile.mkdtemp()))
-    import llmserve.serving  # noqa: F401, PLC0415  # once, before the cases' processes are forked
+    import llmserve.engine.handlers  # noqa: F401, PLC0415  # once, before the cases' processes are forked
 
     cases = [case for case in CASES if options.only in f"{case.path} {case.kind}"]
     table = Table("endpoint", "body", "MiB", "status", "stall, ms", "peak, MiB", "s")

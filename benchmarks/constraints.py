@@ -15,7 +15,7 @@ from typing import Any
 
 from vllm.engine.arg_utils import AsyncEngineArgs
 
-from llmserve.grammar import Grammars, Model
+from llmserve.engine.structured_output.compiler import Grammars, Model
 
 _PERSON = {
     "type": "object",

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import uvloop
 
-from llmserve import config, environment
+from llmserve.engine import environment
+from llmserve.registry import config
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -41,7 +42,7 @@ def main() -> None:
 
 
 async def measure(options: argparse.Namespace, specs: Any, logs: Path) -> None:
-    from llmserve.engine import Launcher  # noqa: PLC0415  # after `prepare`
+    from llmserve.engine.engine import Launcher  # noqa: PLC0415  # after `prepare`
 
     launcher = Launcher(logs)
     engines = await asyncio.gather(*(asyncio.to_thread(launcher.start, spec) for spec in specs))

@@ -44,8 +44,8 @@ from benchmarks import plot
 from benchmarks.record import circumstances
 from benchmarks.servers import STARTS, Side, Starting, running
 from benchmarks.traffic import ALL, SHARES, Load, drive, samples
-from llmserve.config import load as load_registry
 from llmserve.errors import ConfigError
+from llmserve.registry.config import load as load_registry
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence

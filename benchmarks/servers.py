@@ -20,12 +20,12 @@ import httpx
 import psutil
 import yaml
 
-from llmserve import environment
+from llmserve.engine import environment
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from llmserve.config import ModelSpec
+    from llmserve.registry.config import ModelSpec
 
 HOST = "127.0.0.1"
 STOP_S = 30
@@ -33,7 +33,7 @@ STARTS = ("ours", "stock", "rust")
 
 # What a registry says in keys of its own and vLLM's server in flags of the same name.
 _SAME = ("tensor_parallel_size", "pipeline_parallel_size", "gpu_memory_utilization")
-_CPU = {"kv_cache_memory_bytes": 1 << 30, "enforce_eager": True}  # as llmserve/engine.py
+_CPU = {"kv_cache_memory_bytes": 1 << 30, "enforce_eager": True}  # as llmserve/engine/engine.py
 
 Addresses = dict[str, tuple[str, int]]  # by model
 

@@ -23,15 +23,16 @@ import uvloop
 from pydantic import ByteSize, TypeAdapter
 
 from benchmarks import record
-from llmserve import environment, nvml
-from llmserve.config import ModelSpec
-from llmserve.gpus import gib
-from llmserve.residency import Level
+from llmserve.engine import environment
+from llmserve.gpus import nvml
+from llmserve.gpus.device import gib
+from llmserve.lifecycle.eviction import Level
+from llmserve.registry.config import ModelSpec
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from llmserve.engine import Engine, Launcher
+    from llmserve.engine.engine import Engine, Launcher
 
 _ALONE_S = 3.0  # of a stream, to compare with
 
@@ -51,7 +52,7 @@ def main() -> None:
 
 
 async def measure(options: argparse.Namespace, logs: Path) -> None:
-    from llmserve.engine import Launcher  # noqa: PLC0415  # after `prepare`
+    from llmserve.engine.engine import Launcher  # noqa: PLC0415  # after `prepare`
 
     launcher = Launcher(logs)
     specs = [
@@ -175,7 +176,7 @@ def random_ids(count: int) -> list[int]:
 
 
 def lines_of_sleep(log: Path) -> list[str]:
-    """Seconds of the parts, as llmserve.hostcopy writes them; and errors."""
+    """Seconds of the parts, as llmserve.engine.worker.host_offload writes them; and errors."""
     shown = ("hostcopy.py", "fall asleep", "wake up tags", "Reloading", "ERROR")
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
     return [line for line in lines if any(sign in line for sign in shown)]

@@ -1,4 +1,4 @@
-from llmserve.cli import main
+from llmserve.cli.main import main
 
 if __name__ == "__main__":
     main()

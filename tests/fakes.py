@@ -14,12 +14,12 @@ import orjson
 from prometheus_client import CollectorRegistry
 from starlette.responses import Response
 
-from llmserve.admission import Held
-from llmserve.config import ModelSpec
+from llmserve.api.endpoints import ENDPOINTS
+from llmserve.api.sse import EventStream, Frames
 from llmserve.errors import LLMServeError, StartupError
-from llmserve.protocol import ENDPOINTS
-from llmserve.residency import Level
-from llmserve.sse import EventStream, Frames
+from llmserve.lifecycle.admission import Held
+from llmserve.lifecycle.eviction import Level
+from llmserve.registry.config import ModelSpec
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Iterator
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.types import Scope
 
-    from llmserve.admission import Place
-    from llmserve.config import Config
-    from llmserve.replica import Running, State
-    from llmserve.residency import Takes
-    from llmserve.responses import Responses
+    from llmserve.lifecycle.admission import Place
+    from llmserve.lifecycle.eviction import Takes
+    from llmserve.lifecycle.replica import Running, State
+    from llmserve.lifecycle.response_store import Responses
+    from llmserve.registry.config import Config
 
 
 class Gate:

@@ -13,7 +13,7 @@ import time
 from threading import Thread
 from typing import Any
 
-from llmserve.tether import Tether
+from llmserve.engine.parent_watch import Tether
 
 FOREVER_S = 600.0
 spawn = multiprocessing.get_context("spawn")

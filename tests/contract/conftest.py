@@ -14,20 +14,20 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import pytest_asyncio
 
-from llmserve import environment
-from llmserve.config import Config, ModelSpec, ServerSpec
-from llmserve.control import Control
+from llmserve.engine import environment
+from llmserve.http.routes import Services
+from llmserve.lifecycle.operator import Control
+from llmserve.lifecycle.pool import Pool
 from llmserve.metrics import Metrics
-from llmserve.pool import Pool
-from llmserve.registry import Registry
-from llmserve.routes import Services
+from llmserve.registry.config import Config, ModelSpec, ServerSpec
+from llmserve.registry.names import Registry
 from tests.fakes import FakeBackend
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
-    from llmserve.replica import Running, State
-    from llmserve.serving import Serving
+    from llmserve.engine.handlers import Serving
+    from llmserve.lifecycle.replica import Running, State
 
 MODELS = Path(__file__).parents[2] / "models"
 CHAT = MODELS / "SmolLM2-135M-Instruct"
@@ -54,8 +54,8 @@ async def on_fake_core(
     spec: ModelSpec, step_s: float = STEP_S, number: int = 0, task: str = "generate"
 ) -> AsyncIterator[tuple[Serving, Popen[bytes]]]:
     """vLLM's front end for a replica of `spec`, attached to a fake engine core."""
-    from llmserve.engine import Launcher
-    from llmserve.serving import Serving
+    from llmserve.engine.engine import Launcher
+    from llmserve.engine.handlers import Serving
 
     names = [f"ipc://@llmserve-test-{uuid.uuid4().hex}" for _ in range(2)]
     addresses = {"input_address": names[0], "output_address": names[1]}

@@ -13,10 +13,12 @@ import httpx
 import pytest
 import pytest_asyncio
 
-from llmserve import connection, server, stream, work
-from llmserve.admission import Place
-from llmserve.config import ServerSpec
-from llmserve.lease import Lease
+from llmserve.api import token_stream as stream
+from llmserve.http import inference
+from llmserve.lifecycle.admission import Place
+from llmserve.lifecycle.lease import Lease
+from llmserve.registry.config import ServerSpec
+from llmserve.server import connection, process
 from tests.contract.fake_core import SILENT
 from tests.contract.test_express import CHATS, COMPLETIONS, EMOJI, Box, boxed, events
 from tests.fakes import soon, until
@@ -24,7 +26,7 @@ from tests.fakes import soon, until
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from llmserve.lease import Wish
+    from llmserve.lifecycle.lease import Wish
 
 SMALL = 4096  # of the kernel's buffers; uvicorn's own is 64 KiB
 LONG_ID = "i" * 128  # in every event, so that buffers are soon full
@@ -43,9 +45,9 @@ async def served(box: Box, stuck_s: float = 60.0) -> AsyncIterator[int]:
     """The port of a server with small buffers."""
     limits = connection.Limits(stuck_s=stuck_s, sweep_s=0.1)
     spec = ServerSpec(port=0, drain_timeout=1)
-    with server.bind(spec) as listener:
+    with process.bind(spec) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SMALL)  # accepted ones inherit it
-        uvicorn = server._Uvicorn(server._uvicorn_config(spec, box.app, limits))
+        uvicorn = process._Uvicorn(process._uvicorn_config(spec, box.app, limits))
         serving = asyncio.create_task(uvicorn.serve(sockets=[listener]))
         try:
             yield listener.getsockname()[1]
@@ -303,7 +305,7 @@ async def test_an_answer_after_comments_comes_whole(
     box: Box, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its headers went with the first comment; text and end are one event."""
-    monkeypatch.setattr(work, "COMMENT_S", 0.05)
+    monkeypatch.setattr(inference, "COMMENT_S", 0.05)
     pool = box.services.pool
     lease = pool.lease
 

@@ -13,15 +13,15 @@ from vllm.entrypoints.pooling.embed.protocol import EmbeddingRequest
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from llmserve import app
-from llmserve.bounded import KEYS_LIMIT, bounded
-from llmserve.pace import Paced
-from llmserve.protocol import ENDPOINTS
-from llmserve.serving import HANDLERS
+from llmserve.api.endpoints import ENDPOINTS
+from llmserve.engine.handlers import HANDLERS
+from llmserve.engine.pacing import Paced
+from llmserve.engine.request_validation import KEYS_LIMIT, bounded
+from llmserve.http import app
 from tests.unit.effort import LongestTurn, calls
 
 if TYPE_CHECKING:
-    from llmserve.routes import Services
+    from llmserve.http.routes import Services
 
 JSON_PATHS = [endpoint.paths[0] for endpoint in ENDPOINTS if not endpoint.multipart]
 CALLS = 120_000  # of a callback on the loop: some 30 ms

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from llmserve.config import ModelSpec
+from llmserve.engine.parent_watch import Tether
 from llmserve.errors import EngineError
-from llmserve.residency import Level
-from llmserve.tether import Tether
+from llmserve.lifecycle.eviction import Level
+from llmserve.registry.config import ModelSpec
 from tests import tied
 from tests.contract.conftest import CHAT, on_fake_core
 from tests.fakes import soon
@@ -60,8 +60,8 @@ def client() -> Hung:
 def engine(client: Hung) -> Iterator[Any]:
     from vllm.engine.arg_utils import AsyncEngineArgs
 
-    from llmserve.engine import Bounds, Engine
-    from llmserve.stats import Figures
+    from llmserve.engine.engine import Bounds, Engine
+    from llmserve.engine.metrics import Figures
 
     arguments = AsyncEngineArgs(model="m", enable_sleep_mode=True)
     hung: Any = client
@@ -109,8 +109,8 @@ async def test_engine_hung_as_it_wakes_is_killed(engine: Any, level: Level) -> N
 
 
 async def test_engine_cannot_be_built_on_a_hung_one(engine: Any) -> None:
-    from llmserve.responses import Responses
-    from llmserve.serving import Serving
+    from llmserve.engine.handlers import Serving
+    from llmserve.lifecycle.response_store import Responses
 
     with pytest.raises(EngineError, match=r"did not answer its tasks within 0\.02 s"):
         await soon(Serving._of(ModelSpec(name="chat", model=str(CHAT)), engine, Responses(), None))
@@ -145,7 +145,7 @@ async def test_engine_that_stops_leaves_no_process(engine: Any) -> None:
 
 
 def test_bounds_grow_with_what_is_moved() -> None:
-    from llmserve.engine import Bounds
+    from llmserve.engine.engine import Bounds
 
     bounds = Bounds()
     assert bounds.answer_s < bounds.copy_s(70 << 30) < bounds.read_s(70 << 30)
@@ -215,7 +215,7 @@ async def test_engine_s_handlers_are_built_outside_the_loop(
         threads.append(threading.current_thread())
         await init_app_state(*arguments)
 
-    monkeypatch.setattr("llmserve.serving.init_app_state", noted)
+    monkeypatch.setattr("llmserve.engine.handlers.init_app_state", noted)
     spec = ModelSpec(name="chat", model=str(CHAT), engine={"max_model_len": 512})
     async with on_fake_core(spec) as (serving, _):
         changed = await serving.changed(spec.model_copy(update={"tool_call_parser": "hermes"}))

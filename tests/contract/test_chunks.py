@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from vllm.parser import ParserManager
 
-from llmserve.chunks import ChatModels, Template
+from llmserve.engine.fastpath.chunk_templates import ChatModels, Template
 from tests.contract.conftest import CHAT
 
 

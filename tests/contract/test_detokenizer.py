@@ -45,7 +45,7 @@ def detokenizer_of(tokens: Any, prompt: list[int], **params: Any) -> Any:
 
 
 def by_table(ids: list[int], prompt: list[int] | None = None) -> list[str]:
-    from llmserve.detokenizer import ByTable, text_table
+    from llmserve.engine.fastpath.detokenizer import ByTable, text_table
 
     table = text_table(tokenizer(str(CHAT)), "chat")
     assert table is not None
@@ -76,13 +76,13 @@ def test_the_rest_of_a_character_that_was_begun_is_waited_for() -> None:
 
 
 def test_a_tokenizer_that_is_not_byte_level_has_no_table() -> None:
-    from llmserve.detokenizer import text_table
+    from llmserve.engine.fastpath.detokenizer import text_table
 
     assert text_table(tokenizer(str(EMBED)), "embed") is None
 
 
 def test_a_table_that_disagrees_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    from llmserve import detokenizer
+    from llmserve.engine.fastpath import detokenizer
 
     monkeypatch.setattr(detokenizer, "_text", lambda token, _: token)
     assert detokenizer.text_table(tokenizer(str(CHAT)), "chat") is None
@@ -102,7 +102,7 @@ def crooked() -> list[list[int]]:
 @pytest.mark.parametrize("number", range(4))
 @pytest.mark.parametrize("shown", [False, True], ids=["skipped", "special tokens shown"])
 def test_decode_after_crooked_prompt_is_answer_alone(number: int, *, shown: bool) -> None:
-    from llmserve.detokenizer import ByTable, text_table
+    from llmserve.engine.fastpath.detokenizer import ByTable, text_table
 
     tokens = tokenizer(str(CHAT))
     table = text_table(tokens, "chat")
@@ -139,7 +139,7 @@ def pieces_of_words() -> Any:
 
 @pytest.mark.parametrize("end", ["", "\N{REPLACEMENT CHARACTER}", "🦩", "half"])
 def test_decode_without_table_is_answer_alone(end: str) -> None:
-    from llmserve.detokenizer import start_clean, text_table
+    from llmserve.engine.fastpath.detokenizer import start_clean, text_table
 
     tokens = pieces_of_words()
     assert text_table(tokens, "words") is None
@@ -153,7 +153,7 @@ def test_decode_without_table_is_answer_alone(end: str) -> None:
 
 
 def test_start_clean_prompt_of_whole_text_keeps_stream() -> None:
-    from llmserve.detokenizer import start_clean
+    from llmserve.engine.fastpath.detokenizer import start_clean
 
     prompt = tokenizer(str(CHAT)).encode("whole")
     detokenizer = detokenizer_of(tokenizer(str(CHAT)), prompt)

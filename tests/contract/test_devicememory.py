@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from llmserve.handover import ADDRESS, PAGE_BYTES, Handover
+from llmserve.gpus.page_exchange import ADDRESS, PAGE_BYTES, Handover
 from tests.unit.test_handover import until
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from llmserve.devicememory import CudaMemory, Pages
+    from llmserve.engine.worker.kv_pages import CudaMemory, Pages
 
 GPU = "GPU-1"
 ROOM = 20 * PAGE_BYTES
@@ -133,7 +133,7 @@ class Allocation:
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
     made = Driver()
-    monkeypatch.setattr("llmserve.devicememory.Driver", lambda _: made)
+    monkeypatch.setattr("llmserve.engine.worker.kv_pages.Driver", lambda _: made)
     return made
 
 
@@ -144,7 +144,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Handover:
 
 
 def pages(driver: Driver) -> Pages:
-    from llmserve.devicememory import Pages
+    from llmserve.engine.worker.kv_pages import Pages
 
     return Pages(0, GPU, driver.create_and_map, driver.unmap_and_release)
 
@@ -393,7 +393,7 @@ def memory_of(
     import torch
     from vllm.device_allocator import cumem
 
-    from llmserve.devicememory import CudaMemory
+    from llmserve.engine.worker.kv_pages import CudaMemory
 
     allocator = SimpleNamespace(pointer_to_data=data)
     monkeypatch.setattr(

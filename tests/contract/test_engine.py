@@ -1,4 +1,4 @@
-"""The names of vLLM's that `llmserve.engine` builds on."""
+"""The names of vLLM's that `llmserve.engine.engine` builds on."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from llmserve import runfolder
-from llmserve.config import ModelSpec, SamplingSpec
+from llmserve.engine import run_folder
 from llmserve.errors import StartupError
+from llmserve.registry.config import ModelSpec, SamplingSpec
 from tests.contract.conftest import CHAT
 
 
@@ -20,7 +20,7 @@ def spec(**said: Any) -> ModelSpec:
 
 
 def test_a_registry_entry_in_vllms_terms() -> None:
-    from llmserve.engine import engine_arguments
+    from llmserve.engine.engine import engine_arguments
 
     arguments = engine_arguments(
         spec(
@@ -43,7 +43,7 @@ def test_a_registry_entry_in_vllms_terms() -> None:
 
 
 def test_on_the_cpu_each_engine_gets_its_own_kv_cache_and_no_compilation() -> None:
-    from llmserve.engine import engine_arguments
+    from llmserve.engine.engine import engine_arguments
 
     arguments = engine_arguments(spec(devices=(0,)))
     assert arguments.kv_cache_memory_bytes == 2**30
@@ -55,7 +55,7 @@ def test_on_the_cpu_each_engine_gets_its_own_kv_cache_and_no_compilation() -> No
 def test_mappings_become_vllms_config_classes() -> None:
     from vllm.config import StructuredOutputsConfig
 
-    from llmserve.engine import engine_arguments
+    from llmserve.engine.engine import engine_arguments
 
     arguments = engine_arguments(
         spec(engine={"structured_outputs_config": {"backend": "xgrammar"}})
@@ -65,7 +65,7 @@ def test_mappings_become_vllms_config_classes() -> None:
 
 
 def test_tensor_parallel_engines_do_without_ray() -> None:
-    from llmserve.engine import engine_arguments
+    from llmserve.engine.engine import engine_arguments
 
     arguments = engine_arguments(spec(tensor_parallel_size=2, devices=(0, 1)))
     assert arguments.tensor_parallel_size == 2
@@ -73,8 +73,8 @@ def test_tensor_parallel_engines_do_without_ray() -> None:
 
 
 def test_each_engine_writes_its_figures_into_a_registry_of_its_own() -> None:
-    from llmserve.engine import engine_arguments
-    from llmserve.stats import Figures
+    from llmserve.engine.engine import engine_arguments
+    from llmserve.engine.metrics import Figures
 
     each = [Figures("chat"), Figures("embed")]
     config = engine_arguments(spec(engine={"max_model_len": 512})).create_engine_config()
@@ -86,7 +86,7 @@ def test_each_engine_writes_its_figures_into_a_registry_of_its_own() -> None:
 
 
 def test_engine_cores_are_given_their_config_as_a_keyword() -> None:
-    """llmserve.child finds its model there."""
+    """llmserve.engine.worker.plugin finds its model there."""
     from vllm.v1.engine.utils import CoreEngineProcManager
 
     assert '"vllm_config": vllm_config' in inspect.getsource(CoreEngineProcManager.__init__)
@@ -111,7 +111,7 @@ def test_engine_cores_are_given_their_config_as_a_keyword() -> None:
 def test_the_cause_of_a_failed_start_comes_from_the_engines_log(
     log: str, cause: str, tmp_path: Path
 ) -> None:
-    from llmserve.startlog import cause_of
+    from llmserve.engine.startup_log import cause_of
 
     file = tmp_path / "chat.log"
     file.write_text(log)
@@ -120,12 +120,12 @@ def test_the_cause_of_a_failed_start_comes_from_the_engines_log(
 
 
 def test_engine_cores_are_started_where_they_are_tied() -> None:
-    """By multiprocessing, in the thread of the start: `llmserve.tether`."""
+    """By multiprocessing, in the thread of the start: `llmserve.engine.parent_watch`."""
     from vllm.v1.engine.utils import CoreEngineProcManager
     from vllm.v1.executor import Executor
 
-    from llmserve.engine import engine_arguments
-    from llmserve.tether import Tether
+    from llmserve.engine.engine import engine_arguments
+    from llmserve.engine.parent_watch import Tether
 
     config = engine_arguments(spec()).create_engine_config()
     tether = Tether()
@@ -149,7 +149,7 @@ def test_engine_cores_are_started_where_they_are_tied() -> None:
 
 
 def test_launcher_stopped_cuts_all_and_starts_nothing(tmp_path: Path) -> None:
-    from llmserve.engine import Launcher
+    from llmserve.engine.engine import Launcher
 
     launcher = Launcher(tmp_path)
     under_way = [launcher.tether() for _ in range(2)]
@@ -165,7 +165,7 @@ def test_launcher_that_fails_after_its_engine_is_made_ends_it(
 ) -> None:
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    from llmserve.engine import Launcher
+    from llmserve.engine.engine import Launcher
 
     monkeypatch.setattr(AsyncLLM, "from_vllm_config", lambda *_, **__: object())
     launcher = Launcher(tmp_path)
@@ -182,8 +182,8 @@ def test_sockets_are_where_the_run_folder_is(
     from vllm import envs
     from vllm.utils.network_utils import get_open_zmq_ipc_path
 
-    monkeypatch.setenv(runfolder.SOCKETS, str(tmp_path))
-    assert envs.environment_variables[runfolder.SOCKETS]() == str(tmp_path)
+    monkeypatch.setenv(run_folder.SOCKETS, str(tmp_path))
+    assert envs.environment_variables[run_folder.SOCKETS]() == str(tmp_path)
     source = inspect.getsource(get_open_zmq_ipc_path)
-    assert f"envs.{runfolder.SOCKETS}" in source
+    assert f"envs.{run_folder.SOCKETS}" in source
     assert len(Path(get_open_zmq_ipc_path()).name) == 36

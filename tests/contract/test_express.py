@@ -25,10 +25,11 @@ from hypothesis import strategies as st
 from vllm.renderers import chat_utils
 from vllm.v1.metrics.loggers import PrometheusStatLogger, StatLoggerManager
 
-from llmserve import app, deaths
-from llmserve.config import ModelSpec
-from llmserve.outputs import Outputs
-from llmserve.stats import Figures
+from llmserve.engine.fastpath.output_processor import Outputs
+from llmserve.engine.metrics import Figures
+from llmserve.http import app
+from llmserve.lifecycle import restart_backoff
+from llmserve.registry.config import ModelSpec
 from tests.contract.conftest import CHAT, on_fake_core, services_of
 from tests.contract.fake_core import DIES_AT_ONCE, FAILS, PREEMPTED, SILENT, TRIPLES
 from tests.fakes import soon, until
@@ -39,8 +40,8 @@ if TYPE_CHECKING:
 
     from vllm.v1.engine import EngineCoreRequest
 
-    from llmserve.routes import Services
-    from llmserve.serving import Serving
+    from llmserve.engine.handlers import Serving
+    from llmserve.http.routes import Services
 
 CHATS, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 STEP_S = 0.001
@@ -387,7 +388,7 @@ WHOLE = {
 async def test_a_whole_answer_is_the_same_whether_or_not_its_tokens_are_followed(
     box: Box, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from llmserve import outputs
+    from llmserve.engine.fastpath import output_processor as outputs
 
     got = (await box.ask(CHATS, WHOLE[name])).json()
     monkeypatch.setattr(outputs, "_silent", lambda _: False)
@@ -400,7 +401,7 @@ async def test_a_whole_answer_is_the_same_whether_or_not_its_tokens_are_followed
 async def test_requests_that_are_answered_whole_are_silent_unless_they_have_stop_strings(
     box: Box,
 ) -> None:
-    from llmserve.outputs import Silent
+    from llmserve.engine.fastpath.output_processor import Silent
 
     async def kind(**more: Any) -> type:
         body = user(FOX) | {"seed": SILENT} | more
@@ -672,7 +673,7 @@ async def test_a_body_that_is_nested_deep_is_answered(box: Box) -> None:
 async def test_the_last_kinds_of_requests_are_remembered(
     box: Box, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from llmserve import express
+    from llmserve.engine.fastpath import fast_path as express
 
     monkeypatch.setattr(express, "_RECIPES", 2)
     bodies = [{"prompt": "x", "max_tokens": 1, "stream": True, "user": str(n)} for n in range(3)]
@@ -848,7 +849,7 @@ async def test_a_request_that_fails_in_mid_stream_ends_alike_on_all_ways(box: Bo
 async def test_an_engine_that_dies_is_an_event_in_mid_stream_and_a_503_before(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(deaths, "_FIRST_S", 0.01)  # each new start finds it dead
+    monkeypatch.setattr(restart_backoff, "_FIRST_S", 0.01)  # each new start finds it dead
     long = {"model": "chat", "max_tokens": 1900, "stream": True}
     killing = {"model": "chat", "prompt": "die", "seed": DIES_AT_ONCE, "stream": True}
     async with boxed() as box, listening(box.app) as url, httpx.AsyncClient(timeout=30) as client:
@@ -936,7 +937,7 @@ def test_a_parser_steps_aside_only_if_it_is_vllms_own_way_of_doing_so() -> None:
     from vllm.parser import ParserManager
     from vllm.tool_parsers import ToolParserManager
 
-    from llmserve.guards import steps_aside
+    from llmserve.engine.fastpath.guards import steps_aside
 
     def parser(tools: str | None, reasoning: str = "") -> Any:
         return ParserManager.get_parser(tools, reasoning, enable_auto_tools=True)
@@ -1089,7 +1090,7 @@ async def test_vllms_figures_grow_alike_on_all_ways(box: Box) -> None:
         return counted(before, box.figures())
 
     with box.long_way(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("llmserve.outputs._silent", lambda _: False)
+        patch.setattr("llmserve.engine.fastpath.output_processor._silent", lambda _: False)
         expected = await growth()
     for name, least in {
         "vllm:generation_tokens_total": 300,
@@ -1165,7 +1166,9 @@ async def test_a_requests_state_has_what_outputs_reads(box: Box) -> None:
         for field in fields.split()
         if not hasattr(owner, field)
     ]
-    assert not missing, f"llmserve/outputs.py uses what this vLLM has moved: {missing}"
+    assert not missing, (
+        f"llmserve/engine/fastpath/output_processor.py uses what this vLLM has moved: {missing}"
+    )
 
 
 def test_vllms_output_loop_calls_what_outputs_overrides() -> None:
@@ -1177,7 +1180,7 @@ def test_vllms_output_loop_calls_what_outputs_overrides() -> None:
     def parameters(function: Any) -> list[str]:
         return list(inspect.signature(function).parameters)
 
-    said = "llmserve/outputs.py overrides it; look at what this vLLM does there"
+    said = "llmserve/engine/fastpath/output_processor.py overrides it; look at what this vLLM does there"
     assert parameters(OutputProcessor.process_outputs)[:4] == [
         "self",
         "engine_core_outputs",
@@ -1208,13 +1211,15 @@ def test_a_steps_statistics_have_what_outputs_writes() -> None:
     assert stats.num_generation_tokens == 0
     assert stats.inter_token_latencies_iter == []
     # Ours are kept beside its own.
-    assert hasattr(stats, "__dict__"), "llmserve/outputs.py keeps its gaps there"
+    assert hasattr(stats, "__dict__"), (
+        "llmserve/engine/fastpath/output_processor.py keeps its gaps there"
+    )
 
 
 def test_a_histogram_takes_many_as_it_takes_one() -> None:
     from prometheus_client import CollectorRegistry, Histogram
 
-    from llmserve.stats import Weighted
+    from llmserve.engine.metrics import Weighted
 
     bounds = (0.1, 0.5, 1.0)
     registries = CollectorRegistry(), CollectorRegistry()
@@ -1244,7 +1249,7 @@ def test_a_histogram_takes_many_as_it_takes_one() -> None:
 
 async def test_every_histogram_of_the_engine_is_entered_in_time(box: Box) -> None:
     """One that is not would remember every value until somebody looks at its figures."""
-    from llmserve.stats import Weighted
+    from llmserve.engine.metrics import Weighted
 
     (logger,) = box.serving.engine.client.logger_manager.stat_loggers
     collectors = set(box.serving.registry._collector_to_names)
@@ -1263,5 +1268,5 @@ def test_the_engines_logger_has_the_histogram_that_stats_fills() -> None:
     import inspect
 
     source = inspect.getsource(PrometheusStatLogger)
-    assert "self.histogram_inter_token_latency" in source, "llmserve/stats.py fills it"
-    assert "_histogram_cls" in source, "llmserve/stats.py sets it"
+    assert "self.histogram_inter_token_latency" in source, "llmserve/engine/metrics.py fills it"
+    assert "_histogram_cls" in source, "llmserve/engine/metrics.py sets it"

@@ -16,13 +16,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llmserve import app
 from llmserve.errors import LLMServeError
+from llmserve.http import app
 from tests.contract.test_serving import HELLO, post
 
 if TYPE_CHECKING:
-    from llmserve.grammar import Grammars
-    from llmserve.routes import Services
+    from llmserve.engine.structured_output.compiler import Grammars
+    from llmserve.http.routes import Services
 
 CHATS = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"

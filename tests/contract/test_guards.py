@@ -16,14 +16,14 @@ from vllm.renderers import chat_utils, hf
 from vllm.renderers.online_renderer import OnlineRenderer
 from vllm.v1.engine import EngineCoreRequest
 
-from llmserve import guards
-from llmserve.guards import is_known, is_plain, is_repeatable
+from llmserve.engine.fastpath import guards
+from llmserve.engine.fastpath.guards import is_known, is_plain, is_repeatable
 from tests.contract.vllm_source import fingerprint, reads
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-SAID = "look at what this vLLM does with it, then enter it in llmserve/guards.py"
+SAID = "look at what this vLLM does with it, then enter it in llmserve/engine/fastpath/guards.py"
 
 # Fields that go vLLM's way, and those that no answer depends on.
 LONG_WAY = {
@@ -114,7 +114,7 @@ GENERATORS: dict[str, tuple[Callable[..., Any], dict[str, set[str]]]] = {
 def test_generator_reads_what_the_fast_path_knows(name: str, of: str) -> None:
     generator, known = GENERATORS[name]
     assert reads(generator, of) == known[of], (
-        "llmserve/chunks.py and guards.py stand for this generator; look at what it reads now"
+        "llmserve/engine/fastpath/chunk_templates.py and guards.py stand for this generator; look at what it reads now"
     )
 
 
@@ -144,7 +144,7 @@ READERS: dict[str, tuple[Callable[..., Any], str]] = {
 def test_reader_of_messages_is_the_one_that_is_known(name: str) -> None:
     function, known = READERS[name]
     assert fingerprint(function) == known, (
-        f"llmserve/express.py, `Chat`, stands for {name}; look at what it reads in a text now"
+        f"llmserve/engine/fastpath/fast_path.py, `Chat`, stands for {name}; look at what it reads in a text now"
     )
 
 

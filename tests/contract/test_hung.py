@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import signal
 
-from llmserve.config import ModelSpec
+from llmserve.registry.config import ModelSpec
 from tests.contract.conftest import CHAT, on_fake_core
 
 

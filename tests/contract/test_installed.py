@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import typing
 
-from llmserve.installed import engine_fields, parser_names
+from llmserve.registry.engine_args import engine_fields, parser_names
 
 
 def test_fields_are_those_of_the_class() -> None:

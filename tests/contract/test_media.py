@@ -17,8 +17,8 @@ from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY
 from vllm.renderers import chat_utils
 
-from llmserve.environment import MEDIA_CONNECTOR
-from llmserve.media import PublicMedia, is_public
+from llmserve.engine.environment import MEDIA_CONNECTOR
+from llmserve.engine.media import PublicMedia, is_public
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -142,7 +142,7 @@ def test_address_on_the_internet_is_public(address: str) -> None:
 
 
 def test_vllm_loads_its_fetcher_by_name() -> None:
-    said = "llmserve/media.py is loaded so; look at how this vLLM fetches a URL"
+    said = "llmserve/engine/media.py is loaded so; look at how this vLLM fetches a URL"
     assert envs.VLLM_MEDIA_CONNECTOR == MEDIA_CONNECTOR
     assert MEDIA_CONNECTOR_REGISTRY.name2class[MEDIA_CONNECTOR] is PublicMedia, said
     source = inspect.getsource(chat_utils)

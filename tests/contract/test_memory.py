@@ -9,11 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from llmserve import checks, memory, plan
-from llmserve.config import ModelSpec
-from llmserve.environment import is_cpu_build
-from llmserve.gpus import GIB, Gpu, described
-from llmserve.startlog import one_line
+from llmserve.engine.environment import is_cpu_build
+from llmserve.engine.startup_log import one_line
+from llmserve.gpus.device import GIB, Gpu, described
+from llmserve.planning import feasibility, memory_model, plan
+from llmserve.registry.config import ModelSpec
 from tests.contract.conftest import CHAT
 
 
@@ -47,21 +47,21 @@ def test_default_steps_are_those_of_vllm(box0: Gpu, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(platform, "get_device_name", lambda *_: box0.name)
     tokens, seqs = EngineArgs.get_batch_defaults(world_size=4)
     server = UsageContext.OPENAI_API_SERVER
-    assert memory.default_steps(box0) == (tokens[server], seqs[server])
+    assert memory_model.default_steps(box0) == (tokens[server], seqs[server])
 
 
 def test_a_block_is_as_long_as_vllm_s() -> None:
     from vllm.config import CacheConfig
     from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
 
-    assert memory.BLOCK_TOKENS == CacheConfig.DEFAULT_BLOCK_SIZE == CacheConfig().block_size
-    assert FlashAttentionBackend.supports_block_size(memory.BLOCK_TOKENS)
+    assert memory_model.BLOCK_TOKENS == CacheConfig.DEFAULT_BLOCK_SIZE == CacheConfig().block_size
+    assert FlashAttentionBackend.supports_block_size(memory_model.BLOCK_TOKENS)
 
 
 def test_vllm_keeps_one_block_empty() -> None:
     from vllm.v1.core.block_pool import BlockPool
 
-    pool = BlockPool(10, enable_caching=False, hash_block_size=memory.BLOCK_TOKENS)
+    pool = BlockPool(10, enable_caching=False, hash_block_size=memory_model.BLOCK_TOKENS)
     assert pool.get_num_free_blocks() == 9
 
 
@@ -70,18 +70,18 @@ def test_formats_of_weights_need_what_vllm_says() -> None:
 
     needs = {
         name: get_quantization_config(name).get_min_capability()
-        for name in checks.QUANTIZATION_NEEDS
+        for name in feasibility.QUANTIZATION_NEEDS
     }
-    assert needs == checks.QUANTIZATION_NEEDS
+    assert needs == feasibility.QUANTIZATION_NEEDS
 
 
 def test_quantization_while_loading_is_called_what_vllm_calls_it() -> None:
     from vllm.config.quantization import ONLINE_QUANT_SHORTHAND_NAMES
     from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
 
-    assert memory._ONLINE.keys() <= set(QUANTIZATION_METHODS)
+    assert memory_model._ONLINE.keys() <= set(QUANTIZATION_METHODS)
     # It was a method before there were shorthands.
-    assert memory._ONLINE.keys() - set(ONLINE_QUANT_SHORTHAND_NAMES) == {"fp8"}
+    assert memory_model._ONLINE.keys() - set(ONLINE_QUANT_SHORTHAND_NAMES) == {"fp8"}
 
 
 def test_a_kv_cache_that_is_said_is_not_measured_and_0_is_not_said() -> None:
@@ -142,8 +142,8 @@ def test_vllm_tells_of_a_small_kv_cache_as_the_start_s_log_reads_it() -> None:
 
 @pytest.mark.skipif(not is_cpu_build(), reason="vLLM's build for CPUs sets it")
 def test_blocks_of_a_kv_cache_on_a_cpu() -> None:
-    from llmserve.engine import engine_arguments
+    from llmserve.engine.engine import engine_arguments
 
     spec = ModelSpec(name="chat", model=str(CHAT), engine={"max_model_len": 512})
     config = engine_arguments(spec).create_engine_config()
-    assert config.cache_config.block_size == checks._CPU_BLOCK_TOKENS
+    assert config.cache_config.block_size == feasibility._CPU_BLOCK_TOKENS

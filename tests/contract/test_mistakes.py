@@ -16,17 +16,18 @@ from vllm.config import ModelConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.renderers.params import TokenizeParams
 
-from llmserve import app, tokencount
-from llmserve.body import _checked
-from llmserve.bounded import shape_of
+from llmserve.api.endpoints import ENDPOINTS
+from llmserve.engine import token_count
+from llmserve.engine.handlers import HANDLERS, TOO_LONG, Serving, _validate, without_own_size
+from llmserve.engine.request_validation import shape_of
 from llmserve.errors import RequestError
-from llmserve.protocol import ENDPOINTS
-from llmserve.serving import HANDLERS, TOO_LONG, Serving, _validate, without_own_size
+from llmserve.http import app
+from llmserve.http.body import _checked
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from llmserve.routes import Services
+    from llmserve.http.routes import Services
 
 USER = {"role": "user", "content": "hello"}
 BASE: dict[str, dict[str, Any]] = {
@@ -144,16 +145,16 @@ def test_vllm_cuts_long_prompts_where_tokencount_expects() -> None:
     bare = getattr(whole, "__wrapped__", whole)
     params = TokenizeParams(max_total_tokens=2048)
     assert bare(params)["max_length"] == 2049
-    assert tokencount._whole(bare)(params)["max_length"] == tokencount.LIMIT + 1
+    assert token_count._whole(bare)(params)["max_length"] == token_count.LIMIT + 1
     cut = TokenizeParams(max_total_tokens=2048, truncate_prompt_tokens=7)
-    assert tokencount._whole(bare)(cut) == bare(cut)
+    assert token_count._whole(bare)(cut) == bare(cut)
     with pytest.raises(VLLMValidationError) as caught:
         params.apply_post_tokenization(None, {"prompt_token_ids": [1] * 2049})
     said = "contains at least 2049 input tokens"
     assert said in str(caught.value)
-    assert "contains 2049 input tokens" in tokencount.exact(said)
-    more = f"contains {tokencount.LIMIT + 1} input tokens"
-    assert tokencount.exact(more) == more.replace("contains", "contains at least")
+    assert "contains 2049 input tokens" in token_count.exact(said)
+    more = f"contains {token_count.LIMIT + 1} input tokens"
+    assert token_count.exact(more) == more.replace("contains", "contains at least")
 
 
 @pytest.mark.parametrize("said", TOO_LONG)

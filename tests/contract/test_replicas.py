@@ -14,8 +14,9 @@ import pytest
 import pytest_asyncio
 from prometheus_client.parser import text_string_to_metric_families
 
-from llmserve import app, child
-from llmserve.config import ModelSpec
+from llmserve.engine.worker import plugin
+from llmserve.http import app
+from llmserve.registry.config import ModelSpec
 from tests.contract.conftest import CHAT, on_fake_core, services_of
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     from prometheus_client.samples import Sample
 
-    from llmserve.routes import Services
+    from llmserve.http.routes import Services
 
 CHATS, RESPONSES = "/v1/chat/completions", "/v1/responses"
 
@@ -93,9 +94,9 @@ async def test_the_figures_of_replicas_are_told_apart_on_one_valid_page(services
 
 async def test_models_with_adapters_and_the_same_cache_are_told_apart() -> None:
     """Some families of vLLM's have neither model nor engine among their labels."""
-    from llmserve.engine import engine_arguments
+    from llmserve.engine.engine import engine_arguments
+    from llmserve.engine.metrics import Figures
     from llmserve.metrics import Metrics
-    from llmserve.stats import Figures
 
     config = engine_arguments(twins(enable_lora=True)).create_engine_config()
     registries = []
@@ -138,7 +139,7 @@ async def test_a_response_is_found_whichever_replica_gave_it(services: Services)
 def test_vllm_keeps_responses_where_replicas_share_them() -> None:
     from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 
-    from llmserve.responses import Responses
+    from llmserve.lifecycle.response_store import Responses
 
     kept = SimpleNamespace()
     Responses().keep_for(kept, lambda _: None)  # type: ignore[arg-type, return-value]
@@ -149,13 +150,13 @@ def test_vllm_keeps_responses_where_replicas_share_them() -> None:
 
 
 def test_replicas_share_what_torch_compile_has_made() -> None:
-    from llmserve.engine import engine_arguments
+    from llmserve.engine.engine import engine_arguments
 
     config = engine_arguments(twins()).create_engine_config()
-    assert child._replica_of(config.instance_id) is None
+    assert plugin._replica_of(config.instance_id) is None
     before = config.compute_hash()
-    config.instance_id = child.instance_of(1, config.instance_id)
-    assert child._replica_of(config.instance_id) == 1
+    config.instance_id = plugin.instance_of(1, config.instance_id)
+    assert plugin._replica_of(config.instance_id) == 1
     assert config.compute_hash() == before
 
 
@@ -164,7 +165,7 @@ def test_each_replica_s_engine_core_is_told_its_log(
 ) -> None:
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    from llmserve.engine import Launcher
+    from llmserve.engine.engine import Launcher
     from llmserve.errors import StartupError
 
     configs: list[Any] = []
@@ -179,7 +180,7 @@ def test_each_replica_s_engine_core_is_told_its_log(
     for spec, number in ((twins(), 0), (twins(), 1), (alone, 0)):
         with pytest.raises(StartupError, match="not in this test"):
             launcher.start(spec, number)
-    assert [child._replica_of(config.instance_id) for config in configs] == [0, 1, None]
+    assert [plugin._replica_of(config.instance_id) for config in configs] == [0, 1, None]
     assert len({config.instance_id for config in configs}) == 3
     logs = [launcher.log_of(twins(), 0), launcher.log_of(twins(), 1), launcher.log_of(alone, 0)]
     assert [log.name for log in logs] == ["model-chat+0.log", "model-chat+1.log", "model-chat.log"]

@@ -1,4 +1,4 @@
-"""What `llmserve.schema` promises of xgrammar: each text of a grammar satisfies its schema."""
+"""What `llmserve.engine.structured_output.json_schema` promises of xgrammar: each text of a grammar satisfies its schema."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import xgrammar as xgr
 from jsonschema import Draft202012Validator
 from xgrammar.testing import _is_grammar_accept_string
 
-from llmserve.schema import honoured
-from llmserve.subschema import Unsupported
+from llmserve.engine.structured_output.json_schema import honoured
+from llmserve.engine.structured_output.subschema import Unsupported
 
 if TYPE_CHECKING:
     from collections.abc import Callable

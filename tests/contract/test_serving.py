@@ -14,16 +14,16 @@ import pytest
 from openai.types.responses import Response, ResponseFunctionToolCall, ResponseStreamEvent
 from pydantic import TypeAdapter
 
-from llmserve import app
-from llmserve.config import ModelSpec
 from llmserve.errors import LLMServeError
-from llmserve.watch import Watch
+from llmserve.http import app
+from llmserve.lifecycle.health import Watch
+from llmserve.registry.config import ModelSpec
 from tests.contract.conftest import CHAT, EMBED, on_fake_core, services_of
 from tests.contract.fake_core import DIES, FAILS
 from tests.listening import listening
 
 if TYPE_CHECKING:
-    from llmserve.routes import Services
+    from llmserve.http.routes import Services
 
 HELLO = [{"role": "user", "content": "Hello there, how are you?"}]
 
@@ -227,7 +227,7 @@ def test_what_vllm_says_of_prompts_that_do_not_fit() -> None:
 
     import vllm
 
-    from llmserve.serving import TOO_LONG
+    from llmserve.engine.handlers import TOO_LONG
 
     root = Path(vllm.__file__).parent
     files = ("renderers/params.py", "v1/engine/input_processor.py", "entrypoints")
@@ -307,8 +307,8 @@ async def test_a_dead_engine_fails_its_requests_and_nothing_else() -> None:
 
 
 def test_the_openapi_page_names_every_route(fake: Services) -> None:
-    from llmserve import routes
-    from llmserve.openapi import document
+    from llmserve.http import routes
+    from llmserve.http.openapi import document
 
     page = document(routes.table())
     assert {"/v1/chat/completions", "/v1/embeddings", "/v1/models/{name}"} <= page["paths"].keys()
@@ -359,7 +359,7 @@ async def test_tool_input_of_a_message_has_any_value(fake: Services, value: Any)
 async def test_tool_input_is_the_same_streamed_and_whole(fake: Services) -> None:
     from vllm.entrypoints.anthropic.protocol import AnthropicDelta, AnthropicStreamEvent
 
-    from llmserve.serving import HANDLERS
+    from llmserve.engine.handlers import HANDLERS
 
     delta = AnthropicDelta(type="input_json_delta", partial_json=json.dumps(WITH_NULLS))
     event = AnthropicStreamEvent(type="content_block_delta", index=0, delta=delta)
@@ -422,7 +422,7 @@ def free_fields() -> list[tuple[type[Any], tuple[str, ...]]]:
 
 @pytest.mark.parametrize("number", range(10))
 def test_free_field_of_a_response_model_is_data(number: int) -> None:
-    from llmserve.nulls import schema_of
+    from llmserve.engine.schema_nulls import schema_of
 
     kind, path = free_fields()[number]
     schema = schema_of(kind)
@@ -442,7 +442,7 @@ def test_vllm_uses_its_stores_as_responses_offers_them() -> None:
 
     from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 
-    said = "llmserve/responses.py stands for these dictionaries; look at how vLLM uses them now"
+    said = "llmserve/lifecycle/response_store.py stands for these dictionaries; look at how vLLM uses them now"
     names = {"response_store", "msg_store", "event_store", "background_tasks"}
     uses = [
         (node.value.attr, node.attr)

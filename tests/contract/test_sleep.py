@@ -1,4 +1,4 @@
-"""Sleep without a GPU: `llmserve.hostcopy` on memory that is made up, and vLLM's names that it needs."""
+"""Sleep without a GPU: `llmserve.engine.worker.host_offload` on memory that is made up, and vLLM's names that it needs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmserve.errors import EngineError
-from llmserve.residency import Level
+from llmserve.lifecycle.eviction import Level
 from tests.contract.test_engine import spec
 from tests.contract.test_worker import called, class_of, parameters, source, tree_of
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from vllm.device_allocator import AllocationData
 
-    from llmserve.hostcopy import HostCopies
+    from llmserve.engine.worker.host_offload import HostCopies
 
 HOST = 1 << 40  # host addresses lie above
 MIB = 1 << 20
@@ -45,7 +45,7 @@ SPANS = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 12)), max_size=8).
 @settings(deadline=None)  # the first call imports vLLM
 @given(spans=SPANS)
 def test_merged_spans_cover_the_same_in_order_and_apart(spans: list[tuple[int, int]]) -> None:
-    from llmserve.hostcopy import merged
+    from llmserve.engine.worker.host_offload import merged
 
     united = merged(spans)
     assert bytes_of(united) == sorted(set(bytes_of(spans)))
@@ -57,7 +57,7 @@ def test_merged_spans_cover_the_same_in_order_and_apart(spans: list[tuple[int, i
 def test_what_is_left_without_holes(
     spans: list[tuple[int, int]], holes: list[tuple[int, int]]
 ) -> None:
-    from llmserve.hostcopy import merged, without
+    from llmserve.engine.worker.host_offload import merged, without
 
     left = without(merged(spans), merged(holes))
     assert bytes_of(left) == sorted(set(bytes_of(spans)) - set(bytes_of(holes)))
@@ -65,7 +65,7 @@ def test_what_is_left_without_holes(
 
 def test_spans_that_touch_stay_two() -> None:
     """They are two allocations: no copy may reach over both."""
-    from llmserve.hostcopy import without
+    from llmserve.engine.worker.host_offload import without
 
     assert without([(0, 4), (4, 8)], [(2, 3)]) == [(0, 2), (3, 4), (4, 8)]
 
@@ -73,7 +73,7 @@ def test_spans_that_touch_stay_two() -> None:
 @settings(deadline=None)
 @given(spans=SPANS, size=st.integers(1, 20))
 def test_pieces_fill_one_buffer_after_another(spans: list[tuple[int, int]], size: int) -> None:
-    from llmserve.hostcopy import merged, pieces
+    from llmserve.engine.worker.host_offload import merged, pieces
 
     apart = merged(spans)
     cut = list(pieces(apart, size))
@@ -176,14 +176,14 @@ class Memory:
 
 @pytest.fixture
 def memory(monkeypatch: pytest.MonkeyPatch) -> Memory:
-    monkeypatch.setattr("llmserve.hostcopy.BUFFER_BYTES", 64)
+    monkeypatch.setattr("llmserve.engine.worker.host_offload.BUFFER_BYTES", 64)
     return Memory(weights=1000, kv_cache=2000, runtime=30, workspace=500, default=70)
 
 
 @pytest.fixture
 def copies(memory: Memory) -> HostCopies:
     """Of a model with parameters in all its weights' memory but 100 bytes in the middle."""
-    from llmserve.hostcopy import HostCopies
+    from llmserve.engine.worker.host_offload import HostCopies
 
     start = memory.at("weights")
     # The last is elsewhere: weights that vLLM leaves on the host.
@@ -224,7 +224,7 @@ def test_a_wake_whose_copy_fails_leaves_nothing_mapped(
         assert not memory.mapped
         assert all(data.is_asleep for data in memory.found.values())
         monkeypatch.undo()
-        monkeypatch.setattr("llmserve.hostcopy.BUFFER_BYTES", 64)
+        monkeypatch.setattr("llmserve.engine.worker.host_offload.BUFFER_BYTES", 64)
     copies.resume()
     assert contents(memory, "weights", "runtime") == before
 
@@ -271,7 +271,7 @@ def test_preparing_is_done_elsewhere_and_once(memory: Memory, copies: HostCopies
 
 
 def test_without_parameters_that_stay_all_is_copied_at_each_sleep(memory: Memory) -> None:
-    from llmserve.hostcopy import HostCopies
+    from llmserve.engine.worker.host_offload import HostCopies
 
     copies = HostCopies(memory, lambda: ())
     prepared(copies)
@@ -440,7 +440,7 @@ class Cudart:
 def test_pinned_memory_can_be_written_and_goes_back() -> None:
     import ctypes
 
-    from llmserve.devicememory import Pinned
+    from llmserve.engine.worker.kv_pages import Pinned
 
     cudart = Cudart()
     pinned = Pinned(cudart, 5000)
@@ -452,7 +452,7 @@ def test_pinned_memory_can_be_written_and_goes_back() -> None:
 
 
 def test_memory_that_cannot_be_unpinned_says_so() -> None:
-    from llmserve.devicememory import Pinned
+    from llmserve.engine.worker.kv_pages import Pinned
 
     cudart = Cudart()
     pinned = Pinned(cudart, 5000)
@@ -463,7 +463,7 @@ def test_memory_that_cannot_be_unpinned_says_so() -> None:
 
 
 def test_memory_that_cannot_be_pinned_says_what_to_do() -> None:
-    from llmserve.devicememory import Pinned
+    from llmserve.engine.worker.kv_pages import Pinned
 
     cudart = Cudart(code=2)
     with pytest.raises(MemoryError, match=r"could not be pinned \(error 2\); lower `host_memory`"):
@@ -504,7 +504,7 @@ def test_handles_are_as_they_were() -> None:
 def test_vllm_keeps_what_we_keep() -> None:
     from vllm.device_allocator.sleep_mode_backend import CuMemBackend
 
-    from llmserve.hostcopy import _KEPT
+    from llmserve.engine.worker.host_offload import _KEPT
 
     text = ast.unparse(tree_of(CuMemBackend.suspend))
     assert "offload_tags: tuple[str, ...] = ('runtime', 'cudagraph')" in text
@@ -515,7 +515,7 @@ def test_vllm_keeps_what_we_keep() -> None:
 def test_a_backend_is_asked_the_same() -> None:
     from vllm.device_allocator.sleep_mode_backend import SleepModeBackend
 
-    from llmserve.hostcopy import HostCopies
+    from llmserve.engine.worker.host_offload import HostCopies
 
     for name in ("suspend", "resume", "discard"):
         ours, theirs = getattr(HostCopies, name), getattr(SleepModeBackend, name)
@@ -534,7 +534,7 @@ def test_cuda_s_functions_are_those_of_vllm_s_wrapper() -> None:
 
 
 def test_without_an_allocator_nothing_was_trimmed() -> None:
-    from llmserve.devicememory import trimmed_bytes
+    from llmserve.engine.worker.kv_pages import trimmed_bytes
 
     assert trimmed_bytes() == 0
 
@@ -544,7 +544,7 @@ def test_segments_given_back_behind_torch_s_back_are_counted(
 ) -> None:
     from vllm.device_allocator.cumem import CuMemAllocator
 
-    from llmserve.devicememory import trimmed_bytes
+    from llmserve.engine.worker.kv_pages import trimmed_bytes
 
     def pool(*addresses: int) -> Any:
         segments = [{"address": at, "total_size": at * 10, "allocated_size": 0} for at in addresses]
@@ -585,7 +585,7 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> Any:
     from vllm.config.load import LoadConfig
     from vllm.v1.worker.gpu_worker import Worker
 
-    from llmserve.worker import GpuWorker
+    from llmserve.engine.worker.gpu_worker import GpuWorker
 
     monkeypatch.setattr(Worker, "__init__", lambda _: None)
     monkeypatch.setattr(Worker, "synchronize_device", lambda _: None)
@@ -620,7 +620,7 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_names_of_our_own_are_not_vllm_s() -> None:
-    from llmserve.worker import GpuWorker
+    from llmserve.engine.worker.gpu_worker import GpuWorker
 
     ours = {"prepare_sleep", "sleep_prepared", "forget_copies", "_unchanging", "_unless_read_once"}
     assert ours <= vars(GpuWorker).keys()
@@ -634,7 +634,7 @@ def test_names_of_our_own_are_not_vllm_s() -> None:
 def test_the_worker_is_asked_the_same(name: str) -> None:
     from vllm.v1.worker.gpu_worker import Worker
 
-    from llmserve.worker import GpuWorker
+    from llmserve.engine.worker.gpu_worker import GpuWorker
 
     assert parameters(getattr(GpuWorker, name)) == parameters(getattr(Worker, name))
 
@@ -713,7 +713,7 @@ def test_weights_of_models_not_looked_into_are_not_given_up(
 
 
 def test_what_tells_models_apart_is_vllm_s() -> None:
-    from llmserve.engine import engine_arguments
+    from llmserve.engine.engine import engine_arguments
 
     config = engine_arguments(spec()).create_engine_config()
     model = config.model_config
@@ -774,7 +774,7 @@ def test_a_worker_on_a_cpu_does_what_vllm_s_does() -> None:
     """Which is to say that it does nothing."""
     from vllm.v1.worker.gpu_worker import Worker
 
-    from llmserve.worker import GpuWorker
+    from llmserve.engine.worker.gpu_worker import GpuWorker
 
     assert {"sleep", "wake_up"} <= class_of("v1/worker/cpu_worker.py", "CPUWorker").keys()
     asked: list[Any] = []
@@ -860,9 +860,9 @@ class Client:
 def engine(executor: Any) -> Any:
     from vllm.engine.arg_utils import AsyncEngineArgs
 
-    from llmserve.engine import Engine
-    from llmserve.stats import Figures
-    from llmserve.tether import Tether
+    from llmserve.engine.engine import Engine
+    from llmserve.engine.metrics import Figures
+    from llmserve.engine.parent_watch import Tether
 
     client: Any = Client(executor)
     arguments = AsyncEngineArgs(model="m", enable_sleep_mode=True)
@@ -941,7 +941,7 @@ async def test_what_fails_is_one_line_and_leaves_the_level(
 
 
 async def test_an_engine_on_a_cpu_does_not_sleep(engine: Any) -> None:
-    from llmserve.engine import engine_arguments
+    from llmserve.engine.engine import engine_arguments
 
     engine.arguments = engine_arguments(spec(), sleeps=True)
     assert not engine.sleeps
@@ -954,7 +954,7 @@ async def test_an_engine_on_a_cpu_does_not_sleep(engine: Any) -> None:
 def test_one_on_cuda_does_if_it_is_to(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.platforms import current_platform
 
-    from llmserve.engine import engine_arguments
+    from llmserve.engine.engine import engine_arguments
 
     monkeypatch.setattr(type(current_platform), "is_cuda", lambda _: True)
     assert engine_arguments(spec(), sleeps=True).enable_sleep_mode is True
@@ -996,7 +996,7 @@ def test_a_sleeping_core_answers_that_it_sleeps() -> None:
 def test_levels_are_vllm_s() -> None:
     from vllm.v1.engine.core import EngineCore
 
-    from llmserve.engine import _VLLM_LEVELS
+    from llmserve.engine.engine import _VLLM_LEVELS
 
     text = inspect.getsource(EngineCore.sleep)
     assert "Level 1: Offload model weights to CPU, discard KV cache." in text

@@ -12,8 +12,8 @@ import msgspec
 import pytest
 from vllm.v1.engine import EngineCoreOutputs, UtilityOutput
 
-from llmserve.steps import Steps
-from llmserve.wire import Inbox
+from llmserve.engine.fastpath.step_handler import Steps
+from llmserve.engine.fastpath.zmq_sockets import Inbox
 from tests.contract.test_express import (
     CHATS,
     COMPLETIONS,
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from tests.contract.test_express import Box
 
-SAID = "llmserve/steps.py does the same; look at what this vLLM does there"
+SAID = "llmserve/engine/fastpath/step_handler.py does the same; look at what this vLLM does there"
 
 
 @pytest.fixture

@@ -14,16 +14,16 @@ from transformers import AutoTokenizer
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.parser import ParserManager
 
-from llmserve.schema import constraints_in, honoured
-from llmserve.subschema import ARGUMENTS
-from llmserve.toolcalls import mended
+from llmserve.engine.structured_output.json_schema import constraints_in, honoured
+from llmserve.engine.structured_output.subschema import ARGUMENTS
+from llmserve.engine.tool_parsers import mended
 from tests.contract.conftest import CHAT
 from tests.contract.test_grammar import running
 from tests.contract.test_schema import texts
 from tests.contract.test_serving import HELLO, events, post
 
 if TYPE_CHECKING:
-    from llmserve.routes import Services
+    from llmserve.http.routes import Services
 
 CHATS, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/responses", "/v1/messages"
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}

@@ -13,8 +13,8 @@ import pytest
 import zmq
 import zmq.asyncio
 
-from llmserve.stream import Flow
-from llmserve.wire import Inbox, Outbox
+from llmserve.api.token_stream import Flow
+from llmserve.engine.fastpath.zmq_sockets import Inbox, Outbox
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -1,4 +1,4 @@
-"""The names of vLLM's that `llmserve.worker` builds on: what a worker is asked, and in which order."""
+"""The names of vLLM's that `llmserve.engine.worker.gpu_worker` builds on: what a worker is asked, and in which order."""
 
 from __future__ import annotations
 
@@ -80,14 +80,14 @@ def class_of(file: str, name: str) -> dict[str, ast.FunctionDef]:
 def test_each_step_of_a_start_is_a_method_of_vllm_s_worker(step: str) -> None:
     from vllm.v1.worker.gpu_worker import Worker
 
-    from llmserve.worker import GpuWorker
+    from llmserve.engine.worker.gpu_worker import GpuWorker
 
     assert step in vars(Worker)
     assert parameters(getattr(GpuWorker, step)) == parameters(getattr(Worker, step))
 
 
 def test_the_steps_are_all_that_is_overridden() -> None:
-    from llmserve.worker import GpuWorker
+    from llmserve.engine.worker.gpu_worker import GpuWorker
 
     ours = {name for name, value in vars(GpuWorker).items() if inspect.isfunction(value)}
     sleep = {"sleep", "wake_up", "prepare_sleep", "sleep_prepared", "forget_copies"}
@@ -189,8 +189,8 @@ def test_the_class_is_found_by_its_name() -> None:
     from vllm.utils.import_utils import resolve_obj_by_qualname
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
-    from llmserve.engine import _WORKERS
-    from llmserve.worker import GpuWorker
+    from llmserve.engine.engine import _WORKERS
+    from llmserve.engine.worker.gpu_worker import GpuWorker
 
     assert resolve_obj_by_qualname(_WORKERS[False]) is GpuWorker
     init = tree_of(WorkerWrapperBase.init_worker)
@@ -203,10 +203,10 @@ def test_the_class_is_found_by_its_name() -> None:
 
 
 def test_our_worker_stays_and_auto_becomes_vllm_s() -> None:
-    from llmserve.engine import engine_arguments
+    from llmserve.engine.engine import engine_arguments
 
     for said, becomes in (
-        ({}, "llmserve.cpuworker.CpuWorker"),
+        ({}, "llmserve.engine.worker.cpu_worker.CpuWorker"),
         ({"worker_cls": "auto"}, "vllm.v1.worker.cpu_worker.CPUWorker"),
     ):
         config = engine_arguments(spec(engine=said)).create_engine_config()
@@ -240,7 +240,7 @@ def test_what_the_plan_says_does_not_compile_anew() -> None:
 
     usual = ParallelConfig().compute_hash()
     placed = ParallelConfig(
-        worker_cls="llmserve.worker.GpuWorker",
+        worker_cls="llmserve.engine.worker.gpu_worker.GpuWorker",
         assigned_physical_gpu_ids=[1],
         distributed_executor_backend="mp",
     )
@@ -288,7 +288,7 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Ours on a worker of vLLM's that does nothing but say what it was asked."""
     from vllm.v1.worker.gpu_worker import Worker
 
-    from llmserve.worker import GpuWorker
+    from llmserve.engine.worker.gpu_worker import GpuWorker
 
     asked: list[Any] = []
 
@@ -397,7 +397,7 @@ same = torch.cuda.Event is before
 import llmserve.cpuworker
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-order = [each.__name__ for each in llmserve.cpuworker.CpuWorker.__mro__]
+order = [each.__name__ for each in llmserve.engine.worker.cpu_worker.CpuWorker.__mro__]
 print(json.dumps([cpu, same, torch.cuda.Event is before, order]))
 """
 

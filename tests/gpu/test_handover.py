@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from llmserve import nvml
-from llmserve.handover import PAGE_BYTES, Handover
+from llmserve.gpus import nvml
+from llmserve.gpus.page_exchange import PAGE_BYTES, Handover
 from tests.gpu import MARKS
 
 if TYPE_CHECKING:
@@ -41,8 +41,8 @@ class Device:
     def __init__(self) -> None:
         import torch
 
-        from llmserve.cudadriver import Driver
-        from llmserve.devicememory import Pages
+        from llmserve.engine.worker.kv_pages import Pages
+        from llmserve.gpus.cuda_driver import Driver
 
         torch.zeros(1, device="cuda:0")  # a context
         self.driver = Driver(0)
@@ -54,7 +54,7 @@ class Device:
 
     def _worker_memory(self) -> Any:
         """As an engine's worker has it, which clears; vLLM's part of it is this object's."""
-        from llmserve.devicememory import CudaMemory
+        from llmserve.engine.worker.kv_pages import CudaMemory
 
         runtime = ctypes.CDLL(loaded("libcudart"))
         every = SimpleNamespace(tag="kv_cache")

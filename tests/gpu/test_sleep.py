@@ -17,16 +17,16 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from benchmarks.sleep import generated, lines_of_sleep, used
-from llmserve import environment
-from llmserve.config import ModelSpec
+from llmserve.engine import environment
 from llmserve.errors import EngineError
-from llmserve.gpus import gib
-from llmserve.residency import Level
+from llmserve.gpus.device import gib
+from llmserve.lifecycle.eviction import Level
+from llmserve.registry.config import ModelSpec
 from tests.gpu import MARKS
 from tests.integration.conftest import CHAT
 
 if TYPE_CHECKING:
-    from llmserve.engine import Engine
+    from llmserve.engine.engine import Engine
 
 pytestmark = MARKS
 
@@ -84,7 +84,7 @@ def made(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
-    from llmserve.engine import Launcher
+    from llmserve.engine.engine import Launcher
 
     folder = tmp_path_factory.mktemp("sleep")
     environment.prepare(1, folder)

@@ -75,7 +75,10 @@ def test_hostile_constraints_leave_all_others_served(tmp_path: Path) -> None:
         choice = post(structured_outputs={"choice": ["yes", "no"]}).json()
         assert choice["choices"][0]["message"]["content"] in {"yes", "no"}
         family = server.family()
-        assert any("llmserve.grammarworker" in process.cmdline() for process in family)
+        assert any(
+            "llmserve.engine.structured_output.compiler_process" in process.cmdline()
+            for process in family
+        )
         server.process.terminate()
         server.process.wait(STOP_S)
         _, left = psutil.wait_procs(family, timeout=STOP_S)

@@ -17,7 +17,7 @@ import httpx
 import psutil
 import pytest
 
-from llmserve.runfolder import RunFolder
+from llmserve.engine.run_folder import RunFolder
 from tests.integration.conftest import CHAT, EMBED, START_S, Server, until, write_registry
 
 if TYPE_CHECKING:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from prometheus_client import CollectorRegistry
 from starlette.responses import Response
 
+from llmserve.api.endpoints import ENDPOINTS
+from llmserve.api.sse import EventStream, Frames
 from llmserve.errors import EngineDead, EngineError, StartupError
-from llmserve.protocol import ENDPOINTS
-from llmserve.residency import Level
-from llmserve.sse import EventStream, Frames
+from llmserve.lifecycle.eviction import Level
 from tests.fakes import failure
 
 if TYPE_CHECKING:
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
     from starlette.requests import Request
 
-    from llmserve.config import Config, ModelSpec
-    from llmserve.residency import Takes
-    from llmserve.space import Keep
+    from llmserve.lifecycle.eviction import Takes
+    from llmserve.lifecycle.gpu_memory import Keep
+    from llmserve.registry.config import Config, ModelSpec
 
 _BOUND_S = 60.0  # on every call into an engine, as on the real ones
 _NO_FIGURES = CollectorRegistry()
@@ -151,7 +151,7 @@ class Engine:
         if self.dead or self._weather.strikes():
             raise EngineError(f"could not {what}")
 
-    # --- as `llmserve.engine.Engine` is used by the backend
+    # --- as `llmserve.engine.engine.Engine` is used by the backend
 
     async def start_reports(self) -> Sequence[Mapping[str, Any]]:
         await asyncio.sleep(0.01)

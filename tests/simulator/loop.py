@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 import pytest
 from anyio._backends._asyncio import CancelScope
 
-from llmserve import life, watch
+from llmserve.lifecycle import health, transitions
 
 if TYPE_CHECKING:
     import random
@@ -178,8 +178,8 @@ def virtual_time(loop: SimulatedLoop) -> Iterator[None]:
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(time, "monotonic", loop.time)
-        patch.setattr(life, "_LOOK_S", _LOOK_S)
-        patch.setattr(watch, "_LOOK_S", 4 * _LOOK_S)
+        patch.setattr(transitions, "_LOOK_S", _LOOK_S)
+        patch.setattr(health, "_LOOK_S", 4 * _LOOK_S)
         patch.setattr(CancelScope, "__hash__", lambda scope: loop.number_of(scope))  # noqa: PLW0108
         gc.disable()
         try:

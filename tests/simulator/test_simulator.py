@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from llmserve.admission import Place, Slots
-from llmserve.backend import _Start
-from llmserve.pool import Pool
-from llmserve.replica import State
-from llmserve.residency import Level
+from llmserve.engine.backend import _Start
+from llmserve.lifecycle.admission import Place, Slots
+from llmserve.lifecycle.eviction import Level
+from llmserve.lifecycle.pool import Pool
+from llmserve.lifecycle.replica import State
 from tests.simulator.world import Violation, World
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
-    from llmserve.replica import Replica
+    from llmserve.lifecycle.replica import Replica
 
 pytestmark = pytest.mark.no_cover  # tracing makes a seed several times slower
 

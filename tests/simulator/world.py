@@ -14,18 +14,18 @@ from typing import TYPE_CHECKING, Any, cast
 import orjson
 from sse_starlette.sse import _get_shutdown_state
 
-from llmserve import app
-from llmserve.backend import VllmBackend, _Modules
-from llmserve.config import Config, IdleSpec, ModelSpec, SamplingSpec, ServerSpec
-from llmserve.control import Control
+from llmserve.engine.backend import VllmBackend, _Modules
 from llmserve.errors import LLMServeError, StartupError
+from llmserve.http import app
+from llmserve.http.routes import Services
+from llmserve.lifecycle.eviction import Level
+from llmserve.lifecycle.health import Watch
+from llmserve.lifecycle.operator import Control
+from llmserve.lifecycle.pool import Pool
+from llmserve.lifecycle.replica import State
 from llmserve.metrics import Metrics
-from llmserve.pool import Pool
-from llmserve.registry import Registry
-from llmserve.replica import State
-from llmserve.residency import Level
-from llmserve.routes import Services
-from llmserve.watch import Watch
+from llmserve.registry.config import Config, IdleSpec, ModelSpec, SamplingSpec, ServerSpec
+from llmserve.registry.names import Registry
 from tests.simulator.engines import Fleet, Memory, Weather
 from tests.simulator.loop import SimulatedLoop, SimulatedThreads, Stuck, virtual_time
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Coroutine, MutableMapping
     from concurrent.futures import ThreadPoolExecutor
 
-    from llmserve.replica import Replica
+    from llmserve.lifecycle.replica import Replica
 
 NAMES = ("a", "b", "c")
 _FOLDER = Path(__file__).with_name("model")  # files that a start takes

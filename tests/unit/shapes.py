@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from llmserve.shape import Shape
+from llmserve.checkpoint.shape import Shape
 
 LLAMA_8B = Shape(
     architecture="LlamaForCausalLM",

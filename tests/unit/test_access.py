@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from llmserve import access
-from llmserve.config import ServerSpec
 from llmserve.errors import Forbidden, Unauthorized
+from llmserve.http import auth
+from llmserve.registry.config import ServerSpec
 
 if TYPE_CHECKING:
     from starlette.types import Scope
@@ -49,7 +49,7 @@ def scope_of(
 )
 @pytest.mark.parametrize("client", ["127.0.0.1", "127.9.9.9", "::1", "::ffff:127.0.0.1"])
 def test_without_a_key_this_machine_may(host: str, client: str) -> None:
-    access.check(scope_of([("host", host), ("sec-fetch-site", "none")], (client, 1)), ServerSpec())
+    auth.check(scope_of([("host", host), ("sec-fetch-site", "none")], (client, 1)), ServerSpec())
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_without_a_key_this_machine_may(host: str, client: str) -> None:
 )
 def test_without_a_key_no_other_machine_may(client: tuple[str, int] | None) -> None:
     with pytest.raises(Forbidden, match=r"is not a loopback address.*server\.admin_key"):
-        access.check(scope_of(client=client), ServerSpec())
+        auth.check(scope_of(client=client), ServerSpec())
 
 
 @pytest.mark.parametrize(
@@ -83,13 +83,13 @@ def test_without_a_key_no_other_machine_may(client: tuple[str, int] | None) -> N
 def test_without_a_key_nothing_from_a_page_or_a_proxy_may(name: str) -> None:
     headers = [("host", "localhost"), (name.lower(), "http://localhost")]
     with pytest.raises(Forbidden, match=rf"(?i)`{name}`.*set that key"):
-        access.check(scope_of(headers), ServerSpec())
+        auth.check(scope_of(headers), ServerSpec())
 
 
 @pytest.mark.parametrize("site", ["cross-site", "same-site", "same-origin"])
 def test_without_a_key_no_image_of_a_page_may(site: str) -> None:
     with pytest.raises(Forbidden, match="A web page"):
-        access.check(scope_of([("host", "localhost"), ("sec-fetch-site", site)]), ServerSpec())
+        auth.check(scope_of([("host", "localhost"), ("sec-fetch-site", site)]), ServerSpec())
 
 
 @pytest.mark.parametrize(
@@ -111,17 +111,17 @@ def test_without_a_key_no_image_of_a_page_may(site: str) -> None:
 )
 def test_without_a_key_no_other_host_may(hosts: list[str]) -> None:
     with pytest.raises(Forbidden, match="The Host header"):
-        access.check(scope_of([("host", host) for host in hosts]), ServerSpec())
+        auth.check(scope_of([("host", host) for host in hosts]), ServerSpec())
 
 
 @pytest.mark.parametrize("path", ["/admin", "/admin/", "/admin/models"])
 def test_its_paths(path: str) -> None:
-    assert access.is_admin(path)
+    assert auth.is_admin(path)
 
 
 @pytest.mark.parametrize("path", ["/", "/administer", "/v1/admin/models", "/Admin/models"])
 def test_others_paths(path: str) -> None:
-    assert not access.is_admin(path)
+    assert not auth.is_admin(path)
 
 
 def keyed(value: str | None, client: tuple[str, int] = ("127.0.0.1", 1)) -> Scope:
@@ -132,23 +132,23 @@ def keyed(value: str | None, client: tuple[str, int] = ("127.0.0.1", 1)) -> Scop
 
 def test_admin_with_api_keys_alone_needs_one_of_them() -> None:
     """A plain proxy on this machine makes every client local."""
-    access.check(keyed("k-two"), KEYS)
+    auth.check(keyed("k-two"), KEYS)
     with pytest.raises(Unauthorized, match=r"server\.admin_key, /admin needs one of server\.api"):
-        access.check(keyed(None), KEYS)
+        auth.check(keyed(None), KEYS)
     with pytest.raises(Unauthorized, match=r"not one of server\.api_keys"):
-        access.check(keyed("k-three"), KEYS)
+        auth.check(keyed("k-three"), KEYS)
 
 
 def test_admin_with_api_keys_alone_stays_local() -> None:
     with pytest.raises(Forbidden, match="is not a loopback address"):
-        access.check(keyed("k-two", FAR), KEYS)
+        auth.check(keyed("k-two", FAR), KEYS)
 
 
 def test_admin_with_an_admin_key_takes_no_api_key() -> None:
     server = ServerSpec(api_keys=("k-one",), admin_key="a-key")
-    access.check(keyed("a-key", FAR), server)
+    auth.check(keyed("a-key", FAR), server)
     with pytest.raises(Unauthorized, match="API keys do not open /admin"):
-        access.check(keyed("k-one"), server)
+        auth.check(keyed("k-one"), server)
 
 
 # --- the other routes
@@ -186,7 +186,7 @@ def asking(
     ],
 )
 def test_host_that_no_page_can_have_is_served(host: str) -> None:
-    access.check(asking({"host": host}), ServerSpec())
+    auth.check(asking({"host": host}), ServerSpec())
 
 
 @pytest.mark.parametrize(
@@ -204,36 +204,36 @@ def test_host_that_no_page_can_have_is_served(host: str) -> None:
 @pytest.mark.parametrize("method", ["GET", "POST"])
 def test_host_of_a_rebinding_page_is_refused(host: str, method: str) -> None:
     with pytest.raises(Forbidden, match=r"Host header is .*server\.allowed_origins") as refused:
-        access.check(asking({"host": host}, method=method), ServerSpec())
+        auth.check(asking({"host": host}, method=method), ServerSpec())
     assert refused.value.code == "host_refused"
 
 
 def test_host_of_a_network_client_is_its_own_affair() -> None:
     """Names of a server in a network cannot be known."""
-    access.check(asking({"host": "gpu.corp.example"}, client=FAR), ServerSpec(host="0.0.0.0"))
+    auth.check(asking({"host": "gpu.corp.example"}, client=FAR), ServerSpec(host="0.0.0.0"))
 
 
 def test_host_is_looked_up_by_our_server_s_extension() -> None:
     scope = asking({"host": "evil.example"}, client=None)
     for address, refused in (("127.0.0.1", True), ("10.0.0.7", False), (None, False)):
-        scope["extensions"] = {access.PEER: lambda address=address: address}
+        scope["extensions"] = {auth.PEER: lambda address=address: address}
         if refused:
             with pytest.raises(Forbidden):
-                access.check(scope, ServerSpec())
+                auth.check(scope, ServerSpec())
         else:
-            access.check(scope, ServerSpec())
+            auth.check(scope, ServerSpec())
 
 
 @pytest.mark.parametrize("host", ["chat.example", "ui.example:3000", "ui.example"])
 def test_host_of_an_allowed_origin_is_served(host: str) -> None:
     """A proxy on this machine that passes its own Host on."""
-    access.check(asking({"host": host}), PAGES)
-    access.check(asking({"host": host}), ServerSpec(allowed_origins=("*",)))
+    auth.check(asking({"host": host}), PAGES)
+    auth.check(asking({"host": host}), ServerSpec(allowed_origins=("*",)))
 
 
 def test_host_does_not_count_where_a_key_is_needed() -> None:
-    access.check(asking({"host": "evil.example", "x-api-key": "k-one"}), KEYS)
-    access.check(asking({"host": "evil.example"}, path="/health"), ServerSpec())
+    auth.check(asking({"host": "evil.example", "x-api-key": "k-one"}), KEYS)
+    auth.check(asking({"host": "evil.example"}, path="/health"), ServerSpec())
 
 
 @pytest.mark.parametrize(
@@ -252,7 +252,7 @@ def test_host_does_not_count_where_a_key_is_needed() -> None:
     ],
 )
 def test_origin_of_a_program_or_an_own_page_is_served(headers: dict[str, str]) -> None:
-    access.check(asking(headers), ServerSpec())
+    auth.check(asking(headers), ServerSpec())
 
 
 @pytest.mark.parametrize(
@@ -275,21 +275,21 @@ def test_origin_of_a_program_or_an_own_page_is_served(headers: dict[str, str]) -
 def test_origin_of_a_foreign_page_is_refused(headers: dict[str, str], method: str) -> None:
     for server in (ServerSpec(), PAGES):
         with pytest.raises(Forbidden, match=r"web page .*server\.allowed_origins") as refused:
-            access.check(asking(headers, method=method), server)
+            auth.check(asking(headers, method=method), server)
         assert refused.value.code == "origin_refused"
 
 
 def test_origin_that_is_allowed_is_served() -> None:
-    access.check(asking({"origin": "https://chat.example"}), PAGES)
-    access.check(asking({"origin": "https://any.example"}), ServerSpec(allowed_origins=("*",)))
+    auth.check(asking({"origin": "https://chat.example"}), PAGES)
+    auth.check(asking({"origin": "https://any.example"}), ServerSpec(allowed_origins=("*",)))
 
 
 def test_origin_of_a_read_is_for_the_browser_to_judge() -> None:
     foreign = {"origin": "https://evil.example"}
-    access.check(asking(foreign, method="GET", path="/v1/models"), ServerSpec())
+    auth.check(asking(foreign, method="GET", path="/v1/models"), ServerSpec())
 
 
 def test_repeated_header_counts_as_its_first() -> None:
     scope = asking({"x-api-key": "k-one"})
     scope["headers"].append((b"x-api-key", b"wrong"))
-    access.check(scope, KEYS)
+    auth.check(scope, KEYS)

@@ -14,15 +14,15 @@ from hypothesis import strategies as st
 from pydantic import SecretStr
 from starlette.applications import Starlette
 
-from llmserve import access, admin, tail
-from llmserve.config import ServerSpec
+from llmserve.api.endpoints import error_response
 from llmserve.errors import (
     ConfigError,
     LLMServeError,
     ModelNotFound,
     StartupError,
 )
-from llmserve.protocol import error_response
+from llmserve.http import admin, auth, log_tail
+from llmserve.registry.config import ServerSpec
 from tests.listening import listening
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ def served(operator: FakeOperator, key: SecretStr | None = None) -> ASGIApp:
 
     async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            access.check(scope, ServerSpec(admin_key=key))
+            auth.check(scope, ServerSpec(admin_key=key))
         except LLMServeError as error:
             await error_response(error)(scope, receive, send)
         else:
@@ -230,7 +230,7 @@ async def test_a_refusal_has_the_one_shape(operator: FakeOperator) -> None:
 
 
 def test_every_route_is_behind_the_check() -> None:
-    assert all(access.is_admin(route.path) for route in admin.table())
+    assert all(auth.is_admin(route.path) for route in admin.table())
 
 
 # --- models
@@ -449,7 +449,7 @@ async def test_a_log_that_is_not_there_yet_can_be_followed(operator: FakeOperato
 
 
 def test_a_file_that_comes_later_is_new_from_its_start(tmp_path: Path) -> None:
-    end = tail.Tail(tmp_path / "log", 0)
+    end = log_tail.Tail(tmp_path / "log", 0)
     assert end.read() == b""
     (tmp_path / "log").write_bytes(b"one\ntwo\n")
     assert end.read() == b"one\ntwo\n"
@@ -468,7 +468,7 @@ def test_a_long_log_is_read_in_blocks(tmp_path: Path) -> None:
     log = tmp_path / "log"
     whole = b"".join(b"%d\n" % n for n in range(50_000))
     log.write_bytes(whole)
-    end = tail.Tail(log, 40_000)
+    end = log_tail.Tail(log, 40_000)
     parts = list(iter(end.read, b""))
     assert b"".join(parts) == b"".join(whole.splitlines(keepends=True)[-40_000:])
     assert max(map(len, parts)) == 2**16
@@ -479,6 +479,6 @@ def test_the_last_lines_are_those_of_the_text(parts: list[bytes], lines: int, bl
     text = b"".join(parts)
     split = io.BytesIO(text).readlines()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tail, "BLOCK", block)
-        at = tail.last_lines(io.BytesIO(text), lines)
+        patch.setattr(log_tail, "BLOCK", block)
+        at = log_tail.last_lines(io.BytesIO(text), lines)
     assert text[at:] == b"".join(split[max(0, len(split) - lines) :])

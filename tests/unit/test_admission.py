@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmserve import admission
-from llmserve.admission import Deadline, Pace, Slot, Slots
 from llmserve.errors import DeadlineExceeded, EngineDead, LLMServeError, Overloaded
+from llmserve.lifecycle import admission
+from llmserve.lifecycle.admission import Deadline, Pace, Slot, Slots
 from tests.fakes import let_in, soon, until
 
 if TYPE_CHECKING:

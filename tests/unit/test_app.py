@@ -13,19 +13,21 @@ import httpx
 import pytest
 from prometheus_client import Counter
 
-from llmserve import __version__, app, server
-from llmserve.config import Config, ModelSpec, ServerSpec
-from llmserve.control import Control
+from llmserve import __version__
+from llmserve.api.endpoints import ENDPOINTS
+from llmserve.api.sse import DONE, EventStream, Frames, event
 from llmserve.errors import EngineError, Overloaded
+from llmserve.http import app
+from llmserve.http.routes import Services
+from llmserve.lifecycle.eviction import Level
+from llmserve.lifecycle.operator import Control
+from llmserve.lifecycle.pool import Pool
+from llmserve.lifecycle.replica import State
+from llmserve.lifecycle.response_store import owned_by
 from llmserve.metrics import Metrics
-from llmserve.pool import Pool
-from llmserve.protocol import ENDPOINTS
-from llmserve.registry import Registry
-from llmserve.replica import State
-from llmserve.residency import Level
-from llmserve.responses import owned_by
-from llmserve.routes import Services
-from llmserve.sse import DONE, EventStream, Frames, event
+from llmserve.registry.config import Config, ModelSpec, ServerSpec
+from llmserve.registry.names import Registry
+from llmserve.server import process as server
 from tests.fakes import (
     Answer,
     FakeBackend,

@@ -12,24 +12,24 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from llmserve import backend as starts
-from llmserve import hub
-from llmserve.backend import Patience, VllmBackend, _Clock, _Modules, _unless_flawed
-from llmserve.child import log_file
-from llmserve.config import Config
+from llmserve.checkpoint import hub
+from llmserve.engine import backend as starts
+from llmserve.engine.backend import Patience, VllmBackend, _Clock, _Modules, _unless_flawed
+from llmserve.engine.worker.plugin import log_file
 from llmserve.errors import StartupError
-from llmserve.hostspace import HostSpace
-from llmserve.replica import State
-from llmserve.residency import Level
+from llmserve.lifecycle.eviction import Level
+from llmserve.lifecycle.host_memory import HostSpace
+from llmserve.lifecycle.replica import State
+from llmserve.registry.config import Config
 from tests.fakes import Gate, soon, spec, until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from llmserve.backend import Memory
-    from llmserve.config import ModelSpec
-    from llmserve.residency import Takes
+    from llmserve.engine.backend import Memory
+    from llmserve.lifecycle.eviction import Takes
+    from llmserve.registry.config import ModelSpec
 
 
 @pytest.fixture(autouse=True)
@@ -333,7 +333,7 @@ async def test_a_replica_says_what_its_start_took(tmp_path: Path) -> None:
 
 def test_inner_steps_are_taken_out_of_the_outer_one(monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter([100.0, 110.0, 140.0, 141.0])
-    monkeypatch.setattr("llmserve.backend.time.monotonic", lambda: next(now))
+    monkeypatch.setattr("llmserve.engine.backend.time.monotonic", lambda: next(now))
     clock = _Clock()
     clock.lap("download")
     clock.lap("engine", [{"weights": 5.0, "graphs": 8.0}, {"weights": 7.0, "graphs": 6.0}])

@@ -1,4 +1,4 @@
-"""Bodies as they come, through `llmserve.body` and through the whole app."""
+"""Bodies as they come, through `llmserve.http.body` and through the whole app."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple
 import pytest
 import zstandard
 
-from llmserve.body import form_fields, form_of, json_object
+from llmserve.api.body_thread import OffLoop
 from llmserve.errors import BodyTooLarge, RequestError
-from llmserve.offloop import OffLoop
+from llmserve.http.body import form_fields, form_of, json_object
 from tests.unit.test_app import CHAT, HI, asgi, error_of
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmserve.calltext import Calls
+from llmserve.engine.tool_call_text import Calls
 
 START, END = "<call>", "</call>"
 JSON = st.recursive(

@@ -19,7 +19,7 @@ from starlette.applications import Starlette
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from llmserve.chat import (
+from llmserve.cli.chat import (
     HELP,
     Answer,
     ChatError,

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from huggingface_hub import constants
 
-from llmserve import checkpoint
-from llmserve.checkpoint import Checkpoint, Config, Folder, Repository
+from llmserve.checkpoint import files as checkpoint
+from llmserve.checkpoint.files import Checkpoint, Config, Folder, Repository
 from llmserve.errors import ModelUnusable, ShapeUnknown
 from tests.fakes import spec
 from tests.unit.test_hub import NOBODY, box  # noqa: F401  # a fixture

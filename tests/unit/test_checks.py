@@ -7,16 +7,16 @@ from typing import Any
 
 import pytest
 
-from llmserve import checks
-from llmserve.gpus import Gpu, described
-from llmserve.shape import Unknown
+from llmserve.checkpoint.shape import Unknown
+from llmserve.gpus.device import Gpu, described
+from llmserve.planning import feasibility
 from tests.fakes import spec
 from tests.unit.shapes import LLAMA_8B, MINI_LM
 
 
 def told(gpus: str, shape: Any = LLAMA_8B, **entry: Any) -> list[tuple[str, str]]:
     """The key and the message of every flaw."""
-    found = checks.flaws(spec(**entry), shape, described(gpus))
+    found = feasibility.flaws(spec(**entry), shape, described(gpus))
     assert all(problem.model == "chat" for problem in found)
     return [(problem.key, problem.message) for problem in found]
 
@@ -31,13 +31,13 @@ def test_an_entry_without_a_flaw_has_none() -> None:
 )
 def test_devices_share_whole_heads(tp: int, divides: bool) -> None:
     """32 heads, 8 of keys: 16 devices have half a group's keys each, twice."""
-    assert checks.divides(tp, LLAMA_8B) is divides
+    assert feasibility.divides(tp, LLAMA_8B) is divides
 
 
 def test_heads_of_keys_are_shared_or_doubled() -> None:
     odd = replace(LLAMA_8B, heads=24, kv_heads=6)
-    assert [n for n in range(1, 25) if checks.divides(n, odd)] == [1, 2, 3, 6, 12, 24]
-    assert checks.divides(4, replace(odd, attention_layers=0))  # an encoder keeps no keys
+    assert [n for n in range(1, 25) if feasibility.divides(n, odd)] == [1, 2, 3, 6, 12, 24]
+    assert feasibility.divides(4, replace(odd, attention_layers=0))  # an encoder keeps no keys
 
 
 @pytest.mark.parametrize(
@@ -54,14 +54,14 @@ def test_heads_of_keys_are_shared_or_doubled() -> None:
 )
 def test_degrees_that_may_be_tried(gpus: str, entry: dict[str, Any], sizes: list[int]) -> None:
     box = described(gpus)
-    assert checks.tensor_parallel_sizes(spec(**entry), LLAMA_8B, box) == sizes
+    assert feasibility.tensor_parallel_sizes(spec(**entry), LLAMA_8B, box) == sizes
 
 
 def test_replicas_have_the_named_gpus_in_turn() -> None:
     box = described("4xH100")
     four = spec(devices=(3, 1, 0, 2), tensor_parallel_size=2, replicas=2)
-    assert checks.groups(four, box) == [(box[3], box[1]), (box[0], box[2])]
-    assert checks.groups(spec(), box) == []
+    assert feasibility.groups(four, box) == [(box[3], box[1]), (box[0], box[2])]
+    assert feasibility.groups(spec(), box) == []
 
 
 def test_gpus_that_are_not_there_are_told() -> None:
@@ -89,21 +89,21 @@ def test_more_gpus_than_there_are(entry: dict[str, Any], key: str) -> None:
     assert told("2xL4", **entry) == [(key, message)]
 
 
-@pytest.mark.parametrize("quantization", sorted(checks.QUANTIZATION_NEEDS))
+@pytest.mark.parametrize("quantization", sorted(feasibility.QUANTIZATION_NEEDS))
 def test_a_format_of_weights_needs_its_gpu(quantization: str) -> None:
-    needs = checks.QUANTIZATION_NEEDS[quantization]
+    needs = feasibility.QUANTIZATION_NEEDS[quantization]
     stored = replace(LLAMA_8B, quantization=quantization)
     for capability in (needs - 1, needs):
         box = (Gpu(0, "NVIDIA X", 80 * 2**30, divmod(capability, 10)),)
-        found = checks.flaws(spec(), stored, box)
+        found = feasibility.flaws(spec(), stored, box)
         assert bool(found) is (capability < needs)
-        online = checks.flaws(spec(engine={"quantization": quantization}), LLAMA_8B, box)
+        online = feasibility.flaws(spec(engine={"quantization": quantization}), LLAMA_8B, box)
         assert bool(online) is (capability < needs)
     assert found == []
 
 
 def test_what_a_gpu_cannot_compute_is_told_with_what_it_is() -> None:
-    (flaw,) = checks.flaws(spec(), replace(LLAMA_8B, quantization="mxfp4"), described("T4"))
+    (flaw,) = feasibility.flaws(spec(), replace(LLAMA_8B, quantization="mxfp4"), described("T4"))
     assert flaw.message == (
         "mxfp4 weights need compute capability 8.0; T4 has compute capability 7.5"
     )
@@ -154,7 +154,7 @@ SAID: dict[str, Any] = {"devices": (0,), "memory": "20GiB"}
 
 def test_what_the_hub_does_not_give_is_told_without_a_remedy() -> None:
     away = Unknown("the hub is away", reachable=False)
-    (flaw,) = checks.flaws(spec(), away, described("H100"))
+    (flaw,) = feasibility.flaws(spec(), away, described("H100"))
     assert flaw.message == "cannot be placed, since its size is not known: the hub is away"
     assert flaw.remedy is None
     assert told("H100", away, **SAID) == []  # it may be there again when the model starts
@@ -163,7 +163,7 @@ def test_what_the_hub_does_not_give_is_told_without_a_remedy() -> None:
 def test_files_that_no_engine_could_load_are_told_whatever_is_said() -> None:
     broken = Unknown("m: model.safetensors is cut short", usable=False)
     for entry in ({}, SAID):
-        (flaw,) = checks.flaws(spec(**entry), broken, described("H100"))
+        (flaw,) = feasibility.flaws(spec(**entry), broken, described("H100"))
         assert flaw.message == f"cannot be loaded: {broken.why}"
         assert (flaw.remedy, flaw.key) == (None, "model")
 
@@ -183,7 +183,7 @@ def test_files_that_no_engine_could_load_are_told_whatever_is_said() -> None:
 def test_a_kv_cache_too_small_anywhere_is_told_without_a_box(
     entry: dict[str, Any], short: bool
 ) -> None:
-    found = checks.anywhere(spec(**entry), LLAMA_8B)
+    found = feasibility.anywhere(spec(**entry), LLAMA_8B)
     assert [problem.key for problem in found] == ["kv_cache"] * short
     assert all(problem.remedy == "kv_cache: 1.1GiB" for problem in found)  # on one device
     if entry.get("devices") and short:
@@ -196,11 +196,11 @@ def test_a_kv_cache_too_small_anywhere_is_told_without_a_box(
 def test_on_a_cpu_blocks_of_a_kv_cache_are_larger() -> None:
     entry = spec(engine={"max_model_len": 16})
     per_token = 131_072  # bytes
-    assert checks.on_cpu(entry, LLAMA_8B, 256 * per_token) == []  # one block, and vLLM's own
-    (short,) = checks.on_cpu(entry, LLAMA_8B, 256 * per_token - 1)
+    assert feasibility.on_cpu(entry, LLAMA_8B, 256 * per_token) == []  # one block, and vLLM's own
+    (short,) = feasibility.on_cpu(entry, LLAMA_8B, 256 * per_token - 1)
     assert short.key == "kv_cache"
     sixteen = spec(engine={"max_model_len": 16, "block_size": 16})
-    assert checks.on_cpu(sixteen, LLAMA_8B, 32 * per_token) == []
+    assert feasibility.on_cpu(sixteen, LLAMA_8B, 32 * per_token) == []
 
 
 def test_all_flaws_come_at_once() -> None:
@@ -209,5 +209,5 @@ def test_all_flaws_come_at_once() -> None:
 
 
 def test_an_encoder_is_shared_out_by_its_heads() -> None:
-    assert checks.divides(4, MINI_LM)
-    assert not checks.divides(8, MINI_LM)
+    assert feasibility.divides(4, MINI_LM)
+    assert not feasibility.divides(8, MINI_LM)

@@ -11,15 +11,18 @@ from xml.etree import ElementTree as ET
 import pytest
 from typer.testing import CliRunner, Result
 
-from llmserve import __version__, environment, nvml, serverlog
-from llmserve.cli import app
-from llmserve.gpus import GIB, described
-from llmserve.nvml import Holder
+from llmserve import __version__
+from llmserve.cli.main import app
+from llmserve.engine import environment
+from llmserve.gpus import nvml
+from llmserve.gpus.device import GIB, described
+from llmserve.gpus.nvml import Holder
+from llmserve.server import logs as serverlog
 from tests.unit.shapes import LLAMA_8B
 from tests.unit.test_survey import llama
 
 if TYPE_CHECKING:
-    from llmserve.gpus import Box
+    from llmserve.gpus.device import Box
 
 OPERATING = ("ps", "load", "unload", "sleep", "wake", "reload", "logs", "events")
 SAMPLE = Path(__file__).parents[2] / "models.yaml"
@@ -137,7 +140,7 @@ with contextlib.suppress(ConfigError):
 """
 
 
-@pytest.mark.parametrize("work", [CHECK, "import llmserve.server"], ids=["check", "server"])
+@pytest.mark.parametrize("work", [CHECK, "import llmserve.server.process"], ids=["check", "server"])
 def test_nothing_heavy_is_imported_before_an_engine_starts(work: str) -> None:
     heavy = "import sys; print(sorted({'vllm', 'torch', 'transformers'} & sys.modules.keys()))"
     done = subprocess.run(
@@ -153,7 +156,7 @@ def test_nothing_heavy_is_imported_before_an_engine_starts(work: str) -> None:
 def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A registry of two models that can be planned: `big` is of 16 GiB, `odd` says its memory."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("llmserve.shape.read", lambda spec, hub: LLAMA_8B)
+    monkeypatch.setattr("llmserve.checkpoint.shape.read", lambda spec, hub: LLAMA_8B)
     for folder in ("m", "n"):
         (tmp_path / folder).mkdir()
     file = tmp_path / "models.yaml"

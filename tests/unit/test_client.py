@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from llmserve import client, operate
-from llmserve.chat import ChatError, ChatOptions
-from llmserve.chat import Client as Chat
-from llmserve.client import SettingError
+from llmserve.cli import client, operate
+from llmserve.cli.chat import ChatError, ChatOptions
+from llmserve.cli.chat import Client as Chat
+from llmserve.cli.client import SettingError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

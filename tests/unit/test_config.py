@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from llmserve.cli import app
-from llmserve.config import Config, ModelSpec, ServerSpec, load
+from llmserve.cli.main import app
 from llmserve.errors import ConfigError
-from llmserve.installed import engine_fields
+from llmserve.registry.config import Config, ModelSpec, ServerSpec, load
+from llmserve.registry.engine_args import engine_fields
 
 SAMPLE = Path(__file__).parents[2] / "models.yaml"
 

@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
-from llmserve import server, stream
-from llmserve.config import ServerSpec
-from llmserve.connection import Connection, Limits
+from llmserve.api import token_stream
+from llmserve.registry.config import ServerSpec
+from llmserve.server import process
+from llmserve.server.connection import Connection, Limits
 from tests.fakes import Gate, soon, until
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ class Echo:
     async def _stream_twice(self, scope: Scope, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b"one ", "more_body": True})
-        wrote = scope["extensions"][stream.WRITE](b"two ")
+        wrote = scope["extensions"][token_stream.WRITE](b"two ")
         self.wrote.append(wrote)
         if not wrote:
             await send({"type": "http.response.body", "body": b"two ", "more_body": True})
@@ -106,7 +107,7 @@ async def _write_for_ever(send: Send) -> None:
 @dataclass
 class Served:
     port: int
-    uvicorn: server._Uvicorn
+    uvicorn: process._Uvicorn
 
     @property
     def connections(self) -> set[Any]:
@@ -117,9 +118,9 @@ class Served:
 async def serving(app: ASGIApp, **limits: Any) -> AsyncIterator[Served]:
     spec = ServerSpec(port=0, drain_timeout=1)
     bounds = Limits(**{"sweep_s": SWEEP_S} | limits)
-    with server.bind(spec) as listener:
+    with process.bind(spec) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # accepted ones inherit it
-        uvicorn = server._Uvicorn(server._uvicorn_config(spec, app, bounds))
+        uvicorn = process._Uvicorn(process._uvicorn_config(spec, app, bounds))
         task = asyncio.ensure_future(uvicorn.serve(sockets=[listener]))
         try:
             yield Served(listener.getsockname()[1], uvicorn)
@@ -833,7 +834,7 @@ class Transport:
 
 
 async def test_connection_begins_as_uvicorn_s_does() -> None:
-    config = server._uvicorn_config(ServerSpec(), nothing)
+    config = process._uvicorn_config(ServerSpec(), nothing)
 
     def made(kind: type[HttpToolsProtocol]) -> dict[str, Any]:
         protocol = kind(config=config, server_state=ServerState(), app_state={})
@@ -858,7 +859,7 @@ async def test_request_s_scope_is_as_uvicorn_s() -> None:
     sent = b"POST /v1/a%20b//c?d=%65 HTTP/1.1\r\nHost: x\r\nX: y\r\nContent-Length: 0\r\n\r\n"
     async with serving(app) as served:
         await exchange(served, sent + LAST)
-    config = server._uvicorn_config(ServerSpec(), app)
+    config = process._uvicorn_config(ServerSpec(), app)
     known = HttpToolsProtocol(config=config, server_state=ServerState(), app_state={})
     known.connection_made(Transport())  # type: ignore[arg-type]
     known.data_received(sent)

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmserve.constraints import DEPTH_LIMIT, NODES_LIMIT, PATTERN_LIMIT, check_constraints
 from llmserve.errors import RequestError
+from llmserve.http.schema_limits import DEPTH_LIMIT, NODES_LIMIT, PATTERN_LIMIT, check_constraints
 from tests.unit.effort import calls
 
 JSON = st.recursive(

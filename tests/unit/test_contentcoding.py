@@ -11,8 +11,8 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmserve.contentcoding import ALLOWED, coding_of, decode
 from llmserve.errors import BodyTooLarge, RequestError, UnsupportedEncoding
+from llmserve.http.content_coding import ALLOWED, coding_of, decode
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -15,9 +15,7 @@ import pytest
 import yaml
 from prometheus_client import generate_latest
 
-from llmserve import config, deaths, life, pool, watch
-from llmserve.admission import Deadline
-from llmserve.control import Control
+from llmserve.api.endpoints import ENDPOINTS
 from llmserve.errors import (
     ConfigError,
     EngineDead,
@@ -29,23 +27,26 @@ from llmserve.errors import (
     RequestError,
     StartupError,
 )
-from llmserve.lease import Lease, Wish
+from llmserve.lifecycle import health, pool, restart_backoff, transitions
+from llmserve.lifecycle.admission import Deadline
+from llmserve.lifecycle.eviction import HOST, Level
+from llmserve.lifecycle.health import Watch
+from llmserve.lifecycle.lease import Lease, Wish
+from llmserve.lifecycle.operator import Control
+from llmserve.lifecycle.pool import Pool
+from llmserve.lifecycle.replica import Replica, State
 from llmserve.metrics import Metrics
-from llmserve.pool import Pool
-from llmserve.protocol import ENDPOINTS
-from llmserve.registry import Registry
-from llmserve.replica import Replica, State
-from llmserve.residency import HOST, Level
-from llmserve.watch import Watch
+from llmserve.registry import config
+from llmserve.registry.names import Registry
 from tests.fakes import FakeBackend, FakeRunning, Gate, Plan, broken, let_in, soon, until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
     from contextlib import AbstractAsyncContextManager
 
-    from llmserve.config import Config, ModelSpec
-    from llmserve.replica import Running
-    from llmserve.residency import Takes
+    from llmserve.lifecycle.eviction import Takes
+    from llmserve.lifecycle.replica import Running
+    from llmserve.registry.config import Config, ModelSpec
 
 CHAT = next(endpoint for endpoint in ENDPOINTS if endpoint.name == "chat completions")
 Entries = dict[str, dict[str, Any]]
@@ -54,12 +55,12 @@ Entries = dict[str, dict[str, Any]]
 @pytest.fixture(autouse=True)
 def _hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody has to have stayed, and all is looked at every few milliseconds."""
-    monkeypatch.setattr(life, "_LOOK_S", 0.001)
-    monkeypatch.setattr(life, "_TURN", 0.0)
-    monkeypatch.setattr(life, "_TURN_S", (0.0, 0.0))
-    monkeypatch.setattr(watch, "_LOOK_S", 0.002)
+    monkeypatch.setattr(transitions, "_LOOK_S", 0.001)
+    monkeypatch.setattr(transitions, "_TURN", 0.0)
+    monkeypatch.setattr(transitions, "_TURN_S", (0.0, 0.0))
+    monkeypatch.setattr(health, "_LOOK_S", 0.002)
     monkeypatch.setattr(pool, "_DRAIN_LOOK_S", 0.001)
-    monkeypatch.setattr(deaths, "_FIRST_S", 0.001)
+    monkeypatch.setattr(restart_backoff, "_FIRST_S", 0.001)
 
 
 class Engine(FakeRunning):
@@ -421,7 +422,7 @@ async def test_load_is_enough_if_one_replica_comes(up: Boxes) -> None:
 async def test_load_tries_a_model_again_that_died_too_often(up: Boxes) -> None:
     box = await up({"a": {}})
     watching = asyncio.ensure_future(Watch(box.pool).run())
-    for number in range(deaths.GIVE_UP):
+    for number in range(restart_backoff.GIVE_UP):
         box.engine("a").dead = True
         await until(lambda: box.shown("a")["deaths"] == number + 1)  # noqa: B023  # waited for here
         await until(lambda: box.states()["a"] in {"ready", "failed"})
@@ -431,7 +432,7 @@ async def test_load_tries_a_model_again_that_died_too_often(up: Boxes) -> None:
     await soon(box.control.load("a"))
     await box.use("a")
     box.engine("a").dead = True  # the first in a row again
-    await until(lambda: box.shown("a")["deaths"] == deaths.GIVE_UP + 1)
+    await until(lambda: box.shown("a")["deaths"] == restart_backoff.GIVE_UP + 1)
     await until(lambda: box.states()["a"] == "ready")
     watching.cancel()
 
@@ -541,7 +542,7 @@ async def test_unload_now_of_a_model_that_wakes_ends_its_engine(up: Boxes) -> No
 async def test_unload_now_of_a_model_that_waits_to_be_started_again_ends_it(
     up: Boxes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(deaths, "_FIRST_S", 60.0)
+    monkeypatch.setattr(restart_backoff, "_FIRST_S", 60.0)
     box = await up({"a": {}})
     box.engine("a").dead = True
     assert box.pool.died(box.replica("a"))
@@ -569,7 +570,7 @@ async def test_requests_that_come_while_a_start_is_broken_off_bring_it_again(up:
 async def test_unload_of_a_model_that_waits_to_be_started_again_ends_it_for_good(
     up: Boxes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(deaths, "_FIRST_S", 0.02)
+    monkeypatch.setattr(restart_backoff, "_FIRST_S", 0.02)
     box = await up({"a": {}})
     box.engine("a").dead = True
     assert box.pool.died(box.replica("a"))
@@ -928,7 +929,7 @@ async def test_a_removed_model_that_waits_for_memory_is_gone_all_the_same(up: Bo
 async def test_a_removed_model_that_waits_to_be_started_again_is_gone_all_the_same(
     up: Boxes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(deaths, "_FIRST_S", 0.05)
+    monkeypatch.setattr(restart_backoff, "_FIRST_S", 0.05)
     box = await up({"a": {}, "b": {"memory": 1}})
     box.engine("a").dead = True
     assert box.pool.died(box.replica("a"))

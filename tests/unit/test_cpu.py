@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from llmserve import cpu
+from llmserve.planning import cpu_features
 from tests.unit.shapes import LLAMA_8B
 
 if TYPE_CHECKING:
@@ -41,15 +41,15 @@ def test_a_model_keeps_its_data_type_where_the_cpu_has_instructions_for_it(
 ) -> None:
     file = tmp_path / "cpuinfo"
     file.write_text(f"processor\t: 0\n{lists}\n\nprocessor\t: 1\n{lists}\n", encoding="utf-8")
-    assert cpu.dtype_for(replace(LLAMA_8B, dtype=stored), file) == dtype
+    assert cpu_features.dtype_for(replace(LLAMA_8B, dtype=stored), file) == dtype
 
 
 def test_quantized_weights_keep_theirs(tmp_path: Path) -> None:
     (tmp_path / "cpuinfo").write_text(PLAIN, encoding="utf-8")
     awq = replace(LLAMA_8B, dtype="float16", quantization="awq")
-    assert cpu.dtype_for(awq, tmp_path / "cpuinfo") == "float16"
+    assert cpu_features.dtype_for(awq, tmp_path / "cpuinfo") == "float16"
 
 
 def test_without_a_list_nothing_is_claimed(tmp_path: Path) -> None:
-    assert cpu.features(tmp_path / "none") == frozenset()
-    assert cpu.dtype_for(LLAMA_8B, tmp_path / "none") == LLAMA_8B.dtype
+    assert cpu_features.features(tmp_path / "none") == frozenset()
+    assert cpu_features.dtype_for(LLAMA_8B, tmp_path / "none") == LLAMA_8B.dtype

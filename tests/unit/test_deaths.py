@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llmserve.deaths import GIVE_UP, STABLE_S, Deaths
+from llmserve.lifecycle.restart_backoff import GIVE_UP, STABLE_S, Deaths
 
 
 def test_each_death_in_a_row_waits_twice_as_long_until_it_is_enough() -> None:

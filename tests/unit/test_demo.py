@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from rich.progress import Progress
 
-from llmserve import demo
-from llmserve.demo import Advance, Demo, DemoError
+from llmserve.cli import demo
+from llmserve.cli.demo import Advance, Demo, DemoError
 
 
 def wheel(path: Path) -> Path:

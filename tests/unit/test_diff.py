@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmserve.config import Config, ModelSpec, ServerSpec, load
-from llmserve.diff import (
+from llmserve.registry.config import Config, ModelSpec, ServerSpec, load
+from llmserve.registry.diff import (
     MODEL_FIELDS,
     SERVER_FIELDS,
     Changes,

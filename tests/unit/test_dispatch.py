@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmserve.dispatch import (
+from llmserve.lifecycle.dispatch import (
     Ask,
     Load,
     Lottery,
@@ -296,7 +296,7 @@ def test_what_is_kept_is_bounded_and_the_ends_of_old_prefixes_go_first() -> None
 
 
 def _hashes(one: Ask) -> list[int]:
-    from llmserve.dispatch import _blocks
+    from llmserve.lifecycle.dispatch import _blocks
 
     return _blocks(one)
 

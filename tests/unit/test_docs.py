@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from llmserve import __version__, routes
-from llmserve.config import ModelSpec, ServerSpec, load
+from llmserve import __version__
+from llmserve.http import routes
+from llmserve.registry.config import ModelSpec, ServerSpec, load
 from tests.readme import ANSWER, README
 
 ROOT = Path(__file__).parents[2]

@@ -4,10 +4,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from llmserve import sse
-from llmserve.early import Early
+from llmserve.api import sse
+from llmserve.api.endpoints import NAMED_EVENTS, error_response
 from llmserve.errors import EngineDead
-from llmserve.protocol import NAMED_EVENTS, error_response
+from llmserve.http.keepalive import Early
 
 if TYPE_CHECKING:
     from starlette.types import Message

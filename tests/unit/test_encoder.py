@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from llmserve.encoder import encoder
+from llmserve.engine.fastpath.tokenizer import encoder
 
 if TYPE_CHECKING:
     from collections.abc import Callable

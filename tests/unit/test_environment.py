@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llmserve import environment
+from llmserve.engine import environment
 
 
 def test_the_log_folder_is_told_to_engine_processes(tmp_path: Path) -> None:

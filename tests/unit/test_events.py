@@ -4,10 +4,10 @@ import asyncio
 import time
 from typing import TYPE_CHECKING
 
-from llmserve import events
-from llmserve.events import Event, Events
-from llmserve.registry import Model
-from llmserve.replica import Replica, State
+from llmserve.lifecycle import events
+from llmserve.lifecycle.events import Event, Events
+from llmserve.lifecycle.replica import Replica, State
+from llmserve.registry.names import Model
 from tests.fakes import soon, spec
 
 if TYPE_CHECKING:

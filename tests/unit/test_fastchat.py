@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from llmserve.fastchat import SUCCESSORS, successor
+from llmserve.registry.fastchat import SUCCESSORS, successor
 
 
 @pytest.mark.parametrize("key", ["num_gpus", "num-gpus", "NUM_GPUS"])

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from llmserve.gpulocks import GpuLocks
+from llmserve.gpus.claims import GpuLocks
 
 if TYPE_CHECKING:
     from collections.abc import Collection

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from llmserve.errors import ConfigError
-from llmserve.gpus import GIB, described, find, from_file, listed, short_name
+from llmserve.gpus.device import GIB, described, find, from_file, listed, short_name
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -15,9 +15,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmserve import grammar
+from llmserve.engine.structured_output import compiler
+from llmserve.engine.structured_output.compiler import HEAD, Grammars, Limits, Model, constraints_of
 from llmserve.errors import GrammarTooComplex, InvalidGrammar, Overloaded
-from llmserve.grammar import HEAD, Grammars, Limits, Model, constraints_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -356,7 +356,7 @@ def test_worker_that_imports_ends_with_its_server(tmp_path: Path) -> None:
     )
     code = (
         "import subprocess, sys, time\n"
-        "line = [sys.executable, '-m', 'llmserve.sandbox', 'slow']\n"
+        "line = [sys.executable, '-m', 'llmserve.engine.structured_output.sandbox', 'slow']\n"
         "print(subprocess.Popen(line, stdin=subprocess.PIPE, start_new_session=True).pid, flush=True)\n"
         "time.sleep(600)"
     )
@@ -375,6 +375,6 @@ def test_worker_that_imports_ends_with_its_server(tmp_path: Path) -> None:
 
 def test_worker_has_not_the_openmp_of_the_engines() -> None:
     own = {"LD_PRELOAD": "/opt/libother.so:/venv/lib/libiomp5.so", "HOME": "/root"}
-    made = grammar._environment(own)
+    made = compiler._environment(own)
     assert (made["LD_PRELOAD"], made["HOME"]) == ("/opt/libother.so", "/root")
-    assert grammar._environment({})["LD_PRELOAD"] == ""
+    assert compiler._environment({})["LD_PRELOAD"] == ""

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from llmserve import handover
-from llmserve.handover import ADDRESS, PAGE_BYTES, Handover
+from llmserve.gpus import page_exchange
+from llmserve.gpus.page_exchange import ADDRESS, PAGE_BYTES, Handover
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -60,9 +60,9 @@ def until(holds: Callable[[], bool]) -> None:
 def test_what_one_gives_another_takes(server: Handover) -> None:
     before = descriptors()
     with server.expecting(["a"]):
-        handover.give("a", made(b"one", b"two"))
+        page_exchange.give("a", made(b"one", b"two"))
         assert server.bytes("a") == 2 * PAGE_BYTES
-        taken = handover.take("a", 2)
+        taken = page_exchange.take("a", 2)
         assert server.bytes("a") == 0
     assert read(taken) == [b"one", b"two"]
     until(lambda: descriptors() == before)
@@ -71,24 +71,24 @@ def test_what_one_gives_another_takes(server: Handover) -> None:
 def test_more_than_one_message_holds(server: Handover) -> None:
     contents = [str(number).encode() for number in range(600)]
     with server.expecting(["a"]):
-        handover.give("a", made(*contents))
-        assert read(handover.take("a", 600)) == contents
+        page_exchange.give("a", made(*contents))
+        assert read(page_exchange.take("a", 600)) == contents
 
 
 def test_nothing_is_kept_when_nobody_is_expected(server: Handover) -> None:
     before = descriptors()
-    handover.give("a", made(b"one"))
+    page_exchange.give("a", made(b"one"))
     assert server.bytes("a") == 0
-    assert handover.take("a", 1) == []
+    assert page_exchange.take("a", 1) == []
     until(lambda: descriptors() == before)
 
 
 def test_gpus_have_their_own(server: Handover) -> None:
     with server.expecting(["a", "b"]):
-        handover.give("a", made(b"one"))
-        handover.give("b", made(b"two"))
-        assert handover.take("c", 1) == []
-        assert read(handover.take("b", 1)) == [b"two"]
+        page_exchange.give("a", made(b"one"))
+        page_exchange.give("b", made(b"two"))
+        assert page_exchange.take("c", 1) == []
+        assert read(page_exchange.take("b", 1)) == [b"two"]
         assert server.bytes("a") == PAGE_BYTES
 
 
@@ -96,8 +96,8 @@ def test_gpus_have_their_own(server: Handover) -> None:
 def test_what_is_not_taken_goes_back_to_the_driver(server: Handover, count: int) -> None:
     before = descriptors()
     with server.expecting(["a"]):
-        handover.give("a", made(b"one", b"two"))
-        assert read(handover.take("a", count)) == [b"one", b"two"][:count]
+        page_exchange.give("a", made(b"one", b"two"))
+        assert read(page_exchange.take("a", count)) == [b"one", b"two"][:count]
         assert server.bytes("a") == 0
         until(lambda: descriptors() == before)
 
@@ -105,7 +105,7 @@ def test_what_is_not_taken_goes_back_to_the_driver(server: Handover, count: int)
 def test_what_nobody_came_for_goes_back_to_the_driver(server: Handover) -> None:
     before = descriptors()
     with server.expecting(["a"]):
-        handover.give("a", made(b"one"))
+        page_exchange.give("a", made(b"one"))
     assert server.bytes("a") == 0
     until(lambda: descriptors() == before)
 
@@ -113,7 +113,7 @@ def test_what_nobody_came_for_goes_back_to_the_driver(server: Handover) -> None:
 def test_another_who_is_expected_keeps_it_open(server: Handover) -> None:
     with server.expecting(["a"]):
         with server.expecting(["a"]):
-            handover.give("a", made(b"one"))
+            page_exchange.give("a", made(b"one"))
         server.drop(["b"])
         assert server.bytes("a") == PAGE_BYTES
         server.drop(["a"])
@@ -123,18 +123,18 @@ def test_another_who_is_expected_keeps_it_open(server: Handover) -> None:
 def test_without_a_server_pages_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(ADDRESS, raising=False)
     before = descriptors()
-    handover.give("a", made(b"one"))
-    assert handover.take("a", 1) == []
-    assert not handover.offered()
+    page_exchange.give("a", made(b"one"))
+    assert page_exchange.take("a", 1) == []
+    assert not page_exchange.offered()
     assert descriptors() == before
 
 
 def test_with_a_server_that_ended_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(ADDRESS, "llmserve-nobody")
     before = descriptors()
-    handover.give("a", made(b"one"))
-    assert handover.take("a", 1) == []
-    assert handover.offered()
+    page_exchange.give("a", made(b"one"))
+    assert page_exchange.take("a", 1) == []
+    assert page_exchange.offered()
     assert descriptors() == before
 
 
@@ -166,14 +166,14 @@ def test_nonsense_does_not_end_it(server: Handover, word: str) -> None:
     with connected() as (connection, secret):
         connection.send(word.replace("SECRET", secret).encode())
     with server.expecting(["a"]):
-        handover.give("a", made(b"one"))
-        assert read(handover.take("a", 1)) == [b"one"]
+        page_exchange.give("a", made(b"one"))
+        assert read(page_exchange.take("a", 1)) == [b"one"]
 
 
 @pytest.mark.parametrize("secret", ['"wrong"', '""', "null", "1"])
 def test_whoever_does_not_know_the_secret_gets_nothing(server: Handover, secret: str) -> None:
     with server.expecting(["a"]):
-        handover.give("a", made(b"one"))
+        page_exchange.give("a", made(b"one"))
         with connected() as (connection, _):
             connection.send(b'{"secret": %b, "gpu": "a", "take": 1}' % secret.encode())
             assert connection.recv(100) == b""
@@ -183,18 +183,18 @@ def test_whoever_does_not_know_the_secret_gets_nothing(server: Handover, secret:
 def test_whoever_says_nothing_holds_nobody_up(
     server: Handover, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(handover, "_PATIENCE_S", 600.0)
+    monkeypatch.setattr(page_exchange, "_PATIENCE_S", 600.0)
     with connected(), server.expecting(["a"]):
         began = time.monotonic()
-        handover.give("a", made(b"one"))
-        assert read(handover.take("a", 1)) == [b"one"]
+        page_exchange.give("a", made(b"one"))
+        assert read(page_exchange.take("a", 1)) == [b"one"]
         assert time.monotonic() - began < 60
 
 
 def test_without_a_descriptor_for_a_connection_it_goes_on(
     server: Handover, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(handover, "_PATIENCE_S", 3.0)
+    monkeypatch.setattr(page_exchange, "_PATIENCE_S", 3.0)
     name = os.environ[ADDRESS].split()[0]
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
@@ -206,14 +206,14 @@ def test_without_a_descriptor_for_a_connection_it_goes_on(
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         with server.expecting(["a"]):
             while not server.bytes("a"):
-                handover.give("a", made(b"one"))
-            assert read(handover.take("a", 1)) == [b"one"]
+                page_exchange.give("a", made(b"one"))
+            assert read(page_exchange.take("a", 1)) == [b"one"]
 
 
 def test_a_page_is_not_passed_on_to_programs_that_are_started(server: Handover) -> None:
     with server.expecting(["a"]):
-        handover.give("a", made(b"one"))
-        (page,) = handover.take("a", 1)
+        page_exchange.give("a", made(b"one"))
+        (page,) = page_exchange.take("a", 1)
     assert not os.get_inheritable(page)
     os.close(page)
 
@@ -221,7 +221,7 @@ def test_a_page_is_not_passed_on_to_programs_that_are_started(server: Handover) 
 def test_a_giver_that_ends_on_the_way_costs_nothing(
     server: Handover, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(handover, "_PATIENCE_S", 0.1)
+    monkeypatch.setattr(page_exchange, "_PATIENCE_S", 0.1)
     before = descriptors()
     with server.expecting(["a"]):
         with connected() as (connection, secret):
@@ -232,20 +232,20 @@ def test_a_giver_that_ends_on_the_way_costs_nothing(
             read(pages)
             time.sleep(0.3)  # no end comes
         assert server.bytes("a") == 0
-        handover.give("a", made(b"two"))
-        assert read(handover.take("a", 1)) == [b"two"]
+        page_exchange.give("a", made(b"two"))
+        assert read(page_exchange.take("a", 1)) == [b"two"]
     until(lambda: descriptors() == before)
 
 
 def takes_from_elsewhere(found: Connection) -> None:
-    found.send(read(handover.take("a", 5)))
+    found.send(read(page_exchange.take("a", 5)))
 
 
 def test_from_process_to_process(server: Handover) -> None:
     spawn = multiprocessing.get_context("spawn")
     ours, theirs = spawn.Pipe()
     with server.expecting(["a"]):
-        handover.give("a", made(b"one", b"two"))
+        page_exchange.give("a", made(b"one", b"two"))
         other = spawn.Process(target=takes_from_elsewhere, args=(theirs,))
         other.start()
         assert ours.poll(60)

@@ -6,20 +6,20 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from llmserve import shape
-from llmserve.config import Config, ServerSpec
+from llmserve.checkpoint import shape
 from llmserve.errors import ConfigError, ShapeUnknown
-from llmserve.gpus import GIB
-from llmserve.hostspace import HostSpace
-from llmserve.residency import HOST, Level
+from llmserve.gpus.device import GIB
+from llmserve.lifecycle.eviction import HOST, Level
+from llmserve.lifecycle.host_memory import HostSpace
+from llmserve.registry.config import Config, ServerSpec
 from tests.fakes import spec
 from tests.unit.shapes import LLAMA_8B
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from llmserve.config import ModelSpec
-    from llmserve.shape import Shape
+    from llmserve.checkpoint.shape import Shape
+    from llmserve.registry.config import ModelSpec
 
 WEIGHTS = LLAMA_8B.weights  # 15.0 GiB
 BESIDE = 2 * GIB

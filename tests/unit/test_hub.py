@@ -13,7 +13,8 @@ import pytest
 from huggingface_hub import constants
 from huggingface_hub.utils import _http
 
-from llmserve import checkpoint, hub
+from llmserve.checkpoint import files as checkpoint
+from llmserve.checkpoint import hub
 from llmserve.errors import StartupError
 from tests.fakes import spec
 

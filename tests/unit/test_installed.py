@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from llmserve.installed import EngineFields, engine_fields, human_int, parser_names
+from llmserve.registry.engine_args import EngineFields, engine_fields, human_int, parser_names
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from llmserve import jsontext
+from llmserve.api import json_text
+from llmserve.api.json_text import COST_LIMIT, KEY_LIMIT, REST_LIMIT, TEXT_LIMIT, load
 from llmserve.errors import BodyTooLarge, LLMServeError, RequestError
-from llmserve.jsontext import COST_LIMIT, KEY_LIMIT, REST_LIMIT, TEXT_LIMIT, load
 from tests.unit.effort import calls
 
 MIB = 2**20
@@ -65,7 +65,7 @@ MANY: dict[str, bytes] = {
 def test_load_more_than_the_cost_limit_is_refused_unparsed(
     body: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jsontext, "_loads", None)
+    monkeypatch.setattr(json_text, "_loads", None)
     error = refused(body)
     assert isinstance(error, BodyTooLarge)
     assert str(COST_LIMIT) in error.message

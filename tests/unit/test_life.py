@@ -10,24 +10,24 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from llmserve import deaths, life, watch
-from llmserve.admission import Deadline, Place
+from llmserve.api.endpoints import ENDPOINTS
 from llmserve.errors import DeadlineExceeded, EngineDead, EngineError, Overloaded, StartupError
-from llmserve.lease import Lease, Wish
+from llmserve.lifecycle import health, restart_backoff, transitions
+from llmserve.lifecycle.admission import Deadline, Place
+from llmserve.lifecycle.eviction import HOST, Level
+from llmserve.lifecycle.health import Watch
+from llmserve.lifecycle.lease import Lease, Wish
+from llmserve.lifecycle.pool import Pool
+from llmserve.lifecycle.replica import Replica, State
 from llmserve.metrics import Metrics
-from llmserve.pool import Pool
-from llmserve.protocol import ENDPOINTS
-from llmserve.registry import Registry
-from llmserve.replica import Replica, State
-from llmserve.residency import HOST, Level
-from llmserve.watch import Watch
+from llmserve.registry.names import Registry
 from tests.fakes import FakeBackend, FakeRunning, Gate, Plan, broken, let_in, soon, spec, until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
 
-    from llmserve.config import ModelSpec
-    from llmserve.residency import Takes
+    from llmserve.lifecycle.eviction import Takes
+    from llmserve.registry.config import ModelSpec
 
 CHAT = next(endpoint for endpoint in ENDPOINTS if endpoint.name == "chat completions")
 
@@ -35,11 +35,11 @@ CHAT = next(endpoint for endpoint in ENDPOINTS if endpoint.name == "chat complet
 @pytest.fixture(autouse=True)
 def _hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody has to have stayed, and all is looked at every few milliseconds."""
-    monkeypatch.setattr(life, "_LOOK_S", 0.001)
-    monkeypatch.setattr(life, "_TURN", 0.0)
-    monkeypatch.setattr(life, "_TURN_S", (0.0, 0.0))
-    monkeypatch.setattr(watch, "_LOOK_S", 0.002)
-    monkeypatch.setattr(deaths, "_FIRST_S", 0.001)
+    monkeypatch.setattr(transitions, "_LOOK_S", 0.001)
+    monkeypatch.setattr(transitions, "_TURN", 0.0)
+    monkeypatch.setattr(transitions, "_TURN_S", (0.0, 0.0))
+    monkeypatch.setattr(health, "_LOOK_S", 0.002)
+    monkeypatch.setattr(restart_backoff, "_FIRST_S", 0.001)
 
 
 def engine(size: int) -> Mapping[Level, Takes]:
@@ -192,17 +192,19 @@ async def test_a_lazy_model_that_could_not_start_is_tried_again_after_a_pause() 
 async def test_a_lazy_model_that_fails_again_and_again_is_left(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(deaths, "_FIRST_S", 3600.0)  # no pause is over before the test says so
+    monkeypatch.setattr(
+        restart_backoff, "_FIRST_S", 3600.0
+    )  # no pause is over before the test says so
     box = Box(lazy("a"), sizes={"a": 60}, a=broken())
     replica = box.replica("a")
-    for _ in range(deaths.GIVE_UP):
+    for _ in range(restart_backoff.GIVE_UP):
         replica.again_at = min(replica.again_at, time.monotonic())
         with pytest.raises(EngineDead):
             await soon(box.ask("a"))
     assert replica.again_at == math.inf
     with pytest.raises(EngineDead):
         await soon(box.ask("a"))
-    assert box.backend.started == ["a"] * deaths.GIVE_UP
+    assert box.backend.started == ["a"] * restart_backoff.GIVE_UP
 
 
 async def test_failed_starts_are_forgotten_with_one_that_went_well() -> None:
@@ -506,8 +508,8 @@ async def test_idle_time_is_weighed_by_what_coming_back_takes(
 async def test_a_model_stays_for_a_while_that_follows_what_its_coming_took(
     monkeypatch: pytest.MonkeyPatch, busy: bool
 ) -> None:
-    monkeypatch.setattr(life, "_TURN", 5.0)
-    monkeypatch.setattr(life, "_TURN_S", (2.0, 60.0))
+    monkeypatch.setattr(transitions, "_TURN", 5.0)
+    monkeypatch.setattr(transitions, "_TURN_S", (2.0, 60.0))
     box = Box(lazy("a"), lazy("b"), sizes={"a": 60, "b": 60})
     a = box.replica("a")
     held = await soon(box.ask("a"))
@@ -540,18 +542,18 @@ async def test_a_model_stays_for_a_while_that_follows_what_its_coming_took(
 def test_how_long_a_model_stays(
     monkeypatch: pytest.MonkeyPatch, busy: bool, cost_s: float, stays_s: float
 ) -> None:
-    monkeypatch.setattr(life, "_TURN", 5.0)
-    monkeypatch.setattr(life, "_TURN_S", (2.0, 60.0))
+    monkeypatch.setattr(transitions, "_TURN", 5.0)
+    monkeypatch.setattr(transitions, "_TURN_S", (2.0, 60.0))
     replica = Box(lazy("a"), sizes={"a": 60}).replica("a")
     replica.state = State.READY
     replica.cost_s = {Level.STOPPED: cost_s}
     if busy:
         replica.load.add(0)
     replica.since = time.monotonic() - stays_s
-    assert life._gives_way(replica, busy=True)
-    assert life._gives_way(replica, busy=False) is not busy
+    assert transitions._gives_way(replica, busy=True)
+    assert transitions._gives_way(replica, busy=False) is not busy
     replica.since += 0.5
-    assert not life._gives_way(replica, busy=True)
+    assert not transitions._gives_way(replica, busy=True)
 
 
 # --- sleepers

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from llmserve import measured
-from llmserve.gpus import described
-from llmserve.measured import Measured
-from llmserve.memory import Settings
+from llmserve.gpus.device import described
+from llmserve.planning import measurements
+from llmserve.planning.measurements import Measured
+from llmserve.planning.memory_model import Settings
 from tests.fakes import spec
 from tests.unit.shapes import LLAMA_8B
 
@@ -23,7 +23,7 @@ MARK = "0123456789abcdef01234567"
 def mark(gpu: str = "H100", **entry: Any) -> str:
     (box0,) = described(gpu)
     of = spec(**entry)
-    return measured.fingerprint(of, LLAMA_8B, Settings.of(of, LLAMA_8B, 1, box0), box0)
+    return measurements.fingerprint(of, LLAMA_8B, Settings.of(of, LLAMA_8B, 1, box0), box0)
 
 
 def test_what_was_kept_is_found_again(tmp_path: Path) -> None:
@@ -48,8 +48,8 @@ def test_a_later_measurement_takes_the_earlier_one_s_place(tmp_path: Path) -> No
 @pytest.fixture(autouse=True)
 def heard(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever else has been imported: some libraries change every logger there is."""
-    monkeypatch.setattr(measured.log, "disabled", False)
-    caplog.set_level(logging.WARNING, logger="llmserve.measured")
+    monkeypatch.setattr(measurements.log, "disabled", False)
+    caplog.set_level(logging.WARNING, logger="llmserve.planning.measurements")
 
 
 def test_a_measurement_that_breaks_off_leaves_the_earlier_one(
@@ -119,7 +119,7 @@ def test_a_fingerprint_is_that_of_everything_that_changes_memory(
     }
     before = mark()
     assert len(others | {before}) == 7
-    monkeypatch.setattr(measured, "_version", lambda package: f"{package} of tomorrow")
+    monkeypatch.setattr(measurements, "_version", lambda package: f"{package} of tomorrow")
     assert mark() != before
 
 
@@ -137,6 +137,6 @@ def test_a_fingerprint_is_that_of_a_shape() -> None:
     (box0,) = described("H100")
     settings = Settings.of(spec(), LLAMA_8B, 1, box0)
     longer = replace(LLAMA_8B, layers=33)
-    one, other = (measured.fingerprint(spec(), of, settings, box0) for of in (LLAMA_8B, longer))
+    one, other = (measurements.fingerprint(spec(), of, settings, box0) for of in (LLAMA_8B, longer))
     assert one != other
     assert len(one) == 24

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from llmserve import memory
-from llmserve.config import ModelSpec
-from llmserve.gpus import GIB, described
-from llmserve.memory import Settings
+from llmserve.gpus.device import GIB, described
+from llmserve.planning import memory_model
+from llmserve.planning.memory_model import Settings
+from llmserve.registry.config import ModelSpec
 from tests.unit.shapes import LLAMA_8B, MINI_LM
 
 if TYPE_CHECKING:
-    from llmserve.shape import Shape
+    from llmserve.checkpoint.shape import Shape
 
 (H100,) = described("H100")
 
@@ -26,58 +26,60 @@ def settings(shape: Shape = LLAMA_8B, tp: int = 1, gpu: str = "H100", **engine: 
 
 
 def test_the_kv_cache_of_llama_8b_takes_128_kib_a_token() -> None:
-    assert memory.kv_bytes_per_token(LLAMA_8B, settings()) == 2 * 32 * 8 * 128 * 2 == 131_072
+    assert memory_model.kv_bytes_per_token(LLAMA_8B, settings()) == 2 * 32 * 8 * 128 * 2 == 131_072
 
 
 @pytest.mark.parametrize(("tp", "share"), [(1, 1.0), (2, 0.5), (4, 0.25), (8, 0.125), (16, 0.125)])
 def test_tensor_parallelism_shares_heads_and_cuts_none(tp: int, share: float) -> None:
-    assert memory.kv_bytes_per_token(LLAMA_8B, settings(tp=tp)) == 131_072 * share
+    assert memory_model.kv_bytes_per_token(LLAMA_8B, settings(tp=tp)) == 131_072 * share
 
 
 def test_pipeline_parallelism_shares_layers() -> None:
     halves = settings(pipeline_parallel_size=2)
-    assert memory.kv_bytes_per_token(LLAMA_8B, halves) == 65_536
+    assert memory_model.kv_bytes_per_token(LLAMA_8B, halves) == 65_536
     thirds = settings(pipeline_parallel_size=3)
-    assert memory.kv_bytes_per_token(LLAMA_8B, thirds) == 11 * 4096
+    assert memory_model.kv_bytes_per_token(LLAMA_8B, thirds) == 11 * 4096
 
 
 def test_fp8_keys_and_values_take_half() -> None:
     eight = settings(kv_cache_dtype="fp8")
-    assert memory.kv_bytes_per_token(LLAMA_8B, eight) == 65_536
+    assert memory_model.kv_bytes_per_token(LLAMA_8B, eight) == 65_536
 
 
 def test_latent_attention_keeps_one_vector_on_every_device() -> None:
     latent = replace(LLAMA_8B, latent_dim=576, attention_layers=61)
-    assert memory.kv_bytes_per_token(latent, settings(tp=8)) == 61 * 576 * 2
+    assert memory_model.kv_bytes_per_token(latent, settings(tp=8)) == 61 * 576 * 2
 
 
 def test_tokens_and_bytes_agree() -> None:
     of = settings(max_model_len=8192)
-    size = memory.kv_bytes(LLAMA_8B, of, requests=3)
+    size = memory_model.kv_bytes(LLAMA_8B, of, requests=3)
     assert size == (3 * 8192 + 16) * 131_072
-    assert memory.kv_tokens(LLAMA_8B, of, size) == 3 * 8192 + 16
-    assert memory.kv_tokens(LLAMA_8B, of, size - 1) == 3 * 8192
+    assert memory_model.kv_tokens(LLAMA_8B, of, size) == 3 * 8192 + 16
+    assert memory_model.kv_tokens(LLAMA_8B, of, size - 1) == 3 * 8192
 
 
 def test_an_encoder_keeps_none() -> None:
     of = settings(MINI_LM)
-    assert memory.kv_bytes(MINI_LM, of, 1) == memory.kv_tokens(MINI_LM, of, GIB) == 0
+    assert memory_model.kv_bytes(MINI_LM, of, 1) == memory_model.kv_tokens(MINI_LM, of, GIB) == 0
 
 
 def test_weights_of_a_device() -> None:
-    whole = memory.weights_bytes(LLAMA_8B, settings())
+    whole = memory_model.weights_bytes(LLAMA_8B, settings())
     assert whole == LLAMA_8B.weights
-    assert memory.weights_bytes(LLAMA_8B, settings(tp=4)) == pytest.approx(whole / 4, rel=1e-6)
-    halves = memory.weights_bytes(LLAMA_8B, settings(pipeline_parallel_size=2))
+    assert memory_model.weights_bytes(LLAMA_8B, settings(tp=4)) == pytest.approx(
+        whole / 4, rel=1e-6
+    )
+    halves = memory_model.weights_bytes(LLAMA_8B, settings(pipeline_parallel_size=2))
     assert halves == pytest.approx((whole - LLAMA_8B.embeddings) / 2 + LLAMA_8B.embeddings)
 
 
 def test_online_quantization_halves_the_matrices_alone() -> None:
-    eight = memory.weights_bytes(LLAMA_8B, settings(quantization="fp8"))
+    eight = memory_model.weights_bytes(LLAMA_8B, settings(quantization="fp8"))
     assert eight == LLAMA_8B.weights - LLAMA_8B.linear // 2
     stored = replace(LLAMA_8B, quantization="fp8")
     of = settings(stored, quantization="fp8")
-    assert memory.weights_bytes(stored, of) == LLAMA_8B.weights  # has been halved on disk
+    assert memory_model.weights_bytes(stored, of) == LLAMA_8B.weights  # has been halved on disk
 
 
 @pytest.mark.parametrize(
@@ -96,10 +98,10 @@ def test_the_entry_wins_over_defaults() -> None:
 
 
 def test_the_allowance_grows_with_what_it_stands_for() -> None:
-    usual = memory.overhead_bytes(LLAMA_8B, settings())
+    usual = memory_model.overhead_bytes(LLAMA_8B, settings())
     assert GIB < usual < 4 * GIB
-    assert memory.overhead_bytes(LLAMA_8B, settings(enforce_eager=True)) < usual
-    assert memory.overhead_bytes(LLAMA_8B, settings(tp=2)) > usual - GIB // 2
+    assert memory_model.overhead_bytes(LLAMA_8B, settings(enforce_eager=True)) < usual
+    assert memory_model.overhead_bytes(LLAMA_8B, settings(tp=2)) > usual - GIB // 2
     wide = settings(max_num_batched_tokens=65536)
-    assert memory.overhead_bytes(LLAMA_8B, wide) > usual
-    assert memory.overhead_bytes(MINI_LM, settings(MINI_LM)) < 1.5 * GIB
+    assert memory_model.overhead_bytes(LLAMA_8B, wide) > usual
+    assert memory_model.overhead_bytes(MINI_LM, settings(MINI_LM)) < 1.5 * GIB

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError, field_validator
 from typing_extensions import TypedDict
 
-from llmserve.bounded import bounded
+from llmserve.api.validation_errors import mistake, name_as_sent, path_of
+from llmserve.engine.request_validation import bounded
 from llmserve.errors import RequestError
-from llmserve.mistakes import mistake, name_as_sent, path_of
 
 KEYS = st.text(max_size=5)
 JSON = st.recursive(

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict, Field
 from typing_extensions import TypedDict
 
-from llmserve.nulls import schema_of, without_nulls
+from llmserve.engine.schema_nulls import schema_of, without_nulls
 
 KEYS = st.text(max_size=5)
 JSON = st.recursive(

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pynvml
 import pytest
 
-from llmserve import nvml
-from llmserve.gpus import GIB
+from llmserve.gpus import nvml
+from llmserve.gpus.device import GIB
 
 NAMES = ("NVIDIA H100 80GB HBM3", "NVIDIA H100 80GB HBM3", "NVIDIA L4", "NVIDIA L4")
 UUIDS = ("GPU-aaaa1", "GPU-aaaa2", "GPU-bbbb1", "GPU-cccc1")

@@ -18,8 +18,8 @@ from starlette.responses import JSONResponse, PlainTextResponse
 from starlette.routing import Route
 from typer.testing import CliRunner, Result
 
-from llmserve import operate
-from llmserve.cli import app as cli
+from llmserve.cli import operate
+from llmserve.cli.main import app as cli
 from llmserve.errors import ConfigError, StartupError
 from tests.unit.test_admin import FakeOperator, change, served
 

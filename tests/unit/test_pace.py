@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import asyncio
 
-from llmserve.pace import PER_TURN, Paced
+from llmserve.engine.pacing import PER_TURN, Paced
 from tests.fakes import soon
 
 

@@ -5,8 +5,8 @@ import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmserve.gpus import GIB, Box, Gpu
-from llmserve.packing import Effort, Item, Packing, Topology, even_out, pack
+from llmserve.gpus.device import GIB, Box, Gpu
+from llmserve.planning.packing import Effort, Item, Packing, Topology, even_out, pack
 
 EFFORT = 20_000
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from llmserve.pattern import check_pattern, check_regex
+from llmserve.engine.structured_output.pattern import check_pattern, check_regex
 
 HONOURED = [
     "",

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmserve.gpus import GIB, Box, Gpu
-from llmserve.packing import BALANCE
-from llmserve.placement import Demand, Option, Placed, Placement, capacity, fill, place
+from llmserve.gpus.device import GIB, Box, Gpu
+from llmserve.planning.packing import BALANCE
+from llmserve.planning.placement import Demand, Option, Placed, Placement, capacity, fill, place
 from tests.unit.effort import calls
 
 HEADROOM = 0.1

@@ -10,17 +10,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmserve.config import ModelSpec
-from llmserve.gpus import GIB, described
-from llmserve.placement import capacity
-from llmserve.planner import Planner
-from llmserve.shape import Unknown
+from llmserve.checkpoint.shape import Unknown
+from llmserve.gpus.device import GIB, described
+from llmserve.planning.placement import capacity
+from llmserve.planning.planner import Planner
+from llmserve.registry.config import ModelSpec
 from tests.unit.effort import calls
 from tests.unit.shapes import LLAMA_8B, LLAMA_70B, MINI_LM
 
 if TYPE_CHECKING:
-    from llmserve.plan import Plan, Problem
-    from llmserve.shape import Shape
+    from llmserve.checkpoint.shape import Shape
+    from llmserve.planning.plan import Plan, Problem
 
 SHAPES = {"8b": LLAMA_8B, "70b": LLAMA_70B, "bert": MINI_LM}
 

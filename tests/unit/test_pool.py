@@ -7,22 +7,22 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from llmserve import deaths, watch
-from llmserve.admission import Deadline, Place
+from llmserve.api.endpoints import ENDPOINTS
 from llmserve.errors import EngineDead, ModelNotFound, Overloaded, StartupError
-from llmserve.lease import Lease, Wish
+from llmserve.lifecycle import health, restart_backoff
+from llmserve.lifecycle.admission import Deadline, Place
+from llmserve.lifecycle.health import Watch
+from llmserve.lifecycle.lease import Lease, Wish
+from llmserve.lifecycle.pool import Pool
+from llmserve.lifecycle.replica import Replica, State
 from llmserve.metrics import Metrics
-from llmserve.pool import Pool
-from llmserve.protocol import ENDPOINTS
-from llmserve.registry import Registry
-from llmserve.replica import Replica, State
-from llmserve.watch import Watch
+from llmserve.registry.names import Registry
 from tests.fakes import FakeBackend, Gate, Plan, broken, let_in, soon, spec, until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from llmserve.config import ModelSpec
+    from llmserve.registry.config import ModelSpec
 
 CHAT, EMBED = (
     next(endpoint for endpoint in ENDPOINTS if endpoint.name == name)
@@ -279,7 +279,7 @@ async def test_an_engine_that_dies_is_started_again_and_the_others_serve_on() ->
 @pytest.fixture
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     """The pauses of thousandths of seconds."""
-    monkeypatch.setattr(deaths, "_FIRST_S", 0.001)
+    monkeypatch.setattr(restart_backoff, "_FIRST_S", 0.001)
 
 
 def _started(box: Box, times: int) -> bool:
@@ -291,7 +291,7 @@ async def test_an_engine_that_dies_again_and_again_is_left() -> None:
     box = Box()
     await box.pool.start()
     async with watched(box):
-        for life in range(1, deaths.GIVE_UP):
+        for life in range(1, restart_backoff.GIVE_UP):
             box.backend.running("chat").dead = True
             await until(partial(_started, box, life + 1))
             await until(lambda: box.states()["chat"] == "ready")
@@ -301,7 +301,7 @@ async def test_an_engine_that_dies_again_and_again_is_left() -> None:
     with pytest.raises(EngineDead, match="The engine of `chat` died 5 times") as refused:
         box.lease("chat")
     assert refused.value.code == "engine_dead"
-    assert box.backend.started.count("chat") == deaths.GIVE_UP
+    assert box.backend.started.count("chat") == restart_backoff.GIVE_UP
     box.lease("embed").release()
 
 
@@ -314,15 +314,15 @@ async def test_a_start_that_fails_after_a_death_counts_as_one() -> None:
         box.backend.running("chat").dead = True
         await until(lambda: "5 times" in box.pool.entries["chat"].note)
     assert box.pool.entries["chat"].note == "no memory left; 5 times, not started again"
-    assert box.backend.started.count("chat") == deaths.GIVE_UP
+    assert box.backend.started.count("chat") == restart_backoff.GIVE_UP
 
 
 @pytest.mark.usefixtures("hurried")
 async def test_an_engine_that_hangs_is_killed_and_started_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(watch, "_ASK_EVERY_S", 0.01)
-    monkeypatch.setattr(watch, "HUNG_S", 0.02)
+    monkeypatch.setattr(health, "_ASK_EVERY_S", 0.01)
+    monkeypatch.setattr(health, "HUNG_S", 0.02)
     box = Box()
     await box.pool.start()
     asking = asyncio.ensure_future(Watch(box.pool).run())
@@ -664,7 +664,7 @@ async def test_every_replica_stops_and_shows_its_figures() -> None:
 async def test_an_engine_that_cannot_be_asked_is_left_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(watch, "_ASK_EVERY_S", 0.01)
+    monkeypatch.setattr(health, "_ASK_EVERY_S", 0.01)
     box = Box()
     await box.pool.start()
     asked: list[float] = []
@@ -684,8 +684,8 @@ async def test_an_engine_that_cannot_be_asked_is_left_alone(
 
 async def test_watch_that_is_cancelled_leaves_no_task(monkeypatch: pytest.MonkeyPatch) -> None:
     """It may be asking an engine that hangs, and draining one that is idle."""
-    monkeypatch.setattr(watch, "_ASK_EVERY_S", 0.001)
-    monkeypatch.setattr(watch, "_LOOK_S", 0.001)
+    monkeypatch.setattr(health, "_ASK_EVERY_S", 0.001)
+    monkeypatch.setattr(health, "_LOOK_S", 0.001)
     box = Box(spec("chat", idle={"stop_after": 0.002}))
     await soon(box.pool.start())
     running = box.backend.running("chat")

@@ -8,7 +8,17 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from llmserve import sse
+from llmserve.api import sse
+from llmserve.api.endpoints import (
+    ENDPOINTS,
+    cannot,
+    error_body,
+    error_response,
+    failure,
+    model_card,
+    parse_object,
+    requested_model,
+)
 from llmserve.errors import (
     BodyTooLarge,
     ContextTooLong,
@@ -24,17 +34,7 @@ from llmserve.errors import (
     RouteNotFound,
     Unauthorized,
 )
-from llmserve.protocol import (
-    ENDPOINTS,
-    cannot,
-    error_body,
-    error_response,
-    failure,
-    model_card,
-    parse_object,
-    requested_model,
-)
-from llmserve.registry import Model, Registry
+from llmserve.registry.names import Model, Registry
 from tests.fakes import FakeRunning, spec
 
 

@@ -4,8 +4,7 @@ from typing import Any
 
 import pytest
 
-from llmserve.errors import RequestError
-from llmserve.quantities import (
+from llmserve.api.body_limits import (
     CHOICES_LIMIT,
     ITEMS,
     KEYS_LIMIT,
@@ -13,6 +12,7 @@ from llmserve.quantities import (
     check_choices,
     check_quantities,
 )
+from llmserve.errors import RequestError
 
 PART = {"type": "text", "text": "a"}
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmserve.errors import ModelNotFound
-from llmserve.registry import Registry
+from llmserve.registry.names import Registry
 from tests.fakes import spec
 
 NAMES = st.lists(st.text(min_size=1, max_size=12), unique=True, min_size=1, max_size=20)

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
 
-from llmserve import report
-from llmserve.gpus import GIB, Box, Gpu, described
-from llmserve.plan import Plan, Problem, Replica
+from llmserve.cli import plan_report
+from llmserve.gpus.device import GIB, Box, Gpu, described
+from llmserve.planning.plan import Plan, Problem, Replica
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -63,7 +63,7 @@ LATE = Problem(
 
 def shown(plan: Plan, width: int = 80) -> str:
     console = Console(file=io.StringIO(), width=width)
-    console.print(report.terminal(plan))
+    console.print(plan_report.terminal(plan))
     assert isinstance(console.file, io.StringIO)
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
 
@@ -153,7 +153,7 @@ def test_of_an_unknown_model_only_its_share_is_shown() -> None:
     assert lines[2] == "█ weights  ▓ KV cache  ▒ overhead  ░ share  · free"
     assert lines[-1].split() == ["A", "odd", "0", "1", "?", "?", "░", "11.0", "?", "?"]
     assert list(_fills(plan)) == ["GPU 0: odd: share 11.0 GiB", "GPU 0: free 11.5 GiB"]
-    written = report.document(plan)["replicas"][0]
+    written = plan_report.document(plan)["replicas"][0]
     assert written["total_bytes"] == 11 * GIB
     assert written["weights_bytes"] is written["max_model_len"] is None
 
@@ -196,13 +196,13 @@ C  far        0      1     30.0      35.0      ~4.0       -         512
     )
     drawn = list(_fills(TURNS))
     assert drawn[6:] == ["GPU 0: far: asleep ~4.0 GiB, awake 69.0 GiB", "GPU 0: free 12.6 GiB"]
-    texts = [text.text for text in ET.fromstring(report.svg(TURNS)).iter(f"{SVG}text")]
+    texts = [text.text for text in ET.fromstring(plan_report.svg(TURNS)).iter(f"{SVG}text")]
     assert {"A chat", "B near (on demand)", "C far (on demand)", "asleep"} <= set(texts)
 
 
 def test_the_document_tells_who_sleeps() -> None:
     keys = ("on_demand", "displaces", "sleeps", "resident_bytes", "total_bytes", "host_bytes")
-    near, far = report.document(TURNS)["replicas"][1:]
+    near, far = plan_report.document(TURNS)["replicas"][1:]
     assert [near[key] for key in keys] == [True, False, True, 15 * GIB, 15 * GIB, 5 * GIB]
     assert [far[key] for key in keys] == [True, True, True, 4 * GIB, 69 * GIB, 30 * GIB]
 
@@ -222,14 +222,14 @@ def test_markup_in_names_is_text() -> None:
 
 def test_a_model_has_one_colour_everywhere() -> None:
     plan = Plan(described("2xL4"), 0, tuple(replica(f"m{i}", (i % 2,), 1, 0, 0) for i in range(12)))
-    marks = report.marks(plan)
+    marks = plan_report.marks(plan)
     assert [mark.letter for mark in marks.values()] == list("ABCDEFGHIJKL")
-    assert marks["m0"].color == marks[f"m{len(report.PALETTE)}"].color
-    assert len({mark.color for mark in marks.values()}) == len(report.PALETTE)
+    assert marks["m0"].color == marks[f"m{len(plan_report.PALETTE)}"].color
+    assert len({mark.color for mark in marks.values()}) == len(plan_report.PALETTE)
     drawn = _fills(plan)
     for gpu in plan.box:
-        parts = report.parts(plan, gpu)
-        styles = {str(span.style) for span in report.Bar(parts, marks).text(60).spans}
+        parts = plan_report.parts(plan, gpu)
+        styles = {str(span.style) for span in plan_report.Bar(parts, marks).text(60).spans}
         for part in parts:
             if part.replica is not None:
                 color = marks[part.replica.model].color
@@ -237,7 +237,7 @@ def test_a_model_has_one_colour_everywhere() -> None:
                 assert drawn[f"GPU {gpu.index}: {part.replica.name}: weights 1.0 GiB"] == color
 
 
-@pytest.mark.parametrize("color", report.PALETTE)
+@pytest.mark.parametrize("color", plan_report.PALETTE)
 def test_colours_can_be_read_on_white_and_on_black(color: str) -> None:
     channels = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     red, green, blue = (
@@ -255,7 +255,7 @@ SIZES = st.lists(st.integers(1, 2**40), max_size=40)
 def test_cells_fill_the_width_and_show_every_part_there_is_room_for(
     sizes: list[int], width: int
 ) -> None:
-    counts = report.cells(sizes, width)
+    counts = plan_report.cells(sizes, width)
     assert len(counts) == len(sizes)
     assert sum(counts) == (width if sizes else 0)
     assert min(counts, default=0) >= 0
@@ -269,7 +269,7 @@ def test_cells_fill_the_width_and_show_every_part_there_is_room_for(
 
 @given(SIZES.filter(bool), st.integers(100, 400))
 def test_cells_follow_the_sizes(sizes: list[int], width: int) -> None:
-    counts = report.cells(sizes, width)
+    counts = plan_report.cells(sizes, width)
     for size, count in zip(sizes, counts, strict=True):
         exact = size * width / sum(sizes)
         assert count <= exact + 1
@@ -315,19 +315,19 @@ def plans(draw: st.DrawFn) -> Plan:
 @given(plans(), st.integers(1, 120))
 def test_any_bar_is_as_wide_as_its_cells(plan: Plan, width: int) -> None:
     for gpu in plan.box:
-        parts = report.parts(plan, gpu)
+        parts = plan_report.parts(plan, gpu)
         assert sum(part.size for part in parts) == max(gpu.memory, plan.used(gpu.index))
-        bar = report.Bar(parts, report.marks(plan)).text(width)
+        bar = plan_report.Bar(parts, plan_report.marks(plan)).text(width)
         assert bar.cell_len == width
         if len(parts) <= width:
             whole = [r for r in plan.on(gpu.index) if r.resident]
-            letters = [report.marks(plan)[r.model].letter for r in whole]
+            letters = [plan_report.marks(plan)[r.model].letter for r in whole]
             assert [c for c in bar.plain if c.isalpha()] == letters
 
 
 @given(plans())
 def test_the_document_survives_json_and_adds_up(plan: Plan) -> None:
-    document = report.document(plan)
+    document = plan_report.document(plan)
     assert orjson.loads(orjson.dumps(document)) == document
     for gpu in document["gpus"]:
         on = [r for r in document["replicas"] if gpu["index"] in r["gpus"]]
@@ -346,7 +346,7 @@ def test_the_document_survives_json_and_adds_up(plan: Plan) -> None:
 def test_the_document_of_a_plan() -> None:
     plan = Plan(described("1xH100"), 0.05, TWO.replicas[1:2], (LATE,))
     used = sum(int(size * GIB) for size in (2.3, 9.6, 1.9))
-    assert report.document(plan) == {
+    assert plan_report.document(plan) == {
         "headroom_fraction": 0.05,
         "gpus": [
             {
@@ -393,7 +393,7 @@ def test_the_document_of_a_plan() -> None:
 
 def _fills(plan: Plan) -> dict[str, str]:
     """The colour of each part of a picture by the part's title."""
-    groups = ET.fromstring(report.svg(plan)).iter(f"{SVG}g")
+    groups = ET.fromstring(plan_report.svg(plan)).iter(f"{SVG}g")
     return {
         str(g.findtext(f"{SVG}title")): g.findall(f"{SVG}rect")[0].attrib["fill"] for g in groups
     }
@@ -408,7 +408,7 @@ def _box(rect: ET.Element) -> tuple[float, float, float, float]:
 
 @given(plans())
 def test_a_picture_is_xml_with_everything_inside_its_card(plan: Plan) -> None:
-    picture = ET.fromstring(report.svg(plan))
+    picture = ET.fromstring(plan_report.svg(plan))
     card, *rects = map(_box, picture.iter(f"{SVG}rect"))
     assert picture.attrib["viewBox"] == f"0 0 {card[2]:g} {card[3]:g}"
     for left, top, right, bottom in rects:
@@ -419,13 +419,16 @@ def test_a_picture_is_xml_with_everything_inside_its_card(plan: Plan) -> None:
     for text in picture.iter(f"{SVG}text"):
         assert 0 <= float(text.attrib["x"]) <= card[2]
         assert 0 <= float(text.attrib["y"]) <= card[3]
-    assert len(list(picture.iter(f"{SVG}g"))) == sum(len(report.parts(plan, g)) for g in plan.box)
+    assert len(list(picture.iter(f"{SVG}g"))) == sum(
+        len(plan_report.parts(plan, g)) for g in plan.box
+    )
 
 
 def test_bars_of_a_picture_are_to_one_scale() -> None:
     plan = Plan(described("1xA-80G,1xB-20G"), 0, (replica("a", (0, 1), 10, 5, 1),))
     boxes = [
-        _box(g.findall(f"{SVG}rect")[0]) for g in ET.fromstring(report.svg(plan)).iter(f"{SVG}g")
+        _box(g.findall(f"{SVG}rect")[0])
+        for g in ET.fromstring(plan_report.svg(plan)).iter(f"{SVG}g")
     ]
     widths = [right - left for left, _, right, _ in boxes]
     pixels = sum(widths[:4]) / 80
@@ -441,7 +444,7 @@ def test_a_picture_says_what_each_part_is_with_names_as_they_are() -> None:
     plan = Plan(
         (Gpu(0, name, 24 * GIB),), 0, (replica(name, (0,), 10, 5, 1, measured=False),), (LATE,)
     )
-    written = report.svg(plan)
+    written = plan_report.svg(plan)
     assert "<b>" not in written
     assert list(_fills(plan)) == [
         f"GPU 0: {name}: weights 10.0 GiB",
@@ -459,11 +462,11 @@ def test_a_picture_says_what_each_part_is_with_names_as_they_are() -> None:
 
 def test_a_long_name_is_cut_in_a_picture() -> None:
     plan = Plan(described("1xL4"), 0, (replica("m" * 300, (0,), 1, 0, 0),))
-    texts = [str(text.text) for text in ET.fromstring(report.svg(plan)).iter(f"{SVG}text")]
+    texts = [str(text.text) for text in ET.fromstring(plan_report.svg(plan)).iter(f"{SVG}text")]
     assert max(map(len, texts)) < 120
     assert any(text.startswith("A mmm") and text.endswith("…") for text in texts)
 
 
 def test_of_broken_files_no_change_is_looked_for() -> None:
-    lines = report._told(Problem("m", "cannot be loaded: cut short", key="model"))
+    lines = plan_report._told(Problem("m", "cannot be loaded: cut short", key="model"))
     assert [str(line) for line in lines] == ["m: cannot be loaded: cut short"]

@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmserve.residency import HOST, Level, Resident, room
+from llmserve.lifecycle.eviction import HOST, Level, Resident, room
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from llmserve.residency import Steps, Takes
+    from llmserve.lifecycle.eviction import Steps, Takes
 
 STOPPED, DISK, NEAR, KV_RELEASED, READY = Level
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from starlette.responses import Response
 
 from llmserve.errors import EngineError, RequestError
-from llmserve.responses import EVENT_BYTES, Archive, Responses, owned_by, size_of
+from llmserve.lifecycle.response_store import EVENT_BYTES, Archive, Responses, owned_by, size_of
 from tests.fakes import soon
 
 KIB = "x" * 1024

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from llmserve import runfolder
+from llmserve.engine import run_folder
+from llmserve.engine.run_folder import SOCKETS, RunFolder
 from llmserve.errors import StartupError
-from llmserve.runfolder import SOCKETS, RunFolder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,7 +31,7 @@ def shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """In place of /dev/shm."""
     folder = tmp_path / "shm"
     folder.mkdir()
-    monkeypatch.setattr(runfolder, "_SHARED", folder)
+    monkeypatch.setattr(run_folder, "_SHARED", folder)
     return folder
 
 
@@ -99,7 +99,7 @@ def test_temporary_folder_of_others_is_told(tmp_path: Path) -> None:
 
 
 def test_without_a_folder_for_sockets_nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runfolder, "_bases", lambda env: [Path("/proc")])
+    monkeypatch.setattr(run_folder, "_bases", lambda env: [Path("/proc")])
     with pytest.raises(StartupError, match="no folder for sockets: one of /proc must be writable"):
         RunFolder.make({})
 
@@ -144,13 +144,13 @@ def test_engine_process_clears_up_after_those_before_it(base: Path, shared: Path
     ended.wait()
     (folder.path / str(ended.pid)).touch()
     (shared / f"__KMP_REGISTERED_LIB_{ended.pid}_{os.getuid()}").touch()
-    runfolder.mark(env)
+    run_folder.mark(env)
     assert left(folder.path) == sorted([str(os.getpid()), "lock"])
     assert left(shared) == []
     folder.remove()
 
 
 def test_process_of_no_server_leaves_no_mark(tmp_path: Path) -> None:
-    runfolder.mark({})
-    runfolder.mark({SOCKETS: str(tmp_path)})
+    run_folder.mark({})
+    run_folder.mark({SOCKETS: str(tmp_path)})
     assert left(tmp_path) == []

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from openai.lib._pydantic import to_strict_json_schema
 from pydantic import BaseModel, EmailStr, Field, HttpUrl, JsonValue, TypeAdapter, conint, constr
 
-from llmserve.schema import honoured
-from llmserve.subschema import ARGUMENTS, IN_PLACE, KEYWORDS, Unsupported
-from llmserve.subschema import REFUSED as REFUSED_KEYS
+from llmserve.engine.structured_output.json_schema import honoured
+from llmserve.engine.structured_output.subschema import ARGUMENTS, IN_PLACE, KEYWORDS, Unsupported
+from llmserve.engine.structured_output.subschema import REFUSED as REFUSED_KEYS
 
 
 class Color(enum.Enum):

@@ -6,23 +6,26 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from llmserve import environment, nvml, server, serverlog, shape
-from llmserve.config import Config, ModelSpec, ServerSpec
+from llmserve.checkpoint import shape
+from llmserve.engine import environment
 from llmserve.errors import PlacementError, StartupError
-from llmserve.gpus import GIB, described
-from llmserve.hostspace import HostSpace
-from llmserve.measured import Measured
-from llmserve.space import Space
+from llmserve.gpus import nvml
+from llmserve.gpus.device import GIB, described
+from llmserve.lifecycle.gpu_memory import Space
+from llmserve.lifecycle.host_memory import HostSpace
+from llmserve.planning.measurements import Measured
+from llmserve.registry.config import Config, ModelSpec, ServerSpec
+from llmserve.server import logs, process
 from tests.unit.shapes import LLAMA_8B
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from llmserve.gpus import Box
+    from llmserve.gpus.device import Box
 
 
 def test_any_free_port_is_bound_and_listens() -> None:
-    with server.bind(ServerSpec(port=0)) as listener:
+    with process.bind(ServerSpec(port=0)) as listener:
         host, port = listener.getsockname()
         assert host == "127.0.0.1"
         socket.create_connection((host, port), timeout=2).close()
@@ -32,7 +35,7 @@ def test_ipv6_is_an_address_too() -> None:
     if not socket.has_ipv6:
         pytest.skip("no IPv6 here")
     try:
-        listener = server.bind(ServerSpec(host="::1", port=0))
+        listener = process.bind(ServerSpec(host="::1", port=0))
     except StartupError as error:
         pytest.skip(f"no IPv6 here: {error.message}")
     with listener:
@@ -40,10 +43,10 @@ def test_ipv6_is_an_address_too() -> None:
 
 
 def test_a_taken_port_is_told_before_anything_loads() -> None:
-    with server.bind(ServerSpec(port=0)) as first:
+    with process.bind(ServerSpec(port=0)) as first:
         port = first.getsockname()[1]
         with pytest.raises(StartupError) as refused:
-            server.bind(ServerSpec(port=port))
+            process.bind(ServerSpec(port=port))
     assert refused.value.message == (
         f"port {port} on 127.0.0.1 cannot be bound: Address already in use; "
         "choose another with --port or end the process that has it"
@@ -56,7 +59,7 @@ def test_a_taken_port_is_told_before_anything_loads() -> None:
 )
 def test_a_host_that_is_no_address_is_told(host: str) -> None:
     with pytest.raises(StartupError, match="is no address here"):
-        server.bind(ServerSpec(host=host, port=0))
+        process.bind(ServerSpec(host=host, port=0))
 
 
 @pytest.mark.parametrize("port", [-1, 65536, 99999])
@@ -64,30 +67,32 @@ def test_a_port_that_is_none_is_told_and_no_other_is_taken(port: int) -> None:
     """As `--port` gives it."""
     asked = ServerSpec().model_copy(update={"port": port})
     with pytest.raises(StartupError, match=f"port {port}"):
-        server.bind(asked).close()
+        process.bind(asked).close()
 
 
 def test_an_address_of_another_machine_is_told() -> None:
     with pytest.raises(StartupError, match=r"203\.0\.113\.7"):
-        server.bind(ServerSpec(host="203.0.113.7", port=0))
+        process.bind(ServerSpec(host="203.0.113.7", port=0))
 
 
 def test_a_log_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with server.bind(ServerSpec(port=0)) as listener:
+    with process.bind(ServerSpec(port=0)) as listener:
         spec = ServerSpec(log_dir=tmp_path / "file")
         with pytest.raises(StartupError, match=r"log_dir .* cannot be written"):
-            server._log_folder(spec, listener)
+            process._log_folder(spec, listener)
 
 
 def record(message: str, *arguments: object, error: Exception | None = None) -> logging.LogRecord:
     info = (type(error), error, None) if error is not None else None
-    return logging.LogRecord("llmserve.app", logging.ERROR, "app.py", 1, message, arguments, info)
+    return logging.LogRecord(
+        "llmserve.http.app", logging.ERROR, "app.py", 1, message, arguments, info
+    )
 
 
 def test_log_record_of_a_client_s_text_is_one_record() -> None:
     forged = "/a\n2026-01-01 00:00:00 ERROR llmserve: forged\r\x1b[2J\u202e\x85"
-    text = serverlog._Escaping("%(levelname)s %(message)s").format(record("path=%s", forged))
+    text = logs._Escaping("%(levelname)s %(message)s").format(record("path=%s", forged))
     assert text == (
         "ERROR path=/a\n  2026-01-01 00:00:00 ERROR llmserve: forged\\r\\x1b[2J\\u202e\\x85"
     )
@@ -95,17 +100,17 @@ def test_log_record_of_a_client_s_text_is_one_record() -> None:
 
 def test_log_record_s_traceback_drives_no_terminal() -> None:
     error = ValueError("bad\nERROR forged \x1b]0;title\x07 \udcff\tthere")
-    text = serverlog._Escaping().format(record("unforeseen", error=error))
+    text = logs._Escaping().format(record("unforeseen", error=error))
     assert text.splitlines() == [
         "unforeseen",
         "  ValueError: bad",
         "  ERROR forged \\x1b]0;title\\x07 \\udcff\tthere",
     ]
-    assert serverlog._Brief().format(record("x\x1b", error=error)) == "x\\x1b"
+    assert logs._Brief().format(record("x\x1b", error=error)) == "x\\x1b"
 
 
 def test_what_holds_a_connection_and_no_model_ends_soon_after_the_drain() -> None:
-    config = server._uvicorn_config(ServerSpec(drain_timeout=0.5), object())
+    config = process._uvicorn_config(ServerSpec(drain_timeout=0.5), object())
     assert config.timeout_graceful_shutdown == 3
 
 
@@ -133,7 +138,7 @@ def test_the_build_for_cpus_has_no_gpus_to_plan(
 ) -> None:
     on_gpus(monkeypatch, tmp_path, described("H100"))
     monkeypatch.setattr(environment, "is_cpu_build", lambda: True)
-    memory = server._memory(registry(tmp_path, devices=[5], kv_cache="4GiB"))
+    memory = process._memory(registry(tmp_path, devices=[5], kv_cache="4GiB"))
     assert isinstance(memory, HostSpace)
     assert memory.capacity == {}
 
@@ -143,7 +148,7 @@ def test_the_build_for_cuda_does_not_start_without_a_gpu(
 ) -> None:
     on_gpus(monkeypatch, tmp_path, ())
     with pytest.raises(StartupError, match="no NVIDIA GPU is visible") as refused:
-        server._memory(registry(tmp_path))
+        process._memory(registry(tmp_path))
     assert refused.value.exit_code == 3
 
 
@@ -152,7 +157,7 @@ def test_models_that_do_not_fit_do_not_start(
 ) -> None:
     on_gpus(monkeypatch, tmp_path, described("RTX4090"))
     with pytest.raises(PlacementError, match="what would fit: ") as refused:
-        server._memory(registry(tmp_path, concurrency=40))
+        process._memory(registry(tmp_path, concurrency=40))
     assert refused.value.exit_code == 2
 
 
@@ -161,8 +166,8 @@ def test_gpus_that_others_hold_are_told_before_anything_starts(
 ) -> None:
     on_gpus(monkeypatch, tmp_path, described("H100"), used=30 * GIB)
     with pytest.raises(StartupError, match=r"49\.6 GiB of 79\.6 GiB are free"):
-        server._memory(registry(tmp_path))
-    space = server._memory(registry(tmp_path, memory="40GiB"))  # the rest is enough
+        process._memory(registry(tmp_path))
+    space = process._memory(registry(tmp_path, memory="40GiB"))  # the rest is enough
     assert isinstance(space, Space)
     assert space.plan.replica("m", 0).bytes == 40 * GIB
 
@@ -171,11 +176,11 @@ def test_the_plan_is_made_with_what_was_measured_here(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     on_gpus(monkeypatch, tmp_path, described("H100"))
-    first = server._memory(registry(tmp_path))
+    first = process._memory(registry(tmp_path))
     assert isinstance(first, Space)
     mark = first.plan.replica("m", 0).fingerprint
     Measured(tmp_path / "llmserve" / "memory").keep(mark, 5 * GIB, {})
-    again = server._memory(registry(tmp_path))
+    again = process._memory(registry(tmp_path))
     assert isinstance(again, Space)
     assert again.plan.replica("m", 0).overhead == 5 * GIB
 
@@ -183,10 +188,14 @@ def test_the_plan_is_made_with_what_was_measured_here(
 @pytest.mark.parametrize(
     ("logger", "level", "told"),
     [
-        ("llmserve.life", logging.ERROR, True),
-        ("llmserve.life", logging.WARNING, False),
-        ("llmserve.backend", logging.WARNING, True),  # a model that came from the cache alone
-        ("llmserve.backend", logging.INFO, False),
+        ("llmserve.lifecycle.transitions", logging.ERROR, True),
+        ("llmserve.lifecycle.transitions", logging.WARNING, False),
+        (
+            "llmserve.engine.backend",
+            logging.WARNING,
+            True,
+        ),  # a model that came from the cache alone
+        ("llmserve.engine.backend", logging.INFO, False),
         ("vllm.config", logging.WARNING, False),
     ],
 )
@@ -194,4 +203,4 @@ def test_the_terminal_shows_errors_and_what_a_start_did_without(
     logger: str, level: int, told: bool
 ) -> None:
     record = logging.LogRecord(logger, level, __file__, 1, "text", None, None)
-    assert serverlog._tells(record) is told
+    assert logs._tells(record) is told

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from llmserve.serverlog import LogFile
-from llmserve.startlog import keep_last
+from llmserve.engine.startup_log import keep_last
+from llmserve.server.logs import LogFile
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

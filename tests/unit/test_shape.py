@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from llmserve import shape
+from llmserve.checkpoint import shape
 from llmserve.errors import ShapeUnknown
 from tests.fakes import spec
 from tests.unit.test_checkpoint import write_tensors
 
 if TYPE_CHECKING:
-    from llmserve.shape import Shape
+    from llmserve.checkpoint.shape import Shape
 
 MODELS = Path(os.environ.get("LLMSERVE_TEST_MODELS", Path(__file__).parents[2] / "models"))
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmserve.silence import Silence, cpu_s
+from llmserve.engine.hang_detection import Silence, cpu_s
 
 LOOKS = st.lists(st.floats(0.01, 20), min_size=1, max_size=40)
 

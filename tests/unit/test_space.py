@@ -11,27 +11,29 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from llmserve import handover, nvml, shape, space
-from llmserve.config import Config, ModelSpec
+from llmserve.checkpoint import shape
+from llmserve.checkpoint.shape import Unknown
 from llmserve.errors import PlacementError, StartupError
-from llmserve.gpus import GIB, described
-from llmserve.handover import PAGE_BYTES, Handover
-from llmserve.measured import Measured
-from llmserve.nvml import Holder
-from llmserve.planner import Planner
-from llmserve.residency import Level
-from llmserve.shape import Unknown
-from llmserve.space import Space, overhead_bytes
+from llmserve.gpus import nvml, page_exchange
+from llmserve.gpus.device import GIB, described
+from llmserve.gpus.nvml import Holder
+from llmserve.gpus.page_exchange import PAGE_BYTES, Handover
+from llmserve.lifecycle import gpu_memory as space
+from llmserve.lifecycle.eviction import Level
+from llmserve.lifecycle.gpu_memory import Space, overhead_bytes
+from llmserve.planning.measurements import Measured
+from llmserve.planning.planner import Planner
+from llmserve.registry.config import Config, ModelSpec
 from tests.unit.shapes import LLAMA_8B
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
-    from llmserve.gpus import Gpu
-    from llmserve.plan import Plan
-    from llmserve.shape import Shape
-    from llmserve.space import Keep
+    from llmserve.checkpoint.shape import Shape
+    from llmserve.gpus.device import Gpu
+    from llmserve.lifecycle.gpu_memory import Keep
+    from llmserve.planning.plan import Plan
 
 
 @dataclass
@@ -479,7 +481,7 @@ async def test_what_passes_to_a_sleeper_counts_as_free_for_it(
     gpus: Gpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(space, "_RELEASE_S", 0.01)
-    monkeypatch.setenv(handover.ADDRESS, "restored afterwards")
+    monkeypatch.setenv(page_exchange.ADDRESS, "restored afterwards")
     between = Handover()
     (m,) = sleeping("m")
     plan = planned(Measured(tmp_path), m)
@@ -488,17 +490,17 @@ async def test_what_passes_to_a_sleeper_counts_as_free_for_it(
     (replica,) = plan.replicas
     gpus.used[0] = plan.box[0].memory - replica.weights - replica.kv + 2 * PAGE_BYTES
     with ground.expecting(m, 0):
-        handover.give("GPU-1", [os.memfd_create("page")])
+        page_exchange.give("GPU-1", [os.memfd_create("page")])
         with pytest.raises(StartupError, match="m needs"):
             async with ground.moves(m, 0, Level.HOST):
                 pass
-        handover.give("GPU-1", [os.memfd_create("page")])
+        page_exchange.give("GPU-1", [os.memfd_create("page")])
         async with ground.moves(m, 0, Level.HOST):
             pass
         gpus.used[0] = 0
         async with ground.start(m, 0):
             assert between.bytes("GPU-1") == 0  # a start needs it free
-    handover.give("GPU-1", [os.memfd_create("page")])
+    page_exchange.give("GPU-1", [os.memfd_create("page")])
     assert between.bytes("GPU-1") == 0
 
 

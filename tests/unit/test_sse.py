@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmserve import sse
+from llmserve.api import sse
 from llmserve.errors import RequestError
 from tests.fakes import Gate, failure, soon, until
 

@@ -4,9 +4,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from llmserve import startlog
+from llmserve.engine import startup_log
+from llmserve.engine.startup_log import StartLog, cause_of
 from llmserve.errors import EngineError
-from llmserve.startlog import StartLog, cause_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -60,7 +60,7 @@ def test_startlog_sign_cut_between_two_looks_is_found(path: Path) -> None:
 def test_startlog_reads_what_is_new_block_by_block(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(startlog, "_BLOCK", 100)
+    monkeypatch.setattr(startup_log, "_BLOCK", 100)
     path.write_bytes(b"x" * 250)
     log = StartLog(path)
     assert [log.grew() for _ in range(4)] == [True, True, True, False]

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from llmserve import stream
+from llmserve.api import token_stream as stream
+from llmserve.api.sse import HEADERS
+from llmserve.api.token_stream import ABORT, HOLD, WRITE, Flow, TokenStream
 from llmserve.errors import LLMServeError, Overloaded, RequestError
-from llmserve.sse import HEADERS
-from llmserve.stream import ABORT, HOLD, WRITE, Flow, TokenStream
 from tests.fakes import Gate, failure, soon, until
 
 if TYPE_CHECKING:

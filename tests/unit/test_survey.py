@@ -9,17 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from llmserve import shape, survey
-from llmserve.config import Config, ModelSpec
+from llmserve.checkpoint import shape
 from llmserve.errors import ShapeUnknown
-from llmserve.gpus import GIB, described
-from llmserve.measured import Measured
+from llmserve.gpus.device import GIB, described
+from llmserve.planning import survey
+from llmserve.planning.measurements import Measured
+from llmserve.registry.config import Config, ModelSpec
 from tests.unit.shapes import LLAMA_8B
 from tests.unit.test_checkpoint import write_tensors
 from tests.unit.test_shape import LLAMA
 
 if TYPE_CHECKING:
-    from llmserve.shape import Shape
+    from llmserve.checkpoint.shape import Shape
 
 H100 = described("H100")
 

@@ -5,9 +5,9 @@ import io
 import pytest
 from rich.console import Console
 
-from llmserve.registry import Model
-from llmserve.replica import Replica, State
-from llmserve.table import Lines, LiveTable, display
+from llmserve.lifecycle.replica import Replica, State
+from llmserve.registry.names import Model
+from llmserve.server.startup_display import Lines, LiveTable, display
 from tests.fakes import spec
 
 

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 import psutil
 import pytest
 
-from llmserve import runfolder
-from llmserve import tether as module
-from llmserve.tether import Tether
+from llmserve.engine import parent_watch as module
+from llmserve.engine import run_folder
+from llmserve.engine.parent_watch import Tether
 from tests import tied
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def test_tether_cut_during_a_start_ends_it(tether: Tether) -> None:
     """Between the check and the new process: in multiprocessing's own code."""
     process = tied.spawn.Process(target=tied.sleeper, args=())
     knot = module._Knot()
-    process._config["llmserve.tether"] = knot  # type: ignore[attr-defined]
+    process._config["llmserve.engine.parent_watch"] = knot  # type: ignore[attr-defined]
     token = module._tying.set(tether)
     try:
         process._args = (_Cutting(tether),)  # type: ignore[attr-defined]
@@ -171,7 +171,7 @@ def test_tether_s_processes_and_those_below_mark_themselves(
     folder = tmp_path / "llmserve-1"
     folder.mkdir()
     (folder / "lock").touch()
-    monkeypatch.setenv(runfolder.SOCKETS, str(folder))
+    monkeypatch.setenv(run_folder.SOCKETS, str(folder))
     process = tied.start(tether)
     assert process.pid is not None
     below = psutil.Process(process.pid)

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from llmserve import server, tls
-from llmserve.config import ServerSpec
 from llmserve.errors import StartupError
+from llmserve.registry.config import ServerSpec
+from llmserve.server import process as server
+from llmserve.server import tls
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -72,8 +73,8 @@ def test_unusable_certificate_or_key_is_told(
 def test_server_asks_nobody_for_a_pass_phrase(pems: Path, tmp_path: Path) -> None:
     """On a terminal, where OpenSSL would."""
     code = (
-        "from pathlib import Path\nfrom llmserve.config import ServerSpec\n"
-        "from llmserve.errors import StartupError\nfrom llmserve.server import _uvicorn_config\n"
+        "from pathlib import Path\nfrom llmserve.registry.config import ServerSpec\n"
+        "from llmserve.errors import StartupError\nfrom llmserve.server.process import _uvicorn_config\n"
         f"folder = Path({str(pems)!r})\n"
         "spec = ServerSpec(ssl_certfile=folder / 'b.pem', ssl_keyfile=folder / 'b.key')\n"
         "try:\n    _uvicorn_config(spec, object())\nexcept StartupError: print('refused')\n"

@@ -4,8 +4,8 @@ import asyncio
 import itertools
 from typing import TYPE_CHECKING
 
-from llmserve import turns
-from llmserve.turns import Turns
+from llmserve.http import request_batcher
+from llmserve.http.request_batcher import Turns
 from tests.fakes import soon
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ async def test_one_that_comes_alone_waits_a_few_turns_of_the_loop() -> None:
 
 
 async def test_those_that_come_one_by_one_go_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(turns, "HOLD_S", 60)
+    monkeypatch.setattr(request_batcher, "HOLD_S", 60)
     queue = Queue(8)
     tasks = []
     for number in range(5):
@@ -57,7 +57,7 @@ async def test_those_that_come_one_by_one_go_together(monkeypatch: pytest.Monkey
 
 
 async def test_a_group_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(turns, "HOLD_S", 0.0)
+    monkeypatch.setattr(request_batcher, "HOLD_S", 0.0)
     queue = Queue(8)
     tasks = []
     for number in range(5):

@@ -1,4 +1,4 @@
-"""What `llmserve.work` does with answers that need no call of the model's handlers."""
+"""What `llmserve.http.inference` does with answers that need no call of the model's handlers."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from starlette.responses import PlainTextResponse, Response
 
-from llmserve import deaths, turns, work
+from llmserve.api.sse import EventStream, Frames
+from llmserve.api.token_stream import Flow, TokenStream
 from llmserve.errors import EngineDead, EngineError, LLMServeError, RequestError, StartupError
-from llmserve.replica import State
-from llmserve.sse import EventStream, Frames
-from llmserve.stream import Flow, TokenStream
+from llmserve.http import inference, request_batcher
+from llmserve.lifecycle import restart_backoff
+from llmserve.lifecycle.replica import State
 from tests.fakes import (
     Answer,
     Call,
@@ -192,10 +193,10 @@ async def test_a_request_that_waits_for_its_turn_is_told_when_the_server_ends(
 ) -> None:
     gate = Gate()
 
-    async def take(_: turns.Turns) -> None:
+    async def take(_: request_batcher.Turns) -> None:
         await gate.wait()
 
-    monkeypatch.setattr(turns.Turns, "take", take)
+    monkeypatch.setattr(request_batcher.Turns, "take", take)
     async with box_of(lambda: PlainTextResponse("known")) as box:
         asking = asyncio.ensure_future(box.client.post(CHAT, json=HI))
         await soon(gate.reached.wait())
@@ -251,7 +252,7 @@ LAZY = (spec("chat", start="lazy"),)
 @pytest.fixture
 def talkative(monkeypatch: pytest.MonkeyPatch) -> None:
     """A comment every few milliseconds."""
-    monkeypatch.setattr(work, "COMMENT_S", 0.005)
+    monkeypatch.setattr(inference, "COMMENT_S", 0.005)
 
 
 async def commented(box: Box, gate: Gate, path: str = CHAT, **more: Any) -> Any:
@@ -416,7 +417,7 @@ async def test_a_request_is_tried_once_more_if_the_engine_dies_before_it_is_answ
 
 
 async def test_it_waits_for_the_engine_that_comes_next(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deaths, "_FIRST_S", 0.005)
+    monkeypatch.setattr(restart_backoff, "_FIRST_S", 0.005)
     async with asgi(spec("chat")) as box:
 
         async def dies(call: Call) -> Response:

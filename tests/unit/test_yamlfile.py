@@ -7,7 +7,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llmserve import yamlfile
+from llmserve.registry import yaml_positions
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -25,17 +25,17 @@ VALUES = st.recursive(
 in_one_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-def read(folder: Path, text: str | bytes, **more: Any) -> yamlfile.Document:
+def read(folder: Path, text: str | bytes, **more: Any) -> yaml_positions.Document:
     file = folder / "models.yaml"
     file.write_bytes(text.encode() if isinstance(text, str) else text)
-    return yamlfile.read(file, **more)
+    return yaml_positions.read(file, **more)
 
 
-def problems(document: yamlfile.Document) -> list[str]:
+def problems(document: yaml_positions.Document) -> list[str]:
     return [problem.within("models.yaml") for problem in document.problems]
 
 
-def leaves(value: Any, path: yamlfile.Path = ()) -> dict[yamlfile.Path, Any]:
+def leaves(value: Any, path: yaml_positions.Path = ()) -> dict[yaml_positions.Path, Any]:
     if isinstance(value, dict):
         items: Any = value.items()
     elif isinstance(value, list):
@@ -59,7 +59,7 @@ def test_values_come_back_as_they_were_written(tmp_path: Path, value: Any, flow:
 def test_every_key_knows_its_line(tmp_path: Path, keys: list[tuple[str, int]]) -> None:
     """Keys with so many empty lines before each, in a mapping inside a mapping."""
     lines = ["top:"]
-    expected: dict[yamlfile.Path, int] = {("top",): 1}
+    expected: dict[yaml_positions.Path, int] = {("top",): 1}
     for key, blank in keys:
         lines += [""] * blank + [f"  '{key}': [1]"]
         expected["top", key] = len(lines)
@@ -125,9 +125,11 @@ def test_invalid_yaml_is_told_with_its_line(tmp_path: Path) -> None:
 
 
 def test_a_missing_file_and_a_folder_are_problems_without_a_line(tmp_path: Path) -> None:
-    missing = problems(yamlfile.read(tmp_path / "no.yaml"))
+    missing = problems(yaml_positions.read(tmp_path / "no.yaml"))
     assert missing == ["models.yaml: cannot be read: No such file or directory"]
-    assert problems(yamlfile.read(tmp_path)) == ["models.yaml: cannot be read: Is a directory"]
+    assert problems(yaml_positions.read(tmp_path)) == [
+        "models.yaml: cannot be read: Is a directory"
+    ]
 
 
 @pytest.mark.parametrize("text", ["", "\n", "# only a comment\n", "---\n"])
@@ -279,9 +281,9 @@ def test_a_verbatim_key_is_left_alone(tmp_path: Path) -> None:
 
 def test_problems_sort_by_line() -> None:
     found = [
-        yamlfile.Problem(10, "b", "x"),
-        yamlfile.Problem(9, "z", "x"),
-        yamlfile.Problem(9, "a", "x"),
+        yaml_positions.Problem(10, "b", "x"),
+        yaml_positions.Problem(9, "z", "x"),
+        yaml_positions.Problem(9, "a", "x"),
     ]
     assert [problem.within("f") for problem in sorted(found)] == [
         "f:9: a: x",

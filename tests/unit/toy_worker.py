@@ -1,4 +1,4 @@
-"""A worker for `llmserve.grammar` whose compiler does what a pattern says; no vLLM.
+"""A worker for `llmserve.engine.structured_output.compiler` whose compiler does what a pattern says; no vLLM.
 
 The sandbox around it is the real one.
 """
@@ -12,7 +12,7 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from llmserve.sandbox import Server, sandboxed
+from llmserve.engine.structured_output.sandbox import Server, sandboxed
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -1,0 +1,205 @@
+"""What goes over the wire besides vLLM's own request and answer classes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import orjson
+from starlette.responses import Response
+
+from llmserve.api import sse
+from llmserve.api.json_text import load
+from llmserve.errors import LLMServeError, Overloaded, RequestError, quoted
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Iterable
+
+    from starlette.types import ASGIApp, Receive, Scope, Send
+
+    from llmserve.api.json_text import Buffer
+    from llmserve.lifecycle.replica import Running
+    from llmserve.registry.names import Model, Registry
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A thing a model can be asked to do.
+
+    `name` is how errors and metrics speak of it; every path of `paths` leads to it. An
+    answer counts as `answer_tokens` where replicas are chosen; 0: it is no
+    generated text.
+    """
+
+    name: str
+    paths: tuple[str, ...]
+    multipart: bool = False  # an upload; all others are JSON
+    answer_tokens: int = 0
+    named_events: bool = False  # its stream's events have names; a failure is one called "error"
+
+
+_ANSWER_TOKENS = 512  # as long as answers tend to be
+
+ENDPOINTS: tuple[Endpoint, ...] = (
+    Endpoint("chat completions", ("/v1/chat/completions",), answer_tokens=_ANSWER_TOKENS),
+    Endpoint("completions", ("/v1/completions",), answer_tokens=_ANSWER_TOKENS),
+    Endpoint("responses", ("/v1/responses",), False, _ANSWER_TOKENS, True),
+    Endpoint("messages", ("/v1/messages",), False, _ANSWER_TOKENS, True),
+    Endpoint("token counts", ("/v1/messages/count_tokens",)),
+    Endpoint("embeddings", ("/v1/embeddings",)),
+    Endpoint("scores", ("/v1/score", "/score")),
+    Endpoint("reranking", ("/v1/rerank", "/rerank", "/v2/rerank")),
+    Endpoint("pooling", ("/pooling",)),
+    Endpoint("classification", ("/classify",)),
+    Endpoint("tokenization", ("/tokenize",)),
+    Endpoint("detokenization", ("/detokenize",)),
+    Endpoint("transcriptions", ("/v1/audio/transcriptions",), True, _ANSWER_TOKENS),
+    Endpoint("translations", ("/v1/audio/translations",), True, _ANSWER_TOKENS),
+)
+
+
+_ANTHROPIC = "/v1/messages/"
+NAMED_EVENTS = frozenset(endpoint.name for endpoint in ENDPOINTS if endpoint.named_events)
+
+
+def failure(endpoint: str, error: LLMServeError, sent: int = 0) -> bytes:
+    """The last events of a stream that failed after `sent` events."""
+    if endpoint == "messages":
+        return last_event(endpoint, anthropic_error(error))
+    if endpoint == "responses":
+        return last_event(endpoint, _response_error(error, sent))
+    return last_event(endpoint, error_body(error))
+
+
+def last_event(endpoint: str, body: dict[str, Any]) -> bytes:
+    """An error object as the last events of a stream."""
+    if endpoint in NAMED_EVENTS:
+        return sse.event({"type": "error", **body}, "error")
+    return sse.event(body) + sse.DONE
+
+
+def _response_error(error: LLMServeError, sent: int) -> dict[str, Any]:
+    """OpenAI's event has the error's keys itself, that of Open Responses has an object."""
+    flat = {"message": error.message, "param": error.param, "code": error.code}
+    return {"sequence_number": sent, **flat, **error_body(error)}
+
+
+class Ongoing:
+    """An answer that is out before the work for it is done; `task` does the rest."""
+
+    def __init__(self, answer: ASGIApp, task: asyncio.Task[Any]) -> None:
+        self._answer = answer
+        self.task = task
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._answer(scope, receive, send)
+
+
+def error_body(error: LLMServeError) -> dict[str, Any]:
+    """The one error object: OpenAI API reference, "Error codes"."""
+    return {
+        "error": {
+            "message": error.message,
+            "type": error.type,
+            "param": error.param,
+            "code": error.code,
+        }
+    }
+
+
+def anthropic_error(error: LLMServeError, request_id: str | None = None) -> dict[str, Any]:
+    """The same in Anthropic's way: Claude API reference, "Errors"."""
+    kind = _ANTHROPIC_KINDS.get(error.status)
+    if kind is None:
+        kind = "invalid_request_error" if error.status < 500 else "api_error"
+    if isinstance(error, Overloaded):
+        kind = "overloaded_error"
+    body = {"type": "error", "error": {"type": kind, "message": error.message}}
+    return body | ({"request_id": request_id} if request_id else {})
+
+
+_ANTHROPIC_KINDS = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    504: "timeout_error",
+}
+
+
+def error_response(error: LLMServeError, path: str = "", request_id: str | None = None) -> Response:
+    """In the way of the API that `path` belongs to."""
+    anthropic = f"{path}/".startswith(_ANTHROPIC)
+    body = anthropic_error(error, request_id) if anthropic else error_body(error)
+    return Response(
+        orjson.dumps(body), error.status, headers=error.headers(), media_type="application/json"
+    )
+
+
+def parse_object(body: Buffer) -> dict[str, Any]:
+    """A request body as a JSON object; see `jsontext.load`.
+
+    Raises RequestError, which never repeats the body, and BodyTooLarge.
+    """
+    if not body:
+        raise RequestError("The body is empty; send a JSON object.", code="invalid_json")
+    value = load(body)
+    if not isinstance(value, dict):
+        raise RequestError("The body must be a JSON object.", code="invalid_json")
+    return value
+
+
+def requested_model(body: dict[str, Any], registry: Registry) -> str:
+    """The model that a body asks for; a box with a single model needs no name.
+
+    Raises RequestError if there is none or it is no string.
+    """
+    name = body.get("model")
+    if isinstance(name, str) and name:
+        return name
+    if name in (None, "") and len(registry.models) == 1:
+        return registry.models[0].name
+    known = sorted(registry.public_names())
+    came = "is missing" if name in (None, "") else f"must be a string, not {type(name).__name__}"
+    raise RequestError(
+        f"`model` {came}; models here: {', '.join(known)}.",
+        param="model",
+        code="missing_required_parameter" if name in (None, "") else "invalid_type",
+    )
+
+
+def model_card(name: str, model: Model, created: int, running: Running | None) -> dict[str, Any]:
+    """An entry of GET /v1/models: OpenAI's fields, Anthropic's, and ours.
+
+    What the model can do is known once it runs.
+    """
+    card: dict[str, Any] = {
+        "id": name,
+        "object": "model",
+        "created": created,
+        "owned_by": "llmserve",
+        "type": "model",
+        "display_name": name,
+        "created_at": datetime.fromtimestamp(created, UTC).isoformat(),
+        "lifecycle": "active",
+    }
+    if name in model.loras:
+        card["parent"] = model.name
+    if running is not None:
+        card["max_model_len"] = running.max_model_len
+        card["endpoints"] = sorted(running.able)
+    return card
+
+
+def model_list(cards: list[dict[str, Any]]) -> dict[str, Any]:
+    """All entries as one page, for OpenAI's clients and for Anthropic's."""
+    ids = [card["id"] for card in cards] or [None]
+    page = {"first_id": ids[0], "last_id": ids[-1], "has_more": False}
+    return {"object": "list", "data": cards, **page}
+
+
+def cannot(model: str, endpoint: str, able: Iterable[str]) -> str:
+    return f"The model {quoted(model)} does not do {endpoint}; it does: {', '.join(sorted(able))}."

@@ -1,0 +1,137 @@
+"""Models from the Hugging Face hub, downloaded before their engine starts, with progress."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import huggingface_hub
+from huggingface_hub import snapshot_download
+from tqdm.auto import tqdm
+
+from llmserve.checkpoint import files as checkpoint
+from llmserve.checkpoint.hub_errors import translated
+from llmserve.errors import StartupError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from llmserve.registry.config import ModelSpec
+
+_HUB_TIMEOUT_S = 10
+# Everything that vLLM may read besides weights.
+_BESIDE_WEIGHTS = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken")
+_WEIGHTS = ("*.safetensors", "*.bin", "*.pt")  # in vLLM's order of preference
+
+
+class Wanted(NamedTuple):
+    """A repository of the hub, and all that decides which folder it becomes."""
+
+    repo: str
+    revision: str | None
+    cache_dir: str | None
+    token: str | bool | None
+
+    @classmethod
+    def of(cls, spec: ModelSpec) -> tuple[Wanted, ...]:
+        """The model and its adapters, as far as they are on the hub.
+
+        `download_dir`, `revision` and `hf_token` of `engine:` hold as in vLLM.
+        """
+        engine = spec.engine
+        return tuple(
+            cls(
+                repo,
+                engine.get("revision") if repo == spec.model else None,
+                engine.get("download_dir"),
+                engine.get("hf_token"),
+            )
+            for repo in spec.hub_names
+        )
+
+
+class Fetched(NamedTuple):
+    """Where a repository lies in the cache, and why the hub did not have its say."""
+
+    folder: str
+    warning: str | None = None
+
+
+def download(wanted: Wanted, progress: Callable[[int, int], None]) -> Fetched:
+    """Bring a repository into the cache that vLLM reads. Blocks.
+
+    `progress` gets bytes done and bytes in all. HF_TOKEN, HF_HOME and HF_HUB_OFFLINE hold
+    as in vLLM. Whatever keeps the hub from giving it, what is whole in the cache will do.
+
+    Raises StartupError with the cause in one line.
+    """
+    try:
+        with translated(wanted.repo, wanted.revision, StartupError):
+            huggingface_hub.utils.validate_repo_id(wanted.repo)
+            return Fetched(_fetch(wanted, progress))
+    except StartupError as error:
+        return _from_cache(wanted, error)
+
+
+def _from_cache(wanted: Wanted, error: StartupError) -> Fetched:
+    """Raises StartupError if it is not there, or not whole."""
+    folder = checkpoint.cached(wanted.repo, wanted.revision, wanted.cache_dir)
+    if folder is None:
+        raise StartupError(f"{error.message}; it is not in the cache either") from error
+    if (lacks := folder.lacks()) is not None:
+        raise StartupError(f"{error.message}; the cache has a part of it: {lacks}") from error
+    warned = None if huggingface_hub.is_offline_mode() else f"{error.message}; the cache has it"
+    return Fetched(str(folder.path), warned)
+
+
+def _fetch(wanted: Wanted, progress: Callable[[int, int], None]) -> str:
+    info = huggingface_hub.HfApi(token=wanted.token).model_info(
+        wanted.repo, revision=wanted.revision, timeout=_HUB_TIMEOUT_S
+    )
+    files = [file.rfilename for file in info.siblings or ()]
+    folder: str = snapshot_download(
+        wanted.repo,
+        revision=wanted.revision,
+        cache_dir=wanted.cache_dir,
+        token=wanted.token,
+        allow_patterns=[*_BESIDE_WEIGHTS, _weights_of(files)],
+        ignore_patterns=["original/**", "*.onnx", "*.gguf"],
+        tqdm_class=_reporting(progress),
+    )
+    return folder
+
+
+def _weights_of(files: Iterable[str]) -> str:
+    """The pattern of the one kind of weights that vLLM will load."""
+    for pattern in _WEIGHTS:
+        if any(file.endswith(pattern[1:]) for file in files):
+            return pattern
+    return _WEIGHTS[0]
+
+
+def _reporting(progress: Callable[[int, int], None]) -> type[tqdm[Any]]:
+    class Reporting(tqdm):
+        """Draws nothing; passes the bytes on."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self.in_bytes = kwargs.get("unit") == "B"
+            kwargs.pop("name", None)
+            super().__init__(*args, **(kwargs | {"disable": False, "file": _Nowhere()}))
+
+        def display(self, *_: Any, **__: Any) -> None:
+            pass
+
+        def update(self, n: float | None = 1) -> bool | None:
+            changed = super().update(n)
+            if self.in_bytes and self.total:
+                progress(int(self.n), int(self.total))
+            return bool(changed)
+
+    return Reporting
+
+
+class _Nowhere:
+    def write(self, _: str) -> None:
+        pass
+
+    def flush(self) -> None:
+        pass

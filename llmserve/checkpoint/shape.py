@@ -1,0 +1,531 @@
+"""What of a model decides how much memory it takes."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from llmserve.checkpoint import files as checkpoint
+from llmserve.checkpoint.files import Tensor
+from llmserve.errors import ModelOutOfReach, ModelUnusable, ShapeUnknown
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from llmserve.checkpoint.files import Checkpoint, Config
+    from llmserve.errors import LLMServeError
+    from llmserve.registry.config import ModelSpec
+
+
+_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+_OTHER_NAMES = {"float": "float32", "half": "float16"}
+_STORED = {"BF16": "bfloat16", "F16": "float16"}
+
+_EMBEDDING = re.compile(
+    r"(^|\.)(embed_tokens(_per_layer)?|wte|word_embeddings|tok_embeddings|embed_in|embeddings"
+    r"|lm_head|embed_out|output_layer)\.(q?weight|weight_packed)$|^output\.weight$"
+)
+_NOT_LINEAR = re.compile(r"embed|norm|conv|router|rotary|\bwpe\b|\bgate\.|shared_expert_gate")
+_HEAD = re.compile(r"(^|\.)lm_head\.")
+_MTP = re.compile(r"^(model\.)?mtp(_layers)?\.")  # predicts further tokens: loaded as a draft only
+_LAYER = re.compile(r"^(?:(?:model|language_model)\.)*layers\.(\d+)\.")
+
+_GENERATES = ("ForCausalLM", "ForConditionalGeneration", "ChatModel", "LMHeadModel")
+_ENCODER = re.compile(
+    r"bert|clip|siglip|mpnet|electra|bidirectional|embeddinggemma|^gte|^new(model|for)|bgem3|^jinaembeddingsv5",
+    re.IGNORECASE,
+)
+_LENGTHS = (
+    "max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "model_max_length",
+    "max_target_positions", "max_sequence_length", "max_seq_length", "seq_len",
+)  # fmt: skip
+_ROPE_IN_LENGTH = {"su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling"}
+_SENTENCE_FILES = tuple(
+    f"sentence_{kind}_config.json"
+    for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+)
+
+_EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
+_INNER = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
+_KV_HEADS = (
+    "n_head_kv", "num_kv_heads", "num_key_value_heads", "multi_query_group_num", "num_attention_groups",
+)  # fmt: skip
+_DEPTH = ("num_hidden_layers", "n_layer", "num_layers")
+# Position embeddings as weights, and an MLP of two matrices; `_PLAIN_MLP`: the latter alone.
+_CLASSIC = {"bert", "roberta", "xlm-roberta", "camembert", "gpt2", "gpt_bigcode", "opt"}
+_PLAIN_MLP = _CLASSIC | {
+    "bloom",
+    "falcon",
+    "gpt_neox",
+    "gptj",
+    "mpt",
+    "nemotron",
+    "phi",
+    "starcoder2",
+}
+# Keys of models whose layers differ, or have more than attention and an MLP.
+_UNUSUAL = (
+    "audio_config", "block_configs", "compress_ratios", "global_head_dim",
+    "hidden_size_per_layer_input",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Counts and bytes of one model, before any parallelism.
+
+    `weights` is what is loaded in the model's own data type; `embeddings` (input and
+    output) and `linear` (matrices that online quantization shrinks) are parts of it.
+    """
+
+    architecture: str  # "LlamaForCausalLM"
+    weights: int  # bytes
+    embeddings: int  # bytes
+    linear: int  # bytes
+    layers: int
+    attention_layers: int  # that keep keys and values; 0: an encoder, which keeps none
+    hidden_size: int
+    intermediate_size: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab_size: int
+    context: int  # longest prompt and answer together, tokens
+    dtype: str  # "bfloat16", as loaded
+    quantization: str | None = None  # of the stored weights: "fp8", "awq", "gptq", ...
+    latent_dim: int | None = None  # MLA: values a token and layer, kept on every device
+    approximate: bool = False  # sliding windows, state-space layers: KV cache is an upper bound
+
+
+@dataclass(frozen=True)
+class Unknown:
+    """Why a shape is not known."""
+
+    why: str
+    usable: bool = True  # False: no engine could load the model's files
+    reachable: bool = True  # False: it is not here, and the hub does not give it
+
+    @classmethod
+    def of(cls, error: LLMServeError) -> Unknown:
+        return cls(
+            error.message,
+            usable=not isinstance(error, ModelUnusable),
+            reachable=not isinstance(error, ModelOutOfReach),
+        )
+
+
+def read(spec: ModelSpec, *, hub: bool = True) -> Shape:
+    """The shape of a model in a folder or on the hub, without its weights.
+
+    From the headers of its safetensors files; without such files, by the size of its
+    weights' files; without any, counted from config.json. Blocks: milliseconds for a
+    folder, requests for a model on the hub that is not in the cache, if `hub`.
+
+    Raises ShapeUnknown with one line that says what is missing.
+    """
+    files = checkpoint.of(spec, hub=hub)
+    checkpoint.unless_flawed(spec, files)
+    config = files.config(spec.engine.get("hf_overrides"))
+    if config.get("is_encoder_decoder"):
+        raise ShapeUnknown(
+            f"{config.where}: what an encoder-decoder keeps a request is not known beforehand"
+        )
+    model = _Model(config, files.json("hf_quant_config.json"))
+    tensors = [tensor for tensor in files.tensors() if model.loads(tensor)]
+    dtype = _dtype(spec, model, tensors)
+    attention = [kind for kind in model.layer_kinds() if kind != "state"]
+    if not attention and not model.encodes:
+        raise ShapeUnknown(f"{config.where}: what layers of states alone keep is not known here")
+    return Shape(
+        architecture=model.architecture,
+        **_bytes_of(files, model, tensors, dtype),
+        layers=model.layers,
+        attention_layers=0 if model.encodes else len(attention),
+        hidden_size=model.hidden_size,
+        intermediate_size=model.inner,
+        heads=model.heads,
+        kv_heads=model.kv_heads,
+        head_dim=model.head_dim,
+        vocab_size=model.text.number("vocab_size"),
+        context=_context(files, model),
+        dtype=dtype,
+        quantization=model.quantization,
+        latent_dim=model.latent_dim,
+        approximate=not model.encodes and model.keeps_less,
+    )
+
+
+class _Model:
+    """What config.json says of a model, under one name for what has many."""
+
+    def __init__(self, config: Config, hf_quant_config: dict[str, Any]) -> None:
+        self.config = config
+        self.text = config.text
+        self.quantized: dict[str, Any] = (
+            config.get("quantization_config", "compression_config")
+            or self.text.get("quantization_config", "compression_config")
+            or hf_quant_config
+        )
+
+    @property
+    def architecture(self) -> str:
+        named = self.config.get("architectures") or self.text.get("architectures")
+        return str(named[0]) if named else self.config.model_type
+
+    @cached_property
+    def layers(self) -> int:
+        return self.text.number(*_DEPTH)
+
+    @property
+    def hidden_size(self) -> int:
+        return self.text.number("hidden_size", "n_embd", "d_model")
+
+    @property
+    def inner(self) -> int:
+        """Width of the MLP."""
+        return self.text.get(*_INNER) or 4 * self.hidden_size
+
+    @property
+    def heads(self) -> int:
+        if set(self.layer_kinds()) == {"state"}:
+            return 0
+        return self.text.number("num_attention_heads", "n_head", "n_heads")
+
+    @property
+    def kv_heads(self) -> int:
+        if self.text.get("multi_query") and not self.text.get("new_decoder_architecture"):
+            return 1
+        return self.text.get(*_KV_HEADS) or self.heads
+
+    @property
+    def head_dim(self) -> int:
+        if nope := self.text.get("qk_nope_head_dim"):
+            return int(nope + self.text.number("qk_rope_head_dim"))
+        said = self.text.get("head_dim", "hidden_size_per_head", "attention_head_dim")
+        dim = said or (self.hidden_size // self.heads if self.heads else 0)
+        return max(dim, self.text.get("global_head_dim") or 0)
+
+    @property
+    def latent_dim(self) -> int | None:
+        rank = self.text.get("kv_lora_rank")
+        if not rank or self.text.model_type == "minicpm3":  # which vLLM runs without MLA
+            return None
+        indexer = self.text.get("index_head_dim") or 0  # DeepSeek V3.2 finds its tokens by it
+        return int(rank + self.text.number("qk_rope_head_dim") + indexer)
+
+    @cached_property
+    def tied(self) -> bool:
+        """Whether the output embedding is the input embedding."""
+        for part in (self.text, self.config):
+            if "tie_word_embeddings" in part.said:
+                return bool(part.said["tie_word_embeddings"])
+        return bool(self.text.get("tie_word_embeddings"))
+
+    @property
+    def encodes(self) -> bool:
+        """Whether each token sees all others, so that nothing is kept."""
+        text = self.text
+        if text.get("is_causal") is False or text.get("use_bidirectional_attention") is True:
+            return True
+        if self.architecture.endswith(_GENERATES) or text.get("is_decoder"):
+            return False
+        return bool(_ENCODER.search(self.architecture) or _ENCODER.search(text.model_type))
+
+    @property
+    def quantization(self) -> str | None:
+        """Source: vllm/transformers_utils/model_arch_config_convertor.py."""
+        method = self.quantized.get("quant_method")
+        inner = self.quantized.get("quantization")
+        if not method and isinstance(inner, dict):  # ModelOpt's own file
+            fp4 = "FP4" in str(inner.get("quant_algo")).upper()
+            method = "modelopt_fp4" if fp4 else "modelopt"
+        return (
+            str(method).lower().replace("compressed_tensors", "compressed-tensors")
+            if method
+            else None
+        )
+
+    def layer_kinds(self) -> list[str]:
+        """Of each layer, what it keeps: "full", a "window" of keys and values, or a "state"."""
+        depth, text = self.layers, self.text
+        if listed := text.get("layer_types", "layers_block_type"):
+            return [_kind(name) for name in listed][
+                : depth - (text.get("num_kv_shared_layers") or 0)
+            ]
+        if pattern := text.get("hybrid_override_pattern"):  # Nemotron-H
+            return ["full" if letter == "*" else "state" for letter in pattern]
+        if (attention := self._attention_indices()) is not None:
+            return ["full" if layer in attention else "state" for layer in range(depth)]
+        if "mamba" in text.model_type or "rwkv" in text.model_type:
+            return ["state"] * depth
+        window = text.get("use_sliding_window") is not False and text.get("sliding_window")
+        return ["window" if window or text.get("attention_chunk_size") else "full"] * depth
+
+    def _attention_indices(self) -> Sequence[int] | None:
+        """The layers of attention among layers that keep a state."""
+        text, depth = self.text, range(self.layers)
+        if listed := text.get("attn_layer_indices"):  # Bamba
+            return list(listed)
+        if every := text.get("full_attention_interval"):  # Qwen3-Next
+            return depth[every - 1 :: every]
+        if every := text.get("attn_layer_period"):  # Jamba
+            return depth[text.get("attn_layer_offset") or 0 :: every]
+        if listed := text.get("attn_type_list"):  # MiniMax
+            return [layer for layer in depth if listed[layer] == 1]
+        if linear := text.get("linear_attn_config"):  # Kimi, counted from 1
+            return [layer - 1 for layer in linear["full_attn_layers"]]
+        return None
+
+    @property
+    def keeps_less(self) -> bool:
+        """Whether KV cache of all attention layers in full is more than what is kept."""
+        return (
+            set(self.layer_kinds()) != {"full"}
+            or any(self.text.get(key) for key in ("index_head_dim", *_UNUSUAL))
+            or any(key.startswith("mamba_") for key in self.text.said)
+        )
+
+    def loads(self, tensor: Tensor) -> bool:
+        """Whether an engine loads a tensor that is stored."""
+        if "thinker_config" in self.config.said and not tensor.name.startswith("thinker."):
+            return False  # the parts of an omni model that speak
+        if _MTP.search(tensor.name) or (self.tied and _HEAD.search(tensor.name)):
+            return False
+        layer = _LAYER.search(tensor.name) if self._predicts_further else None
+        return layer is None or int(layer[1]) < self.layers
+
+    @cached_property
+    def _predicts_further(self) -> bool:
+        """Whether layers that do so follow the others."""
+        return bool(self.text.get("num_nextn_predict_layers"))
+
+    # --- the tensors that config.json implies
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Every matrix, counted. Raises ShapeUnknown where layers are not the usual ones."""
+        strange = [key for key in _UNUSUAL if self.text.get(key) or self.config.get(key)]
+        if strange or "state" in self.layer_kinds():
+            raise ShapeUnknown(
+                f"{self.config.where}: the parameters of {self.architecture} cannot be counted"
+                " from it alone; its safetensors files are needed"
+            )
+        for name, shape in self._matrices():
+            yield self._tensor(name, shape)
+        if vision := self.config.part("vision_config"):
+            yield from (
+                self._float(f"visual.{name}", size)
+                for name, size in _vision(vision, self.hidden_size)
+            )
+
+    def _matrices(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        hidden, vocabulary = self.hidden_size, self.text.number("vocab_size")
+        yield "embed_tokens", (vocabulary, hidden)
+        if not self.tied and not self.encodes:
+            yield "lm_head", (vocabulary, hidden)
+        if self.text.model_type in _CLASSIC:
+            yield "position_embeddings", (self.text.number(*_LENGTHS), hidden)
+        if self.encodes:
+            yield "token_type_embeddings", (self.text.get("type_vocab_size") or 0, hidden)
+            yield "pooler.dense", (hidden, hidden)
+        for layer in range(self.layers):
+            for name, shape in (*self._attention(), *self._mlp(layer)):
+                yield f"model.layers.{layer}.{name}", shape
+
+    def _attention(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        text, hidden, heads, dim = self.text, self.hidden_size, self.heads, self.head_dim
+        values = heads * dim
+        if self.latent_dim:
+            rank, rope = text.number("kv_lora_rank"), text.number("qk_rope_head_dim")
+            nope, v_dim = text.number("qk_nope_head_dim"), text.number("v_head_dim")
+            values = heads * v_dim
+            yield "self_attn.kv_a_proj_with_mqa", (rank + rope, hidden)
+            yield "self_attn.kv_b_proj", (heads * (nope + v_dim), rank)
+        else:
+            yield "self_attn.k_proj", (self.kv_heads * dim, hidden)
+            yield "self_attn.v_proj", (self.kv_heads * dim, hidden)
+        if query := text.get("q_lora_rank") if self.latent_dim else None:
+            yield "self_attn.q_a_proj", (query, hidden)
+            yield "self_attn.q_b_proj", (heads * dim, query)
+        else:
+            yield "self_attn.q_proj", (heads * dim, hidden)
+        yield "self_attn.o_proj", (hidden, values)
+
+    def _mlp(self, layer: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+        text, hidden = self.text, self.hidden_size
+        matrices = 2 if text.model_type in _PLAIN_MLP else 3
+        if not self._is_sparse(layer):
+            yield "mlp.proj", (matrices, text.get("intermediate_size_mlp") or self.inner, hidden)
+            return
+        experts = text.number(*_EXPERTS)
+        width = text.get("moe_intermediate_size") or self.inner
+        shared = text.get("shared_expert_intermediate_size") or width * (
+            text.get("n_shared_experts", "num_shared_experts") or 0
+        )
+        if text.model_type == "llama4_text":
+            shared = width
+        yield "mlp.gate", (experts, hidden)
+        yield "mlp.experts", (experts, matrices * width, hidden)
+        yield "mlp.shared_experts", (matrices * shared, hidden)
+
+    def _is_sparse(self, layer: int) -> bool:
+        """Whether a layer's MLP is a mixture of experts."""
+        text = self.text
+        if (text.get(*_EXPERTS) or 0) < 2 or layer < (text.get("first_k_dense_replace") or 0):
+            return False
+        if layer in (text.get("mlp_only_layers") or ()):
+            return False
+        frequency = text.get("moe_layer_freq")
+        if isinstance(frequency, list):
+            return bool(frequency[layer])
+        every = text.get("decoder_sparse_step", "interleave_moe_layer_step") or 1
+        return (layer + 1) % every == 0 and layer % (frequency or 1) == 0
+
+    def _tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        linear = not _NOT_LINEAR.search(name + ".") and name != "lm_head"
+        if not self.quantization or not linear or _is_kept(name, self.quantized):
+            return self._float(name, shape)
+        size = math.prod(shape) * _bits(self.quantization, self.quantized, self.config.where) / 8
+        return Tensor(f"{name}.weight", "packed", shape, int(size))
+
+    @staticmethod
+    def _float(name: str, shape: tuple[int, ...]) -> Tensor:
+        return Tensor(f"{name}.weight", "BF16", shape, 2 * math.prod(shape))
+
+
+def _kind(name: str) -> str:
+    if name == "hybrid" or ("attention" in name and "linear" not in name):
+        return "window" if "sliding" in name or "chunked" in name else "full"
+    return "state"
+
+
+def _vision(vision: Config, out: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The matrices of a vision transformer and of what leads into the language model."""
+    width = vision.number("embed_dim") if vision.get("embed_dim") else vision.number("hidden_size")
+    inner = vision.get("intermediate_size") or int(width * (vision.get("mlp_ratio") or 4))
+    gated = vision.get("hidden_act") == "silu"
+    for layer in range(vision.number("depth", *_DEPTH)):
+        yield f"blocks.{layer}.attn", (4 * width, width)
+        yield f"blocks.{layer}.mlp", (3 if gated else 2, inner, width)
+    merged = width * (vision.get("spatial_merge_size") or 1) ** 2
+    for _ in range(1 + len(vision.get("deepstack_visual_indexes") or ())):
+        yield "merger", (merged, merged + out)
+
+
+def _is_kept(name: str, quantized: dict[str, Any]) -> bool:
+    """Whether a matrix of a quantized model is left as it was."""
+    patterns = quantized.get("modules_to_not_convert", quantized.get("ignore")) or ()
+    return any(
+        re.match(pattern[3:], name)
+        if pattern.startswith("re:")
+        else fnmatch(f"{name}.", f"*{pattern}.*")
+        for pattern in patterns
+    )
+
+
+def _bits(method: str, quantized: dict[str, Any], where: str) -> float:
+    """Bits of a stored weight with its share of the scales. Raises ShapeUnknown."""
+    fixed = {"fp8": 8, "fbgemm_fp8": 8, "modelopt": 8, "modelopt_fp4": 4.5, "mxfp4": 4.25}
+    if method in fixed:
+        return fixed[method]
+    groups = quantized.get("config_groups") or {}
+    said = next((group["weights"] for group in groups.values()), quantized)
+    bits = said.get("bits") or said.get("w_bit") or said.get("num_bits")
+    if not bits:
+        raise ShapeUnknown(
+            f"{where}: how many bits {method} takes is not in it; the safetensors files are needed"
+        )
+    group_size = said.get("group_size") or 0
+    return float(bits + (16 + bits) / group_size if group_size > 0 else bits)
+
+
+def _bytes_of(files: Checkpoint, model: _Model, stored: list[Tensor], dtype: str) -> dict[str, int]:
+    """`weights`, `embeddings` and `linear` of a Shape."""
+    width = _BYTES[dtype]
+    if files.weights and not stored:  # .bin, .pt: no headers
+        size = sum(files.sizes[file] for file in files.weights)
+        weights = size * width // _BYTES.get(_said_dtype(model) or "float32", 4)
+        embeddings = model.text.number("vocab_size") * model.hidden_size * width
+        embeddings *= 1 if model.tied or model.encodes else 2
+        return {"weights": weights, "embeddings": embeddings, "linear": weights - embeddings}
+    if not files.weights and any(file.endswith(".gguf") for file in files.sizes):
+        raise ModelUnusable(f"{files.name} holds GGUF files only; safetensors files are needed")
+    sizes = dict.fromkeys(("weights", "embeddings", "linear"), 0)
+    for tensor in stored or model.tensors():
+        size = tensor.loaded(width)
+        sizes["weights"] += size
+        if _EMBEDDING.search(tensor.name):
+            sizes["embeddings"] += size
+        elif len(tensor.shape) > 1 and not _NOT_LINEAR.search(tensor.name):
+            sizes["linear"] += size
+    return sizes
+
+
+def _dtype(spec: ModelSpec, model: _Model, tensors: list[Tensor]) -> str:
+    """What floating point weights are loaded as.
+
+    Source: vllm/config/model.py, _get_and_verify_dtype, for a GPU that knows bfloat16.
+    """
+    asked = str(spec.engine.get("dtype") or "auto").removeprefix("torch.")
+    asked = _OTHER_NAMES.get(asked, asked)
+    if asked in _BYTES:
+        return asked
+    floats = {tensor.dtype for tensor in tensors if tensor.dtype in ("F32", "F16", "BF16")}
+    stored = _said_dtype(model) or (_STORED.get(floats.pop()) if len(floats) == 1 else None)
+    if stored in ("bfloat16", "float16"):
+        return stored
+    runner, convert = spec.engine.get("runner"), spec.engine.get("convert")
+    pools = runner == "pooling" or convert in ("embed", "classify")
+    return "float16" if pools or not model.architecture.endswith(_GENERATES) else "bfloat16"
+
+
+def _said_dtype(model: _Model) -> str | None:
+    parts = (model.config, model.text, model.config.part("vision_config"))
+    said = next(
+        (value for part in parts if part and (value := part.get("dtype", "torch_dtype"))), None
+    )
+    return str(said).removeprefix("torch.") if said else None
+
+
+def _context(files: Checkpoint, model: _Model) -> int:
+    """vLLM's max_model_len where the registry says none.
+
+    Source: vllm/config/model.py, _get_and_verify_max_len.
+    """
+    text = model.text
+    said = [value for key in _LENGTHS if (value := text.get(key)) is not None]
+    length = text.get("model_max_length") or min(said, default=None)
+    if (
+        not model.architecture.endswith(_GENERATES)
+        and text.get("position_embedding_type") == "absolute"
+    ):
+        tokenizer = files.json("tokenizer_config.json").get("model_max_length")
+        length = min((value for value in (length, tokenizer) if value), default=None)
+    length = (length or 2048) * _rope_factor(text)
+    for file in _SENTENCE_FILES:
+        if longest := files.json(file).get("max_seq_length"):
+            return int(longest)
+    if any(rope.get("rope_type", rope.get("type")) in ("su", "longrope") for rope in _ropes(text)):
+        length = text.get("original_max_position_embeddings") or length
+    return int(length)
+
+
+def _ropes(text: Config) -> list[dict[str, Any]]:
+    """Rope parameters, of each kind of layer if they differ."""
+    said = text.get("rope_scaling") or text.get("rope_parameters") or {}
+    nested = [value for value in said.values() if isinstance(value, dict)]
+    return nested or [said]
+
+
+def _rope_factor(text: Config) -> float:
+    if "gemma3" in text.model_type:  # its length is the scaled one
+        return 1.0
+    factors = [
+        rope.get("factor") or 1.0
+        for rope in _ropes(text)
+        if rope.get("rope_type", rope.get("type")) not in _ROPE_IN_LENGTH
+    ]
+    return float(factors[-1]) if factors else 1.0

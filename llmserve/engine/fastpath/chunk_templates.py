@@ -1,0 +1,288 @@
+"""The events of a streamed answer, cut from vLLM's own response models.
+
+vLLM builds and serializes a model per token. Here one is built per kind of request,
+with markers where the text, the id and the counts go; the rest is the same for all.
+
+Source: `chat_completion_stream_generator` and `completion_stream_generator` in
+vllm/entrypoints/openai/{chat_completion,completion}/serving.py.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Protocol
+
+import orjson
+from vllm.entrypoints.generate.base.protocol import DeltaMessage
+from vllm.entrypoints.openai.chat_completion.protocol import (
+    ChatCompletionResponseStreamChoice,
+    ChatCompletionStreamResponse,
+)
+from vllm.entrypoints.openai.completion.protocol import (
+    CompletionResponseStreamChoice,
+    CompletionStreamResponse,
+)
+from vllm.entrypoints.serve.engine.protocol import UsageInfo
+
+from llmserve.api import sse
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+_ID = "\N{OBJECT REPLACEMENT CHARACTER}id"
+_TEXT = "\N{OBJECT REPLACEMENT CHARACTER}text"
+_CREATED = 8_888_888_888_888_888
+_COUNTS = (7_777_777_777_777_771, 7_777_777_777_777_772, 7_777_777_777_777_773)
+_ENDS = 64  # ways to end that are remembered
+
+Lead = tuple[bytes, bytes]  # what differs between two answers: the id, and the time
+
+
+class Models(Protocol):
+    """One kind of answer in vLLM's models. A frame each, as bytes."""
+
+    parsed: bool  # by a parser that passes text on, but makes no chunk of none
+
+    def first(self, answer_id: str, created: int) -> bytes: ...
+
+    def chunk(
+        self,
+        answer_id: str,
+        created: int,
+        text: str,
+        finish: str | None = None,
+        stop: int | str | None = None,
+    ) -> bytes: ...
+
+    def usage(self, answer_id: str, created: int, usage: UsageInfo) -> bytes: ...
+
+
+class ChatModels:
+    """Chat chunks: the role, then text, then perhaps the usage."""
+
+    def __init__(
+        self,
+        model: str,
+        role: str,
+        fingerprint: str | None,
+        *,
+        include_usage: bool,
+        parsed: bool,
+    ) -> None:
+        self.parsed = parsed
+        self._model = model
+        self._role = role
+        self._fingerprint = fingerprint
+        self._include_usage = include_usage
+
+    def first(self, answer_id: str, created: int) -> bytes:
+        choice = ChatCompletionResponseStreamChoice(
+            index=0,
+            delta=DeltaMessage(role=self._role, content=""),
+            logprobs=None,
+            finish_reason=None,
+        )
+        chunk = self._of(answer_id, created, choice)
+        chunk.prompt_token_ids = chunk.prompt_text = None
+        return _frame(chunk.model_dump_json(exclude_unset=True))
+
+    def chunk(
+        self,
+        answer_id: str,
+        created: int,
+        text: str,
+        finish: str | None = None,
+        stop: int | str | None = None,
+    ) -> bytes:
+        choice = ChatCompletionResponseStreamChoice(
+            index=0,
+            delta=DeltaMessage(content=text) if text or not self.parsed else DeltaMessage(),
+            logprobs=None,
+            finish_reason=finish,
+            token_ids=None,
+        )
+        if finish is not None:
+            choice.stop_reason = stop
+        chunk = self._of(answer_id, created, choice)
+        if finish is not None and not self._include_usage and self._fingerprint is not None:
+            chunk.system_fingerprint = self._fingerprint
+        return _frame(chunk.model_dump_json(exclude_unset=True))
+
+    def usage(self, answer_id: str, created: int, usage: UsageInfo) -> bytes:
+        chunk = ChatCompletionStreamResponse(
+            id=answer_id,
+            object="chat.completion.chunk",
+            created=created,
+            choices=[],
+            model=self._model,
+            usage=usage,
+            system_fingerprint=self._fingerprint,
+        )
+        return _frame(chunk.model_dump_json(exclude_unset=True, exclude_none=True))
+
+    def _of(
+        self, answer_id: str, created: int, choice: ChatCompletionResponseStreamChoice
+    ) -> ChatCompletionStreamResponse:
+        return ChatCompletionStreamResponse(
+            id=answer_id,
+            object="chat.completion.chunk",
+            created=created,
+            choices=[choice],
+            model=self._model,
+        )
+
+
+class CompletionModels:
+    """Completion chunks: text, then perhaps the usage."""
+
+    parsed = False
+
+    def __init__(self, model: str, fingerprint: str | None, *, include_usage: bool) -> None:
+        self._model = model
+        self._fingerprint = fingerprint
+        self._include_usage = include_usage
+
+    def first(self, answer_id: str, created: int) -> bytes:
+        return b""
+
+    def chunk(
+        self,
+        answer_id: str,
+        created: int,
+        text: str,
+        finish: str | None = None,
+        stop: int | str | None = None,
+    ) -> bytes:
+        choice = CompletionResponseStreamChoice(
+            index=0,
+            text=text,
+            logprobs=None,
+            finish_reason=finish,
+            stop_reason=stop,
+            prompt_token_ids=None,
+            token_ids=None,
+        )
+        chunk = CompletionStreamResponse(
+            id=answer_id,
+            object="text_completion",
+            created=created,
+            model=self._model,
+            choices=[choice],
+        )
+        if finish is not None and not self._include_usage and self._fingerprint is not None:
+            chunk.system_fingerprint = self._fingerprint
+        return _frame(chunk.model_dump_json(exclude_unset=True))
+
+    def usage(self, answer_id: str, created: int, usage: UsageInfo) -> bytes:
+        chunk = CompletionStreamResponse(
+            id=answer_id,
+            created=created,
+            model=self._model,
+            choices=[],
+            usage=usage,
+            system_fingerprint=self._fingerprint,
+        )
+        return _frame(chunk.model_dump_json(exclude_unset=False, exclude_none=True))
+
+
+class Template:
+    """The events of all answers to one kind of request. `prune` removes nulls from a frame."""
+
+    def __init__(
+        self, models: Models, prune: Callable[[bytes], bytes], *, include_usage: bool
+    ) -> None:
+        self._models = models
+        self._prune = prune
+        self.parsed = models.parsed
+        first = models.first(_ID, _CREATED)
+        self._first = _cut(prune(first)) if first else ()
+        head, found, self.tail = prune(models.chunk(_ID, _CREATED, _TEXT)).partition(
+            orjson.dumps(_TEXT)
+        )
+        assert found  # noqa: S101  # a chunk holds its text
+        self._head = _cut(head)
+        self._ends: dict[tuple[str, int | str | None, bool], tuple[bytes, ...]] = {}
+        self._usage = self._numbered() if include_usage else ()
+
+    def answer(self, answer_id: str) -> Answer:
+        return Answer(self, answer_id, int(time.time()))
+
+    def first(self, lead: Lead) -> bytes:
+        return _fill(self._first, lead)
+
+    def head(self, lead: Lead) -> bytes:
+        """A middle frame up to its text."""
+        return _fill(self._head, lead)
+
+    def end(self, lead: Lead, text: str, finish: str, stop: int | str | None) -> bytes:
+        """The frame with the last of the text, and how it ends."""
+        bare = self.parsed and not text
+        parts = self._ends.get((finish, stop, bare))
+        if parts is None:
+            parts = self._end(finish, stop, bare=bare)
+            if len(self._ends) < _ENDS:
+                self._ends[finish, stop, bare] = parts
+        return _fill(parts[:3], lead) + (b"" if bare else orjson.dumps(text)) + parts[3]
+
+    def _end(self, finish: str, stop: int | str | None, *, bare: bool) -> tuple[bytes, ...]:
+        text = "" if bare else _TEXT
+        frame = self._prune(self._models.chunk(_ID, _CREATED, text, finish, stop))
+        head, _, tail = (frame, b"", b"") if bare else frame.partition(orjson.dumps(_TEXT))
+        return (*_cut(head), tail)
+
+    def usage(self, lead: Lead, prompt_tokens: int, tokens: int) -> bytes:
+        """The frame with the token counts, where it was asked for."""
+        if not self._usage:
+            return b""
+        *ahead, after = self._usage
+        counts = (prompt_tokens, tokens, prompt_tokens + tokens)
+        for marker, count in zip(_COUNTS, counts, strict=True):
+            after = after.replace(b"%d" % marker, b"%d" % count, 1)
+        return _fill((*ahead, after), lead)
+
+    def _numbered(self) -> tuple[bytes, ...]:
+        prompt, completion, total = _COUNTS
+        usage = UsageInfo(prompt_tokens=prompt, completion_tokens=completion, total_tokens=total)
+        return _cut(self._prune(self._models.usage(_ID, _CREATED, usage)))
+
+
+class Answer:
+    """The events of one answer. `stream.Frames`."""
+
+    def __init__(self, template: Template, answer_id: str, created: int) -> None:
+        self._template = template
+        self._lead = (orjson.dumps(answer_id), b'"created":%d' % created)
+        self._head = template.head(self._lead)
+        self._tail = template.tail
+        self.first = template.first(self._lead)
+
+    def middle(self, text: str) -> bytes:
+        if not text and self._template.parsed:
+            return b""
+        return self._head + orjson.dumps(text) + self._tail
+
+    def last(
+        self, text: str, finish: str, stop: int | str | None, prompt_tokens: int, tokens: int
+    ) -> bytes:
+        end = self._template.end(self._lead, text, finish, stop)
+        return end + self._template.usage(self._lead, prompt_tokens, tokens) + sse.DONE
+
+
+def _frame(json: str) -> bytes:
+    return f"data: {json}\n\n".encode()
+
+
+def _cut(frame: bytes) -> tuple[bytes, ...]:
+    """Around the id and the time, which come before anything of a model's or a user's."""
+    before, _, rest = frame.partition(orjson.dumps(_ID))
+    between, found, after = rest.partition(b'"created":%d' % _CREATED)
+    assert found  # noqa: S101  # both are in every chunk
+    return before, between, after
+
+
+def _fill(parts: tuple[bytes, ...], lead: Lead) -> bytes:
+    if not parts:
+        return b""
+    before, between, after = parts
+    return b"".join((before, lead[0], between, lead[1], after))

@@ -1,0 +1,216 @@
+"""The process that compiles constraints for `llmserve.engine.structured_output.compiler`; `sandbox` runs it.
+
+It imports vLLM once and loads an engine's tokenizer once. Each constraint is compiled in
+a fork with limits (`sandbox`), by vLLM's own validation and structured-output manager, as
+the engine core does it.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import pickle
+import time
+from collections import OrderedDict
+from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from vllm.sampling_params import SamplingParams, StructuredOutputsParams
+from vllm.utils.mistral import is_mistral_tokenizer
+from vllm.v1.structured_output import StructuredOutputManager
+from vllm.v1.structured_output.request import StructuredOutputRequest
+
+from llmserve.engine.structured_output.compiler import KINDS
+from llmserve.engine.structured_output.json_schema import constraints_in, honoured
+from llmserve.engine.structured_output.pattern import check_regex
+from llmserve.engine.structured_output.sandbox import Server, sandboxed
+from llmserve.engine.structured_output.subschema import ARGUMENTS
+
+_MODELS = 8  # tokenizers that stay loaded
+_PROBED = 16  # tokens, after which a mask is computed as in the engine's steps
+_REASON = 400  # characters
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model as its engine core sees it when it compiles."""
+
+    config: Any
+    manager: StructuredOutputManager
+
+    @classmethod
+    def of(cls, pickled: bytes) -> Loaded:
+        config = pickle.loads(pickled)  # noqa: S301  # the server's own
+        manager = StructuredOutputManager(config)
+        # In this thread: one of the manager's pool would not survive a fork.
+        manager._use_async_grammar_compilation = False  # noqa: SLF001  # no public setting
+        structured = config.structured_outputs_config
+        if structured.backend == "auto":
+            structured.backend = fixed_backend(manager.tokenizer)
+        loaded = cls(config, manager)
+        # Imports what vLLM imports late and builds the backend, which the forks then share.
+        _check(loaded, {"regex": "a"}, math.inf)
+        return loaded
+
+
+def fixed_backend(tokenizer: Any) -> str:
+    """The backend that `auto` stands for.
+
+    vLLM validates each request for a backend of its own but compiles all with that of the
+    first one (StructuredOutputManager.grammar_init), so one request could decide for all.
+    """
+    tekken = is_mistral_tokenizer(tokenizer) and tokenizer.is_tekken
+    return "guidance" if tekken else "xgrammar"
+
+
+def main() -> None:
+    models: OrderedDict[str, Loaded] = OrderedDict()
+    server = Server()
+    for ask, config in server.requests():
+        try:
+            model = _loaded(models, ask["model"], config)
+        except Exception as error:  # a tokenizer of any kind; the server refuses
+            server.answer({"outcome": "unavailable", "reason": _words(error)})
+        else:
+            check = partial(_answer, model, ask["constraint"], ask["step_s"])
+            server.answer(sandboxed(check, ask))
+
+
+def _loaded(models: OrderedDict[str, Loaded], key: str, config: bytes) -> Loaded:
+    if key not in models:
+        models[key] = Loaded.of(config)
+        if len(models) > _MODELS:
+            models.popitem(last=False)
+    models.move_to_end(key)
+    return models[key]
+
+
+# --- the check, in a fork
+
+
+def _answer(model: Loaded, constraint: str, step_s: float) -> dict[str, Any]:
+    try:
+        return _check(model, json.loads(constraint), step_s)
+    except MemoryError:
+        return {"outcome": "memory"}
+    except _SlowStep:
+        return {"outcome": "step"}
+    except Exception as error:  # whatever a compiler raises refuses the request
+        if "bad_alloc" in str(error):
+            return {"outcome": "memory"}
+        return {"outcome": "invalid", "reason": _words(error)}
+
+
+def _check(model: Loaded, constraint: dict[str, Any], step_s: float) -> dict[str, Any]:
+    structured = StructuredOutputsParams(**_honoured(model, constraint))
+    params = SamplingParams(structured_outputs=structured)
+    began = time.process_time()
+    params._validate_structured_outputs(  # noqa: SLF001  # as SamplingParams.verify does
+        model.config.model_config,
+        model.config.structured_outputs_config,
+        model.manager.tokenizer,
+    )
+    parse_s = time.process_time() - began
+    _probe(model, _compiled(model, params), step_s)
+    changed = {
+        kind: value
+        for kind in KINDS
+        if (value := getattr(structured, kind)) != constraint.get(kind)
+    }
+    return {
+        "outcome": "compiled",
+        "backend": structured._backend,  # noqa: SLF001  # as the engine core reads it
+        "fields": changed,
+        "parse_s": parse_s,
+    }
+
+
+def _honoured(model: Loaded, constraint: dict[str, Any]) -> dict[str, Any]:
+    """A constraint of which the backend ignores nothing. Raises ValueError.
+
+    llguidance refuses by itself what it does not honour, but does not know our keyword.
+    """
+    is_guidance = model.config.structured_outputs_config.backend == "guidance"
+    made = dict(constraint)
+    given, tag, pattern = (constraint.get(kind) for kind in ("json", "structural_tag", "regex"))
+    if given is not None and not (is_guidance and ARGUMENTS not in json.dumps(given)):
+        made["json"] = json.dumps(honoured(_parsed(given)), ensure_ascii=False)
+    if isinstance(pattern, str) and not is_guidance:
+        _require_honoured(pattern)
+    if tag is not None:
+        tag = copy.deepcopy(_parsed(tag))
+        for holder, key in [] if is_guidance else constraints_in(tag):
+            if key == "pattern":
+                _require_honoured(holder[key])
+            else:
+                holder[key] = honoured(holder[key])
+        made["structural_tag"] = json.dumps(tag, ensure_ascii=False)
+    return made
+
+
+def _require_honoured(pattern: Any) -> None:
+    if isinstance(pattern, str) and (reason := check_regex(pattern)):
+        raise ValueError(f"the expression {reason}")
+
+
+def _parsed(given: Any) -> Any:
+    return json.loads(given) if isinstance(given, str) else given
+
+
+def _compiled(model: Loaded, params: SamplingParams) -> Any:
+    """As EngineCore.preprocess_add_request has it compiled."""
+    wanted = StructuredOutputRequest.from_sampling_params(params)
+    request = SimpleNamespace(
+        request_id="check", sampling_params=params, structured_output_request=wanted
+    )
+    model.manager.grammar_init(request)
+    pending = wanted._grammar  # noqa: SLF001  # the property waits for nothing
+    return pending.result() if hasattr(pending, "result") else pending
+
+
+class _SlowStep(Exception):
+    """A mask of this constraint would hold the engine's steps up."""
+
+
+def _probe(model: Loaded, grammar: Any, step_s: float) -> None:
+    """Compute masks as the engine's steps do.
+
+    Raises _SlowStep, or ValueError if no text is possible.
+    """
+    _require_no_error(grammar)
+    words = (model.config.model_config.get_vocab_size() + 31) // 32
+    mask = torch.full((1, words), -1, dtype=torch.int32)
+    for position in range(_PROBED):
+        if grammar.is_terminated():
+            return
+        began = time.process_time()
+        grammar.fill_bitmask(mask, 0)
+        _require_no_error(grammar)
+        if time.process_time() - began > step_s:
+            raise _SlowStep
+        allowed = mask[0].nonzero()
+        if not len(allowed):
+            if position:
+                return
+            raise ValueError("no text satisfies it")
+        word = int(allowed[0])
+        bits = int(mask[0, word]) & 0xFFFFFFFF
+        if not grammar.accept_tokens("check", [word * 32 + (bits & -bits).bit_length() - 1]):
+            return
+
+
+def _require_no_error(grammar: Any) -> None:
+    """Raises ValueError for an error that llguidance keeps; its mask then ends the answer."""
+    matcher = getattr(grammar, "ll_matcher", None)
+    if matcher is not None and (error := matcher.get_error()):
+        raise ValueError(error)
+
+
+def _words(error: BaseException) -> str:
+    """An exception and its cause in one bounded line."""
+    texts = [str(each) for each in (error, error.__cause__) if each is not None]
+    return " ".join(": ".join(dict.fromkeys(texts)).split())[:_REASON] or type(error).__name__

@@ -1,0 +1,4 @@
+"""What runs inside vLLM's processes. Imports nothing above `gpus`.
+
+Start with `plugin`, which vLLM runs first in each of its processes.
+"""

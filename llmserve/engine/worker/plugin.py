@@ -1,0 +1,98 @@
+"""Runs first in every process that vLLM starts (entry point `vllm.general_plugins`).
+
+An engine core and its workers write into their model's log file, and see their own GPUs only.
+That they end with the server is `llmserve.engine.parent_watch`'s, which comes before this.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import os
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+from llmserve.engine.environment import LOG_DIR
+
+if TYPE_CHECKING:
+    from multiprocessing.process import BaseProcess
+
+_NAME_LIMIT = 160  # of a model in a file's name, which can have 255 bytes
+
+
+def enter() -> None:
+    config = _config_of(multiprocessing.current_process())
+    if config is None or LOG_DIR not in os.environ:
+        return  # the server itself
+    _see_only_own_gpus(config)
+    replica = _replica_of(config.instance_id)
+    file = log_file(Path(os.environ[LOG_DIR]), config.model_config.served_model_name, replica)
+    _write_to(file)
+    _log_again(config)
+
+
+def _see_only_own_gpus(config: Any) -> None:
+    """Number the engine's GPUs from 0, before CUDA looks.
+
+    torch.compile writes the device's number into what it caches, and vLLM's key of that
+    cache leaves it out: what was compiled on one GPU fails on another with "invalid
+    argument". vLLM maps its physical ids through this variable itself
+    (vllm/platforms/interface.py, logical_device_id_to_visible_device_id).
+    """
+    ids = config.parallel_config.assigned_physical_gpu_ids
+    if ids is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(str(each) for each in ids)
+
+
+def log_file(folder: Path, model: str, replica: int | None = None) -> Path:
+    """Where the output of an engine goes; `server.log` beside it is the server's own.
+
+    `replica` is its number where its model has several.
+    """
+    number = "" if replica is None else f"+{replica}"  # `quote` leaves no + and no = in a name
+    name = quote(model, safe="@ ")
+    if len(name) > _NAME_LIMIT:  # a character can take twelve
+        name = f"{name[:_NAME_LIMIT]}={sha256(model.encode()).hexdigest()[:32]}"
+    return folder / f"model-{name}{number}.log"
+
+
+def instance_of(replica: int, own: str) -> str:
+    """What tells an engine core that it is one of several replicas.
+
+    A VllmConfig's `instance_id` is free text that names things of the host, so vLLM's
+    own, which differs from any other, stays in it. It does not enter the config's hash:
+    replicas share what torch.compile has made.
+    """
+    return f"{replica}-{own}"
+
+
+def _replica_of(instance: str) -> int | None:
+    number, separator, _ = instance.partition("-")
+    return int(number) if separator else None
+
+
+def _config_of(process: BaseProcess) -> Any:
+    """The VllmConfig that an engine core process was started with, else None.
+
+    vLLM hands it to the process as a keyword argument (vllm/v1/engine/utils.py,
+    CoreEngineProcManager), and plugins get no arguments.
+    """
+    return getattr(process, "_kwargs", {}).get("vllm_config")
+
+
+def _log_again(config: Any) -> None:
+    """The server starts engines with logging off, since it shares its own process's loggers."""
+    if not config.logging_config.configure_logging:
+        from vllm.logger import configure_logging  # noqa: PLC0415  # not in the server
+
+        config.logging_config = dataclasses.replace(config.logging_config, configure_logging=True)
+        configure_logging(config.logging_config)
+
+
+def _write_to(file: Path) -> None:
+    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)

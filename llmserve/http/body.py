@@ -1,0 +1,131 @@
+"""A request's body: read, decoded and parsed, each step within a bound."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+from starlette.datastructures import UploadFile
+from starlette.requests import ClientDisconnect, Request
+
+from llmserve.api.body_limits import check_quantities
+from llmserve.api.endpoints import parse_object
+from llmserve.api.json_text import is_light
+from llmserve.errors import BodyTooLarge, RequestError
+from llmserve.http.content_coding import coding_of, decode
+from llmserve.http.schema_limits import check_constraints
+
+if TYPE_CHECKING:
+    from starlette.types import Message, Receive, Scope
+
+    from llmserve.api.body_thread import OffLoop
+    from llmserve.api.json_text import Buffer
+
+_FORM_SLICE = 8 * 2**10  # bytes of a form that the loop parses at once
+_FORM_FILES, _FORM_FIELDS = 8, 256
+
+
+async def json_object(
+    scope: Scope, receive: Receive, limit: int, off_loop: OffLoop
+) -> dict[str, Any]:
+    """A body as a JSON object. `scope["state"]["off_loop"]` is where to validate a large one."""
+    coding = _coding(scope, limit)
+    raw = await _read(receive, limit)
+    if coding is None and is_light(raw):
+        scope["state"]["off_loop"] = None
+        return _checked(raw)
+    scope["state"]["off_loop"] = off_loop
+    if coding is not None:
+        raw = await off_loop.run(decode, coding, raw, limit)
+    return await off_loop.run(_checked, raw)
+
+
+def _checked(raw: Buffer) -> dict[str, Any]:
+    """A key that is null is as if it were left out: OpenAI API reference."""
+    body = parse_object(raw)
+    check_constraints(body)
+    check_quantities(body)
+    return {key: value for key, value in body.items() if value is not None}
+
+
+async def form_of(scope: Scope, receive: Receive, limit: int, off_loop: OffLoop) -> Request:
+    """A request whose `form()` is bounded; to be closed, for its uploads' temporary files."""
+    coding = _coding(scope, limit)
+    if coding is None:
+        return Request(scope, _sliced(receive, limit))
+    whole = await off_loop.run(decode, coding, await _read(receive, limit), limit)
+    return Request(scope, _sliced(_again(whole), limit))
+
+
+async def form_fields(request: Request) -> dict[str, Any]:
+    """An upload's fields; a name that ends in [] is a list."""
+    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+        raise RequestError("Send the audio as multipart/form-data.", param="file")
+    form = await request.form(max_files=_FORM_FILES, max_fields=_FORM_FIELDS)
+    if "file" in form and not isinstance(form["file"], UploadFile):
+        raise RequestError("`file` must be a file; it is text. Send its name too.", param="file")
+    return {key: form.getlist(key) if key.endswith("[]") else form[key] for key in form}
+
+
+def _coding(scope: Scope, limit: int) -> str | None:
+    """Raises UnsupportedEncoding or BodyTooLarge before a byte of the body is read."""
+    coding = coding_of(scope["headers"])
+    if (length := _length(scope)) > limit:
+        raise BodyTooLarge(
+            f"The body has {length} bytes; server.max_body is {limit}. Send a smaller body."
+        )
+    return coding
+
+
+def _length(scope: Scope) -> int:
+    given = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
+    return int(given[:20]) if given.isdigit() else 0
+
+
+async def _read(receive: Receive, limit: int) -> Buffer:
+    """Raises BodyTooLarge, or ClientDisconnect if it ends before it is whole."""
+    body, more = await _next(receive, limit, limit)
+    if not more:
+        return body
+    whole = bytearray(body)  # not a list: a chunk may be a single byte
+    while more:
+        body, more = await _next(receive, limit - len(whole), limit)
+        whole += body
+    return whole
+
+
+async def _next(receive: Receive, left: int, limit: int) -> tuple[bytes, bool]:
+    """The next of a body of which `left` of `limit` bytes may still come, and whether more do."""
+    message = await receive()
+    if message["type"] == "http.disconnect":
+        raise ClientDisconnect
+    body: bytes = message.get("body", b"")
+    if len(body) > left:
+        raise BodyTooLarge(
+            f"The body is larger than server.max_body, {limit} bytes. Send a smaller body."
+        )
+    return body, message.get("more_body", False)
+
+
+def _sliced(receive: Receive, limit: int) -> Receive:
+    """`receive` in pieces, between which the loop has a turn."""
+    left, body, more = limit, b"", True
+
+    async def pieces() -> Message:
+        nonlocal left, body, more
+        if body:
+            await asyncio.sleep(0)
+        elif more:
+            body, more = await _next(receive, left, limit)
+            left -= len(body)
+        piece, body = body[:_FORM_SLICE], body[_FORM_SLICE:]
+        return {"type": "http.request", "body": piece, "more_body": bool(body) or more}
+
+    return pieces
+
+
+def _again(body: Buffer) -> Receive:
+    async def receive() -> Message:
+        return {"type": "http.request", "body": bytes(body), "more_body": False}
+
+    return receive

@@ -1,0 +1,206 @@
+"""A model's work: one ASGI app for each of ENDPOINTS."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+from starlette.requests import ClientDisconnect, Request
+
+from llmserve.api.endpoints import Endpoint, Ongoing, requested_model
+from llmserve.api.sse import EventStream
+from llmserve.api.token_stream import TokenStream
+from llmserve.api.validation_errors import name_as_sent
+from llmserve.errors import EngineDead, LLMServeError, RequestError, quoted
+from llmserve.http.body import form_fields, form_of, json_object
+from llmserve.http.keepalive import COMMENT_S, Early
+from llmserve.lifecycle.admission import Deadline, Place
+from llmserve.lifecycle.lease import Wish
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable
+
+    from starlette.types import ASGIApp, Receive, Scope, Send
+
+    from llmserve.http.routes import Services
+    from llmserve.lifecycle.lease import Lease
+    from llmserve.lifecycle.served_model import Entry
+
+_TIMEOUT = b"x-request-timeout"
+
+
+class Work:
+    """Read a body, lease its model, answer."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self.endpoint = endpoint
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        services: Services = scope["app"].state.services
+        limit = services.config.server.max_body
+        if self.endpoint.multipart:
+            request = await form_of(scope, receive, limit, services.off_loop)
+            try:
+                await self._serve(scope, receive, send, await form_fields(request))
+            finally:
+                await request.close()  # an upload's temporary file
+        else:
+            body = await json_object(scope, receive, limit, services.off_loop)
+            await self._serve(scope, receive, send, body)
+
+    async def _serve(
+        self, scope: Scope, receive: Receive, send: Send, body: dict[str, Any]
+    ) -> None:
+        """Once more if the engine dies before the answer has begun."""
+        pool = scope["app"].state.services.pool
+        name = requested_model(body, pool.registry)
+        model = pool.registry.find(name)
+        scope["state"]["model"] = model.name  # for the metrics, refused or not
+        deadline = _deadline(scope, model.spec.timeout)
+        wish = Wish(name, self.endpoint, body, deadline, asyncio.current_task())
+        early = Early(send, self.endpoint.name)
+        try:
+            try:
+                await self._once(scope, receive, early, wish)
+            except EngineDead:
+                if early.answered:
+                    raise
+                await self._once(scope, receive, early, wish.again())
+        except LLMServeError as error:
+            name_as_sent(error, body)
+            if not early.began:
+                raise
+            await early.fail(error)
+
+    async def _once(self, scope: Scope, receive: Receive, early: Early, wish: Wish) -> None:
+        services: Services = scope["app"].state.services
+        lease = services.pool.lease(wish)
+        if isinstance(lease, Place):
+            entry = services.pool.entry(wish.name)
+            lease = await self._waited(receive, early, lease, entry)
+        answer = await self._answer(scope, receive, wish, lease)
+        await answer(scope, receive, early)
+
+    async def _waited(
+        self, receive: Receive, early: Early, place: Place[Wish, Lease], entry: Entry
+    ) -> Lease:
+        """A stream gets a comment every few seconds meanwhile.
+
+        Raises what the queue refuses with, or ClientDisconnect.
+        """
+        streams = self.endpoint.answer_tokens and place.wish.body.get("stream") is True
+        each_s = COMMENT_S if streams else None
+        gone = asyncio.ensure_future(_gone(receive))
+        try:
+            while not place.given.done():
+                both: set[asyncio.Future[Any]] = {place.given, gone}
+                await asyncio.wait(both, timeout=each_s, return_when="FIRST_COMPLETED")
+                if gone.done():
+                    raise ClientDisconnect  # noqa: TRY301  # what it has joined, it leaves below
+                if not place.given.done():
+                    await early.comment(
+                        f"{entry.name} is {entry.state}, {entry.slots.waiting()} wait"
+                    )
+            return place.given.result()
+        except BaseException as error:
+            cut_by = _cut_by(place)
+            place.leave()
+            if cut_by is not None and isinstance(error, asyncio.CancelledError):
+                raise cut_by from None
+            raise
+        finally:
+            gone.cancel()
+
+    async def _answer(self, scope: Scope, receive: Receive, wish: Wish, lease: Lease) -> ASGIApp:
+        services: Services = scope["app"].state.services
+        try:
+            with lease.running.coming():
+                await services.turns.take()
+                answer = lease.running.express(self.endpoint.name, wish.body, wish.name, scope)
+                await asyncio.sleep(0)  # the others of its group come as far first
+            if answer is None:
+                request = Request(scope, receive)
+                work = lease.running.call(self.endpoint.name, wish.body, wish.name, request)
+                answer = await _unless_gone(receive, work)
+        except BaseException as error:
+            lease.release()
+            if lease.cut_by is not None and isinstance(error, asyncio.CancelledError):
+                raise lease.cut_by from None
+            raise
+        return Leased(answer, lease)
+
+
+def _cut_by(place: Place[Wish, Lease]) -> LLMServeError | None:
+    """Of a lease that was cut before its request could take it from the queue."""
+    given = place.given
+    return given.result().cut_by if given.done() and given.exception() is None else None
+
+
+class Leased:
+    """Gives its lease back when the work is done, also when no byte was sent."""
+
+    def __init__(self, answer: ASGIApp, lease: Lease) -> None:
+        self._answer = answer
+        self._lease = lease
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self._answer(scope, receive, send)
+        except asyncio.CancelledError:
+            error = self._lease.cut_by
+            if error is None:
+                raise
+            if not scope["state"]["began"]:
+                raise error from None
+            if not scope["state"]["ended"]:
+                await self._end_early(send, error)
+        finally:
+            if isinstance(self._answer, Ongoing):
+                self._answer.task.add_done_callback(lambda _: self._lease.release())
+            else:
+                self._lease.release()
+
+    async def _end_early(self, send: Send, error: LLMServeError) -> None:
+        if isinstance(self._answer, TokenStream):
+            await self._answer.end_early(error)
+            return
+        last = self._answer.failure(error) if isinstance(self._answer, EventStream) else b""
+        await send({"type": "http.response.body", "body": last, "more_body": False})
+
+
+def _deadline(scope: Scope, timeout_s: float | None) -> Deadline:
+    """The model's timeout, or a shorter one of the request's own."""
+    given = next((value for name, value in scope["headers"] if name == _TIMEOUT), None)
+    if given is not None:
+        try:
+            own_s = float(given[:32]) if b"_" not in given else 0.0
+        except ValueError:
+            own_s = 0.0
+        if not 0 < own_s < float("inf"):
+            came = quoted(given.decode("latin-1"))
+            raise RequestError(f"x-request-timeout must be seconds, more than 0; it is {came}.")
+        timeout_s = own_s if timeout_s is None else min(own_s, timeout_s)
+    return Deadline(timeout_s)
+
+
+async def _unless_gone(receive: Receive, work: Awaitable[ASGIApp]) -> ASGIApp:
+    """Do `work`, but stop it when the client leaves.
+
+    Starlette watches for that in streams only; a plain answer can take as long.
+    """
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_gone(receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        for each in (task, gone):
+            each.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,275 @@
+"""The GPUs of a running server: what the plan gives each engine, and who starts when.
+
+The one place that reads how full a GPU is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from llmserve.errors import StartupError
+from llmserve.gpus import nvml
+from llmserve.gpus.claims import GpuLocks
+from llmserve.gpus.device import gib, short_name
+from llmserve.lifecycle.eviction import Level
+from llmserve.planning import survey
+from llmserve.planning.measurements import Measured
+from llmserve.planning.placement import capacity
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterable
+    from contextlib import AbstractContextManager
+
+    from llmserve.gpus.device import Gpu
+    from llmserve.gpus.nvml import Holder
+    from llmserve.gpus.page_exchange import Handover
+    from llmserve.lifecycle.eviction import Takes
+    from llmserve.planning.plan import Plan, Replica
+    from llmserve.registry.config import Config, ModelSpec
+
+log = logging.getLogger(__name__)
+Keep = Callable[[Sequence[Mapping[str, Any]]], None]  # takes what the workers report
+
+_RELEASE_S = 15.0  # what a dead engine's memory gets to come back
+_LOOK_S = 0.02
+_HOST_SHARE = 0.5  # of the host's memory, for weights of sleepers, unless the registry says
+
+
+class Space:
+    """What the plan says, carried out."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        kept: Measured | None = None,
+        host_memory: int | None = None,
+        handover: Handover | None = None,
+    ) -> None:
+        self._places: dict[tuple[str, int], Replica] = {}  # also of models that leave
+        self.adopt(plan, host_memory)
+        self._kept = kept or Measured()
+        self._handover = handover
+        self._locks = GpuLocks()
+        self._seen: set[str] = set()  # fingerprints measured since the start
+        self._kinds: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+
+    def adopt(self, plan: Plan, host_memory: int | None) -> None:
+        """Go by this plan from now on."""
+        self.plan = plan
+        self._places |= {(each.model, each.number): each for each in plan.replicas}
+        share = int(psutil.virtual_memory().total * _HOST_SHARE)
+        self._near = _near(plan, share if host_memory is None else host_memory)
+
+    def planned(self, config: Config, kept: Mapping[str, str]) -> Callable[[], None]:
+        """Plan another registry; engines of `kept` stay. Raises PlacementError."""
+        models = tuple(
+            self._fixed(spec, kept[spec.name]) if spec.name in kept else spec
+            for spec in config.models
+        )
+        fixed = config.model_copy(update={"models": models})
+        plan = survey.plan(fixed, self.plan.box, self._kept).unless_infeasible(config)
+        return partial(self.adopt, plan, config.server.host_memory)
+
+    def _fixed(self, spec: ModelSpec, now: str) -> ModelSpec:
+        """An entry whose engines run, with all said that they have."""
+        replicas = [self._places[now, number] for number in range(spec.replicas)]
+        said: dict[str, Any] = {
+            "devices": tuple(index for replica in replicas for index in replica.devices),
+            "tensor_parallel_size": replicas[0].tensor_parallel_size,
+        }
+        if replicas[0].known and replicas[0].kv:
+            said |= {
+                "kv_cache": min(replica.kv for replica in replicas),
+                "memory": None,
+                "gpu_memory_utilization": None,
+            }
+        return spec.model_copy(update=said)
+
+    @property
+    def capacity(self) -> Takes:
+        """Bytes of each GPU that may be held: what is planned at the least."""
+        return {
+            gpu.index: max(self.plan.peak(gpu.index), capacity(gpu, self.plan.headroom))
+            for gpu in self.plan.box
+        }
+
+    def holds(self, spec: ModelSpec, number: int) -> Mapping[Level, Takes]:
+        replica = self._places[spec.name, number]
+        sizes = {Level.READY: replica.bytes}
+        if replica.sleeps:
+            asleep = Level.HOST if replica.name in self._near else Level.DISK
+            sizes |= {Level.KV_RELEASED: replica.bytes - replica.kv, asleep: replica.asleep}
+        return {level: dict.fromkeys(replica.devices, size) for level, size in sizes.items()}
+
+    def sleeps(self, spec: ModelSpec, number: int) -> bool:
+        return self._places[spec.name, number].sleeps
+
+    def expecting(self, spec: ModelSpec, number: int) -> AbstractContextManager[None]:
+        """While it is about to wake: what others give up on its GPUs goes straight to it."""
+        if self._handover is None:
+            return contextlib.nullcontext()
+        return self._handover.expecting(self._uuids(self._places[spec.name, number]))
+
+    def _uuids(self, replica: Replica) -> list[str]:
+        return [uuid for index in replica.devices if (uuid := self.plan.box[index].uuid)]
+
+    @contextlib.asynccontextmanager
+    async def moves(
+        self, spec: ModelSpec, number: int, wakes_from: Level | None
+    ) -> AsyncIterator[None]:
+        """While nobody is measured on its GPUs; a sleeper first waits for what it needs.
+
+        Raises StartupError if others hold that.
+        """
+        replica = self._places[spec.name, number]
+        async with self._locks.hold(replica.devices, alone=False):
+            if wakes_from is not None:
+                held = self.holds(spec, number).get(wakes_from, {})
+                needs = {
+                    i: replica.bytes - held.get(i, 0) - self._changing_hands(i)
+                    for i in replica.devices
+                }
+                await self._room(replica, needs)
+            yield
+
+    def _changing_hands(self, index: int) -> int:
+        """Bytes of a GPU that are nobody's, and not free."""
+        uuid = self.plan.box[index].uuid
+        return self._handover.bytes(uuid) if self._handover and uuid else 0
+
+    def unless_taken(self) -> None:
+        """Raises StartupError if others hold memory that the plan needs, with their names."""
+        needs = [(gpu, self.plan.used(gpu.index)) for gpu in self.plan.box]
+        if short := _short("the plan", needs):
+            raise StartupError("\n".join(short))
+
+    async def _room(self, replica: Replica, wanted: Takes) -> None:
+        """Wait for what a dead engine held, which the driver gives back some moments later.
+
+        Raises StartupError if others hold it.
+        """
+        needs = [(self.plan.box[index], size) for index, size in wanted.items()]
+        end = time.monotonic() + _RELEASE_S
+        while short := await asyncio.to_thread(_short, replica.name, needs):
+            if time.monotonic() >= end:
+                raise StartupError("; ".join(short))
+            await asyncio.sleep(_LOOK_S)
+
+    @contextlib.asynccontextmanager
+    async def start(self, spec: ModelSpec, number: int) -> AsyncIterator[tuple[ModelSpec, Keep]]:
+        """Wait for the replica's GPUs; its entry with all said, and where its report goes.
+
+        A replica whose overhead nobody has measured has its GPUs for itself, so that the
+        difference of the device's memory is its own.
+        """
+        replica = self._places[spec.name, number]
+        async with (
+            self._measuring(replica) as alone,
+            self._locks.hold(replica.devices, alone=alone),
+        ):
+            if self._handover is not None:
+                self._handover.drop(self._uuids(replica))
+            await self._room(replica, dict.fromkeys(replica.devices, replica.bytes))
+            before = await asyncio.to_thread(self._used, replica)
+            yield (
+                self.plan.spec_of(spec, replica),
+                lambda reports: self._keep(replica, before, reports) if alone else None,
+            )
+
+    @contextlib.asynccontextmanager
+    async def _measuring(self, replica: Replica) -> AsyncIterator[bool]:
+        """Whether this start is measured: one of a kind is, and the others wait for it."""
+        if not replica.measured:
+            async with self._kinds[replica.fingerprint or replica.name]:
+                if replica.fingerprint not in self._seen:
+                    yield True
+                    return
+        yield False
+
+    def _used(self, replica: Replica) -> list[int]:
+        return [nvml.used_bytes(self.plan.box[index]) for index in replica.devices]
+
+    def _keep(
+        self, replica: Replica, before: Sequence[int], reports: Sequence[Mapping[str, Any]]
+    ) -> None:
+        if not replica.known:
+            return
+        grown = [now - then for now, then in zip(self._used(replica), before, strict=True)]
+        # Of data parallel ranks, vLLM asks the first alone.
+        overhead = max(
+            overhead_bytes(each, report["bytes"], replica.weights + replica.kv)
+            for each, report in zip(grown, reports, strict=False)
+        )
+        self._seen.add(replica.fingerprint)
+        if any(
+            each <= report["bytes"]["reserved"]
+            for each, report in zip(grown, reports, strict=False)
+        ):
+            # A CUDA context is never free: somebody else's memory came back meanwhile.
+            log.warning("model=%s could not be measured: memory came back", replica.name)
+            return
+        log.info(
+            "model=%s overhead planned=%s measured=%s grown=%s",
+            replica.name,
+            gib(replica.overhead),
+            gib(overhead),
+            ", ".join(gib(each) for each in grown),
+        )
+        about = {
+            "replica": asdict(replica),
+            "grown_bytes": grown,
+            "workers": [dict(report["bytes"]) for report in reports],
+        }
+        self._kept.keep(replica.fingerprint, overhead, about)
+
+
+def _near(plan: Plan, host_memory: int) -> frozenset[str]:
+    """The sleepers whose weights have a place in host memory, which is given in order."""
+    near: list[str] = []
+    for replica in plan.replicas:
+        if replica.sleeps and replica.host <= host_memory:
+            host_memory -= replica.host
+            near.append(replica.name)
+    return frozenset(near)
+
+
+def _short(who: str, needs: Iterable[tuple[Gpu, int]]) -> list[str]:
+    """A line for each GPU that has too little free memory, with who holds it."""
+    lines: list[str] = []
+    for gpu, needed in needs:
+        free = gpu.memory - nvml.used_bytes(gpu) if needed else 0
+        if needed > free:
+            held = ", ".join(map(_told, nvml.holders(gpu)))
+            lines.append(
+                f"GPU {gpu.index} ({short_name(gpu.name)}): {who} needs {gib(needed)}, {gib(free)} "
+                f"of {gib(gpu.memory)} are free; held by {held or 'nobody whom the driver names'}; "
+                "end them, or give the models less"
+            )
+    return lines
+
+
+def _told(holder: Holder) -> str:
+    size = "" if holder.bytes is None else f" {gib(holder.bytes)}"
+    return f"pid {holder.pid} {holder.name}{size}"
+
+
+def overhead_bytes(grown: int, worker: Mapping[str, int], planned: int) -> int:
+    """What a worker needs on its device besides the weights and KV cache that were planned.
+
+    `grown` is by how much the device's used memory grew: what torch has reserved, and CUDA's
+    context, modules and graphs beside it. A step of full size may need more than what torch
+    has reserved at the end of the start: all that is allocated then, and the activations.
+    """
+    beside = grown - worker["reserved"]
+    at_most = max(worker["reserved"], worker["allocated"] + worker["activations"])
+    return max(0, beside + at_most - planned)

@@ -1,0 +1,485 @@
+"""Every model's replicas and line: who gets a request now, who waits, who comes and goes.
+
+What a replica goes through is `life`'s; this decides when. Engines are started by a
+`Backend`, so that all of this can be run without one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from llmserve.errors import EngineDead, LLMServeError, Overloaded, StartupError, quoted
+from llmserve.lifecycle.dispatch import Ask
+from llmserve.lifecycle.events import Events
+from llmserve.lifecycle.eviction import Level
+from llmserve.lifecycle.lease import Lease, Task, Wish
+from llmserve.lifecycle.replica import AT_REST, STARTING, Replica, State
+from llmserve.lifecycle.response_store import Archive
+from llmserve.lifecycle.served_model import Entry
+from llmserve.lifecycle.transitions import Life
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Iterable, Sequence
+
+    from prometheus_client import CollectorRegistry, Counter
+
+    from llmserve.lifecycle.admission import Place
+    from llmserve.lifecycle.replica import Backend
+    from llmserve.metrics import Metrics
+    from llmserve.registry.names import Model, Registry
+
+log = logging.getLogger(__name__)
+Way: TypeAlias = "Callable[[Replica], Coroutine[Any, Any, None]]"  # from one state to another
+_STOPPING_RETRY_S = 5
+_DRAIN_LOOK_S = 0.05
+
+
+def cut_off() -> Overloaded:
+    return Overloaded(
+        "The server is stopping, and the time for running requests is over.",
+        retry_after_s=_STOPPING_RETRY_S,
+        code="shutting_down",
+    )
+
+
+class Pool:
+    def __init__(
+        self,
+        registry: Registry,
+        backend: Backend,
+        metrics: Metrics,
+        on_change: Callable[[Replica], None] = lambda _: None,
+    ) -> None:
+        self.registry = registry
+        self.entries: dict[str, Entry] = {}
+        self.leases: dict[Lease, None] = {}  # in the order in which they were given
+        self.events = Events()
+        self.life = Life(backend, metrics, self._changed)
+        self._archive = Archive()
+        self._backend = backend
+        self._metrics = metrics
+        self._on_change = on_change
+        self._closed = False
+        self._comings: dict[Replica, Task] = {}  # brought or revived
+        self._ending: set[Replica] = set()  # of these: on the way down, which is short
+        # Those whose coming is being broken off, until they are stopped.
+        self._broken: dict[Replica, asyncio.Future[None]] = {}
+        self._dispatched: dict[Replica, Counter] = {}  # where there is a choice
+        self._owner: dict[Replica, Entry] = {}  # also of models that leave
+        for model in registry.models:
+            self.enter(self.made(model))
+
+    # --- who is here
+
+    @property
+    def replicas(self) -> list[Replica]:
+        """Those of every model, in the order of the registry, and of those that leave."""
+        return list(self._owner)
+
+    def made(self, model: Model, kept: Iterable[Replica] = ()) -> Entry:
+        """A model with engines of its own, or with some that run already; not here yet."""
+        there = {replica.number: replica for replica in kept}
+        spec = model.spec
+        replicas = [
+            there.get(number) or Replica(model, number, self._backend.holds(spec, number))
+            for number in range(spec.replicas)
+        ]
+        entry = Entry(model, replicas, self._onward)
+        entry.responses = self._archive.of_model()
+        entry.ready = tuple(each for each in replicas if each.state is State.READY)
+        for replica in replicas:
+            self._owner[replica] = entry
+        entry.adopt(model)
+        return entry
+
+    def enter(self, entry: Entry) -> None:
+        """From now on this is the model of its name; requests that wait for it wait on here."""
+        before = self.entries.get(entry.name)
+        if before not in (None, entry):
+            if set(before.replicas) & set(entry.replicas):
+                entry.inherit(before)
+            entry.responses = before.responses
+            self.leave(before)
+        self.entries[entry.name] = entry
+        self._metrics.in_flight.labels(entry.name).set_function(entry.slots.count)
+        self._metrics.queued.labels(entry.name).set_function(entry.slots.waiting)
+        for replica in entry.replicas:
+            if replica.running is not None:
+                replica.running.share(entry.responses)
+            self._show(replica)
+            if entry.policy is not None:
+                self._count(replica)
+        if before not in (None, entry):
+            before.slots.move_to(entry.slots)
+        self._onward(entry)
+
+    def rename(self, entry: Entry, model: Model) -> None:
+        self._forget(self.entries.pop(entry.name))
+        entry.adopt(model)
+        self.enter(entry)
+
+    def sort(self, names: Iterable[str]) -> None:
+        """Show the models in this order."""
+        self.entries = {name: self.entries[name] for name in names}
+        shown = [each for entry in self.entries.values() for each in entry.replicas]
+        rest = [each for each in self._owner if each not in shown]
+        self._owner = {each: self._owner[each] for each in (*shown, *rest)}
+
+    def leave(self, entry: Entry) -> None:
+        """Nobody finds it any more; those in its line may still."""
+        del self.entries[entry.name]
+        self._forget(entry)
+        unpinned = replace(entry.model, spec=entry.model.spec.model_copy(update={"pinned": False}))
+        for replica in entry.replicas:
+            if self._owner[replica] is entry:  # its place is free soon, and whoever comes waits
+                replica.model = unpinned
+
+    async def end(self, entry: Entry, replicas: Iterable[Replica] | None = None) -> None:
+        """End engines of a model that leaves, once its requests have ended."""
+        while entry.slots.waiting() and self._serves_later(entry):  # noqa: ASYNC110  # once
+            await asyncio.sleep(_DRAIN_LOOK_S)
+        replicas = entry.replicas if replicas is None else tuple(replicas)
+        for replica in replicas:
+            replica.retired = True
+        await asyncio.gather(*(self._ended(each) for each in replicas))
+        for replica in replicas:
+            self._owner.pop(replica, None)
+            self._dispatched.pop(replica, None)
+
+    async def _ended(self, replica: Replica) -> None:
+        """Also if it is on its way, which is waited for."""
+        await self.life.rest(replica, Level.STOPPED)
+        while (coming := self._comings.get(replica)) is not None:
+            await asyncio.wait({coming})
+            await self.life.rest(replica, Level.STOPPED)
+
+    def _forget(self, entry: Entry) -> None:
+        for shown in (self._metrics.in_flight, self._metrics.queued):
+            shown.remove(entry.name)
+        for replica in entry.replicas:
+            self._hide(replica)
+
+    def _hide(self, replica: Replica) -> None:
+        """Gauges of what is no more; what was counted stays, as counters do."""
+        here = {"model": replica.model.name, "replica": str(replica.number)}
+        figures = self._metrics
+        for gauge in (
+            figures.state,
+            figures.ready_seconds,
+            figures.start_step_seconds,
+            figures.tokens_in_flight,
+        ):
+            samples = [sample for family in gauge.collect() for sample in family.samples]
+            for labels in (each.labels for each in samples if here.items() <= each.labels.items()):
+                gauge.remove(*labels.values())
+
+    # --- asking
+
+    def entry(self, name: str) -> Entry:
+        """That of a public name. Raises ModelNotFound."""
+        return self.entries[self.registry.find(name).name]
+
+    def lease(self, wish: Wish) -> Lease | Place[Wish, Lease]:
+        """Leave to send one request to its model, or a place in the queue for that.
+
+        Deciding and queueing are one step, so that no change comes between. A place starts the
+        model if it is at rest. Raises ModelNotFound, or Overloaded if it may not wait: the queue
+        is full or too long, the model starts for another reason than requests (unless the engine
+        died over this one), or the server stops; or EngineDead.
+        """
+        entry = self.entry(wish.name)
+        if self._closed:
+            raise cut_off()
+        if entry.slots.free and (living := self._living(entry)):
+            return self._leased(entry, living, wish)
+        if not entry.ready and not entry.awaits and not (wish.before and entry.comes):
+            raise self._not_ready(entry)
+        ready_in_s = None if entry.ready else entry.furthest.ready_in_s
+        if not wish.before:  # that one has been admitted
+            entry.slots.unless_full(wish.deadline, ready_in_s or 0.0)
+        return entry.slots.join(wish.deadline, wish)
+
+    def _leased(self, entry: Entry, living: Sequence[Replica], wish: Wish) -> Lease:
+        replica, tokens = living[0], 0
+        if entry.policy is not None:
+            ask = Ask.of(wish.name, wish.body, wish.endpoint.answer_tokens)
+            replica, tokens = entry.policy.choose(living, ask), ask.tokens
+            self._dispatched[replica].inc()
+        if replica.running is None:
+            raise self._not_ready(entry)
+        slot = entry.slots.take()
+        held = (slot, tokens, self.leases, wish.deadline, wish.task)
+        return Lease(replica, replica.running, *held)
+
+    def _living(self, entry: Entry) -> Sequence[Replica]:
+        """The replicas that are ready, without those whose engine has died.
+
+        These have the least to do, and would get every request.
+        """
+        if any(_is_dead(replica) for replica in entry.ready):
+            for replica in entry.ready:
+                self.died(replica)
+            return [replica for replica in entry.ready if not _is_dead(replica)]
+        return entry.ready
+
+    def _onward(self, entry: Entry) -> None:
+        """Let in those that wait, or start their model, or send them away.
+
+        Called after each change of what they wait for: the queue, slots, limit or states.
+        """
+        if not entry.slots.waiting():
+            return
+        if living := self._living(entry):
+            entry.slots.advance(partial(self._leased, entry, living))
+        elif self._closed:
+            entry.slots.refuse(cut_off)
+        elif self._serves_later(entry):
+            self._ask_for(entry)
+        else:
+            entry.slots.refuse(lambda: self._not_ready(entry))
+
+    def _serves_later(self, entry: Entry) -> bool:
+        """Whether those that wait for it may still be let in."""
+        coming = any(each in self._comings and not each.retired for each in entry.replicas)
+        return coming or entry.comes or entry.rests
+
+    def _not_ready(self, entry: Entry) -> LLMServeError:
+        name = quoted(entry.name)
+        if entry.comes:
+            return Overloaded(
+                f"The model {name} is {entry.state}; try again.",
+                retry_after_s=entry.retry_after_s,
+                code="model_not_ready",
+            )
+        if deaths := entry.furthest.deaths.in_a_row:
+            return EngineDead(f"The engine of {name} died {deaths} times and is not started again.")
+        return EngineDead(f"The model {name} could not be started.", code="model_failed")
+
+    def ready(self) -> list[Entry]:
+        return [entry for entry in self.entries.values() if entry.ready]
+
+    def registries(self) -> Iterable[CollectorRegistry]:
+        return [each.running.registry for each in self.replicas if each.running is not None]
+
+    # --- coming
+
+    async def bring(self, entry: Entry) -> None:
+        """Until each of its replicas is ready, or has failed."""
+        if self._closed:
+            raise cut_off()
+        if not await self.came(entry):  # also on the way to sleep
+            return
+        for replica in entry.replicas:
+            if replica.state in AT_REST or replica.state is State.FAILED:
+                replica.patient = True
+                self._come(replica, self.life.bring)
+        await self.came(entry)
+
+    async def start_late(self, entry: Entry) -> None:
+        """Start the replicas of a model that has just come, and wait for them."""
+        for replica in entry.replicas:
+            if replica.level is Level.STOPPED:
+                self._come(replica, self.life.start)
+        await self.came(entry)
+
+    async def came(self, entry: Entry) -> bool:
+        """Until those of its replicas that are on their way are ready, or have failed.
+
+        False if that was broken off meanwhile; they are stopped then.
+        """
+        coming = [self._comings[each] for each in entry.replicas if each in self._comings]
+        if coming:
+            await asyncio.wait(coming)
+        if broken := {self._broken[each] for each in entry.replicas if each in self._broken}:
+            await asyncio.wait(broken)
+        return not (coming and broken)
+
+    async def end_now(self, entry: Entry) -> None:
+        """Stop a model without waiting for a start, wake or restart that is under way."""
+        coming = self._comings.keys() - self._ending
+        broken = [each for each in entry.replicas if each in coming]
+        others = [each for each in entry.replicas if each not in coming]
+        rests = [self.life.rest(each, Level.STOPPED) for each in others]
+        await asyncio.gather(self._break_off(broken), *rests)
+        self._onward(entry)
+
+    async def _break_off(self, replicas: Sequence[Replica]) -> None:
+        comings = [self._comings[each] for each in replicas]
+        stopped = asyncio.get_running_loop().create_future()
+        self._broken |= dict.fromkeys(replicas, stopped)  # nothing brings them before that
+        try:
+            for coming in comings:
+                coming.cancel()
+            if comings:
+                await asyncio.wait(comings)
+            await asyncio.gather(*(self.life.stop(each) for each in replicas))
+        finally:
+            for replica in replicas:
+                if self._broken.get(replica) is stopped:
+                    del self._broken[replica]
+            stopped.set_result(None)
+
+    async def start(self) -> None:
+        """Start every replica that is not lazy, all at once; returns when all have started.
+
+        Those that are to sleep come first: later there may be no room to start them. Raises
+        StartupError if none of several could be, or as soon as none of a required model can.
+        """
+        first = [each for each in self.replicas if each.state is State.WAITING]
+        first.sort(key=lambda replica: replica.model.spec.start != "sleeping")
+        for replica in first:
+            self._come(replica, self.life.start)
+        starts = {self._comings[replica] for replica in first if replica in self._comings}
+        try:
+            while starts:
+                _, starts = await asyncio.wait(starts, return_when=asyncio.FIRST_COMPLETED)
+                for entry in self.entries.values():
+                    _unless_required(entry)
+        except BaseException:
+            for start in starts:
+                start.cancel()
+            raise
+        if not any(entry.comes for entry in self.entries.values()):
+            raise StartupError("no model could be started")
+
+    def _ask_for(self, entry: Entry) -> None:
+        for replica in entry.replicas:
+            if replica.may_come:
+                replica.patient = True
+                self._come(replica, self.life.bring)
+
+    def _come(self, replica: Replica, way: Way, *, ends: bool = False) -> None:
+        """Go `way` unless the replica is on one; at its end `_came` looks what is to do then.
+
+        `ends`: down, which nothing breaks off.
+        """
+        is_free = replica not in self._comings and replica not in self._broken
+        if is_free and not (self._closed or replica.retired):
+            if ends:
+                self._ending.add(replica)
+            coming = asyncio.create_task(way(replica))
+            self._comings[replica] = coming
+            coming.add_done_callback(partial(self._came, replica))
+
+    def _came(self, replica: Replica, coming: Task) -> None:
+        del self._comings[replica]
+        self._ending.discard(replica)
+        if not coming.cancelled() and (error := coming.exception()) is not None:
+            log.error("model=%s unforeseen", replica.name, exc_info=error)
+        if replica in self._owner:
+            self.died(replica)
+            self._onward(self._owner[replica])
+
+    # --- states
+
+    def _changed(self, replica: Replica, before: State) -> None:
+        if replica not in self._owner:
+            return  # it has left
+        if replica.state is not before:
+            self._moved(replica, before)
+        self._on_change(replica)
+
+    def _moved(self, replica: Replica, before: State) -> None:
+        entry = self._owner[replica]
+        entry.ready = tuple(each for each in entry.replicas if each.state is State.READY)
+        if before is State.READY and entry.policy is not None:
+            entry.policy.forget(replica.number)
+        if self.entries.get(entry.name) is entry:  # else it comes or leaves under another's name
+            self._show(replica)
+        if replica.state is State.READY and replica.running is not None:
+            replica.running.share(entry.responses)
+        self.events.tell(replica, before)
+        log.info("model=%s state=%s", replica.name, replica.state)
+        self._onward(entry)
+
+    def _show(self, replica: Replica) -> None:
+        model, number = replica.model.name, replica.number
+        for state in State:
+            shown = self._metrics.state.labels(model, number, state.value)
+            shown.set(state is replica.state)
+        for level, seconds in replica.cost_s.items():
+            self._metrics.ready_seconds.labels(model, number, level.name.lower()).set(seconds)
+        for step, seconds in replica.took.items():
+            self._metrics.start_step_seconds.labels(model, number, step).set(seconds)
+
+    def _count(self, replica: Replica) -> None:
+        model, number = replica.model.name, replica.number
+        tokens = self._metrics.tokens_in_flight.labels(model, number)
+        tokens.set_function(lambda: replica.load.tokens)
+        policy = replica.model.spec.dispatch
+        self._dispatched[replica] = self._metrics.dispatched.labels(model, number, policy)
+
+    def died(self, replica: Replica) -> bool:
+        """Whether the engine of a replica has died, which is then known everywhere."""
+        if not _is_dead(replica) or replica.state not in (State.READY, State.SLEEPING):
+            return False
+        if replica.turn.locked() or replica in self._comings:
+            return False  # it is looked at again when that is over
+        if self._closed or replica.retired:
+            self.life.change(replica, State.FAILED, "its engine died")
+        elif replica.state is State.SLEEPING:
+            self._metrics.deaths.labels(replica.model.name, replica.number).inc()
+            self._come(replica, partial(self.life.rest, level=Level.STOPPED), ends=True)
+        elif self.life.again(replica, "its engine died", time.monotonic() - replica.since):
+            self._come(replica, self.life.revive)
+        else:
+            self._come(replica, self.life.discard, ends=True)
+        return True
+
+    # --- the end
+
+    def close(self) -> None:
+        """Admit no more requests, and send away those that wait for their model."""
+        self._closed = True
+        for entry in self._all():
+            if not entry.ready:
+                entry.slots.refuse(cut_off)
+
+    def _all(self) -> Iterable[Entry]:
+        """Models that leave included."""
+        return dict.fromkeys((*self.entries.values(), *self._owner.values()))
+
+    async def drain(self, timeout_s: float) -> None:
+        """Admit no more, wait for running requests, cut off those that take too long."""
+        self.close()
+        end = time.monotonic() + timeout_s
+        while self._busy() and time.monotonic() < end:  # noqa: ASYNC110  # once in a life
+            await asyncio.sleep(_DRAIN_LOOK_S)
+        for entry in self._all():
+            entry.slots.refuse(cut_off)
+        for lease in list(self.leases):
+            lease.cut(cut_off())
+
+    def _busy(self) -> bool:
+        return bool(self.leases) or any(entry.slots.waiting() for entry in self._all())
+
+    async def stop(self) -> None:
+        """End all engines, all at once."""
+        self.close()
+        if any(replica.state in STARTING for replica in self.replicas):
+            self._backend.kill()
+        if comings := list(self._comings.values()):
+            for coming in comings:
+                coming.cancel()
+            await asyncio.wait(comings)
+        running = [replica for replica in self.replicas if replica.running is not None]
+        await asyncio.gather(*(self.life.end(replica) for replica in running))
+        for replica in running:
+            self.life.change(replica, State.STOPPED)
+
+    def kill(self) -> None:
+        self._backend.kill()
+
+
+def _is_dead(replica: Replica) -> bool:
+    return replica.running is not None and replica.running.dead
+
+
+def _unless_required(entry: Entry) -> None:
+    if entry.state is State.FAILED and entry.model.spec.required:
+        raise StartupError(f"{entry.name} is required and failed: {entry.note}")

@@ -1,0 +1,223 @@
+"""One engine of a model: its state, what it holds, and what it can be asked."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, Protocol
+
+from llmserve.lifecycle.dispatch import Load
+from llmserve.lifecycle.eviction import Level
+from llmserve.lifecycle.restart_backoff import Deaths
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from contextlib import AbstractAsyncContextManager, AbstractContextManager
+    from pathlib import Path
+
+    from prometheus_client import CollectorRegistry
+    from starlette.requests import Request
+    from starlette.types import ASGIApp, Scope
+
+    from llmserve.lifecycle.eviction import Takes
+    from llmserve.lifecycle.response_store import Responses
+    from llmserve.registry.config import Config, ModelSpec
+    from llmserve.registry.names import Model
+
+
+class State(StrEnum):
+    WAITING = "waiting"
+    DOWNLOADING = "downloading"
+    LOADING = "loading"
+    WARMING = "warming"
+    WAKING = "waking"
+    READY = "ready"
+    DRAINING = "draining"
+    SLEEPING = "sleeping"
+    STOPPED = "stopped"
+    FAILED = "failed"
+
+
+# What a start consists of, and a way up from sleep.
+STARTING = frozenset({State.WAITING, State.DOWNLOADING, State.LOADING, State.WARMING, State.WAKING})
+# Those that become ready when they are asked.
+AT_REST = frozenset({State.DRAINING, State.SLEEPING, State.STOPPED})
+
+
+class Running(Protocol):
+    """A replica that answers."""
+
+    able: frozenset[str]
+    took: Mapping[str, float]  # seconds of its start, by step
+
+    @property
+    def sleeps(self) -> bool:
+        """Whether it can do without its GPU memory for a while."""
+        ...
+
+    @property
+    def pid(self) -> int | None:
+        """Of its engine's process."""
+        ...
+
+    @property
+    def log(self) -> Path:
+        """Where its engine writes, whatever its model is called now."""
+        ...
+
+    @property
+    def max_model_len(self) -> int: ...
+    @property
+    def dead(self) -> bool: ...
+    @property
+    def registry(self) -> CollectorRegistry: ...
+    def coming(self) -> AbstractContextManager[None]:
+        """While a request is being prepared; text of running answers may wait for that."""
+        ...
+
+    def express(
+        self, endpoint: str, body: dict[str, Any], asked: str, scope: Scope
+    ) -> ASGIApp | None:
+        """The answer to a request like an earlier one; None if it needs `call`."""
+        ...
+
+    async def call(
+        self, endpoint: str, body: dict[str, Any], asked: str, request: Request
+    ) -> ASGIApp: ...
+    def share(self, stored: Responses) -> None:
+        """Store answers of /v1/responses there; before its first request."""
+        ...
+
+    async def responds(self, within_s: float) -> bool:
+        """Whether its engine answers a question that it can answer between two steps."""
+        ...
+
+    async def prepare_sleep(self) -> None:
+        """What a first sleep would take long for, done ahead while it serves."""
+        ...
+
+    async def sleep(self, level: Level) -> None:
+        """Down to a level between STOPPED and READY; nothing is running. Raises EngineError."""
+        ...
+
+    async def wake(self) -> None:
+        """Up to READY. Raises EngineError."""
+        ...
+
+    async def changed(self, spec: ModelSpec) -> Running:
+        """The same engine, answering as its changed entry says."""
+        ...
+
+    def kill(self) -> None:
+        """End its engine's processes now, hung or not; `dead` tells when it is noticed."""
+        ...
+
+    async def stop(self) -> None: ...
+
+
+class Backend(Protocol):
+    @property
+    def capacity(self) -> Takes:
+        """Bytes that all replicas may hold together, by place; nothing: no bound."""
+        ...
+
+    def holds(self, spec: ModelSpec, number: int) -> Mapping[Level, Takes]:
+        """What a replica holds at each level that it can be at besides STOPPED."""
+        ...
+
+    async def start(
+        self, spec: ModelSpec, number: int, report: Callable[[State, str], None]
+    ) -> Running:
+        """Start one of the model's replicas, which are numbered from 0.
+
+        Raises StartupError with the cause in one line.
+        """
+        ...
+
+    def expecting(self, spec: ModelSpec, number: int) -> AbstractContextManager[None]:
+        """While a sleeper is about to wake: it may have at once what others give up for it."""
+        ...
+
+    def moves(
+        self, spec: ModelSpec, number: int, wakes_from: Level | None = None
+    ) -> AbstractAsyncContextManager[None]:
+        """While it falls asleep or wakes: waits until that disturbs no start on its GPUs.
+
+        Then for what it needs to wake. Raises StartupError if others hold that.
+        """
+        ...
+
+    def log_of(self, spec: ModelSpec, number: int) -> Path: ...
+    def planned(self, config: Config, kept: Mapping[str, str]) -> Callable[[], None]:
+        """Plan another registry, and go by it once the result is called. Blocks.
+
+        Engines of `kept`, by their model's name there and its name now, stay where they are.
+        Raises ConfigError.
+        """
+        ...
+
+    def kill(self) -> None:
+        """End every engine process at once, those of starts under way too."""
+        ...
+
+
+class Replica:
+    """One engine of a model and where it is in its life."""
+
+    def __init__(self, model: Model, number: int, holds: Mapping[Level, Takes]) -> None:
+        self.model = model
+        self.number = number  # of the model's replicas, from 0
+        self.holds = holds  # at each level that it can be at besides STOPPED
+        self.state = State.STOPPED if model.spec.start == "lazy" else State.WAITING
+        self.level = Level.STOPPED
+        self.note = ""  # progress, or why it failed
+        self.running: Running | None = None
+        self.started = time.monotonic()  # or when it will be; with the wait for room
+        self.began = self.started  # without it
+        self.seconds = 0.0  # what the start took
+        self.cost_s: dict[Level, float] = {}  # what it last took to be ready, by where from
+        self.since = time.monotonic()  # its state
+        self.used = time.monotonic()  # when a request last came or went
+        self.retired = False  # it ends with its requests, and does not start again
+        self.patient = model.spec.start == "lazy"  # requests wait for it while it is on its way
+        self.deaths = Deaths()
+        self.failures = Deaths()  # of starts that requests asked for
+        self.again_at = math.inf  # when they may once more
+        self.gave_way = 0  # times
+        self.load = Load()
+        self.unused = asyncio.Event()  # set when its last request has ended
+        self.turn = asyncio.Lock()  # one transition at a time
+
+    @property
+    def took(self) -> Mapping[str, float]:
+        """Seconds of its start, by step."""
+        return self.running.took if self.running is not None else {}
+
+    @property
+    def ready_in_s(self) -> float | None:
+        """An estimate while it is not ready; None: it has never been."""
+        cost_s = self.cost_s.get(self.level, self.cost_s.get(Level.STOPPED))
+        if cost_s is None:
+            return None
+        began = self.started if self.state in STARTING else time.monotonic()
+        return max(0.0, began + cost_s - time.monotonic())
+
+    @property
+    def may_come(self) -> bool:
+        """Whether requests can have it brought."""
+        if self.retired:
+            return False
+        if self.state is State.FAILED:
+            return self.model.spec.start != "eager" and time.monotonic() >= self.again_at
+        return self.state in AT_REST
+
+    @property
+    def idle_s(self) -> float:
+        return 0.0 if self.load.requests else time.monotonic() - self.used
+
+    @property
+    def name(self) -> str:
+        several = self.model.spec.replicas > 1
+        return f"{self.model.name}/{self.number}" if several else self.model.name

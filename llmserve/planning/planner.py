@@ -1,0 +1,354 @@
+"""Plans a registry on a box: sizes every replica, places it, and says what would fit. Pure."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from llmserve.checkpoint.shape import Unknown
+from llmserve.gpus.device import gib, listed
+from llmserve.planning import feasibility, memory_model, suggestions
+from llmserve.planning.measurements import fingerprint
+from llmserve.planning.placement import Demand, Option, place
+from llmserve.planning.plan import Plan, Problem, Replica
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from llmserve.checkpoint.shape import Shape
+    from llmserve.gpus.device import Box, Gpu
+    from llmserve.planning.memory_model import Settings
+    from llmserve.planning.placement import Misfit, Placed
+    from llmserve.registry.config import ModelSpec
+
+
+@dataclass(frozen=True)
+class Size:
+    """A replica at one degree of tensor parallelism. Bytes are those on each device."""
+
+    settings: Settings
+    weights: int
+    overhead: int
+    least: int  # KV cache that it must have; 0: an encoder
+    most: int  # KV cache that it can use
+    fingerprint: str
+    measured: bool
+
+    @property
+    def besides(self) -> int:
+        return self.weights + self.overhead
+
+    @property
+    def needs(self) -> int:
+        return self.besides + self.least
+
+    def told(self, concurrency: int) -> str:
+        times = f"{concurrency} x " if concurrency > 1 else ""
+        kv = f", KV cache of {times}{self.settings.context:,} tokens {gib(self.least)}"
+        return (
+            f"{gib(self.needs)} (weights {gib(self.weights)}, activations and graphs "
+            f"{gib(self.overhead)}{kv if self.least else ''})"
+        )
+
+
+class Wanted:
+    """An entry of the registry as the GPUs see it."""
+
+    def __init__(self, spec: ModelSpec, shape: Shape | None, sizes: Sequence[Size], box: Box):
+        self.spec = spec
+        self._shape = shape
+        self._box = box
+        self._groups = feasibility.groups(spec, box)
+        kv = spec.kv_cache
+        enough = [
+            size
+            for size in sizes
+            if not self._exceeds(size, self._widest) and (kv is None or kv >= size.least)
+        ]
+        self.sizes = {self._option(size): size for size in enough or sizes}
+
+    @property
+    def names(self) -> list[str]:
+        """Of its replicas."""
+        many = self.spec.replicas > 1
+        return [
+            f"{self.spec.name}/{n}" if many else self.spec.name for n in range(self.spec.replicas)
+        ]
+
+    @property
+    def least(self) -> Size | None:
+        """On as few GPUs as possible; None if its shape is unknown."""
+        return next(iter(self.sizes.values()), None)
+
+    @property
+    def _on_demand(self) -> bool:
+        return self.spec.start != "eager"
+
+    def _option(self, size: Size | None) -> Option:
+        parallel = self.spec.parallel_sizes
+        if size is not None:
+            parallel = parallel | {"tensor_parallel_size": size.settings.tensor_parallel_size}
+        besides, least = (size.besides, size.least) if size else (0, 0)
+        kv = int(self.spec.kv_cache) if self.spec.kv_cache and (least or not size) else least
+        asleep = size.overhead if size else 0
+        exact = size is not None and self.spec.kv_cache is not None
+        budget = 0 if exact else int(self.spec.memory or 0)
+        share = 0.0 if exact else self.spec.gpu_memory_utilization or 0.0
+        return Option(math.prod(parallel.values()), max(besides + kv, budget), share, asleep)
+
+    @property
+    def _widest(self) -> Gpu:
+        """The GPU that matters for its budget: the smallest of its own, or the largest of all."""
+        own = [gpu for group in self._groups for gpu in group]
+        return min(own, key=_memory) if own else max(self._box, key=_memory)
+
+    def _budget(self, gpu: Gpu) -> int | None:
+        """What it may take of a GPU; None if the entry does not say."""
+        if self.spec.memory is not None:
+            return int(self.spec.memory)
+        share = self.spec.gpu_memory_utilization
+        return None if share is None else int(share * gpu.memory)
+
+    def _exceeds(self, size: Size, gpu: Gpu) -> bool:
+        """Whether a size needs more than the entry gives it; a KV cache that is said wins."""
+        budget = None if self.spec.kv_cache is not None else self._budget(gpu)
+        return budget is not None and size.needs > budget
+
+    def too_small(self) -> Problem | None:
+        """A KV cache or budget in which the model cannot answer one request."""
+        size = min(self.sizes.values(), key=lambda size: size.needs, default=None)
+        if size is None:
+            return None
+        kv = self.spec.kv_cache
+        if kv is not None and kv < size.least:
+            context = size.settings.context
+            short = feasibility.short_of_kv(self.spec, kv, context, size.least)
+            return self._problem(short, "kv_cache")
+        return self._short(size, self._widest)
+
+    def short_on(self, placed: Placed) -> Problem | None:
+        """A share of a GPU, small among others, in which it cannot answer one request."""
+        size = self.sizes.get(placed.option)
+        return None if size is None else self._short(size, self._smallest(placed))
+
+    def _short(self, size: Size, gpu: Gpu) -> Problem | None:
+        if not self._exceeds(size, gpu):
+            return None
+        key = "memory" if self.spec.memory is not None else "gpu_memory_utilization"
+        return self._problem(
+            f"{gib(self._budget(gpu) or 0)} of {gib(gpu.memory)} is less than the "
+            f"{size.told(self.spec.concurrency)} that it needs on each GPU",
+            key,
+        )
+
+    def _smallest(self, placed: Placed) -> Gpu:
+        return min((self._box[index] for index in placed.devices), key=_memory)
+
+    def no_room(self, misfit: Misfit, headroom: float) -> Problem:
+        size = self.least
+        option = misfit.demand.options[0]
+        on = self.spec.devices
+        needs = (
+            f"needs {size.told(self.spec.concurrency)}" if size else f"wants {gib(option.needs)}"
+        )
+        wanted = max(option.needs, *(int(option.share * gpu.memory) for gpu in self._box))
+        if size and wanted > size.needs:
+            needs = f"wants {gib(wanted)}"
+        each = f" on each of {option.devices} GPUs" if option.devices > 1 else ""
+        free = ", ".join(f"GPU {index} {gib(size)}" for index, size in self._free(misfit))
+        less = "" if on else f", less the {headroom:.0%} of server.gpu_headroom"
+        less += ", while all others sleep that may" if misfit.demand.on_demand else ""
+        return self._problem(
+            f"{needs}{each}; free of {listed(self._box)}{less}: {free}", "devices" if on else ""
+        )
+
+    def _free(self, misfit: Misfit) -> list[tuple[int, int]]:
+        """Those of the GPUs that matter: its own, or the four with most room."""
+        free = dict(enumerate(misfit.free))
+        if misfit.demand.devices is not None:
+            return [(index, free[index]) for index in misfit.demand.devices]
+        return sorted(free.items(), key=lambda each: -each[1])[:4]
+
+    def demands(self) -> Iterator[Demand]:
+        options = tuple(self.sizes) or (self._option(None),)
+        least = self.least
+        said = self.spec.kv_cache or self.spec.memory or self.spec.gpu_memory_utilization
+        grows = least.least if least and not said else 0
+        # What a model of unknown size holds asleep is not known either.
+        stays = self.spec.pinned or least is None
+        for number, name in enumerate(self.names):
+            group = self._groups[number] if self._groups else None
+            yield Demand(
+                name,
+                options,
+                None if group is None else tuple(gpu.index for gpu in group),
+                grows,
+                least.most - least.least if least and grows else None,
+                pinned=stays,
+                on_demand=self._on_demand and not stays,
+            )
+
+    def replica(self, number: int, placed: Placed) -> Replica:
+        smallest = self._smallest(placed)
+        unknown = Replica(
+            model=self.spec.name,
+            number=number,
+            of=self.spec.replicas,
+            devices=placed.devices,
+            tensor_parallel_size=self.spec.parallel_sizes["tensor_parallel_size"],
+            pipeline_parallel_size=self.spec.pipeline_parallel_size,
+            weights=0,
+            overhead=self._budget(smallest) or 0,
+            kv=0,
+            tokens=0,
+            context=0,
+            measured=False,
+            known=False,
+            on_demand=self._on_demand,
+            pinned=self.spec.pinned,
+            displaces=placed.displaces,
+        )
+        size = self.sizes.get(placed.option)
+        if size is None or self._shape is None:
+            return unknown
+        kv = self._kv(size, smallest, placed.extra)
+        return replace(
+            unknown,
+            tensor_parallel_size=size.settings.tensor_parallel_size,
+            pipeline_parallel_size=size.settings.pipeline_parallel_size,
+            weights=size.weights,
+            overhead=size.overhead,
+            kv=kv,
+            tokens=memory_model.kv_tokens(self._shape, size.settings, kv),
+            context=size.settings.context,
+            measured=size.measured,
+            approximate=self._shape.approximate,
+            fingerprint=size.fingerprint,
+            known=True,
+        )
+
+    def _kv(self, size: Size, gpu: Gpu, extra: int) -> int:
+        """Bytes of KV cache on each device: what the entry says, or the rest of its budget."""
+        if not size.least:
+            return 0
+        if self.spec.kv_cache is not None:
+            return int(self.spec.kv_cache)
+        budget = self._budget(gpu)
+        return size.least + extra if budget is None else budget - size.besides
+
+    def _problem(self, message: str, key: str) -> Problem:
+        return Problem(self.spec.name, message, key=key)
+
+
+class Planner:
+    """Of each model its shape, or why that is not known.
+
+    `overhead_of` gives what a start was measured to take besides, by fingerprint.
+    """
+
+    def __init__(
+        self,
+        box: Box,
+        headroom: float,
+        shapes: Mapping[str, Shape | Unknown],
+        overhead_of: Callable[[str], int | None] = lambda _: None,
+    ) -> None:
+        self._box = box
+        self._headroom = headroom
+        self._shapes = shapes
+        self._overhead_of = overhead_of
+        self._overheads: dict[str, int | None] = {}
+
+    def plan(self, specs: Sequence[ModelSpec]) -> Plan:
+        """Where every replica goes; what does not fit is among the problems and nowhere else."""
+        plan = self._laid_out(specs)
+        return replace(
+            plan, problems=tuple(self._with_remedy(p, specs, plan) for p in plan.problems)
+        )
+
+    def _laid_out(self, specs: Sequence[ModelSpec], *, finish: bool = True) -> Plan:
+        problems: list[Problem] = []
+        wanted: list[Wanted] = []
+        for spec in specs:
+            found = feasibility.flaws(spec, self._shapes[spec.name], self._box)
+            each = None if found else self._wanted(spec)
+            if each is not None and (small := each.too_small()) is not None:
+                found = [small]
+            problems += found
+            if each is not None and not found:
+                wanted.append(each)
+        demands = [demand for each in wanted for demand in each.demands()]
+        placement = place(demands, self._box, self._headroom, finish=finish)
+        misfits = {misfit.demand.name: misfit for misfit in placement.left}
+        replicas: list[Replica] = []
+        for each in wanted:
+            left = [misfits[name] for name in each.names if name in misfits]
+            if left:
+                problems.append(each.no_room(left[0], self._headroom))
+                continue
+            placed = [placement.placed[name] for name in each.names]
+            short = [problem for one in placed if (problem := each.short_on(one)) is not None]
+            if short:
+                problems.append(short[0])
+                continue
+            replicas += [each.replica(number, one) for number, one in enumerate(placed)]
+        sleeping = tuple(_with_sleep(replicas, specs))
+        return Plan(self._box, self._headroom, sleeping, tuple(problems))
+
+    def _wanted(self, spec: ModelSpec) -> Wanted:
+        shape = self._shapes[spec.name]
+        if isinstance(shape, Unknown):
+            return Wanted(spec, None, (), self._box)
+        degrees = feasibility.tensor_parallel_sizes(spec, shape, self._box)
+        sizes = [self._size(spec, shape, degree) for degree in degrees]
+        return Wanted(spec, shape, sizes, self._box)
+
+    def _size(self, spec: ModelSpec, shape: Shape, tensor_parallel_size: int) -> Size:
+        first = self._box[0]
+        settings = memory_model.Settings.of(spec, shape, tensor_parallel_size, first)
+        chosen = [gpu for group in feasibility.groups(spec, self._box) for gpu in group]
+        mark = fingerprint(spec, shape, settings, (chosen or [first])[0])
+        if mark not in self._overheads:
+            self._overheads[mark] = self._overhead_of(mark)
+        known = self._overheads[mark]
+        return Size(
+            settings=settings,
+            weights=memory_model.weights_bytes(shape, settings),
+            overhead=memory_model.overhead_bytes(shape, settings) if known is None else known,
+            least=memory_model.kv_bytes(shape, settings, spec.concurrency),
+            most=memory_model.kv_bytes(shape, settings, max(settings.seqs, spec.concurrency)),
+            fingerprint=mark,
+            measured=known is not None,
+        )
+
+    # --- what would fit
+
+    def _with_remedy(self, problem: Problem, specs: Sequence[ModelSpec], plan: Plan) -> Problem:
+        shape = self._shapes[problem.model]
+        if problem.remedy is not None or isinstance(shape, Unknown):
+            return problem
+        spec = next(spec for spec in specs if spec.name == problem.model)
+        failed = {each.model for each in plan.problems} - {spec.name}
+        for remedy in suggestions.of(spec, shape, self._wanted(spec).least, plan, specs):
+            changed = remedy.applied(specs)
+            tried = self._laid_out(changed, finish=False)
+            if {each.model for each in tried.problems} <= failed:
+                told = remedy.told(self._laid_out(changed))
+                if told:
+                    return replace(problem, remedy=told)
+        return problem
+
+
+def _with_sleep(replicas: Sequence[Replica], specs: Sequence[ModelSpec]) -> Iterator[Replica]:
+    """Who may be put to sleep, and the host memory that this takes."""
+    idle = {spec.name for spec in specs if spec.idle.sleep_after is not None}
+    shared = {index for one in replicas if one.on_demand and not one.stays for index in one.devices}
+    for one in replicas:
+        wanted = one.on_demand or one.model in idle or not shared.isdisjoint(one.devices)
+        sleeps = wanted and not one.stays
+        yield replace(one, sleeps=sleeps, host=one.weights * len(one.devices) * sleeps)
+
+
+def _memory(gpu: Gpu) -> int:
+    return gpu.memory

@@ -1,0 +1,140 @@
+"""Changes of an entry that may make it fit, cheapest for its users first. Pure."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from llmserve.gpus.device import amount
+from llmserve.planning import feasibility
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from llmserve.checkpoint.shape import Shape
+    from llmserve.gpus.device import Box
+    from llmserve.planning.plan import Plan
+    from llmserve.planning.planner import Size
+    from llmserve.registry.config import ModelSpec
+
+_SHORTEST = 2048  # tokens; a context below is no help to anyone
+_FP8_NEEDS = feasibility.QUANTIZATION_NEEDS["fp8"]
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """An entry instead of another; none instead of one leaves it out."""
+
+    model: str
+    words: str  # empty: where the plan puts it
+    instead: ModelSpec | None
+    before: ModelSpec | None = None
+
+    def applied(self, specs: Sequence[ModelSpec]) -> list[ModelSpec]:
+        changed = [self.instead if spec.name == self.model else spec for spec in specs]
+        return [spec for spec in changed if spec is not None]
+
+    def told(self, plan: Plan) -> str:
+        """In the registry's words; empty if nothing would change."""
+        return self.words or (self._placed(plan, self.before) if self.before else "")
+
+    @staticmethod
+    def _placed(plan: Plan, before: ModelSpec) -> str:
+        mine = [replica for replica in plan.replicas if replica.model == before.name]
+        devices = [device for replica in mine for device in replica.devices]
+        words = []
+        if mine[0].tensor_parallel_size != before.parallel_sizes["tensor_parallel_size"]:
+            words.append(f"tensor_parallel_size: {mine[0].tensor_parallel_size}")
+        if before.devices is not None and tuple(devices) != before.devices:
+            words.append(f"devices: {devices}")
+        return ", ".join(words)
+
+
+def of(
+    spec: ModelSpec, shape: Shape, size: Size | None, plan: Plan, specs: Sequence[ModelSpec]
+) -> Iterator[Remedy]:
+    """What to try, in order; whether it fits is the planner's to see."""
+    if spec.devices is not None:
+        elsewhere = spec.parallel_sizes["tensor_parallel_size"]
+        yield _remedy(spec, "", devices=None, tensor_parallel_size=elsewhere)
+    if size is not None:
+        yield from _budgets(spec, plan.box, size, plan.headroom)
+    if spec.concurrency > 1:
+        yield _remedy(spec, "concurrency: 1", concurrency=1)
+    if spec.devices is not None or spec.tensor_parallel_size is not None:
+        yield _remedy(spec, "", devices=None, tensor_parallel_size=None)
+    yield from _smaller(spec, shape, plan.box)
+    others = sorted({r.model for r in plan.replicas}, key=lambda name: _taken(plan, name))
+    yield from _on_demand(spec, others, plan, specs)
+    for other in others:
+        yield Remedy(other, f"leaving {other} out", None)
+
+
+def _budgets(spec: ModelSpec, box: Box, size: Size, headroom: float) -> Iterator[Remedy]:
+    """The most that may be given away, where it asks for more; the least that holds it."""
+    if spec.kv_cache is not None and size.least:
+        text, needed = amount(size.least)
+        yield _remedy(spec, f"kv_cache: {text}", kv_cache=needed)
+    elif spec.memory is not None:
+        text, needed = amount(size.needs)
+        yield _remedy(spec, f"memory: {text}", memory=needed)
+    elif spec.gpu_memory_utilization is not None:
+        gpus = [gpu for group in feasibility.groups(spec, box) for gpu in group] or box
+        most = math.floor(100 * (1 - headroom) + 1e-6) / 100
+        least = math.ceil(100 * size.needs / min(gpu.memory for gpu in gpus)) / 100
+        for share in (most, least):
+            if share < spec.gpu_memory_utilization or (share == least and share <= 1):
+                words = f"gpu_memory_utilization: {share:g}"
+                yield _remedy(spec, words, gpu_memory_utilization=share)
+
+
+def _smaller(spec: ModelSpec, shape: Shape, box: Box) -> Iterator[Remedy]:
+    """A shorter context, 8-bit weights, both."""
+    asked = max(0, spec.engine.get("max_model_len") or 0) or shape.context
+    longest = min(asked, shape.context)
+    shorter: list[dict[str, Any]] = []
+    if asked > longest:
+        shorter.append({"max_model_len": longest})
+    if shape.attention_layers:
+        halves = (longest >> n for n in range(1, 12) if longest >> n >= _SHORTEST)
+        shorter += [{"max_model_len": context} for context in halves]
+    eight_bit: list[dict[str, Any]] = (
+        [{"quantization": "fp8"}] if _may_be_fp8(spec, shape, box) else []
+    )
+    both = [fp8 | short for fp8 in eight_bit for short in shorter]
+    for change in (*shorter, *eight_bit, *both):
+        words = ", ".join(f"{key}: {value}" for key, value in change.items())
+        yield _remedy(spec, f"engine: {{{words}}}", engine=spec.engine | change)
+
+
+def _on_demand(
+    spec: ModelSpec, others: Iterable[str], plan: Plan, specs: Iterable[ModelSpec]
+) -> Iterator[Remedy]:
+    """It sleeps until it is asked for, or one of the others does."""
+    if spec.start != "eager":
+        return
+    if not spec.pinned:
+        yield _remedy(spec, "start: sleeping", start="sleeping")
+    stay = {replica.model for replica in plan.replicas if replica.stays or replica.on_demand}
+    entries = {each.name: each for each in specs}
+    for other in others:
+        if other not in stay:
+            yield _remedy(entries[other], f"{other} with start: sleeping", start="sleeping")
+
+
+def _may_be_fp8(spec: ModelSpec, shape: Shape, box: Box) -> bool:
+    weak = any(_capability(gpu.capability) < _FP8_NEEDS for gpu in box if gpu.capability)
+    return not (weak or shape.quantization or spec.engine.get("quantization"))
+
+
+def _capability(pair: tuple[int, int]) -> int:
+    return pair[0] * 10 + pair[1]
+
+
+def _taken(plan: Plan, model: str) -> tuple[int, str]:
+    return sum(r.bytes * len(r.devices) for r in plan.replicas if r.model == model), model
+
+
+def _remedy(spec: ModelSpec, words: str, **changed: Any) -> Remedy:
+    return Remedy(spec.name, words, spec.model_copy(update=changed), spec)

@@ -1,0 +1,66 @@
+"""The plan of a registry on this machine or on one that is described, with what was measured."""
+
+from __future__ import annotations
+
+import dataclasses
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TYPE_CHECKING
+
+from llmserve.checkpoint import shape
+from llmserve.checkpoint.shape import Unknown
+from llmserve.errors import LLMServeError
+from llmserve.planning import feasibility
+from llmserve.planning.measurements import Measured
+from llmserve.planning.planner import Planner
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from llmserve.checkpoint.shape import Shape
+    from llmserve.gpus.device import Box
+    from llmserve.planning.plan import Plan
+    from llmserve.registry.config import Config, ModelSpec
+
+_COUNTS = frozenset(field.name for field in dataclasses.fields(shape.Shape) if field.type == "int")
+_READERS = 16  # of headers at a time; most of it is waiting for a disk or the hub
+
+
+def plan(config: Config, box: Box, kept: Measured | None = None) -> Plan:
+    """Reads every model's config and headers, or asks the hub for them. Blocks."""
+    overhead_of = (kept or Measured()).overhead
+    planner = Planner(box, config.server.gpu_headroom, shapes(config.models), overhead_of)
+    return planner.plan(config.models)
+
+
+def mistakes(config: Config) -> list[str]:
+    """Whatever the files on this machine tell of the entries, with lines. Blocks; asks no hub."""
+    read = shapes(config.models, hub=False)
+    found = [feasibility.anywhere(spec, read[spec.name]) for spec in config.models]
+    return [problem.within(config) for problems in found for problem in problems]
+
+
+def shapes(specs: Sequence[ModelSpec], *, hub: bool = True) -> dict[str, Shape | Unknown]:
+    """Of every model, by name. Blocks; without `hub` only what is here is read."""
+    with ThreadPoolExecutor(_READERS) as readers:
+        read = readers.map(partial(shape_of, hub=hub), specs)
+        return {spec.name: each for spec, each in zip(specs, read, strict=True)}
+
+
+def _whole(read: Shape) -> Shape:
+    """Raises TypeError for a list or a text where a number should be, as some configs have."""
+    for name, value in vars(read).items():
+        if not isinstance(value, str | int | None):
+            raise TypeError(f"{name} is {value!r}")
+        if name in _COUNTS and not isinstance(value, int):
+            raise TypeError(f"{name} is {value!r}")
+    return read
+
+
+def shape_of(spec: ModelSpec, *, hub: bool = True) -> Shape | Unknown:
+    try:
+        return _whole(shape.read(spec, hub=hub))
+    except LLMServeError as error:
+        return Unknown.of(error)
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        return Unknown(f"its config.json is not understood: {error}")

@@ -1,0 +1,49 @@
+"""Public names and what they lead to. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from llmserve.errors import ModelNotFound
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from llmserve.registry.config import ModelSpec
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model as clients see it: its own name, aliases, and an adapter's name each."""
+
+    spec: ModelSpec
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def loras(self) -> frozenset[str]:
+        return frozenset(self.spec.loras)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (*self.spec.names, *self.spec.loras)
+
+
+class Registry:
+    def __init__(self, specs: Iterable[ModelSpec]) -> None:
+        self.models = tuple(Model(spec) for spec in specs)
+        self._by_name = {name: model for model in self.models for name in model.names}
+
+    def find(self, name: str) -> Model:
+        """The model of a public name. Raises ModelNotFound, which lists the names there are."""
+        try:
+            return self._by_name[name]
+        except KeyError:
+            raise ModelNotFound(name, self.public_names()) from None
+
+    def public_names(self) -> list[str]:
+        """The names to show: all but those of hidden models."""
+        return [name for model in self.models if not model.spec.hidden for name in model.names]

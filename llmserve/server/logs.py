@@ -1,0 +1,102 @@
+"""The log of the server's own process: `server.log`, and errors on the terminal."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import logging.handlers
+import sys
+from typing import TYPE_CHECKING
+
+from llmserve.engine.startup_log import keep_last
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
+
+
+def begin(file: Path) -> None:
+    """Log all of this process into a new file, vLLM's front end included; what `_tells` on stderr.
+
+    The rest of the terminal belongs to what `up` shows. The file of the run before gets a `.1`
+    at its end. Raises OSError.
+    """
+    keep_last(file)
+    to_file = LogFile(file)
+    to_file.setFormatter(_Escaping(_FORMAT))
+    to_terminal = logging.StreamHandler()
+    to_terminal.addFilter(_tells)
+    to_terminal.setFormatter(_Brief(_FORMAT))
+    logging.basicConfig(level=logging.INFO, handlers=[to_file, to_terminal])
+    logging.captureWarnings(True)
+    # torch says on stderr that Triton is missing, which the CPU build does without.
+    logging.getLogger("torch._library").setLevel(logging.ERROR)
+
+
+def _tells(record: logging.LogRecord) -> bool:
+    """Whether the terminal shows it: errors, and what a start had to do without."""
+    of_start = record.name == "llmserve.engine.backend" and record.levelno >= logging.WARNING
+    return of_start or record.levelno >= logging.ERROR
+
+
+class LogFile(logging.handlers.WatchedFileHandler):
+    """Appends to a file that others may cut short, move or remove, as logrotate does.
+
+    What cannot be written, on a full disk, is left out and counted.
+    """
+
+    def __init__(self, file: Path) -> None:
+        super().__init__(file, encoding="utf-8", errors="backslashreplace")
+        self._missing = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        missing = self._missing
+        self._write(record)
+        if missing and self._missing == missing:  # it can be written again
+            self._missing = 0
+            self._write(_gap(missing))
+
+    def _write(self, record: logging.LogRecord) -> None:
+        try:
+            super().emit(record)
+        except OSError:  # the file could not be opened anew
+            self._missing += 1
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  # logging's
+        if isinstance(sys.exception(), OSError):
+            self._missing += 1
+        else:
+            super().handleError(record)
+
+
+def _gap(missing: int) -> logging.LogRecord:
+    text = "%d records before this one may be missing: the log could not be written"
+    return logging.LogRecord(__name__, logging.ERROR, __file__, 0, text, (missing,), None)
+
+
+class _Escaping(logging.Formatter):
+    """Writes control characters as escapes and indents further lines of a record.
+
+    Clients choose paths, names and headers: none of these drives a terminal or forges a record.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return text if text.isprintable() else "\n  ".join(map(_escaped, text.split("\n")))
+
+
+def _escaped(line: str) -> str:
+    return "".join(
+        c if c.isprintable() or c == "\t" else c.encode("unicode_escape").decode("ascii")
+        for c in line
+    )
+
+
+class _Brief(_Escaping):
+    """Without tracebacks, which are in the file."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        brief = copy.copy(record)
+        brief.exc_info = brief.exc_text = brief.stack_info = None
+        return super().format(brief)
