@@ -263,7 +263,7 @@ async def _ask(app: Any, path: str, headers: dict[str, str], body: bytes) -> tup
 @contextlib.asynccontextmanager
 async def _app(model: str) -> Any:
     from llmserve.http import app  # noqa: PLC0415  # `main` has prepared the environment
-    from llmserve.http.routes import Services  # noqa: PLC0415
+    from llmserve.http.services import Services  # noqa: PLC0415
     from llmserve.lifecycle.operator import Control  # noqa: PLC0415
     from llmserve.lifecycle.pool import Pool  # noqa: PLC0415
     from llmserve.metrics import Metrics  # noqa: PLC0415

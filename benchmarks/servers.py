@@ -21,6 +21,7 @@ import psutil
 import yaml
 
 from llmserve.engine import environment
+from llmserve.engine.worker import plugin
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -108,7 +109,7 @@ def _vllm(
     """
     env = dict(os.environ)
     environment.prepare(len(starting.specs), folder, env)
-    del env[environment.LOG_DIR]
+    del env[plugin.LOG_DIR]
     if rust:
         env["VLLM_USE_RUST_FRONTEND"] = "1"
     addresses: Addresses = {}

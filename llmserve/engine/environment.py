@@ -13,12 +13,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llmserve.engine.worker.plugin import LOG_DIR
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, MutableMapping
 
 _DESCRIPTORS = 65_536  # as vLLM's own server allows itself; more slows programs that close all
-# Where llmserve.engine.worker.plugin sends the output of engine processes.
-LOG_DIR = "LLMSERVE_LOG_DIR"
 MEDIA_CONNECTOR = "llmserve"  # what fetches the URLs of images: llmserve.engine.media
 
 

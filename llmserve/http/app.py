@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from starlette.responses import Response
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-    from llmserve.http.routes import Services
+    from llmserve.http.services import Services
     from llmserve.registry.config import ServerSpec
 
 log = logging.getLogger(__name__)

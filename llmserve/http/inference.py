@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from starlette.requests import ClientDisconnect, Request
 
-from llmserve.api.endpoints import Endpoint, Ongoing, requested_model
+from llmserve.api.endpoints import Endpoint, Ongoing
 from llmserve.api.sse import EventStream
 from llmserve.api.token_stream import TokenStream
 from llmserve.api.validation_errors import name_as_sent
 from llmserve.errors import EngineDead, LLMServeError, RequestError, quoted
 from llmserve.http.body import form_fields, form_of, json_object
 from llmserve.http.keepalive import COMMENT_S, Early
+from llmserve.http.models import requested_model
 from llmserve.lifecycle.admission import Deadline, Place
 from llmserve.lifecycle.lease import Wish
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
     from starlette.types import ASGIApp, Receive, Scope, Send
 
-    from llmserve.http.routes import Services
+    from llmserve.http.services import Services
     from llmserve.lifecycle.lease import Lease
     from llmserve.lifecycle.served_model import Entry
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
 import orjson
@@ -13,37 +11,20 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from llmserve import __version__, metrics
-from llmserve.api.body_thread import OffLoop
-from llmserve.api.endpoints import ENDPOINTS, model_card, model_list
+from llmserve.api.endpoints import ENDPOINTS
 from llmserve.errors import RequestError, RouteNotFound, quoted
 from llmserve.http import admin
 from llmserve.http.inference import Work
-from llmserve.http.request_batcher import Turns
+from llmserve.http.models import model_card, model_list
 from llmserve.lifecycle.replica import STARTING
 
 if TYPE_CHECKING:
     from starlette.requests import Request
 
-    from llmserve.http.admin import Operator
-    from llmserve.lifecycle.pool import Pool
+    from llmserve.http.services import Services
     from llmserve.lifecycle.replica import Replica
     from llmserve.lifecycle.response_store import Responses
     from llmserve.lifecycle.served_model import Entry
-    from llmserve.metrics import Metrics
-    from llmserve.registry.config import Config
-
-
-@dataclass
-class Services:
-    """What the routes work with; one per server, in `request.app.state.services`."""
-
-    config: Config  # the one that counts: a reload puts another here
-    pool: Pool
-    metrics: Metrics
-    operator: Operator
-    turns: Turns = field(default_factory=Turns)
-    off_loop: OffLoop = field(default_factory=OffLoop)
-    created: int = field(default_factory=lambda: int(time.time()))
 
 
 def table() -> list[Route]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from llmserve.checkpoint.shape import Unknown
@@ -12,44 +12,15 @@ from llmserve.planning import feasibility, memory_model, suggestions
 from llmserve.planning.measurements import fingerprint
 from llmserve.planning.placement import Demand, Option, place
 from llmserve.planning.plan import Plan, Problem, Replica
+from llmserve.planning.size import Size
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from llmserve.checkpoint.shape import Shape
     from llmserve.gpus.device import Box, Gpu
-    from llmserve.planning.memory_model import Settings
     from llmserve.planning.placement import Misfit, Placed
     from llmserve.registry.config import ModelSpec
-
-
-@dataclass(frozen=True)
-class Size:
-    """A replica at one degree of tensor parallelism. Bytes are those on each device."""
-
-    settings: Settings
-    weights: int
-    overhead: int
-    least: int  # KV cache that it must have; 0: an encoder
-    most: int  # KV cache that it can use
-    fingerprint: str
-    measured: bool
-
-    @property
-    def besides(self) -> int:
-        return self.weights + self.overhead
-
-    @property
-    def needs(self) -> int:
-        return self.besides + self.least
-
-    def told(self, concurrency: int) -> str:
-        times = f"{concurrency} x " if concurrency > 1 else ""
-        kv = f", KV cache of {times}{self.settings.context:,} tokens {gib(self.least)}"
-        return (
-            f"{gib(self.needs)} (weights {gib(self.weights)}, activations and graphs "
-            f"{gib(self.overhead)}{kv if self.least else ''})"
-        )
 
 
 class Wanted:

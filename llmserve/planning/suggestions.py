@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from llmserve.checkpoint.shape import Shape
     from llmserve.gpus.device import Box
     from llmserve.planning.plan import Plan
-    from llmserve.planning.planner import Size
+    from llmserve.planning.size import Size
     from llmserve.registry.config import ModelSpec
 
 _SHORTEST = 2048  # tokens; a context below is no help to anyone

@@ -25,7 +25,7 @@ from llmserve.errors import LLMServeError, StartupError
 from llmserve.gpus import nvml
 from llmserve.gpus.page_exchange import Handover
 from llmserve.http import app
-from llmserve.http.routes import Services
+from llmserve.http.services import Services
 from llmserve.lifecycle.gpu_memory import Space
 from llmserve.lifecycle.health import Watch
 from llmserve.lifecycle.host_memory import HostSpace

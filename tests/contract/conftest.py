@@ -15,7 +15,8 @@ import pytest
 import pytest_asyncio
 
 from llmserve.engine import environment
-from llmserve.http.routes import Services
+from llmserve.engine.worker import plugin
+from llmserve.http.services import Services
 from llmserve.lifecycle.operator import Control
 from llmserve.lifecycle.pool import Pool
 from llmserve.metrics import Metrics
@@ -59,7 +60,7 @@ async def on_fake_core(
 
     names = [f"ipc://@llmserve-test-{uuid.uuid4().hex}" for _ in range(2)]
     addresses = {"input_address": names[0], "output_address": names[1]}
-    launcher = Launcher(Path(os.environ[environment.LOG_DIR]))
+    launcher = Launcher(Path(os.environ[plugin.LOG_DIR]))
     core = _fake_core(*names, str(step_s), task)
     try:
         engine = await asyncio.to_thread(launcher.start, spec, number, addresses)

@@ -21,7 +21,7 @@ from llmserve.http import app
 from tests.unit.effort import LongestTurn, calls
 
 if TYPE_CHECKING:
-    from llmserve.http.routes import Services
+    from llmserve.http.services import Services
 
 JSON_PATHS = [endpoint.paths[0] for endpoint in ENDPOINTS if not endpoint.multipart]
 CALLS = 120_000  # of a callback on the loop: some 30 ms

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from vllm.v1.engine import EngineCoreRequest
 
     from llmserve.engine.handlers import Serving
-    from llmserve.http.routes import Services
+    from llmserve.http.services import Services
 
 CHATS, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 STEP_S = 0.001

@@ -22,7 +22,7 @@ from tests.contract.test_serving import HELLO, post
 
 if TYPE_CHECKING:
     from llmserve.engine.structured_output.compiler import Grammars
-    from llmserve.http.routes import Services
+    from llmserve.http.services import Services
 
 CHATS = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"

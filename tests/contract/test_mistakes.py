@@ -27,7 +27,7 @@ from llmserve.http.body import _checked
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from llmserve.http.routes import Services
+    from llmserve.http.services import Services
 
 USER = {"role": "user", "content": "hello"}
 BASE: dict[str, dict[str, Any]] = {

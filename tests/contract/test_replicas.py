@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from prometheus_client.samples import Sample
 
-    from llmserve.http.routes import Services
+    from llmserve.http.services import Services
 
 CHATS, RESPONSES = "/v1/chat/completions", "/v1/responses"
 

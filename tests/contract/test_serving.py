@@ -23,7 +23,7 @@ from tests.contract.fake_core import DIES, FAILS
 from tests.listening import listening
 
 if TYPE_CHECKING:
-    from llmserve.http.routes import Services
+    from llmserve.http.services import Services
 
 HELLO = [{"role": "user", "content": "Hello there, how are you?"}]
 

@@ -23,7 +23,7 @@ from tests.contract.test_schema import texts
 from tests.contract.test_serving import HELLO, events, post
 
 if TYPE_CHECKING:
-    from llmserve.http.routes import Services
+    from llmserve.http.services import Services
 
 CHATS, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/responses", "/v1/messages"
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}

@@ -17,7 +17,7 @@ from sse_starlette.sse import _get_shutdown_state
 from llmserve.engine.backend import VllmBackend, _Modules
 from llmserve.errors import LLMServeError, StartupError
 from llmserve.http import app
-from llmserve.http.routes import Services
+from llmserve.http.services import Services
 from llmserve.lifecycle.eviction import Level
 from llmserve.lifecycle.health import Watch
 from llmserve.lifecycle.operator import Control

@@ -18,7 +18,7 @@ from llmserve.api.endpoints import ENDPOINTS
 from llmserve.api.sse import DONE, EventStream, Frames, event
 from llmserve.errors import EngineError, Overloaded
 from llmserve.http import app
-from llmserve.http.routes import Services
+from llmserve.http.services import Services
 from llmserve.lifecycle.eviction import Level
 from llmserve.lifecycle.operator import Control
 from llmserve.lifecycle.pool import Pool

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 from llmserve.engine import environment
+from llmserve.engine.worker import plugin
 
 
 def test_the_log_folder_is_told_to_engine_processes(tmp_path: Path) -> None:
     env: dict[str, str] = {}
     environment.prepare(2, tmp_path / "a" / "b", env)
-    assert env[environment.LOG_DIR] == str(tmp_path / "a" / "b")
+    assert env[plugin.LOG_DIR] == str(tmp_path / "a" / "b")
 
 
 def test_engines_are_spawned_whatever_was_said(tmp_path: Path) -> None:

@@ -15,9 +15,7 @@ from llmserve.api.endpoints import (
     error_body,
     error_response,
     failure,
-    model_card,
     parse_object,
-    requested_model,
 )
 from llmserve.errors import (
     BodyTooLarge,
@@ -34,6 +32,7 @@ from llmserve.errors import (
     RouteNotFound,
     Unauthorized,
 )
+from llmserve.http.models import model_card, requested_model
 from llmserve.registry.names import Model, Registry
 from tests.fakes import FakeRunning, spec
 

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from vllm.v1.engine import EngineCoreRequest
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    from llmserve.engine.engine import Engine
+    from llmserve.api.token_stream import Flow
     from llmserve.errors import LLMServeError
 
 log = logging.getLogger(__name__)
@@ -206,11 +206,18 @@ class Recipes:
             self.kept.popitem(last=False)
 
 
+class RunningEngine(Protocol):
+    """What of `engine.Engine` is used here."""
+
+    client: AsyncLLM
+    flow: Flow
+
+
 class Express:
     """The short way of one endpoint of one model."""
 
     def __init__(
-        self, lane: Lane, serving: Any, engine: Engine, encode: Encode | None, terms: Terms
+        self, lane: Lane, serving: Any, engine: RunningEngine, encode: Encode | None, terms: Terms
     ) -> None:
         client = engine.client
         self._lane = lane

@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from llmserve.engine.environment import LOG_DIR
-
 if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
 
+LOG_DIR = "LLMSERVE_LOG_DIR"  # the variable that names the folder of log files
 _NAME_LIMIT = 160  # of a model in a file's name, which can have 255 bytes
 
 

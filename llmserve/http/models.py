@@ -1,0 +1,61 @@
+"""The model that a request names, and what clients read of models."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from llmserve.errors import RequestError
+
+if TYPE_CHECKING:
+    from llmserve.lifecycle.replica import Running
+    from llmserve.registry.names import Model, Registry
+
+
+def requested_model(body: dict[str, Any], registry: Registry) -> str:
+    """The model that a body asks for; a box with a single model needs no name.
+
+    Raises RequestError if there is none or it is no string.
+    """
+    name = body.get("model")
+    if isinstance(name, str) and name:
+        return name
+    if name in (None, "") and len(registry.models) == 1:
+        return registry.models[0].name
+    known = sorted(registry.public_names())
+    came = "is missing" if name in (None, "") else f"must be a string, not {type(name).__name__}"
+    raise RequestError(
+        f"`model` {came}; models here: {', '.join(known)}.",
+        param="model",
+        code="missing_required_parameter" if name in (None, "") else "invalid_type",
+    )
+
+
+def model_card(name: str, model: Model, created: int, running: Running | None) -> dict[str, Any]:
+    """An entry of GET /v1/models: OpenAI's fields, Anthropic's, and ours.
+
+    What the model can do is known once it runs.
+    """
+    card: dict[str, Any] = {
+        "id": name,
+        "object": "model",
+        "created": created,
+        "owned_by": "llmserve",
+        "type": "model",
+        "display_name": name,
+        "created_at": datetime.fromtimestamp(created, UTC).isoformat(),
+        "lifecycle": "active",
+    }
+    if name in model.loras:
+        card["parent"] = model.name
+    if running is not None:
+        card["max_model_len"] = running.max_model_len
+        card["endpoints"] = sorted(running.able)
+    return card
+
+
+def model_list(cards: list[dict[str, Any]]) -> dict[str, Any]:
+    """All entries as one page, for OpenAI's clients and for Anthropic's."""
+    ids = [card["id"] for card in cards] or [None]
+    page = {"first_id": ids[0], "last_id": ids[-1], "has_more": False}
+    return {"object": "list", "data": cards, **page}

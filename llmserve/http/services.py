@@ -1,0 +1,29 @@
+"""What the routes work with."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from llmserve.api.body_thread import OffLoop
+from llmserve.http.request_batcher import Turns
+
+if TYPE_CHECKING:
+    from llmserve.http.admin import Operator
+    from llmserve.lifecycle.pool import Pool
+    from llmserve.metrics import Metrics
+    from llmserve.registry.config import Config
+
+
+@dataclass
+class Services:
+    """One per server, in `request.app.state.services`."""
+
+    config: Config  # the one that counts: a reload puts another here
+    pool: Pool
+    metrics: Metrics
+    operator: Operator
+    turns: Turns = field(default_factory=Turns)
+    off_loop: OffLoop = field(default_factory=OffLoop)
+    created: int = field(default_factory=lambda: int(time.time()))
