@@ -54,9 +54,10 @@ fuzz: $(TOOLS) ## The property tests with other examples each time, many of them
 	$(BIN)/python -m pytest --hypothesis-profile=fuzz tests/unit tests/contract/test_sleep.py -m hypothesis $(ARGS)
 	$(BIN)/python -m tests.simulator $$(date +%s) 20000
 
-check: $(TOOLS) ## Formatting, lint, types.
+check: $(TOOLS) ## Formatting, lint, layers, types.
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
+	$(BIN)/lint-imports --no-cache --no-logo
 	$(BIN)/mypy
 
 format: $(TOOLS) ## Let ruff format and repair.
