@@ -45,13 +45,13 @@ class AttachedBackend:
     async def start(self, spec: ModelSpec, number: int, _: Callable[[State, str], None]) -> Running:
         # Only now: `up` has prepared the environment.
         from llmserve.engine.engine import Launcher  # noqa: PLC0415  # imports vLLM
-        from llmserve.engine.handlers import Serving  # noqa: PLC0415  # as above
+        from llmserve.engine.handlers import ModelHandlers  # noqa: PLC0415  # as above
 
         gc_policy.keep()
         launcher = Launcher(self._log_dir)
         addresses = self._addresses[spec.name][number]
         engine = await asyncio.to_thread(launcher.start, spec, number, addresses)
-        running: Running = await Serving.build(spec, engine)
+        running: Running = await ModelHandlers.build(spec, engine)
         return running
 
     @property

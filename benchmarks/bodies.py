@@ -264,11 +264,11 @@ async def _ask(app: Any, path: str, headers: dict[str, str], body: bytes) -> tup
 async def _app(model: str) -> Any:
     from llmserve.http import app  # noqa: PLC0415  # `main` has prepared the environment
     from llmserve.http.services import Services  # noqa: PLC0415
-    from llmserve.lifecycle.operator import Control  # noqa: PLC0415
+    from llmserve.lifecycle.operator import ModelOperator  # noqa: PLC0415
     from llmserve.lifecycle.pool import Pool  # noqa: PLC0415
     from llmserve.metrics import Metrics  # noqa: PLC0415
     from llmserve.registry.config import Config, ModelSpec, ServerSpec  # noqa: PLC0415
-    from llmserve.registry.names import Registry  # noqa: PLC0415
+    from llmserve.registry.names import ModelNames  # noqa: PLC0415
 
     spec = ModelSpec(name=model, model=str(MODELS / FOLDERS[model]))
     names = [f"ipc://@llmserve-bodies-{uuid.uuid4().hex}" for _ in range(2)]
@@ -276,12 +276,12 @@ async def _app(model: str) -> Any:
         addresses = {model: [{"input_address": names[0], "output_address": names[1]}]}
         backend = AttachedBackend(addresses, Path(logs))
         metrics = Metrics()
-        pool = Pool(Registry([spec]), backend, metrics)
+        pool = Pool(ModelNames([spec]), backend, metrics)
         await pool.start()
         while not pool.entries[model].running:  # noqa: ASYNC110  # a benchmark may look
             await asyncio.sleep(0.05)
         config = Config(file=Path("models.yaml"), server=ServerSpec(), models=(spec,))
-        control = Control(config, pool, backend, lambda: config, lambda _: None)
+        control = ModelOperator(config, pool, backend, lambda: config, lambda _: None)
         yield app.build(Services(config, pool, metrics, control))
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from vllm.engine.arg_utils import AsyncEngineArgs
 
-from llmserve.engine.structured_output.compiler import Grammars, Model
+from llmserve.engine.structured_output.compiler import ConstraintCompiler, Model
 
 _PERSON = {
     "type": "object",
@@ -40,7 +40,7 @@ async def main(folder: str) -> None:
     config = AsyncEngineArgs(model=folder, enforce_eager=True).create_engine_config()
     key = hashlib.sha256(folder.encode()).hexdigest()
     model = Model(key, bytes(ForkingPickler.dumps(config)))
-    grammars = Grammars()
+    grammars = ConstraintCompiler()
     print(f"start of the worker: {await _timed(grammars, model, {'regex': 'a'}):.1f} s")
     for name, constraint in _CONSTRAINTS.items():
         first, second = [await _timed(grammars, model, constraint) for _ in range(2)]
@@ -49,7 +49,7 @@ async def main(folder: str) -> None:
     await grammars.close()
 
 
-async def _timed(grammars: Grammars, model: Model, constraint: dict[str, Any]) -> float:
+async def _timed(grammars: ConstraintCompiler, model: Model, constraint: dict[str, Any]) -> float:
     began = time.perf_counter()
     await grammars.check(model, constraint)
     return time.perf_counter() - began

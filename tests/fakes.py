@@ -15,9 +15,9 @@ from prometheus_client import CollectorRegistry
 from starlette.responses import Response
 
 from llmserve.api.endpoints import ENDPOINTS
-from llmserve.api.sse import EventStream, Frames
+from llmserve.api.sse import EventStream, PeekableStream
 from llmserve.errors import LLMServeError, StartupError
-from llmserve.lifecycle.admission import Held
+from llmserve.lifecycle.admission import Releasable
 from llmserve.lifecycle.eviction import Level
 from llmserve.registry.config import ModelSpec
 
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.types import Scope
 
-    from llmserve.lifecycle.admission import Place
+    from llmserve.lifecycle.admission import QueuedRequest
     from llmserve.lifecycle.eviction import Takes
     from llmserve.lifecycle.replica import Running, State
-    from llmserve.lifecycle.response_store import Responses
+    from llmserve.lifecycle.response_store import ResponseStore
     from llmserve.registry.config import Config
 
 
@@ -67,7 +67,7 @@ class Call:
 
 Answer = Callable[[Call], Awaitable[Response]]
 T = TypeVar("T")
-H = TypeVar("H", bound=Held)
+H = TypeVar("H", bound=Releasable)
 
 
 def plain(content: dict[str, Any] | None = None, gate: Gate | None = None) -> Answer:
@@ -86,7 +86,7 @@ def stream(*frames: bytes, gate: Gate | None = None, first_within_s: float = 0.0
     """An event stream: `frames`, then, if there is a gate, an end only once it opens."""
 
     async def answer(_: Call) -> Response:
-        source = Frames(_frames(frames, gate), failure)
+        source = PeekableStream(_frames(frames, gate), failure)
         await source.begin(first_within_s)
         return EventStream(source)
 
@@ -154,7 +154,7 @@ class FakeRunning:
         self.calls.append(call)
         return await self.answer(call)
 
-    def share(self, stored: Responses) -> None:
+    def share(self, stored: ResponseStore) -> None:
         """As vLLM's handler stores answers: its dictionaries stay, those behind them change."""
         stored.keep_for(self.handler, written)
 
@@ -276,7 +276,7 @@ def spec(name: str = "chat", **more: Any) -> ModelSpec:
     return ModelSpec(name=name, **({"model": f"/models/{name}"} | more))
 
 
-async def let_in(place: Place[Any, H]) -> H:
+async def let_in(place: QueuedRequest[Any, H]) -> H:
     """What a place in the queue is given; it is left if the wait is cancelled."""
     try:
         await asyncio.wait({place.given})

@@ -13,7 +13,7 @@ import time
 from threading import Thread
 from typing import Any
 
-from llmserve.engine.parent_watch import Tether
+from llmserve.engine.parent_watch import ParentWatch
 
 FOREVER_S = 600.0
 spawn = multiprocessing.get_context("spawn")
@@ -37,14 +37,14 @@ def sleeper() -> None:
     time.sleep(FOREVER_S)
 
 
-def start(tether: Tether, *arguments: Any) -> Any:
+def start(tether: ParentWatch, *arguments: Any) -> Any:
     with tether.tying():
         process = spawn.Process(target=engine, args=arguments)
         process.start()
     return process
 
 
-def serve(kind: str, tethers: list[Tether]) -> None:
+def serve(kind: str, tethers: list[ParentWatch]) -> None:
     for tether in tethers:
         if kind == "slow":
             print(start(tether, Slow()).pid, flush=True)
@@ -53,7 +53,7 @@ def serve(kind: str, tethers: list[Tether]) -> None:
 
 
 if __name__ == "__main__":
-    tethers = [Tether(), Tether()]
+    tethers = [ParentWatch(), ParentWatch()]
     # A tie does not depend on the thread that made it.
     thread = Thread(target=serve, args=(sys.argv[1], tethers))
     thread.start()

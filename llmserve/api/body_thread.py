@@ -13,7 +13,7 @@ T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 
-class OffLoop:
+class BodyThread:
     """One thread: each further one would compete with the loop for the GIL.
 
     The loop waits for the GIL as long as one call into C takes. Work that runs here is

@@ -83,7 +83,7 @@ def _response_error(error: LLMServeError, sent: int) -> dict[str, Any]:
     return {"sequence_number": sent, **flat, **error_body(error)}
 
 
-class Ongoing:
+class BackgroundAnswer:
     """An answer that is out before the work for it is done; `task` does the rest."""
 
     def __init__(self, answer: ASGIApp, task: asyncio.Task[Any]) -> None:

@@ -50,7 +50,7 @@ def with_payload(frame: bytes, data: Any) -> bytes:
     return head + b"data: " + orjson.dumps(data) + b"\n\n"
 
 
-class Frames:
+class PeekableStream:
     """A source of frames that can be asked for the first one before it is written.
 
     A LLMServeError that comes at once can so be an answer with a status of its own; a
@@ -77,7 +77,7 @@ class Frames:
         if done and not isinstance(self._first.exception(), StopAsyncIteration):
             self._first.result()
 
-    def __aiter__(self) -> Frames:
+    def __aiter__(self) -> PeekableStream:
         return self
 
     async def __anext__(self) -> bytes:
@@ -110,7 +110,7 @@ class EventStream(EventSourceResponse):
     first frame: an async generator that was never asked does not reach its `finally`.
     """
 
-    def __init__(self, frames: Frames) -> None:
+    def __init__(self, frames: PeekableStream) -> None:
         super().__init__(frames, headers={"cache-control": "no-cache"}, ping=PING_S, sep="\n")
         del self.headers["connection"]  # the server's to say; it closes for HTTP/1.0
         self.frames = frames

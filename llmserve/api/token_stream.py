@@ -46,7 +46,7 @@ _PING = b": ping\n\n"
 WRITE, ABORT, HOLD = "llmserve.write", "llmserve.abort", "llmserve.hold"
 
 
-class Source(Protocol):
+class StreamSource(Protocol):
     """The request behind a stream, in an engine."""
 
     async def begin(self, stream: TokenStream) -> None:
@@ -59,7 +59,7 @@ class Source(Protocol):
     def prompt_tokens(self) -> int: ...
 
 
-class Frames(Protocol):
+class StreamFrames(Protocol):
     """The events of one answer, as bytes around its text."""
 
     first: bytes
@@ -75,7 +75,7 @@ class Frames(Protocol):
         ...
 
 
-class Flow:
+class FlushScheduler:
     """The streams of one engine: writes what they have got, and looks after quiet ones.
 
     A first text leaves at once. Later text waits, for BEHIND_S at most, while the engine's
@@ -256,9 +256,9 @@ class TokenStream:
 
     def __init__(
         self,
-        source: Source,
-        flow: Flow,
-        frames: Frames,
+        source: StreamSource,
+        flow: FlushScheduler,
+        frames: StreamFrames,
         failure: Callable[[LLMServeError], bytes],
     ) -> None:
         self.failure = failure

@@ -63,7 +63,7 @@ class Tensor:
         return self.count * float_bytes if cast else self.stored
 
 
-class Config:
+class ModelConfig:
     """config.json, with what transformers fills in for the keys that it leaves out."""
 
     def __init__(self, said: dict[str, Any], where: str) -> None:
@@ -90,12 +90,12 @@ class Config:
                 return self.said[name]
         return defaults.get(key, defaults.get(aliases.get(key, key)))
 
-    def part(self, key: str) -> Config | None:
+    def part(self, key: str) -> ModelConfig | None:
         value = self.said.get(key)
-        return Config(value, f"{self.where}: {key}") if isinstance(value, dict) else None
+        return ModelConfig(value, f"{self.where}: {key}") if isinstance(value, dict) else None
 
     @property
-    def text(self) -> Config:
+    def text(self) -> ModelConfig:
         """The language model's part of a multimodal model, else the whole."""
         parts = (self.part(key) for key in _TEXT)
         return next((part.text for part in parts if part), self)
@@ -124,14 +124,14 @@ class Checkpoint(ABC):
             raise ModelUnusable(f"{self.name}: {file} is no JSON object")
         return value
 
-    def config(self, overrides: Any = None) -> Config:
+    def config(self, overrides: Any = None) -> ModelConfig:
         """Raises ModelUnusable if there is none."""
         if "config.json" not in self.sizes:
             if "params.json" in self.sizes:  # Mistral's own layout, which vLLM knows
                 raise ShapeUnknown(f"{self.name} has params.json and no config.json")
             raise ModelUnusable(f"{self.name} {self._is_instead()}")
         said = self.json("config.json")
-        return Config(
+        return ModelConfig(
             _merged(said, overrides if isinstance(overrides, dict) else {}),
             f"{self.name}: config.json",
         )

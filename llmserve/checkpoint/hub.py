@@ -23,7 +23,7 @@ _BESIDE_WEIGHTS = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken"
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt")  # in vLLM's order of preference
 
 
-class Wanted(NamedTuple):
+class HubRevision(NamedTuple):
     """A repository of the hub, and all that decides which folder it becomes."""
 
     repo: str
@@ -32,7 +32,7 @@ class Wanted(NamedTuple):
     token: str | bool | None
 
     @classmethod
-    def of(cls, spec: ModelSpec) -> tuple[Wanted, ...]:
+    def of(cls, spec: ModelSpec) -> tuple[HubRevision, ...]:
         """The model and its adapters, as far as they are on the hub.
 
         `download_dir`, `revision` and `hf_token` of `engine:` hold as in vLLM.
@@ -49,14 +49,14 @@ class Wanted(NamedTuple):
         )
 
 
-class Fetched(NamedTuple):
+class HubFolder(NamedTuple):
     """Where a repository lies in the cache, and why the hub did not have its say."""
 
     folder: str
     warning: str | None = None
 
 
-def download(wanted: Wanted, progress: Callable[[int, int], None]) -> Fetched:
+def download(wanted: HubRevision, progress: Callable[[int, int], None]) -> HubFolder:
     """Bring a repository into the cache that vLLM reads. Blocks.
 
     `progress` gets bytes done and bytes in all. HF_TOKEN, HF_HOME and HF_HUB_OFFLINE hold
@@ -67,12 +67,12 @@ def download(wanted: Wanted, progress: Callable[[int, int], None]) -> Fetched:
     try:
         with translated(wanted.repo, wanted.revision, StartupError):
             huggingface_hub.utils.validate_repo_id(wanted.repo)
-            return Fetched(_fetch(wanted, progress))
+            return HubFolder(_fetch(wanted, progress))
     except StartupError as error:
         return _from_cache(wanted, error)
 
 
-def _from_cache(wanted: Wanted, error: StartupError) -> Fetched:
+def _from_cache(wanted: HubRevision, error: StartupError) -> HubFolder:
     """Raises StartupError if it is not there, or not whole."""
     folder = checkpoint.cached(wanted.repo, wanted.revision, wanted.cache_dir)
     if folder is None:
@@ -80,10 +80,10 @@ def _from_cache(wanted: Wanted, error: StartupError) -> Fetched:
     if (lacks := folder.lacks()) is not None:
         raise StartupError(f"{error.message}; the cache has a part of it: {lacks}") from error
     warned = None if huggingface_hub.is_offline_mode() else f"{error.message}; the cache has it"
-    return Fetched(str(folder.path), warned)
+    return HubFolder(str(folder.path), warned)
 
 
-def _fetch(wanted: Wanted, progress: Callable[[int, int], None]) -> str:
+def _fetch(wanted: HubRevision, progress: Callable[[int, int], None]) -> str:
     info = huggingface_hub.HfApi(token=wanted.token).model_info(
         wanted.repo, revision=wanted.revision, timeout=_HUB_TIMEOUT_S
     )

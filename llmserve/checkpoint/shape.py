@@ -16,7 +16,7 @@ from llmserve.errors import ModelOutOfReach, ModelUnusable, ShapeUnknown
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from llmserve.checkpoint.files import Checkpoint, Config
+    from llmserve.checkpoint.files import Checkpoint, ModelConfig
     from llmserve.errors import LLMServeError
     from llmserve.registry.config import ModelSpec
 
@@ -102,7 +102,7 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Unknown:
+class UnknownShape:
     """Why a shape is not known."""
 
     why: str
@@ -110,7 +110,7 @@ class Unknown:
     reachable: bool = True  # False: it is not here, and the hub does not give it
 
     @classmethod
-    def of(cls, error: LLMServeError) -> Unknown:
+    def of(cls, error: LLMServeError) -> UnknownShape:
         return cls(
             error.message,
             usable=not isinstance(error, ModelUnusable),
@@ -162,7 +162,7 @@ def read(spec: ModelSpec, *, hub: bool = True) -> Shape:
 class _Model:
     """What config.json says of a model, under one name for what has many."""
 
-    def __init__(self, config: Config, hf_quant_config: dict[str, Any]) -> None:
+    def __init__(self, config: ModelConfig, hf_quant_config: dict[str, Any]) -> None:
         self.config = config
         self.text = config.text
         self.quantized: dict[str, Any] = (
@@ -402,7 +402,7 @@ def _kind(name: str) -> str:
     return "state"
 
 
-def _vision(vision: Config, out: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _vision(vision: ModelConfig, out: int) -> Iterator[tuple[str, tuple[int, ...]]]:
     """The matrices of a vision transformer and of what leads into the language model."""
     width = vision.number("embed_dim") if vision.get("embed_dim") else vision.number("hidden_size")
     inner = vision.get("intermediate_size") or int(width * (vision.get("mlp_ratio") or 4))
@@ -513,14 +513,14 @@ def _context(files: Checkpoint, model: _Model) -> int:
     return int(length)
 
 
-def _ropes(text: Config) -> list[dict[str, Any]]:
+def _ropes(text: ModelConfig) -> list[dict[str, Any]]:
     """Rope parameters, of each kind of layer if they differ."""
     said = text.get("rope_scaling") or text.get("rope_parameters") or {}
     nested = [value for value in said.values() if isinstance(value, dict)]
     return nested or [said]
 
 
-def _rope_factor(text: Config) -> float:
+def _rope_factor(text: ModelConfig) -> float:
     if "gemma3" in text.model_type:  # its length is the scaled one
         return 1.0
     factors = [

@@ -184,7 +184,7 @@ class Answer:
         return text + (", ended by the token limit" if self.finish == "length" else "")
 
 
-class Client:
+class ChatClient:
     """HTTP to one server; whatever keeps a method from its answer is a ChatError."""
 
     def __init__(self, options: ChatOptions, timeout_s: float = 600) -> None:
@@ -277,7 +277,7 @@ def _check(reply: httpx.Response) -> None:
 class Loop:
     """Turns and commands; with nobody at the terminal, answers are all that `out` gets."""
 
-    client: Client
+    client: ChatClient
     options: ChatOptions
     read: Callable[[str], str]  # prompt to line; EOFError where there are no more
     out: TextIO
@@ -447,7 +447,7 @@ def chat(options: ChatOptions) -> int:
 
     read = input if interactive else read_pipe
     try:
-        client = Client(options)
+        client = ChatClient(options)
     except ChatError as error:
         sys.stderr.write(f"Error: {error}\n")
         return 1

@@ -16,7 +16,7 @@ from llmserve.registry.config import load as read
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from llmserve.cli.operate import Client
+    from llmserve.cli.operate import AdminClient
     from llmserve.gpus.device import Box
 
 app = typer.Typer(
@@ -257,12 +257,12 @@ def _steer(
 
 
 @contextmanager
-def _server(url: str, key: str | None) -> Iterator[Client]:
+def _server(url: str, key: str | None) -> Iterator[AdminClient]:
     """A client of a running server, and an end to the command if that refuses."""
-    from llmserve.cli.operate import Client, Refused  # noqa: PLC0415  # `check` answers without it
+    from llmserve.cli.operate import AdminClient, Refused  # noqa: PLC0415  # `check` answers without it
 
     try:
-        with closing(Client(url, key)) as client:
+        with closing(AdminClient(url, key)) as client:
             yield client
     except Refused as error:
         _fail(str(error), error.exit_code)

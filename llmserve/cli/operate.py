@@ -62,7 +62,7 @@ class NoServer(Refused):
         super().__init__(f"{url}: {why}; name another server with --url or LLMSERVE_URL")
 
 
-class Client:
+class AdminClient:
     """HTTP to one server; whatever keeps a method from its answer is Refused."""
 
     def __init__(self, url: str, key: str | None) -> None:
@@ -187,7 +187,7 @@ def _code(body: Any) -> object:
 # --- the commands
 
 
-def ps(client: Client, *, as_json: bool) -> None:
+def ps(client: AdminClient, *, as_json: bool) -> None:
     models = client.models()
     console = terminal.console()
     if as_json:
@@ -197,7 +197,7 @@ def ps(client: Client, *, as_json: bool) -> None:
         console.print(table(models))
 
 
-def steer(client: Client, action: str, name: str, body: Body, *, as_json: bool) -> None:
+def steer(client: AdminClient, action: str, name: str, body: Body, *, as_json: bool) -> None:
     began = time.monotonic()
     model = client.steer(action, name, body)
     seconds = time.monotonic() - began
@@ -207,7 +207,7 @@ def steer(client: Client, action: str, name: str, body: Body, *, as_json: bool) 
         _say(f"{model['name']}: {model['state']} {seconds:.1f} s")
 
 
-def reload(client: Client, *, dry_run: bool, as_json: bool) -> None:
+def reload(client: AdminClient, *, dry_run: bool, as_json: bool) -> None:
     answer = client.reload(dry_run=dry_run)
     if as_json:
         _say_json(answer)
@@ -215,7 +215,7 @@ def reload(client: Client, *, dry_run: bool, as_json: bool) -> None:
         _say("\n".join(answer["lines"]) or "Nothing has changed.")
 
 
-def events(client: Client, *, as_json: bool) -> None:
+def events(client: AdminClient, *, as_json: bool) -> None:
     for each in client.events():
         if as_json:
             _say_json(each)

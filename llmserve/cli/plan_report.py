@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
 
     from llmserve.gpus.device import Gpu
-    from llmserve.planning.plan import Plan, Problem, Replica
+    from llmserve.planning.plan import Plan, PlannedReplica, Problem
 
 # As far from white as from black, so that either page and either ink will do.
 PALETTE = ("#2b6cb8", "#c2500c", "#1d8045", "#b83280", "#7a55c7", "#0b7d86", "#8f6708", "#cc3340")
@@ -51,7 +51,7 @@ class Part:
 
     kind: Kind
     size: int  # bytes
-    replica: Replica | None = None  # None: free
+    replica: PlannedReplica | None = None  # None: free
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def parts(plan: Plan, gpu: Gpu) -> list[Part]:
     return [part for part in sizes if part.size > 0]
 
 
-def _sizes(replica: Replica) -> list[tuple[Kind, int]]:
+def _sizes(replica: PlannedReplica) -> list[tuple[Kind, int]]:
     if replica.displaces:
         return [(ASLEEP, replica.resident)]
     if not replica.known:
@@ -133,7 +133,7 @@ class Bar:
 
     def text(self, width: int) -> Text:
         bar = Text(no_wrap=True)
-        begun: Replica | None = None
+        begun: PlannedReplica | None = None
         counts = cells([part.size for part in self._parts], width)
         for part, count in zip(self._parts, counts, strict=True):
             if not count or part.replica is None:
@@ -249,12 +249,12 @@ def _ranges(devices: Sequence[int]) -> str:
     )
 
 
-def _parallel(replica: Replica) -> str:
+def _parallel(replica: PlannedReplica) -> str:
     pipeline = replica.pipeline_parallel_size
     return f"{replica.tensor_parallel_size}" + (f" x {pipeline}" if pipeline > 1 else "")
 
 
-def _figures(replica: Replica) -> tuple[str, str, str, str, str]:
+def _figures(replica: PlannedReplica) -> tuple[str, str, str, str, str]:
     """Weights, KV cache, overhead, tokens, context."""
     if not replica.known:
         return "?", "?", f"{SHARE.glyph} {_gib(replica.bytes)}", "?", "?"
@@ -314,7 +314,7 @@ def document(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _replica(replica: Replica) -> dict[str, Any]:
+def _replica(replica: PlannedReplica) -> dict[str, Any]:
     requests = round(replica.tokens / replica.context, 1) if replica.tokens else None
     figures = {
         "weights_bytes": replica.weights,

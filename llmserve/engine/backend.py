@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from llmserve.checkpoint import files as checkpoint
 from llmserve.engine import gc_policy
-from llmserve.engine.hang_detection import Silence, cpu_s
+from llmserve.engine.hang_detection import HangDetector, cpu_s
 from llmserve.engine.startup_log import StartLog, cause_of
 from llmserve.engine.worker.plugin import log_file
 from llmserve.errors import ModelUnusable, ShapeUnknown, StartupError
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
     from contextlib import AbstractAsyncContextManager, AbstractContextManager
 
-    from llmserve.checkpoint.hub import Fetched, Wanted
+    from llmserve.checkpoint.hub import HubFolder, HubRevision
     from llmserve.lifecycle.eviction import Level, Takes
     from llmserve.lifecycle.gpu_memory import Keep
     from llmserve.lifecycle.replica import Running
@@ -122,7 +122,7 @@ class _Start:
         self._made = self._threads.submit(start)
         made = asyncio.wrap_future(self._made)
         made.add_done_callback(_retrieved)
-        silence = Silence(
+        silence = HangDetector(
             time.monotonic(),
             lambda: cpu_s(self._tether.pids),
             quiet_s=patience.quiet_s,
@@ -142,7 +142,7 @@ class _Start:
                 )
         return await made
 
-    def _hangs(self, silence: Silence) -> bool:
+    def _hangs(self, silence: HangDetector) -> bool:
         return silence.is_hang(time.monotonic(), heard=self._log.grew())
 
 
@@ -164,7 +164,7 @@ def _unless_flawed(spec: ModelSpec) -> None:
         return  # vLLM may make something of it
 
 
-def _with_folders(spec: ModelSpec, fetched: Mapping[str, Fetched]) -> ModelSpec:
+def _with_folders(spec: ModelSpec, fetched: Mapping[str, HubFolder]) -> ModelSpec:
     """vLLM looks for adapters in another cache, and asks the hub again for a model by its name."""
     folders = {repo: each.folder for repo, each in fetched.items()}
     loras = {name: folders.get(source, source) for name, source in spec.loras.items()}
@@ -205,8 +205,8 @@ class VllmBackend:
         self._imported: _Modules | None = None
         self._importing = asyncio.Lock()
         # Replicas wait for one download, and need no other when started again.
-        self._there: dict[Wanted, Fetched] = {}
-        self._downloading: defaultdict[Wanted, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._there: dict[HubRevision, HubFolder] = {}
+        self._downloading: defaultdict[HubRevision, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._killed = False
 
     async def start(
@@ -281,12 +281,12 @@ class VllmBackend:
         hub = await loop.run_in_executor(
             self._threads, importlib.import_module, "llmserve.checkpoint.hub"
         )
-        fetched: dict[str, Fetched] = {}
+        fetched: dict[str, HubFolder] = {}
         for wanted in hub.Wanted.of(spec):
             async with self._downloading[wanted]:
                 there = self._there.get(wanted)
                 if there is None or not await asyncio.to_thread(Path(there.folder).is_dir):
-                    made: Fetched = await loop.run_in_executor(
+                    made: HubFolder = await loop.run_in_executor(
                         self._threads, hub.download, wanted, progress
                     )
                     there = self._there[wanted] = made

@@ -22,14 +22,14 @@ from vllm.platforms import current_platform
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from llmserve.api.token_stream import Flow
-from llmserve.engine.fastpath.output_processor import Outputs
-from llmserve.engine.hang_detection import Silence, cpu_s
-from llmserve.engine.metrics import Figures
-from llmserve.engine.parent_watch import Tether
+from llmserve.api.token_stream import FlushScheduler
+from llmserve.engine.fastpath.output_processor import StreamingOutputProcessor
+from llmserve.engine.hang_detection import HangDetector, cpu_s
+from llmserve.engine.metrics import EngineMetrics
+from llmserve.engine.parent_watch import ParentWatch
 from llmserve.engine.startup_log import cause_of, one_line
 from llmserve.engine.structured_output.checked_client import CheckedLLM
-from llmserve.engine.structured_output.compiler import Grammars
+from llmserve.engine.structured_output.compiler import ConstraintCompiler
 from llmserve.engine.worker.plugin import instance_of, log_file
 from llmserve.errors import EngineError, StartupError
 from llmserve.lifecycle.eviction import Level
@@ -84,8 +84,8 @@ class Engine:
         self,
         client: CheckedLLM,
         arguments: AsyncEngineArgs,
-        figures: Figures,
-        tether: Tether,
+        figures: EngineMetrics,
+        tether: ParentWatch,
         log: Path,
     ) -> None:
         self.client = client
@@ -96,7 +96,7 @@ class Engine:
         self._figures = figures
         self._tether = tether
         self._weights = 0  # bytes on all its GPUs, as it has reported
-        self.flow = Flow(figures.stream_lag())
+        self.flow = FlushScheduler(figures.stream_lag())
 
     @property
     def registry(self) -> CollectorRegistry:
@@ -121,7 +121,7 @@ class Engine:
         A core answers between two steps. One that is dead has answered.
         """
         asked = asyncio.ensure_future(self.client.engine_core.is_sleeping_async())
-        silence = Silence(
+        silence = HangDetector(
             time.monotonic(),
             lambda: cpu_s(self._tether.pids),
             quiet_s=within_s,
@@ -272,21 +272,21 @@ class Launcher:
 
     def __init__(self, log_dir: Path, bounds: Bounds | None = None) -> None:
         self._log_dir = log_dir
-        self.grammars = Grammars()
+        self.grammars = ConstraintCompiler()
         self._bounds = bounds or Bounds()
         # Building a config can change os.environ (vllm/config/vllm.py): one at a time.
         self._configuring = threading.Lock()
         self._starting = 0
         self._tethering = threading.Lock()
-        self._tethers: weakref.WeakSet[Tether] = weakref.WeakSet()
+        self._tethers: weakref.WeakSet[ParentWatch] = weakref.WeakSet()
         self._stopped = False
 
-    def tether(self) -> Tether:
+    def tether(self) -> ParentWatch:
         """Of an engine to be started. Raises StartupError if the server is stopping."""
         with self._tethering:
             if self._stopped:
                 raise StartupError("the server is stopping")
-            tether = Tether()
+            tether = ParentWatch()
             self._tethers.add(tether)
             return tether
 
@@ -297,7 +297,7 @@ class Launcher:
         addresses: dict[str, str] | None = None,
         *,
         sleeps: bool = False,
-        tether: Tether | None = None,
+        tether: ParentWatch | None = None,
     ) -> Engine:
         """Blocks until the engine is ready. Raises StartupError with the cause in one line.
 
@@ -325,11 +325,11 @@ class Launcher:
         spec: ModelSpec,
         number: int,
         addresses: dict[str, str] | None,
-        tether: Tether,
+        tether: ParentWatch,
         *,
         sleeps: bool,
     ) -> Engine:
-        figures = Figures(spec.name, number, spec.parallel_sizes.get("data_parallel_size", 1))
+        figures = EngineMetrics(spec.name, number, spec.parallel_sizes.get("data_parallel_size", 1))
         with self._configuring:
             self._unless_cut(tether)
             arguments = engine_arguments(spec, sleeps=sleeps)
@@ -344,7 +344,7 @@ class Launcher:
             )
         client.check_with(self.grammars)
         figures.take_over(client)
-        Outputs.take_over(client)
+        StreamingOutputProcessor.take_over(client)
         # Asked for at every request, and found anew by transformers each time.
         client.renderer.get_eos_token_id = _constant(client.renderer.get_eos_token_id())
         engine = Engine(client, arguments, figures, tether, self.log_of(spec, number))
@@ -377,7 +377,7 @@ class Launcher:
         for tether in tethers:
             tether.cut()
 
-    def _unless_cut(self, tether: Tether) -> None:
+    def _unless_cut(self, tether: ParentWatch) -> None:
         if tether.is_cut:
             raise StartupError("the server is stopping" if self._stopped else "the start was ended")
 

@@ -61,15 +61,22 @@ from vllm.v1.engine.exceptions import EngineDeadError
 import llmserve.engine.media  # noqa: F401  # registers what fetches the URLs of images
 from llmserve.api import sse
 from llmserve.api.body_limits import check_choices
-from llmserve.api.endpoints import Ongoing, cannot, failure
+from llmserve.api.endpoints import BackgroundAnswer, cannot, failure
 from llmserve.api.token_stream import FIRST_S
 from llmserve.api.validation_errors import mistake
 from llmserve.engine import gc_policy, response_history, token_count
 from llmserve.engine import required_keys as required
 from llmserve.engine.engine import request_defaults
 from llmserve.engine.fastpath import zmq_sockets
-from llmserve.engine.fastpath.fast_path import Chat, Completions, Express, Noted, Terms, encoder_of
-from llmserve.engine.pacing import Paced
+from llmserve.engine.fastpath.fast_path import (
+    CapturedCalls,
+    Chat,
+    Completions,
+    FastPath,
+    StreamTerms,
+    encoder_of,
+)
+from llmserve.engine.pacing import PacedRendering
 from llmserve.engine.request_validation import bounded, shape_of
 from llmserve.engine.schema_nulls import schema_of, without_nulls
 from llmserve.engine.structured_output.checked_client import Refused
@@ -84,7 +91,7 @@ from llmserve.errors import (
     Unsupported,
     quoted,
 )
-from llmserve.lifecycle.response_store import Responses, owned_by
+from llmserve.lifecycle.response_store import ResponseStore, owned_by
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -96,7 +103,7 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Scope
     from vllm.lora.request import LoRARequest
 
-    from llmserve.api.body_thread import OffLoop
+    from llmserve.api.body_thread import BodyThread
     from llmserve.engine.engine import Engine
     from llmserve.engine.fastpath.tokenizer import Encode
     from llmserve.lifecycle.eviction import Level
@@ -251,11 +258,11 @@ _GENERATING = frozenset({"chat completions", "completions", "responses", "messag
 LANES: dict[str, type[Chat | Completions]] = {"chat completions": Chat, "completions": Completions}
 
 
-class Serving:
+class ModelHandlers:
     """What one engine answers."""
 
     def __init__(
-        self, name: str, engine: Engine, state: State, encode: Encode | None, stored: Responses
+        self, name: str, engine: Engine, state: State, encode: Encode | None, stored: ResponseStore
     ) -> None:
         self.name = name
         self.engine = engine
@@ -271,20 +278,20 @@ class Serving:
         self._express = {name: self._opened(name, encode) for name in LANES if name in self.able}
 
     @classmethod
-    async def build(cls, spec: ModelSpec, engine: Engine) -> Serving:
+    async def build(cls, spec: ModelSpec, engine: Engine) -> ModelHandlers:
         """Also the first call into the engine: one that died at once is noticed here."""
         token_count.count_whole_prompts()
         await zmq_sockets.take_over(engine.client, engine.flow)
         add = engine.client.add_request
-        engine.client.add_request = Paced(add)  # type: ignore[method-assign]  # this one's
+        engine.client.add_request = PacedRendering(add)  # type: ignore[method-assign]  # this one's
         # Reads the tokenizer again and compares: the other models go on meanwhile.
         encode = await asyncio.to_thread(encoder_of, engine.client)
-        return await cls._of(spec, engine, Responses(), encode)
+        return await cls._of(spec, engine, ResponseStore(), encode)
 
     @classmethod
     async def _of(
-        cls, spec: ModelSpec, engine: Engine, stored: Responses, encode: Encode | None
-    ) -> Serving:
+        cls, spec: ModelSpec, engine: Engine, stored: ResponseStore, encode: Encode | None
+    ) -> ModelHandlers:
         state = State()
         async with engine.within("answer its tasks"):
             tasks = await engine.client.get_supported_tasks()
@@ -298,19 +305,19 @@ class Serving:
         if spec.sampling.max_tokens is not None:
             _default_not_limit(state)
         for processor in _processors(state):
-            processor.render_async = Paced(processor.render_async)
+            processor.render_async = PacedRendering(processor.render_async)
         serving = cls(spec.name, engine, state, encode, stored)
         serving.share(stored)
         return serving
 
-    def share(self, stored: Responses) -> None:
+    def share(self, stored: ResponseStore) -> None:
         """Store answers of /v1/responses there: a model's replicas share them."""
         self._stored = stored
         responses = getattr(self._state, "openai_serving_responses", None)
         if responses is not None:
             stored.keep_for(responses, _stored_answer, required.ended)
 
-    async def changed(self, spec: ModelSpec) -> Serving:
+    async def changed(self, spec: ModelSpec) -> ModelHandlers:
         """The same engine under new serving objects; requests under way keep theirs."""
         before = self.engine.defaults
         self.engine.defaults = request_defaults(spec)
@@ -322,15 +329,15 @@ class Serving:
         new.took = self.took
         return new
 
-    def _opened(self, endpoint: str, encode: Encode | None) -> Express:
+    def _opened(self, endpoint: str, encode: Encode | None) -> FastPath:
         handler = HANDLERS[endpoint]
         served = getattr(self._state, handler.owner)
-        terms = Terms(
+        terms = StreamTerms(
             self._translated,
             partial(failure, endpoint),
             handler.pruned,
         )
-        return Express(LANES[endpoint](served), served, self.engine, encode, terms)
+        return FastPath(LANES[endpoint](served), served, self.engine, encode, terms)
 
     @property
     def max_model_len(self) -> int:
@@ -412,7 +419,7 @@ class Serving:
         without_own_size(parsed, self.engine.client.model_config)
         owner = request.scope.get("state", {}).get("owner", "")
         self._check_previous(parsed, owner)
-        with Noted() as calls, owned_by(owner):
+        with CapturedCalls() as calls, owned_by(owner):
             result = await self._translating(self._handled(handler, parsed, request))
         for noted in calls:  # before the headers: a parser may have derived a constraint
             await self._translating(self.engine.client.check(noted.params))
@@ -428,7 +435,7 @@ class Serving:
                 return stream
         response = await self._respond(result, endpoint)
         task = self._stored.task(getattr(parsed, "request_id", ""))
-        return response if task is None else Ongoing(response, task)
+        return response if task is None else BackgroundAnswer(response, task)
 
     def _check_previous(self, parsed: Any, owner: str) -> None:
         """Raises RequestError for a response of another model or another API key."""
@@ -464,7 +471,7 @@ class Serving:
     async def _stream(self, source: AsyncGenerator[Any, None], endpoint: str) -> Response:
         """An event stream; what fails at once is an error answer instead."""
         written = self._frames(source, HANDLERS[endpoint])
-        frames = sse.Frames(written, partial(failure, endpoint))
+        frames = sse.PeekableStream(written, partial(failure, endpoint))
         await frames.begin(FIRST_S)
         return sse.EventStream(frames)
 
@@ -636,7 +643,7 @@ def _default_not_limit(state: State) -> None:
 
 async def _validated(handler: Handler, body: dict[str, Any], endpoint: str, scope: Scope) -> Any:
     """A large body is validated beside the loop."""
-    off_loop: OffLoop | None = scope.get("state", {}).get("off_loop")
+    off_loop: BodyThread | None = scope.get("state", {}).get("off_loop")
     if off_loop is None:
         return _validate(handler, body, endpoint)
     return await off_loop.run(_validate, handler, body, endpoint)
@@ -705,7 +712,9 @@ def _stored_answer(result: Any) -> Response:
     handler = HANDLERS["responses"]
     if isinstance(result, BaseModel):
         return Response(handler.content(result), media_type="application/json")
-    return sse.EventStream(sse.Frames(_replayed(result, handler), partial(failure, "responses")))
+    return sse.EventStream(
+        sse.PeekableStream(_replayed(result, handler), partial(failure, "responses"))
+    )
 
 
 async def _replayed(

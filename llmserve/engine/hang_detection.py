@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
 
-class Silence:
+class HangDetector:
     """Tells work from a hang by CPU time, which compilers and copies of GPU engines take too.
 
     An engine hangs if nothing comes from it for `quiet_s`, in whose second half it takes less

@@ -34,7 +34,7 @@ EVERY_S = 1.0
 _LAG_BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 
 
-class Weighted(Histogram):
+class WeightedHistogram(Histogram):
     """A histogram that is told values and enters them together, or one that came several times.
 
     prometheus_client walks all buckets for each value, with a lock for each count; these are
@@ -75,7 +75,7 @@ class Weighted(Histogram):
         return super()._child_samples()
 
 
-class Figures:
+class EngineMetrics:
     """One replica's registry, and the class of vLLM's logger that writes into it.
 
     `cores` are the engine cores of each replica: more than one with data parallelism.
@@ -98,7 +98,7 @@ class Figures:
 
     def stream_lag(self) -> Callable[[float], None]:
         """Takes the seconds from the engine's having a token to our having written it."""
-        histogram = Weighted(
+        histogram = WeightedHistogram(
             "llmserve_stream_lag_seconds",
             "From the engine's step to its last event being written, once per write of a step.",
             ("model", "replica"),
@@ -140,7 +140,7 @@ class _Labelled(CollectorRegistry):
         return {"model_name": self._model} | sample.labels | {"engine": str(engine)}
 
 
-def _logger_class(figures: Figures) -> type[PrometheusStatLogger]:
+def _logger_class(figures: EngineMetrics) -> type[PrometheusStatLogger]:
     """A logger that writes into a registry of its own."""
 
     class SpecDecoding(SpecDecodingProm):
@@ -152,7 +152,7 @@ def _logger_class(figures: Figures) -> type[PrometheusStatLogger]:
     class EngineLogger(_Adding):
         _gauge_cls = staticmethod(partial(Gauge, registry=figures.registry))
         _counter_cls = staticmethod(partial(Counter, registry=figures.registry))
-        _histogram_cls = staticmethod(partial(Weighted, registry=figures.registry))
+        _histogram_cls = staticmethod(partial(WeightedHistogram, registry=figures.registry))
         _spec_decoding_cls = SpecDecoding
         _perf_metrics_cls = Perf
         _figures = figures
@@ -163,7 +163,7 @@ def _logger_class(figures: Figures) -> type[PrometheusStatLogger]:
 class _Adding(PrometheusStatLogger):
     """vLLM's Prometheus logger, entering several steps at a time."""
 
-    _figures: Figures
+    _figures: EngineMetrics
 
     def __init__(self, *arguments: Any, **more: Any) -> None:
         super().__init__(*arguments, **more)
@@ -171,14 +171,14 @@ class _Adding(PrometheusStatLogger):
         self._timer: asyncio.TimerHandle | None = None
         # Of a step, not of a sum of steps: observed here.
         vllm: Any = self
-        self._step_tokens: dict[int, Weighted] = vllm.histogram_iteration_tokens
+        self._step_tokens: dict[int, WeightedHistogram] = vllm.histogram_iteration_tokens
         vllm.histogram_iteration_tokens = dict.fromkeys(self._step_tokens, _Ignored())
         self._histograms = [
             child
             for each in vars(self).values()
             if isinstance(each, dict)
             for child in each.values()
-            if isinstance(child, Weighted)
+            if isinstance(child, WeightedHistogram)
         ]
         self._figures.enter = self._enter
 

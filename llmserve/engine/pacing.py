@@ -15,7 +15,7 @@ T = TypeVar("T")
 PER_TURN = 64
 
 
-class Paced(Generic[P, T]):
+class PacedRendering(Generic[P, T]):
     """An asynchronous function of which no turn of the loop begins more than PER_TURN calls.
 
     vLLM begins the prompts of one request all in the same turn.

@@ -1,7 +1,7 @@
 """The tie between the server and an engine's processes: they end when the server does.
 
 The tie is a pipe. Its write end is in the server alone, so the kernel closes it however the
-server ends. Each process that is started while `Tether.tying` holds asks the kernel to kill
+server ends. Each process that is started while `ParentWatch.tying` holds asks the kernel to kill
 its process group at that moment: a loop that holds the interpreter's lock cannot delay it.
 
 multiprocessing pickles a process's `_config`, a copy of its parent's, ahead of its target.
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _KEY = "llmserve.engine.parent_watch"  # in `_config`
-_tying: ContextVar[Tether | None] = ContextVar("tying", default=None)  # a thread's own
+_tying: ContextVar[ParentWatch | None] = ContextVar("tying", default=None)  # a thread's own
 
 
-class Tether:
+class ParentWatch:
     """Ties the processes of one engine to their owner, which may `cut` it at any time.
 
     A tether that is garbage is cut, so an engine without an owner ends.

@@ -24,7 +24,7 @@ class _Claim:
         return (self.alone or other.alone) and bool(self.devices & other.devices)
 
 
-class GpuLocks:
+class GpuClaims:
     """First come, first served; claims on different GPUs do not wait for each other."""
 
     def __init__(self) -> None:

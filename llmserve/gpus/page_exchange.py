@@ -35,7 +35,7 @@ _PATIENCE_S = 5.0  # with the other end
 _PAUSE_S = 0.1  # after a connection that could not be accepted
 
 
-class Handover:
+class PageBroker:
     """The server's end: the pages between two engines, by GPU (UUID)."""
 
     def __init__(self) -> None:

@@ -11,7 +11,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from llmserve.api.endpoints import error_body, parse_object
-from llmserve.api.sse import EventStream, Frames, event
+from llmserve.api.sse import EventStream, PeekableStream, event
 from llmserve.errors import (
     BodyTooLarge,
     ConfigError,
@@ -20,7 +20,7 @@ from llmserve.errors import (
     RouteNotFound,
     quoted,
 )
-from llmserve.http.log_tail import Tail
+from llmserve.http.log_tail import LogFollower
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Mapping
@@ -150,7 +150,7 @@ async def reload(request: Request) -> Response:
 
 
 async def events(request: Request) -> Response:
-    return EventStream(Frames(_frames(_operator(request).events()), _failure))
+    return EventStream(PeekableStream(_frames(_operator(request).events()), _failure))
 
 
 async def _frames(happening: AsyncIterator[dict[str, Any]]) -> AsyncGenerator[bytes, None]:
@@ -192,13 +192,13 @@ async def logs(request: Request) -> Response:
         )
     follow = query.follow and request.method == "GET"  # HEAD would not end
     return StreamingResponse(
-        _text(Tail(path, query.lines), follow=follow),
+        _text(LogFollower(path, query.lines), follow=follow),
         media_type="text/plain",
         headers={"cache-control": "no-cache", "x-accel-buffering": "no"},
     )
 
 
-async def _text(tail: Tail, *, follow: bool) -> AsyncGenerator[bytes, None]:
+async def _text(tail: LogFollower, *, follow: bool) -> AsyncGenerator[bytes, None]:
     while True:
         if part := await asyncio.to_thread(tail.read):
             yield part

@@ -25,7 +25,7 @@ from llmserve.errors import (
     quoted,
 )
 from llmserve.http import auth, routes
-from llmserve.http.inference import Work
+from llmserve.http.inference import InferenceEndpoint
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -71,7 +71,7 @@ class _Dispatch:
         self._work = {
             route.path: route.app
             for route in app.routes
-            if isinstance(route, Route) and isinstance(route.app, Work)
+            if isinstance(route, Route) and isinstance(route.app, InferenceEndpoint)
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

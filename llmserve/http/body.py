@@ -18,7 +18,7 @@ from llmserve.http.schema_limits import check_constraints
 if TYPE_CHECKING:
     from starlette.types import Message, Receive, Scope
 
-    from llmserve.api.body_thread import OffLoop
+    from llmserve.api.body_thread import BodyThread
     from llmserve.api.json_text import Buffer
 
 _FORM_SLICE = 8 * 2**10  # bytes of a form that the loop parses at once
@@ -26,7 +26,7 @@ _FORM_FILES, _FORM_FIELDS = 8, 256
 
 
 async def json_object(
-    scope: Scope, receive: Receive, limit: int, off_loop: OffLoop
+    scope: Scope, receive: Receive, limit: int, off_loop: BodyThread
 ) -> dict[str, Any]:
     """A body as a JSON object. `scope["state"]["off_loop"]` is where to validate a large one."""
     coding = _coding(scope, limit)
@@ -48,7 +48,7 @@ def _checked(raw: Buffer) -> dict[str, Any]:
     return {key: value for key, value in body.items() if value is not None}
 
 
-async def form_of(scope: Scope, receive: Receive, limit: int, off_loop: OffLoop) -> Request:
+async def form_of(scope: Scope, receive: Receive, limit: int, off_loop: BodyThread) -> Request:
     """A request whose `form()` is bounded; to be closed, for its uploads' temporary files."""
     coding = _coding(scope, limit)
     if coding is None:

@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 from starlette.requests import ClientDisconnect, Request
 
-from llmserve.api.endpoints import Endpoint, Ongoing
+from llmserve.api.endpoints import BackgroundAnswer, Endpoint
 from llmserve.api.sse import EventStream
 from llmserve.api.token_stream import TokenStream
 from llmserve.api.validation_errors import name_as_sent
 from llmserve.errors import EngineDead, LLMServeError, RequestError, quoted
 from llmserve.http.body import form_fields, form_of, json_object
-from llmserve.http.keepalive import COMMENT_S, Early
+from llmserve.http.keepalive import COMMENT_S, KeepAliveSend
 from llmserve.http.models import requested_model
-from llmserve.lifecycle.admission import Deadline, Place
-from llmserve.lifecycle.lease import Wish
+from llmserve.lifecycle.admission import Deadline, QueuedRequest
+from llmserve.lifecycle.lease import ModelRequest
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
     from llmserve.http.services import Services
     from llmserve.lifecycle.lease import Lease
-    from llmserve.lifecycle.served_model import Entry
+    from llmserve.lifecycle.served_model import ServedModel
 
 _TIMEOUT = b"x-request-timeout"
 
 
-class Work:
+class InferenceEndpoint:
     """Read a body, lease its model, answer."""
 
     def __init__(self, endpoint: Endpoint) -> None:
@@ -58,8 +58,8 @@ class Work:
         model = pool.registry.find(name)
         scope["state"]["model"] = model.name  # for the metrics, refused or not
         deadline = _deadline(scope, model.spec.timeout)
-        wish = Wish(name, self.endpoint, body, deadline, asyncio.current_task())
-        early = Early(send, self.endpoint.name)
+        wish = ModelRequest(name, self.endpoint, body, deadline, asyncio.current_task())
+        early = KeepAliveSend(send, self.endpoint.name)
         try:
             try:
                 await self._once(scope, receive, early, wish)
@@ -73,17 +73,23 @@ class Work:
                 raise
             await early.fail(error)
 
-    async def _once(self, scope: Scope, receive: Receive, early: Early, wish: Wish) -> None:
+    async def _once(
+        self, scope: Scope, receive: Receive, early: KeepAliveSend, wish: ModelRequest
+    ) -> None:
         services: Services = scope["app"].state.services
         lease = services.pool.lease(wish)
-        if isinstance(lease, Place):
+        if isinstance(lease, QueuedRequest):
             entry = services.pool.entry(wish.name)
             lease = await self._waited(receive, early, lease, entry)
         answer = await self._answer(scope, receive, wish, lease)
         await answer(scope, receive, early)
 
     async def _waited(
-        self, receive: Receive, early: Early, place: Place[Wish, Lease], entry: Entry
+        self,
+        receive: Receive,
+        early: KeepAliveSend,
+        place: QueuedRequest[ModelRequest, Lease],
+        entry: ServedModel,
     ) -> Lease:
         """A stream gets a comment every few seconds meanwhile.
 
@@ -112,7 +118,9 @@ class Work:
         finally:
             gone.cancel()
 
-    async def _answer(self, scope: Scope, receive: Receive, wish: Wish, lease: Lease) -> ASGIApp:
+    async def _answer(
+        self, scope: Scope, receive: Receive, wish: ModelRequest, lease: Lease
+    ) -> ASGIApp:
         services: Services = scope["app"].state.services
         try:
             with lease.running.coming():
@@ -128,16 +136,16 @@ class Work:
             if lease.cut_by is not None and isinstance(error, asyncio.CancelledError):
                 raise lease.cut_by from None
             raise
-        return Leased(answer, lease)
+        return LeasedResponse(answer, lease)
 
 
-def _cut_by(place: Place[Wish, Lease]) -> LLMServeError | None:
+def _cut_by(place: QueuedRequest[ModelRequest, Lease]) -> LLMServeError | None:
     """Of a lease that was cut before its request could take it from the queue."""
     given = place.given
     return given.result().cut_by if given.done() and given.exception() is None else None
 
 
-class Leased:
+class LeasedResponse:
     """Gives its lease back when the work is done, also when no byte was sent."""
 
     def __init__(self, answer: ASGIApp, lease: Lease) -> None:
@@ -156,7 +164,7 @@ class Leased:
             if not scope["state"]["ended"]:
                 await self._end_early(send, error)
         finally:
-            if isinstance(self._answer, Ongoing):
+            if isinstance(self._answer, BackgroundAnswer):
                 self._answer.task.add_done_callback(lambda _: self._lease.release())
             else:
                 self._lease.release()

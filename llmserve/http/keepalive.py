@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 COMMENT_S = 5.0  # between signs of life; an answer that comes sooner is not begun early
 
 
-class Early:
+class KeepAliveSend:
     """`send` for an answer that goes on with what may have begun.
 
     One that is a refusal becomes the stream's last event.

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 BLOCK = 64 * 2**10  # read at once
 
 
-class Tail:
+class LogFollower:
     """A file from its last lines on, also over one that is cut or replaced, as `tail -F` does."""
 
     def __init__(self, path: Path, lines: int) -> None:

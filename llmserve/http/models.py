@@ -9,10 +9,10 @@ from llmserve.errors import RequestError
 
 if TYPE_CHECKING:
     from llmserve.lifecycle.replica import Running
-    from llmserve.registry.names import Model, Registry
+    from llmserve.registry.names import Model, ModelNames
 
 
-def requested_model(body: dict[str, Any], registry: Registry) -> str:
+def requested_model(body: dict[str, Any], registry: ModelNames) -> str:
     """The model that a body asks for; a box with a single model needs no name.
 
     Raises RequestError if there is none or it is no string.

@@ -17,7 +17,7 @@ SMALLEST, LARGEST = 4, 64  # requests of a group
 HOLD_S = 0.008  # from the first of a group to the last, at most
 
 
-class Turns:
+class RequestBatcher:
     def __init__(self, smallest: int = SMALLEST, largest: int = LARGEST) -> None:
         self._smallest, self._largest = smallest, largest
         self._size = smallest  # of the next group

@@ -14,7 +14,7 @@ from llmserve import __version__, metrics
 from llmserve.api.endpoints import ENDPOINTS
 from llmserve.errors import RequestError, RouteNotFound, quoted
 from llmserve.http import admin
-from llmserve.http.inference import Work
+from llmserve.http.inference import InferenceEndpoint
 from llmserve.http.models import model_card, model_list
 from llmserve.lifecycle.replica import STARTING
 
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
     from llmserve.http.services import Services
     from llmserve.lifecycle.replica import Replica
-    from llmserve.lifecycle.response_store import Responses
-    from llmserve.lifecycle.served_model import Entry
+    from llmserve.lifecycle.response_store import ResponseStore
+    from llmserve.lifecycle.served_model import ServedModel
 
 
 def table() -> list[Route]:
     """Every route there is."""
     served = [
-        Route(path, Work(endpoint), methods=["POST"], name=endpoint.name)
+        Route(path, InferenceEndpoint(endpoint), methods=["POST"], name=endpoint.name)
         for endpoint in ENDPOINTS
         for path in endpoint.paths
     ]
@@ -88,7 +88,7 @@ async def cancel_response(request: Request) -> Response:
     return await stored.cancel(response_id)
 
 
-def _stored(request: Request) -> tuple[Responses, str]:
+def _stored(request: Request) -> tuple[ResponseStore, str]:
     """Where the response of the path is. Raises RouteNotFound, also for another key's."""
     response_id = request.path_params["response_id"]
     owner = request.scope["state"].get("owner", "")
@@ -116,13 +116,13 @@ async def ready(request: Request) -> Response:
     return _json({"ready": all_ready, "models": states}, 200 if all_ready else 503)
 
 
-def _shown(entry: Entry) -> dict[str, Any]:
+def _shown(entry: ServedModel) -> dict[str, Any]:
     """A model's state, and, if it has several replicas, the state of each."""
     replicas = [_state_of(replica) for replica in entry.replicas]
     return _state_of(entry) | ({"replicas": replicas} if len(replicas) > 1 else {})
 
 
-def _state_of(one: Entry | Replica) -> dict[str, str]:
+def _state_of(one: ServedModel | Replica) -> dict[str, str]:
     """With progress, of a download say; why it failed is for the operator's terminal and log."""
     progress = {"note": one.note} if one.note and one.state in STARTING else {}
     return {"state": one.state.value} | progress

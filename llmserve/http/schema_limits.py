@@ -37,19 +37,19 @@ _SHOWN = 200  # characters of a path
 
 
 @dataclass(slots=True)
-class Place:
+class ValuePath:
     """Where a value is. Its path is written out for an error only."""
 
     key: str | int
-    parent: Place | None = None
+    parent: ValuePath | None = None
     depth: int = 1
 
-    def inside(self, key: str | int) -> Place:
-        return Place(key, self, self.depth + 1)
+    def inside(self, key: str | int) -> ValuePath:
+        return ValuePath(key, self, self.depth + 1)
 
     def __str__(self) -> str:
         keys: list[str] = []
-        place: Place | None = self
+        place: ValuePath | None = self
         while place is not None:
             keys.append(str(place.key)[:_SHOWN])
             place = place.parent
@@ -58,8 +58,10 @@ class Place:
 
 def check_constraints(body: dict[str, Any]) -> None:
     """Raises RequestError for what exceeds a limit, with its place in the body."""
-    unseen: list[tuple[Place, Any]] = [
-        (Place(key), body[key]) for key in _CONSTRAINTS if isinstance(body.get(key), list | dict)
+    unseen: list[tuple[ValuePath, Any]] = [
+        (ValuePath(key), body[key])
+        for key in _CONSTRAINTS
+        if isinstance(body.get(key), list | dict)
     ]
     nodes = 0
     while unseen:
@@ -74,14 +76,14 @@ def check_constraints(body: dict[str, Any]) -> None:
                 unseen.append((place.inside(key), inner))
 
 
-def _check_size(place: Place, nodes: int) -> None:
+def _check_size(place: ValuePath, nodes: int) -> None:
     if nodes > NODES_LIMIT:
         raise _refused(place, f"{nodes} values in schemas and tools", f"up to {NODES_LIMIT}")
     if place.depth > DEPTH_LIMIT:
         raise _refused(place, "deeper nesting", f"up to {DEPTH_LIMIT} levels")
 
 
-def _check_value(place: Place, key: str, value: Any) -> None:
+def _check_value(place: ValuePath, key: str, value: Any) -> None:
     if key in _COUNTS and isinstance(value, int | float) and value > COUNT_LIMIT:
         raise _refused(place.inside(key), "a larger count", f"counts up to {COUNT_LIMIT}")
     if key not in _PATTERNS or not isinstance(value, str):
@@ -106,7 +108,7 @@ def _unpacked(key: str | int, value: Any) -> Any:
         return None
 
 
-def _refused(place: Place, came: str, allowed: str) -> RequestError:
+def _refused(place: ValuePath, came: str, allowed: str) -> RequestError:
     path = str(place)
     return RequestError(
         f"{path} is too large: it has {came}; allowed: {allowed}. Send a smaller one.", param=path

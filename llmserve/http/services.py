@@ -6,8 +6,8 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from llmserve.api.body_thread import OffLoop
-from llmserve.http.request_batcher import Turns
+from llmserve.api.body_thread import BodyThread
+from llmserve.http.request_batcher import RequestBatcher
 
 if TYPE_CHECKING:
     from llmserve.http.admin import Operator
@@ -24,6 +24,6 @@ class Services:
     pool: Pool
     metrics: Metrics
     operator: Operator
-    turns: Turns = field(default_factory=Turns)
-    off_loop: OffLoop = field(default_factory=OffLoop)
+    turns: RequestBatcher = field(default_factory=RequestBatcher)
+    off_loop: BodyThread = field(default_factory=BodyThread)
     created: int = field(default_factory=lambda: int(time.time()))

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from llmserve.errors import LLMServeError
 
 
-class Held(Protocol):
+class Releasable(Protocol):
     def release(self) -> None: ...
 
 
-T = TypeVar("T", bound=Held)
+T = TypeVar("T", bound=Releasable)
 W = TypeVar("W")
 
 _RECENT = 64  # requests by which the pace is told
@@ -32,7 +32,7 @@ _LONGEST_S = 600.0  # that anybody is told to wait
 _NUMBERS = itertools.count()
 
 
-class Pace:
+class ServiceRate:
     """How fast a model gets through its requests, by those that ended last.
 
     Time without requests does not count.
@@ -84,7 +84,7 @@ class Deadline:
         return DeadlineExceeded(f"The request took longer than its {self.timeout_s:g} s.")
 
 
-class Place(Generic[W, T]):
+class QueuedRequest(Generic[W, T]):
     """A request in the queue, until `given` is done: what it waits for, or why it gets nothing.
 
     Its deadline is a timer here, whatever the request's task does meanwhile.
@@ -95,12 +95,12 @@ class Place(Generic[W, T]):
         self.number = deadline.number
         self.wish = wish
         self.given: asyncio.Future[T] = loop.create_future()
-        self._queue: list[Place[W, T]] = []
+        self._queue: list[QueuedRequest[W, T]] = []
         self._timer: asyncio.TimerHandle | None = None
         if deadline.timeout_s is not None:
             self._timer = loop.call_later(deadline.left_s, lambda: self.refuse(deadline.exceeded()))
 
-    def join(self, queue: list[Place[W, T]]) -> None:
+    def join(self, queue: list[QueuedRequest[W, T]]) -> None:
         self._queue = queue
         bisect.insort(queue, self, key=lambda each: each.number)
 
@@ -131,7 +131,7 @@ class Place(Generic[W, T]):
             self._timer.cancel()
 
 
-class Slots(Generic[W, T]):
+class AdmissionQueue(Generic[W, T]):
     """The requests a model has in flight, at most `limit`, and the queue for its slots.
 
     `changed` is called in the same step as whatever may let a request in, and advances the
@@ -145,8 +145,8 @@ class Slots(Generic[W, T]):
         self.limit = limit
         self.longest = longest  # queue
         self.in_flight = 0
-        self.pace = Pace()
-        self._queue: list[Place[W, T]] = []
+        self.pace = ServiceRate()
+        self._queue: list[QueuedRequest[W, T]] = []
         self.changed = changed
 
     def count(self) -> int:
@@ -196,14 +196,14 @@ class Slots(Generic[W, T]):
                 code="deadline_unreachable",
             )
 
-    def join(self, deadline: Deadline, wish: W) -> Place[W, T]:
+    def join(self, deadline: Deadline, wish: W) -> QueuedRequest[W, T]:
         """A place in the queue, in order of arrival."""
-        place: Place[W, T] = Place(deadline, wish)
+        place: QueuedRequest[W, T] = QueuedRequest(deadline, wish)
         place.join(self._queue)
         self.changed()
         return place
 
-    def move_to(self, other: Slots[W, T]) -> None:
+    def move_to(self, other: AdmissionQueue[W, T]) -> None:
         """The whole queue goes over, and waits there in order of arrival."""
         queue, self._queue = self._queue, []
         for place in queue:
@@ -224,8 +224,8 @@ class Slots(Generic[W, T]):
 class Slot:
     """A place that is given back once, however often it is left."""
 
-    def __init__(self, slots: Slots[Any, Any]) -> None:
-        self._slots: Slots[Any, Any] | None = slots
+    def __init__(self, slots: AdmissionQueue[Any, Any]) -> None:
+        self._slots: AdmissionQueue[Any, Any] | None = slots
 
     def release(self, *, whole: bool = True) -> None:
         if self._slots is not None:

@@ -49,7 +49,7 @@ T = TypeVar("T", bound=Target)
 Text = str | list[int]  # what a client wrote, or the ids of its tokens
 
 
-class Ask(NamedTuple):
+class DispatchRequest(NamedTuple):
     """What of a request matters here."""
 
     model: str  # the public name: an adapter has a KV cache of its own
@@ -57,7 +57,7 @@ class Ask(NamedTuple):
     tokens: int  # an estimate of prompt and answer
 
     @classmethod
-    def of(cls, model: str, body: dict[str, Any], answer: int) -> Ask:
+    def of(cls, model: str, body: dict[str, Any], answer: int) -> DispatchRequest:
         """Each answer counts as `answer` tokens, whatever it may take; 0: it writes no text.
 
         How long it gets is not known, and what it takes of a replica is a place in the batch:
@@ -103,7 +103,7 @@ def _count(value: object) -> int:
 
 
 class Policy(Protocol):
-    def choose(self, ready: Sequence[T], ask: Ask) -> T:
+    def choose(self, ready: Sequence[T], ask: DispatchRequest) -> T:
         """One of the replicas that are ready, of which there is at least one."""
         ...
 
@@ -119,7 +119,7 @@ class Lottery:
         self._weights = weights
         self._chance = chance
 
-    def choose(self, ready: Sequence[T], ask: Ask) -> T:
+    def choose(self, ready: Sequence[T], ask: DispatchRequest) -> T:
         weights = [self._weights[replica.number] for replica in ready]
         return self._chance.choices(ready, weights)[0]
 
@@ -132,7 +132,7 @@ class ShortestQueue:
     def __init__(self) -> None:
         self._last = -1
 
-    def choose(self, ready: Sequence[T], ask: Ask) -> T:
+    def choose(self, ready: Sequence[T], ask: DispatchRequest) -> T:
         chosen = min(ready, key=self._queue)
         self._last = chosen.number
         return chosen
@@ -159,7 +159,7 @@ class PrefixAffinity:
         self._kept_blocks = kept_blocks
         self._shortest = ShortestQueue()
 
-    def choose(self, ready: Sequence[T], ask: Ask) -> T:
+    def choose(self, ready: Sequence[T], ask: DispatchRequest) -> T:
         blocks = _blocks(ask)
         holders, known = self._holders(ready, blocks)
         chosen = self._shortest.choose(holders or ready, ask)
@@ -200,7 +200,7 @@ def _uneven(chosen: Target, ready: Sequence[Target], saved: int) -> bool:
     return chosen.load.tokens - saved > max(least + _UNEVEN_TOKENS, least * _UNEVEN_RATIO)
 
 
-def _blocks(ask: Ask) -> list[int]:
+def _blocks(ask: DispatchRequest) -> list[int]:
     """A hash for each whole block of a request's beginning, with all that is before it."""
     beginning = _beginning(ask.texts)
     size = _BLOCK_TOKENS * (_CHARACTERS if type(beginning) is str else 1)

@@ -19,7 +19,7 @@ import psutil
 
 from llmserve.errors import StartupError
 from llmserve.gpus import nvml
-from llmserve.gpus.claims import GpuLocks
+from llmserve.gpus.claims import GpuClaims
 from llmserve.gpus.device import gib, short_name
 from llmserve.lifecycle.eviction import Level
 from llmserve.planning import survey
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 
     from llmserve.gpus.device import Gpu
     from llmserve.gpus.nvml import Holder
-    from llmserve.gpus.page_exchange import Handover
+    from llmserve.gpus.page_exchange import PageBroker
     from llmserve.lifecycle.eviction import Takes
-    from llmserve.planning.plan import Plan, Replica
+    from llmserve.planning.plan import Plan, PlannedReplica
     from llmserve.registry.config import Config, ModelSpec
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ _LOOK_S = 0.02
 _HOST_SHARE = 0.5  # of the host's memory, for weights of sleepers, unless the registry says
 
 
-class Space:
+class GpuMemory:
     """What the plan says, carried out."""
 
     def __init__(
@@ -53,13 +53,13 @@ class Space:
         plan: Plan,
         kept: Measured | None = None,
         host_memory: int | None = None,
-        handover: Handover | None = None,
+        handover: PageBroker | None = None,
     ) -> None:
-        self._places: dict[tuple[str, int], Replica] = {}  # also of models that leave
+        self._places: dict[tuple[str, int], PlannedReplica] = {}  # also of models that leave
         self.adopt(plan, host_memory)
         self._kept = kept or Measured()
         self._handover = handover
-        self._locks = GpuLocks()
+        self._locks = GpuClaims()
         self._seen: set[str] = set()  # fingerprints measured since the start
         self._kinds: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
@@ -120,7 +120,7 @@ class Space:
             return contextlib.nullcontext()
         return self._handover.expecting(self._uuids(self._places[spec.name, number]))
 
-    def _uuids(self, replica: Replica) -> list[str]:
+    def _uuids(self, replica: PlannedReplica) -> list[str]:
         return [uuid for index in replica.devices if (uuid := self.plan.box[index].uuid)]
 
     @contextlib.asynccontextmanager
@@ -153,7 +153,7 @@ class Space:
         if short := _short("the plan", needs):
             raise StartupError("\n".join(short))
 
-    async def _room(self, replica: Replica, wanted: Takes) -> None:
+    async def _room(self, replica: PlannedReplica, wanted: Takes) -> None:
         """Wait for what a dead engine held, which the driver gives back some moments later.
 
         Raises StartupError if others hold it.
@@ -187,7 +187,7 @@ class Space:
             )
 
     @contextlib.asynccontextmanager
-    async def _measuring(self, replica: Replica) -> AsyncIterator[bool]:
+    async def _measuring(self, replica: PlannedReplica) -> AsyncIterator[bool]:
         """Whether this start is measured: one of a kind is, and the others wait for it."""
         if not replica.measured:
             async with self._kinds[replica.fingerprint or replica.name]:
@@ -196,11 +196,11 @@ class Space:
                     return
         yield False
 
-    def _used(self, replica: Replica) -> list[int]:
+    def _used(self, replica: PlannedReplica) -> list[int]:
         return [nvml.used_bytes(self.plan.box[index]) for index in replica.devices]
 
     def _keep(
-        self, replica: Replica, before: Sequence[int], reports: Sequence[Mapping[str, Any]]
+        self, replica: PlannedReplica, before: Sequence[int], reports: Sequence[Mapping[str, Any]]
     ) -> None:
         if not replica.known:
             return

@@ -25,7 +25,7 @@ HUNG_S = 45.0  # an engine that does not answer for so long, and does not work, 
 _ASKED = frozenset({State.READY, State.DRAINING, State.SLEEPING})
 
 
-class Watch:
+class HealthMonitor:
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
         self._restings: dict[Replica, Task] = {}

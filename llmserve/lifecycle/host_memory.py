@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import ByteSize, TypeAdapter
 
-from llmserve.checkpoint.shape import Unknown
+from llmserve.checkpoint.shape import UnknownShape
 from llmserve.errors import ConfigError
 from llmserve.gpus.device import amount, gib
 from llmserve.lifecycle.eviction import HOST, Level
@@ -32,7 +32,7 @@ _BESIDE = 2 << 30  # of an engine besides weights and KV cache: two processes wi
 _KV_CACHE = 1 << 30  # of 16-bit values, where a registry says nothing; as `engine` does
 
 
-class HostSpace:
+class HostMemory:
     """No model sleeps here, since a sleeper would give nothing back.
 
     `weights` and `dtypes` are what is known of the models: their bytes, and what they are computed
@@ -55,7 +55,7 @@ class HostSpace:
     @classmethod
     def of(
         cls, config: Config, dtype_for: Callable[[Shape], str] = cpu_features.dtype_for
-    ) -> HostSpace:
+    ) -> HostMemory:
         """Checked: raises ConfigError for what cannot run, alone or with the others. Blocks."""
         hub = config.server.host_memory is not None
         stored = survey.shapes(config.models, hub=hub)
@@ -64,7 +64,7 @@ class HostSpace:
             new for new, old in zip(specs, config.models, strict=True) if new.engine != old.engine
         ]
         shapes = stored | survey.shapes(cast, hub=hub)
-        known = {name: each for name, each in shapes.items() if not isinstance(each, Unknown)}
+        known = {name: each for name, each in shapes.items() if not isinstance(each, UnknownShape)}
         weights = {name: each.weights for name, each in known.items()}
         dtypes = {name: each.dtype for name, each in known.items()}
         space = cls(config, weights, dtypes, dtype_for)
@@ -134,7 +134,7 @@ class HostSpace:
     def planned(self, config: Config, kept: Mapping[str, str]) -> Callable[[], None]:
         """The budget of another registry. Raises ConfigError."""
         del kept  # they hold what they hold
-        other = HostSpace.of(config, self._dtype_for)
+        other = HostMemory.of(config, self._dtype_for)
         return lambda: vars(self).update(vars(other))
 
     def sleeps(self, spec: ModelSpec, number: int) -> bool:
@@ -167,10 +167,10 @@ def _kv_cache(spec: ModelSpec, dtype: str | None) -> int:
 
 
 def _computed(
-    spec: ModelSpec, shape: Shape | Unknown, dtype_for: Callable[[Shape], str]
+    spec: ModelSpec, shape: Shape | UnknownShape, dtype_for: Callable[[Shape], str]
 ) -> ModelSpec:
     """An entry with what it leaves to the CPU: its data type, and the KV cache in that."""
-    if isinstance(shape, Unknown):
+    if isinstance(shape, UnknownShape):
         return spec
     said = spec.engine.get("dtype", "auto") != "auto" or spec.engine.get("quantization")
     dtype = shape.dtype if said else dtype_for(shape)

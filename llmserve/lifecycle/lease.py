@@ -17,7 +17,7 @@ Task = asyncio.Task[None]
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
+class ModelRequest:
     """A request for a model by one of its public names; `task` handles it."""
 
     name: str
@@ -27,7 +27,7 @@ class Wish:
     task: Task | None = None
     before: bool = False  # an engine died over it
 
-    def again(self) -> Wish:
+    def again(self) -> ModelRequest:
         return replace(self, before=True)
 
 

@@ -12,7 +12,7 @@ from llmserve.errors import LLMServeError, Overloaded, RequestError, quoted
 from llmserve.lifecycle.eviction import HOST, Level
 from llmserve.lifecycle.replica import State
 from llmserve.registry import diff
-from llmserve.registry.names import Model, Registry
+from llmserve.registry.names import Model, ModelNames
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
     from llmserve.lifecycle.pool import Pool
     from llmserve.lifecycle.replica import Backend, Replica
-    from llmserve.lifecycle.served_model import Entry
+    from llmserve.lifecycle.served_model import ServedModel
     from llmserve.registry.config import Config, ModelSpec
     from llmserve.registry.diff import Change, Changes
 
 log = logging.getLogger(__name__)
 
 
-class Control:
+class ModelOperator:
     """`read` gives the registry as it is now on disk; `adopted` is told of one that counts."""
 
     def __init__(
@@ -53,7 +53,7 @@ class Control:
     def model(self, name: str) -> dict[str, Any]:
         return self._shown(self._pool.entry(name))
 
-    def _shown(self, entry: Entry) -> dict[str, Any]:
+    def _shown(self, entry: ServedModel) -> dict[str, Any]:
         spec = entry.model.spec
         return {
             "name": entry.name,
@@ -120,7 +120,7 @@ class Control:
             )
         await self._rest(entry, Level.HOST)
 
-    async def _rest(self, entry: Entry, level: Level) -> None:
+    async def _rest(self, entry: ServedModel, level: Level) -> None:
         await asyncio.gather(*(self._pool.life.rest(each, level) for each in entry.replicas))
 
     # --- reload
@@ -150,7 +150,7 @@ class Control:
 
     def _publish(self) -> None:
         """Let the models be found by the names that they answer to now."""
-        self._pool.registry = Registry(self._specs())
+        self._pool.registry = ModelNames(self._specs())
 
     async def _go_by(self, config: Config, changes: Changes) -> list[str]:
         """Apply; lines of what did not go well, which leaves its model as it was."""
@@ -207,7 +207,7 @@ class Control:
                 replica.running = running
         return []
 
-    async def _started(self, entry: Entry) -> list[str]:
+    async def _started(self, entry: ServedModel) -> list[str]:
         if entry.model.spec.start != "lazy":
             await self._pool.start_late(entry)
         return _failures(entry)
@@ -229,7 +229,7 @@ class Control:
         await self._pool.end(old, [each for each in old.replicas if each not in kept])
         return await self._started(entry)
 
-    async def _replaced(self, old: Entry, new: Entry) -> list[str]:
+    async def _replaced(self, old: ServedModel, new: ServedModel) -> list[str]:
         """The old engines serve until the new ones can, and on if these fail."""
         if old.ready or new.model.spec.start != "lazy":
             await self._pool.start_late(new)
@@ -264,7 +264,7 @@ def _with_server_of(before: Config, config: Config, names: Iterable[str]) -> Con
     return config.model_copy(update={"server": config.server.model_copy(update=stay)})
 
 
-def _failures(entry: Entry) -> list[str]:
+def _failures(entry: ServedModel) -> list[str]:
     failed = (each for each in entry.replicas if each.state is State.FAILED)
     return [f"{each.name}: {each.note}" for each in failed]
 
@@ -275,7 +275,7 @@ def _cause(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _unloaded(entry: Entry) -> LLMServeError:
+def _unloaded(entry: ServedModel) -> LLMServeError:
     return Overloaded(
         f"The model {quoted(entry.name)} is being unloaded.", retry_after_s=1, code="model_unloaded"
     )

@@ -14,24 +14,24 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from llmserve.errors import EngineDead, LLMServeError, Overloaded, StartupError, quoted
-from llmserve.lifecycle.dispatch import Ask
+from llmserve.lifecycle.dispatch import DispatchRequest
 from llmserve.lifecycle.events import Events
 from llmserve.lifecycle.eviction import Level
-from llmserve.lifecycle.lease import Lease, Task, Wish
+from llmserve.lifecycle.lease import Lease, ModelRequest, Task
 from llmserve.lifecycle.replica import AT_REST, STARTING, Replica, State
 from llmserve.lifecycle.response_store import Archive
-from llmserve.lifecycle.served_model import Entry
-from llmserve.lifecycle.transitions import Life
+from llmserve.lifecycle.served_model import ServedModel
+from llmserve.lifecycle.transitions import ReplicaLifecycle
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable, Sequence
 
     from prometheus_client import CollectorRegistry, Counter
 
-    from llmserve.lifecycle.admission import Place
+    from llmserve.lifecycle.admission import QueuedRequest
     from llmserve.lifecycle.replica import Backend
     from llmserve.metrics import Metrics
-    from llmserve.registry.names import Model, Registry
+    from llmserve.registry.names import Model, ModelNames
 
 log = logging.getLogger(__name__)
 Way: TypeAlias = "Callable[[Replica], Coroutine[Any, Any, None]]"  # from one state to another
@@ -50,16 +50,16 @@ def cut_off() -> Overloaded:
 class Pool:
     def __init__(
         self,
-        registry: Registry,
+        registry: ModelNames,
         backend: Backend,
         metrics: Metrics,
         on_change: Callable[[Replica], None] = lambda _: None,
     ) -> None:
         self.registry = registry
-        self.entries: dict[str, Entry] = {}
+        self.entries: dict[str, ServedModel] = {}
         self.leases: dict[Lease, None] = {}  # in the order in which they were given
         self.events = Events()
-        self.life = Life(backend, metrics, self._changed)
+        self.life = ReplicaLifecycle(backend, metrics, self._changed)
         self._archive = Archive()
         self._backend = backend
         self._metrics = metrics
@@ -70,7 +70,7 @@ class Pool:
         # Those whose coming is being broken off, until they are stopped.
         self._broken: dict[Replica, asyncio.Future[None]] = {}
         self._dispatched: dict[Replica, Counter] = {}  # where there is a choice
-        self._owner: dict[Replica, Entry] = {}  # also of models that leave
+        self._owner: dict[Replica, ServedModel] = {}  # also of models that leave
         for model in registry.models:
             self.enter(self.made(model))
 
@@ -81,7 +81,7 @@ class Pool:
         """Those of every model, in the order of the registry, and of those that leave."""
         return list(self._owner)
 
-    def made(self, model: Model, kept: Iterable[Replica] = ()) -> Entry:
+    def made(self, model: Model, kept: Iterable[Replica] = ()) -> ServedModel:
         """A model with engines of its own, or with some that run already; not here yet."""
         there = {replica.number: replica for replica in kept}
         spec = model.spec
@@ -89,7 +89,7 @@ class Pool:
             there.get(number) or Replica(model, number, self._backend.holds(spec, number))
             for number in range(spec.replicas)
         ]
-        entry = Entry(model, replicas, self._onward)
+        entry = ServedModel(model, replicas, self._onward)
         entry.responses = self._archive.of_model()
         entry.ready = tuple(each for each in replicas if each.state is State.READY)
         for replica in replicas:
@@ -97,7 +97,7 @@ class Pool:
         entry.adopt(model)
         return entry
 
-    def enter(self, entry: Entry) -> None:
+    def enter(self, entry: ServedModel) -> None:
         """From now on this is the model of its name; requests that wait for it wait on here."""
         before = self.entries.get(entry.name)
         if before not in (None, entry):
@@ -118,7 +118,7 @@ class Pool:
             before.slots.move_to(entry.slots)
         self._onward(entry)
 
-    def rename(self, entry: Entry, model: Model) -> None:
+    def rename(self, entry: ServedModel, model: Model) -> None:
         self._forget(self.entries.pop(entry.name))
         entry.adopt(model)
         self.enter(entry)
@@ -130,7 +130,7 @@ class Pool:
         rest = [each for each in self._owner if each not in shown]
         self._owner = {each: self._owner[each] for each in (*shown, *rest)}
 
-    def leave(self, entry: Entry) -> None:
+    def leave(self, entry: ServedModel) -> None:
         """Nobody finds it any more; those in its line may still."""
         del self.entries[entry.name]
         self._forget(entry)
@@ -139,7 +139,7 @@ class Pool:
             if self._owner[replica] is entry:  # its place is free soon, and whoever comes waits
                 replica.model = unpinned
 
-    async def end(self, entry: Entry, replicas: Iterable[Replica] | None = None) -> None:
+    async def end(self, entry: ServedModel, replicas: Iterable[Replica] | None = None) -> None:
         """End engines of a model that leaves, once its requests have ended."""
         while entry.slots.waiting() and self._serves_later(entry):  # noqa: ASYNC110  # once
             await asyncio.sleep(_DRAIN_LOOK_S)
@@ -158,7 +158,7 @@ class Pool:
             await asyncio.wait({coming})
             await self.life.rest(replica, Level.STOPPED)
 
-    def _forget(self, entry: Entry) -> None:
+    def _forget(self, entry: ServedModel) -> None:
         for shown in (self._metrics.in_flight, self._metrics.queued):
             shown.remove(entry.name)
         for replica in entry.replicas:
@@ -180,11 +180,11 @@ class Pool:
 
     # --- asking
 
-    def entry(self, name: str) -> Entry:
+    def entry(self, name: str) -> ServedModel:
         """That of a public name. Raises ModelNotFound."""
         return self.entries[self.registry.find(name).name]
 
-    def lease(self, wish: Wish) -> Lease | Place[Wish, Lease]:
+    def lease(self, wish: ModelRequest) -> Lease | QueuedRequest[ModelRequest, Lease]:
         """Leave to send one request to its model, or a place in the queue for that.
 
         Deciding and queueing are one step, so that no change comes between. A place starts the
@@ -204,10 +204,10 @@ class Pool:
             entry.slots.unless_full(wish.deadline, ready_in_s or 0.0)
         return entry.slots.join(wish.deadline, wish)
 
-    def _leased(self, entry: Entry, living: Sequence[Replica], wish: Wish) -> Lease:
+    def _leased(self, entry: ServedModel, living: Sequence[Replica], wish: ModelRequest) -> Lease:
         replica, tokens = living[0], 0
         if entry.policy is not None:
-            ask = Ask.of(wish.name, wish.body, wish.endpoint.answer_tokens)
+            ask = DispatchRequest.of(wish.name, wish.body, wish.endpoint.answer_tokens)
             replica, tokens = entry.policy.choose(living, ask), ask.tokens
             self._dispatched[replica].inc()
         if replica.running is None:
@@ -216,7 +216,7 @@ class Pool:
         held = (slot, tokens, self.leases, wish.deadline, wish.task)
         return Lease(replica, replica.running, *held)
 
-    def _living(self, entry: Entry) -> Sequence[Replica]:
+    def _living(self, entry: ServedModel) -> Sequence[Replica]:
         """The replicas that are ready, without those whose engine has died.
 
         These have the least to do, and would get every request.
@@ -227,7 +227,7 @@ class Pool:
             return [replica for replica in entry.ready if not _is_dead(replica)]
         return entry.ready
 
-    def _onward(self, entry: Entry) -> None:
+    def _onward(self, entry: ServedModel) -> None:
         """Let in those that wait, or start their model, or send them away.
 
         Called after each change of what they wait for: the queue, slots, limit or states.
@@ -243,12 +243,12 @@ class Pool:
         else:
             entry.slots.refuse(lambda: self._not_ready(entry))
 
-    def _serves_later(self, entry: Entry) -> bool:
+    def _serves_later(self, entry: ServedModel) -> bool:
         """Whether those that wait for it may still be let in."""
         coming = any(each in self._comings and not each.retired for each in entry.replicas)
         return coming or entry.comes or entry.rests
 
-    def _not_ready(self, entry: Entry) -> LLMServeError:
+    def _not_ready(self, entry: ServedModel) -> LLMServeError:
         name = quoted(entry.name)
         if entry.comes:
             return Overloaded(
@@ -260,7 +260,7 @@ class Pool:
             return EngineDead(f"The engine of {name} died {deaths} times and is not started again.")
         return EngineDead(f"The model {name} could not be started.", code="model_failed")
 
-    def ready(self) -> list[Entry]:
+    def ready(self) -> list[ServedModel]:
         return [entry for entry in self.entries.values() if entry.ready]
 
     def registries(self) -> Iterable[CollectorRegistry]:
@@ -268,7 +268,7 @@ class Pool:
 
     # --- coming
 
-    async def bring(self, entry: Entry) -> None:
+    async def bring(self, entry: ServedModel) -> None:
         """Until each of its replicas is ready, or has failed."""
         if self._closed:
             raise cut_off()
@@ -280,14 +280,14 @@ class Pool:
                 self._come(replica, self.life.bring)
         await self.came(entry)
 
-    async def start_late(self, entry: Entry) -> None:
+    async def start_late(self, entry: ServedModel) -> None:
         """Start the replicas of a model that has just come, and wait for them."""
         for replica in entry.replicas:
             if replica.level is Level.STOPPED:
                 self._come(replica, self.life.start)
         await self.came(entry)
 
-    async def came(self, entry: Entry) -> bool:
+    async def came(self, entry: ServedModel) -> bool:
         """Until those of its replicas that are on their way are ready, or have failed.
 
         False if that was broken off meanwhile; they are stopped then.
@@ -299,7 +299,7 @@ class Pool:
             await asyncio.wait(broken)
         return not (coming and broken)
 
-    async def end_now(self, entry: Entry) -> None:
+    async def end_now(self, entry: ServedModel) -> None:
         """Stop a model without waiting for a start, wake or restart that is under way."""
         coming = self._comings.keys() - self._ending
         broken = [each for each in entry.replicas if each in coming]
@@ -347,7 +347,7 @@ class Pool:
         if not any(entry.comes for entry in self.entries.values()):
             raise StartupError("no model could be started")
 
-    def _ask_for(self, entry: Entry) -> None:
+    def _ask_for(self, entry: ServedModel) -> None:
         for replica in entry.replicas:
             if replica.may_come:
                 replica.patient = True
@@ -440,7 +440,7 @@ class Pool:
             if not entry.ready:
                 entry.slots.refuse(cut_off)
 
-    def _all(self) -> Iterable[Entry]:
+    def _all(self) -> Iterable[ServedModel]:
         """Models that leave included."""
         return dict.fromkeys((*self.entries.values(), *self._owner.values()))
 
@@ -480,6 +480,6 @@ def _is_dead(replica: Replica) -> bool:
     return replica.running is not None and replica.running.dead
 
 
-def _unless_required(entry: Entry) -> None:
+def _unless_required(entry: ServedModel) -> None:
     if entry.state is State.FAILED and entry.model.spec.required:
         raise StartupError(f"{entry.name} is required and failed: {entry.note}")

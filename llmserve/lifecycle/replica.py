@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from llmserve.lifecycle.dispatch import Load
 from llmserve.lifecycle.eviction import Level
-from llmserve.lifecycle.restart_backoff import Deaths
+from llmserve.lifecycle.restart_backoff import RestartBackoff
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Scope
 
     from llmserve.lifecycle.eviction import Takes
-    from llmserve.lifecycle.response_store import Responses
+    from llmserve.lifecycle.response_store import ResponseStore
     from llmserve.registry.config import Config, ModelSpec
     from llmserve.registry.names import Model
 
@@ -86,7 +86,7 @@ class Running(Protocol):
     async def call(
         self, endpoint: str, body: dict[str, Any], asked: str, request: Request
     ) -> ASGIApp: ...
-    def share(self, stored: Responses) -> None:
+    def share(self, stored: ResponseStore) -> None:
         """Store answers of /v1/responses there; before its first request."""
         ...
 
@@ -182,8 +182,8 @@ class Replica:
         self.used = time.monotonic()  # when a request last came or went
         self.retired = False  # it ends with its requests, and does not start again
         self.patient = model.spec.start == "lazy"  # requests wait for it while it is on its way
-        self.deaths = Deaths()
-        self.failures = Deaths()  # of starts that requests asked for
+        self.deaths = RestartBackoff()
+        self.failures = RestartBackoff()  # of starts that requests asked for
         self.again_at = math.inf  # when they may once more
         self.gave_way = 0  # times
         self.load = Load()

@@ -1,6 +1,6 @@
 """A model's answers of /v1/responses: who may see them, and how much memory they take.
 
-vLLM keeps each engine's for ever, in dictionaries of its handler. `Responses` stands for
+vLLM keeps each engine's for ever, in dictionaries of its handler. `ResponseStore` stands for
 these dictionaries. It belongs to a model, so its replicas share it and it outlives their
 engines; `Archive` bounds the bytes of all models. What belongs together is evicted together,
 oldest first; a response that still runs is never evicted.
@@ -69,10 +69,10 @@ class Archive:
 
     def __init__(self, limit_bytes: int = LIMIT_BYTES) -> None:
         self._limit_bytes = limit_bytes
-        self._models: WeakSet[Responses] = WeakSet()
+        self._models: WeakSet[ResponseStore] = WeakSet()
 
-    def of_model(self, limit: int = LIMIT) -> Responses:
-        made = Responses(limit, self.trim)
+    def of_model(self, limit: int = LIMIT) -> ResponseStore:
+        made = ResponseStore(limit, self.trim)
         self._models.add(made)
         return made
 
@@ -87,7 +87,7 @@ class Archive:
             over -= oldest.evict()
 
 
-class Responses:
+class ResponseStore:
     """Those of one model. `grown` is called when more is stored."""
 
     def __init__(self, limit: int = LIMIT, grown: Callable[[], None] = lambda: None) -> None:
@@ -250,7 +250,7 @@ def _not_streamed() -> RequestError:
 class _Part:
     """One of vLLM's dictionaries: as much of one as its handler uses."""
 
-    def __init__(self, responses: Responses, name: str) -> None:
+    def __init__(self, responses: ResponseStore, name: str) -> None:
         self._responses = responses
         self._name = name
 

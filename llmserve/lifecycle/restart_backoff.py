@@ -9,7 +9,7 @@ GIVE_UP = 5  # deaths in a row
 _FIRST_S = 1.0
 
 
-class Deaths:
+class RestartBackoff:
     """Of one replica: exponential back-off, then quarantine."""
 
     def __init__(self) -> None:

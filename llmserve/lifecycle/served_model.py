@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from llmserve.lifecycle.admission import Slots
+from llmserve.lifecycle.admission import AdmissionQueue
 from llmserve.lifecycle.dispatch import policy_of
 from llmserve.lifecycle.replica import STARTING, Replica, State
-from llmserve.lifecycle.response_store import Responses
+from llmserve.lifecycle.response_store import ResponseStore
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from llmserve.lifecycle.dispatch import Policy
-    from llmserve.lifecycle.lease import Lease, Wish
+    from llmserve.lifecycle.lease import Lease, ModelRequest
     from llmserve.lifecycle.replica import Running
     from llmserve.registry.names import Model
 
@@ -34,20 +34,20 @@ _FURTHEST = (
 )
 
 
-class Entry:
+class ServedModel:
     """`changed` is called with it whenever a request in its queue may have to be let in."""
 
     def __init__(
-        self, model: Model, replicas: Iterable[Replica], changed: Callable[[Entry], None]
+        self, model: Model, replicas: Iterable[Replica], changed: Callable[[ServedModel], None]
     ) -> None:
         self.model = model
         self.replicas = tuple(replicas)
         self.ready: tuple[Replica, ...] = ()
         self.changed = lambda: changed(self)
-        self.slots: Slots[Wish, Lease] = Slots(
+        self.slots: AdmissionQueue[ModelRequest, Lease] = AdmissionQueue(
             model.name, model.spec.max_in_flight, model.spec.max_queue, self.changed
         )
-        self.responses = Responses()  # that can be fetched again, also while no engine runs
+        self.responses = ResponseStore()  # that can be fetched again, also while no engine runs
         self.policy: Policy | None = policy_of(model.spec)  # None: there is one replica
 
     def adopt(self, model: Model) -> None:
@@ -60,7 +60,7 @@ class Entry:
             replica.model = model
         self.slots.resize(model.spec.max_in_flight, model.spec.max_queue)
 
-    def inherit(self, before: Entry) -> None:
+    def inherit(self, before: ServedModel) -> None:
         """Take the slots of an entry whose engines go on here, with what holds and awaits them."""
         self.slots, before.slots = before.slots, self.slots
         for entry in (self, before):

@@ -15,7 +15,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from llmserve.errors import LLMServeError, StartupError
-from llmserve.gpus.claims import GpuLocks
+from llmserve.gpus.claims import GpuClaims
 from llmserve.gpus.device import gib
 from llmserve.lifecycle.eviction import HOST, Level, Resident, room
 from llmserve.lifecycle.replica import STARTING, State
@@ -38,7 +38,7 @@ _TURN_S = (2.0, 60.0)  # not shorter, not longer
 _WAKE_S = 0.5  # of a sleeper that has never been awakened
 
 
-class Life:
+class ReplicaLifecycle:
     """`changed` is told of every change, with the state before it."""
 
     def __init__(
@@ -48,7 +48,7 @@ class Life:
         self._metrics = metrics
         self._changed = changed
         self._booked: dict[Replica, Level] = {}  # what of the memory each may have
-        self._order = GpuLocks()  # of those who want room, first come, first served
+        self._order = GpuClaims()  # of those who want room, first come, first served
 
     # --- up
 

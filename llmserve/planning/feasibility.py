@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from llmserve.checkpoint.shape import Unknown
+from llmserve.checkpoint.shape import UnknownShape
 from llmserve.gpus.device import Gpu, amount, apart, find, listed, short_name
 from llmserve.planning import memory_model
 from llmserve.planning.plan import Problem
@@ -44,19 +44,19 @@ _AS_FITS = -1  # max_model_len that vLLM finds itself
 _CPU_BLOCK_TOKENS = 128  # of a KV cache. Source: vllm/platforms/cpu.py; a contract test compares
 
 
-def of_files(spec: ModelSpec, shape: Shape | Unknown) -> list[Problem]:
+def of_files(spec: ModelSpec, shape: Shape | UnknownShape) -> list[Problem]:
     """What is wrong wherever the model is to run."""
-    if not isinstance(shape, Unknown):
+    if not isinstance(shape, UnknownShape):
         return list(_of_context(spec, shape))
     return (
         [] if shape.usable else [Problem(spec.name, f"cannot be loaded: {shape.why}", key="model")]
     )
 
 
-def anywhere(spec: ModelSpec, shape: Shape | Unknown) -> list[Problem]:
+def anywhere(spec: ModelSpec, shape: Shape | UnknownShape) -> list[Problem]:
     """The same, and a KV cache that is too small on however many devices."""
     found = of_files(spec, shape)
-    if found or isinstance(shape, Unknown) or spec.kv_cache is None:
+    if found or isinstance(shape, UnknownShape) or spec.kv_cache is None:
         return found
     said = spec.tensor_parallel_size or spec.engine.get("tensor_parallel_size")
     most = said or (1 if spec.devices is not None else max(1, shape.kv_heads))
@@ -67,10 +67,10 @@ def anywhere(spec: ModelSpec, shape: Shape | Unknown) -> list[Problem]:
     )  # for the fewest devices that are possible
 
 
-def on_cpu(spec: ModelSpec, shape: Shape | Unknown, kv_cache: int) -> list[Problem]:
+def on_cpu(spec: ModelSpec, shape: Shape | UnknownShape, kv_cache: int) -> list[Problem]:
     """What is wrong where the model is to run on the CPU, with so much KV cache."""
     found = of_files(spec, shape)
-    if found or isinstance(shape, Unknown):
+    if found or isinstance(shape, UnknownShape):
         return found
     tokens = memory_model.BLOCK_TOKENS if shape.latent_dim else _CPU_BLOCK_TOKENS
     spec = spec.model_copy(update={"engine": {"block_size": tokens} | spec.engine})
@@ -95,9 +95,9 @@ def short_of_kv(spec: ModelSpec, kv_cache: int, context: int, least: int) -> str
     return f"{there} of KV cache is less than {asked}{context:,} tokens take, {needed}"
 
 
-def flaws(spec: ModelSpec, shape: Shape | Unknown, box: Box) -> list[Problem]:
+def flaws(spec: ModelSpec, shape: Shape | UnknownShape, box: Box) -> list[Problem]:
     """Everything about an entry that no placement can mend; for a shape, why it is not known."""
-    told = _unknown(spec, shape) if isinstance(shape, Unknown) else _of_shape(spec, shape, box)
+    told = _unknown(spec, shape) if isinstance(shape, UnknownShape) else _of_shape(spec, shape, box)
     return [*_of_devices(spec, box), *of_files(spec, shape), *told]
 
 
@@ -195,7 +195,7 @@ def _of_kinds(spec: ModelSpec, shape: Shape, box: Box) -> Iterator[Problem]:
         yield Problem(spec.name, message, "dtype: float16", "engine")
 
 
-def _unknown(spec: ModelSpec, shape: Unknown) -> Iterator[Problem]:
+def _unknown(spec: ModelSpec, shape: UnknownShape) -> Iterator[Problem]:
     """Of a model of unknown size, only what the entry says is known."""
     said = spec.devices is not None and (spec.memory or spec.gpu_memory_utilization)
     if shape.usable and not said:

@@ -16,7 +16,7 @@ _KEPT = 1 << 20  # bytes; vLLM takes 0 bytes of KV cache for "not said"
 
 
 @dataclass(frozen=True)
-class Replica:
+class PlannedReplica:
     """One engine of the plan. Bytes are those on each of its GPUs."""
 
     model: str
@@ -84,10 +84,10 @@ class Problem:
 class Plan:
     box: Box
     headroom: float  # share of each GPU that is left free
-    replicas: tuple[Replica, ...]
+    replicas: tuple[PlannedReplica, ...]
     problems: tuple[Problem, ...] = ()
 
-    def on(self, index: int) -> list[Replica]:
+    def on(self, index: int) -> list[PlannedReplica]:
         """The replicas that use a GPU, in the order of the registry."""
         return [replica for replica in self.replicas if index in replica.devices]
 
@@ -102,10 +102,10 @@ class Plan:
         woken = max((one.bytes - one.asleep for one in on if one.displaces), default=0)
         return max(self.used(index), asleep + woken)
 
-    def replica(self, model: str, number: int) -> Replica:
+    def replica(self, model: str, number: int) -> PlannedReplica:
         return next(r for r in self.replicas if (r.model, r.number) == (model, number))
 
-    def spec_of(self, spec: ModelSpec, replica: Replica) -> ModelSpec:
+    def spec_of(self, spec: ModelSpec, replica: PlannedReplica) -> ModelSpec:
         """A replica's entry with everything said: GPUs, parallelism, bytes of KV cache."""
         smallest = min(self.box[index].memory for index in replica.devices)
         said: dict[str, Any] = {

@@ -6,13 +6,13 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from llmserve.checkpoint.shape import Unknown
+from llmserve.checkpoint.shape import UnknownShape
 from llmserve.gpus.device import gib, listed
 from llmserve.planning import feasibility, memory_model, suggestions
 from llmserve.planning.measurements import fingerprint
 from llmserve.planning.placement import Demand, Option, place
-from llmserve.planning.plan import Plan, Problem, Replica
-from llmserve.planning.size import Size
+from llmserve.planning.plan import Plan, PlannedReplica, Problem
+from llmserve.planning.size import ReplicaFootprint
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,10 +23,12 @@ if TYPE_CHECKING:
     from llmserve.registry.config import ModelSpec
 
 
-class Wanted:
+class ModelDemand:
     """An entry of the registry as the GPUs see it."""
 
-    def __init__(self, spec: ModelSpec, shape: Shape | None, sizes: Sequence[Size], box: Box):
+    def __init__(
+        self, spec: ModelSpec, shape: Shape | None, sizes: Sequence[ReplicaFootprint], box: Box
+    ):
         self.spec = spec
         self._shape = shape
         self._box = box
@@ -48,7 +50,7 @@ class Wanted:
         ]
 
     @property
-    def least(self) -> Size | None:
+    def least(self) -> ReplicaFootprint | None:
         """On as few GPUs as possible; None if its shape is unknown."""
         return next(iter(self.sizes.values()), None)
 
@@ -56,7 +58,7 @@ class Wanted:
     def _on_demand(self) -> bool:
         return self.spec.start != "eager"
 
-    def _option(self, size: Size | None) -> Option:
+    def _option(self, size: ReplicaFootprint | None) -> Option:
         parallel = self.spec.parallel_sizes
         if size is not None:
             parallel = parallel | {"tensor_parallel_size": size.settings.tensor_parallel_size}
@@ -81,7 +83,7 @@ class Wanted:
         share = self.spec.gpu_memory_utilization
         return None if share is None else int(share * gpu.memory)
 
-    def _exceeds(self, size: Size, gpu: Gpu) -> bool:
+    def _exceeds(self, size: ReplicaFootprint, gpu: Gpu) -> bool:
         """Whether a size needs more than the entry gives it; a KV cache that is said wins."""
         budget = None if self.spec.kv_cache is not None else self._budget(gpu)
         return budget is not None and size.needs > budget
@@ -103,7 +105,7 @@ class Wanted:
         size = self.sizes.get(placed.option)
         return None if size is None else self._short(size, self._smallest(placed))
 
-    def _short(self, size: Size, gpu: Gpu) -> Problem | None:
+    def _short(self, size: ReplicaFootprint, gpu: Gpu) -> Problem | None:
         if not self._exceeds(size, gpu):
             return None
         key = "memory" if self.spec.memory is not None else "gpu_memory_utilization"
@@ -160,9 +162,9 @@ class Wanted:
                 on_demand=self._on_demand and not stays,
             )
 
-    def replica(self, number: int, placed: Placed) -> Replica:
+    def replica(self, number: int, placed: Placed) -> PlannedReplica:
         smallest = self._smallest(placed)
-        unknown = Replica(
+        unknown = PlannedReplica(
             model=self.spec.name,
             number=number,
             of=self.spec.replicas,
@@ -199,7 +201,7 @@ class Wanted:
             known=True,
         )
 
-    def _kv(self, size: Size, gpu: Gpu, extra: int) -> int:
+    def _kv(self, size: ReplicaFootprint, gpu: Gpu, extra: int) -> int:
         """Bytes of KV cache on each device: what the entry says, or the rest of its budget."""
         if not size.least:
             return 0
@@ -222,7 +224,7 @@ class Planner:
         self,
         box: Box,
         headroom: float,
-        shapes: Mapping[str, Shape | Unknown],
+        shapes: Mapping[str, Shape | UnknownShape],
         overhead_of: Callable[[str], int | None] = lambda _: None,
     ) -> None:
         self._box = box
@@ -240,7 +242,7 @@ class Planner:
 
     def _laid_out(self, specs: Sequence[ModelSpec], *, finish: bool = True) -> Plan:
         problems: list[Problem] = []
-        wanted: list[Wanted] = []
+        wanted: list[ModelDemand] = []
         for spec in specs:
             found = feasibility.flaws(spec, self._shapes[spec.name], self._box)
             each = None if found else self._wanted(spec)
@@ -252,7 +254,7 @@ class Planner:
         demands = [demand for each in wanted for demand in each.demands()]
         placement = place(demands, self._box, self._headroom, finish=finish)
         misfits = {misfit.demand.name: misfit for misfit in placement.left}
-        replicas: list[Replica] = []
+        replicas: list[PlannedReplica] = []
         for each in wanted:
             left = [misfits[name] for name in each.names if name in misfits]
             if left:
@@ -267,15 +269,15 @@ class Planner:
         sleeping = tuple(_with_sleep(replicas, specs))
         return Plan(self._box, self._headroom, sleeping, tuple(problems))
 
-    def _wanted(self, spec: ModelSpec) -> Wanted:
+    def _wanted(self, spec: ModelSpec) -> ModelDemand:
         shape = self._shapes[spec.name]
-        if isinstance(shape, Unknown):
-            return Wanted(spec, None, (), self._box)
+        if isinstance(shape, UnknownShape):
+            return ModelDemand(spec, None, (), self._box)
         degrees = feasibility.tensor_parallel_sizes(spec, shape, self._box)
         sizes = [self._size(spec, shape, degree) for degree in degrees]
-        return Wanted(spec, shape, sizes, self._box)
+        return ModelDemand(spec, shape, sizes, self._box)
 
-    def _size(self, spec: ModelSpec, shape: Shape, tensor_parallel_size: int) -> Size:
+    def _size(self, spec: ModelSpec, shape: Shape, tensor_parallel_size: int) -> ReplicaFootprint:
         first = self._box[0]
         settings = memory_model.Settings.of(spec, shape, tensor_parallel_size, first)
         chosen = [gpu for group in feasibility.groups(spec, self._box) for gpu in group]
@@ -283,7 +285,7 @@ class Planner:
         if mark not in self._overheads:
             self._overheads[mark] = self._overhead_of(mark)
         known = self._overheads[mark]
-        return Size(
+        return ReplicaFootprint(
             settings=settings,
             weights=memory_model.weights_bytes(shape, settings),
             overhead=memory_model.overhead_bytes(shape, settings) if known is None else known,
@@ -297,7 +299,7 @@ class Planner:
 
     def _with_remedy(self, problem: Problem, specs: Sequence[ModelSpec], plan: Plan) -> Problem:
         shape = self._shapes[problem.model]
-        if problem.remedy is not None or isinstance(shape, Unknown):
+        if problem.remedy is not None or isinstance(shape, UnknownShape):
             return problem
         spec = next(spec for spec in specs if spec.name == problem.model)
         failed = {each.model for each in plan.problems} - {spec.name}
@@ -311,7 +313,9 @@ class Planner:
         return problem
 
 
-def _with_sleep(replicas: Sequence[Replica], specs: Sequence[ModelSpec]) -> Iterator[Replica]:
+def _with_sleep(
+    replicas: Sequence[PlannedReplica], specs: Sequence[ModelSpec]
+) -> Iterator[PlannedReplica]:
     """Who may be put to sleep, and the host memory that this takes."""
     idle = {spec.name for spec in specs if spec.idle.sleep_after is not None}
     shared = {index for one in replicas if one.on_demand and not one.stays for index in one.devices}

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Size:
+class ReplicaFootprint:
     """A replica at one degree of tensor parallelism. Bytes are those on each device."""
 
     settings: Settings

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from llmserve.checkpoint.shape import Shape
     from llmserve.gpus.device import Box
     from llmserve.planning.plan import Plan
-    from llmserve.planning.size import Size
+    from llmserve.planning.size import ReplicaFootprint
     from llmserve.registry.config import ModelSpec
 
 _SHORTEST = 2048  # tokens; a context below is no help to anyone
@@ -23,7 +23,7 @@ _FP8_NEEDS = feasibility.QUANTIZATION_NEEDS["fp8"]
 
 
 @dataclass(frozen=True)
-class Remedy:
+class Suggestion:
     """An entry instead of another; none instead of one leaves it out."""
 
     model: str
@@ -52,8 +52,12 @@ class Remedy:
 
 
 def of(
-    spec: ModelSpec, shape: Shape, size: Size | None, plan: Plan, specs: Sequence[ModelSpec]
-) -> Iterator[Remedy]:
+    spec: ModelSpec,
+    shape: Shape,
+    size: ReplicaFootprint | None,
+    plan: Plan,
+    specs: Sequence[ModelSpec],
+) -> Iterator[Suggestion]:
     """What to try, in order; whether it fits is the planner's to see."""
     if spec.devices is not None:
         elsewhere = spec.parallel_sizes["tensor_parallel_size"]
@@ -68,10 +72,12 @@ def of(
     others = sorted({r.model for r in plan.replicas}, key=lambda name: _taken(plan, name))
     yield from _on_demand(spec, others, plan, specs)
     for other in others:
-        yield Remedy(other, f"leaving {other} out", None)
+        yield Suggestion(other, f"leaving {other} out", None)
 
 
-def _budgets(spec: ModelSpec, box: Box, size: Size, headroom: float) -> Iterator[Remedy]:
+def _budgets(
+    spec: ModelSpec, box: Box, size: ReplicaFootprint, headroom: float
+) -> Iterator[Suggestion]:
     """The most that may be given away, where it asks for more; the least that holds it."""
     if spec.kv_cache is not None and size.least:
         text, needed = amount(size.least)
@@ -89,7 +95,7 @@ def _budgets(spec: ModelSpec, box: Box, size: Size, headroom: float) -> Iterator
                 yield _remedy(spec, words, gpu_memory_utilization=share)
 
 
-def _smaller(spec: ModelSpec, shape: Shape, box: Box) -> Iterator[Remedy]:
+def _smaller(spec: ModelSpec, shape: Shape, box: Box) -> Iterator[Suggestion]:
     """A shorter context, 8-bit weights, both."""
     asked = max(0, spec.engine.get("max_model_len") or 0) or shape.context
     longest = min(asked, shape.context)
@@ -110,7 +116,7 @@ def _smaller(spec: ModelSpec, shape: Shape, box: Box) -> Iterator[Remedy]:
 
 def _on_demand(
     spec: ModelSpec, others: Iterable[str], plan: Plan, specs: Iterable[ModelSpec]
-) -> Iterator[Remedy]:
+) -> Iterator[Suggestion]:
     """It sleeps until it is asked for, or one of the others does."""
     if spec.start != "eager":
         return
@@ -136,5 +142,5 @@ def _taken(plan: Plan, model: str) -> tuple[int, str]:
     return sum(r.bytes * len(r.devices) for r in plan.replicas if r.model == model), model
 
 
-def _remedy(spec: ModelSpec, words: str, **changed: Any) -> Remedy:
-    return Remedy(spec.name, words, spec.model_copy(update=changed), spec)
+def _remedy(spec: ModelSpec, words: str, **changed: Any) -> Suggestion:
+    return Suggestion(spec.name, words, spec.model_copy(update=changed), spec)

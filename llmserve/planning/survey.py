@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from llmserve.checkpoint import shape
-from llmserve.checkpoint.shape import Unknown
+from llmserve.checkpoint.shape import UnknownShape
 from llmserve.errors import LLMServeError
 from llmserve.planning import feasibility
 from llmserve.planning.measurements import Measured
@@ -40,7 +40,7 @@ def mistakes(config: Config) -> list[str]:
     return [problem.within(config) for problems in found for problem in problems]
 
 
-def shapes(specs: Sequence[ModelSpec], *, hub: bool = True) -> dict[str, Shape | Unknown]:
+def shapes(specs: Sequence[ModelSpec], *, hub: bool = True) -> dict[str, Shape | UnknownShape]:
     """Of every model, by name. Blocks; without `hub` only what is here is read."""
     with ThreadPoolExecutor(_READERS) as readers:
         read = readers.map(partial(shape_of, hub=hub), specs)
@@ -57,10 +57,10 @@ def _whole(read: Shape) -> Shape:
     return read
 
 
-def shape_of(spec: ModelSpec, *, hub: bool = True) -> Shape | Unknown:
+def shape_of(spec: ModelSpec, *, hub: bool = True) -> Shape | UnknownShape:
     try:
         return _whole(shape.read(spec, hub=hub))
     except LLMServeError as error:
-        return Unknown.of(error)
+        return UnknownShape.of(error)
     except (TypeError, ValueError, AttributeError, KeyError) as error:
-        return Unknown(f"its config.json is not understood: {error}")
+        return UnknownShape(f"its config.json is not understood: {error}")

@@ -32,7 +32,7 @@ class Model:
         return (*self.spec.names, *self.spec.loras)
 
 
-class Registry:
+class ModelNames:
     def __init__(self, specs: Iterable[ModelSpec]) -> None:
         self.models = tuple(Model(spec) for spec in specs)
         self._by_name = {name: model for model in self.models for name in model.names}

@@ -72,7 +72,7 @@ class Limits:
         return cls(connections=min(cls.connections, soft * 3 // 4))
 
 
-class Config(uvicorn.Config):
+class ConnectionConfig(uvicorn.Config):
     """uvicorn's, with the limits of a connection."""
 
     def __init__(self, application: Any, limits: Limits, **options: Any) -> None:
@@ -95,7 +95,7 @@ class Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """As uvicorn's, without its look-up of both addresses, seven system calls."""
-        self._limits = cast("Config", self.config).limits
+        self._limits = cast("ConnectionConfig", self.config).limits
         self._raw = transport
         self.flow = FlowControl(transport)
         self._out = _Lingering(transport, self.flow)

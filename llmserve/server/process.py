@@ -23,18 +23,18 @@ from llmserve.engine.backend import VllmBackend
 from llmserve.engine.run_folder import RunFolder
 from llmserve.errors import LLMServeError, StartupError
 from llmserve.gpus import nvml
-from llmserve.gpus.page_exchange import Handover
+from llmserve.gpus.page_exchange import PageBroker
 from llmserve.http import app
 from llmserve.http.services import Services
-from llmserve.lifecycle.gpu_memory import Space
-from llmserve.lifecycle.health import Watch
-from llmserve.lifecycle.host_memory import HostSpace
-from llmserve.lifecycle.operator import Control
+from llmserve.lifecycle.gpu_memory import GpuMemory
+from llmserve.lifecycle.health import HealthMonitor
+from llmserve.lifecycle.host_memory import HostMemory
+from llmserve.lifecycle.operator import ModelOperator
 from llmserve.lifecycle.pool import Pool
 from llmserve.lifecycle.replica import State
 from llmserve.metrics import Metrics
 from llmserve.planning import survey
-from llmserve.registry.names import Registry
+from llmserve.registry.names import ModelNames
 from llmserve.server import connection, startup_display, tls
 from llmserve.server import logs as serverlog
 
@@ -104,7 +104,7 @@ def _memory(config: Config) -> Memory:
     Raises PlacementError if the models do not fit, StartupError if others hold the memory.
     """
     if environment.is_cpu_build():
-        return HostSpace.of(config)
+        return HostMemory.of(config)
     box = nvml.visible()
     if not box:
         raise StartupError(
@@ -112,14 +112,14 @@ def _memory(config: Config) -> Memory:
             "or install the variant for CPUs"
         )
     plan = survey.plan(config, box).unless_infeasible(config)
-    space = Space(plan, host_memory=config.server.host_memory, handover=Handover())
+    space = GpuMemory(plan, host_memory=config.server.host_memory, handover=PageBroker())
     space.unless_taken()
     return space
 
 
 def _print_dtypes(memory: Memory, console: Console) -> None:
     """The data type of each model on a CPU, where it may have been chosen."""
-    if isinstance(memory, HostSpace) and memory.dtypes:
+    if isinstance(memory, HostMemory) and memory.dtypes:
         listed = ", ".join(f"{name} in {dtype}" for name, dtype in memory.dtypes.items())
         console.print(f"On the CPU: {listed}.", markup=False, highlight=False, soft_wrap=True)
 
@@ -168,7 +168,7 @@ class _Uvicorn(uvicorn.Server):
     connections: a timer for each would cost more than a request's headers.
     """
 
-    def __init__(self, config: connection.Config) -> None:
+    def __init__(self, config: connection.ConnectionConfig) -> None:
         super().__init__(config)
         self._limits = config.limits
         self._ending = asyncio.Event()
@@ -218,13 +218,13 @@ class _Process:
         self._display = startup_display.display(console)
         self._metrics = Metrics()
         self._pool = Pool(
-            Registry(config.models),
+            ModelNames(config.models),
             backend,
             self._metrics,
             self._display.changed,
         )
         self._display.add(self._pool.replicas)
-        self._control = Control(config, self._pool, backend, read, self._adopt)
+        self._control = ModelOperator(config, self._pool, backend, read, self._adopt)
         self._services = Services(config, self._pool, self._metrics, self._control)
         self._uvicorn = _Uvicorn(_uvicorn_config(config.server, app.build(self._services)))
         self._signalled = asyncio.Event()
@@ -260,7 +260,7 @@ class _Process:
         serving = asyncio.create_task(self._uvicorn.serve(sockets=[self._listener]))
         watches = [
             asyncio.create_task(self._metrics.watch_loop()),
-            asyncio.create_task(Watch(self._pool).run()),
+            asyncio.create_task(HealthMonitor(self._pool).run()),
         ]
         try:
             code = await self._until_signalled()
@@ -354,8 +354,8 @@ def _graceful_s(server: ServerSpec) -> int:
 
 def _uvicorn_config(
     server: ServerSpec, application: object, limits: connection.Limits | None = None
-) -> connection.Config:
-    config = connection.Config(
+) -> connection.ConnectionConfig:
+    config = connection.ConnectionConfig(
         application,
         limits=limits or connection.Limits.of_process(),
         lifespan="off",

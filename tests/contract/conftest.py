@@ -17,17 +17,17 @@ import pytest_asyncio
 from llmserve.engine import environment
 from llmserve.engine.worker import plugin
 from llmserve.http.services import Services
-from llmserve.lifecycle.operator import Control
+from llmserve.lifecycle.operator import ModelOperator
 from llmserve.lifecycle.pool import Pool
 from llmserve.metrics import Metrics
 from llmserve.registry.config import Config, ModelSpec, ServerSpec
-from llmserve.registry.names import Registry
+from llmserve.registry.names import ModelNames
 from tests.fakes import FakeBackend
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
-    from llmserve.engine.handlers import Serving
+    from llmserve.engine.handlers import ModelHandlers
     from llmserve.lifecycle.replica import Running, State
 
 MODELS = Path(__file__).parents[2] / "models"
@@ -53,10 +53,10 @@ def engine_environment(engine_logs: Path) -> None:
 @asynccontextmanager
 async def on_fake_core(
     spec: ModelSpec, step_s: float = STEP_S, number: int = 0, task: str = "generate"
-) -> AsyncIterator[tuple[Serving, Popen[bytes]]]:
+) -> AsyncIterator[tuple[ModelHandlers, Popen[bytes]]]:
     """vLLM's front end for a replica of `spec`, attached to a fake engine core."""
     from llmserve.engine.engine import Launcher
-    from llmserve.engine.handlers import Serving
+    from llmserve.engine.handlers import ModelHandlers
 
     names = [f"ipc://@llmserve-test-{uuid.uuid4().hex}" for _ in range(2)]
     addresses = {"input_address": names[0], "output_address": names[1]}
@@ -64,7 +64,7 @@ async def on_fake_core(
     core = _fake_core(*names, str(step_s), task)
     try:
         engine = await asyncio.to_thread(launcher.start, spec, number, addresses)
-        serving = await Serving.build(spec, engine)
+        serving = await ModelHandlers.build(spec, engine)
         yield serving, core
         await serving.stop()
     finally:
@@ -95,10 +95,10 @@ class Started(FakeBackend):
 async def services_of(specs: list[ModelSpec], running: dict[str, Any]) -> Services:
     metrics = Metrics()
     backend = Started(running)
-    pool = Pool(Registry(specs), backend, metrics)
+    pool = Pool(ModelNames(specs), backend, metrics)
     await pool.start()
     config = Config(file=Path("models.yaml"), server=ServerSpec(), models=tuple(specs))
-    control = Control(config, pool, backend, lambda: config, lambda _: None)
+    control = ModelOperator(config, pool, backend, lambda: config, lambda _: None)
     return Services(config, pool, metrics, control)
 
 

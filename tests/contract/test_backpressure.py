@@ -15,7 +15,7 @@ import pytest_asyncio
 
 from llmserve.api import token_stream as stream
 from llmserve.http import inference
-from llmserve.lifecycle.admission import Place
+from llmserve.lifecycle.admission import QueuedRequest
 from llmserve.lifecycle.lease import Lease
 from llmserve.registry.config import ServerSpec
 from llmserve.server import connection, process
@@ -26,7 +26,7 @@ from tests.fakes import soon, until
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from llmserve.lifecycle.lease import Wish
+    from llmserve.lifecycle.lease import ModelRequest
 
 SMALL = 4096  # of the kernel's buffers; uvicorn's own is 64 KiB
 LONG_ID = "i" * 128  # in every event, so that buffers are soon full
@@ -309,12 +309,12 @@ async def test_an_answer_after_comments_comes_whole(
     pool = box.services.pool
     lease = pool.lease
 
-    def lease_later(wish: Wish) -> Place[Wish, Lease]:
-        place: Place[Wish, Lease] = Place(wish.deadline, wish)
+    def lease_later(wish: ModelRequest) -> QueuedRequest[ModelRequest, Lease]:
+        place: QueuedRequest[ModelRequest, Lease] = QueuedRequest(wish.deadline, wish)
         asyncio.get_running_loop().call_later(0.2, lambda: place.give(lambda _: held(wish)))
         return place
 
-    def held(wish: Wish) -> Lease:
+    def held(wish: ModelRequest) -> Lease:
         given = lease(wish)
         assert isinstance(given, Lease)
         return given

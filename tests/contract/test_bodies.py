@@ -15,7 +15,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from llmserve.api.endpoints import ENDPOINTS
 from llmserve.engine.handlers import HANDLERS
-from llmserve.engine.pacing import Paced
+from llmserve.engine.pacing import PacedRendering
 from llmserve.engine.request_validation import KEYS_LIMIT, bounded
 from llmserve.http import app
 from tests.unit.effort import LongestTurn, calls
@@ -146,6 +146,6 @@ def test_bounded_validation_gives_what_vllm_s_gives(more: dict[str, Any]) -> Non
 
 def test_vllm_adds_each_prompt_through_add_request(fake: Services) -> None:
     client = fake.pool.entries["chat"].running.engine.client  # type: ignore[union-attr]
-    assert isinstance(client.add_request, Paced)
+    assert isinstance(client.add_request, PacedRendering)
     for method in (AsyncLLM.generate, AsyncLLM.encode):
         assert "add_request" in method.__code__.co_names

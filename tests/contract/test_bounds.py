@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from llmserve.engine.parent_watch import Tether
+from llmserve.engine.parent_watch import ParentWatch
 from llmserve.errors import EngineError
 from llmserve.lifecycle.eviction import Level
 from llmserve.registry.config import ModelSpec
@@ -61,12 +61,12 @@ def engine(client: Hung) -> Iterator[Any]:
     from vllm.engine.arg_utils import AsyncEngineArgs
 
     from llmserve.engine.engine import Bounds, Engine
-    from llmserve.engine.metrics import Figures
+    from llmserve.engine.metrics import EngineMetrics
 
     arguments = AsyncEngineArgs(model="m", enable_sleep_mode=True)
     hung: Any = client
-    tether = Tether()
-    made = Engine(hung, arguments, Figures("chat"), tether, Path("model-chat.log"))
+    tether = ParentWatch()
+    made = Engine(hung, arguments, EngineMetrics("chat"), tether, Path("model-chat.log"))
     made.bounds = Bounds(
         answer_s=0.02, silence_s=0.5, stop_s=0.05, copied_per_s=1e12, read_per_s=1e12
     )
@@ -109,11 +109,15 @@ async def test_engine_hung_as_it_wakes_is_killed(engine: Any, level: Level) -> N
 
 
 async def test_engine_cannot_be_built_on_a_hung_one(engine: Any) -> None:
-    from llmserve.engine.handlers import Serving
-    from llmserve.lifecycle.response_store import Responses
+    from llmserve.engine.handlers import ModelHandlers
+    from llmserve.lifecycle.response_store import ResponseStore
 
     with pytest.raises(EngineError, match=r"did not answer its tasks within 0\.02 s"):
-        await soon(Serving._of(ModelSpec(name="chat", model=str(CHAT)), engine, Responses(), None))
+        await soon(
+            ModelHandlers._of(
+                ModelSpec(name="chat", model=str(CHAT)), engine, ResponseStore(), None
+            )
+        )
     assert engine.dead
 
 

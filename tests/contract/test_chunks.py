@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 from vllm.parser import ParserManager
 
-from llmserve.engine.fastpath.chunk_templates import ChatModels, Template
+from llmserve.engine.fastpath.chunk_templates import ChatModels, ChunkTemplate
 from tests.contract.conftest import CHAT
 
 
-def template(*, parsed: bool) -> Template:
+def template(*, parsed: bool) -> ChunkTemplate:
     models = ChatModels("chat", "assistant", None, include_usage=False, parsed=parsed)
-    return Template(models, lambda frame: frame, include_usage=False)
+    return ChunkTemplate(models, lambda frame: frame, include_usage=False)
 
 
 def choice_of(frame: bytes) -> Any:

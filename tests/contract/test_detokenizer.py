@@ -45,12 +45,12 @@ def detokenizer_of(tokens: Any, prompt: list[int], **params: Any) -> Any:
 
 
 def by_table(ids: list[int], prompt: list[int] | None = None) -> list[str]:
-    from llmserve.engine.fastpath.detokenizer import ByTable, text_table
+    from llmserve.engine.fastpath.detokenizer import TableDetokenizer, text_table
 
     table = text_table(tokenizer(str(CHAT)), "chat")
     assert table is not None
     detokenizer = detokenizer_of(tokenizer(str(CHAT)), prompt or [1, 2, 3])
-    assert ByTable.take_over(detokenizer, table)
+    assert TableDetokenizer.take_over(detokenizer, table)
     return [detokenizer.decode_next(token) for token in ids]
 
 
@@ -102,13 +102,13 @@ def crooked() -> list[list[int]]:
 @pytest.mark.parametrize("number", range(4))
 @pytest.mark.parametrize("shown", [False, True], ids=["skipped", "special tokens shown"])
 def test_decode_after_crooked_prompt_is_answer_alone(number: int, *, shown: bool) -> None:
-    from llmserve.engine.fastpath.detokenizer import ByTable, text_table
+    from llmserve.engine.fastpath.detokenizer import TableDetokenizer, text_table
 
     tokens = tokenizer(str(CHAT))
     table = text_table(tokens, "chat")
     assert table is not None
     detokenizer = detokenizer_of(tokens, crooked()[number], skip_special_tokens=not shown)
-    assert ByTable.take_over(detokenizer, table) is not shown
+    assert TableDetokenizer.take_over(detokenizer, table) is not shown
     answer = "A flamingo 🦩, a family 👨‍👩‍👧."
     pieces = [detokenizer.decode_next(token) for token in tokens.encode(answer)]
     assert "".join(pieces) == answer

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from llmserve.gpus.page_exchange import ADDRESS, PAGE_BYTES, Handover
+from llmserve.gpus.page_exchange import ADDRESS, PAGE_BYTES, PageBroker
 from tests.unit.test_handover import until
 
 if TYPE_CHECKING:
@@ -138,9 +138,9 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
 
 
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Handover:
+def server(monkeypatch: pytest.MonkeyPatch) -> PageBroker:
     monkeypatch.setenv(ADDRESS, "restored afterwards")
-    return Handover()
+    return PageBroker()
 
 
 def pages(driver: Driver) -> Pages:
@@ -159,7 +159,7 @@ SMALL = 60 << 20
 
 
 def test_what_is_large_consists_of_pages_and_is_freed_by_vllm_s_own_way(
-    driver: Driver, server: Handover
+    driver: Driver, server: PageBroker
 ) -> None:
     kv, small = Allocation(KV, 1 << 40), Allocation(SMALL, 2 << 40)
     ours = pages(driver)
@@ -174,7 +174,7 @@ def test_what_is_large_consists_of_pages_and_is_freed_by_vllm_s_own_way(
     assert server.bytes(GPU) == 0
 
 
-def test_pages_pass_to_who_is_expected(driver: Driver, server: Handover) -> None:
+def test_pages_pass_to_who_is_expected(driver: Driver, server: PageBroker) -> None:
     one, other = Allocation(KV, 1 << 40), Allocation(KV + PAGE_BYTES, 2 << 40)
     goer, comer = pages(driver), pages(driver)
     goer.map([one.handle], anything)
@@ -190,7 +190,7 @@ def test_pages_pass_to_who_is_expected(driver: Driver, server: Handover) -> None
     assert driver.used() == 0
 
 
-def test_more_than_it_can_use_goes_to_the_driver(driver: Driver, server: Handover) -> None:
+def test_more_than_it_can_use_goes_to_the_driver(driver: Driver, server: PageBroker) -> None:
     one, other = Allocation(16 * PAGE_BYTES, 1 << 40), Allocation(PAGE_BYTES, 2 << 40)
     rest = Allocation(SMALL, 3 << 40)
     goer, comer = pages(driver), pages(driver)
@@ -203,7 +203,7 @@ def test_more_than_it_can_use_goes_to_the_driver(driver: Driver, server: Handove
 
 @pytest.mark.parametrize("size", [30 * PAGE_BYTES, 19 * PAGE_BYTES])
 def test_without_room_nothing_is_mapped_and_what_was_taken_stays_at_hand(
-    driver: Driver, server: Handover, size: int
+    driver: Driver, server: PageBroker, size: int
 ) -> None:
     """Also where the first of two has room."""
     one = Allocation(KV, 1 << 40)
@@ -222,7 +222,7 @@ def test_without_room_nothing_is_mapped_and_what_was_taken_stays_at_hand(
 
 
 @pytest.mark.parametrize("fails", ["create", "map", "allow"])
-def test_whatever_fails_leaves_nothing(driver: Driver, server: Handover, fails: str) -> None:
+def test_whatever_fails_leaves_nothing(driver: Driver, server: PageBroker, fails: str) -> None:
     driver.fails = {fails}
     with pytest.raises(RuntimeError, match=f"999 from {fails}"):
         pages(driver).map([Allocation(KV, 1 << 40).handle], anything)
@@ -233,7 +233,7 @@ def test_whatever_fails_leaves_nothing(driver: Driver, server: Handover, fails: 
 
 @pytest.mark.parametrize("fails", ["of", "descriptor"])
 def test_a_page_that_cannot_change_hands_comes_from_the_driver(
-    driver: Driver, server: Handover, fails: str
+    driver: Driver, server: PageBroker, fails: str
 ) -> None:
     one, other = Allocation(KV, 1 << 40), Allocation(KV, 2 << 40)
     goer, comer = pages(driver), pages(driver)
@@ -249,7 +249,7 @@ def test_a_page_that_cannot_change_hands_comes_from_the_driver(
 
 @pytest.mark.parametrize("refused", list(itertools.product([True, False], repeat=4)))
 def test_pages_imported_are_cleared_and_no_others(
-    driver: Driver, server: Handover, refused: tuple[bool, ...]
+    driver: Driver, server: PageBroker, refused: tuple[bool, ...]
 ) -> None:
     """With two allocations, each reported range lies within its own, whatever import fails."""
     size = 2 * PAGE_BYTES + SMALL
@@ -267,7 +267,7 @@ def test_pages_imported_are_cleared_and_no_others(
     assert {at for start, many in told for at in range(start, start + many, PAGE_BYTES)} == dirty
 
 
-def test_what_may_not_pass_is_of_one_piece(driver: Driver, server: Handover) -> None:
+def test_what_may_not_pass_is_of_one_piece(driver: Driver, server: PageBroker) -> None:
     cache, weights = Allocation(KV, 1 << 40), Allocation(KV, 2 << 40)
     ours = pages(driver)
     ours.map([cache.handle, weights.handle], lambda address: address == 1 << 40)
@@ -278,7 +278,7 @@ def test_what_may_not_pass_is_of_one_piece(driver: Driver, server: Handover) -> 
 
 
 def test_what_vllm_cannot_unmap_keeps_no_descriptors_of_the_others(
-    driver: Driver, server: Handover
+    driver: Driver, server: PageBroker
 ) -> None:
     one, other = Allocation(KV, 1 << 40), Allocation(KV, 2 << 40)
     ours = pages(driver)
@@ -338,7 +338,7 @@ class Function:
 
 @pytest.mark.parametrize("hands_over", [True, False])
 def test_the_kv_cache_alone_passes_and_is_cleared(
-    driver: Driver, server: Handover, monkeypatch: pytest.MonkeyPatch, *, hands_over: bool
+    driver: Driver, server: PageBroker, monkeypatch: pytest.MonkeyPatch, *, hands_over: bool
 ) -> None:
     from vllm.device_allocator import AllocationData
 
@@ -360,7 +360,7 @@ def test_the_kv_cache_alone_passes_and_is_cleared(
 
 
 def test_memory_that_cannot_be_cleared_is_not_left_mapped(
-    driver: Driver, server: Handover, monkeypatch: pytest.MonkeyPatch
+    driver: Driver, server: PageBroker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from vllm.device_allocator import AllocationData
 

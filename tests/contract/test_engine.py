@@ -74,9 +74,9 @@ def test_tensor_parallel_engines_do_without_ray() -> None:
 
 def test_each_engine_writes_its_figures_into_a_registry_of_its_own() -> None:
     from llmserve.engine.engine import engine_arguments
-    from llmserve.engine.metrics import Figures
+    from llmserve.engine.metrics import EngineMetrics
 
-    each = [Figures("chat"), Figures("embed")]
+    each = [EngineMetrics("chat"), EngineMetrics("embed")]
     config = engine_arguments(spec(engine={"max_model_len": 512})).create_engine_config()
     for figures in each:
         figures.logger_class(config)
@@ -125,10 +125,10 @@ def test_engine_cores_are_started_where_they_are_tied() -> None:
     from vllm.v1.executor import Executor
 
     from llmserve.engine.engine import engine_arguments
-    from llmserve.engine.parent_watch import Tether
+    from llmserve.engine.parent_watch import ParentWatch
 
     config = engine_arguments(spec()).create_engine_config()
-    tether = Tether()
+    tether = ParentWatch()
     with tether.tying():
         manager = CoreEngineProcManager(
             local_engine_count=1,

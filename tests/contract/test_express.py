@@ -25,8 +25,8 @@ from hypothesis import strategies as st
 from vllm.renderers import chat_utils
 from vllm.v1.metrics.loggers import PrometheusStatLogger, StatLoggerManager
 
-from llmserve.engine.fastpath.output_processor import Outputs
-from llmserve.engine.metrics import Figures
+from llmserve.engine.fastpath.output_processor import StreamingOutputProcessor
+from llmserve.engine.metrics import EngineMetrics
 from llmserve.http import app
 from llmserve.lifecycle import restart_backoff
 from llmserve.registry.config import ModelSpec
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     from vllm.v1.engine import EngineCoreRequest
 
-    from llmserve.engine.handlers import Serving
+    from llmserve.engine.handlers import ModelHandlers
     from llmserve.http.services import Services
 
 CHATS, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -60,7 +60,7 @@ QUOTES = 'a "quoted" \\ back\tslash </script> \x7f é'
 class Box:
     """A server on a fake core, and the three ways through it."""
 
-    def __init__(self, services: Services, serving: Serving) -> None:
+    def __init__(self, services: Services, serving: ModelHandlers) -> None:
         self.services, self.serving = services, serving
         self.app = app.build(services)
         transport = httpx.ASGITransport(self.app)
@@ -401,7 +401,7 @@ async def test_a_whole_answer_is_the_same_whether_or_not_its_tokens_are_followed
 async def test_requests_that_are_answered_whole_are_silent_unless_they_have_stop_strings(
     box: Box,
 ) -> None:
-    from llmserve.engine.fastpath.output_processor import Silent
+    from llmserve.engine.fastpath.output_processor import FinalOnlyRequestState
 
     async def kind(**more: Any) -> type:
         body = user(FOX) | {"seed": SILENT} | more
@@ -414,8 +414,8 @@ async def test_requests_that_are_answered_whole_are_silent_unless_they_have_stop
         await until(lambda: not states)
         return type(state)
 
-    assert await kind() is Silent
-    assert await kind(stop=["x"]) is not Silent
+    assert await kind() is FinalOnlyRequestState
+    assert await kind(stop=["x"]) is not FinalOnlyRequestState
 
 
 # --- statistics
@@ -423,7 +423,7 @@ async def test_requests_that_are_answered_whole_are_silent_unless_they_have_stop
 
 def test_a_step_is_told_to_our_logger_alone(box: Box, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="vllm.v1.metrics.loggers")  # as in a server
-    figures = Figures("chat")
+    figures = EngineMetrics("chat")
     manager = StatLoggerManager(
         box.serving.engine.client.vllm_config, [0], custom_stat_loggers=[figures.logger_class]
     )
@@ -476,13 +476,13 @@ async def test_the_engine_gets_by_recipe_what_vllm_gives_it(
     more: dict[str, Any],
 ) -> None:
     given: list[EngineCoreRequest] = []
-    add = Outputs.add_request
+    add = StreamingOutputProcessor.add_request
 
-    def added(outputs: Outputs, request: EngineCoreRequest, *rest: Any) -> None:
+    def added(outputs: StreamingOutputProcessor, request: EngineCoreRequest, *rest: Any) -> None:
         given.append(copy.copy(request))
         add(outputs, request, *rest)
 
-    monkeypatch.setattr(Outputs, "add_request", added)
+    monkeypatch.setattr(StreamingOutputProcessor, "add_request", added)
     first, second = ({"max_tokens": 3} | each | more | {"stream": True} for each in prompts)
     box.forget()
     assert not await asked_by_recipe(box, path, first)
@@ -1219,11 +1219,13 @@ def test_a_steps_statistics_have_what_outputs_writes() -> None:
 def test_a_histogram_takes_many_as_it_takes_one() -> None:
     from prometheus_client import CollectorRegistry, Histogram
 
-    from llmserve.engine.metrics import Weighted
+    from llmserve.engine.metrics import WeightedHistogram
 
     bounds = (0.1, 0.5, 1.0)
     registries = CollectorRegistry(), CollectorRegistry()
-    ours = Weighted("h", "H", ("model",), registry=registries[0], buckets=bounds).labels("m")
+    ours = WeightedHistogram("h", "H", ("model",), registry=registries[0], buckets=bounds).labels(
+        "m"
+    )
     theirs = Histogram("h", "H", ("model",), registry=registries[1], buckets=bounds).labels("m")
     told = ((7.0, 5), (0.05, 3), (0.1, 2), (0.11, 1), (1.0, 4), (0.2, 0))
     for n, (value, count) in enumerate((*told, *told)):
@@ -1249,11 +1251,11 @@ def test_a_histogram_takes_many_as_it_takes_one() -> None:
 
 async def test_every_histogram_of_the_engine_is_entered_in_time(box: Box) -> None:
     """One that is not would remember every value until somebody looks at its figures."""
-    from llmserve.engine.metrics import Weighted
+    from llmserve.engine.metrics import WeightedHistogram
 
     (logger,) = box.serving.engine.client.logger_manager.stat_loggers
     collectors = set(box.serving.registry._collector_to_names)
-    histograms = [each for each in collectors if isinstance(each, Weighted)]
+    histograms = [each for each in collectors if isinstance(each, WeightedHistogram)]
     children = [child for each in histograms for child in each._metrics.values()]
     told_at_once = {"llmserve_stream_lag_seconds"}
     entered = set(map(id, logger._histograms))

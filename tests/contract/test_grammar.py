@@ -21,15 +21,15 @@ from llmserve.http import app
 from tests.contract.test_serving import HELLO, post
 
 if TYPE_CHECKING:
-    from llmserve.engine.structured_output.compiler import Grammars
+    from llmserve.engine.structured_output.compiler import ConstraintCompiler
     from llmserve.http.services import Services
 
 CHATS = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
 
 
-def grammars_of(serving: Any) -> Grammars:
-    grammars: Grammars = serving.engine.client._grammars
+def grammars_of(serving: Any) -> ConstraintCompiler:
+    grammars: ConstraintCompiler = serving.engine.client._grammars
     return grammars
 
 

@@ -18,7 +18,7 @@ from vllm.renderers.params import TokenizeParams
 
 from llmserve.api.endpoints import ENDPOINTS
 from llmserve.engine import token_count
-from llmserve.engine.handlers import HANDLERS, TOO_LONG, Serving, _validate, without_own_size
+from llmserve.engine.handlers import HANDLERS, TOO_LONG, ModelHandlers, _validate, without_own_size
 from llmserve.engine.request_validation import shape_of
 from llmserve.errors import RequestError
 from llmserve.http import app
@@ -161,9 +161,9 @@ def test_vllm_cuts_long_prompts_where_tokencount_expects() -> None:
 def test_prompt_that_does_not_fit_is_told_in_openai_s_words(said: str) -> None:
     """LiteLLM and others know it by them (`is_error_str_context_window_exceeded`)."""
     serving: Any = SimpleNamespace(max_model_len=2048)
-    told = Serving._too_long(serving, f"The prompt {said}.")
+    told = ModelHandlers._too_long(serving, f"The prompt {said}.")
     assert told.startswith("This model's maximum context length is 2048 tokens. ")
-    assert Serving._too_long(serving, told) == told
+    assert ModelHandlers._too_long(serving, told) == told
 
 
 @pytest.mark.parametrize(("asked", "left"), [(384, None), (100, 100), (None, None)])

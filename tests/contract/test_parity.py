@@ -67,7 +67,7 @@ Pair = tuple[httpx.AsyncClient, httpx.AsyncClient]
 async def servers(engine_logs: Path) -> AsyncIterator[dict[str, Pair]]:
     """Ours and stock vLLM's for each model."""
     from llmserve.engine.engine import Launcher
-    from llmserve.engine.handlers import Serving
+    from llmserve.engine.handlers import ModelHandlers
 
     specs = [
         ModelSpec(
@@ -81,7 +81,7 @@ async def servers(engine_logs: Path) -> AsyncIterator[dict[str, Pair]]:
     ]
     launcher = Launcher(engine_logs)
     engines = await asyncio.gather(*(asyncio.to_thread(launcher.start, spec) for spec in specs))
-    running = {s.name: await Serving.build(s, e) for s, e in zip(specs, engines, strict=True)}
+    running = {s.name: await ModelHandlers.build(s, e) for s, e in zip(specs, engines, strict=True)}
     ours = _client(app.build(await services_of(specs, running)))
     pairs = {
         s.name: (ours, _client(await _stock(s, e))) for s, e in zip(specs, engines, strict=True)

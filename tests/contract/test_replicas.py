@@ -95,12 +95,17 @@ async def test_the_figures_of_replicas_are_told_apart_on_one_valid_page(services
 async def test_models_with_adapters_and_the_same_cache_are_told_apart() -> None:
     """Some families of vLLM's have neither model nor engine among their labels."""
     from llmserve.engine.engine import engine_arguments
-    from llmserve.engine.metrics import Figures
+    from llmserve.engine.metrics import EngineMetrics
     from llmserve.metrics import Metrics
 
     config = engine_arguments(twins(enable_lora=True)).create_engine_config()
     registries = []
-    for figures in (Figures("chat"), Figures("chat", 1), Figures("draft"), Figures("wide", 1, 2)):
+    for figures in (
+        EngineMetrics("chat"),
+        EngineMetrics("chat", 1),
+        EngineMetrics("draft"),
+        EngineMetrics("wide", 1, 2),
+    ):
         logger = figures.logger_class(config, [0])
         logger.log_engine_initialized()
         logger.gauge_lora_info.labels(1, "", "").set(1)
@@ -139,10 +144,10 @@ async def test_a_response_is_found_whichever_replica_gave_it(services: Services)
 def test_vllm_keeps_responses_where_replicas_share_them() -> None:
     from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 
-    from llmserve.lifecycle.response_store import Responses
+    from llmserve.lifecycle.response_store import ResponseStore
 
     kept = SimpleNamespace()
-    Responses().keep_for(kept, lambda _: None)  # type: ignore[arg-type, return-value]
+    ResponseStore().keep_for(kept, lambda _: None)  # type: ignore[arg-type, return-value]
     source = inspect.getsource(OpenAIServingResponses.__init__)
     assert len(vars(kept)) == 5
     for name in vars(kept):

@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 
 from llmserve.errors import LLMServeError
 from llmserve.http import app
-from llmserve.lifecycle.health import Watch
+from llmserve.lifecycle.health import HealthMonitor
 from llmserve.registry.config import ModelSpec
 from tests.contract.conftest import CHAT, EMBED, on_fake_core, services_of
 from tests.contract.fake_core import DIES, FAILS
@@ -288,7 +288,7 @@ async def test_a_dead_engine_fails_its_requests_and_nothing_else() -> None:
     spec = ModelSpec(name="chat", model=str(CHAT), engine={"max_model_len": 2048})
     async with on_fake_core(spec) as (serving, _):
         services = await services_of([spec], {"chat": serving})
-        watch = asyncio.create_task(Watch(services.pool).run())
+        watch = asyncio.create_task(HealthMonitor(services.pool).run())
         reply = await post(
             services, "/v1/completions", prompt="hi", max_tokens=50, stream=True, seed=DIES
         )

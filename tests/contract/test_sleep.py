@@ -861,12 +861,12 @@ def engine(executor: Any) -> Any:
     from vllm.engine.arg_utils import AsyncEngineArgs
 
     from llmserve.engine.engine import Engine
-    from llmserve.engine.metrics import Figures
-    from llmserve.engine.parent_watch import Tether
+    from llmserve.engine.metrics import EngineMetrics
+    from llmserve.engine.parent_watch import ParentWatch
 
     client: Any = Client(executor)
     arguments = AsyncEngineArgs(model="m", enable_sleep_mode=True)
-    return Engine(client, arguments, Figures("chat"), Tether(), Path("model-chat.log"))
+    return Engine(client, arguments, EngineMetrics("chat"), ParentWatch(), Path("model-chat.log"))
 
 
 SLEEP, WAKE = "sleep", "wake_up"

@@ -12,8 +12,8 @@ import msgspec
 import pytest
 from vllm.v1.engine import EngineCoreOutputs, UtilityOutput
 
-from llmserve.engine.fastpath.step_handler import Steps
-from llmserve.engine.fastpath.zmq_sockets import Inbox
+from llmserve.engine.fastpath.step_handler import StepHandler
+from llmserve.engine.fastpath.zmq_sockets import EngineReceiver
 from tests.contract.test_express import (
     CHATS,
     COMPLETIONS,
@@ -57,7 +57,7 @@ async def test_no_step_waits_for_a_task(box: Box, monkeypatch: pytest.MonkeyPatc
 async def test_an_engine_whose_steps_are_left_to_vllm_says_the_same(
     box: Box, monkeypatch: pytest.MonkeyPatch, more: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(Steps, "all_there_is", staticmethod(lambda _: False))
+    monkeypatch.setattr(StepHandler, "all_there_is", staticmethod(lambda _: False))
     body = prompt(FOX) | {"max_tokens": 60, "stream": True} | more
     expected = seen(await box.ask(COMPLETIONS, body))
     async with boxed() as other:
@@ -98,7 +98,7 @@ async def test_a_step_that_cannot_be_handled_ends_the_requests_as_vllm_does(
 @pytest.mark.parametrize("end", ["cancelled", "told by the engine"])
 async def test_the_end_of_vllms_task_ends_the_reading(box: Box, end: str) -> None:
     core: Any = box.serving.engine.client.engine_core
-    inboxes = [each for each in gc.get_objects() if isinstance(each, Inbox)]
+    inboxes = [each for each in gc.get_objects() if isinstance(each, EngineReceiver)]
     (inbox,) = (each for each in inboxes if each._socket is core.resources.output_socket)
     assert inbox._fd is not None
     if end == "cancelled":
@@ -112,7 +112,7 @@ async def test_the_end_of_vllms_task_ends_the_reading(box: Box, end: str) -> Non
 
 
 class Core:
-    """An engine core as `Steps` knows it."""
+    """An engine core as `StepHandler` knows it."""
 
     def __init__(self) -> None:
         self.decoder = msgspec.msgpack.Decoder(EngineCoreOutputs)
@@ -130,7 +130,7 @@ def client(core: Any, images: object = None, logger: Any = None) -> Any:
 
 
 def test_what_is_no_step_is_left() -> None:
-    steps = Steps(client(Core()))
+    steps = StepHandler(client(Core()))
     answer = EngineCoreOutputs(utility_output=UtilityOutput(call_id=1))
     assert not steps.take(msgspec.msgpack.encode(answer))
     assert steps.take(msgspec.msgpack.encode(EngineCoreOutputs()))
@@ -142,7 +142,7 @@ def test_a_step_without_outputs_is_told_to_the_logger_if_it_says_anything() -> N
 
     told: list[Any] = []
     logger = SimpleNamespace(record=lambda **said: told.append(said))
-    steps = Steps(client(Core(), logger=logger))
+    steps = StepHandler(client(Core(), logger=logger))
     for said in (None, SchedulerStats(num_running_reqs=3)):
         steps._handle(EngineCoreOutputs(engine_index=1, scheduler_stats=said))
     (one,) = told
@@ -153,9 +153,9 @@ def test_a_step_without_outputs_is_told_to_the_logger_if_it_says_anything() -> N
 def test_engines_with_more_to_do_are_left_to_vllm() -> None:
     from vllm.v1.engine.core_client import AsyncMPClient, DPLBAsyncMPClient
 
-    assert Steps.all_there_is(client(object.__new__(AsyncMPClient)))
-    assert not Steps.all_there_is(client(object.__new__(AsyncMPClient), images={}))
-    assert not Steps.all_there_is(client(object.__new__(DPLBAsyncMPClient)))
+    assert StepHandler.all_there_is(client(object.__new__(AsyncMPClient)))
+    assert not StepHandler.all_there_is(client(object.__new__(AsyncMPClient), images={}))
+    assert not StepHandler.all_there_is(client(object.__new__(DPLBAsyncMPClient)))
 
 
 # --- what vLLM's two tasks do

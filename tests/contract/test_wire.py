@@ -13,8 +13,8 @@ import pytest
 import zmq
 import zmq.asyncio
 
-from llmserve.api.token_stream import Flow
-from llmserve.engine.fastpath.zmq_sockets import Inbox, Outbox
+from llmserve.api.token_stream import FlushScheduler
+from llmserve.engine.fastpath.zmq_sockets import EngineReceiver, EngineSender
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 COUNT = 2000
 
 
-class Turns(Flow):
+class Turns(FlushScheduler):
     """Notes when text is gathered, and when it leaves."""
 
     def __init__(self) -> None:
@@ -39,21 +39,21 @@ class Turns(Flow):
 def inbox_of(
     socket: zmq.asyncio.Socket,
     take: Callable[[list[bytes]], bool] = lambda _: False,
-    flow: Flow | None = None,
-) -> Inbox:
+    flow: FlushScheduler | None = None,
+) -> EngineReceiver:
     """`take` gets a message as bytes."""
 
     def taken(frames: Sequence[Any]) -> bool:
         return take([frame.bytes for frame in frames])
 
-    return Inbox(socket, taken, flow or Turns())
+    return EngineReceiver(socket, taken, flow or Turns())
 
 
-async def received(inbox: Inbox) -> list[bytes]:
+async def received(inbox: EngineReceiver) -> list[bytes]:
     return [frame.bytes for frame in await inbox.recv_multipart(copy=False)]
 
 
-async def waits(inbox: Inbox, flow: Turns) -> asyncio.Future[list[bytes]]:
+async def waits(inbox: EngineReceiver, flow: Turns) -> asyncio.Future[list[bytes]]:
     """For a first message; the connection has been made, which is a turn without one."""
     waiting = asyncio.ensure_future(received(inbox))
     await asyncio.sleep(0.05)
@@ -85,7 +85,7 @@ def pair(
 
 async def test_messages_arrive_whole_and_in_order() -> None:
     with pair() as (push, pull):
-        outbox, inbox = Outbox(push), inbox_of(pull)
+        outbox, inbox = EngineSender(push), inbox_of(pull)
 
         async def send() -> None:
             for n in range(COUNT):
@@ -102,7 +102,7 @@ async def test_messages_arrive_whole_and_in_order() -> None:
 
 async def test_a_full_socket_is_waited_for() -> None:
     with pair(limit=10) as (push, pull):
-        outbox, inbox = Outbox(push), inbox_of(pull)
+        outbox, inbox = EngineSender(push), inbox_of(pull)
 
         async def send() -> None:
             for n in range(COUNT):
@@ -121,7 +121,7 @@ async def test_what_a_closed_socket_does_not_take_is_told(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with pair() as (push, _):
-        outbox = Outbox(push)
+        outbox = EngineSender(push)
         push.close()  # as vLLM does at an engine's end
         for n in range(2):
             await outbox.send_multipart((b"%d" % n,), copy=False)
@@ -145,7 +145,7 @@ async def test_outbox_with_message_that_breaks_sends_the_rest(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with pair() as (push, pull):
-        outbox, inbox = Outbox(push), inbox_of(pull)
+        outbox, inbox = EngineSender(push), inbox_of(pull)
         outbox._now = Breaking(outbox._now)  # type: ignore[assignment]
         for message in (b"1", b"broken", b"2", b"broken", b"3"):
             await outbox.send_multipart((message,), copy=False)
@@ -158,7 +158,7 @@ async def test_outbox_with_queued_message_that_breaks_says_so(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with pair() as (push, pull):
-        outbox, inbox = Outbox(push), inbox_of(pull)
+        outbox, inbox = EngineSender(push), inbox_of(pull)
         sent = outbox._queue(("no bytes",), copy=False)
         await asyncio.wait({asyncio.ensure_future(sent)})
         await outbox.send_multipart((b"1",), copy=False)

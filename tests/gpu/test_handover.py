@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from llmserve.gpus import nvml
-from llmserve.gpus.page_exchange import PAGE_BYTES, Handover
+from llmserve.gpus.page_exchange import PAGE_BYTES, PageBroker
 from tests.gpu import MARKS
 
 if TYPE_CHECKING:
@@ -168,9 +168,9 @@ class Worker:
 
 
 @pytest.fixture
-def workers(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Handover, Worker, Worker]]:
+def workers(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[PageBroker, Worker, Worker]]:
     monkeypatch.setenv("LLMSERVE_HANDOVER", "restored afterwards")
-    server = Handover()
+    server = PageBroker()
     spawn = multiprocessing.get_context("spawn")
     made: list[Worker] = []
     for _ in range(2):
@@ -196,7 +196,7 @@ def comes_back(to: int) -> bool:
     return used() <= to + SLACK
 
 
-def test_it_changes_hands_and_comes_back(workers: tuple[Handover, Worker, Worker]) -> None:
+def test_it_changes_hands_and_comes_back(workers: tuple[PageBroker, Worker, Worker]) -> None:
     server, one, other = workers
     before = used()
     assert one("map", CACHE) == (0, (0, 0))
@@ -216,7 +216,7 @@ def test_it_changes_hands_and_comes_back(workers: tuple[Handover, Worker, Worker
 
 
 def test_a_cache_taken_from_another_is_zero_everywhere(
-    workers: tuple[Handover, Worker, Worker],
+    workers: tuple[PageBroker, Worker, Worker],
 ) -> None:
     """Pages of another engine, and those of the driver beside them."""
     server, one, other = workers
@@ -238,7 +238,7 @@ def test_a_cache_taken_from_another_is_zero_everywhere(
     assert comes_back(before)
 
 
-def test_what_nobody_takes_comes_back(workers: tuple[Handover, Worker, Worker]) -> None:
+def test_what_nobody_takes_comes_back(workers: tuple[PageBroker, Worker, Worker]) -> None:
     server, one, _ = workers
     before = used()
     one("map", CACHE)
@@ -249,7 +249,7 @@ def test_what_nobody_takes_comes_back(workers: tuple[Handover, Worker, Worker]) 
 
 
 def test_without_room_what_was_taken_is_at_hand_again(
-    workers: tuple[Handover, Worker, Worker],
+    workers: tuple[PageBroker, Worker, Worker],
 ) -> None:
     server, one, other = workers
     before = used()
@@ -263,7 +263,7 @@ def test_without_room_what_was_taken_is_at_hand_again(
     assert comes_back(before)
 
 
-def test_one_that_is_killed_gives_all_back(workers: tuple[Handover, Worker, Worker]) -> None:
+def test_one_that_is_killed_gives_all_back(workers: tuple[PageBroker, Worker, Worker]) -> None:
     _, one, _ = workers
     before = used()
     one("map", CACHE)

@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry
 from starlette.responses import Response
 
 from llmserve.api.endpoints import ENDPOINTS
-from llmserve.api.sse import EventStream, Frames
+from llmserve.api.sse import EventStream, PeekableStream
 from llmserve.errors import EngineDead, EngineError, StartupError
 from llmserve.lifecycle.eviction import Level
 from tests.fakes import failure
@@ -228,7 +228,7 @@ class Running:
         assert asked in names or self._weather is None, "another model's request"
         pieces, each_s = int(body["pieces"]), float(body["each_s"])
         if body.get("stream"):
-            frames = Frames(self._frames(pieces, each_s), failure)
+            frames = PeekableStream(self._frames(pieces, each_s), failure)
             await frames.begin(2.0)
             return EventStream(frames)
         await self.engine.do(pieces * each_s)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from llmserve.engine.backend import _Start
-from llmserve.lifecycle.admission import Place, Slots
+from llmserve.lifecycle.admission import AdmissionQueue, QueuedRequest
 from llmserve.lifecycle.eviction import Level
 from llmserve.lifecycle.pool import Pool
 from llmserve.lifecycle.replica import State
@@ -61,21 +61,23 @@ def test_a_seed_replays_event_by_event(seed: int) -> None:
 
 
 def test_a_request_that_queues_a_step_late_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    def join_late(slots: Slots[Any, Any], deadline: Any, wish: Any) -> Place[Any, Any]:
-        place: Place[Any, Any] = Place(deadline, wish)
+    def join_late(
+        slots: AdmissionQueue[Any, Any], deadline: Any, wish: Any
+    ) -> QueuedRequest[Any, Any]:
+        place: QueuedRequest[Any, Any] = QueuedRequest(deadline, wish)
         asyncio.get_running_loop().call_soon(place.join, slots._queue)
         return place
 
-    monkeypatch.setattr(Slots, "join", join_late)
+    monkeypatch.setattr(AdmissionQueue, "join", join_late)
     with pytest.raises(Violation, match=r"wait for ever|a request waits, a slot is free"):
         run(range(50), harsh=True)
 
 
 def test_a_raised_limit_that_admits_nothing_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    def resize_only(slots: Slots[Any, Any], limit: int, longest: int) -> None:
+    def resize_only(slots: AdmissionQueue[Any, Any], limit: int, longest: int) -> None:
         slots.limit, slots.longest = limit, longest
 
-    monkeypatch.setattr(Slots, "resize", resize_only)
+    monkeypatch.setattr(AdmissionQueue, "resize", resize_only)
     with pytest.raises(Violation, match="a request waits, a slot is free"):
         run(range(_SEEDS), harsh=True)
 

@@ -19,13 +19,13 @@ from llmserve.errors import LLMServeError, StartupError
 from llmserve.http import app
 from llmserve.http.services import Services
 from llmserve.lifecycle.eviction import Level
-from llmserve.lifecycle.health import Watch
-from llmserve.lifecycle.operator import Control
+from llmserve.lifecycle.health import HealthMonitor
+from llmserve.lifecycle.operator import ModelOperator
 from llmserve.lifecycle.pool import Pool
 from llmserve.lifecycle.replica import State
 from llmserve.metrics import Metrics
 from llmserve.registry.config import Config, IdleSpec, ModelSpec, SamplingSpec, ServerSpec
-from llmserve.registry.names import Registry
+from llmserve.registry.names import ModelNames
 from tests.simulator.engines import Fleet, Memory, Weather
 from tests.simulator.loop import SimulatedLoop, SimulatedThreads, Stuck, virtual_time
 
@@ -165,8 +165,8 @@ class World:
         fleet: Any = self.fleet
         backend._imported = _Modules(fleet, fleet)
         backend._threads = cast("ThreadPoolExecutor", SimulatedThreads(self.loop))
-        self.pool = Pool(Registry(self.config.models), backend, metrics, self._on_change)
-        self.control = Control(self.config, self.pool, backend, self._changed, self._adopted)
+        self.pool = Pool(ModelNames(self.config.models), backend, metrics, self._on_change)
+        self.control = ModelOperator(self.config, self.pool, backend, self._changed, self._adopted)
         self.services = Services(self.config, self.pool, metrics, self.control)
         self.app = app.build(self.services)
         self.exchanges: list[Exchange] = []
@@ -291,7 +291,7 @@ class World:
     async def _live(self) -> None:
         self._build()
         starting = self._spawn(self._start())
-        watch = asyncio.create_task(Watch(self.pool).run())
+        watch = asyncio.create_task(HealthMonitor(self.pool).run())
         busy_s = self.chance.choice((5.0, 20.0, 60.0))
         self._plan(busy_s)
         await asyncio.sleep(self.chance.random() * busy_s)

@@ -449,7 +449,7 @@ async def test_a_log_that_is_not_there_yet_can_be_followed(operator: FakeOperato
 
 
 def test_a_file_that_comes_later_is_new_from_its_start(tmp_path: Path) -> None:
-    end = log_tail.Tail(tmp_path / "log", 0)
+    end = log_tail.LogFollower(tmp_path / "log", 0)
     assert end.read() == b""
     (tmp_path / "log").write_bytes(b"one\ntwo\n")
     assert end.read() == b"one\ntwo\n"
@@ -468,7 +468,7 @@ def test_a_long_log_is_read_in_blocks(tmp_path: Path) -> None:
     log = tmp_path / "log"
     whole = b"".join(b"%d\n" % n for n in range(50_000))
     log.write_bytes(whole)
-    end = log_tail.Tail(log, 40_000)
+    end = log_tail.LogFollower(log, 40_000)
     parts = list(iter(end.read, b""))
     assert b"".join(parts) == b"".join(whole.splitlines(keepends=True)[-40_000:])
     assert max(map(len, parts)) == 2**16

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from llmserve.errors import DeadlineExceeded, EngineDead, LLMServeError, Overloaded
 from llmserve.lifecycle import admission
-from llmserve.lifecycle.admission import Deadline, Pace, Slot, Slots
+from llmserve.lifecycle.admission import AdmissionQueue, Deadline, ServiceRate, Slot
 from tests.fakes import let_in, soon, until
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class Line:
     """A model's slots, and requests that wait for them."""
 
     def __init__(self, limit: int = 1, longest: int = 9) -> None:
-        self.slots: Slots[str, Leave] = Slots("chat", limit, longest)
+        self.slots: AdmissionQueue[str, Leave] = AdmissionQueue("chat", limit, longest)
         self.let_in: list[str] = []
         self.given: list[Leave] = []
 
@@ -75,7 +75,7 @@ class Line:
 
 
 def test_there_are_as_many_slots_as_the_limit() -> None:
-    slots: Slots[str, Leave] = Slots("chat", 2, 0)
+    slots: AdmissionQueue[str, Leave] = AdmissionQueue("chat", 2, 0)
     held = [slots.take() for _ in range(2)]
     assert (slots.count(), slots.free) == (2, False)
     held[0].release()
@@ -83,7 +83,7 @@ def test_there_are_as_many_slots_as_the_limit() -> None:
 
 
 def test_a_slot_left_twice_is_given_back_once() -> None:
-    slots: Slots[str, Leave] = Slots("chat", 2, 0)
+    slots: AdmissionQueue[str, Leave] = AdmissionQueue("chat", 2, 0)
     slots.take()
     slot = slots.take()
     assert slots.count() == 2
@@ -95,7 +95,7 @@ def test_a_slot_left_twice_is_given_back_once() -> None:
 @given(limit=st.integers(1, 5), steps=st.lists(st.integers(-1, 9), max_size=60))
 def test_in_flight_stays_between_zero_and_the_limit(limit: int, steps: list[int]) -> None:
     """A step takes a slot if one is free (-1), or leaves the nth ever taken, perhaps again."""
-    slots: Slots[str, Leave] = Slots("chat", limit, 0)
+    slots: AdmissionQueue[str, Leave] = AdmissionQueue("chat", limit, 0)
     taken: list[Slot] = []
     held: set[int] = set()
     for step in steps:
@@ -303,7 +303,7 @@ async def test_how_soon_to_try_again_is_told_by_the_pace(clock: Clock) -> None:
 
 
 def test_a_few_requests_tell_no_pace(clock: Clock) -> None:
-    pace = Pace()
+    pace = ServiceRate()
     pace.begins()
     for _ in range(admission._ENOUGH - 1):
         pace.ended()
@@ -314,7 +314,7 @@ def test_a_few_requests_tell_no_pace(clock: Clock) -> None:
 
 
 def test_the_pace_is_that_of_the_last_requests_and_slows_down_in_a_halt(clock: Clock) -> None:
-    pace = Pace()
+    pace = ServiceRate()
     pace.begins()
     for gap_s in [100.0] * 10 + [1.0] * admission._RECENT:
         clock.now += gap_s

@@ -15,18 +15,18 @@ from prometheus_client import Counter
 
 from llmserve import __version__
 from llmserve.api.endpoints import ENDPOINTS
-from llmserve.api.sse import DONE, EventStream, Frames, event
+from llmserve.api.sse import DONE, EventStream, PeekableStream, event
 from llmserve.errors import EngineError, Overloaded
 from llmserve.http import app
 from llmserve.http.services import Services
 from llmserve.lifecycle.eviction import Level
-from llmserve.lifecycle.operator import Control
+from llmserve.lifecycle.operator import ModelOperator
 from llmserve.lifecycle.pool import Pool
 from llmserve.lifecycle.replica import State
 from llmserve.lifecycle.response_store import owned_by
 from llmserve.metrics import Metrics
 from llmserve.registry.config import Config, ModelSpec, ServerSpec
-from llmserve.registry.names import Registry
+from llmserve.registry.names import ModelNames
 from llmserve.server import process as server
 from tests.fakes import (
     Answer,
@@ -67,8 +67,10 @@ class Box:
         config = Config(file="models.yaml", server=self.server, models=models)
         self.backend = FakeBackend(**plans)
         self.metrics = Metrics()
-        self.pool = Pool(Registry(models), self.backend, self.metrics)
-        self.control = Control(config, self.pool, self.backend, lambda: config, lambda _: None)
+        self.pool = Pool(ModelNames(models), self.backend, self.metrics)
+        self.control = ModelOperator(
+            config, self.pool, self.backend, lambda: config, lambda _: None
+        )
         self.app: ASGIApp = app.build(Services(config, self.pool, self.metrics, self.control))
         self.client = httpx.AsyncClient()
 
@@ -624,7 +626,7 @@ async def test_a_stream_that_breaks_gives_its_slot_back() -> None:
         raise KeyError("secret")
 
     async def answer(_: object) -> EventStream:
-        return EventStream(Frames(breaking(), failure))  # type: ignore[arg-type]  # an async generator
+        return EventStream(PeekableStream(breaking(), failure))  # type: ignore[arg-type]  # an async generator
 
     async with real() as box:
         box.running.answer = answer

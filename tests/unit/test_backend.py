@@ -18,7 +18,7 @@ from llmserve.engine.backend import Patience, VllmBackend, _Clock, _Modules, _un
 from llmserve.engine.worker.plugin import log_file
 from llmserve.errors import StartupError
 from llmserve.lifecycle.eviction import Level
-from llmserve.lifecycle.host_memory import HostSpace
+from llmserve.lifecycle.host_memory import HostMemory
 from llmserve.lifecycle.replica import State
 from llmserve.registry.config import Config
 from tests.fakes import Gate, soon, spec, until
@@ -43,14 +43,14 @@ class FakeHub:
     """Its repositories become folders of their name and revision."""
 
     folder: Path
-    fetched: list[hub.Wanted] = field(default_factory=list)
+    fetched: list[hub.HubRevision] = field(default_factory=list)
     warning: str | None = None
     side_by_side: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._lock, self._running = threading.Lock(), Counter[str]()
 
-    def download(self, wanted: hub.Wanted, _: Callable[[int, int], None]) -> hub.Fetched:
+    def download(self, wanted: hub.HubRevision, _: Callable[[int, int], None]) -> hub.HubFolder:
         with self._lock:
             self.fetched.append(wanted)
             self._running[wanted.repo] += 1
@@ -58,7 +58,7 @@ class FakeHub:
         time.sleep(0.02)
         with self._lock:
             self._running[wanted.repo] -= 1
-        return hub.Fetched(str(self.there(wanted.repo, wanted.revision)), self.warning)
+        return hub.HubFolder(str(self.there(wanted.repo, wanted.revision)), self.warning)
 
     def there(self, repo: str, revision: str | None = None) -> Path:
         made = self.folder / f"{repo}@{revision}"
@@ -281,7 +281,7 @@ async def test_a_replica_starts_on_the_gpus_of_the_plan(tmp_path: Path) -> None:
 
 async def test_on_a_cpu_the_entry_stays_as_it_is(tmp_path: Path) -> None:
     vllm = FakeVllm()
-    memory = HostSpace(Config(file=tmp_path / "models.yaml", models=(spec(),)), {}, {})
+    memory = HostMemory(Config(file=tmp_path / "models.yaml", models=(spec(),)), {}, {})
     await soon(vllm.backend(tmp_path, memory).start(spec(), 0, nothing))
     assert vllm.launched == [(spec(), 0)]
     assert vllm.sleeping == [False]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple
 import pytest
 import zstandard
 
-from llmserve.api.body_thread import OffLoop
+from llmserve.api.body_thread import BodyThread
 from llmserve.errors import BodyTooLarge, RequestError
 from llmserve.http.body import form_fields, form_of, json_object
 from tests.unit.test_app import CHAT, HI, asgi, error_of
@@ -39,7 +39,7 @@ FIELD = b'--x\r\nContent-Disposition: form-data; name="%b"\r\n\r\nwords\r\n'
 FILE = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
 
 
-class Counted(OffLoop):
+class Counted(BodyThread):
     runs = 0
 
     async def run(self, work: Callable[..., T], *arguments: Any) -> T:  # type: ignore[override]
@@ -88,7 +88,7 @@ async def test_a_body_in_tiny_chunks_takes_memory_by_its_bytes() -> None:
     receive = chunks(body[i : i + 2] for i in range(0, len(body), 2))
     tracemalloc.start()
     try:
-        await json_object(scope_of(), receive, 2 * MIB, OffLoop())
+        await json_object(scope_of(), receive, 2 * MIB, BodyThread())
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -105,7 +105,7 @@ async def test_a_body_that_grows_over_the_limit_ends_there() -> None:
             yield b" " * 1000
 
     with pytest.raises(BodyTooLarge, match=r"server\.max_body, 10000 bytes"):
-        await json_object(scope_of(), chunks(endless()), 10_000, OffLoop())
+        await json_object(scope_of(), chunks(endless()), 10_000, BodyThread())
     assert came == 11
 
 
@@ -162,7 +162,7 @@ async def test_a_packed_bomb_is_refused(path: str) -> None:
 
 async def form(body: bytes) -> dict[str, Any]:
     scope = scope_of(content_type=FORM["content-type"])
-    request = await form_of(scope, chunks([body]), 64 * MIB, OffLoop())
+    request = await form_of(scope, chunks([body]), 64 * MIB, BodyThread())
     try:
         return await form_fields(request)
     finally:

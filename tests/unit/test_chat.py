@@ -22,9 +22,9 @@ from starlette.routing import Route
 from llmserve.cli.chat import (
     HELP,
     Answer,
+    ChatClient,
     ChatError,
     ChatOptions,
-    Client,
     Conversation,
     Delta,
     Loop,
@@ -155,7 +155,7 @@ def server() -> Iterator[Server]:
 
 
 def stream(url: str, model: str, timeout_s: float = 600, **options: Any) -> list[Delta]:
-    with closing(Client(ChatOptions(url=url, **options), timeout_s)) as client:
+    with closing(ChatClient(ChatOptions(url=url, **options), timeout_s)) as client:
         return list(client.stream(model, HI))
 
 
@@ -176,7 +176,7 @@ def run_loop(
         raise line
 
     chosen = ChatOptions(url=url, **options)
-    with closing(Client(chosen)) as client:
+    with closing(ChatClient(chosen)) as client:
         loop = Loop(client, chosen, read, out, err, interactive)
         loop.start()
         loop.run()
@@ -283,14 +283,14 @@ def test_url_of_nothing(url: str) -> None:
 
 
 def test_wrong_key_names_the_option(server: Server) -> None:
-    client = Client(ChatOptions(url=server.url, key="wrong"))
+    client = ChatClient(ChatOptions(url=server.url, key="wrong"))
     with closing(client), pytest.raises(ChatError, match=r"401 .*Wrong key.*--key"):
         client.models()
 
 
 def test_models_of_ours_that_do_not_chat_are_left_out(server: Server) -> None:
     server.names = ["embed", "plain"]
-    with closing(Client(ChatOptions(url=server.url))) as client:
+    with closing(ChatClient(ChatOptions(url=server.url))) as client:
         assert client.models() == ["embed", "plain"]
         server.owner = "llmserve"
         assert client.models() == ["plain"]

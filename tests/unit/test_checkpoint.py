@@ -11,7 +11,7 @@ import pytest
 from huggingface_hub import constants
 
 from llmserve.checkpoint import files as checkpoint
-from llmserve.checkpoint.files import Checkpoint, Config, Folder, Repository
+from llmserve.checkpoint.files import Checkpoint, Folder, ModelConfig, Repository
 from llmserve.errors import ModelUnusable, ShapeUnknown
 from tests.fakes import spec
 from tests.unit.test_hub import NOBODY, box  # noqa: F401  # a fixture
@@ -126,13 +126,13 @@ def test_folders_without_a_model(tmp_path: Path) -> None:
 
 
 def test_keys_under_the_names_that_transformers_gives_them() -> None:
-    gpt2 = Config({"model_type": "gpt2", "n_embd": 64}, "config.json")
+    gpt2 = ModelConfig({"model_type": "gpt2", "n_embd": 64}, "config.json")
     assert gpt2.get("hidden_size") == 64
     assert gpt2.get("num_hidden_layers") == 12  # left out: transformers' own default
-    gemma = Config({"model_type": "gemma3_text", "sliding_window": None}, "config.json")
+    gemma = ModelConfig({"model_type": "gemma3_text", "sliding_window": None}, "config.json")
     assert gemma.get("head_dim") == 256
     assert gemma.get("sliding_window") is None  # said, if only to be nothing
-    assert Config({"model_type": "../gpt2"}, "config.json").get("hidden_size") is None
+    assert ModelConfig({"model_type": "../gpt2"}, "config.json").get("hidden_size") is None
 
 
 def test_overrides_reach_into_parts(tmp_path: Path) -> None:

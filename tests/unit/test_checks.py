@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from llmserve.checkpoint.shape import Unknown
+from llmserve.checkpoint.shape import UnknownShape
 from llmserve.gpus.device import Gpu, described
 from llmserve.planning import feasibility
 from tests.fakes import spec
@@ -146,14 +146,16 @@ def test_a_model_of_unknown_shape_must_say_where_and_how_much(
     entry: dict[str, Any], placed: bool
 ) -> None:
     message = "cannot be placed, since its size is not known: it is odd"
-    assert told("H100", Unknown("it is odd"), **entry) == ([] if placed else [("model", message)])
+    assert told("H100", UnknownShape("it is odd"), **entry) == (
+        [] if placed else [("model", message)]
+    )
 
 
 SAID: dict[str, Any] = {"devices": (0,), "memory": "20GiB"}
 
 
 def test_what_the_hub_does_not_give_is_told_without_a_remedy() -> None:
-    away = Unknown("the hub is away", reachable=False)
+    away = UnknownShape("the hub is away", reachable=False)
     (flaw,) = feasibility.flaws(spec(), away, described("H100"))
     assert flaw.message == "cannot be placed, since its size is not known: the hub is away"
     assert flaw.remedy is None
@@ -161,7 +163,7 @@ def test_what_the_hub_does_not_give_is_told_without_a_remedy() -> None:
 
 
 def test_files_that_no_engine_could_load_are_told_whatever_is_said() -> None:
-    broken = Unknown("m: model.safetensors is cut short", usable=False)
+    broken = UnknownShape("m: model.safetensors is cut short", usable=False)
     for entry in ({}, SAID):
         (flaw,) = feasibility.flaws(spec(**entry), broken, described("H100"))
         assert flaw.message == f"cannot be loaded: {broken.why}"

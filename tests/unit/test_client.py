@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from llmserve.cli import client, operate
+from llmserve.cli.chat import ChatClient as Chat
 from llmserve.cli.chat import ChatError, ChatOptions
-from llmserve.cli.chat import Client as Chat
 from llmserve.cli.client import SettingError
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def test_unusable_proxy_is_told(
     with pytest.raises(SettingError, match=r"a proxy of the environment .* cannot be used: "):
         client.connected("http://away.example", None)
     with pytest.raises(operate.NoServer, match="cannot be used"):
-        operate.Client("http://away.example", None)
+        operate.AdminClient("http://away.example", None)
     with pytest.raises(ChatError, match="cannot be used"):
         Chat(ChatOptions(url="http://away.example"))
 

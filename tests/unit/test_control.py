@@ -30,14 +30,14 @@ from llmserve.errors import (
 from llmserve.lifecycle import health, pool, restart_backoff, transitions
 from llmserve.lifecycle.admission import Deadline
 from llmserve.lifecycle.eviction import HOST, Level
-from llmserve.lifecycle.health import Watch
-from llmserve.lifecycle.lease import Lease, Wish
-from llmserve.lifecycle.operator import Control
+from llmserve.lifecycle.health import HealthMonitor
+from llmserve.lifecycle.lease import Lease, ModelRequest
+from llmserve.lifecycle.operator import ModelOperator
 from llmserve.lifecycle.pool import Pool
 from llmserve.lifecycle.replica import Replica, State
 from llmserve.metrics import Metrics
 from llmserve.registry import config
-from llmserve.registry.names import Registry
+from llmserve.registry.names import ModelNames
 from tests.fakes import FakeBackend, FakeRunning, Gate, Plan, broken, let_in, soon, until
 
 if TYPE_CHECKING:
@@ -125,9 +125,9 @@ class Box:
         self.backend = Engines()
         self.metrics = Metrics()
         self.config = config.load(file)
-        self.pool = Pool(Registry(self.config.models), self.backend, self.metrics)
+        self.pool = Pool(ModelNames(self.config.models), self.backend, self.metrics)
         read = partial(config.load, file)
-        self.control = Control(self.config, self.pool, self.backend, read, self._adopt)
+        self.control = ModelOperator(self.config, self.pool, self.backend, read, self._adopt)
 
     def _adopt(self, config: Config) -> None:
         self.config = config
@@ -183,7 +183,7 @@ class Box:
 
     async def ask(self, name: str, task: asyncio.Task[None] | None = None) -> Lease:
         """As a request does: it waits if it has to."""
-        wish = Wish(name, CHAT, {}, Deadline(), task)
+        wish = ModelRequest(name, CHAT, {}, Deadline(), task)
         lease = self.pool.lease(wish)
         return lease if isinstance(lease, Lease) else await let_in(lease)
 
@@ -331,7 +331,7 @@ async def test_swaps_and_deaths_are_added_up(up: Boxes) -> None:
     box = await up({"a": {"memory": 60, "start": "lazy"}, "b": {"memory": 60, "start": "lazy"}})
     await box.use("a", "b", "a")
     assert [box.shown(name)["swaps"] for name in "ab"] == [1, 1]
-    watching = asyncio.ensure_future(Watch(box.pool).run())
+    watching = asyncio.ensure_future(HealthMonitor(box.pool).run())
     box.engine("a").dead = True
     await until(lambda: box.shown("a")["deaths"] == 1 and box.states()["a"] == "ready")
     watching.cancel()
@@ -421,7 +421,7 @@ async def test_load_is_enough_if_one_replica_comes(up: Boxes) -> None:
 
 async def test_load_tries_a_model_again_that_died_too_often(up: Boxes) -> None:
     box = await up({"a": {}})
-    watching = asyncio.ensure_future(Watch(box.pool).run())
+    watching = asyncio.ensure_future(HealthMonitor(box.pool).run())
     for number in range(restart_backoff.GIVE_UP):
         box.engine("a").dead = True
         await until(lambda: box.shown("a")["deaths"] == number + 1)  # noqa: B023  # waited for here
@@ -726,7 +726,7 @@ async def test_limits_count_from_now_on(up: Boxes) -> None:
 
 async def test_idle_times_count_from_now_on(up: Boxes) -> None:
     box = await up({"a": {}})
-    watching = asyncio.ensure_future(Watch(box.pool).run())
+    watching = asyncio.ensure_future(HealthMonitor(box.pool).run())
     await box.reload({"a": {"idle": {"stop_after": 0.001}}})
     await until(lambda: box.states() == {"a": "stopped"})
     watching.cancel()

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmserve.lifecycle.dispatch import (
-    Ask,
+    DispatchRequest,
     Load,
     Lottery,
     Policy,
@@ -31,12 +31,12 @@ def replicas(*tokens: int) -> list[Replica]:
     return [Replica(number, Load(min(each, 1), each)) for number, each in enumerate(tokens)]
 
 
-def ask(text: str = "", model: str = "chat", answer: int = 512) -> Ask:
-    return Ask.of(model, {"prompt": text}, answer)
+def ask(text: str = "", model: str = "chat", answer: int = 512) -> DispatchRequest:
+    return DispatchRequest.of(model, {"prompt": text}, answer)
 
 
 def tokens_of(body: dict[str, Any], answer: int = 512) -> int:
-    return Ask.of("chat", body, answer).tokens
+    return DispatchRequest.of("chat", body, answer).tokens
 
 
 def text(seed: int, characters: int) -> str:
@@ -113,7 +113,7 @@ KEYS = st.sampled_from(["messages", "prompt", "input", "system", "max_tokens", "
 @given(st.dictionaries(KEYS, JSON))
 def test_a_body_that_makes_no_sense_is_weighed_all_the_same(body: dict[str, Any]) -> None:
     chosen = replicas(0, 0)
-    made = Ask.of("chat", body, 512)
+    made = DispatchRequest.of("chat", body, 512)
     assert made.tokens > 0
     assert PrefixAffinity().choose(chosen, made) in chosen
 
@@ -214,7 +214,7 @@ def test_a_conversation_stays_where_it_is_as_it_grows() -> None:
     numbers = set()
     for turn in range(8):
         said.append({"role": "user", "content": text(turn + 1, 300)})
-        one = Ask.of("chat", {"messages": said}, 512)
+        one = DispatchRequest.of("chat", {"messages": said}, 512)
         numbers.add(policy.choose(three, one).number)
         said.append({"role": "assistant", "content": text(turn + 100, 300)})
     assert len(numbers) == 1
@@ -255,16 +255,20 @@ def test_a_long_known_prefix_outweighs_some_load() -> None:
         (ask(text(0, 600)), ask(text(0, 600), model="adapter"), False),
         (ask(text(0, 500)), ask(text(0, 500)), False),  # less than a block
         (
-            Ask("chat", [list(range(200))], 200),
-            Ask("chat", [[*range(128), 7, 7]], 130),
+            DispatchRequest("chat", [list(range(200))], 200),
+            DispatchRequest("chat", [[*range(128), 7, 7]], 130),
             True,
         ),
-        (Ask("chat", [list(range(200))], 200), Ask("chat", [[7, *range(200)]], 201), False),
+        (
+            DispatchRequest("chat", [list(range(200))], 200),
+            DispatchRequest("chat", [[7, *range(200)]], 201),
+            False,
+        ),
     ],
     ids=["same", "other beginning", "other model", "short", "ids", "other ids"],
 )
 def test_a_prefix_is_known_by_whole_blocks_from_the_start(
-    first: Ask, second: Ask, *, same: bool
+    first: DispatchRequest, second: DispatchRequest, *, same: bool
 ) -> None:
     policy = PrefixAffinity()
     one, other = replicas(0, 0)
@@ -295,7 +299,7 @@ def test_what_is_kept_is_bounded_and_the_ends_of_old_prefixes_go_first() -> None
     assert policy._holders([one], _hashes(new)) == ([one], 8)
 
 
-def _hashes(one: Ask) -> list[int]:
+def _hashes(one: DispatchRequest) -> list[int]:
     from llmserve.lifecycle.dispatch import _blocks
 
     return _blocks(one)

@@ -7,7 +7,7 @@ import pytest
 from llmserve.api import sse
 from llmserve.api.endpoints import NAMED_EVENTS, error_response
 from llmserve.errors import EngineDead
-from llmserve.http.keepalive import Early
+from llmserve.http.keepalive import KeepAliveSend
 
 if TYPE_CHECKING:
     from starlette.types import Message
@@ -19,7 +19,7 @@ REFUSAL = {"type": "http.response.start", "status": 400, "headers": [(b"x", b"y"
 class Client:
     def __init__(self, endpoint: str = "chat completions") -> None:
         self.sent: list[Message] = []
-        self.early = Early(self._send, endpoint)
+        self.early = KeepAliveSend(self._send, endpoint)
 
     async def _send(self, message: Message) -> None:
         self.sent.append(message)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from llmserve.gpus.claims import GpuLocks
+from llmserve.gpus.claims import GpuClaims
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -17,7 +17,7 @@ class Starts:
     """Starts that hold until told to end, and the order in which they got their GPUs."""
 
     def __init__(self) -> None:
-        self.locks = GpuLocks()
+        self.locks = GpuClaims()
         self.running: list[str] = []
         self._ends: dict[str, asyncio.Event] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}

@@ -16,7 +16,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmserve.engine.structured_output import compiler
-from llmserve.engine.structured_output.compiler import HEAD, Grammars, Limits, Model, constraints_of
+from llmserve.engine.structured_output.compiler import (
+    HEAD,
+    ConstraintCompiler,
+    Limits,
+    Model,
+    constraints_of,
+)
 from llmserve.errors import GrammarTooComplex, InvalidGrammar, Overloaded
 
 if TYPE_CHECKING:
@@ -28,8 +34,8 @@ QUICK = Limits(cpu_s=1, wall_s=60.0)
 
 
 @contextlib.asynccontextmanager
-async def toy(limits: Limits = QUICK) -> AsyncIterator[Grammars]:
-    grammars = Grammars(limits, TOY)
+async def toy(limits: Limits = QUICK) -> AsyncIterator[ConstraintCompiler]:
+    grammars = ConstraintCompiler(limits, TOY)
     try:
         yield grammars
     finally:
@@ -201,7 +207,7 @@ async def test_worker_that_keeps_dying_refuses_with_503() -> None:
 
 async def test_worker_that_cannot_start_refuses_with_503() -> None:
     for command in ((sys.executable, "-c", "raise SystemExit(1)"), ("/nowhere/python",)):
-        grammars = Grammars(QUICK, command)
+        grammars = ConstraintCompiler(QUICK, command)
         with pytest.raises(Overloaded):
             await grammars.check(MODEL, regex("a"))
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from llmserve.gpus import page_exchange
-from llmserve.gpus.page_exchange import ADDRESS, PAGE_BYTES, Handover
+from llmserve.gpus.page_exchange import ADDRESS, PAGE_BYTES, PageBroker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Handover:
+def server(monkeypatch: pytest.MonkeyPatch) -> PageBroker:
     monkeypatch.setenv(ADDRESS, "restored afterwards")
-    return Handover()
+    return PageBroker()
 
 
 def made(*contents: bytes) -> list[int]:
@@ -57,7 +57,7 @@ def until(holds: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def test_what_one_gives_another_takes(server: Handover) -> None:
+def test_what_one_gives_another_takes(server: PageBroker) -> None:
     before = descriptors()
     with server.expecting(["a"]):
         page_exchange.give("a", made(b"one", b"two"))
@@ -68,14 +68,14 @@ def test_what_one_gives_another_takes(server: Handover) -> None:
     until(lambda: descriptors() == before)
 
 
-def test_more_than_one_message_holds(server: Handover) -> None:
+def test_more_than_one_message_holds(server: PageBroker) -> None:
     contents = [str(number).encode() for number in range(600)]
     with server.expecting(["a"]):
         page_exchange.give("a", made(*contents))
         assert read(page_exchange.take("a", 600)) == contents
 
 
-def test_nothing_is_kept_when_nobody_is_expected(server: Handover) -> None:
+def test_nothing_is_kept_when_nobody_is_expected(server: PageBroker) -> None:
     before = descriptors()
     page_exchange.give("a", made(b"one"))
     assert server.bytes("a") == 0
@@ -83,7 +83,7 @@ def test_nothing_is_kept_when_nobody_is_expected(server: Handover) -> None:
     until(lambda: descriptors() == before)
 
 
-def test_gpus_have_their_own(server: Handover) -> None:
+def test_gpus_have_their_own(server: PageBroker) -> None:
     with server.expecting(["a", "b"]):
         page_exchange.give("a", made(b"one"))
         page_exchange.give("b", made(b"two"))
@@ -93,7 +93,7 @@ def test_gpus_have_their_own(server: Handover) -> None:
 
 
 @pytest.mark.parametrize("count", [0, 1])
-def test_what_is_not_taken_goes_back_to_the_driver(server: Handover, count: int) -> None:
+def test_what_is_not_taken_goes_back_to_the_driver(server: PageBroker, count: int) -> None:
     before = descriptors()
     with server.expecting(["a"]):
         page_exchange.give("a", made(b"one", b"two"))
@@ -102,7 +102,7 @@ def test_what_is_not_taken_goes_back_to_the_driver(server: Handover, count: int)
         until(lambda: descriptors() == before)
 
 
-def test_what_nobody_came_for_goes_back_to_the_driver(server: Handover) -> None:
+def test_what_nobody_came_for_goes_back_to_the_driver(server: PageBroker) -> None:
     before = descriptors()
     with server.expecting(["a"]):
         page_exchange.give("a", made(b"one"))
@@ -110,7 +110,7 @@ def test_what_nobody_came_for_goes_back_to_the_driver(server: Handover) -> None:
     until(lambda: descriptors() == before)
 
 
-def test_another_who_is_expected_keeps_it_open(server: Handover) -> None:
+def test_another_who_is_expected_keeps_it_open(server: PageBroker) -> None:
     with server.expecting(["a"]):
         with server.expecting(["a"]):
             page_exchange.give("a", made(b"one"))
@@ -162,7 +162,7 @@ NONSENSE = (
 
 
 @pytest.mark.parametrize("word", NONSENSE)
-def test_nonsense_does_not_end_it(server: Handover, word: str) -> None:
+def test_nonsense_does_not_end_it(server: PageBroker, word: str) -> None:
     with connected() as (connection, secret):
         connection.send(word.replace("SECRET", secret).encode())
     with server.expecting(["a"]):
@@ -171,7 +171,7 @@ def test_nonsense_does_not_end_it(server: Handover, word: str) -> None:
 
 
 @pytest.mark.parametrize("secret", ['"wrong"', '""', "null", "1"])
-def test_whoever_does_not_know_the_secret_gets_nothing(server: Handover, secret: str) -> None:
+def test_whoever_does_not_know_the_secret_gets_nothing(server: PageBroker, secret: str) -> None:
     with server.expecting(["a"]):
         page_exchange.give("a", made(b"one"))
         with connected() as (connection, _):
@@ -181,7 +181,7 @@ def test_whoever_does_not_know_the_secret_gets_nothing(server: Handover, secret:
 
 
 def test_whoever_says_nothing_holds_nobody_up(
-    server: Handover, monkeypatch: pytest.MonkeyPatch
+    server: PageBroker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(page_exchange, "_PATIENCE_S", 600.0)
     with connected(), server.expecting(["a"]):
@@ -192,7 +192,7 @@ def test_whoever_says_nothing_holds_nobody_up(
 
 
 def test_without_a_descriptor_for_a_connection_it_goes_on(
-    server: Handover, monkeypatch: pytest.MonkeyPatch
+    server: PageBroker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(page_exchange, "_PATIENCE_S", 3.0)
     name = os.environ[ADDRESS].split()[0]
@@ -210,7 +210,7 @@ def test_without_a_descriptor_for_a_connection_it_goes_on(
             assert read(page_exchange.take("a", 1)) == [b"one"]
 
 
-def test_a_page_is_not_passed_on_to_programs_that_are_started(server: Handover) -> None:
+def test_a_page_is_not_passed_on_to_programs_that_are_started(server: PageBroker) -> None:
     with server.expecting(["a"]):
         page_exchange.give("a", made(b"one"))
         (page,) = page_exchange.take("a", 1)
@@ -219,7 +219,7 @@ def test_a_page_is_not_passed_on_to_programs_that_are_started(server: Handover) 
 
 
 def test_a_giver_that_ends_on_the_way_costs_nothing(
-    server: Handover, monkeypatch: pytest.MonkeyPatch
+    server: PageBroker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(page_exchange, "_PATIENCE_S", 0.1)
     before = descriptors()
@@ -241,7 +241,7 @@ def takes_from_elsewhere(found: Connection) -> None:
     found.send(read(page_exchange.take("a", 5)))
 
 
-def test_from_process_to_process(server: Handover) -> None:
+def test_from_process_to_process(server: PageBroker) -> None:
     spawn = multiprocessing.get_context("spawn")
     ours, theirs = spawn.Pipe()
     with server.expecting(["a"]):

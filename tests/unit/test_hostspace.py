@@ -10,7 +10,7 @@ from llmserve.checkpoint import shape
 from llmserve.errors import ConfigError, ShapeUnknown
 from llmserve.gpus.device import GIB
 from llmserve.lifecycle.eviction import HOST, Level
-from llmserve.lifecycle.host_memory import HostSpace
+from llmserve.lifecycle.host_memory import HostMemory
 from llmserve.registry.config import Config, ServerSpec
 from tests.fakes import spec
 from tests.unit.shapes import LLAMA_8B
@@ -53,8 +53,8 @@ def wide(_: Shape) -> str:
     return "float32"
 
 
-def of(config: Config, dtype_for: Callable[[Shape], str] = native) -> HostSpace:
-    return HostSpace.of(config, dtype_for)
+def of(config: Config, dtype_for: Callable[[Shape], str] = native) -> HostMemory:
+    return HostMemory.of(config, dtype_for)
 
 
 def size_of(made: ModelSpec, dtype_for: Callable[[Shape], str] = native) -> int:

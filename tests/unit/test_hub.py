@@ -143,13 +143,13 @@ def box(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 def download(model: str = "org/m", **more: Any) -> list[tuple[int, int]]:
     """The progress that was told."""
     told: list[tuple[int, int]] = []
-    for wanted in hub.Wanted.of(spec("chat", model=model, **more)):
+    for wanted in hub.HubRevision.of(spec("chat", model=model, **more)):
         hub.download(wanted, lambda done, total: told.append((done, total)))
     return told
 
 
 def warned(**more: Any) -> str | None:
-    (wanted,) = hub.Wanted.of(spec("chat", model="org/m", **more))
+    (wanted,) = hub.HubRevision.of(spec("chat", model="org/m", **more))
     return hub.download(wanted, lambda done, total: None).warning
 
 
@@ -193,7 +193,7 @@ def test_adapters_are_fetched_too_and_folders_are_not(box: Hub) -> None:
 
 def test_a_revision_is_the_model_s_and_not_its_adapters() -> None:
     engine = {"revision": "v2", "download_dir": "/big", "hf_token": True}
-    wanted = hub.Wanted.of(spec(model="org/m", loras={"sql": "org/lora"}, engine=engine))
+    wanted = hub.HubRevision.of(spec(model="org/m", loras={"sql": "org/lora"}, engine=engine))
     assert wanted == (("org/m", "v2", "/big", True), ("org/lora", None, "/big", True))
 
 
@@ -321,7 +321,7 @@ def test_a_hub_that_refuses_does_not_keep_what_is_in_the_cache(
 ) -> None:
     download()
     box.refused["org/m"] = (status, code)
-    (wanted,) = hub.Wanted.of(spec(model="org/m"))
+    (wanted,) = hub.HubRevision.of(spec(model="org/m"))
     fetched = hub.download(wanted, lambda done, total: None)
     assert fetched.folder == str(tmp_path / "hub" / "models--org--m" / "snapshots" / SHA)
     assert fetched.warning is not None

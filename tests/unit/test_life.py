@@ -13,14 +13,14 @@ import pytest
 from llmserve.api.endpoints import ENDPOINTS
 from llmserve.errors import DeadlineExceeded, EngineDead, EngineError, Overloaded, StartupError
 from llmserve.lifecycle import health, restart_backoff, transitions
-from llmserve.lifecycle.admission import Deadline, Place
+from llmserve.lifecycle.admission import Deadline, QueuedRequest
 from llmserve.lifecycle.eviction import HOST, Level
-from llmserve.lifecycle.health import Watch
-from llmserve.lifecycle.lease import Lease, Wish
+from llmserve.lifecycle.health import HealthMonitor
+from llmserve.lifecycle.lease import Lease, ModelRequest
 from llmserve.lifecycle.pool import Pool
 from llmserve.lifecycle.replica import Replica, State
 from llmserve.metrics import Metrics
-from llmserve.registry.names import Registry
+from llmserve.registry.names import ModelNames
 from tests.fakes import FakeBackend, FakeRunning, Gate, Plan, broken, let_in, soon, spec, until
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class Box:
             plan.running.sleeps = able
         self.metrics = Metrics()
         self.seen: list[tuple[str, State, str]] = []
-        self.pool = Pool(Registry(specs), self.backend, self.metrics, self._changed)
+        self.pool = Pool(ModelNames(specs), self.backend, self.metrics, self._changed)
 
     def _changed(self, replica: Replica) -> None:
         self.seen.append((replica.name, replica.state, replica.note))
@@ -104,7 +104,7 @@ class Box:
 
     async def ask(self, name: str, deadline: Deadline | None = None) -> Lease:
         """As a request does: it waits if it has to."""
-        wish = Wish(name, CHAT, {}, deadline or Deadline())
+        wish = ModelRequest(name, CHAT, {}, deadline or Deadline())
         lease = self.pool.lease(wish)
         return lease if isinstance(lease, Lease) else await let_in(lease)
 
@@ -123,7 +123,7 @@ class Box:
 
 @asynccontextmanager
 async def watched(box: Box) -> AsyncIterator[None]:
-    watching = asyncio.ensure_future(Watch(box.pool).run())
+    watching = asyncio.ensure_future(HealthMonitor(box.pool).run())
     try:
         yield
     finally:
@@ -829,12 +829,12 @@ async def test_a_request_over_which_an_engine_died_waits_for_the_next_and_others
     await soon(box.pool.start())
     box.backend.plans["a"].gate = gate
     box.running("a").dead = True
-    wish = Wish("a", CHAT, {}, Deadline())
+    wish = ModelRequest("a", CHAT, {}, Deadline())
     with pytest.raises(Overloaded, match="is waiting") as refused:
         box.pool.lease(wish)
     assert refused.value.code == "model_not_ready"
     place = box.pool.lease(wish.again())
-    assert isinstance(place, Place)
+    assert isinstance(place, QueuedRequest)
     waiting = asyncio.create_task(let_in(place))
     gate.opened.set()
     (await soon(waiting)).release()

@@ -269,7 +269,7 @@ def test_a_log_for_programs_is_an_object_a_line(server: Server, operator: FakeOp
 def test_a_log_is_followed_until_the_server_ends(server: Server, operator: FakeOperator) -> None:
     log = operator.log_of("chat", 0)
     log.write_bytes(b"one\n")
-    with closing(operate.Client(server.url, None)) as client:
+    with closing(operate.AdminClient(server.url, None)) as client:
         parts = client.log("chat", lines=5, replica=0, follow=True)
         assert next(parts) == b"one\n"
         with log.open("ab") as more:
@@ -355,7 +355,7 @@ def test_ctrl_c_ends_a_command_with_130(server: Server, monkeypatch: pytest.Monk
     def interrupted(*_: object) -> Iterator[object]:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(operate.Client, "events", interrupted)
+    monkeypatch.setattr(operate.AdminClient, "events", interrupted)
     result = llmserve(server, "events")
     assert (result.exit_code, result.stdout, result.stderr) == (130, "", "")
 
@@ -385,14 +385,14 @@ def proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
 
 
 def test_key_for_a_loopback_server_goes_to_no_proxy(server: Server, proxy: Proxy) -> None:
-    client = operate.Client(server.url, "k")
+    client = operate.AdminClient(server.url, "k")
     assert [model["name"] for model in client.models()] == ["chat", "org/embed"]
     client.close()
     assert proxy.seen == []
 
 
 def test_server_of_another_machine_is_asked_through_a_proxy(proxy: Proxy) -> None:
-    client = operate.Client("http://box.example:8000", "k")
+    client = operate.AdminClient("http://box.example:8000", "k")
     with pytest.raises(operate.Refused, match="502 proxied"):
         client.models()
     client.close()

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import asyncio
 
-from llmserve.engine.pacing import PER_TURN, Paced
+from llmserve.engine.pacing import PER_TURN, PacedRendering
 from tests.fakes import soon
 
 
@@ -25,7 +25,7 @@ class Begun:
 
 async def test_paced_calls_begin_in_order_some_each_turn() -> None:
     begun = Begun()
-    paced = Paced(begun)
+    paced = PacedRendering(begun)
     counting = asyncio.ensure_future(begun.count_turns())
     values = await soon(asyncio.gather(*(paced(i) for i in range(5 * PER_TURN + 1))))
     counting.cancel()
@@ -35,7 +35,7 @@ async def test_paced_calls_begin_in_order_some_each_turn() -> None:
 
 async def test_paced_call_alone_begins_at_once() -> None:
     begun = Begun()
-    paced = Paced(begun)
+    paced = PacedRendering(begun)
     for i in range(3):
         assert await paced(i) == i
     assert begun.turns == [0, 0, 0]
@@ -43,7 +43,7 @@ async def test_paced_call_alone_begins_at_once() -> None:
 
 async def test_paced_calls_that_are_cancelled_take_no_place() -> None:
     begun = Begun()
-    paced = Paced(begun)
+    paced = PacedRendering(begun)
     calls = [asyncio.ensure_future(paced(i)) for i in range(3 * PER_TURN)]
     await asyncio.sleep(0)
     for call in calls[PER_TURN:-1]:

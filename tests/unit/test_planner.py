@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmserve.checkpoint.shape import Unknown
+from llmserve.checkpoint.shape import UnknownShape
 from llmserve.gpus.device import GIB, described
 from llmserve.planning.placement import capacity
 from llmserve.planning.planner import Planner
@@ -30,8 +30,8 @@ def planned(
 ) -> Plan:
     """The plan of entries whose `model` is one of SHAPES, or anything else: not known."""
     specs = [ModelSpec.model_validate({"name": name} | entry) for name, entry in models.items()]
-    shapes: dict[str, Shape | Unknown] = {
-        spec.name: SHAPES.get(spec.model, Unknown("it is an odd one")) for spec in specs
+    shapes: dict[str, Shape | UnknownShape] = {
+        spec.name: SHAPES.get(spec.model, UnknownShape("it is an odd one")) for spec in specs
     }
     return Planner(described(gpus), 0.08, shapes, (overheads or {}).get).plan(specs)
 

@@ -10,13 +10,13 @@ import pytest
 from llmserve.api.endpoints import ENDPOINTS
 from llmserve.errors import EngineDead, ModelNotFound, Overloaded, StartupError
 from llmserve.lifecycle import health, restart_backoff
-from llmserve.lifecycle.admission import Deadline, Place
-from llmserve.lifecycle.health import Watch
-from llmserve.lifecycle.lease import Lease, Wish
+from llmserve.lifecycle.admission import Deadline, QueuedRequest
+from llmserve.lifecycle.health import HealthMonitor
+from llmserve.lifecycle.lease import Lease, ModelRequest
 from llmserve.lifecycle.pool import Pool
 from llmserve.lifecycle.replica import Replica, State
 from llmserve.metrics import Metrics
-from llmserve.registry.names import Registry
+from llmserve.registry.names import ModelNames
 from tests.fakes import FakeBackend, Gate, Plan, broken, let_in, soon, spec, until
 
 if TYPE_CHECKING:
@@ -30,8 +30,8 @@ CHAT, EMBED = (
 )
 
 
-def wish(name: str, task: asyncio.Future[None] | None = None, **body: Any) -> Wish:
-    return Wish(name, CHAT, body, Deadline(), task)  # type: ignore[arg-type]  # any future
+def wish(name: str, task: asyncio.Future[None] | None = None, **body: Any) -> ModelRequest:
+    return ModelRequest(name, CHAT, body, Deadline(), task)  # type: ignore[arg-type]  # any future
 
 
 class Box:
@@ -54,7 +54,7 @@ class Box:
         self.backend = FakeBackend(**plans)
         self.metrics = Metrics()
         self.seen: list[tuple[str, State, str]] = []
-        self.pool = Pool(Registry(specs), self.backend, self.metrics, self._changed)
+        self.pool = Pool(ModelNames(specs), self.backend, self.metrics, self._changed)
 
     def _changed(self, replica: Replica) -> None:
         self.seen.append((replica.name, replica.state, replica.note))
@@ -325,7 +325,7 @@ async def test_an_engine_that_hangs_is_killed_and_started_again(
     monkeypatch.setattr(health, "HUNG_S", 0.02)
     box = Box()
     await box.pool.start()
-    asking = asyncio.ensure_future(Watch(box.pool).run())
+    asking = asyncio.ensure_future(HealthMonitor(box.pool).run())
     async with watched(box):
         await asyncio.sleep(0.1)
         assert box.backend.started.count("chat") == 1  # those that answer are left alone
@@ -480,7 +480,7 @@ def plans(*each: Plan) -> dict[str, Any]:
 
 @asynccontextmanager
 async def watched(box: Box) -> AsyncIterator[None]:
-    watching = asyncio.ensure_future(Watch(box.pool).run())
+    watching = asyncio.ensure_future(HealthMonitor(box.pool).run())
     yield
     watching.cancel()
     with suppress(asyncio.CancelledError):
@@ -594,7 +594,9 @@ async def test_tokens_in_flight_are_those_of_the_leases_that_are_held() -> None:
 
     first = box.lease("chat", prompt="x" * 400, max_tokens=50)
     second = box.lease("chat", prompt=[1] * 30, max_tokens=9000)
-    third = box.pool.lease(Wish("chat", EMBED, {"input": "x" * 40, "max_tokens": 50}, Deadline()))
+    third = box.pool.lease(
+        ModelRequest("chat", EMBED, {"input": "x" * 40, "max_tokens": 50}, Deadline())
+    )
     assert isinstance(third, Lease)
     assert shown() == [100 + 512, 30 + 512 + 10]
     for lease in (first, third, second, second, first):
@@ -674,7 +676,7 @@ async def test_an_engine_that_cannot_be_asked_is_left_alone(
         raise RuntimeError("cores disagree")
 
     monkeypatch.setattr(box.backend.running("chat"), "responds", broken)
-    asking = asyncio.ensure_future(Watch(box.pool).run())
+    asking = asyncio.ensure_future(HealthMonitor(box.pool).run())
     await until(lambda: len(asked) > 2)  # and it goes on
     asking.cancel()
     with suppress(asyncio.CancelledError):
@@ -692,7 +694,7 @@ async def test_watch_that_is_cancelled_leaves_no_task(monkeypatch: pytest.Monkey
     running.hangs = True
     running.stop_gate = Gate()
     before = asyncio.all_tasks()
-    watching = asyncio.ensure_future(Watch(box.pool).run())
+    watching = asyncio.ensure_future(HealthMonitor(box.pool).run())
     await soon(running.stop_gate.reached.wait())
     watching.cancel()
     await asyncio.wait({watching})
@@ -711,7 +713,7 @@ async def test_model_that_leaves_while_it_is_asked_for_again_serves_its_queue() 
         box.pool.leave(entry)
         ending = asyncio.ensure_future(box.pool.end(entry))
         await asyncio.sleep(0)
-    first, second = (place for place in places if isinstance(place, Place))
+    first, second = (place for place in places if isinstance(place, QueuedRequest))
     lease = await soon(let_in(first))
     for _ in range(20):  # what ends it begins, if it does not wait for the second
         await asyncio.sleep(0)
@@ -726,7 +728,7 @@ async def test_queue_of_a_model_that_has_left_is_refused_when_nothing_comes() ->
     await soon(box.pool.start())
     entry = box.pool.entries["chat"]
     place = box.pool.lease(wish("chat"))
-    assert isinstance(place, Place)
+    assert isinstance(place, QueuedRequest)
     box.pool.leave(entry)
     await soon(box.pool.end(entry))
     with pytest.raises(EngineDead):

@@ -33,12 +33,12 @@ from llmserve.errors import (
     Unauthorized,
 )
 from llmserve.http.models import model_card, requested_model
-from llmserve.registry.names import Model, Registry
+from llmserve.registry.names import Model, ModelNames
 from tests.fakes import FakeRunning, spec
 
 
-def registry_of(names: list[str]) -> Registry:
-    return Registry(spec(name=name) for name in names)
+def registry_of(names: list[str]) -> ModelNames:
+    return ModelNames(spec(name=name) for name in names)
 
 
 KEYS = st.text(max_size=5)

@@ -5,25 +5,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmserve.errors import ModelNotFound
-from llmserve.registry.names import Registry
+from llmserve.registry.names import ModelNames
 from tests.fakes import spec
 
 NAMES = st.lists(st.text(min_size=1, max_size=12), unique=True, min_size=1, max_size=20)
 
 
 def test_a_model_is_found_by_its_name_aliases_and_adapters() -> None:
-    registry = Registry([spec("chat", aliases=["gpt-4o"], loras={"sql": "/loras/sql"})])
+    registry = ModelNames([spec("chat", aliases=["gpt-4o"], loras={"sql": "/loras/sql"})])
     assert [registry.find(name).name for name in ("chat", "gpt-4o", "sql")] == ["chat"] * 3
     assert registry.public_names() == ["chat", "gpt-4o", "sql"]
 
 
 def test_names_are_exact() -> None:
     with pytest.raises(ModelNotFound, match="did you mean `chat`"):
-        Registry([spec("chat")]).find("Chat")
+        ModelNames([spec("chat")]).find("Chat")
 
 
 def test_a_hidden_model_is_found_but_never_named() -> None:
-    registry = Registry([spec("chat"), spec("draft", hidden=True, aliases=["draft-2"])])
+    registry = ModelNames([spec("chat"), spec("draft", hidden=True, aliases=["draft-2"])])
     assert registry.find("draft-2").name == "draft"
     assert registry.public_names() == ["chat"]
     with pytest.raises(ModelNotFound) as missing:
@@ -35,7 +35,7 @@ def test_a_hidden_model_is_found_but_never_named() -> None:
 @given(NAMES, st.integers(1, 4))
 def test_every_public_name_leads_to_the_model_that_carries_it(names: list[str], each: int) -> None:
     groups = [names[i : i + each] for i in range(0, len(names), each)]
-    registry = Registry([spec(first, aliases=rest) for first, *rest in groups])
+    registry = ModelNames([spec(first, aliases=rest) for first, *rest in groups])
     assert registry.public_names() == names
     for group in groups:
         assert {registry.find(name).name for name in group} == {group[0]}
@@ -43,7 +43,7 @@ def test_every_public_name_leads_to_the_model_that_carries_it(names: list[str], 
 
 @given(NAMES, st.text(max_size=12))
 def test_any_other_name_is_refused_with_the_names_there_are(names: list[str], other: str) -> None:
-    registry = Registry([spec(name) for name in names])
+    registry = ModelNames([spec(name) for name in names])
     if other in names:
         assert registry.find(other).name == other
         return

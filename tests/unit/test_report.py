@@ -14,14 +14,14 @@ from rich.console import Console
 
 from llmserve.cli import plan_report
 from llmserve.gpus.device import GIB, Box, Gpu, described
-from llmserve.planning.plan import Plan, Problem, Replica
+from llmserve.planning.plan import Plan, PlannedReplica, Problem
 
 SVG = "{http://www.w3.org/2000/svg}"
 
 
 def replica(
     model: str, devices: tuple[int, ...], weights: float, kv: float, overhead: float, **more: Any
-) -> Replica:
+) -> PlannedReplica:
     """A replica by its GiB on each GPU."""
     fields: dict[str, Any] = {
         "number": 0,
@@ -34,7 +34,7 @@ def replica(
     }
     sizes = {"weights": weights, "kv": kv, "overhead": overhead}
     fields |= {kind: int(size * GIB) for kind, size in sizes.items()}
-    return Replica(model, devices=devices, **fields | more)
+    return PlannedReplica(model, devices=devices, **fields | more)
 
 
 TWO = Plan(

@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from starlette.responses import Response
 
 from llmserve.errors import EngineError, RequestError
-from llmserve.lifecycle.response_store import EVENT_BYTES, Archive, Responses, owned_by, size_of
+from llmserve.lifecycle.response_store import EVENT_BYTES, Archive, ResponseStore, owned_by, size_of
 from tests.fakes import soon
 
 KIB = "x" * 1024
 
 
-def handler_of(responses: Responses) -> Any:
+def handler_of(responses: ResponseStore) -> Any:
     """vLLM's, with the dictionaries that it has been given."""
     handler = SimpleNamespace()
     responses.keep_for(handler, lambda stored: Response(str(stored)))
@@ -59,7 +59,7 @@ class Stream:
         self.signal.set()
 
 
-async def all_of(responses: Responses, *, after: int | None = None) -> list[Any]:
+async def all_of(responses: ResponseStore, *, after: int | None = None) -> list[Any]:
     return [event async for event in responses.replay("r", after)]
 
 
@@ -67,7 +67,7 @@ async def all_of(responses: Responses, *, after: int | None = None) -> list[Any]
 
 
 def test_parts_of_a_response_are_evicted_together() -> None:
-    responses = Responses(limit=2)
+    responses = ResponseStore(limit=2)
     handler = handler_of(responses)
     for n in range(4):
         store(handler, str(n))
@@ -109,7 +109,7 @@ def test_archive_of_model_that_left_counts_no_more() -> None:
 
 
 async def test_response_that_runs_is_never_evicted() -> None:
-    responses = Responses(limit=1)
+    responses = ResponseStore(limit=1)
     handler = handler_of(responses)
     running = Stream(handler)
     for n in range(5):
@@ -159,7 +159,7 @@ def test_size_of_a_value_is_no_less_than_its_text(value: Any) -> None:
 
 
 def test_response_is_its_owners_alone() -> None:
-    responses = Responses()
+    responses = ResponseStore()
     handler = handler_of(responses)
     with owned_by("a"):
         store(handler, "r")
@@ -172,7 +172,7 @@ def test_response_is_its_owners_alone() -> None:
 
 
 def test_messages_without_a_response_are_not_found() -> None:
-    responses = Responses()
+    responses = ResponseStore()
     handler_of(responses).msg_store["r"] = []
     assert not responses.has("r", "")
 
@@ -181,7 +181,7 @@ def test_messages_without_a_response_are_not_found() -> None:
 
 
 async def test_replay_tells_events_as_they_come() -> None:
-    responses = Responses()
+    responses = ResponseStore()
     running = Stream(handler_of(responses))
     replaying = asyncio.create_task(all_of(responses))
     late = asyncio.create_task(all_of(responses, after=0))
@@ -195,7 +195,7 @@ async def test_replay_tells_events_as_they_come() -> None:
 
 
 async def test_replay_of_cancelled_response_ends() -> None:
-    responses = Responses()
+    responses = ResponseStore()
     running = Stream(handler_of(responses))
     replaying = asyncio.create_task(all_of(responses))
     await asyncio.sleep(0)
@@ -208,7 +208,7 @@ async def test_replay_of_cancelled_response_ends() -> None:
 
 
 async def test_replay_of_failed_response_ends_in_an_error(caplog: pytest.LogCaptureFixture) -> None:
-    responses = Responses()
+    responses = ResponseStore()
     running = Stream(handler_of(responses))
     replaying = asyncio.create_task(all_of(responses))
     await asyncio.sleep(0)
@@ -220,14 +220,14 @@ async def test_replay_of_failed_response_ends_in_an_error(caplog: pytest.LogCapt
 
 
 async def test_replay_of_response_that_was_not_streamed_is_refused() -> None:
-    responses = Responses()
+    responses = ResponseStore()
     store(handler_of(responses), "r")
     with pytest.raises(RequestError, match="not streamed"):
         await soon(all_of(responses))
 
 
 async def test_deleted_response_is_gone() -> None:
-    responses = Responses()
+    responses = ResponseStore()
     store(handler_of(responses), "r")
     await soon(responses.delete("r"))
     assert not responses.has("r", "")
@@ -236,7 +236,7 @@ async def test_deleted_response_is_gone() -> None:
 
 async def test_deleted_response_in_background_is_ended_first() -> None:
     """What a task stores as it ends would bring the response back."""
-    responses = Responses()
+    responses = ResponseStore()
     handler = handler_of(responses)
     running = Stream(handler)
     await asyncio.sleep(0)
@@ -246,7 +246,7 @@ async def test_deleted_response_in_background_is_ended_first() -> None:
 
 
 async def test_cancel_of_completed_response_is_refused() -> None:
-    responses = Responses()
+    responses = ResponseStore()
     store(handler_of(responses), "r")
     with pytest.raises(RequestError, match="Cannot cancel"):
         await soon(responses.cancel("r"))

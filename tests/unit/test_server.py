@@ -11,8 +11,8 @@ from llmserve.engine import environment
 from llmserve.errors import PlacementError, StartupError
 from llmserve.gpus import nvml
 from llmserve.gpus.device import GIB, described
-from llmserve.lifecycle.gpu_memory import Space
-from llmserve.lifecycle.host_memory import HostSpace
+from llmserve.lifecycle.gpu_memory import GpuMemory
+from llmserve.lifecycle.host_memory import HostMemory
 from llmserve.planning.measurements import Measured
 from llmserve.registry.config import Config, ModelSpec, ServerSpec
 from llmserve.server import logs, process
@@ -139,7 +139,7 @@ def test_the_build_for_cpus_has_no_gpus_to_plan(
     on_gpus(monkeypatch, tmp_path, described("H100"))
     monkeypatch.setattr(environment, "is_cpu_build", lambda: True)
     memory = process._memory(registry(tmp_path, devices=[5], kv_cache="4GiB"))
-    assert isinstance(memory, HostSpace)
+    assert isinstance(memory, HostMemory)
     assert memory.capacity == {}
 
 
@@ -168,7 +168,7 @@ def test_gpus_that_others_hold_are_told_before_anything_starts(
     with pytest.raises(StartupError, match=r"49\.6 GiB of 79\.6 GiB are free"):
         process._memory(registry(tmp_path))
     space = process._memory(registry(tmp_path, memory="40GiB"))  # the rest is enough
-    assert isinstance(space, Space)
+    assert isinstance(space, GpuMemory)
     assert space.plan.replica("m", 0).bytes == 40 * GIB
 
 
@@ -177,11 +177,11 @@ def test_the_plan_is_made_with_what_was_measured_here(
 ) -> None:
     on_gpus(monkeypatch, tmp_path, described("H100"))
     first = process._memory(registry(tmp_path))
-    assert isinstance(first, Space)
+    assert isinstance(first, GpuMemory)
     mark = first.plan.replica("m", 0).fingerprint
     Measured(tmp_path / "llmserve" / "memory").keep(mark, 5 * GIB, {})
     again = process._memory(registry(tmp_path))
-    assert isinstance(again, Space)
+    assert isinstance(again, GpuMemory)
     assert again.plan.replica("m", 0).overhead == 5 * GIB
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmserve.engine.hang_detection import Silence, cpu_s
+from llmserve.engine.hang_detection import HangDetector, cpu_s
 
 LOOKS = st.lists(st.floats(0.01, 20), min_size=1, max_size=40)
 
@@ -27,7 +27,7 @@ class Engine:
         self.asked += 1
         return self.share * min(self.now_s, self.until_s)
 
-    def hangs_at(self, silence: Silence, looks: list[float]) -> float | None:
+    def hangs_at(self, silence: HangDetector, looks: list[float]) -> float | None:
         for step in looks:
             self.now_s += step
             if silence.is_hang(self.now_s):
@@ -35,8 +35,8 @@ class Engine:
         return None
 
 
-def silence(engine: Engine, at_most_s: float = 1000.0) -> Silence:
-    return Silence(0.0, engine.cpu_s, quiet_s=45.0, at_most_s=at_most_s, share=0.05)
+def silence(engine: Engine, at_most_s: float = 1000.0) -> HangDetector:
+    return HangDetector(0.0, engine.cpu_s, quiet_s=45.0, at_most_s=at_most_s, share=0.05)
 
 
 @given(LOOKS)

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from llmserve.checkpoint import shape
-from llmserve.checkpoint.shape import Unknown
+from llmserve.checkpoint.shape import UnknownShape
 from llmserve.errors import PlacementError, StartupError
 from llmserve.gpus import nvml, page_exchange
 from llmserve.gpus.device import GIB, described
 from llmserve.gpus.nvml import Holder
-from llmserve.gpus.page_exchange import PAGE_BYTES, Handover
+from llmserve.gpus.page_exchange import PAGE_BYTES, PageBroker
 from llmserve.lifecycle import gpu_memory as space
 from llmserve.lifecycle.eviction import Level
-from llmserve.lifecycle.gpu_memory import Space, overhead_bytes
+from llmserve.lifecycle.gpu_memory import GpuMemory, overhead_bytes
 from llmserve.planning.measurements import Measured
 from llmserve.planning.planner import Planner
 from llmserve.registry.config import Config, ModelSpec
@@ -65,8 +65,9 @@ def entry(name: str = "m", **said: Any) -> ModelSpec:
 
 def planned(kept: Measured, *specs: ModelSpec, box: str = "H100") -> Plan:
     """Models are Llamas of 8B, or, if called `odd`, of unknown shape."""
-    shapes: dict[str, Shape | Unknown] = {
-        spec.name: Unknown("no config.json") if spec.model == "odd" else LLAMA_8B for spec in specs
+    shapes: dict[str, Shape | UnknownShape] = {
+        spec.name: UnknownShape("no config.json") if spec.model == "odd" else LLAMA_8B
+        for spec in specs
     }
     plan = Planner(described(box), 0.08, shapes, kept.overhead).plan(specs)
     assert not plan.problems
@@ -76,7 +77,7 @@ def planned(kept: Measured, *specs: ModelSpec, box: str = "H100") -> Plan:
 class Starts:
     """Starts of replicas that go on until they are ended."""
 
-    def __init__(self, space: Space) -> None:
+    def __init__(self, space: GpuMemory) -> None:
         self.space = space
         self.running: list[str] = []
         self.keeps: dict[str, Keep] = {}
@@ -115,7 +116,7 @@ class Starts:
 
 @asynccontextmanager
 async def starts(kept: Measured, *specs: ModelSpec, box: str = "H100") -> AsyncIterator[Starts]:
-    made = Starts(Space(planned(kept, *specs, box=box), kept))
+    made = Starts(GpuMemory(planned(kept, *specs, box=box), kept))
     try:
         yield made
     finally:
@@ -139,7 +140,7 @@ def test_a_box_with_room_for_the_plan_is_not_taken(gpus: Gpus, tmp_path: Path) -
     plan = planned(Measured(tmp_path), entry(memory="40GiB"), box="2xH100")
     (used,) = plan.replicas[0].devices
     gpus.used = {used: plan.box[used].memory - 40 * GIB, 1 - used: plan.box[used].memory}
-    Space(plan, Measured(tmp_path)).unless_taken()
+    GpuMemory(plan, Measured(tmp_path)).unless_taken()
 
 
 def test_whoever_holds_the_memory_is_told(gpus: Gpus, tmp_path: Path) -> None:
@@ -152,7 +153,7 @@ def test_whoever_holds_the_memory_is_told(gpus: Gpus, tmp_path: Path) -> None:
         ]
     }
     with pytest.raises(StartupError) as taken:
-        Space(plan, Measured(tmp_path)).unless_taken()
+        GpuMemory(plan, Measured(tmp_path)).unless_taken()
     assert taken.value.exit_code == 3
     assert taken.value.message == (
         "GPU 1 (H100 80GB HBM3): the plan needs 40.0 GiB, 29.6 GiB of 79.6 GiB are free; "
@@ -167,7 +168,7 @@ def test_every_taken_gpu_is_told_also_where_the_driver_names_nobody(
     plan = planned(Measured(tmp_path), entry(tensor_parallel_size=2), box="2xH100")
     gpus.used = {0: 20 * GIB, 1: 30 * GIB}
     with pytest.raises(StartupError) as taken:
-        Space(plan, Measured(tmp_path)).unless_taken()
+        GpuMemory(plan, Measured(tmp_path)).unless_taken()
     first, second = taken.value.message.splitlines()
     assert first.startswith("GPU 0 ")
     assert "59.6 GiB of 79.6 GiB are free; held by nobody whom the driver names; " in first
@@ -176,7 +177,7 @@ def test_every_taken_gpu_is_told_also_where_the_driver_names_nobody(
 
 def test_one_byte_too_many_is_too_many(gpus: Gpus, tmp_path: Path) -> None:
     plan = planned(Measured(tmp_path), entry(memory="40GiB"))
-    space = Space(plan, Measured(tmp_path))
+    space = GpuMemory(plan, Measured(tmp_path))
     gpus.used = {0: plan.box[0].memory - 40 * GIB}
     space.unless_taken()
     gpus.used[0] += 1
@@ -248,7 +249,7 @@ async def test_kinds_on_different_gpus_do_not_wait_for_each_other(
 
 async def test_a_start_that_is_given_up_lets_the_next_one_in(gpus: Gpus, tmp_path: Path) -> None:
     a, b = entry("a"), entry("b", engine={"max_num_seqs": 8})
-    space = Space(planned(Measured(tmp_path), a, b), Measured(tmp_path))
+    space = GpuMemory(planned(Measured(tmp_path), a, b), Measured(tmp_path))
 
     async def failing() -> None:
         async with space.start(a, 0):
@@ -262,7 +263,7 @@ async def test_a_start_that_is_given_up_lets_the_next_one_in(gpus: Gpus, tmp_pat
 
 async def test_a_replica_s_entry_says_its_gpus_and_its_cache(gpus: Gpus, tmp_path: Path) -> None:
     many = entry(replicas=2)
-    space = Space(planned(Measured(tmp_path), many, box="2xH100"), Measured(tmp_path))
+    space = GpuMemory(planned(Measured(tmp_path), many, box="2xH100"), Measured(tmp_path))
     async with space.start(many, 1) as (spec, _):
         replica = space.plan.replica("m", 1)
         assert (spec.devices, spec.kv_cache) == (replica.devices, replica.kv)
@@ -302,7 +303,7 @@ async def test_a_measured_start_is_planned_with_from_then_on(gpus: Gpus, tmp_pat
     (replica,) = plan.replicas
     planned_gib = (replica.weights + replica.kv) / GIB
     gpus.used = {0: 2 * GIB, 1: 0}  # what was there before is nobody's overhead
-    async with Space(plan, kept).start(m, 0) as (_, keep):
+    async with GpuMemory(plan, kept).start(m, 0) as (_, keep):
         gpus.used = {0: int((planned_gib + 5) * GIB), 1: int((planned_gib + 4) * GIB)}
         keep([report(planned_gib + 1), report(planned_gib + 1)])
     (again,) = planned(kept, m, box="2xH100").replicas
@@ -319,7 +320,7 @@ async def test_of_data_parallel_ranks_the_first_reports_alone(gpus: Gpus, tmp_pa
     (replica,) = plan.replicas
     assert len(replica.devices) == 2
     size = replica.weights + replica.kv
-    async with Space(plan, kept).start(m, 0) as (_, keep):
+    async with GpuMemory(plan, kept).start(m, 0) as (_, keep):
         gpus.used = {0: size + 2 * GIB, 1: size + 9 * GIB}
         keep([report(size / GIB)])
     assert kept.overhead(replica.fingerprint) == pytest.approx(2 * GIB, abs=2)
@@ -329,7 +330,7 @@ async def test_a_start_that_reports_nothing_keeps_nothing(gpus: Gpus, tmp_path: 
     m = entry()
     kept = Measured(tmp_path)
     with contextlib.suppress(StartupError):
-        async with Space(planned(kept, m), kept).start(m, 0):
+        async with GpuMemory(planned(kept, m), kept).start(m, 0):
             raise StartupError("no")
     assert files(tmp_path) == []
 
@@ -363,7 +364,7 @@ def test_the_overhead_is_what_a_full_step_takes_beyond_the_plan(
 
 async def test_a_start_waits_for_the_memory_of_a_dead_engine(tmp_path: Path, gpus: Gpus) -> None:
     spec = entry(memory="40GiB")
-    starts = Starts(Space(planned(Measured(tmp_path), spec), Measured(tmp_path)))
+    starts = Starts(GpuMemory(planned(Measured(tmp_path), spec), Measured(tmp_path)))
     gpus.used[0] = 60 * GIB
     await starts.begin(spec)
     assert starts.running == []
@@ -380,7 +381,7 @@ async def test_a_start_without_room_tells_who_holds_it(
     gpus.used[0] = 60 * GIB
     gpus.holders[0] = [Holder(7, "python", 59 * GIB)]
     spec = entry(memory="40GiB")
-    ground = Space(planned(Measured(tmp_path), spec), Measured(tmp_path))
+    ground = GpuMemory(planned(Measured(tmp_path), spec), Measured(tmp_path))
     with pytest.raises(StartupError, match=r"m needs 40.0 GiB, 19.6 GiB .* pid 7 python 59.0 GiB"):
         async with ground.start(spec, 0):
             pass
@@ -392,7 +393,7 @@ async def test_a_start_in_which_memory_came_back_is_no_measurement(
     kept, m = Measured(tmp_path), entry(kv_cache="20GiB")
     plan = planned(kept, m)
     gpus.used[0] = 30 * GIB
-    async with Space(plan, kept).start(m, 0) as (_, keep):
+    async with GpuMemory(plan, kept).start(m, 0) as (_, keep):
         gpus.used[0] = 40 * GIB  # 40 came, 30 of somebody else's went
         keep([report(40)])
     assert files(tmp_path) == []
@@ -410,7 +411,7 @@ def sleeping(*names: str, **said: Any) -> tuple[ModelSpec, ...]:
 def test_a_gpu_may_be_filled_up_to_its_headroom(gpus: Gpus, tmp_path: Path) -> None:
     plan = planned(Measured(tmp_path), entry(memory="40GiB"), box="2xH100")
     memory = plan.box[0].memory
-    held = Space(plan, Measured(tmp_path)).capacity
+    held = GpuMemory(plan, Measured(tmp_path)).capacity
     assert sorted(held) == [0, 1]
     assert held[0] == held[1] <= memory * 0.92
     assert held[0] > memory * 0.9
@@ -418,14 +419,14 @@ def test_a_gpu_may_be_filled_up_to_its_headroom(gpus: Gpus, tmp_path: Path) -> N
 
 def test_who_cannot_sleep_holds_all_or_nothing(tmp_path: Path) -> None:
     m = entry(memory="40GiB", tensor_parallel_size=2)
-    space = Space(planned(Measured(tmp_path), m, box="2xH100"), Measured(tmp_path))
+    space = GpuMemory(planned(Measured(tmp_path), m, box="2xH100"), Measured(tmp_path))
     assert not space.sleeps(m, 0)
     assert space.holds(m, 0) == {Level.READY: {0: 40 * GIB, 1: 40 * GIB}}
 
 
 def test_a_sleeper_holds_less_at_each_level(tmp_path: Path) -> None:
     (m,) = sleeping("m")
-    space = Space(planned(Measured(tmp_path), m), Measured(tmp_path), host_memory=100 * GIB)
+    space = GpuMemory(planned(Measured(tmp_path), m), Measured(tmp_path), host_memory=100 * GIB)
     (replica,) = space.plan.replicas
     assert space.sleeps(m, 0)
     assert replica.kv == 5 * GIB
@@ -447,7 +448,7 @@ def test_host_memory_is_given_in_order_and_whoever_finds_none_sleeps_without_wei
     assert host >= plan.replica("a", 0).weights > 0
 
     def asleep(host_memory: int) -> list[Level]:
-        space = Space(plan, Measured(tmp_path), host_memory=host_memory)
+        space = GpuMemory(plan, Measured(tmp_path), host_memory=host_memory)
         return [min(space.holds(each, 0)) for each in specs]
 
     assert asleep(3 * host) == [Level.HOST] * 3
@@ -461,7 +462,7 @@ async def test_a_sleeper_wakes_when_what_it_needs_more_is_free(
 ) -> None:
     monkeypatch.setattr(space, "_RELEASE_S", 0.01)
     (m,) = sleeping("m")
-    ground = Space(planned(Measured(tmp_path), m), Measured(tmp_path), host_memory=100 * GIB)
+    ground = GpuMemory(planned(Measured(tmp_path), m), Measured(tmp_path), host_memory=100 * GIB)
     (replica,) = ground.plan.replicas
     memory, more = ground.plan.box[0].memory, replica.weights + replica.kv
     gpus.used[0] = memory - more
@@ -482,11 +483,11 @@ async def test_what_passes_to_a_sleeper_counts_as_free_for_it(
 ) -> None:
     monkeypatch.setattr(space, "_RELEASE_S", 0.01)
     monkeypatch.setenv(page_exchange.ADDRESS, "restored afterwards")
-    between = Handover()
+    between = PageBroker()
     (m,) = sleeping("m")
     plan = planned(Measured(tmp_path), m)
     seen = replace(plan, box=(replace(plan.box[0], uuid="GPU-1"),))
-    ground = Space(seen, Measured(tmp_path), 100 * GIB, between)
+    ground = GpuMemory(seen, Measured(tmp_path), 100 * GIB, between)
     (replica,) = plan.replicas
     gpus.used[0] = plan.box[0].memory - replica.weights - replica.kv + 2 * PAGE_BYTES
     with ground.expecting(m, 0):
@@ -510,7 +511,7 @@ async def test_nobody_falls_asleep_or_wakes_where_a_start_is_measured(
 ) -> None:
     (m,) = sleeping("m")
     other = entry("other", memory="30GiB", devices=[0])
-    made = Starts(Space(planned(Measured(tmp_path), m, other), Measured(tmp_path)))
+    made = Starts(GpuMemory(planned(Measured(tmp_path), m, other), Measured(tmp_path)))
     moved = asyncio.Event()
     done = asyncio.Event()
 
@@ -554,7 +555,7 @@ def llamas(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_engines_that_go_on_stay_where_they_are_with_what_they_have(tmp_path: Path) -> None:
     kept = Measured(tmp_path)
     a, b = entry("a", memory="30GiB"), entry("b", memory="30GiB")
-    ground = Space(planned(kept, a, b, box="2xH100"), kept)
+    ground = GpuMemory(planned(kept, a, b, box="2xH100"), kept)
     before = ground.plan
     where = before.replica("b", 0).devices
     renamed = b.model_copy(update={"name": "c"})
@@ -569,7 +570,7 @@ def test_engines_that_go_on_stay_where_they_are_with_what_they_have(tmp_path: Pa
 @pytest.mark.usefixtures("llamas")
 def test_a_registry_that_does_not_fit_changes_nothing(tmp_path: Path) -> None:
     kept, a = Measured(tmp_path), entry("a", memory="30GiB")
-    ground = Space(planned(kept, a), kept)
+    ground = GpuMemory(planned(kept, a), kept)
     before = ground.plan
     with pytest.raises(PlacementError, match="large"):
         ground.planned(config(tmp_path, a, entry("large", memory="60GiB")), {"a": "a"})

@@ -63,7 +63,7 @@ class Client:
     def body(self) -> bytes:
         return b"".join(message.get("body", b"") for message in self.sent)
 
-    async def get(self, frames: sse.Frames) -> None:
+    async def get(self, frames: sse.PeekableStream) -> None:
         scope = {"type": "http", "method": "POST", "asgi": {"spec_version": "2.3"}}
         await soon(sse.EventStream(frames)(scope, self.receive, self.send))
 
@@ -90,24 +90,27 @@ def test_a_frame_without_json_has_no_payload(frame: bytes) -> None:
 
 
 async def test_frames_come_in_order_once_begun() -> None:
-    frames = sse.Frames(Source(b"1", b"2", b"3").run(), failure)
+    frames = sse.PeekableStream(Source(b"1", b"2", b"3").run(), failure)
     await frames.begin(1)
     assert [frame async for frame in frames] == [b"1", b"2", b"3"]
 
 
 async def test_frames_need_no_begin() -> None:
-    assert [frame async for frame in sse.Frames(Source(b"1", b"2").run(), failure)] == [b"1", b"2"]
+    assert [frame async for frame in sse.PeekableStream(Source(b"1", b"2").run(), failure)] == [
+        b"1",
+        b"2",
+    ]
 
 
 async def test_a_source_without_frames_is_an_empty_stream() -> None:
-    frames = sse.Frames(Source().run(), failure)
+    frames = sse.PeekableStream(Source().run(), failure)
     await frames.begin(1)
     assert [frame async for frame in frames] == []
 
 
 async def test_what_goes_wrong_at_once_is_raised_before_the_answer_begins() -> None:
     with pytest.raises(RequestError, match="too long"):
-        await sse.Frames(refusing(), failure).begin(1)
+        await sse.PeekableStream(refusing(), failure).begin(1)
 
 
 async def test_begin_waits_no_longer_than_told_and_loses_nothing() -> None:
@@ -117,7 +120,7 @@ async def test_begin_waits_no_longer_than_told_and_loses_nothing() -> None:
         await gate.wait()
         yield b"1"
 
-    frames = sse.Frames(late(), failure)
+    frames = sse.PeekableStream(late(), failure)
     await soon(frames.begin(0.01))
     gate.opened.set()
     assert [frame async for frame in frames] == [b"1"]
@@ -126,7 +129,7 @@ async def test_begin_waits_no_longer_than_told_and_loses_nothing() -> None:
 async def test_a_begin_that_is_cancelled_closes_the_source() -> None:
     gate = Gate()
     source = Source(gate=gate)
-    beginning = asyncio.ensure_future(sse.Frames(source.run(), failure).begin(10))
+    beginning = asyncio.ensure_future(sse.PeekableStream(source.run(), failure).begin(10))
     await soon(gate.reached.wait())
     beginning.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -136,25 +139,25 @@ async def test_a_begin_that_is_cancelled_closes_the_source() -> None:
 
 
 async def test_closing_twice_and_closing_after_the_end_are_harmless() -> None:
-    frames = sse.Frames(Source(b"1").run(), failure)
+    frames = sse.PeekableStream(Source(b"1").run(), failure)
     await frames.begin(1)
     await frames.aclose()
     await frames.aclose()
-    done = sse.Frames(Source(b"1").run(), failure)
+    done = sse.PeekableStream(Source(b"1").run(), failure)
     assert [frame async for frame in done] == [b"1"]
     await done.aclose()
 
 
 async def test_a_stream_is_written_as_its_frames() -> None:
     client, source = Client(), Source(sse.event({"n": 1}), sse.event({"n": 2}), sse.DONE)
-    await client.get(sse.Frames(source.run(), failure))
+    await client.get(sse.PeekableStream(source.run(), failure))
     assert client.body == b'data: {"n":1}\n\ndata: {"n":2}\n\ndata: [DONE]\n\n'
     assert source.closed
 
 
 async def test_a_stream_may_not_be_kept_or_held_back_on_its_way() -> None:
     client = Client()
-    await client.get(sse.Frames(Source(sse.DONE).run(), failure))
+    await client.get(sse.PeekableStream(Source(sse.DONE).run(), failure))
     headers = dict(client.sent[0]["headers"])
     assert headers[b"cache-control"] == b"no-cache"
     assert headers[b"x-accel-buffering"] == b"no"
@@ -164,7 +167,7 @@ async def test_a_stream_may_not_be_kept_or_held_back_on_its_way() -> None:
 async def test_a_client_gone_in_mid_stream_closes_the_source() -> None:
     gate = Gate()
     source = Source(b"data: 1\n\n", gate=gate)
-    await Client(leaves_after=2).get(sse.Frames(source.run(), failure))
+    await Client(leaves_after=2).get(sse.PeekableStream(source.run(), failure))
     assert source.closed
     assert gate.cancelled
 
@@ -172,7 +175,7 @@ async def test_a_client_gone_in_mid_stream_closes_the_source() -> None:
 async def test_a_client_gone_before_the_first_frame_closes_a_begun_source() -> None:
     gate = Gate()
     source = Source(gate=gate)
-    frames = sse.Frames(source.run(), failure)
+    frames = sse.PeekableStream(source.run(), failure)
     await frames.begin(0.01)
     await Client(leaves_after=0).get(frames)
     await until(lambda: source.closed)
@@ -182,7 +185,7 @@ async def test_a_client_gone_before_the_first_frame_closes_a_begun_source() -> N
 async def test_an_answer_that_never_began_closes_a_begun_source() -> None:
     gate = Gate()
     source = Source(b"data: 1\n\n", gate=gate)
-    frames = sse.Frames(source.run(), failure)
+    frames = sse.PeekableStream(source.run(), failure)
     await frames.begin(1)
 
     async def broken(_: Message) -> None:
@@ -202,7 +205,7 @@ async def test_what_goes_wrong_later_is_the_last_frame() -> None:
         yield b"1"
         raise RequestError("no", code="late")
 
-    frames = sse.Frames(late(), failure)
+    frames = sse.PeekableStream(late(), failure)
     await frames.begin(0.01)
     gate.opened.set()
     assert [frame async for frame in frames] == [b"1", b"data: late\n\n"]
@@ -216,7 +219,7 @@ async def test_what_goes_wrong_first_but_late_is_the_only_frame() -> None:
         raise RequestError("no", code="late")
         yield b""
 
-    frames = sse.Frames(late(), failure)
+    frames = sse.PeekableStream(late(), failure)
     await frames.begin(0.01)
     gate.opened.set()
     assert [frame async for frame in frames] == [b"data: late\n\n"]

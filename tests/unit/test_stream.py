@@ -10,7 +10,7 @@ import pytest
 
 from llmserve.api import token_stream as stream
 from llmserve.api.sse import HEADERS
-from llmserve.api.token_stream import ABORT, HOLD, WRITE, Flow, TokenStream
+from llmserve.api.token_stream import ABORT, HOLD, WRITE, FlushScheduler, TokenStream
 from llmserve.errors import LLMServeError, Overloaded, RequestError
 from tests.fakes import Gate, failure, soon, until
 
@@ -127,7 +127,7 @@ class Line:
     def __init__(self, engine: Engine) -> None:
         self.engine, self.client = engine, Client()
         self.lags: list[float] = []
-        self.flow = Flow(self.lags.append)
+        self.flow = FlushScheduler(self.lags.append)
         self.stream = TokenStream(engine, self.flow, Frames(), failure)
         self.answering: asyncio.Task[None]
         self.extensions: dict[str, object] = {ABORT: self.client.abort}
@@ -227,7 +227,9 @@ async def test_tokens_without_text_are_counted() -> None:
     assert b"\xc3\xa9" in b"".join(line.client.bodies)
 
 
-def asked(flow: Flow, engines: list[Engine], clients: list[Client]) -> list[asyncio.Task[None]]:
+def asked(
+    flow: FlushScheduler, engines: list[Engine], clients: list[Client]
+) -> list[asyncio.Task[None]]:
     return [
         asyncio.create_task(
             TokenStream(engine, flow, Frames(), failure)({}, client.receive, client.send)
@@ -239,9 +241,9 @@ def asked(flow: Flow, engines: list[Engine], clients: list[Client]) -> list[asyn
 @asynccontextmanager
 async def several(
     count: int, lag: Callable[[float], None] = lambda _: None
-) -> AsyncIterator[tuple[Flow, list[Engine], list[Client]]]:
+) -> AsyncIterator[tuple[FlushScheduler, list[Engine], list[Client]]]:
     """Streams of one flow that have written a first text; at the end all clients have left."""
-    flow = Flow(lag)
+    flow = FlushScheduler(lag)
     engines, clients = [Engine() for _ in range(count)], [Client() for _ in range(count)]
     answering = asked(flow, engines, clients)
     await turn()
@@ -256,7 +258,7 @@ async def several(
 
 async def test_streams_of_one_turn_are_all_written_and_tell_the_lag_of_the_oldest() -> None:
     lags: list[float] = []
-    flow = Flow(lags.append)
+    flow = FlushScheduler(lags.append)
     engines, clients = [Engine() for _ in range(3)], [Client() for _ in range(3)]
     answering = asked(flow, engines, clients)
     await turn()
@@ -276,7 +278,7 @@ def failing(_: bytes) -> bool:
 
 
 async def test_a_stream_that_cannot_be_written_ends_and_the_others_go_on() -> None:
-    flow = Flow(lambda _: None)
+    flow = FlushScheduler(lambda _: None)
     engines, clients = [Engine() for _ in range(2)], [Client() for _ in range(2)]
     direct = [{WRITE: failing}, {WRITE: clients[1].write}]  # no way to end a connection either
     answering = [
@@ -364,7 +366,7 @@ async def test_text_waits_no_longer_than_it_may() -> None:
 
 async def test_text_waits_while_requests_come_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream, "BEHIND_S", 60)
-    flow = Flow(lambda _: None)
+    flow = FlushScheduler(lambda _: None)
     engines, clients = [Engine() for _ in range(4)], [Client() for _ in range(4)]
 
     def come(n: int) -> asyncio.Task[None]:

@@ -15,7 +15,7 @@ import pytest
 
 from llmserve.engine import parent_watch as module
 from llmserve.engine import run_folder
-from llmserve.engine.parent_watch import Tether
+from llmserve.engine.parent_watch import ParentWatch
 from tests import tied
 
 if TYPE_CHECKING:
@@ -27,8 +27,8 @@ WITHIN_S = 60.0  # a kernel's signal comes at once; machines can be slow
 
 
 @pytest.fixture
-def tether() -> Iterator[Tether]:
-    made = Tether()
+def tether() -> Iterator[ParentWatch]:
+    made = ParentWatch()
     yield made
     made.cut()
 
@@ -65,8 +65,8 @@ def test_tether_server_killed_ends_engines_and_workers(
                 os.kill(pid, signal.SIGKILL)
 
 
-def test_tether_cut_ends_its_engine_and_no_other(tether: Tether) -> None:
-    other = Tether()
+def test_tether_cut_ends_its_engine_and_no_other(tether: ParentWatch) -> None:
+    other = ParentWatch()
     mine, others = tied.start(tether), tied.start(other)
     tether.cut()
     mine.join(WITHIN_S)
@@ -77,14 +77,14 @@ def test_tether_cut_ends_its_engine_and_no_other(tether: Tether) -> None:
     assert others.exitcode == -signal.SIGKILL
 
 
-def test_tether_cut_before_a_start_starts_nothing(tether: Tether) -> None:
+def test_tether_cut_before_a_start_starts_nothing(tether: ParentWatch) -> None:
     tether.cut()
     with pytest.raises(RuntimeError, match="the start was ended"):
         tied.start(tether)
     assert tether.pids == []
 
 
-def test_tether_cut_during_a_start_ends_it(tether: Tether) -> None:
+def test_tether_cut_during_a_start_ends_it(tether: ParentWatch) -> None:
     """Between the check and the new process: in multiprocessing's own code."""
     process = tied.spawn.Process(target=tied.sleeper, args=())
     knot = module._Knot()
@@ -102,7 +102,7 @@ def test_tether_cut_during_a_start_ends_it(tether: Tether) -> None:
 class _Cutting:
     """Pickled after the tie is checked and before the process exists."""
 
-    def __init__(self, tether: Tether) -> None:
+    def __init__(self, tether: ParentWatch) -> None:
         self.tether = tether
 
     def __reduce__(self) -> tuple[type[tuple[int]], tuple[()]]:
@@ -111,12 +111,12 @@ class _Cutting:
 
 
 def test_tether_that_is_garbage_is_cut() -> None:
-    process = tied.start(Tether())
+    process = tied.start(ParentWatch())
     process.join(WITHIN_S)
     assert process.exitcode == -signal.SIGKILL
 
 
-def test_tether_ties_its_own_thread_s_processes_only(tether: Tether) -> None:
+def test_tether_ties_its_own_thread_s_processes_only(tether: ParentWatch) -> None:
     started: list[multiprocessing.process.BaseProcess] = []
 
     def untied() -> None:
@@ -134,7 +134,7 @@ def test_tether_ties_its_own_thread_s_processes_only(tether: Tether) -> None:
     started[0].join()
 
 
-def test_tether_tells_the_pids_of_what_it_started(tether: Tether) -> None:
+def test_tether_tells_the_pids_of_what_it_started(tether: ParentWatch) -> None:
     processes = [tied.start(tether) for _ in range(2)]
     assert tether.pids == [each.pid for each in processes]
 
@@ -142,7 +142,7 @@ def test_tether_tells_the_pids_of_what_it_started(tether: Tether) -> None:
 def test_tether_leaves_no_descriptor_open() -> None:
     before = psutil.Process().num_fds()
     for _ in range(20):
-        Tether().cut()
+        ParentWatch().cut()
     assert psutil.Process().num_fds() == before
 
 
@@ -165,7 +165,7 @@ def test_tether_without_the_kernel_s_signal_ends_its_engine() -> None:
 
 
 def test_tether_s_processes_and_those_below_mark_themselves(
-    tether: Tether, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tether: ParentWatch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As they begin, before anything of vLLM's is imported there."""
     folder = tmp_path / "llmserve-1"

@@ -5,7 +5,7 @@ import itertools
 from typing import TYPE_CHECKING
 
 from llmserve.http import request_batcher
-from llmserve.http.request_batcher import Turns
+from llmserve.http.request_batcher import RequestBatcher
 from tests.fakes import soon
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ class Queue:
     """Requests that take a turn, and the order in which they got it."""
 
     def __init__(self, group: int, largest: int = 0) -> None:
-        self.turns = Turns(group, largest or group)
+        self.turns = RequestBatcher(group, largest or group)
         self.order: list[int] = []
 
     def come(self, *numbers: int) -> list[asyncio.Task[None]]:
@@ -156,7 +156,7 @@ async def test_a_quiet_server_looks_for_nobody() -> None:
     assert queue.order == [0, 1, 2, 3, 4]
 
 
-class Failing(Turns):
+class Failing(RequestBatcher):
     """Its first group cannot be let in."""
 
     failed = False

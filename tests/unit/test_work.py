@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from starlette.responses import PlainTextResponse, Response
 
-from llmserve.api.sse import EventStream, Frames
-from llmserve.api.token_stream import Flow, TokenStream
+from llmserve.api.sse import EventStream, PeekableStream
+from llmserve.api.token_stream import FlushScheduler, TokenStream
 from llmserve.errors import EngineDead, EngineError, LLMServeError, RequestError, StartupError
 from llmserve.http import inference, request_batcher
 from llmserve.lifecycle import restart_backoff
@@ -87,7 +87,7 @@ class Talking:
         self.aborts = 0
 
     def answer(self) -> TokenStream:
-        flow = Flow(lambda _: None)
+        flow = FlushScheduler(lambda _: None)
         return TokenStream(self, flow, Words(), failure)
 
     async def begin(self, stream: TokenStream) -> None:
@@ -193,10 +193,10 @@ async def test_a_request_that_waits_for_its_turn_is_told_when_the_server_ends(
 ) -> None:
     gate = Gate()
 
-    async def take(_: request_batcher.Turns) -> None:
+    async def take(_: request_batcher.RequestBatcher) -> None:
         await gate.wait()
 
-    monkeypatch.setattr(request_batcher.Turns, "take", take)
+    monkeypatch.setattr(request_batcher.RequestBatcher, "take", take)
     async with box_of(lambda: PlainTextResponse("known")) as box:
         asking = asyncio.ensure_future(box.client.post(CHAT, json=HI))
         await soon(gate.reached.wait())
@@ -454,7 +454,7 @@ async def test_a_stream_that_has_begun_is_not_tried_again() -> None:
         raise EngineDead("The engine has died.")
 
     async def answer(_: Call) -> Response:
-        return EventStream(Frames(breaking(), failure))
+        return EventStream(PeekableStream(breaking(), failure))
 
     async with asgi(chat=Plan(FakeRunning(answer))) as box:
         reply = await box.client.post(CHAT, json=STREAMED)

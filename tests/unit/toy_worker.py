@@ -12,7 +12,7 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from llmserve.engine.structured_output.sandbox import Server, sandboxed
+from llmserve.engine.structured_output.sandbox import SandboxServer, sandboxed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -67,7 +67,7 @@ _COMMANDS: dict[str, Callable[[str], dict[str, Any]]] = {
 
 
 def main() -> None:
-    server = Server()
+    server = SandboxServer()
     for ask, _ in server.requests():
         if '"die"' in ask["constraint"]:
             os._exit(1)

@@ -186,7 +186,7 @@ class CompletionModels:
         return _frame(chunk.model_dump_json(exclude_unset=False, exclude_none=True))
 
 
-class Template:
+class ChunkTemplate:
     """The events of all answers to one kind of request. `prune` removes nulls from a frame."""
 
     def __init__(
@@ -250,7 +250,7 @@ class Template:
 class Answer:
     """The events of one answer. `stream.Frames`."""
 
-    def __init__(self, template: Template, answer_id: str, created: int) -> None:
+    def __init__(self, template: ChunkTemplate, answer_id: str, created: int) -> None:
         self._template = template
         self._lead = (orjson.dumps(answer_id), b'"created":%d' % created)
         self._head = template.head(self._lead)

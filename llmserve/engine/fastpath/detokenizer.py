@@ -27,7 +27,7 @@ _TAIL = 8  # ids at the end of a prompt, enough for a character that is not whol
 _CROPPED = 64  # ids of a prompt's end that may be left out
 
 
-class ByTable(FastIncrementalDetokenizer):
+class TableDetokenizer(FastIncrementalDetokenizer):
     """`FastIncrementalDetokenizer`, made by vLLM and then given a table."""
 
     table: Table

@@ -5,7 +5,7 @@ Two halves, each of which vLLM's handlers can do alone:
 - Tokens. vLLM prepares the request; its call of `generate` is noted instead of made, and
   a `TokenStream` carries the answer.
 - Requests. The first request of a kind goes through vLLM's handler and input processor.
-  What they made of the body is kept as a `Recipe`: a later body that differs in its messages
+  What they made of the body is kept as a `RequestTemplate`: a later body that differs in its messages
   alone only needs its template rendered, its text tokenized and its `max_tokens` set. A
   recipe is kept only if it gives, for that first request, exactly what they gave.
 
@@ -37,8 +37,12 @@ from vllm.v1.engine.detokenizer import uses_fast_detokenizer
 
 from llmserve.api.token_stream import TokenStream
 from llmserve.engine.fastpath import guards
-from llmserve.engine.fastpath.chunk_templates import ChatModels, CompletionModels, Template
-from llmserve.engine.fastpath.output_processor import Asked, Call, Ready
+from llmserve.engine.fastpath.chunk_templates import ChatModels, ChunkTemplate, CompletionModels
+from llmserve.engine.fastpath.output_processor import (
+    EngineStreamSource,
+    GenerateCall,
+    PreparedRequest,
+)
 from llmserve.engine.fastpath.tokenizer import Encode, encoder
 
 if TYPE_CHECKING:
@@ -49,7 +53,7 @@ if TYPE_CHECKING:
     from vllm.v1.engine import EngineCoreRequest
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    from llmserve.api.token_stream import Flow
+    from llmserve.api.token_stream import FlushScheduler
     from llmserve.errors import LLMServeError
 
 log = logging.getLogger(__name__)
@@ -68,11 +72,11 @@ _HEADERS = frozenset(
 # Arguments of `generate` that do not depend on the prompt.
 _MORE = frozenset({"lora_request", "priority"})
 
-_noted: ContextVar[list[Call] | None] = ContextVar("noted", default=None)
+_noted: ContextVar[list[GenerateCall] | None] = ContextVar("noted", default=None)
 
 
 @dataclass(frozen=True)
-class Terms:
+class StreamTerms:
     """What a stream needs from the one who serves it."""
 
     translate: Callable[[Exception], LLMServeError]
@@ -80,7 +84,7 @@ class Terms:
     prune: Callable[[bytes], bytes]
 
 
-class Noting:
+class CapturingEngine:
     """An engine as vLLM's handlers see it: while noting, calls of `generate` are kept.
 
     `AsyncLLM.generate` does nothing before its answer is read, so a noted call that
@@ -98,18 +102,18 @@ class Noting:
     ) -> AsyncGenerator[Any, None]:
         noted = _noted.get()
         if noted is not None:
-            noted.append(Call(prompt, sampling_params, request_id, more))
+            noted.append(GenerateCall(prompt, sampling_params, request_id, more))
         answer: AsyncGenerator[Any, None] = self._client.generate(
             prompt, sampling_params, request_id, **more
         )
         return answer
 
 
-class Noted:
+class CapturedCalls:
     """`with Noted() as calls`: the calls of `generate` made inside."""
 
-    def __enter__(self) -> list[Call]:
-        self._calls: list[Call] = []
+    def __enter__(self) -> list[GenerateCall]:
+        self._calls: list[GenerateCall] = []
         self._token = _noted.set(self._calls)
         return self._calls
 
@@ -117,7 +121,7 @@ class Noted:
         _noted.reset(self._token)
 
 
-class Lane(Protocol):
+class EndpointAdapter(Protocol):
     """What chat and completions do each in their own way."""
 
     prompt: str  # the key of a body that holds it
@@ -128,7 +132,9 @@ class Lane(Protocol):
         ...
 
     def able(self, request: Any) -> bool: ...
-    def template(self, request: Any, name: str, prune: Callable[[bytes], bytes]) -> Template: ...
+    def template(
+        self, request: Any, name: str, prune: Callable[[bytes], bytes]
+    ) -> ChunkTemplate: ...
     def text(self, request: Any) -> Callable[[Any], str]:
         """How the prompt of a body becomes the text that is tokenized."""
         ...
@@ -141,20 +147,20 @@ class Lane(Protocol):
 
 
 @dataclass
-class Recipe:
+class RequestTemplate:
     """How to make the request to the engine out of a body of one kind."""
 
-    lane: Lane
+    lane: EndpointAdapter
     client: AsyncLLM
     serving: Any
-    template: Template
+    template: ChunkTemplate
     text: Callable[[Any], str]
     encode: Encode
     first: EngineCoreRequest  # what vLLM made of the first body
     add_special_tokens: bool
     limit: int | None  # `max_tokens` of a body that names none
 
-    def request(self, prompt: Any, body: dict[str, Any], base_id: str) -> Ready | None:
+    def request(self, prompt: Any, body: dict[str, Any], base_id: str) -> PreparedRequest | None:
         """The request to the engine; None if vLLM should have a look at the body.
 
         Raises what the template finds wrong with it.
@@ -174,7 +180,7 @@ class Recipe:
         request.prompt_token_ids = ids
         request.sampling_params = params
         request.arrival_time = time.time()
-        return Ready(request, request.request_id)
+        return PreparedRequest(request, request.request_id)
 
     def _max_tokens(self, limit: int | None, length: int) -> int:
         return int(
@@ -189,18 +195,18 @@ class Recipe:
 
 
 @dataclass
-class Recipes:
+class RequestTemplates:
     """The last kinds of requests of one endpoint; None for those that have no recipe."""
 
-    kept: OrderedDict[bytes, Recipe | None] = field(default_factory=OrderedDict)
+    kept: OrderedDict[bytes, RequestTemplate | None] = field(default_factory=OrderedDict)
 
-    def find(self, key: bytes) -> Recipe | None:
+    def find(self, key: bytes) -> RequestTemplate | None:
         recipe = self.kept.get(key)
         if recipe is not None:
             self.kept.move_to_end(key)
         return recipe
 
-    def keep(self, key: bytes, recipe: Recipe | None) -> None:
+    def keep(self, key: bytes, recipe: RequestTemplate | None) -> None:
         self.kept[key] = recipe
         if len(self.kept) > _RECIPES:
             self.kept.popitem(last=False)
@@ -210,14 +216,19 @@ class RunningEngine(Protocol):
     """What of `engine.Engine` is used here."""
 
     client: AsyncLLM
-    flow: Flow
+    flow: FlushScheduler
 
 
-class Express:
+class FastPath:
     """The short way of one endpoint of one model."""
 
     def __init__(
-        self, lane: Lane, serving: Any, engine: RunningEngine, encode: Encode | None, terms: Terms
+        self,
+        lane: EndpointAdapter,
+        serving: Any,
+        engine: RunningEngine,
+        encode: Encode | None,
+        terms: StreamTerms,
     ) -> None:
         client = engine.client
         self._lane = lane
@@ -225,11 +236,11 @@ class Express:
         self._client = client
         self._flow = engine.flow
         self._terms = terms
-        self._recipes = Recipes()
+        self._recipes = RequestTemplates()
         self._encode = encode
         self.open = guards.is_open(serving, client)
         if self.open:
-            serving.engine_client = Noting(client)
+            serving.engine_client = CapturingEngine(client)
 
     # --- requests
 
@@ -277,7 +288,12 @@ class Express:
     # --- tokens
 
     def carry(
-        self, request: Any, body: dict[str, Any], asked_name: str, scope: Scope, calls: list[Call]
+        self,
+        request: Any,
+        body: dict[str, Any],
+        asked_name: str,
+        scope: Scope,
+        calls: list[GenerateCall],
     ) -> TokenStream | None:
         """The answer to a request that vLLM has prepared; None if it must give it itself."""
         if not (self.open and len(calls) == 1 and guards.is_plain(request, calls[0].params)):
@@ -291,8 +307,10 @@ class Express:
             self._learn(request, body, asked_name, call, template)
         return self._carried(call, template)
 
-    def _carried(self, call: Call | Ready, template: Template) -> TokenStream:
-        asked = Asked(self._client, call, self._terms.translate)
+    def _carried(
+        self, call: GenerateCall | PreparedRequest, template: ChunkTemplate
+    ) -> TokenStream:
+        asked = EngineStreamSource(self._client, call, self._terms.translate)
         frames = template.answer(self._lane.answer_id(call.request_id))
         return TokenStream(asked, self._flow, frames, self._terms.failure)
 
@@ -303,8 +321,8 @@ class Express:
         request: Any,
         body: dict[str, Any],
         asked_name: str,
-        call: Call,
-        template: Template,
+        call: GenerateCall,
+        template: ChunkTemplate,
     ) -> None:
         """Keep a recipe if it makes of this body what vLLM's handler made of it."""
         prompt = self._lane.plain(body.get(self._lane.prompt))
@@ -331,11 +349,13 @@ class Express:
             log.warning("model=%s a short way differs from vLLM's and is not used", asked_name)
             self._recipes.keep(key, None)
 
-    def _recipe(self, request: Any, made: EngineCoreRequest, template: Template) -> Recipe:
+    def _recipe(
+        self, request: Any, made: EngineCoreRequest, template: ChunkTemplate
+    ) -> RequestTemplate:
         """Raises ValueError for a kind of request that has none."""
         if self._encode is None:
             raise ValueError("a tokenizer without a fast backend")
-        return Recipe(
+        return RequestTemplate(
             self._lane,
             self._client,
             self._serving,
@@ -377,7 +397,7 @@ def _only_text(parts: list[Any]) -> Any:
     return part.get("text") if len(part) == 2 and part.get("type") == "text" else None
 
 
-def _made(client: AsyncLLM, call: Call) -> EngineCoreRequest | None:
+def _made(client: AsyncLLM, call: GenerateCall) -> EngineCoreRequest | None:
     """What `AsyncLLM.add_request` makes of a call; None if it adds to that, or refuses it."""
     more = {name: value for name, value in call.more.items() if value is not None}
     if not more.keys() <= _MORE:
@@ -421,14 +441,14 @@ class Chat:
         aside = not self._parsed or (request.tool_choice == "none" and request.include_reasoning)
         return not request.return_prompt_text and not request.tools and aside
 
-    def template(self, request: Any, name: str, prune: Callable[[bytes], bytes]) -> Template:
+    def template(self, request: Any, name: str, prune: Callable[[bytes], bytes]) -> ChunkTemplate:
         include_usage, _ = should_include_usage(request.stream_options, False)
         role = self._serving.get_chat_request_role(request)
         fingerprint = self._serving.system_fingerprint
         models = ChatModels(
             name, role, fingerprint, include_usage=include_usage, parsed=self._parsed
         )
-        return Template(models, prune, include_usage=include_usage)
+        return ChunkTemplate(models, prune, include_usage=include_usage)
 
     def text(self, request: Any) -> Callable[[Any], str]:
         """vLLM's `render_messages` for messages of strings (vllm/renderers/hf.py).
@@ -477,7 +497,7 @@ class Chat:
 
 
 def _rendered(template: jinja2.Template, given: dict[str, Any], messages: Any) -> str:
-    """`Template.render`, half of whose time goes into putting its arguments together.
+    """`ChunkTemplate.render`, half of whose time goes into putting its arguments together.
 
     `given` has the template's globals too.
     """
@@ -499,11 +519,11 @@ class Completions:
     def able(self, request: Any) -> bool:
         return True
 
-    def template(self, request: Any, name: str, prune: Callable[[bytes], bytes]) -> Template:
+    def template(self, request: Any, name: str, prune: Callable[[bytes], bytes]) -> ChunkTemplate:
         include_usage, _ = should_include_usage(request.stream_options, False)
         fingerprint = self._serving.system_fingerprint
         models = CompletionModels(name, fingerprint, include_usage=include_usage)
-        return Template(models, prune, include_usage=include_usage)
+        return ChunkTemplate(models, prune, include_usage=include_usage)
 
     def text(self, request: Any) -> Callable[[Any], str]:
         if request.suffix is not None or request.prompt_embeds is not None:

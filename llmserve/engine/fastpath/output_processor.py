@@ -1,7 +1,7 @@
 """An engine's output, straight into streams.
 
 vLLM's output loop makes a `RequestOutput` per token and puts it into a queue that wakes
-a task (vllm/v1/engine/output_processor.py). `Outputs` keeps that loop for all that has
+a task (vllm/v1/engine/output_processor.py). `StreamingOutputProcessor` keeps that loop for all that has
 meaning beyond a token (the first one, the end, stop strings, preemptions, errors, other
 kinds of requests) and takes the rest short: text to its stream, statistics once per step.
 Requests that only answer at the end go short as well.
@@ -21,7 +21,7 @@ from vllm.v1.engine.detokenizer import FastIncrementalDetokenizer
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import OutputProcessor, OutputProcessorOutput, RequestState
 
-from llmserve.engine.fastpath.detokenizer import ByTable, start_clean, text_table
+from llmserve.engine.fastpath.detokenizer import TableDetokenizer, start_clean, text_table
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -35,11 +35,13 @@ if TYPE_CHECKING:
     from llmserve.errors import LLMServeError
 
 # The request that is being given to the engine, and the stream it is for.
-_beginning: ContextVar[tuple[Asked, TokenStream] | None] = ContextVar("beginning", default=None)
+_beginning: ContextVar[tuple[EngineStreamSource, TokenStream] | None] = ContextVar(
+    "beginning", default=None
+)
 
 
 @dataclass(frozen=True)
-class Call:
+class GenerateCall:
     """The arguments of a call of `AsyncLLM.generate`."""
 
     prompt: Any
@@ -52,7 +54,7 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Ready:
+class PreparedRequest:
     """A request as vLLM would make it of a call (vllm/v1/engine/input_processor.py)."""
 
     request: EngineCoreRequest
@@ -69,14 +71,17 @@ class Ready:
         await client._add_request(request, None, None, 0, None)  # noqa: SLF001  # as add_request does
 
 
-class Asked:
+class EngineStreamSource:
     """A request whose answer goes to a stream.
 
     `stream.Source`. `translate` turns vLLM's exceptions into ours.
     """
 
     def __init__(
-        self, client: AsyncLLM, call: Call | Ready, translate: Callable[[Exception], LLMServeError]
+        self,
+        client: AsyncLLM,
+        call: GenerateCall | PreparedRequest,
+        translate: Callable[[Exception], LLMServeError],
     ) -> None:
         self._client = client
         self._call = call
@@ -97,7 +102,7 @@ class Asked:
         """A task that vLLM starts while one begins inherits the context: it is for no other."""
         return self._begun is None and request.external_req_id == self._call.request_id
 
-    def began(self, state: Streamed, stream: TokenStream) -> None:
+    def began(self, state: StreamedRequestState, stream: TokenStream) -> None:
         self._begun = (state.request_id, state.prompt_len)
         state.stream = stream
         state.asked = self
@@ -117,7 +122,7 @@ class Asked:
 
 
 class _Failures:
-    def __init__(self, asked: Asked, stream: TokenStream) -> None:
+    def __init__(self, asked: EngineStreamSource, stream: TokenStream) -> None:
         self._asked = asked
         self._stream = stream
 
@@ -125,11 +130,11 @@ class _Failures:
         self._stream.failed(self._asked.failure(error))
 
 
-class Streamed(RequestState):
+class StreamedRequestState(RequestState):
     """A request whose text goes to a stream."""
 
     stream: TokenStream
-    asked: Asked
+    asked: EngineStreamSource
 
     def plain(self) -> TokenStream:
         """Its stream, with all that a token takes: others' objects are in no cache by then."""
@@ -137,7 +142,7 @@ class Streamed(RequestState):
         assert known is not None  # noqa: S101  # Asked requests have text
         stream.decode = known.decode_next
         stream.table, stream.partial = (), False
-        if isinstance(known, ByTable):
+        if isinstance(known, TableDetokenizer):
             stream.table, stream.partial = known.table, known.partial
         return stream
 
@@ -170,11 +175,11 @@ class Streamed(RequestState):
             self.stream.took(len(new_token_ids), since_s)
 
 
-class Silent(RequestState):
+class FinalOnlyRequestState(RequestState):
     """A request that says nothing before it is finished, and has no stop strings."""
 
 
-class Outputs(OutputProcessor):
+class StreamingOutputProcessor(OutputProcessor):
     """vLLM's, with a short way for tokens at which nothing else happens."""
 
     plain: dict[str, TokenStream]  # by request; past their first token, no stop strings
@@ -196,16 +201,16 @@ class Outputs(OutputProcessor):
         if state is None or type(state) is not RequestState:
             return  # more input for a request that is here already
         if self.table is not None:
-            ByTable.take_over(state.detokenizer, self.table)
+            TableDetokenizer.take_over(state.detokenizer, self.table)
         else:
             start_clean(state.detokenizer, request.prompt_token_ids)
         beginning = _beginning.get()
         if beginning is not None and beginning[0].is_for(request):
-            state.__class__ = Streamed
+            state.__class__ = StreamedRequestState
             asked, stream = beginning
             asked.began(state, stream)
         elif _silent(state):
-            state.__class__ = Silent
+            state.__class__ = FinalOnlyRequestState
 
     def abort_requests(self, request_ids: Iterable[str], internal: bool) -> list[str]:
         aborted: list[str] = super().abort_requests(request_ids, internal)
@@ -235,7 +240,7 @@ class Outputs(OutputProcessor):
             if not ids:
                 continue
             # One id at a time: `DecodeStream` holds back all of a list that ends inside a
-            # character. What the table has, `ByTable.decode_next` would look up there as well.
+            # character. What the table has, `TableDetokenizer.decode_next` would look up there as well.
             table = stream.table
             for token in ids:
                 text = table[token] if not stream.partial and token < len(table) else None
@@ -268,9 +273,13 @@ class Outputs(OutputProcessor):
         left = []
         for output in outputs:
             state: Any = self.request_states.get(output.request_id)
-            if type(state) is Streamed and not state.is_prefilling:
+            if type(state) is StreamedRequestState and not state.is_prefilling:
                 state.settle()
-            if type(state) is Silent and not any(more.values()) and _only_tokens(state, output):
+            if (
+                type(state) is FinalOnlyRequestState
+                and not any(more.values())
+                and _only_tokens(state, output)
+            ):
                 self._update_stats_from_output(state, output, timestamp, stats)
                 state.detokenizer.update(output.new_token_ids, False)
             else:
@@ -280,7 +289,7 @@ class Outputs(OutputProcessor):
         done = super().process_outputs(left, timestamp, stats, **more)
         for output in left:
             state = self.request_states.get(output.request_id)
-            if type(state) is Streamed and _unwatched(state):
+            if type(state) is StreamedRequestState and _unwatched(state):
                 self.plain[output.request_id] = state.plain()
         return done
 

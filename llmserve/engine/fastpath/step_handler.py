@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-class Steps:
+class StepHandler:
     """What vLLM's two tasks do for a step."""
 
     def __init__(self, client: AsyncLLM) -> None:

@@ -4,7 +4,7 @@ zmq.asyncio makes futures, timers and several system calls per message, also whe
 be sent or is here already, and pyzmq's own Socket combines its flags as enums for every
 frame, which takes several times as long as its backend. vLLM only awaits `send_multipart` and
 `recv_multipart` (vllm/v1/engine/core_client.py, AsyncMPClient), so these two offer that. Most of
-what an engine says is a step, which `Steps` handles at once.
+what an engine says is a step, which `StepHandler` handles at once.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ import zmq
 import zmq.asyncio
 from zmq.backend import Socket
 
-from llmserve.engine.fastpath.step_handler import Steps
+from llmserve.engine.fastpath.step_handler import StepHandler
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Generator, Sequence
 
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    from llmserve.api.token_stream import Flow
+    from llmserve.api.token_stream import FlushScheduler
 
 log = logging.getLogger(__name__)
 
@@ -37,17 +37,17 @@ _HELD = 64  # messages
 _TURN_S = 0.002
 
 
-async def take_over(client: AsyncLLM, flow: Flow) -> None:
+async def take_over(client: AsyncLLM, flow: FlushScheduler) -> None:
     """Replace the sockets of a client that has had no request yet; its streams are in `flow`.
 
     vLLM's receiving task keeps the socket that it finds when it starts; what vLLM closes in
     the end is its own.
     """
     core: Any = client.engine_core
-    core.input_socket = Outbox(core.input_socket)
+    core.input_socket = EngineSender(core.input_socket)
     own = core.resources.output_socket
-    take = Steps(client).take if Steps.all_there_is(client) else _nothing
-    inbox = Inbox(own, take, flow)
+    take = StepHandler(client).take if StepHandler.all_there_is(client) else _nothing
+    inbox = EngineReceiver(own, take, flow)
     core.resources.output_socket = inbox
     try:
         await client.get_supported_tasks()  # a first message back and forth starts the task
@@ -60,7 +60,7 @@ async def take_over(client: AsyncLLM, flow: Flow) -> None:
             task.add_done_callback(lambda _: inbox.close())
 
 
-class Outbox:
+class EngineSender:
     """A socket that sends what a turn of the loop has brought in one go.
 
     Each wake-up of ZMQ's thread costs more than a message. Only a full socket waits.
@@ -119,7 +119,7 @@ class Outbox:
         return getattr(self._socket, name)
 
 
-class Inbox:
+class EngineReceiver:
     """A socket whose messages are handled where they come.
 
     Those that `take` refuses are for the one task that receives. What they brought to `flow`
@@ -127,7 +127,10 @@ class Inbox:
     """
 
     def __init__(
-        self, socket: zmq.asyncio.Socket, take: Callable[[Sequence[Any]], bool], flow: Flow
+        self,
+        socket: zmq.asyncio.Socket,
+        take: Callable[[Sequence[Any]], bool],
+        flow: FlushScheduler,
     ) -> None:
         self._socket = socket
         self._now = Socket(shadow=socket.underlying)

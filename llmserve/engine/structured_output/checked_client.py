@@ -15,7 +15,7 @@ from llmserve.engine.structured_output.compiler import KINDS, Model, constraints
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from llmserve.engine.structured_output.compiler import Grammars
+    from llmserve.engine.structured_output.compiler import ConstraintCompiler
     from llmserve.errors import RequestError
 
 _CONSTRAINTS = (*KINDS, "json_object")
@@ -37,9 +37,9 @@ class CheckedLLM(AsyncLLM):
     A request that went around this one has no backend, and the engine core refuses it.
     """
 
-    _grammars: Grammars
+    _grammars: ConstraintCompiler
 
-    def check_with(self, grammars: Grammars) -> None:
+    def check_with(self, grammars: ConstraintCompiler) -> None:
         self._grammars = grammars
         self.input_processor.structured_outputs_config = None
 

@@ -1,7 +1,7 @@
 """Constraints, compiled in a sandbox before vLLM sees them.
 
 A schema, pattern or grammar of a client goes through native compilers that can take
-unbounded time or memory, or crash. `Grammars` owns one process (`llmserve.engine.structured_output.compiler_process`)
+unbounded time or memory, or crash. `ConstraintCompiler` owns one process (`llmserve.engine.structured_output.compiler_process`)
 that compiles each constraint as the engine core would, in a fork of its own with limits.
 What does not compile there is refused and never reaches the server's or the engine's
 compiler.
@@ -95,7 +95,7 @@ class Verdict:
         return kind(f"{place}: the constraint {self.reason}", param=place)
 
 
-class Grammars:
+class ConstraintCompiler:
     """Checks constraints, one at a time, and remembers what came of them."""
 
     def __init__(self, limits: Limits | None = None, command: Sequence[str] = _COMMAND) -> None:

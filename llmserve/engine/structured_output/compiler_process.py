@@ -27,7 +27,7 @@ from vllm.v1.structured_output.request import StructuredOutputRequest
 from llmserve.engine.structured_output.compiler import KINDS
 from llmserve.engine.structured_output.json_schema import constraints_in, honoured
 from llmserve.engine.structured_output.pattern import check_regex
-from llmserve.engine.structured_output.sandbox import Server, sandboxed
+from llmserve.engine.structured_output.sandbox import SandboxServer, sandboxed
 from llmserve.engine.structured_output.subschema import ARGUMENTS
 
 _MODELS = 8  # tokenizers that stay loaded
@@ -69,7 +69,7 @@ def fixed_backend(tokenizer: Any) -> str:
 
 def main() -> None:
     models: OrderedDict[str, Loaded] = OrderedDict()
-    server = Server()
+    server = SandboxServer()
     for ask, config in server.requests():
         try:
             model = _loaded(models, ask["model"], config)

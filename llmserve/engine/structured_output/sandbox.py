@@ -28,7 +28,7 @@ _ANSWER_BYTES = 16 << 20
 _PR_SET_PDEATHSIG = 1
 
 
-class Server:
+class SandboxServer:
     """The server's end of the pipes: its requests in, answers out."""
 
     def __init__(self) -> None:
