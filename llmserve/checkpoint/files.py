@@ -319,7 +319,7 @@ def of(spec: ModelSpec, *, hub: bool = True) -> Checkpoint:
         raise
 
 
-def unless_flawed(spec: ModelSpec, files: Checkpoint) -> None:
+def raise_if_flawed(spec: ModelSpec, files: Checkpoint) -> None:
     """Raises ModelUnusable for files, adapters' too, that no engine could load. Blocks."""
     if spec.engine.get("load_format", "auto") in ("auto", "safetensors") and (flaw := files.flaw()):
         raise ModelUnusable(f"{files.name}: {flaw}")

@@ -128,7 +128,7 @@ def read(spec: ModelSpec, *, hub: bool = True) -> Shape:
     Raises ShapeUnknown with one line that says what is missing.
     """
     files = checkpoint.of(spec, hub=hub)
-    checkpoint.unless_flawed(spec, files)
+    checkpoint.raise_if_flawed(spec, files)
     config = files.config(spec.engine.get("hf_overrides"))
     if config.get("is_encoder_decoder"):
         raise ShapeUnknown(

@@ -152,11 +152,11 @@ def _retrieved(future: asyncio.Future[Any]) -> None:
         future.exception()
 
 
-def _unless_flawed(spec: ModelSpec) -> None:
+def _raise_if_flawed(spec: ModelSpec) -> None:
     """Raises StartupError for files that vLLM would fail on later, and without their name."""
     try:
         files = checkpoint.of(spec, hub=False)
-        checkpoint.unless_flawed(spec, files)
+        checkpoint.raise_if_flawed(spec, files)
         files.config()
     except ModelUnusable as error:
         raise StartupError(error.message) from error
@@ -225,7 +225,7 @@ class VllmBackend:
         spec = await self._downloaded(spec, report)
         clock.lap("download")
         report(State.LOADING, "")
-        await asyncio.to_thread(_unless_flawed, spec)
+        await asyncio.to_thread(_raise_if_flawed, spec)
         modules = await self._modules()
         clock.lap("server_imports")
         start = _Start(modules, self._threads, StartLog(self.log_of(spec, number)))

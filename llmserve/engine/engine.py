@@ -331,13 +331,13 @@ class Launcher:
     ) -> Engine:
         figures = EngineMetrics(spec.name, number, spec.parallel_sizes.get("data_parallel_size", 1))
         with self._configuring:
-            self._unless_cut(tether)
+            self._raise_if_cut(tether)
             arguments = engine_arguments(spec, sleeps=sleeps)
             _log_in_engine_only(arguments)
             config = arguments.create_engine_config(UsageContext.OPENAI_API_SERVER)
         if spec.replicas > 1:
             config.instance_id = instance_of(number, config.instance_id)
-        self._unless_cut(tether)
+        self._raise_if_cut(tether)
         with tether.tying():
             client = CheckedLLM.from_vllm_config(
                 config, stat_loggers=[figures.logger_class], client_addresses=addresses
@@ -377,7 +377,7 @@ class Launcher:
         for tether in tethers:
             tether.cut()
 
-    def _unless_cut(self, tether: ParentWatch) -> None:
+    def _raise_if_cut(self, tether: ParentWatch) -> None:
         if tether.is_cut:
             raise StartupError("the server is stopping" if self._stopped else "the start was ended")
 

@@ -130,7 +130,7 @@ class InferenceEndpoint:
             if answer is None:
                 request = Request(scope, receive)
                 work = lease.running.call(self.endpoint.name, wish.body, wish.name, request)
-                answer = await _unless_gone(receive, work)
+                answer = await _raise_if_gone(receive, work)
         except BaseException as error:
             lease.release()
             if lease.cut_by is not None and isinstance(error, asyncio.CancelledError):
@@ -192,7 +192,7 @@ def _deadline(scope: Scope, timeout_s: float | None) -> Deadline:
     return Deadline(timeout_s)
 
 
-async def _unless_gone(receive: Receive, work: Awaitable[ASGIApp]) -> ASGIApp:
+async def _raise_if_gone(receive: Receive, work: Awaitable[ASGIApp]) -> ASGIApp:
     """Do `work`, but stop it when the client leaves.
 
     Starlette watches for that in streams only; a plain answer can take as long.

@@ -177,7 +177,7 @@ class AdmissionQueue(Generic[W, T]):
             self.pace.rests()
         self.changed()
 
-    def unless_full(self, deadline: Deadline, ready_in_s: float) -> None:
+    def raise_if_full(self, deadline: Deadline, ready_in_s: float) -> None:
         """Raises Overloaded if the queue is full, or too long for the request's deadline."""
         wait_s = ready_in_s + (self.pace.seconds(len(self._queue) + 1) or 0.0)
         everybody = len(self._queue) + self.in_flight + 1

@@ -77,7 +77,7 @@ class GpuMemory:
             for spec in config.models
         )
         fixed = config.model_copy(update={"models": models})
-        plan = survey.plan(fixed, self.plan.box, self._kept).unless_infeasible(config)
+        plan = survey.plan(fixed, self.plan.box, self._kept).raise_if_infeasible(config)
         return partial(self.adopt, plan, config.server.host_memory)
 
     def _fixed(self, spec: ModelSpec, now: str) -> ModelSpec:
@@ -147,7 +147,7 @@ class GpuMemory:
         uuid = self.plan.box[index].uuid
         return self._handover.bytes(uuid) if self._handover and uuid else 0
 
-    def unless_taken(self) -> None:
+    def raise_if_taken(self) -> None:
         """Raises StartupError if others hold memory that the plan needs, with their names."""
         needs = [(gpu, self.plan.used(gpu.index)) for gpu in self.plan.box]
         if short := _short("the plan", needs):

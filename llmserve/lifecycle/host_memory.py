@@ -68,7 +68,7 @@ class HostMemory:
         weights = {name: each.weights for name, each in known.items()}
         dtypes = {name: each.dtype for name, each in known.items()}
         space = cls(config, weights, dtypes, dtype_for)
-        space._unless_wrong(config, known)
+        space._raise_if_wrong(config, known)
         return space
 
     def holds(self, spec: ModelSpec, number: int) -> Mapping[Level, Takes]:
@@ -77,7 +77,7 @@ class HostMemory:
         size = int(spec.memory or self._weights.get(spec.name, 0) + kv_cache + _BESIDE)
         return {Level.READY: {HOST: size}}
 
-    def _unless_wrong(self, config: Config, shapes: Mapping[str, Shape]) -> None:
+    def _raise_if_wrong(self, config: Config, shapes: Mapping[str, Shape]) -> None:
         """A model whose files are broken fails alone, later."""
         found = [
             problem

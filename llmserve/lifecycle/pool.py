@@ -201,7 +201,7 @@ class Pool:
             raise self._not_ready(entry)
         ready_in_s = None if entry.ready else entry.furthest.ready_in_s
         if not wish.before:  # that one has been admitted
-            entry.slots.unless_full(wish.deadline, ready_in_s or 0.0)
+            entry.slots.raise_if_full(wish.deadline, ready_in_s or 0.0)
         return entry.slots.join(wish.deadline, wish)
 
     def _leased(self, entry: ServedModel, living: Sequence[Replica], wish: ModelRequest) -> Lease:
@@ -339,7 +339,7 @@ class Pool:
             while starts:
                 _, starts = await asyncio.wait(starts, return_when=asyncio.FIRST_COMPLETED)
                 for entry in self.entries.values():
-                    _unless_required(entry)
+                    _raise_if_required(entry)
         except BaseException:
             for start in starts:
                 start.cancel()
@@ -480,6 +480,6 @@ def _is_dead(replica: Replica) -> bool:
     return replica.running is not None and replica.running.dead
 
 
-def _unless_required(entry: ServedModel) -> None:
+def _raise_if_required(entry: ServedModel) -> None:
     if entry.state is State.FAILED and entry.model.spec.required:
         raise StartupError(f"{entry.name} is required and failed: {entry.note}")

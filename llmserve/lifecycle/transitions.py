@@ -279,7 +279,7 @@ class ReplicaLifecycle:
 
     async def _make(self, replica: Replica, takes: Takes) -> None:
         """Until there is room. Raises StartupError if there can be none."""
-        self._unless_hopeless(replica, takes)
+        self._raise_if_hopeless(replica, takes)
         while (steps := self._steps(replica, takes)) != []:
             if steps is None:
                 await self._look_again(replica)
@@ -336,7 +336,7 @@ class ReplicaLifecycle:
         ]
         return room(wanted, self._backend.capacity, here) is not None
 
-    def _unless_hopeless(self, replica: Replica, takes: Takes) -> None:
+    def _raise_if_hopeless(self, replica: Replica, takes: Takes) -> None:
         staying = [
             self._takes(each, level)
             for each, level in self._booked.items()

@@ -121,7 +121,7 @@ class Plan:
             said["gpu_memory_utilization"] = replica.bytes / smallest
         return spec.model_copy(update=said)
 
-    def unless_infeasible(self, config: Config) -> Plan:
+    def raise_if_infeasible(self, config: Config) -> Plan:
         """Raises PlacementError with all problems, each with its line in the file."""
         if self.problems:
             raise PlacementError([problem.within(config) for problem in self.problems])

@@ -111,9 +111,9 @@ def _memory(config: Config) -> Memory:
             "no NVIDIA GPU is visible: look at `nvidia-smi` and CUDA_VISIBLE_DEVICES, "
             "or install the variant for CPUs"
         )
-    plan = survey.plan(config, box).unless_infeasible(config)
+    plan = survey.plan(config, box).raise_if_infeasible(config)
     space = GpuMemory(plan, host_memory=config.server.host_memory, handover=PageBroker())
-    space.unless_taken()
+    space.raise_if_taken()
     return space
 
 

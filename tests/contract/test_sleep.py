@@ -622,7 +622,13 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_names_of_our_own_are_not_vllm_s() -> None:
     from llmserve.engine.worker.gpu_worker import GpuWorker
 
-    ours = {"prepare_sleep", "sleep_prepared", "forget_copies", "_unchanging", "_unless_read_once"}
+    ours = {
+        "prepare_sleep",
+        "sleep_prepared",
+        "forget_copies",
+        "_unchanging",
+        "_raise_if_read_once",
+    }
     assert ours <= vars(GpuWorker).keys()
     for file in ("worker_base.py", "gpu_worker.py", "cpu_worker.py"):
         nodes = list(ast.walk(ast.parse(source(f"v1/worker/{file}"))))

@@ -91,7 +91,7 @@ def test_the_steps_are_all_that_is_overridden() -> None:
 
     ours = {name for name, value in vars(GpuWorker).items() if inspect.isfunction(value)}
     sleep = {"sleep", "wake_up", "prepare_sleep", "sleep_prepared", "forget_copies"}
-    own = {"__init__", "start_report", "_timed", "_within", "_unchanging", "_unless_read_once"}
+    own = {"__init__", "start_report", "_timed", "_within", "_unchanging", "_raise_if_read_once"}
     assert ours == {*STEPS, *sleep, *own}
 
 

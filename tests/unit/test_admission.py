@@ -108,7 +108,7 @@ def test_in_flight_stays_between_zero_and_the_limit(limit: int, steps: list[int]
             taken.append(slots.take())
         else:
             with pytest.raises(Overloaded):
-                slots.unless_full(Deadline(), 0)
+                slots.raise_if_full(Deadline(), 0)
         assert slots.count() == len(held)
         assert slots.free == (len(held) < limit)
 
@@ -272,10 +272,10 @@ async def test_a_full_line_refuses_and_says_its_limits() -> None:
     line = Line(limit=2, longest=1)
     for _ in range(2):
         line.slots.take()
-    line.slots.unless_full(Deadline(), 0)
+    line.slots.raise_if_full(Deadline(), 0)
     await line.stand("a")
     with pytest.raises(Overloaded) as refused:
-        line.slots.unless_full(Deadline(), 0)
+        line.slots.raise_if_full(Deadline(), 0)
     assert refused.value.message == (
         "The model `chat` has 2 requests in flight and 1 that wait, its max_in_flight and "
         "max_queue; try again."
@@ -293,12 +293,12 @@ async def test_how_soon_to_try_again_is_told_by_the_pace(clock: Clock) -> None:
     line.slots.take()
     await line.stand("a")
     with pytest.raises(Overloaded) as refused:
-        line.slots.unless_full(Deadline(), 10.0)
+        line.slots.raise_if_full(Deadline(), 10.0)
     # Of eight ends in 14 busy seconds; two requests to wait for, and the model first.
     assert refused.value.retry_after_s == 10 + math.ceil(2 * 14 / 8)
     clock.now += 10_000
     with pytest.raises(Overloaded) as refused:
-        line.slots.unless_full(Deadline(), 10.0)
+        line.slots.raise_if_full(Deadline(), 10.0)
     assert refused.value.retry_after_s == 600  # nobody is told to wait for hours
 
 
@@ -330,12 +330,12 @@ def test_the_pace_is_that_of_the_last_requests_and_slows_down_in_a_halt(clock: C
 async def test_one_that_cannot_be_reached_is_told_at_once(clock: Clock) -> None:
     slots = Line(limit=1).slots
     with pytest.raises(Overloaded) as refused:
-        slots.unless_full(Deadline(3.0), 4.5)
+        slots.raise_if_full(Deadline(3.0), 4.5)
     assert refused.value.code == "deadline_unreachable"
     assert re.search(r"in 4\.5 s, later than the 3\.0 s that it has left", refused.value.message)
     assert refused.value.retry_after_s == 5
-    slots.unless_full(Deadline(4.5), 4.5)
-    slots.unless_full(Deadline(), 1e9)
+    slots.raise_if_full(Deadline(4.5), 4.5)
+    slots.raise_if_full(Deadline(), 1e9)
 
 
 async def test_those_in_the_line_count_for_the_deadline(clock: Clock) -> None:
@@ -347,14 +347,14 @@ async def test_those_in_the_line_count_for_the_deadline(clock: Clock) -> None:
     held = line.slots.take()
     needs_s = 3 * 7 / 8 * admission._MARGIN  # one in flight, one in the line, and this one
     await line.stand("a")
-    line.slots.unless_full(Deadline(needs_s + 0.01), 0)
+    line.slots.raise_if_full(Deadline(needs_s + 0.01), 0)
     with pytest.raises(Overloaded, match=r"would be done with this request in 2\.9 s"):
-        line.slots.unless_full(Deadline(needs_s - 0.01), 0)
+        line.slots.raise_if_full(Deadline(needs_s - 0.01), 0)
     clock.now += 100
     held.release(whole=False)
     clock.now += 1000  # without requests
     line.slots.take()
-    line.slots.unless_full(Deadline(3 * 107 / 8 * admission._MARGIN + 0.01), 0)
+    line.slots.raise_if_full(Deadline(3 * 107 / 8 * admission._MARGIN + 0.01), 0)
 
 
 async def test_one_that_passes_in_the_line_ends_the_wait() -> None:

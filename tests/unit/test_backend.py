@@ -14,7 +14,7 @@ import pytest
 
 from llmserve.checkpoint import hub
 from llmserve.engine import backend as starts
-from llmserve.engine.backend import Patience, VllmBackend, _Clock, _Modules, _unless_flawed
+from llmserve.engine.backend import Patience, VllmBackend, _Clock, _Modules, _raise_if_flawed
 from llmserve.engine.worker.plugin import log_file
 from llmserve.errors import StartupError
 from llmserve.lifecycle.eviction import Level
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 @pytest.fixture(autouse=True)
 def _whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """Folders that are not there have models without a flaw."""
-    monkeypatch.setattr(starts, "_unless_flawed", lambda _: None)
+    monkeypatch.setattr(starts, "_raise_if_flawed", lambda _: None)
 
 
 @dataclass
@@ -485,13 +485,13 @@ def test_files_that_no_engine_could_load_are_told_before_one_starts(
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     with pytest.raises(StartupError, match=flaw):
-        _unless_flawed(spec(model=str(tmp_path)))
+        _raise_if_flawed(spec(model=str(tmp_path)))
 
 
 def test_what_only_vllm_understands_is_left_to_it(tmp_path: Path) -> None:
     (tmp_path / "params.json").write_bytes(b"{}")
-    _unless_flawed(spec(model=str(tmp_path)))
+    _raise_if_flawed(spec(model=str(tmp_path)))
     (tmp_path / "config.json").write_bytes(b"{}")
     (tmp_path / "model.safetensors").write_bytes(b"x")
-    _unless_flawed(spec(model=str(tmp_path), engine={"load_format": "dummy"}))
-    _unless_flawed(spec(model="org/nowhere"))
+    _raise_if_flawed(spec(model=str(tmp_path), engine={"load_format": "dummy"}))
+    _raise_if_flawed(spec(model="org/nowhere"))

@@ -330,10 +330,10 @@ def test_flaws_count_where_the_weights_are_read(
     _safetensors(tmp_path / "model.safetensors", cut=1)
     entry = spec(model=str(tmp_path), engine={"load_format": load_format})
     with pytest.raises(ModelUnusable, match="cut short") if raises else nullcontext():
-        checkpoint.unless_flawed(entry, checkpoint.of(entry))
+        checkpoint.raise_if_flawed(entry, checkpoint.of(entry))
 
 
 def test_a_broken_adapter_is_told_with_its_name(tmp_path: Path) -> None:
     entry = spec(model=str(tmp_path), loras={"sql": str(tmp_path)})
     with pytest.raises(ModelUnusable, match=r"adapter sql: .* has no adapter_config\.json"):
-        checkpoint.unless_flawed(entry, checkpoint.of(entry))
+        checkpoint.raise_if_flawed(entry, checkpoint.of(entry))

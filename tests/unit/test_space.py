@@ -140,7 +140,7 @@ def test_a_box_with_room_for_the_plan_is_not_taken(gpus: Gpus, tmp_path: Path) -
     plan = planned(Measured(tmp_path), entry(memory="40GiB"), box="2xH100")
     (used,) = plan.replicas[0].devices
     gpus.used = {used: plan.box[used].memory - 40 * GIB, 1 - used: plan.box[used].memory}
-    GpuMemory(plan, Measured(tmp_path)).unless_taken()
+    GpuMemory(plan, Measured(tmp_path)).raise_if_taken()
 
 
 def test_whoever_holds_the_memory_is_told(gpus: Gpus, tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_whoever_holds_the_memory_is_told(gpus: Gpus, tmp_path: Path) -> None:
         ]
     }
     with pytest.raises(StartupError) as taken:
-        GpuMemory(plan, Measured(tmp_path)).unless_taken()
+        GpuMemory(plan, Measured(tmp_path)).raise_if_taken()
     assert taken.value.exit_code == 3
     assert taken.value.message == (
         "GPU 1 (H100 80GB HBM3): the plan needs 40.0 GiB, 29.6 GiB of 79.6 GiB are free; "
@@ -168,7 +168,7 @@ def test_every_taken_gpu_is_told_also_where_the_driver_names_nobody(
     plan = planned(Measured(tmp_path), entry(tensor_parallel_size=2), box="2xH100")
     gpus.used = {0: 20 * GIB, 1: 30 * GIB}
     with pytest.raises(StartupError) as taken:
-        GpuMemory(plan, Measured(tmp_path)).unless_taken()
+        GpuMemory(plan, Measured(tmp_path)).raise_if_taken()
     first, second = taken.value.message.splitlines()
     assert first.startswith("GPU 0 ")
     assert "59.6 GiB of 79.6 GiB are free; held by nobody whom the driver names; " in first
@@ -179,10 +179,10 @@ def test_one_byte_too_many_is_too_many(gpus: Gpus, tmp_path: Path) -> None:
     plan = planned(Measured(tmp_path), entry(memory="40GiB"))
     space = GpuMemory(plan, Measured(tmp_path))
     gpus.used = {0: plan.box[0].memory - 40 * GIB}
-    space.unless_taken()
+    space.raise_if_taken()
     gpus.used[0] += 1
     with pytest.raises(StartupError):
-        space.unless_taken()
+        space.raise_if_taken()
 
 
 # --- who starts when

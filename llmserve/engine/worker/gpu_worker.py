@@ -119,17 +119,17 @@ class GpuWorker(Worker):
             super().sleep(level)  # on a CPU: says that it does nothing
             return
         if level == 2:
-            self._unless_read_once()
+            self._raise_if_read_once()
         self.sleep_mode_backend.suspend(level)
         if self.model_config.enable_nccl_comm_suspend:
             suspend_device_comms()
 
     def forget_copies(self) -> None:
         """From level 1 to level 2, asleep: gives the host's memory back."""
-        self._unless_read_once()
+        self._raise_if_read_once()
         self.sleep_mode_backend.forget()
 
-    def _unless_read_once(self) -> None:
+    def _raise_if_read_once(self) -> None:
         """Raises ValueError unless it is known that weights are the same when read again.
 
         vLLM reads them into the loaded model layer by layer, and only warns of those that it
