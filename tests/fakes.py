@@ -281,7 +281,7 @@ async def let_in(place: QueuedRequest[Any, H]) -> H:
     try:
         await asyncio.wait({place.given})
     except asyncio.CancelledError:
-        place.leave()
+        place.cancel()
         raise
     return place.given.result()
 

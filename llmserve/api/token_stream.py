@@ -198,13 +198,13 @@ class FlushScheduler:
             self._coming -= 1
             self._crowded = CROWDED
 
-    def enter(self, stream: TokenStream) -> None:
+    def register(self, stream: TokenStream) -> None:
         self._streams.add(stream)
         if not self._tending:
             self._tending = True
             asyncio.get_running_loop().call_later(_TEND_S, self._tend)
 
-    def leave(self, stream: TokenStream) -> None:
+    def unregister(self, stream: TokenStream) -> None:
         self._streams.discard(stream)
 
     def _tend(self) -> None:
@@ -319,7 +319,7 @@ class TokenStream:
         self._hold = extensions.get(HOLD, _nothing)
         self._moved_s = time.monotonic()
         self._task = asyncio.current_task()
-        self._flow.enter(self)
+        self._flow.register(self)
         try:
             await self._source.begin(self)
             # Both ends are told the same way: the answer is out, or the client has gone.
@@ -331,7 +331,7 @@ class TokenStream:
             if self._error is not None and not self._headers_sent:
                 raise self._error from None
         finally:
-            self._flow.leave(self)
+            self._flow.unregister(self)
             if not self._over:
                 self._over = self._cut_short = True
                 await self._source.abort()

@@ -66,7 +66,7 @@ class InferenceEndpoint:
             except EngineDead:
                 if early.answered:
                     raise
-                await self._once(scope, receive, early, wish.again())
+                await self._once(scope, receive, early, wish.retried())
         except LLMServeError as error:
             name_as_sent(error, body)
             if not early.began:
@@ -111,7 +111,7 @@ class InferenceEndpoint:
             return place.given.result()
         except BaseException as error:
             cut_by = _cut_by(place)
-            place.leave()
+            place.cancel()
             if cut_by is not None and isinstance(error, asyncio.CancelledError):
                 raise cut_by from None
             raise

@@ -32,27 +32,27 @@ class RequestBatcher:
         if not self._looking:
             self._looking = True
             self._since_s = time.monotonic()
-            loop.call_soon(self._look)
+            loop.call_soon(self._admit_some)
         self._came = True
         waiting = loop.create_future()
         self._waiting.append(waiting)
         await waiting
 
-    def _look(self) -> None:
+    def _admit_some(self) -> None:
         """Once a turn of the loop, while any wait."""
         came, self._came = self._came, False
         held_s = time.monotonic() - self._since_s
         try:
             if not came or len(self._waiting) >= self._size or held_s >= HOLD_S:
-                self._let_in()
+                self._admit_batch()
         finally:  # whatever fails, those that are left have their turn
             self._looking = bool(self._waiting)
             if self._looking:
-                asyncio.get_running_loop().call_soon(self._look)
+                asyncio.get_running_loop().call_soon(self._admit_some)
             else:
                 self._size = self._smallest
 
-    def _let_in(self) -> None:
+    def _admit_batch(self) -> None:
         left, self._size = self._size, min(2 * self._size, self._largest)
         while self._waiting and left:
             waiting = self._waiting.popleft()

@@ -112,7 +112,7 @@ async def ready(request: Request) -> Response:
     """200 while every model answers, or would when it is asked; each model's state either way."""
     entries = _services(request).pool.entries.values()
     states = {entry.name: _shown(entry) for entry in entries}
-    all_ready = all(entry.ready or entry.awaits for entry in entries)
+    all_ready = all(entry.ready or entry.queues_requests for entry in entries)
     return _json({"ready": all_ready, "models": states}, 200 if all_ready else 503)
 
 

@@ -118,7 +118,7 @@ class QueuedRequest(Generic[W, T]):
         self._leave_queue()
         self.given.set_exception(error)
 
-    def leave(self) -> None:
+    def cancel(self) -> None:
         """What was given in the moment of leaving goes back."""
         self._leave_queue()
         if not self.given.cancel() and self.given.exception() is None:

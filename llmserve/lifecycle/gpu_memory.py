@@ -56,14 +56,14 @@ class GpuMemory:
         handover: PageBroker | None = None,
     ) -> None:
         self._places: dict[tuple[str, int], PlannedReplica] = {}  # also of models that leave
-        self.adopt(plan, host_memory)
+        self.apply_plan(plan, host_memory)
         self._kept = kept or Measured()
         self._handover = handover
         self._locks = GpuClaims()
         self._seen: set[str] = set()  # fingerprints measured since the start
         self._kinds: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
-    def adopt(self, plan: Plan, host_memory: int | None) -> None:
+    def apply_plan(self, plan: Plan, host_memory: int | None) -> None:
         """Go by this plan from now on."""
         self.plan = plan
         self._places |= {(each.model, each.number): each for each in plan.replicas}
@@ -78,7 +78,7 @@ class GpuMemory:
         )
         fixed = config.model_copy(update={"models": models})
         plan = survey.plan(fixed, self.plan.box, self._kept).raise_if_infeasible(config)
-        return partial(self.adopt, plan, config.server.host_memory)
+        return partial(self.apply_plan, plan, config.server.host_memory)
 
     def _fixed(self, spec: ModelSpec, now: str) -> ModelSpec:
         """An entry whose engines run, with all said that they have."""

@@ -45,18 +45,18 @@ class HealthMonitor:
             await asyncio.sleep(_LOOK_S)
             for replica in self._pool.replicas:
                 try:
-                    if not self._pool.died(replica):
+                    if not self._pool.handle_death(replica):
                         self._rest_if_idle(replica)
                 except Exception:  # of this one; the others are looked after
                     log.exception("model=%s unforeseen", replica.name)
 
     def _rest_if_idle(self, replica: Replica) -> None:
-        if replica.turn.locked() or replica in self._restings:
+        if replica.transition_lock.locked() or replica in self._restings:
             return
         wanted = _level_for_idle(replica)
         if replica.state in (State.READY, State.SLEEPING) and replica.level > wanted:
             still = partial(_is_idle_for, replica, wanted)
-            resting = asyncio.create_task(self._pool.life.rest(replica, wanted, still))
+            resting = asyncio.create_task(self._pool.life.lower(replica, wanted, still))
             self._restings[replica] = resting
             resting.add_done_callback(partial(self._rested, replica))
 

@@ -27,7 +27,7 @@ class ModelRequest:
     task: Task | None = None
     before: bool = False  # an engine died over it
 
-    def again(self) -> ModelRequest:
+    def retried(self) -> ModelRequest:
         return replace(self, before=True)
 
 

@@ -89,7 +89,7 @@ class ModelOperator:
             if replica.state is State.FAILED:
                 replica.deaths.forget()
                 replica.failures.forget()
-        await self._pool.bring(entry)
+        await self._pool.ensure_started(entry)
         if not entry.ready:
             raise Overloaded(
                 f"The model {quoted(entry.name)} is {entry.state}: {entry.note}",
@@ -103,7 +103,7 @@ class ModelOperator:
         entry = self._pool.entry(name)
         entry.slots.refuse(lambda: _unloaded(entry))
         if drain:
-            await self._pool.came(entry)  # else it would be there later
+            await self._pool.wait_started(entry)  # else it would be there later
             await self._rest(entry, Level.STOPPED)
             return
         for lease in [each for each in self._pool.leases if each.replica in entry.replicas]:
@@ -121,7 +121,7 @@ class ModelOperator:
         await self._rest(entry, Level.HOST)
 
     async def _rest(self, entry: ServedModel, level: Level) -> None:
-        await asyncio.gather(*(self._pool.life.rest(each, level) for each in entry.replicas))
+        await asyncio.gather(*(self._pool.life.lower(each, level) for each in entry.replicas))
 
     # --- reload
 
@@ -155,13 +155,13 @@ class ModelOperator:
     async def _go_by(self, config: Config, changes: Changes) -> list[str]:
         """Apply; lines of what did not go well, which leaves its model as it was."""
         for change in changes.live:
-            self._pool.entries[change.new.name].adopt(Model(change.new))
+            self._pool.entries[change.new.name].apply_spec(Model(change.new))
         leaving = [self._pool.entries[spec.name] for spec in changes.removed]
         for entry in leaving:
-            self._pool.leave(entry)
-        added = [self._pool.made(Model(spec)) for spec in changes.added]
+            self._pool.remove(entry)
+        added = [self._pool.create(Model(spec)) for spec in changes.added]
         for entry in added:
-            self._pool.enter(entry)
+            self._pool.add(entry)
         self._publish()
         told, _ = await asyncio.gather(
             asyncio.gather(
@@ -184,7 +184,7 @@ class ModelOperator:
         if change.new.name != change.old.name:
             self._pool.rename(entry, Model(change.new))
         else:
-            entry.adopt(Model(change.new))
+            entry.apply_spec(Model(change.new))
         self._publish()
         return []
 
@@ -194,7 +194,7 @@ class ModelOperator:
             return []
         async with AsyncExitStack() as turns:  # none of them starts or ends meanwhile
             for replica in replicas:
-                await turns.enter_async_context(replica.turn)
+                await turns.enter_async_context(replica.transition_lock)
             living = [
                 (each, each.running) for each in replicas if each.running and not each.running.dead
             ]
@@ -218,13 +218,13 @@ class ModelOperator:
         kept = [each for each in old.replicas if self._stays(change, each)]
         if failed := await self._rebuilt(change, kept):
             return failed
-        entry = self._pool.made(Model(change.new), kept)
+        entry = self._pool.create(Model(change.new), kept)
         coming = [each for each in entry.replicas if each not in kept]
         if not kept and self._pool.life.fits(coming):
             return await self._replaced(old, entry)
         for replica in coming:
-            replica.patient = True  # whoever asks meanwhile waits
-        self._pool.enter(entry)
+            replica.queues_requests = True  # whoever asks meanwhile waits
+        self._pool.add(entry)
         self._publish()
         await self._pool.end(old, [each for each in old.replicas if each not in kept])
         return await self._started(entry)
@@ -234,10 +234,10 @@ class ModelOperator:
         if old.ready or new.model.spec.start != "lazy":
             await self._pool.start_late(new)
         failed = _failures(new)
-        if old.comes and not new.comes:
+        if old.is_usable and not new.is_usable:
             await self._pool.end(new)
             return [f"{line}; the engine before it goes on" for line in failed]
-        self._pool.enter(new)
+        self._pool.add(new)
         self._publish()
         await self._pool.end(old)
         return failed

@@ -72,7 +72,7 @@ class Pool:
         self._dispatched: dict[Replica, Counter] = {}  # where there is a choice
         self._owner: dict[Replica, ServedModel] = {}  # also of models that leave
         for model in registry.models:
-            self.enter(self.made(model))
+            self.add(self.create(model))
 
     # --- who is here
 
@@ -81,7 +81,7 @@ class Pool:
         """Those of every model, in the order of the registry, and of those that leave."""
         return list(self._owner)
 
-    def made(self, model: Model, kept: Iterable[Replica] = ()) -> ServedModel:
+    def create(self, model: Model, kept: Iterable[Replica] = ()) -> ServedModel:
         """A model with engines of its own, or with some that run already; not here yet."""
         there = {replica.number: replica for replica in kept}
         spec = model.spec
@@ -89,39 +89,39 @@ class Pool:
             there.get(number) or Replica(model, number, self._backend.holds(spec, number))
             for number in range(spec.replicas)
         ]
-        entry = ServedModel(model, replicas, self._onward)
+        entry = ServedModel(model, replicas, self._serve_queue)
         entry.responses = self._archive.of_model()
         entry.ready = tuple(each for each in replicas if each.state is State.READY)
         for replica in replicas:
             self._owner[replica] = entry
-        entry.adopt(model)
+        entry.apply_spec(model)
         return entry
 
-    def enter(self, entry: ServedModel) -> None:
+    def add(self, entry: ServedModel) -> None:
         """From now on this is the model of its name; requests that wait for it wait on here."""
         before = self.entries.get(entry.name)
         if before not in (None, entry):
             if set(before.replicas) & set(entry.replicas):
                 entry.inherit(before)
             entry.responses = before.responses
-            self.leave(before)
+            self.remove(before)
         self.entries[entry.name] = entry
         self._metrics.in_flight.labels(entry.name).set_function(entry.slots.count)
         self._metrics.queued.labels(entry.name).set_function(entry.slots.waiting)
         for replica in entry.replicas:
             if replica.running is not None:
                 replica.running.share(entry.responses)
-            self._show(replica)
+            self._show_gauges(replica)
             if entry.policy is not None:
                 self._count(replica)
         if before not in (None, entry):
             before.slots.move_to(entry.slots)
-        self._onward(entry)
+        self._serve_queue(entry)
 
     def rename(self, entry: ServedModel, model: Model) -> None:
         self._forget(self.entries.pop(entry.name))
-        entry.adopt(model)
-        self.enter(entry)
+        entry.apply_spec(model)
+        self.add(entry)
 
     def sort(self, names: Iterable[str]) -> None:
         """Show the models in this order."""
@@ -130,7 +130,7 @@ class Pool:
         rest = [each for each in self._owner if each not in shown]
         self._owner = {each: self._owner[each] for each in (*shown, *rest)}
 
-    def leave(self, entry: ServedModel) -> None:
+    def remove(self, entry: ServedModel) -> None:
         """Nobody finds it any more; those in its line may still."""
         del self.entries[entry.name]
         self._forget(entry)
@@ -153,18 +153,18 @@ class Pool:
 
     async def _ended(self, replica: Replica) -> None:
         """Also if it is on its way, which is waited for."""
-        await self.life.rest(replica, Level.STOPPED)
+        await self.life.lower(replica, Level.STOPPED)
         while (coming := self._comings.get(replica)) is not None:
             await asyncio.wait({coming})
-            await self.life.rest(replica, Level.STOPPED)
+            await self.life.lower(replica, Level.STOPPED)
 
     def _forget(self, entry: ServedModel) -> None:
         for shown in (self._metrics.in_flight, self._metrics.queued):
             shown.remove(entry.name)
         for replica in entry.replicas:
-            self._hide(replica)
+            self._remove_gauges(replica)
 
-    def _hide(self, replica: Replica) -> None:
+    def _remove_gauges(self, replica: Replica) -> None:
         """Gauges of what is no more; what was counted stays, as counters do."""
         here = {"model": replica.model.name, "replica": str(replica.number)}
         figures = self._metrics
@@ -195,16 +195,18 @@ class Pool:
         entry = self.entry(wish.name)
         if self._closed:
             raise cut_off()
-        if entry.slots.free and (living := self._living(entry)):
-            return self._leased(entry, living, wish)
-        if not entry.ready and not entry.awaits and not (wish.before and entry.comes):
+        if entry.slots.free and (living := self._live_replicas(entry)):
+            return self._try_lease(entry, living, wish)
+        if not entry.ready and not entry.queues_requests and not (wish.before and entry.is_usable):
             raise self._not_ready(entry)
         ready_in_s = None if entry.ready else entry.furthest.ready_in_s
         if not wish.before:  # that one has been admitted
             entry.slots.raise_if_full(wish.deadline, ready_in_s or 0.0)
         return entry.slots.join(wish.deadline, wish)
 
-    def _leased(self, entry: ServedModel, living: Sequence[Replica], wish: ModelRequest) -> Lease:
+    def _try_lease(
+        self, entry: ServedModel, living: Sequence[Replica], wish: ModelRequest
+    ) -> Lease:
         replica, tokens = living[0], 0
         if entry.policy is not None:
             ask = DispatchRequest.of(wish.name, wish.body, wish.endpoint.answer_tokens)
@@ -216,41 +218,41 @@ class Pool:
         held = (slot, tokens, self.leases, wish.deadline, wish.task)
         return Lease(replica, replica.running, *held)
 
-    def _living(self, entry: ServedModel) -> Sequence[Replica]:
+    def _live_replicas(self, entry: ServedModel) -> Sequence[Replica]:
         """The replicas that are ready, without those whose engine has died.
 
         These have the least to do, and would get every request.
         """
         if any(_is_dead(replica) for replica in entry.ready):
             for replica in entry.ready:
-                self.died(replica)
+                self.handle_death(replica)
             return [replica for replica in entry.ready if not _is_dead(replica)]
         return entry.ready
 
-    def _onward(self, entry: ServedModel) -> None:
+    def _serve_queue(self, entry: ServedModel) -> None:
         """Let in those that wait, or start their model, or send them away.
 
         Called after each change of what they wait for: the queue, slots, limit or states.
         """
         if not entry.slots.waiting():
             return
-        if living := self._living(entry):
-            entry.slots.advance(partial(self._leased, entry, living))
+        if living := self._live_replicas(entry):
+            entry.slots.advance(partial(self._try_lease, entry, living))
         elif self._closed:
             entry.slots.refuse(cut_off)
         elif self._serves_later(entry):
-            self._ask_for(entry)
+            self._start_on_demand(entry)
         else:
             entry.slots.refuse(lambda: self._not_ready(entry))
 
     def _serves_later(self, entry: ServedModel) -> bool:
         """Whether those that wait for it may still be let in."""
         coming = any(each in self._comings and not each.retired for each in entry.replicas)
-        return coming or entry.comes or entry.rests
+        return coming or entry.is_usable or entry.is_idle_on_demand
 
     def _not_ready(self, entry: ServedModel) -> LLMServeError:
         name = quoted(entry.name)
-        if entry.comes:
+        if entry.is_usable:
             return Overloaded(
                 f"The model {name} is {entry.state}; try again.",
                 retry_after_s=entry.retry_after_s,
@@ -268,26 +270,26 @@ class Pool:
 
     # --- coming
 
-    async def bring(self, entry: ServedModel) -> None:
+    async def ensure_started(self, entry: ServedModel) -> None:
         """Until each of its replicas is ready, or has failed."""
         if self._closed:
             raise cut_off()
-        if not await self.came(entry):  # also on the way to sleep
+        if not await self.wait_started(entry):  # also on the way to sleep
             return
         for replica in entry.replicas:
             if replica.state in AT_REST or replica.state is State.FAILED:
-                replica.patient = True
-                self._come(replica, self.life.bring)
-        await self.came(entry)
+                replica.queues_requests = True
+                self._begin_transition(replica, self.life.to_ready)
+        await self.wait_started(entry)
 
     async def start_late(self, entry: ServedModel) -> None:
         """Start the replicas of a model that has just come, and wait for them."""
         for replica in entry.replicas:
             if replica.level is Level.STOPPED:
-                self._come(replica, self.life.start)
-        await self.came(entry)
+                self._begin_transition(replica, self.life.start)
+        await self.wait_started(entry)
 
-    async def came(self, entry: ServedModel) -> bool:
+    async def wait_started(self, entry: ServedModel) -> bool:
         """Until those of its replicas that are on their way are ready, or have failed.
 
         False if that was broken off meanwhile; they are stopped then.
@@ -304,9 +306,9 @@ class Pool:
         coming = self._comings.keys() - self._ending
         broken = [each for each in entry.replicas if each in coming]
         others = [each for each in entry.replicas if each not in coming]
-        rests = [self.life.rest(each, Level.STOPPED) for each in others]
+        rests = [self.life.lower(each, Level.STOPPED) for each in others]
         await asyncio.gather(self._break_off(broken), *rests)
-        self._onward(entry)
+        self._serve_queue(entry)
 
     async def _break_off(self, replicas: Sequence[Replica]) -> None:
         comings = [self._comings[each] for each in replicas]
@@ -333,7 +335,7 @@ class Pool:
         first = [each for each in self.replicas if each.state is State.WAITING]
         first.sort(key=lambda replica: replica.model.spec.start != "sleeping")
         for replica in first:
-            self._come(replica, self.life.start)
+            self._begin_transition(replica, self.life.start)
         starts = {self._comings[replica] for replica in first if replica in self._comings}
         try:
             while starts:
@@ -344,16 +346,16 @@ class Pool:
             for start in starts:
                 start.cancel()
             raise
-        if not any(entry.comes for entry in self.entries.values()):
+        if not any(entry.is_usable for entry in self.entries.values()):
             raise StartupError("no model could be started")
 
-    def _ask_for(self, entry: ServedModel) -> None:
+    def _start_on_demand(self, entry: ServedModel) -> None:
         for replica in entry.replicas:
-            if replica.may_come:
-                replica.patient = True
-                self._come(replica, self.life.bring)
+            if replica.can_start:
+                replica.queues_requests = True
+                self._begin_transition(replica, self.life.to_ready)
 
-    def _come(self, replica: Replica, way: Way, *, ends: bool = False) -> None:
+    def _begin_transition(self, replica: Replica, way: Way, *, ends: bool = False) -> None:
         """Go `way` unless the replica is on one; at its end `_came` looks what is to do then.
 
         `ends`: down, which nothing breaks off.
@@ -364,16 +366,16 @@ class Pool:
                 self._ending.add(replica)
             coming = asyncio.create_task(way(replica))
             self._comings[replica] = coming
-            coming.add_done_callback(partial(self._came, replica))
+            coming.add_done_callback(partial(self._end_transition, replica))
 
-    def _came(self, replica: Replica, coming: Task) -> None:
+    def _end_transition(self, replica: Replica, coming: Task) -> None:
         del self._comings[replica]
         self._ending.discard(replica)
         if not coming.cancelled() and (error := coming.exception()) is not None:
             log.error("model=%s unforeseen", replica.name, exc_info=error)
         if replica in self._owner:
-            self.died(replica)
-            self._onward(self._owner[replica])
+            self.handle_death(replica)
+            self._serve_queue(self._owner[replica])
 
     # --- states
 
@@ -390,14 +392,14 @@ class Pool:
         if before is State.READY and entry.policy is not None:
             entry.policy.forget(replica.number)
         if self.entries.get(entry.name) is entry:  # else it comes or leaves under another's name
-            self._show(replica)
+            self._show_gauges(replica)
         if replica.state is State.READY and replica.running is not None:
             replica.running.share(entry.responses)
         self.events.tell(replica, before)
         log.info("model=%s state=%s", replica.name, replica.state)
-        self._onward(entry)
+        self._serve_queue(entry)
 
-    def _show(self, replica: Replica) -> None:
+    def _show_gauges(self, replica: Replica) -> None:
         model, number = replica.model.name, replica.number
         for state in State:
             shown = self._metrics.state.labels(model, number, state.value)
@@ -414,21 +416,23 @@ class Pool:
         policy = replica.model.spec.dispatch
         self._dispatched[replica] = self._metrics.dispatched.labels(model, number, policy)
 
-    def died(self, replica: Replica) -> bool:
+    def handle_death(self, replica: Replica) -> bool:
         """Whether the engine of a replica has died, which is then known everywhere."""
         if not _is_dead(replica) or replica.state not in (State.READY, State.SLEEPING):
             return False
-        if replica.turn.locked() or replica in self._comings:
+        if replica.transition_lock.locked() or replica in self._comings:
             return False  # it is looked at again when that is over
         if self._closed or replica.retired:
             self.life.change(replica, State.FAILED, "its engine died")
         elif replica.state is State.SLEEPING:
             self._metrics.deaths.labels(replica.model.name, replica.number).inc()
-            self._come(replica, partial(self.life.rest, level=Level.STOPPED), ends=True)
-        elif self.life.again(replica, "its engine died", time.monotonic() - replica.since):
-            self._come(replica, self.life.revive)
+            self._begin_transition(
+                replica, partial(self.life.lower, level=Level.STOPPED), ends=True
+            )
+        elif self.life.restart_dead(replica, "its engine died", time.monotonic() - replica.since):
+            self._begin_transition(replica, self.life.revive)
         else:
-            self._come(replica, self.life.discard, ends=True)
+            self._begin_transition(replica, self.life.discard, ends=True)
         return True
 
     # --- the end

@@ -181,14 +181,16 @@ class Replica:
         self.since = time.monotonic()  # its state
         self.used = time.monotonic()  # when a request last came or went
         self.retired = False  # it ends with its requests, and does not start again
-        self.patient = model.spec.start == "lazy"  # requests wait for it while it is on its way
+        self.queues_requests = (
+            model.spec.start == "lazy"
+        )  # requests wait for it while it is on its way
         self.deaths = RestartBackoff()
         self.failures = RestartBackoff()  # of starts that requests asked for
         self.again_at = math.inf  # when they may once more
         self.gave_way = 0  # times
         self.load = Load()
         self.unused = asyncio.Event()  # set when its last request has ended
-        self.turn = asyncio.Lock()  # one transition at a time
+        self.transition_lock = asyncio.Lock()  # one transition at a time
 
     @property
     def took(self) -> Mapping[str, float]:
@@ -205,7 +207,7 @@ class Replica:
         return max(0.0, began + cost_s - time.monotonic())
 
     @property
-    def may_come(self) -> bool:
+    def can_start(self) -> bool:
         """Whether requests can have it brought."""
         if self.retired:
             return False

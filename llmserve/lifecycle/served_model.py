@@ -50,7 +50,7 @@ class ServedModel:
         self.responses = ResponseStore()  # that can be fetched again, also while no engine runs
         self.policy: Policy | None = policy_of(model.spec)  # None: there is one replica
 
-    def adopt(self, model: Model) -> None:
+    def apply_spec(self, model: Model) -> None:
         """Go on by a changed entry of the registry, with the same engines."""
         before, self.model = self.model.spec, model
         self.slots.model = model.name
@@ -91,7 +91,7 @@ class ServedModel:
         return self.furthest.running
 
     @property
-    def comes(self) -> bool:
+    def is_usable(self) -> bool:
         """Whether a replica is ready, on its way, or can be."""
         return any(
             replica.state is State.READY or not (replica.retired or replica.state is State.FAILED)
@@ -99,15 +99,15 @@ class ServedModel:
         )
 
     @property
-    def rests(self) -> bool:
+    def is_idle_on_demand(self) -> bool:
         """Whether it is not ready, but would be if it were asked."""
-        return not self.ready and any(replica.may_come for replica in self.replicas)
+        return not self.ready and any(replica.can_start for replica in self.replicas)
 
     @property
-    def awaits(self) -> bool:
+    def queues_requests(self) -> bool:
         """Whether requests wait for it while it is not ready."""
         return any(
-            replica.may_come or (replica.state in STARTING and replica.patient)
+            replica.can_start or (replica.state in STARTING and replica.queues_requests)
             for replica in self.replicas
         )
 

@@ -54,23 +54,23 @@ class ReplicaLifecycle:
 
     async def start(self, replica: Replica) -> None:
         """To READY or FAILED, and then down again if it is to start asleep."""
-        await self.bring(replica)
+        await self.to_ready(replica)
         if replica.state is State.READY and replica.model.spec.start == "sleeping":
-            await self.rest(replica, Level.KV_RELEASED)  # others may send it further down
+            await self.lower(replica, Level.KV_RELEASED)  # others may send it further down
 
-    async def bring(self, replica: Replica) -> None:
+    async def to_ready(self, replica: Replica) -> None:
         """To READY or FAILED from wherever it is."""
         replica.started = time.monotonic()
         try:
             with self._expecting(replica):
-                while self._has_room(replica) or await self._found_room(replica):
-                    async with replica.turn:
+                while self._has_room(replica) or await self._wait_for_room(replica):
+                    async with replica.transition_lock:
                         if self._has_room(replica):  # nothing has taken it down meanwhile
                             if replica.state is not State.READY:
-                                await self._up(replica)
+                                await self._start_or_wake(replica)
                             return
         except BaseException:  # cancelled: what it does not use is not kept for it
-            self._book(replica, replica.level)
+            self._reserve(replica, replica.level)
             raise
 
     def _expecting(self, replica: Replica) -> AbstractContextManager[None]:
@@ -81,10 +81,10 @@ class ReplicaLifecycle:
     def _has_room(self, replica: Replica) -> bool:
         return self._booked.get(replica) is Level.READY
 
-    async def _up(self, replica: Replica) -> None:
+    async def _start_or_wake(self, replica: Replica) -> None:
         replica.began = time.monotonic()
         try:
-            if not await self._woke(replica):
+            if not await self._wake(replica):
                 await self._started(replica)
         except StartupError as error:
             await self._failed(replica, error.message)
@@ -95,7 +95,7 @@ class ReplicaLifecycle:
 
     async def _failed(self, replica: Replica, note: str) -> None:
         await self.end(replica)
-        self._book(replica, Level.STOPPED)
+        self._reserve(replica, Level.STOPPED)
         pause_s = replica.failures.pause_s(0.0)
         replica.again_at = math.inf if pause_s is None else time.monotonic() + pause_s
         self.change(replica, State.FAILED, note)
@@ -107,7 +107,7 @@ class ReplicaLifecycle:
             replica.number,
             lambda state, note: self.change(replica, state, note),
         )
-        self._arrived(replica)
+        self._record_ready(replica)
         await self._prepared(replica, replica.running)
 
     async def _prepared(self, replica: Replica, running: Running) -> None:
@@ -118,7 +118,7 @@ class ReplicaLifecycle:
             except LLMServeError as error:
                 log.error("model=%s: %s", replica.name, error.message)  # noqa: TRY400
 
-    async def _woke(self, replica: Replica) -> bool:
+    async def _wake(self, replica: Replica) -> bool:
         """False if there is no sleeper, or one that has to be started anew."""
         if replica.running is None or replica.running.dead:
             return False
@@ -129,10 +129,10 @@ class ReplicaLifecycle:
         except LLMServeError as error:
             log.error("model=%s did not wake: %s", replica.name, error.message)  # noqa: TRY400
             return False
-        self._arrived(replica)
+        self._record_ready(replica)
         return True
 
-    def _arrived(self, replica: Replica) -> None:
+    def _record_ready(self, replica: Replica) -> None:
         replica.cost_s[replica.level] = time.monotonic() - replica.began
         replica.failures.forget()
         replica.level = Level.READY
@@ -141,7 +141,7 @@ class ReplicaLifecycle:
 
     # --- down
 
-    async def rest(
+    async def lower(
         self, replica: Replica, level: Level, still: Callable[[], bool] = lambda: True
     ) -> None:
         """Down to a level that it has, or the next below, once its requests have ended.
@@ -149,17 +149,17 @@ class ReplicaLifecycle:
         It stays if the reason for it does not `still` hold when its turn comes.
         """
         level = max(each for each in (Level.STOPPED, *replica.holds) if each <= level)
-        async with replica.turn:
+        async with replica.transition_lock:
             if replica.level > level and still():
-                await self._down(replica, level)
+                await self._lower(replica, level)
 
     async def stop(self, replica: Replica) -> None:
         """End a replica whose way was cancelled, wherever on it that was."""
-        async with replica.turn:
+        async with replica.transition_lock:
             await self.end(replica)
             self._settle(replica, Level.STOPPED, State.STOPPED, "it was unloaded")
 
-    async def _down(self, replica: Replica, level: Level) -> None:
+    async def _lower(self, replica: Replica, level: Level) -> None:
         if replica.state is State.READY:
             await self._drain(replica)
         running = replica.running
@@ -188,7 +188,7 @@ class ReplicaLifecycle:
 
     def _settle(self, replica: Replica, level: Level, state: State, note: str = "") -> None:
         replica.level = level
-        self._book(replica, level)
+        self._reserve(replica, level)
         self.change(replica, state, note)
 
     async def end(self, replica: Replica) -> None:
@@ -211,19 +211,21 @@ class ReplicaLifecycle:
         """
         again = True
         while again:
-            async with replica.turn:
+            async with replica.transition_lock:
                 await self.end(replica)
             await asyncio.sleep(replica.started - time.monotonic())
-            await self.bring(replica)
-            again = replica.state is not State.READY and self.again(replica, replica.note, 0.0)
+            await self.to_ready(replica)
+            again = replica.state is not State.READY and self.restart_dead(
+                replica, replica.note, 0.0
+            )
 
     async def discard(self, replica: Replica) -> None:
         """End what is left of a dead engine that is not started again."""
-        async with replica.turn:
+        async with replica.transition_lock:
             await self.end(replica)
-            self._book(replica, Level.STOPPED)
+            self._reserve(replica, Level.STOPPED)
 
-    def again(self, replica: Replica, note: str, lived_s: float) -> bool:
+    def restart_dead(self, replica: Replica, note: str, lived_s: float) -> bool:
         """Whether a dead replica is started again, which it then waits for."""
         self._metrics.deaths.labels(replica.model.name, replica.number).inc()
         pause_s = replica.deaths.pause_s(lived_s)
@@ -233,7 +235,7 @@ class ReplicaLifecycle:
             self.change(replica, State.FAILED, f"{note}; {times} times, not started again")
             return False
         replica.started = time.monotonic() + pause_s
-        replica.patient = False
+        replica.queues_requests = False
         self.change(replica, State.WAITING, f"{note}; again in {pause_s:g} s")
         return True
 
@@ -250,25 +252,25 @@ class ReplicaLifecycle:
 
     # --- room
 
-    async def _found_room(self, replica: Replica) -> bool:
+    async def _wait_for_room(self, replica: Replica) -> bool:
         """Keep room for a replica, once others have made it; it fails if there can be none."""
         if replica.level is Level.STOPPED:  # its entry may have changed since it last was there
             replica.holds = self._backend.holds(replica.model.spec, replica.number)
         takes = self._takes(replica, Level.READY)
         places = takes.keys() - {HOST} or takes.keys()
         async with self._order.hold(places, alone=True):
-            async with replica.turn:  # whoever takes it down has done so
+            async with replica.transition_lock:  # whoever takes it down has done so
                 pass
             try:
-                await self._make(replica, takes)
+                await self._make_room(replica, takes)
             except StartupError as error:
-                async with replica.turn:
+                async with replica.transition_lock:
                     await self._failed(replica, error.message)
                 return False
             self._booked[replica] = Level.READY
             return True
 
-    def _book(self, replica: Replica, level: Level) -> None:
+    def _reserve(self, replica: Replica, level: Level) -> None:
         if level:
             self._booked[replica] = level
         else:
@@ -277,29 +279,29 @@ class ReplicaLifecycle:
     def _takes(self, replica: Replica, level: Level) -> Takes:
         return replica.holds.get(level, {})
 
-    async def _make(self, replica: Replica, takes: Takes) -> None:
+    async def _make_room(self, replica: Replica, takes: Takes) -> None:
         """Until there is room. Raises StartupError if there can be none."""
         self._raise_if_hopeless(replica, takes)
-        while (steps := self._steps(replica, takes)) != []:
+        while (steps := self._eviction_steps(replica, takes)) != []:
             if steps is None:
-                await self._look_again(replica)
+                await self._wait_for_memory(replica)
                 continue
-            await asyncio.gather(*(self._give_way(*step, replica) for step in steps))
+            await asyncio.gather(*(self._evict(*step, replica) for step in steps))
 
-    async def _give_way(self, replica: Replica, level: Level, comer: Replica) -> None:
+    async def _evict(self, replica: Replica, level: Level, comer: Replica) -> None:
         to = level.name.lower()
         log.info("model=%s gives way to model=%s level=%s", replica.name, comer.name, to)
         replica.gave_way += 1
         self._metrics.evictions.labels(replica.model.name, replica.number, to).inc()
         idle = not replica.load.requests
-        await self.rest(replica, level, lambda: not (idle and replica.load.requests))
+        await self.lower(replica, level, lambda: not (idle and replica.load.requests))
 
-    async def _look_again(self, replica: Replica) -> None:
+    async def _wait_for_memory(self, replica: Replica) -> None:
         if replica.state is not State.WAITING:
             self.change(replica, State.WAITING, "for memory that others hold")
         await asyncio.sleep(_LOOK_S)
 
-    def _steps(self, replica: Replica, takes: Takes) -> Steps[Replica] | None:
+    def _eviction_steps(self, replica: Replica, takes: Takes) -> Steps[Replica] | None:
         """Who goes where; of those with requests only if the others do not suffice."""
         for busy in (False, True):
             others = [
@@ -353,7 +355,7 @@ class ReplicaLifecycle:
 
 
 def _gives_way(replica: Replica, *, busy: bool) -> bool:
-    if replica.model.spec.pinned or replica.turn.locked():
+    if replica.model.spec.pinned or replica.transition_lock.locked():
         return False
     if replica.state is not State.READY:
         return replica.state is State.SLEEPING

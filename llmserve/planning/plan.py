@@ -72,12 +72,14 @@ class Problem:
     remedy: str | None = None  # "max_model_len: 8192"; None: none was found
     key: str = ""  # of the model's entry that it is about
 
-    def told(self) -> str:
+    def describe(self) -> str:
         return self.message + (f"; what would fit: {self.remedy}" if self.remedy else "")
 
     def within(self, config: Config) -> str:
         """With its line in the file."""
-        return config.told(("models", self.model, *([self.key] if self.key else [])), self.told())
+        return config.told(
+            ("models", self.model, *([self.key] if self.key else [])), self.describe()
+        )
 
 
 @dataclass(frozen=True)

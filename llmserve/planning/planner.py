@@ -111,7 +111,7 @@ class ModelDemand:
         key = "memory" if self.spec.memory is not None else "gpu_memory_utilization"
         return self._problem(
             f"{gib(self._budget(gpu) or 0)} of {gib(gpu.memory)} is less than the "
-            f"{size.told(self.spec.concurrency)} that it needs on each GPU",
+            f"{size.describe(self.spec.concurrency)} that it needs on each GPU",
             key,
         )
 
@@ -123,7 +123,9 @@ class ModelDemand:
         option = misfit.demand.options[0]
         on = self.spec.devices
         needs = (
-            f"needs {size.told(self.spec.concurrency)}" if size else f"wants {gib(option.needs)}"
+            f"needs {size.describe(self.spec.concurrency)}"
+            if size
+            else f"wants {gib(option.needs)}"
         )
         wanted = max(option.needs, *(int(option.share * gpu.memory) for gpu in self._box))
         if size and wanted > size.needs:
@@ -307,7 +309,7 @@ class Planner:
             changed = remedy.applied(specs)
             tried = self._laid_out(changed, finish=False)
             if {each.model for each in tried.problems} <= failed:
-                told = remedy.told(self._laid_out(changed))
+                told = remedy.describe(self._laid_out(changed))
                 if told:
                     return replace(problem, remedy=told)
         return problem

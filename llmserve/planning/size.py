@@ -31,7 +31,7 @@ class ReplicaFootprint:
     def needs(self) -> int:
         return self.besides + self.least
 
-    def told(self, concurrency: int) -> str:
+    def describe(self, concurrency: int) -> str:
         times = f"{concurrency} x " if concurrency > 1 else ""
         kv = f", KV cache of {times}{self.settings.context:,} tokens {gib(self.least)}"
         return (

@@ -35,7 +35,7 @@ class Suggestion:
         changed = [self.instead if spec.name == self.model else spec for spec in specs]
         return [spec for spec in changed if spec is not None]
 
-    def told(self, plan: Plan) -> str:
+    def describe(self, plan: Plan) -> str:
         """In the registry's words; empty if nothing would change."""
         return self.words or (self._placed(plan, self.before) if self.before else "")
 

@@ -410,7 +410,7 @@ class Connection(HttpToolsProtocol):
 
     # --- time
 
-    def look(self, now: float) -> None:
+    def end_overdue(self, now: float) -> None:
         """End what has waited for the client too long. The server calls it each `sweep_s`.
 
         Hot paths take no time of day and set no timer: they count, and this compares.

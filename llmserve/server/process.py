@@ -186,7 +186,7 @@ class _Uvicorn(uvicorn.Server):
             now = time.monotonic()
             for each in list(self.server_state.connections):
                 try:
-                    cast("connection.Connection", each).look(now)
+                    cast("connection.Connection", each).end_overdue(now)
                 except Exception:  # this one's; the others go on
                     log.exception("a connection could not be looked at")
 
@@ -307,7 +307,7 @@ class _Process:
     def _announce(self) -> None:
         failed = sum(replica.state is State.FAILED for replica in self._pool.replicas)
         ready = ", ".join(entry.name for entry in self._pool.ready())
-        asleep = [entry.name for entry in self._pool.entries.values() if entry.rests]
+        asleep = [entry.name for entry in self._pool.entries.values() if entry.is_idle_on_demand]
         notes = [f"{', '.join(asleep)} on demand"] if asleep else []
         notes += [f"{failed} failed"] if failed else []
         self._say(

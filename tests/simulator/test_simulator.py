@@ -85,29 +85,29 @@ def test_a_raised_limit_that_admits_nothing_is_found(monkeypatch: pytest.MonkeyP
 def test_a_death_in_the_step_that_ends_a_start_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """It was noticed, and the new start dropped for the one that had yet to end."""
 
-    def died(pool: Pool, replica: Replica) -> bool:
+    def handle_death(pool: Pool, replica: Replica) -> bool:
         running = replica.running
         if running is None or not running.dead:
             return False
-        if replica.turn.locked() or replica.state not in {State.READY, State.SLEEPING}:
+        if replica.transition_lock.locked() or replica.state not in {State.READY, State.SLEEPING}:
             return False
         if pool._closed:
             pool.life.change(replica, State.FAILED, "its engine died")
         elif replica.state is State.SLEEPING:
-            pool._come(replica, partial(pool.life.rest, level=Level.STOPPED))
-        elif pool.life.again(replica, "its engine died", 0.0):
-            pool._come(replica, pool.life.revive)
+            pool._begin_transition(replica, partial(pool.life.lower, level=Level.STOPPED))
+        elif pool.life.restart_dead(replica, "its engine died", 0.0):
+            pool._begin_transition(replica, pool.life.revive)
         else:
-            pool._come(replica, pool.life.discard)
+            pool._begin_transition(replica, pool.life.discard)
         return True
 
-    def came(pool: Pool, replica: Replica, coming: asyncio.Task[None]) -> None:
+    def end_transition(pool: Pool, replica: Replica, coming: asyncio.Task[None]) -> None:
         del pool._comings[replica]
         if replica in pool._owner:
-            pool._onward(pool._owner[replica])
+            pool._serve_queue(pool._owner[replica])
 
-    monkeypatch.setattr(Pool, "died", died)
-    monkeypatch.setattr(Pool, "_came", came)
+    monkeypatch.setattr(Pool, "handle_death", handle_death)
+    monkeypatch.setattr(Pool, "_end_transition", end_transition)
     with pytest.raises(Violation, match=r"stays waiting|wait for ever"):
         run(range(_SEEDS), harsh=True)
 

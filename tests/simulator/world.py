@@ -413,7 +413,7 @@ class World:
             self.violate(f"{len(late)} requests or commands wait for ever: {self._standing()}")
         await asyncio.sleep(150)  # restarts, idle times and minimal stays are over
         for replica in self.pool.replicas:
-            if replica.state not in _SETTLED or replica.turn.locked():
+            if replica.state not in _SETTLED or replica.transition_lock.locked():
                 self.violate(f"{replica.name} stays {replica.state} ({replica.note})")
             dead = replica.running is not None and replica.running.dead
             if dead:

@@ -816,7 +816,7 @@ async def test_stored_response_of_stopped_model_is_found() -> None:
     async with asgi() as box:
         store_response(box, "chat")
         (replica,) = box.pool.entries["chat"].replicas
-        await box.pool.life.rest(replica, Level.STOPPED)
+        await box.pool.life.lower(replica, Level.STOPPED)
         assert replica.running is None
         got = await box.client.get("/v1/responses/r1")
     assert got.json() == {"id": "r1", "status": "queued"}

@@ -545,7 +545,7 @@ async def test_unload_now_of_a_model_that_waits_to_be_started_again_ends_it(
     monkeypatch.setattr(restart_backoff, "_FIRST_S", 60.0)
     box = await up({"a": {}})
     box.engine("a").dead = True
-    assert box.pool.died(box.replica("a"))
+    assert box.pool.handle_death(box.replica("a"))
     assert box.states() == {"a": "waiting"}
     await soon(box.control.unload("a", drain=False))
     assert box.states() == {"a": "stopped"}
@@ -573,7 +573,7 @@ async def test_unload_of_a_model_that_waits_to_be_started_again_ends_it_for_good
     monkeypatch.setattr(restart_backoff, "_FIRST_S", 0.02)
     box = await up({"a": {}})
     box.engine("a").dead = True
-    assert box.pool.died(box.replica("a"))
+    assert box.pool.handle_death(box.replica("a"))
     assert box.states() == {"a": "waiting"}
     await soon(box.control.unload("a", drain=True))
     await asyncio.sleep(0.03)
@@ -932,7 +932,7 @@ async def test_a_removed_model_that_waits_to_be_started_again_is_gone_all_the_sa
     monkeypatch.setattr(restart_backoff, "_FIRST_S", 0.05)
     box = await up({"a": {}, "b": {"memory": 1}})
     box.engine("a").dead = True
-    assert box.pool.died(box.replica("a"))
+    assert box.pool.handle_death(box.replica("a"))
     await box.reload({"b": {"memory": 1}})
     await asyncio.sleep(0.06)
     assert box.states() == {"b": "ready"}
@@ -1342,7 +1342,7 @@ async def failed(box: Box) -> AsyncIterator[None]:
 async def dead(box: Box) -> AsyncIterator[None]:
     """And soon started again."""
     box.engine("a").dead = True
-    assert box.pool.died(box.replica("a"))
+    assert box.pool.handle_death(box.replica("a"))
     yield
 
 
@@ -1398,7 +1398,7 @@ async def test_a_dead_engine_is_not_asked_to_change(up: Boxes) -> None:
     box.engine("a").dead = True
     box.engine("a").change_error = EngineError("dead")
     assert await box.reload({"a": {"aliases": ["x"]}}) == ['a: changed live (aliases [] -> ["x"])']
-    assert box.pool.died(box.replica("a"))
+    assert box.pool.handle_death(box.replica("a"))
     await until(lambda: box.states() == {"a": "ready"})
     await box.use("x")
 

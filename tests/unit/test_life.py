@@ -833,7 +833,7 @@ async def test_a_request_over_which_an_engine_died_waits_for_the_next_and_others
     with pytest.raises(Overloaded, match="is waiting") as refused:
         box.pool.lease(wish)
     assert refused.value.code == "model_not_ready"
-    place = box.pool.lease(wish.again())
+    place = box.pool.lease(wish.retried())
     assert isinstance(place, QueuedRequest)
     waiting = asyncio.create_task(let_in(place))
     gate.opened.set()
@@ -847,7 +847,7 @@ async def test_a_death_that_several_notice_is_one() -> None:
     box.running("a").dead = True
     replica = box.replica("a")
     for _ in range(3):  # a request, and whoever watches, in one turn of the loop
-        box.pool.died(replica)
+        box.pool.handle_death(replica)
     assert replica.deaths.in_a_row == 1
     assert box.figure("engine_deaths_total", model="a", replica="0") == 1
 
@@ -962,7 +962,7 @@ async def test_every_step_of_a_swap_is_an_event() -> None:
 async def test_memory_of_a_cancelled_start_is_free_again() -> None:
     gate = Gate()
     box = Box(lazy("a"), lazy("b"), sizes={"a": 60, "b": 60}, a=Plan(gate=gate))
-    coming = asyncio.create_task(box.pool.life.bring(box.replica("a")))
+    coming = asyncio.create_task(box.pool.life.to_ready(box.replica("a")))
     await soon(gate.reached.wait())
     assert not box.pool.life.fits([box.replica("b")])
     coming.cancel()
@@ -976,8 +976,8 @@ async def test_death_in_a_transition_is_left_to_its_end() -> None:
     await soon(box.pool.start())
     replica = box.replica("a")
     box.running("a").dead = True
-    async with replica.turn:
-        assert not box.pool.died(replica)
+    async with replica.transition_lock:
+        assert not box.pool.handle_death(replica)
         assert replica.state is State.READY
-    assert box.pool.died(replica)
+    assert box.pool.handle_death(replica)
     assert box.figure("engine_deaths_total", model="a", replica="0") == 1

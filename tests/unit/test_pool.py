@@ -708,9 +708,9 @@ async def test_model_that_leaves_while_it_is_asked_for_again_serves_its_queue() 
     (replica,) = entry.replicas
     box.pool.life.change(replica, State.FAILED)
     replica.again_at = 0.0
-    async with replica.turn:  # another transition is not over
+    async with replica.transition_lock:  # another transition is not over
         places = [box.pool.lease(wish("chat")) for _ in range(2)]
-        box.pool.leave(entry)
+        box.pool.remove(entry)
         ending = asyncio.ensure_future(box.pool.end(entry))
         await asyncio.sleep(0)
     first, second = (place for place in places if isinstance(place, QueuedRequest))
@@ -729,7 +729,7 @@ async def test_queue_of_a_model_that_has_left_is_refused_when_nothing_comes() ->
     entry = box.pool.entries["chat"]
     place = box.pool.lease(wish("chat"))
     assert isinstance(place, QueuedRequest)
-    box.pool.leave(entry)
+    box.pool.remove(entry)
     await soon(box.pool.end(entry))
     with pytest.raises(EngineDead):
         await let_in(place)

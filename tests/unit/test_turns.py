@@ -67,7 +67,7 @@ async def test_a_group_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -
     await soon(asyncio.gather(*tasks))
 
 
-async def test_more_are_let_in_a_group_at_a_time_first_come_first_served() -> None:
+async def test_more_are_admit_batch_a_group_at_a_time_first_come_first_served() -> None:
     queue = Queue(2)
     tasks = queue.come(*range(9))
     sizes = await queue.until(9)
@@ -161,11 +161,11 @@ class Failing(RequestBatcher):
 
     failed = False
 
-    def _let_in(self) -> None:
+    def _admit_batch(self) -> None:
         if not self.failed:
             self.failed = True
             raise RuntimeError("no turn")
-        super()._let_in()
+        super()._admit_batch()
 
 
 async def test_turns_after_failure_are_given() -> None:
