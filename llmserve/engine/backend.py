@@ -41,7 +41,7 @@ _STARTS = 64  # at the same time
 class _Modules(NamedTuple):
     """What imports vLLM, and so is imported late."""
 
-    serving: Any
+    handlers: Any
     launcher: Any
 
 
@@ -194,7 +194,7 @@ class Memory(Protocol):
 
 
 class VllmBackend:
-    """Engines of vLLM's, in the memory that there is: `space.Space` or `hostspace.HostSpace`."""
+    """Engines of vLLM's, in the memory that there is: `gpu_memory.GpuMemory` or `host_memory.HostMemory`."""
 
     def __init__(self, log_dir: Path, memory: Memory, patience: Patience | None = None) -> None:
         self._log_dir = log_dir
@@ -240,7 +240,7 @@ class VllmBackend:
                     reports = await engine.start_reports()
                     keep(reports)
                 clock.lap("engine", [each["seconds"] for each in reports])
-            serving = await modules.serving.Serving.build(placed, engine)
+            serving = await modules.handlers.ModelHandlers.build(placed, engine)
             serving.prepare_constraints()
         clock.lap("serving")
         serving.took = clock.took
@@ -282,7 +282,7 @@ class VllmBackend:
             self._threads, importlib.import_module, "llmserve.checkpoint.hub"
         )
         fetched: dict[str, HubFolder] = {}
-        for wanted in hub.Wanted.of(spec):
+        for wanted in hub.HubRevision.of(spec):
             async with self._downloading[wanted]:
                 there = self._there.get(wanted)
                 if there is None or not await asyncio.to_thread(Path(there.folder).is_dir):
@@ -301,10 +301,10 @@ class VllmBackend:
         async with self._importing:
             if self._imported is None:
                 engine = await asyncio.to_thread(importlib.import_module, "llmserve.engine.engine")
-                serving = await asyncio.to_thread(
+                handlers = await asyncio.to_thread(
                     importlib.import_module, "llmserve.engine.handlers"
                 )
-                self._imported = _Modules(serving, engine.Launcher(self._log_dir))
+                self._imported = _Modules(handlers, engine.Launcher(self._log_dir))
                 gc_policy.keep()
                 if self._killed:
                     self._imported.launcher.stop()

@@ -293,7 +293,7 @@ class Fleet:
         self.most = 0  # that engines held at the same time
         memory.count = self.count
         self.died: Callable[[str], None] = lambda _: None  # called with the name of the model
-        self.Serving = self  # as the module `serving`
+        self.ModelHandlers = self  # as the module `handlers`
 
     def alive(self) -> list[Engine]:
         return [engine for engine in self.engines if engine.alive]

@@ -181,7 +181,7 @@ class FakeTether:
 
 @dataclass
 class FakeVllm:
-    """The modules `engine` and `serving` and the launcher, as far as a start needs them."""
+    """The modules `engine` and `handlers` and the launcher, as far as a start needs them."""
 
     engine: FakeEngine = field(default_factory=FakeEngine)
     refuses: bool = False  # to build what serves
@@ -213,7 +213,7 @@ class FakeVllm:
             return SimpleNamespace(engine=engine, took={}, prepare_constraints=lambda: None)
 
         return _Modules(
-            serving=SimpleNamespace(Serving=SimpleNamespace(build=build)),
+            handlers=SimpleNamespace(ModelHandlers=SimpleNamespace(build=build)),
             launcher=SimpleNamespace(start=start, tether=tether),
         )
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Engine:
-    """The far side of a stream; `stream.Source`."""
+    """The far side of a stream; `token_stream.StreamSource`."""
 
     prompt_tokens = 7
 

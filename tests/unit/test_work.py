@@ -66,7 +66,7 @@ def box_of(answer: Callable[[], ASGIApp | None]) -> Any:
 
 
 class Words:
-    """`stream.Frames`."""
+    """`token_stream.StreamFrames`."""
 
     first = b""
 
@@ -78,7 +78,7 @@ class Words:
 
 
 class Talking:
-    """A request in an engine that has said `text`; `stream.Source`."""
+    """A request in an engine that has said `text`; `token_stream.StreamSource`."""
 
     prompt_tokens = 1
 

@@ -248,7 +248,7 @@ class ChunkTemplate:
 
 
 class Answer:
-    """The events of one answer. `stream.Frames`."""
+    """The events of one answer. `token_stream.StreamFrames`."""
 
     def __init__(self, template: ChunkTemplate, answer_id: str, created: int) -> None:
         self._template = template

@@ -74,7 +74,7 @@ class PreparedRequest:
 class EngineStreamSource:
     """A request whose answer goes to a stream.
 
-    `stream.Source`. `translate` turns vLLM's exceptions into ours.
+    `token_stream.StreamSource`. `translate` turns vLLM's exceptions into ours.
     """
 
     def __init__(
