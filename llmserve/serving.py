@@ -135,7 +135,7 @@ class Handler:
     `nulls` are the keys that may be null in OpenAI's schema; None leaves the answer as
     it is, where there is no such schema. `events` are the classes of events that vLLM writes
     as text; the others come as what they are. `required` adds the keys that vLLM leaves out;
-    a frame that needs it has `mark`.
+    a frame that needs it has one of `marks`.
     """
 
     owner: str
@@ -144,7 +144,7 @@ class Handler:
     nulls: frozenset[str] | None = None
     events: tuple[type[BaseModel], ...] = ()
     required: Callable[[dict[str, Any]], dict[str, Any]] = _whole
-    mark: bytes = b":null"
+    marks: tuple[bytes, ...] = ()
 
     @cached_property
     def shape(self) -> SchemaValidator:
@@ -152,7 +152,9 @@ class Handler:
 
     def pruned(self, frame: bytes) -> bytes:
         """An event that came as text, without nulls."""
-        if self.nulls is None or (b":null" not in frame and self.mark not in frame):
+        if self.nulls is None:
+            return frame
+        if b":null" not in frame and not any(mark in frame for mark in self.marks):
             return frame
         payload = sse.payload(frame)
         if payload is None:
@@ -186,7 +188,7 @@ HANDLERS: dict[str, Handler] = {
         _CHAT_NULLS,
         (ChatCompletionStreamResponse,),
         required.of_chat,
-        b'"logprobs":{',
+        (b'"logprobs":{',),
     ),
     "completions": Handler(
         "openai_serving_completion",
@@ -209,7 +211,7 @@ HANDLERS: dict[str, Handler] = {
         frozenset({"stop_reason", "stop_sequence"}),
         (AnthropicStreamEvent,),
         required.of_message,
-        b'"usage":{',
+        (b'"usage":{', b'"content_block":{'),
     ),
     "token counts": Handler(
         "anthropic_serving_messages",
