@@ -70,6 +70,9 @@ def of_chat(answer: dict[str, Any]) -> dict[str, Any]:
     for choice in answer.get("choices") or ():
         if choice.get("logprobs") is not None:
             choice["logprobs"].setdefault("refusal", None)
+        message = choice.get("message") or {}
+        if message.get("tool_calls") and message.get("content") == "":
+            message["content"] = None
     return answer
 
 

@@ -56,6 +56,8 @@ from vllm.entrypoints.speech_to_text.translation.protocol import (
     TranslationStreamResponse,
 )
 from vllm.exceptions import VLLMError, VLLMValidationError
+from vllm.pooling_params import PoolingParams
+from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.exceptions import EngineDeadError
 
 import llmserve.media  # noqa: F401  # registers what fetches the URLs of images
@@ -103,6 +105,8 @@ log = logging.getLogger(__name__)
 
 # str() of VLLMValidationError: "... (parameter=temperature, value=-1)"
 _APPENDED = re.compile(r" \((?:parameter|value)=.*$", re.DOTALL)
+_WRONG = re.compile(r"\b([a-z_]+) must be ")
+_PARAMETERS = frozenset({*SamplingParams.__struct_fields__, *PoolingParams.__struct_fields__})
 # What vLLM says of a prompt that does not fit; it has no class for that.
 TOO_LONG = (
     "maximum context length",
@@ -546,7 +550,9 @@ class Serving:
         if any(phrase in message for phrase in TOO_LONG):
             return ContextTooLong(self._too_long(message), param=info.param or "input_tokens")
         error = RequestError(
-            message, param=info.param, code="not_found" if info.code == 404 else None
+            message,
+            param=info.param or _parameter_in(message),
+            code="not_found" if info.code == 404 else None,
         )
         error.status = info.code
         return error
@@ -670,6 +676,11 @@ def _misread(handler: Handler, body: dict[str, Any], endpoint: str) -> RequestEr
     except ValidationError as error:
         return mistake(error.errors(include_url=False), body)
     return RequestError(f"The body is not that of a request for {endpoint}.")
+
+
+def _parameter_in(message: str) -> str | None:
+    """The parameter that is wrong, from vLLM's words; some of its errors have no field for it."""
+    return next((name for name in _WRONG.findall(message) if name in _PARAMETERS), None)
 
 
 def _short(message: str, limit: int = 500) -> str:

@@ -661,6 +661,32 @@ async def test_usage_of_a_message_counts_the_cache(fake: Services, *, stream: bo
         assert usage["cache_creation_input_tokens"] == usage["cache_read_input_tokens"] == 0
 
 
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [({"n": 0}, "n"), ({"min_tokens": -1}, "min_tokens"), ({"top_k": -5}, "top_k")],
+)
+async def test_refusal_of_vllm_s_names_its_parameter(
+    fake: Services, body: dict[str, Any], param: str
+) -> None:
+    reply = await post(fake, "/v1/chat/completions", messages=HELLO, **body)
+    assert reply.status_code == HTTPStatus.BAD_REQUEST
+    assert reply.json()["error"]["param"] == param
+
+
+async def test_message_of_calls_alone_has_no_content(fake: Services) -> None:
+    call = {"type": "function", "id": "c", "function": {"name": "f", "arguments": "{}"}}
+    message = {"role": "assistant", "content": "", "tool_calls": [call]}
+    choice = {"index": 0, "message": message, "finish_reason": "tool_calls"}
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionResponse
+
+    usage = {"prompt_tokens": 1, "total_tokens": 2, "completion_tokens": 1}
+    answer = ChatCompletionResponse.model_validate(
+        {"model": "chat", "choices": [choice], "usage": usage}
+    )
+    (came,) = (await sent(fake, "chat completions", answer))["choices"]
+    assert came["message"]["content"] is None
+
+
 # Required by Anthropic's OpenAPI document.
 OF_MESSAGE = {"container", "stop_details", "stop_reason", "stop_sequence"}
 OF_USAGE = {"output_tokens", "input_tokens", "output_tokens_details", "server_tool_use"}
