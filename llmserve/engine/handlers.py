@@ -56,6 +56,8 @@ from vllm.entrypoints.speech_to_text.translation.protocol import (
     TranslationStreamResponse,
 )
 from vllm.exceptions import VLLMError, VLLMValidationError
+from vllm.pooling_params import PoolingParams
+from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.exceptions import EngineDeadError
 
 import llmserve.engine.media  # noqa: F401  # registers what fetches the URLs of images
@@ -113,6 +115,8 @@ log = logging.getLogger(__name__)
 
 # str() of VLLMValidationError: "... (parameter=temperature, value=-1)"
 _APPENDED = re.compile(r" \((?:parameter|value)=.*$", re.DOTALL)
+_WRONG = re.compile(r"\b([a-z_]+) must be ")
+_PARAMETERS = frozenset({*SamplingParams.__struct_fields__, *PoolingParams.__struct_fields__})
 # What vLLM says of a prompt that does not fit; it has no class for that.
 TOO_LONG = (
     "maximum context length",
@@ -145,7 +149,7 @@ class Handler:
     `nulls` are the keys that may be null in OpenAI's schema; None leaves the answer as
     it is, where there is no such schema. `events` are the classes of events that vLLM writes
     as text; the others come as what they are. `required` adds the keys that vLLM leaves out;
-    a frame that needs it has `mark`.
+    a frame that needs it has one of `marks`.
     """
 
     owner: str
@@ -154,7 +158,7 @@ class Handler:
     nulls: frozenset[str] | None = None
     events: tuple[type[BaseModel], ...] = ()
     required: Callable[[dict[str, Any]], dict[str, Any]] = _whole
-    mark: bytes = b":null"
+    marks: tuple[bytes, ...] = ()
 
     @cached_property
     def shape(self) -> SchemaValidator:
@@ -162,7 +166,9 @@ class Handler:
 
     def pruned(self, frame: bytes) -> bytes:
         """An event that came as text, without nulls."""
-        if self.nulls is None or (b":null" not in frame and self.mark not in frame):
+        if self.nulls is None:
+            return frame
+        if b":null" not in frame and not any(mark in frame for mark in self.marks):
             return frame
         payload = sse.payload(frame)
         if payload is None:
@@ -196,7 +202,7 @@ HANDLERS: dict[str, Handler] = {
         _CHAT_NULLS,
         (ChatCompletionStreamResponse,),
         required.of_chat,
-        b'"logprobs":{',
+        (b'"logprobs":{',),
     ),
     "completions": Handler(
         "openai_serving_completion",
@@ -219,7 +225,7 @@ HANDLERS: dict[str, Handler] = {
         frozenset({"stop_reason", "stop_sequence"}),
         (AnthropicStreamEvent,),
         required.of_message,
-        b'"usage":{',
+        (b'"usage":{', b'"content_block":{'),
     ),
     "token counts": Handler(
         "anthropic_serving_messages",
@@ -554,7 +560,9 @@ class ModelHandlers:
         if any(phrase in message for phrase in TOO_LONG):
             return ContextTooLong(self._too_long(message), param=info.param or "input_tokens")
         error = RequestError(
-            message, param=info.param, code="not_found" if info.code == 404 else None
+            message,
+            param=info.param or _parameter_in(message),
+            code="not_found" if info.code == 404 else None,
         )
         error.status = info.code
         return error
@@ -678,6 +686,11 @@ def _misread(handler: Handler, body: dict[str, Any], endpoint: str) -> RequestEr
     except ValidationError as error:
         return mistake(error.errors(include_url=False), body)
     return RequestError(f"The body is not that of a request for {endpoint}.")
+
+
+def _parameter_in(message: str) -> str | None:
+    """The parameter that is wrong, from vLLM's words; some of its errors have no field for it."""
+    return next((name for name in _WRONG.findall(message) if name in _PARAMETERS), None)
 
 
 def _short(message: str, limit: int = 500) -> str:

@@ -34,7 +34,28 @@ _OF_RESPONSE: dict[str, Any] = {
 }
 _OF_FUNCTION: dict[str, Any] = {"description": None, "parameters": None, "strict": None}
 _OF_TEXT: dict[str, Any] = {"annotations": [], "logprobs": []}
-_OF_CACHE = {"cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}
+_OF_MESSAGE: dict[str, Any] = {
+    "container": None,
+    "stop_details": None,
+    "stop_reason": None,
+    "stop_sequence": None,
+}
+_OF_USAGE: dict[str, Any] = {
+    "cache_creation_input_tokens": 0,
+    "cache_read_input_tokens": 0,
+    "output_tokens_details": None,
+    "server_tool_use": None,
+}
+_OF_WHOLE_USAGE: dict[str, Any] = _OF_USAGE | {
+    "cache_creation": None,
+    "inference_geo": None,
+    "service_tier": None,
+}
+_OF_BLOCK: dict[str, dict[str, Any]] = {
+    "text": {"citations": None},
+    "tool_use": {"caller": {"type": "direct"}},
+    "thinking": {"signature": ""},
+}
 _FAILED = {"code": "server_error", "message": "The response failed."}
 
 
@@ -49,14 +70,27 @@ def of_chat(answer: dict[str, Any]) -> dict[str, Any]:
     for choice in answer.get("choices") or ():
         if choice.get("logprobs") is not None:
             choice["logprobs"].setdefault("refusal", None)
+        message = choice.get("message") or {}
+        if message.get("tool_calls") and message.get("content") == "":
+            message["content"] = None
     return answer
 
 
 def of_message(answer: dict[str, Any]) -> dict[str, Any]:
     """An answer of /v1/messages, or an event of one."""
-    for holder in (answer, answer.get("message")):
-        if isinstance(holder, dict) and isinstance(holder.get("usage"), dict):
-            holder["usage"] = _OF_CACHE | holder["usage"]
+    match answer.get("type"):
+        case "message":
+            _fill(answer, _OF_MESSAGE)
+            _fill(answer.get("usage"), _OF_WHOLE_USAGE)
+            for block in answer.get("content") or ():
+                _fill_block(block)
+        case "message_start":
+            of_message(answer.get("message") or {})
+        case "content_block_start":
+            _fill_block(answer.get("content_block"))
+        case "message_delta":
+            _fill(answer.get("delta"), _OF_MESSAGE)
+            _fill(answer.get("usage"), _OF_USAGE)
     return answer
 
 
@@ -78,6 +112,11 @@ def of_response(answer: dict[str, Any]) -> dict[str, Any]:
     return answer
 
 
+def _fill_block(block: Any) -> None:
+    if isinstance(block, dict):
+        _fill(block, _OF_BLOCK.get(block.get("type", ""), {}))
+
+
 def _fill_parts(item: Any) -> None:
     if isinstance(item, dict) and isinstance(item.get("content"), list):
         for part in item["content"]:
@@ -89,9 +128,10 @@ def _fill_text(part: Any) -> None:
         _fill(part, _OF_TEXT)
 
 
-def _fill(given: dict[str, Any], required: dict[str, Any]) -> None:
-    for key, value in required.items():
-        given.setdefault(key, value)
+def _fill(given: Any, required: dict[str, Any]) -> None:
+    if isinstance(given, dict):
+        for key, value in required.items():
+            given.setdefault(key, value)
 
 
 def echo(response: ResponsesResponse, request: Any) -> None:

@@ -19,14 +19,13 @@ from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import unquote
 
 import httptools
-import orjson
 import uvicorn
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.protocols.utils import get_remote_addr, is_ssl
 
 from llmserve.api import token_stream
-from llmserve.api.endpoints import error_body
+from llmserve.api.endpoints import error_response
 from llmserve.errors import (
     HeadTooLarge,
     LLMServeError,
@@ -105,6 +104,7 @@ class Connection(HttpToolsProtocol):
         self._in_head = False
         self._declines = False  # an upgrade: its head is parsed again
         self._last = False  # the client or HTTP/1.0 asks to close after this request
+        self.url = b""  # the target of the newest request, as far as it has come
         self._deaf = False  # what comes now is discarded
         self._refusal = b""  # the last answer, once those before it are out
         self._feeds = self._messages = 0
@@ -386,7 +386,7 @@ class Connection(HttpToolsProtocol):
         self._say(error)
 
     def _say(self, error: LLMServeError) -> None:
-        self._refusal = _bytes_of(error)
+        self._refusal = _bytes_of(error, self.url)
         if not self._cycles:
             self._end()
 
@@ -622,14 +622,19 @@ def _cause(error: httptools.HttpParserError) -> LLMServeError:
     return _invalid(str(error) or type(error).__name__)
 
 
-def _bytes_of(error: LLMServeError) -> bytes:
-    """An answer that closes the connection, for a request that the application never sees."""
-    body = orjson.dumps(error_body(error))
+def _bytes_of(error: LLMServeError, target: bytes = b"") -> bytes:
+    """An answer that closes the connection, for a request that the application never sees.
+
+    It has the shape of the API to which `target`, as far as it has come, belongs.
+    """
+    request_id = uuid.uuid4().hex
+    path = target.partition(b"?")[0].decode("latin-1")
+    body = bytes(error_response(error, path, request_id).body)
     status = http.HTTPStatus(error.status)
     fields = {
         "content-type": "application/json",
         "content-length": str(len(body)),
-        "x-request-id": uuid.uuid4().hex,
+        "x-request-id": request_id,
         "connection": "close",
         **error.headers(),
     }

@@ -347,7 +347,8 @@ def tool_use(arguments: dict[str, Any]) -> Any:
 
 async def test_tool_input_of_a_message_keeps_its_nulls(fake: Services) -> None:
     (block,) = (await sent(fake, "messages", tool_use(WITH_NULLS)))["content"]
-    assert block == {"type": "tool_use", "id": "t", "name": "weather", "input": WITH_NULLS}
+    whole = {"type": "tool_use", "id": "t", "name": "weather", "input": WITH_NULLS}
+    assert block == whole | {"caller": {"type": "direct"}}
 
 
 @pytest.mark.parametrize("value", [10**30, -(10**30), "\ud83d", 1e-7, 0.1, float(10**22)])
@@ -658,6 +659,62 @@ async def test_usage_of_a_message_counts_the_cache(fake: Services, *, stream: bo
     assert len(usages) == 1 + stream
     for usage in usages:
         assert usage["cache_creation_input_tokens"] == usage["cache_read_input_tokens"] == 0
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [({"n": 0}, "n"), ({"min_tokens": -1}, "min_tokens"), ({"top_k": -5}, "top_k")],
+)
+async def test_refusal_of_vllm_s_names_its_parameter(
+    fake: Services, body: dict[str, Any], param: str
+) -> None:
+    reply = await post(fake, "/v1/chat/completions", messages=HELLO, **body)
+    assert reply.status_code == HTTPStatus.BAD_REQUEST
+    assert reply.json()["error"]["param"] == param
+
+
+async def test_message_of_calls_alone_has_no_content(fake: Services) -> None:
+    call = {"type": "function", "id": "c", "function": {"name": "f", "arguments": "{}"}}
+    message = {"role": "assistant", "content": "", "tool_calls": [call]}
+    choice = {"index": 0, "message": message, "finish_reason": "tool_calls"}
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionResponse
+
+    usage = {"prompt_tokens": 1, "total_tokens": 2, "completion_tokens": 1}
+    answer = ChatCompletionResponse.model_validate(
+        {"model": "chat", "choices": [choice], "usage": usage}
+    )
+    (came,) = (await sent(fake, "chat completions", answer))["choices"]
+    assert came["message"]["content"] is None
+
+
+# Required by Anthropic's OpenAPI document.
+OF_MESSAGE = {"container", "stop_details", "stop_reason", "stop_sequence"}
+OF_USAGE = {"output_tokens", "input_tokens", "output_tokens_details", "server_tool_use"}
+OF_WHOLE_USAGE = OF_USAGE | {"cache_creation", "inference_geo", "service_tier"}
+
+
+async def test_message_has_the_keys_of_anthropic_s_document_and_can_be_sent_back(
+    fake: Services,
+) -> None:
+    reply = await post(fake, "/v1/messages", messages=HELLO, max_tokens=3)
+    message = reply.json()
+    assert message.keys() >= OF_MESSAGE
+    assert message["usage"].keys() >= OF_WHOLE_USAGE
+    (block,) = message["content"]
+    assert block.keys() == {"type", "text", "citations"}
+    turn = {"role": "assistant", "content": message["content"]}
+    again = await post(fake, "/v1/messages", messages=[*HELLO, turn, *HELLO], max_tokens=3)
+    assert again.status_code == HTTPStatus.OK
+
+
+async def test_stream_of_a_message_has_the_keys_of_anthropic_s_document(fake: Services) -> None:
+    reply = await post(fake, "/v1/messages", messages=HELLO, max_tokens=3, stream=True)
+    found = {event["type"]: event for event in events(reply.text)}
+    assert found["message_start"]["message"].keys() >= OF_MESSAGE
+    assert found["message_start"]["message"]["usage"].keys() >= OF_WHOLE_USAGE
+    assert found["content_block_start"]["content_block"].keys() == {"type", "text", "citations"}
+    assert found["message_delta"]["delta"].keys() >= OF_MESSAGE
+    assert found["message_delta"]["usage"].keys() >= OF_USAGE
 
 
 ANTHROPIC = {

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 MODELS = Path(os.environ.get("LLMSERVE_TEST_MODELS", Path(__file__).parents[2] / "models"))
 CHAT = str(MODELS / "SmolLM2-135M-Instruct")
 EMBED = str(MODELS / "all-MiniLM-L6-v2")
-START_S = 900
+START_S = 500
 STOP_S = 120
 
 
@@ -128,7 +128,7 @@ class Server:
         return self.metric("vllm:num_requests_running", model_name=model)
 
     def post(self, path: str, **body: Any) -> httpx.Response:
-        return httpx.post(f"{self.url}{path}", json=body, timeout=120)
+        return httpx.post(f"{self.url}{path}", json=body, timeout=START_S)
 
 
 def until(holds: Callable[[], bool], within_s: float = 60) -> None:

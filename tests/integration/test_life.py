@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import socket
@@ -133,6 +134,17 @@ def test_a_second_signal_ends_at_once(pair: Server) -> None:
     asking.join()
 
 
+def write_unknown_model(folder: Path) -> None:
+    """The demo chat model with an architecture that only vLLM knows it cannot load."""
+    folder.mkdir()
+    for file in Path(CHAT).iterdir():
+        (folder / file.name).symlink_to(file)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").unlink()
+    config["architectures"] = ["UnknownForCausalLM"]
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 def test_a_required_model_that_cannot_start_ends_the_server(tmp_path: Path) -> None:
     """And until then the port answers, here over TLS."""
     certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
@@ -150,18 +162,18 @@ def test_a_required_model_that_cannot_start_ends_the_server(tmp_path: Path) -> N
         check=True,
         capture_output=True,
     )
-    (tmp_path / "empty").mkdir()
+    write_unknown_model(tmp_path / "unknown")
     tls = {"ssl_certfile": "cert.pem", "ssl_keyfile": "key.pem"}
     models = {
         "chat": SMALL,
-        "main": {"model": str(tmp_path / "empty"), "required": True},
+        "main": {"model": str(tmp_path / "unknown"), "required": True},
     }
     with Server(write_registry(tmp_path, server=tls, models=models)) as server:
         url = server.url
         assert url.startswith("https://")
         trust = ssl.create_default_context(cafile=certificate)
         assert httpx.get(f"{url}/health", verify=trust, timeout=20).status_code == 200
-        assert server.process.wait(120) == 3
+        assert server.process.wait(START_S) == 3
         assert "main is required and failed: " in server.printed()
         assert "Traceback" not in server.printed()
         with pytest.raises(httpx.ConnectError):

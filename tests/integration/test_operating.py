@@ -16,7 +16,7 @@ import httpx
 import pytest
 import yaml
 
-from tests.integration.conftest import CHAT, EMBED, Server, until, write_registry
+from tests.integration.conftest import CHAT, EMBED, START_S, Server, until, write_registry
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,7 +33,7 @@ STORY: dict[str, Any] = {
 
 def llmserve(server: Server, *words: str) -> subprocess.CompletedProcess[str]:
     line = [sys.executable, "-m", "llmserve", *words, "--url", server.url]
-    return subprocess.run(line, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(line, capture_output=True, text=True, timeout=START_S, check=False)
 
 
 def model(server: Server, name: str) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def rewrite(server: Server, name: str, **said: Any) -> None:
 def stream(server: Server, body: dict[str, Any]) -> Iterator[str]:
     """The lines of an answer that are not empty."""
     body = body | {"stream": True}
-    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=120) as reply:
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=START_S) as reply:
         assert reply.status_code == 200
         yield from filter(None, reply.iter_lines())
 

@@ -395,7 +395,7 @@ def test_ctrl_c_lets_requests_finish_and_leaves_nothing_behind(server: Server) -
         "stream": True,
         "stream_options": {"include_usage": True},
     }
-    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=120) as answer:
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=START_S) as answer:
         lines = answer.iter_lines()
         next(lines)  # the first token: the request runs, however fast the CPU is
         os.killpg(server.process.pid, signal.SIGINT)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import resource
 import socket
 from contextlib import asynccontextmanager
@@ -665,6 +666,29 @@ async def test_head_that_stops_coming_is_refused(begun: bytes) -> None:
     async with serving(Echo(), head_s=0.1) as served:
         ((status, headers, body),) = await exchange(served, begun)
     assert (status, headers["connection"], code_of(body)) == (408, "close", "request_timeout")
+
+
+MESSAGES = b"POST /v1/messages?beta=true HTTP/1.1\r\nHost: a\r\n"
+
+
+@pytest.mark.parametrize(
+    ("sent", "status", "kind"),
+    [
+        (MESSAGES, 408, "invalid_request_error"),
+        (MESSAGES + b"Content-Length: 9\r\n\r\nabc", 408, "invalid_request_error"),
+        (MESSAGES + b"X: " + b"x" * 4096 + b"\r\n\r\n", 431, "invalid_request_error"),
+        (MESSAGES + b"Content-Length: x\r\n\r\n", 400, "invalid_request_error"),
+    ],
+    ids=["head", "body", "large head", "framing"],
+)
+async def test_refusal_has_the_shape_of_the_api_that_was_asked(
+    sent: bytes, status: int, kind: str
+) -> None:
+    async with serving(Echo(), head_s=0.1, body_idle_s=0.1, head_bytes=2048) as served:
+        ((came, headers, body),) = await exchange(served, sent)
+    said = json.loads(body)
+    assert (came, said["type"], said["error"]["type"]) == (status, "error", kind)
+    assert said["request_id"] == headers["x-request-id"]
 
 
 async def test_head_that_drips_is_refused() -> None:
