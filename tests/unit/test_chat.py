@@ -30,8 +30,8 @@ from llmserve.cli.chat import (
     Loop,
     Message,
     parse_delta,
-    sse_data,
 )
+from llmserve.cli.client import sse_data
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
