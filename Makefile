@@ -20,7 +20,7 @@ CLIENTS := .venv-conformance
 NODE ?= tests/conformance/node
 
 help: ## This list.
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
 	@echo 'Settings: VENV=$(VENV) PYTHON=$(PYTHON) VARIANT=$(VARIANT) CONFIG=$(CONFIG)'
 
 # The demo models are for the demo registry.
@@ -59,6 +59,9 @@ check: $(TOOLS) ## Formatting, lint, layers, types.
 	$(BIN)/ruff check
 	$(BIN)/lint-imports --no-cache --no-logo
 	$(BIN)/mypy
+
+engine-args: $(READY) ## The table of engine arguments that `check` goes by, after a new vLLM.
+	$(BIN)/python -m tests.contract.engine_args llmserve/registry/engine_args.py
 
 format: $(TOOLS) ## Let ruff format and repair.
 	$(BIN)/ruff check --fix-only
@@ -113,4 +116,4 @@ lock: $(VENV)/.python ## Resolve the lock files anew from pyproject.toml.
 	@mv $(VENV)/dev.lock requirements/dev.lock
 	$(COMPILE) --group conformance --override requirements/conformance.override -o requirements/conformance.lock
 
-.PHONY: help up install models test coverage conformance simulate fuzz check format clean lock
+.PHONY: help up install models test coverage conformance simulate fuzz check engine-args format clean lock

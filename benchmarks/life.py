@@ -320,13 +320,9 @@ def good(registry: Entry, chat: Entry) -> Iterator[tuple[str, Entry]]:
     models["c"] = chat | {"start": "lazy"}
     yield "added", deepcopy(now)
     models["d"] = models.pop("c")
-    yield "renamed", deepcopy(now)
+    yield "a new name", deepcopy(now)
     del models["d"]
     yield "removed", deepcopy(now)
-    models["first"] = models.pop("a") | {"aliases": ["a", "other"]}
-    yield "renamed", deepcopy(now)
-    models["a"] = models.pop("first") | {"aliases": ["other"]}
-    yield "renamed", deepcopy(now)
     models["a"]["hidden"] = False
     yield "hidden", deepcopy(now)
     yield "changed live", deepcopy(registry)

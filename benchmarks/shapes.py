@@ -1,4 +1,6 @@
-"""Folders with the shape of a Llama and no weights, for engines with `load_format: dummy`.
+"""Folders with the shape of a Llama, for engines with `load_format: dummy`.
+
+The file of weights is a header alone, which says how large the model is.
 
 python -m benchmarks.shapes models/SmolLM2-135M-Instruct /tmp/models
 """
@@ -8,7 +10,11 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import struct
+from itertools import accumulate
+from math import prod
 from pathlib import Path
+from typing import Any
 
 # hidden_size, intermediate_size, layers, heads; 8 of the heads have keys and values
 SHAPES = {
@@ -17,6 +23,7 @@ SHAPES = {
     "llama-3b": (3072, 8192, 28, 24),
     "llama-8b": (4096, 14336, 32, 32),
 }
+WEIGHTS = "model.safetensors"
 
 
 def make(name: str, source: Path, folder: Path) -> Path:
@@ -34,7 +41,47 @@ def make(name: str, source: Path, folder: Path) -> Path:
         "max_position_embeddings": 8192,
     }
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (folder / WEIGHTS).write_bytes(_header(_tensors(config)))
     return folder
+
+
+def _tensors(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor."""
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    keys, vocabulary = config["num_key_value_heads"] * config["head_dim"], config["vocab_size"]
+    layer = {
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.k_proj": (keys, hidden),
+        "self_attn.v_proj": (keys, hidden),
+        "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+        "input_layernorm": (hidden,),
+        "post_attention_layernorm": (hidden,),
+    }
+    head = {} if config["tie_word_embeddings"] else {"lm_head.weight": (vocabulary, hidden)}
+    return {
+        "model.embed_tokens.weight": (vocabulary, hidden),
+        "model.norm.weight": (hidden,),
+        **head,
+        **{
+            f"model.layers.{number}.{name}.weight": shape
+            for number in range(config["num_hidden_layers"])
+            for name, shape in layer.items()
+        },
+    }
+
+
+def _header(tensors: dict[str, tuple[int, ...]]) -> bytes:
+    """The beginning of a safetensors file of bfloat16, whose data does not follow."""
+    ends = [*accumulate((2 * prod(shape) for shape in tensors.values()), initial=0)]
+    header = {
+        name: {"dtype": "BF16", "shape": shape, "data_offsets": ends[i : i + 2]}
+        for i, (name, shape) in enumerate(tensors.items())
+    }
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text
 
 
 def main() -> None:

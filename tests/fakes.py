@@ -22,7 +22,7 @@ from llmserve.lifecycle.eviction import Level
 from llmserve.registry.config import ModelSpec
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+    from collections.abc import AsyncGenerator, AsyncIterator, Collection, Iterator
     from contextlib import AbstractContextManager
 
     from starlette.requests import Request
@@ -218,7 +218,7 @@ class FakeBackend:
         self.sizes: dict[str, Mapping[Level, Takes]] = {}  # by model; others hold nothing
         self.free_error: StartupError | None = None
         self.plan_error: LLMServeError | None = None
-        self.plans_made: list[dict[str, str]] = []  # the models that were to stay
+        self.plans_made: list[set[str]] = []  # the models that were to stay
 
     def holds(self, spec: ModelSpec, number: int) -> Mapping[Level, Takes]:
         return self.sizes.get(spec.name, {Level.READY: {}})
@@ -240,8 +240,8 @@ class FakeBackend:
     def log_of(self, spec: ModelSpec, number: int) -> Path:
         return Path(f"/logs/{spec.name}+{number}")
 
-    def planned(self, config: Config, kept: Mapping[str, str]) -> Callable[[], None]:
-        self.plans_made.append(dict(kept))
+    def planned(self, config: Config, kept: Collection[str]) -> Callable[[], None]:
+        self.plans_made.append(set(kept))
         if self.plan_error is not None:
             raise self.plan_error
         return lambda: None

@@ -311,12 +311,7 @@ def of(spec: ModelSpec, *, hub: bool = True) -> Checkpoint:
         return there
     if not hub:
         raise ModelOutOfReach(f"{spec.model} is not in the cache")
-    try:
-        return Repository(spec.model, spec.engine)
-    except ModelOutOfReach:
-        if there and "config.json" in there.sizes:
-            return there
-        raise
+    return Repository(spec.model, spec.engine)
 
 
 def raise_if_flawed(spec: ModelSpec, files: Checkpoint) -> None:

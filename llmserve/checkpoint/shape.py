@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from llmserve.checkpoint import files as checkpoint
-from llmserve.checkpoint.files import Tensor
 from llmserve.errors import ModelOutOfReach, ModelUnusable, ShapeUnknown
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
-    from llmserve.checkpoint.files import Checkpoint, ModelConfig
+    from llmserve.checkpoint.files import Checkpoint, ModelConfig, Tensor
     from llmserve.errors import LLMServeError
     from llmserve.registry.config import ModelSpec
 
@@ -49,24 +46,11 @@ _SENTENCE_FILES = tuple(
     for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 )
 
-_EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
 _INNER = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
 _KV_HEADS = (
     "n_head_kv", "num_kv_heads", "num_key_value_heads", "multi_query_group_num", "num_attention_groups",
 )  # fmt: skip
 _DEPTH = ("num_hidden_layers", "n_layer", "num_layers")
-# Position embeddings as weights, and an MLP of two matrices; `_PLAIN_MLP`: the latter alone.
-_CLASSIC = {"bert", "roberta", "xlm-roberta", "camembert", "gpt2", "gpt_bigcode", "opt"}
-_PLAIN_MLP = _CLASSIC | {
-    "bloom",
-    "falcon",
-    "gpt_neox",
-    "gptj",
-    "mpt",
-    "nemotron",
-    "phi",
-    "starcoder2",
-}
 # Keys of models whose layers differ, or have more than attention and an MLP.
 _UNUSUAL = (
     "audio_config", "block_configs", "compress_ratios", "global_head_dim",
@@ -122,8 +106,8 @@ def read(spec: ModelSpec, *, hub: bool = True) -> Shape:
     """The shape of a model in a folder or on the hub, without its weights.
 
     From the headers of its safetensors files; without such files, by the size of its
-    weights' files; without any, counted from config.json. Blocks: milliseconds for a
-    folder, requests for a model on the hub that is not in the cache, if `hub`.
+    weights' files. Blocks: milliseconds for a folder, requests for a model on the hub that
+    is not in the cache, if `hub`.
 
     Raises ShapeUnknown with one line that says what is missing.
     """
@@ -303,98 +287,6 @@ class _Model:
         """Whether layers that do so follow the others."""
         return bool(self.text.get("num_nextn_predict_layers"))
 
-    # --- the tensors that config.json implies
-
-    def tensors(self) -> Iterator[Tensor]:
-        """Every matrix, counted. Raises ShapeUnknown where layers are not the usual ones."""
-        strange = [key for key in _UNUSUAL if self.text.get(key) or self.config.get(key)]
-        if strange or "state" in self.layer_kinds():
-            raise ShapeUnknown(
-                f"{self.config.where}: the parameters of {self.architecture} cannot be counted"
-                " from it alone; its safetensors files are needed"
-            )
-        for name, shape in self._matrices():
-            yield self._tensor(name, shape)
-        if vision := self.config.part("vision_config"):
-            yield from (
-                self._float(f"visual.{name}", size)
-                for name, size in _vision(vision, self.hidden_size)
-            )
-
-    def _matrices(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        hidden, vocabulary = self.hidden_size, self.text.number("vocab_size")
-        yield "embed_tokens", (vocabulary, hidden)
-        if not self.tied and not self.encodes:
-            yield "lm_head", (vocabulary, hidden)
-        if self.text.model_type in _CLASSIC:
-            yield "position_embeddings", (self.text.number(*_LENGTHS), hidden)
-        if self.encodes:
-            yield "token_type_embeddings", (self.text.get("type_vocab_size") or 0, hidden)
-            yield "pooler.dense", (hidden, hidden)
-        for layer in range(self.layers):
-            for name, shape in (*self._attention(), *self._mlp(layer)):
-                yield f"model.layers.{layer}.{name}", shape
-
-    def _attention(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        text, hidden, heads, dim = self.text, self.hidden_size, self.heads, self.head_dim
-        values = heads * dim
-        if self.latent_dim:
-            rank, rope = text.number("kv_lora_rank"), text.number("qk_rope_head_dim")
-            nope, v_dim = text.number("qk_nope_head_dim"), text.number("v_head_dim")
-            values = heads * v_dim
-            yield "self_attn.kv_a_proj_with_mqa", (rank + rope, hidden)
-            yield "self_attn.kv_b_proj", (heads * (nope + v_dim), rank)
-        else:
-            yield "self_attn.k_proj", (self.kv_heads * dim, hidden)
-            yield "self_attn.v_proj", (self.kv_heads * dim, hidden)
-        if query := text.get("q_lora_rank") if self.latent_dim else None:
-            yield "self_attn.q_a_proj", (query, hidden)
-            yield "self_attn.q_b_proj", (heads * dim, query)
-        else:
-            yield "self_attn.q_proj", (heads * dim, hidden)
-        yield "self_attn.o_proj", (hidden, values)
-
-    def _mlp(self, layer: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-        text, hidden = self.text, self.hidden_size
-        matrices = 2 if text.model_type in _PLAIN_MLP else 3
-        if not self._is_sparse(layer):
-            yield "mlp.proj", (matrices, text.get("intermediate_size_mlp") or self.inner, hidden)
-            return
-        experts = text.number(*_EXPERTS)
-        width = text.get("moe_intermediate_size") or self.inner
-        shared = text.get("shared_expert_intermediate_size") or width * (
-            text.get("n_shared_experts", "num_shared_experts") or 0
-        )
-        if text.model_type == "llama4_text":
-            shared = width
-        yield "mlp.gate", (experts, hidden)
-        yield "mlp.experts", (experts, matrices * width, hidden)
-        yield "mlp.shared_experts", (matrices * shared, hidden)
-
-    def _is_sparse(self, layer: int) -> bool:
-        """Whether a layer's MLP is a mixture of experts."""
-        text = self.text
-        if (text.get(*_EXPERTS) or 0) < 2 or layer < (text.get("first_k_dense_replace") or 0):
-            return False
-        if layer in (text.get("mlp_only_layers") or ()):
-            return False
-        frequency = text.get("moe_layer_freq")
-        if isinstance(frequency, list):
-            return bool(frequency[layer])
-        every = text.get("decoder_sparse_step", "interleave_moe_layer_step") or 1
-        return (layer + 1) % every == 0 and layer % (frequency or 1) == 0
-
-    def _tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        linear = not _NOT_LINEAR.search(name + ".") and name != "lm_head"
-        if not self.quantization or not linear or _is_kept(name, self.quantized):
-            return self._float(name, shape)
-        size = math.prod(shape) * _bits(self.quantization, self.quantized, self.config.where) / 8
-        return Tensor(f"{name}.weight", "packed", shape, int(size))
-
-    @staticmethod
-    def _float(name: str, shape: tuple[int, ...]) -> Tensor:
-        return Tensor(f"{name}.weight", "BF16", shape, 2 * math.prod(shape))
-
 
 def _kind(name: str) -> str:
     if name == "hybrid" or ("attention" in name and "linear" not in name):
@@ -402,59 +294,21 @@ def _kind(name: str) -> str:
     return "state"
 
 
-def _vision(vision: ModelConfig, out: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """The matrices of a vision transformer and of what leads into the language model."""
-    width = vision.number("embed_dim") if vision.get("embed_dim") else vision.number("hidden_size")
-    inner = vision.get("intermediate_size") or int(width * (vision.get("mlp_ratio") or 4))
-    gated = vision.get("hidden_act") == "silu"
-    for layer in range(vision.number("depth", *_DEPTH)):
-        yield f"blocks.{layer}.attn", (4 * width, width)
-        yield f"blocks.{layer}.mlp", (3 if gated else 2, inner, width)
-    merged = width * (vision.get("spatial_merge_size") or 1) ** 2
-    for _ in range(1 + len(vision.get("deepstack_visual_indexes") or ())):
-        yield "merger", (merged, merged + out)
-
-
-def _is_kept(name: str, quantized: dict[str, Any]) -> bool:
-    """Whether a matrix of a quantized model is left as it was."""
-    patterns = quantized.get("modules_to_not_convert", quantized.get("ignore")) or ()
-    return any(
-        re.match(pattern[3:], name)
-        if pattern.startswith("re:")
-        else fnmatch(f"{name}.", f"*{pattern}.*")
-        for pattern in patterns
-    )
-
-
-def _bits(method: str, quantized: dict[str, Any], where: str) -> float:
-    """Bits of a stored weight with its share of the scales. Raises ShapeUnknown."""
-    fixed = {"fp8": 8, "fbgemm_fp8": 8, "modelopt": 8, "modelopt_fp4": 4.5, "mxfp4": 4.25}
-    if method in fixed:
-        return fixed[method]
-    groups = quantized.get("config_groups") or {}
-    said = next((group["weights"] for group in groups.values()), quantized)
-    bits = said.get("bits") or said.get("w_bit") or said.get("num_bits")
-    if not bits:
-        raise ShapeUnknown(
-            f"{where}: how many bits {method} takes is not in it; the safetensors files are needed"
-        )
-    group_size = said.get("group_size") or 0
-    return float(bits + (16 + bits) / group_size if group_size > 0 else bits)
-
-
 def _bytes_of(files: Checkpoint, model: _Model, stored: list[Tensor], dtype: str) -> dict[str, int]:
     """`weights`, `embeddings` and `linear` of a Shape."""
     width = _BYTES[dtype]
-    if files.weights and not stored:  # .bin, .pt: no headers
+    if not files.weights:
+        if any(file.endswith(".gguf") for file in files.sizes):
+            raise ModelUnusable(f"{files.name} holds GGUF files only; safetensors files are needed")
+        raise ShapeUnknown(f"{files.name} has no weights; its safetensors files are needed")
+    if not stored:  # .bin, .pt: no headers
         size = sum(files.sizes[file] for file in files.weights)
         weights = size * width // _BYTES.get(_said_dtype(model) or "float32", 4)
         embeddings = model.text.number("vocab_size") * model.hidden_size * width
         embeddings *= 1 if model.tied or model.encodes else 2
         return {"weights": weights, "embeddings": embeddings, "linear": weights - embeddings}
-    if not files.weights and any(file.endswith(".gguf") for file in files.sizes):
-        raise ModelUnusable(f"{files.name} holds GGUF files only; safetensors files are needed")
     sizes = dict.fromkeys(("weights", "embeddings", "linear"), 0)
-    for tensor in stored or model.tensors():
+    for tensor in stored:
         size = tensor.loaded(width)
         sizes["weights"] += size
         if _EMBEDDING.search(tensor.name):

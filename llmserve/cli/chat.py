@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 import time
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NotRequired, TextIO, TypedDict
+from typing import TYPE_CHECKING, NotRequired, TextIO, TypedDict
 
 import httpx
 
-from llmserve.cli.client import SettingError, connected, url_of
+from llmserve.cli.client import SettingError, connected, error_message, sse_data, url_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Generator, Iterator, Sequence
 
 HELP = """\
 !!reset        start anew, with the same system text
@@ -33,7 +32,6 @@ ROLES = ("system", "user", "assistant")
 # What a model writes must not drive the terminal: control characters are shown, not obeyed.
 _VISIBLE = {c: chr(0x2400 + c) for c in range(32) if chr(c) not in "\t\n"}
 _VISIBLE |= dict.fromkeys(range(0x7F, 0xA0), "\N{REPLACEMENT CHARACTER}")
-_LINE_END = re.compile(rb"\r\n|\r(?!\Z)|\n")  # a last \r may be half of \r\n: wait and see
 
 
 @dataclass(frozen=True)
@@ -65,24 +63,6 @@ class Delta:
     finish: str | None = None
 
 
-def sse_data(chunks: Iterable[bytes]) -> Iterator[str]:
-    """Give the data of each event, wherever its bytes were cut: HTML standard, 9.2.6.
-
-    httpx's iter_lines() would also end lines at U+2028 and the like, which JSON may hold.
-    """
-    data: list[bytes] = []
-    rest = b""
-    for chunk in chunks:
-        *lines, rest = _LINE_END.split(rest + chunk)
-        for line in lines:
-            name, _, value = line.partition(b":")
-            if name == b"data":
-                data.append(value.removeprefix(b" "))
-            elif not line and data:
-                yield b"\n".join(data).decode(errors="replace")
-                data = []
-
-
 def parse_delta(data: str) -> Delta:
     """Read one event; raises ChatError if it is an error, or no chunk of a chat completion."""
     try:
@@ -99,14 +79,6 @@ def parse_delta(data: str) -> Delta:
         )
     except (ValueError, TypeError, AttributeError):
         raise ChatError(f"the server sent what is no chat chunk: {data[:200]}") from None
-
-
-def error_message(body: Any) -> str:
-    """Find the words in an error object: OpenAI's, FastAPI's or whatever came."""
-    while isinstance(body, dict):
-        known = (body[k] for k in ("error", "message", "detail") if body.get(k))
-        body = next(known, None) or json.dumps(body)
-    return str(body)
 
 
 @dataclass

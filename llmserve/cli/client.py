@@ -1,7 +1,9 @@
-"""HTTP from a command to one server: its URL, the key, and whether a proxy is between."""
+"""HTTP from a command to one server: its URL, the key, proxies, event streams and errors."""
 
 from __future__ import annotations
 
+import json
+import re
 import socket
 from itertools import starmap
 from typing import TYPE_CHECKING, Any
@@ -13,9 +15,10 @@ import httpx
 from llmserve.http import auth
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
 _LIMITS = httpx.Limits()
+_LINE_END = re.compile(rb"\r\n|\r(?!\Z)|\n")  # a last \r may be half of \r\n: wait and see
 
 
 class SettingError(Exception):
@@ -58,6 +61,32 @@ def connected(
             "a proxy of the environment (HTTP_PROXY, HTTPS_PROXY, ALL_PROXY) cannot be used: "
             f"{error}; correct it, or unset it for this command"
         ) from None
+
+
+def sse_data(chunks: Iterable[bytes]) -> Iterator[str]:
+    """Give the data of each event, wherever its bytes were cut: HTML standard, 9.2.6.
+
+    httpx's iter_lines() would also end lines at U+2028 and the like, which JSON may hold.
+    """
+    data: list[bytes] = []
+    rest = b""
+    for chunk in chunks:
+        *lines, rest = _LINE_END.split(rest + chunk)
+        for line in lines:
+            name, _, value = line.partition(b":")
+            if name == b"data":
+                data.append(value.removeprefix(b" "))
+            elif not line and data:
+                yield b"\n".join(data).decode(errors="replace")
+                data = []
+
+
+def error_message(body: Any) -> str:
+    """Find the words in an error object: OpenAI's, FastAPI's or whatever came."""
+    while isinstance(body, dict):
+        known = (body[k] for k in ("error", "message", "detail") if body.get(k))
+        body = next(known, None) or json.dumps(body)
+    return str(body)
 
 
 def _is_here(url: str, proxies: Mapping[str, str]) -> bool:

@@ -14,8 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llmserve import terminal
-from llmserve.cli.chat import error_message, sse_data
-from llmserve.cli.client import SettingError, connected, url_of
+from llmserve.cli.client import SettingError, connected, error_message, sse_data, url_of
 from llmserve.gpus.device import GIB
 
 if TYPE_CHECKING:

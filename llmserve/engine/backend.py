@@ -23,7 +23,7 @@ from llmserve.errors import ModelUnusable, ShapeUnknown, StartupError
 from llmserve.lifecycle.replica import State
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+    from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
     from concurrent.futures import Future
     from contextlib import AbstractAsyncContextManager, AbstractContextManager
 
@@ -190,7 +190,7 @@ class Memory(Protocol):
     def moves(
         self, spec: ModelSpec, number: int, wakes_from: Level | None
     ) -> AbstractAsyncContextManager[None]: ...
-    def planned(self, config: Config, kept: Mapping[str, str]) -> Callable[[], None]: ...
+    def planned(self, config: Config, kept: Collection[str]) -> Callable[[], None]: ...
 
 
 class VllmBackend:
@@ -262,7 +262,7 @@ class VllmBackend:
     ) -> AbstractAsyncContextManager[None]:
         return self.memory.moves(spec, number, wakes_from)
 
-    def planned(self, config: Config, kept: Mapping[str, str]) -> Callable[[], None]:
+    def planned(self, config: Config, kept: Collection[str]) -> Callable[[], None]:
         return self.memory.planned(config, kept)
 
     def log_of(self, spec: ModelSpec, number: int) -> Path:

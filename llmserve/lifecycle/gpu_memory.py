@@ -27,7 +27,7 @@ from llmserve.planning.measurements import Measured
 from llmserve.planning.placement import capacity
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterable
+    from collections.abc import AsyncIterator, Collection, Iterable
     from contextlib import AbstractContextManager
 
     from llmserve.gpus.device import Gpu
@@ -70,19 +70,16 @@ class GpuMemory:
         share = int(psutil.virtual_memory().total * _HOST_SHARE)
         self._near = _near(plan, share if host_memory is None else host_memory)
 
-    def planned(self, config: Config, kept: Mapping[str, str]) -> Callable[[], None]:
+    def planned(self, config: Config, kept: Collection[str]) -> Callable[[], None]:
         """Plan another registry; engines of `kept` stay. Raises PlacementError."""
-        models = tuple(
-            self._fixed(spec, kept[spec.name]) if spec.name in kept else spec
-            for spec in config.models
-        )
+        models = tuple(self._fixed(spec) if spec.name in kept else spec for spec in config.models)
         fixed = config.model_copy(update={"models": models})
         plan = survey.plan(fixed, self.plan.box, self._kept).raise_if_infeasible(config)
         return partial(self.apply_plan, plan, config.server.host_memory)
 
-    def _fixed(self, spec: ModelSpec, now: str) -> ModelSpec:
+    def _fixed(self, spec: ModelSpec) -> ModelSpec:
         """An entry whose engines run, with all said that they have."""
-        replicas = [self._places[now, number] for number in range(spec.replicas)]
+        replicas = [self._places[spec.name, number] for number in range(spec.replicas)]
         said: dict[str, Any] = {
             "devices": tuple(index for replica in replicas for index in replica.devices),
             "tensor_parallel_size": replicas[0].tensor_parallel_size,

@@ -17,7 +17,7 @@ from llmserve.lifecycle.eviction import HOST, Level
 from llmserve.planning import cpu_features, feasibility, survey
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+    from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping
     from contextlib import AbstractContextManager
 
     from llmserve.checkpoint.shape import Shape
@@ -131,7 +131,7 @@ class HostMemory:
     def _needs(self, spec: ModelSpec) -> int:
         return self.holds(spec, 0)[Level.READY][HOST] * spec.replicas
 
-    def planned(self, config: Config, kept: Mapping[str, str]) -> Callable[[], None]:
+    def planned(self, config: Config, kept: Collection[str]) -> Callable[[], None]:
         """The budget of another registry. Raises ConfigError."""
         del kept  # they hold what they hold
         other = HostMemory.of(config, self._dtype_for)

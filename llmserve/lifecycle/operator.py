@@ -165,15 +165,13 @@ class ModelOperator:
         self._publish()
         told, _ = await asyncio.gather(
             asyncio.gather(
-                *(self._rebuild(change) for change in (*changes.rebuilt, *changes.renamed)),
+                *(self._rebuild(change) for change in changes.rebuilt),
                 *(self._started(entry) for entry in added),
                 *(self._restart(change) for change in (*changes.restarted, *changes.resized)),
             ),
             asyncio.gather(*(self._pool.end(entry) for entry in leaving)),
         )
-        before = {change.new.name: change.old.name for change in changes.renamed}
-        names = [spec.name for spec in config.models]
-        self._pool.sort(name if name in self._pool.entries else before[name] for name in names)
+        self._pool.sort(spec.name for spec in config.models)
         self._publish()
         return [line for lines in told for line in lines]
 
@@ -181,10 +179,7 @@ class ModelOperator:
         entry = self._pool.entries[change.old.name]
         if failed := await self._rebuilt(change, entry.replicas):
             return failed
-        if change.new.name != change.old.name:
-            self._pool.rename(entry, Model(change.new))
-        else:
-            entry.apply_spec(Model(change.new))
+        entry.apply_spec(Model(change.new))
         self._publish()
         return []
 
@@ -251,11 +246,10 @@ class ModelOperator:
         )
 
 
-def _kept(changes: Changes) -> dict[str, str]:
-    """The models whose engines stay where they are, by their new names: their old ones."""
-    changed = (*changes.live, *changes.rebuilt, *changes.renamed)
-    same = {name: name for name in changes.unchanged}
-    return same | {each.new.name: each.old.name for each in changed}
+def _kept(changes: Changes) -> frozenset[str]:
+    """Return the names of the models whose engines stay where they are."""
+    changed = (each.new.name for each in (*changes.live, *changes.rebuilt))
+    return frozenset((*changes.unchanged, *changed))
 
 
 def _with_server_of(before: Config, config: Config, names: Iterable[str]) -> Config:

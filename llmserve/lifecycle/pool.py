@@ -118,11 +118,6 @@ class Pool:
             before.slots.move_to(entry.slots)
         self._serve_queue(entry)
 
-    def rename(self, entry: ServedModel, model: Model) -> None:
-        self._forget(self.entries.pop(entry.name))
-        entry.apply_spec(model)
-        self.add(entry)
-
     def sort(self, names: Iterable[str]) -> None:
         """Show the models in this order."""
         self.entries = {name: self.entries[name] for name in names}

@@ -13,7 +13,7 @@ from llmserve.lifecycle.eviction import Level
 from llmserve.lifecycle.restart_backoff import RestartBackoff
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping
     from contextlib import AbstractAsyncContextManager, AbstractContextManager
     from pathlib import Path
 
@@ -150,10 +150,10 @@ class Backend(Protocol):
         ...
 
     def log_of(self, spec: ModelSpec, number: int) -> Path: ...
-    def planned(self, config: Config, kept: Mapping[str, str]) -> Callable[[], None]:
+    def planned(self, config: Config, kept: Collection[str]) -> Callable[[], None]:
         """Plan another registry, and go by it once the result is called. Blocks.
 
-        Engines of `kept`, by their model's name there and its name now, stay where they are.
+        Engines of the models in `kept` stay where they are.
         Raises ConfigError.
         """
         ...

@@ -53,7 +53,6 @@ class ServedModel:
     def apply_spec(self, model: Model) -> None:
         """Go on by a changed entry of the registry, with the same engines."""
         before, self.model = self.model.spec, model
-        self.slots.model = model.name
         if (before.dispatch, before.weights) != (model.spec.dispatch, model.spec.weights):
             self.policy = policy_of(model.spec)
         for replica in self.replicas:

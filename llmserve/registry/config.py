@@ -21,6 +21,7 @@ from pydantic import (
     Field,
     NonNegativeFloat,
     SecretStr,
+    TypeAdapter,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -29,7 +30,12 @@ from pydantic import (
 
 from llmserve.errors import ConfigError, nearest
 from llmserve.registry import fastchat, yaml_positions
-from llmserve.registry.engine_args import engine_fields, parser_names
+from llmserve.registry.engine_args import (
+    ENGINE_ARGS,
+    REASONING_PARSERS,
+    TOOL_PARSERS,
+    VLLM_VERSION,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -206,12 +212,12 @@ class ModelSpec(_Spec):
     @field_validator("tool_call_parser")
     @classmethod
     def _tool_parser_exists(cls, name: str | None) -> str | None:
-        return _one_of(name, parser_names("tool_parsers"))
+        return _one_of(name, TOOL_PARSERS)
 
     @field_validator("reasoning_parser")
     @classmethod
     def _reasoning_parser_exists(cls, name: str | None) -> str | None:
-        return _one_of(name, parser_names("reasoning"))
+        return _one_of(name, REASONING_PARSERS)
 
     @model_validator(mode="after")
     def _somebody_may_wait(self, info: ValidationInfo) -> Self:
@@ -294,8 +300,8 @@ class Config(_Spec):
         return problem.within(_shown(self.file))
 
 
-def _one_of(name: str | None, known: frozenset[str] | None) -> str | None:
-    if name is None or known is None or name in known:
+def _one_of(name: str | None, known: frozenset[str]) -> str | None:
+    if name is None or name in known:
         return name
     near = nearest(name, known)
     raise ValueError(f"is unknown; {f'nearest: {near}' if near else f'one of {_listed(known)}'}")
@@ -485,15 +491,14 @@ class _Reader:
 
     def _engine(self, raw: Any, path: yaml_positions.Path) -> dict[str, Any]:
         arguments = self._mapping(raw, path)
-        fields = engine_fields()
-        if arguments is None or fields is None:
-            return arguments or {}
-        arguments = self._known(arguments, fields.names, path)
+        if arguments is None:
+            return {}
+        arguments = self._known(arguments, ENGINE_ARGS.keys(), path)
         for name in arguments.keys() & _PLANNED:
             self.document.problem((*path, name), f"is set by the plan; say {_PLANNED[name]}")
         for name, value in arguments.items():
             try:
-                arguments[name] = fields.validate(name, value)
+                arguments[name] = TypeAdapter(ENGINE_ARGS[name]).validate_python(value)
             except ValidationError as error:
                 self._note(error, (*path, name))
         if "hf_token" in arguments:
@@ -609,12 +614,11 @@ class _Reader:
         for place, keys in elsewhere.items():
             if snake in keys and snake != "name":
                 return f"unknown key; it is a key of {place}"
-        fields = engine_fields()
-        if path[-1:] != ("engine",) and path != ("server",) and fields and snake in fields.names:
+        if path[-1:] != ("engine",) and path != ("server",) and snake in ENGINE_ARGS:
             return f"unknown key; it is an engine argument: write `engine: {{{snake}: ...}}`"
         near = nearest(key, known)
         if near is None and path[-1:] == ("engine",):
-            return "unknown key; no such engine argument in the installed vLLM"
+            return f"unknown key; no such engine argument in vLLM {VLLM_VERSION}"
         return "unknown key; " + (f"nearest: {near}" if near else f"known: {_listed(known)}")
 
     def _note(self, error: ValidationError, path: yaml_positions.Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ByteSize, SecretStr
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping
 
     from llmserve.registry.config import Config, ModelSpec
 
@@ -27,7 +26,6 @@ class Effect(IntEnum):
 
 
 MODEL_FIELDS: Mapping[str, Effect] = {
-    "name": Effect.REBUILT,
     "model": Effect.RESTARTED,
     "aliases": Effect.REBUILT,
     "hidden": Effect.LIVE,
@@ -75,7 +73,6 @@ SERVER_FIELDS: Mapping[str, Effect] = {
     "host_memory": Effect.LIVE,
     "log_dir": Effect.RESTARTED,
 }
-_NAMES = frozenset({"name", "aliases"})
 _SECRET = re.compile(r"(?:^|_)(?:token|key|secret|password)$")
 _HIDDEN = "***"
 _LONGEST = 40  # characters of a value in a line
@@ -104,7 +101,7 @@ class Field:
 
 @dataclass(frozen=True)
 class Change:
-    """One model, before and after."""
+    """One model, before and after, under the same name."""
 
     old: ModelSpec
     new: ModelSpec
@@ -126,12 +123,11 @@ class Changes:
     """Every model of both registries is in exactly one of these.
 
     A change is where its heaviest field puts it: one that is resized may hold fields that
-    are rebuilt or live as well.
+    are rebuilt or live as well. A model under a new name is a removal and an addition.
     """
 
     added: tuple[ModelSpec, ...]
     removed: tuple[ModelSpec, ...]
-    renamed: tuple[Change, ...]
     restarted: tuple[Change, ...]
     resized: tuple[Change, ...]
     rebuilt: tuple[Change, ...]
@@ -145,16 +141,11 @@ def changes(old: Config, new: Config) -> Changes:
     before = {spec.name: spec for spec in old.models}
     after = {spec.name: spec for spec in new.models}
     stay = [_change(before[name], after[name]) for name in after if name in before]
-    gone = [spec for name, spec in before.items() if name not in after]
-    come = [spec for name, spec in after.items() if name not in before]
-    renamed = _renamed(gone, come)
-    moved = {name for each in renamed for name in _pair(each)}
     of = {effect: tuple(each for each in stay if each.effect is effect) for effect in Effect}
     server = list(_fields(old.server, new.server, SERVER_FIELDS))
     return Changes(
-        added=tuple(spec for spec in come if spec.name not in moved),
-        removed=tuple(spec for spec in gone if spec.name not in moved),
-        renamed=renamed,
+        added=tuple(spec for name, spec in after.items() if name not in before),
+        removed=tuple(spec for name, spec in before.items() if name not in after),
         restarted=of[Effect.RESTARTED],
         resized=of[Effect.RESIZED],
         rebuilt=of[Effect.REBUILT],
@@ -188,9 +179,9 @@ def _first_stay(old: ModelSpec, new: ModelSpec) -> bool:
 
 
 def _fields(old: BaseModel, new: BaseModel, effects: Mapping[str, Effect]) -> Iterator[Field]:
-    for name in type(old).model_fields:
+    for name, effect in effects.items():
         for dotted, was, now in _differences(name, getattr(old, name), getattr(new, name)):
-            yield Field(dotted, effects[name], was, now)
+            yield Field(dotted, effect, was, now)
 
 
 def _differences(name: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
@@ -212,37 +203,6 @@ def _mapping(value: Any) -> dict[Any, Any] | None:
     return dict(value) if isinstance(value, BaseModel | dict) else None
 
 
-# --- renamed models
-
-
-def _renamed(gone: Sequence[ModelSpec], come: Sequence[ModelSpec]) -> tuple[Change, ...]:
-    """The same entries under other names, where it is certain which is which.
-
-    Of entries that are all alike, those go together that share a name, one's alias or both's.
-    """
-    pairs = [change for old in gone for new in come if _alike(change := _change(old, new))]
-    sharing = _single(each for each in pairs if {*each.old.names} & {*each.new.names})
-    taken = {name for each in sharing for name in _pair(each)}
-    rest = _single(each for each in pairs if taken.isdisjoint(_pair(each)))
-    return (*sharing, *rest)
-
-
-def _alike(change: Change) -> bool:
-    return {field.name for field in change.fields} <= _NAMES
-
-
-def _single(pairs: Iterable[Change]) -> list[Change]:
-    """Those whose both sides are in no other pair."""
-    pairs = list(pairs)
-    times = Counter(name for each in pairs for name in _pair(each))
-    return [each for each in pairs if all(times[name] == 1 for name in _pair(each))]
-
-
-def _pair(change: Change) -> tuple[str, str]:
-    """Never the same name: what is gone is under no name that is there."""
-    return change.old.name, change.new.name
-
-
 # --- told
 
 
@@ -250,10 +210,6 @@ def told(changes: Changes) -> list[str]:
     """A line for each model and field of the server that is touched, for a terminal."""
     return [
         *(f"{spec.name}: removed" for spec in changes.removed),
-        *(
-            f"{each.old.name}: renamed to {each.new.name}{_listed(each.fields, without='name')}"
-            for each in changes.renamed
-        ),
         *(f"{each.new.name}: restarts{_listed(each.fields)}" for each in changes.restarted),
         *(f"{each.new.name}: resized{_listed(each.fields)}" for each in changes.resized),
         *(
@@ -272,8 +228,8 @@ def told(changes: Changes) -> list[str]:
     ]
 
 
-def _listed(fields: Iterable[Field], without: str = "") -> str:
-    parts = [f"{each.name} {each.told()}".strip() for each in fields if each.name != without]
+def _listed(fields: Iterable[Field]) -> str:
+    parts = [f"{each.name} {each.told()}".strip() for each in fields]
     return f" ({', '.join(parts)})" if parts else ""
 
 
@@ -292,7 +248,6 @@ def document(changes: Changes) -> dict[str, Any]:
     return {
         "added": [spec.name for spec in changes.added],
         "removed": [spec.name for spec in changes.removed],
-        "renamed": _documents(changes.renamed),
         "restarted": _documents(changes.restarted),
         "resized": _documents(changes.resized),
         "rebuilt": _documents(changes.rebuilt),

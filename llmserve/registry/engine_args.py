@@ -1,185 +1,267 @@
-"""What the installed vLLM offers, known without importing it.
+"""vLLM's engine arguments with their types, and its parsers. Written by `make engine-args`."""
 
-`import vllm` takes seconds and pulls in torch; `llmserve check` must answer at once.
-So the fields of `AsyncEngineArgs` (`vllm/engine/arg_utils.py` and the files its type
-names come from) and the names of the parsers are read from vLLM's source as text.
-Contract tests hold the result against the real classes.
-"""
+from typing import Any, Literal
 
-from __future__ import annotations
+from llmserve.registry.human_int import HumanInt
 
-import ast
-import builtins
-import importlib.util
-import typing
-from functools import cache
-from pathlib import Path
-from typing import Annotated, Any, Literal
-
-from pydantic import BeforeValidator, TypeAdapter
-
-_UNITS = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
-_UNITS |= {unit.upper(): 2 ** (10 * (i + 1)) for i, unit in enumerate("kmgt")}
-
-
-def human_int(value: object) -> object:
-    """`32k` is 32,000 and `32K` 32,768, as on vLLM's command line; `auto` is -1.
-
-    Source: vllm/utils/argparse_utils.py, human_readable_int_or_auto.
-    """
-    if isinstance(value, bool):  # YAML's `yes`
-        raise ValueError("must be a number")  # noqa: TRY004  # what pydantic catches
-    if not isinstance(value, str):
-        return value
-    if value == "auto":
-        return -1
-    number, unit = value[:-1], value[-1:]
-    if unit in _UNITS and number.replace(".", "", 1).isdigit():
-        return int(float(number) * _UNITS[unit])
-    return value
-
-
-class EngineFields:
-    """Name and type of each engine argument.
-
-    Types that only exist in vLLM (its config classes) are taken as they come and
-    checked when the engine is built.
-    """
-
-    def __init__(self, root: Path) -> None:
-        module = _parse(root / "engine" / "arg_utils.py")
-        self._types = _Types(root, module)
-        self._annotations = {
-            item.target.id: item.annotation
-            for statement in module.body
-            if isinstance(statement, ast.ClassDef)
-            and statement.name in ("EngineArgs", "AsyncEngineArgs")
-            for item in statement.body
-            if isinstance(item, ast.AnnAssign)
-            and isinstance(item.target, ast.Name)
-            and not item.target.id.startswith("_")
-        }
-
-    @property
-    def names(self) -> frozenset[str]:
-        return frozenset(self._annotations)
-
-    def type(self, name: str) -> Any:
-        return self._types.resolve(self._annotations[name])
-
-    def validate(self, name: str, value: object) -> Any:
-        """`value` as the argument's type. Raises pydantic's ValidationError."""
-        return TypeAdapter(self.type(name)).validate_python(value)
-
-
-@cache
-def engine_fields() -> EngineFields | None:
-    """The engine arguments of the installed vLLM; None where there is none."""
-    root = _vllm_root()
-    return EngineFields(root) if root else None
-
-
-@cache
-def parser_names(kind: Literal["tool_parsers", "reasoning"]) -> frozenset[str] | None:
-    """The parsers that the installed vLLM registers; None where there is none."""
-    root = _vllm_root()
-    if root is None:
-        return None
-    for statement in _parse(root / kind / "__init__.py").body:
-        if isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Dict):
-            return frozenset(ast.literal_eval(key) for key in statement.value.keys if key)
-    return None
-
-
-def _vllm_root() -> Path | None:
-    spec = importlib.util.find_spec("vllm")  # finds a top-level package without importing it
-    return Path(spec.origin).parent if spec and spec.origin else None
-
-
-class _Types:
-    """Turns annotations into types, looking up aliases where the module imported them from."""
-
-    def __init__(self, root: Path, module: ast.Module) -> None:
-        self.root = root
-        self.module = module
-        self.sources = {
-            alias.asname or alias.name: statement.module
-            for statement in module.body
-            if isinstance(statement, ast.ImportFrom) and statement.module
-            for alias in statement.names
-        }
-
-    def resolve(self, node: ast.expr) -> Any:
-        if isinstance(node, ast.Constant):
-            return (
-                self.resolve(ast.parse(node.value, mode="eval").body)
-                if isinstance(node.value, str)
-                else node.value
-            )
-        if isinstance(node, ast.BinOp):
-            return self._union(self.resolve(node.left), self.resolve(node.right))
-        if isinstance(node, ast.Subscript):
-            return self._generic(node)
-        if isinstance(node, ast.Name):
-            return self._named(node.id)
-        return Any
-
-    @staticmethod
-    def _union(left: Any, right: Any) -> Any:
-        return Any if Any in (left, right) else typing.Union[left, right]  # noqa: UP007  # built at run time
-
-    def _generic(self, node: ast.Subscript) -> Any:
-        name = ast.unparse(node.value)
-        if name == "Literal":
-            return self._literal(node.slice)
-        inner = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
-        arguments = [self.resolve(element) for element in inner]
-        if name in ("list", "set"):
-            return getattr(builtins, name)[arguments[0]]
-        if name == "dict":
-            return dict[arguments[0], arguments[1]]  # type: ignore[valid-type]  # built at run time
-        return Any
-
-    def _literal(self, node: ast.expr) -> Any:
-        choices: list[Any] = []
-        for element in node.elts if isinstance(node, ast.Tuple) else [node]:
-            if isinstance(element, ast.Constant):
-                choices.append(element.value)
-            elif nested := typing.get_args(self.resolve(element)):
-                choices.extend(nested)
-            else:  # a name that is no alias of choices: vLLM itself will check
-                return Any
-        return Literal[tuple(choices)]
-
-    def _named(self, name: str) -> Any:
-        if name == "int":
-            return Annotated[int, BeforeValidator(human_int)]
-        if name in ("str", "float", "bool", "dict"):
-            return getattr(builtins, name)
-        module = self.sources.get(name)
-        if module is None:
-            return self.alias(self.module, name)
-        return self._imported(module, name) if module.startswith("vllm.config.") else Any
-
-    def _imported(self, module: str, name: str) -> Any:
-        tree = _parse(self.root.parent / (module.replace(".", "/") + ".py"))
-        return _Types(self.root, tree).alias(tree, name)
-
-    def alias(self, tree: ast.Module, name: str) -> Any:
-        """`Name = Literal[...]` or a union of such; anything else is not ours to check."""
-        for statement in tree.body:
-            if isinstance(statement, ast.Assign):
-                target: ast.expr = statement.targets[0]
-            elif isinstance(statement, ast.AnnAssign):
-                target = statement.target
-            else:
-                continue
-            named = isinstance(target, ast.Name) and target.id == name
-            if named and isinstance(statement.value, ast.Subscript | ast.BinOp):
-                return self.resolve(statement.value)
-        return Any
-
-
-@cache
-def _parse(file: Path) -> ast.Module:
-    return ast.parse(file.read_text(encoding="utf-8"))
+# fmt: off
+VLLM_VERSION = '0.32.0'
+ENGINE_ARGS: dict[str, Any] = {
+    'additional_config': dict[str, Any],
+    'aggregate_engine_logging': bool,
+    'all2all_backend': Literal['naive', 'pplx', 'deepep_high_throughput', 'deepep_low_latency', 'deepep_v2', 'mori_high_throughput', 'mori_low_latency', 'moonep', 'nixl_ep', 'allgather_reducescatter', 'flashinfer_all2allv', 'flashinfer_nvlink_two_sided', 'flashinfer_nvlink_one_sided', 'passthrough'],
+    'allow_deprecated_quantization': bool,
+    'allowed_local_media_path': str,
+    'allowed_media_domains': list[str] | None,
+    'async_scheduling': bool | None,
+    'attention_backend': Any,
+    'attention_config': Any,
+    'aux_output_config': Any,
+    'block_size': HumanInt | None,
+    'code_revision': str | None,
+    'collect_detailed_traces': list[Literal['model', 'worker', 'all']] | None,
+    'compilation_config': Any,
+    'config_format': str,
+    'convert': Literal['auto', 'none', 'embed', 'classify'],
+    'cp_kv_cache_interleave_size': HumanInt | None,
+    'cpu_distributed_timeout_seconds': HumanInt | None,
+    'cpu_offload_gb': float,
+    'cpu_offload_params': set[str],
+    'cudagraph_capture_sizes': list[HumanInt] | None,
+    'cudagraph_metrics': bool,
+    'custom_histogram_buckets': dict[str, list[float]] | None,
+    'data_parallel_address': str | None,
+    'data_parallel_backend': Literal['ray', 'mp'],
+    'data_parallel_external_lb': bool,
+    'data_parallel_hybrid_lb': bool,
+    'data_parallel_multi_port_external_lb': bool,
+    'data_parallel_rank': HumanInt | None,
+    'data_parallel_rpc_port': HumanInt | None,
+    'data_parallel_size': HumanInt,
+    'data_parallel_size_local': HumanInt | None,
+    'data_parallel_start_rank': HumanInt | None,
+    'dbo_decode_token_threshold': HumanInt,
+    'dbo_prefill_token_threshold': HumanInt,
+    'dcp_comm_backend': Literal['ag_rs', 'a2a'] | None,
+    'dcp_kv_cache_interleave_size': HumanInt,
+    'dcp_q_replicate': bool | None,
+    'decode_context_parallel_size': HumanInt,
+    'default_mm_loras': dict[str, str] | None,
+    'device_ids': list[HumanInt | str] | None,
+    'diffusion_config': dict[str, Any] | None,
+    'disable_cascade_attn': bool | None,
+    'disable_chunked_mm_input': bool,
+    'disable_custom_all_reduce': bool,
+    'disable_hybrid_kv_cache_manager': bool | None,
+    'disable_log_stats': bool,
+    'disable_nccl_for_dp_synchronization': bool | None,
+    'disable_sliding_window': bool,
+    'distributed_executor_backend': Any,
+    'distributed_timeout_seconds': HumanInt | None,
+    'download_dir': str | None,
+    'dp_sync_interval': HumanInt,
+    'dtype': Literal['auto', 'half', 'float16', 'bfloat16', 'float', 'float32'],
+    'ec_manager_config': Any,
+    'ec_transfer_config': Any,
+    'elastic_ep_max_dp_size': HumanInt,
+    'enable_batch_sharded_sampling': bool | None,
+    'enable_chunked_prefill': bool | None,
+    'enable_cumem_allocator': bool,
+    'enable_dbo': bool,
+    'enable_elastic_ep': bool,
+    'enable_ep_weight_filter': bool,
+    'enable_eplb': bool,
+    'enable_expert_parallel': bool,
+    'enable_fault_tolerance': bool,
+    'enable_flashinfer_autotune': bool,
+    'enable_hc_sp': bool,
+    'enable_layerwise_nvtx_tracing': bool,
+    'enable_log_requests': bool,
+    'enable_logging_iteration_details': bool,
+    'enable_lora': bool,
+    'enable_mamba_cache_stochastic_rounding': bool,
+    'enable_mamba_shared_prefix_checkpoint': bool,
+    'enable_mfu_metrics': bool,
+    'enable_mixed_moe_lora_format': bool,
+    'enable_mm_embeds': bool,
+    'enable_mm_processor_stats': bool,
+    'enable_moe_shared_loras': bool,
+    'enable_nccl_comm_suspend': bool,
+    'enable_prefix_caching': bool | None,
+    'enable_prompt_embeds': bool,
+    'enable_return_routed_experts': bool,
+    'enable_shm_tensor_arena': bool,
+    'enable_sleep_mode': bool,
+    'enable_tower_connector_lora': bool,
+    'enable_trace_replay': bool,
+    'enforce_eager': bool,
+    'engram_config': Any,
+    'eplb_config': Any,
+    'expert_placement_strategy': Literal['linear', 'round_robin'],
+    'fail_on_environ_validation': bool,
+    'fault_tolerance_config': Any,
+    'fully_sharded_loras': bool,
+    'gdn_prefill_backend': Literal['flashinfer', 'triton', 'cutedsl', 'aiter_flydsl'] | None,
+    'generation_config': str,
+    'gpu_memory_utilization': float,
+    'hf_config_path': str | None,
+    'hf_overrides': Any,
+    'hf_token': bool | str | None,
+    'ignore_patterns': str | list[str],
+    'interleave_mm_strings': bool,
+    'io_processor_plugin': str | None,
+    'ir_op_priority': Any,
+    'jit_monitor_mode': Literal['warn', 'error'],
+    'jit_monitor_verbose': bool,
+    'kda_decode_backend': Literal['auto', 'native', 'flashinfer', 'triton'] | None,
+    'kda_prefill_backend': Literal['auto', 'triton', 'flashkda', 'flashinfer', 'fused'] | None,
+    'kernel_config': Any,
+    'kv_cache_dtype': Literal['auto', 'float16', 'bfloat16', 'fp8', 'fp8_e4m3', 'fp8_e5m2', 'fp8_inc', 'fp8_ds_mla', 'nvfp4_ds_mla', 'turboquant_k8v4', 'turboquant_4bit_nc', 'turboquant_k3v4_nc', 'turboquant_3bit_nc', 'ultraquant_4bit', 'int4_per_token_head', 'int8_per_token_head', 'fp8_per_token_head', 'nvfp4', 'nvfp4_4over6'],
+    'kv_cache_dtype_skip_layers': list[str],
+    'kv_cache_memory_bytes': HumanInt | None,
+    'kv_cache_metrics': bool,
+    'kv_cache_metrics_sample': float,
+    'kv_events_config': Any,
+    'kv_offloading_backend': Literal['native', 'lmcache'],
+    'kv_offloading_size': float | None,
+    'kv_sharing_fast_prefill': bool,
+    'kv_transfer_config': Any,
+    'language_model_only': bool,
+    'limit_mm_per_prompt': dict[str, HumanInt | dict[str, HumanInt]],
+    'linear_backend': Literal['auto', 'cutlass', 'flashinfer_cutlass', 'flashinfer_cutedsl', 'flashinfer_trtllm', 'flashinfer_cudnn', 'flashinfer_b12x', 'b12x', 'marlin', 'humming', 'triton', 'deep_gemm', 'torch', 'aiter', 'machete', 'fbgemm', 'conch', 'exllama', 'emulation', 'xpu', 'xpu_woq'],
+    'load_format': str,
+    'log_config_file': str | None,
+    'log_level': Literal['CRITICAL', 'ERROR', 'WARNING', 'INFO', 'DEBUG', 'NOTSET'] | None,
+    'logging_config': Any,
+    'logits_processors': list[Any] | None,
+    'logprobs_mode': Literal['raw_logits', 'raw_logprobs', 'processed_logits', 'processed_logprobs'],
+    'long_prefill_token_threshold': HumanInt,
+    'long_prefill_token_threshold_adaptive': bool,
+    'lora_dtype': Any,
+    'lora_target_modules': list[str] | None,
+    'mamba_backend': Any,
+    'mamba_block_size': HumanInt | None,
+    'mamba_cache_dtype': Literal['auto', 'float32', 'float16', 'bfloat16'],
+    'mamba_cache_mode': Literal['align', 'none'],
+    'mamba_cache_philox_rounds': HumanInt,
+    'mamba_config': Any,
+    'mamba_ssm_cache_dtype': Literal['auto', 'float32', 'float16', 'bfloat16'],
+    'mamba_ssu_algorithm': Literal['auto', 'simple', 'vertical', 'horizontal'] | None,
+    'master_addr': str,
+    'master_port': HumanInt,
+    'max_cpu_loras': HumanInt | None,
+    'max_cudagraph_capture_size': HumanInt | None,
+    'max_logprobs': HumanInt,
+    'max_lora_cls_labels': HumanInt | None,
+    'max_lora_rank': Literal[1, 8, 16, 32, 64, 128, 256, 320, 512],
+    'max_loras': HumanInt,
+    'max_model_len': HumanInt,
+    'max_num_active_seqs': HumanInt | None,
+    'max_num_batched_tokens': HumanInt | None,
+    'max_num_queued_reqs': HumanInt | None,
+    'max_num_queued_tokens': HumanInt | None,
+    'max_num_scheduled_tokens': HumanInt | None,
+    'max_num_seqs': HumanInt | None,
+    'max_parallel_loading_workers': HumanInt | None,
+    'media_io_kwargs': dict[str, dict[str, Any]],
+    'mm_device_do_normalize': bool | None,
+    'mm_encoder_attn_backend': Any,
+    'mm_encoder_attn_dtype': str | None,
+    'mm_encoder_fp8_scale_path': str | None,
+    'mm_encoder_fp8_scale_save_margin': float,
+    'mm_encoder_fp8_scale_save_path': str | None,
+    'mm_encoder_only': bool,
+    'mm_encoder_tp_mode': Literal['weights', 'data'],
+    'mm_hasher_algorithm': Literal['blake3', 'sha256', 'sha512'],
+    'mm_ipc_gpu_memory_gb': float,
+    'mm_processor_cache_gb': float,
+    'mm_processor_cache_type': Literal['shm', 'lru'] | None,
+    'mm_processor_device': str,
+    'mm_processor_kwargs': dict[str, Any] | None,
+    'mm_shm_cache_max_object_size_mb': HumanInt,
+    'mm_tensor_ipc': Literal['direct_rpc', 'torch_shm'],
+    'model': str,
+    'model_class_overrides': dict[str, str],
+    'model_impl': str,
+    'model_loader_extra_config': dict,
+    'model_weights': str,
+    'moe_backend': Literal['auto', 'triton', 'batched_triton', 'deep_gemm', 'deep_gemm_mega_moe', 'cutlass', 'flashinfer_trtllm', 'flashinfer_cutlass', 'flashinfer_cutedsl', 'flashinfer_moe_ep_cutedsl', 'flashinfer_b12x', 'b12x', 'flashinfer_moe_ep_mega_deep_gemm', 'marlin', 'humming', 'triton_unfused', 'aiter', 'aiter_mega_moe', 'aiter_triton_mxfp4_bf16', 'flydsl', 'hpc', 'emulation', 'rdna3'],
+    'nnodes': HumanInt,
+    'node_rank': HumanInt,
+    'num_gpu_blocks_override': HumanInt | None,
+    'numa_bind': bool,
+    'numa_bind_cpus': list[str] | None,
+    'numa_bind_nodes': list[HumanInt] | None,
+    'offload_backend': str,
+    'offload_group_size': HumanInt,
+    'offload_num_in_group': HumanInt,
+    'offload_params': set[str],
+    'offload_prefetch_step': HumanInt,
+    'optimization_level': Any,
+    'otlp_traces_endpoint': str | None,
+    'override_generation_config': dict[str, Any],
+    'per_request_spec_decode_metrics': Literal['none', 'summary', 'detailed'],
+    'performance_mode': Literal['balanced', 'interactivity', 'throughput'],
+    'pipeline_parallel_size': HumanInt,
+    'pooler_config': Any,
+    'prefill_context_parallel_size': HumanInt,
+    'prefill_schedule_interval': HumanInt,
+    'prefix_cache_retention_interval': HumanInt | None,
+    'prefix_caching_hash_algo': Literal['sha256', 'sha256_cbor', 'xxhash', 'xxhash_cbor'],
+    'prefix_match_unit': HumanInt | None,
+    'profiler_config': Any,
+    'pt_load_map_location': str | dict[str, str],
+    'quantization': str | None,
+    'quantization_config': Any,
+    'ray_workers_use_nsight': bool,
+    'reasoning_config': Any,
+    'reasoning_parser': str,
+    'reasoning_parser_plugin': str | None,
+    'renderer_num_workers': HumanInt,
+    'replayssm_buffer_len': HumanInt,
+    'return_sampling_mask': bool,
+    'revision': str | None,
+    'runner': Literal['auto', 'generate', 'pooling', 'draft'],
+    'safetensors_load_strategy': Literal['lazy', 'eager', 'prefetch', 'torchao'] | None,
+    'safetensors_prefetch_block_size': HumanInt,
+    'safetensors_prefetch_num_threads': HumanInt,
+    'scheduler_cls': Any,
+    'scheduler_reserve_full_isl': bool,
+    'scheduling_policy': Literal['fcfs', 'priority'],
+    'seed': HumanInt,
+    'served_model_name': str | list[str] | None,
+    'show_hidden_metrics_for_version': str | None,
+    'shutdown_timeout': HumanInt,
+    'skip_mm_profiling': bool,
+    'skip_tokenizer_init': bool,
+    'sleep_mode_offload_cudagraph': bool,
+    'sleep_preserve_parameter_names': list[str],
+    'sparse_indexer_topk_backend': Literal['auto', 'deep_select', 'cooperative', 'persistent', 'per_row', 'flashinfer', 'torch', 'aiter'],
+    'spec_method': str | None,
+    'spec_model': str | None,
+    'spec_tokens': HumanInt | None,
+    'specialize_active_lora': bool,
+    'speculative_config': dict[str, Any] | None,
+    'stream_interval': HumanInt,
+    'structured_outputs_config': Any,
+    'swa_bounded_replay': bool,
+    'tensor_parallel_size': HumanInt,
+    'tokenizer': str | None,
+    'tokenizer_mode': Literal['auto', 'hf', 'mistral', 'deepseek_v32', 'deepseek_v4', 'inkling', 'kimi_k3', 'cohere'] | str,
+    'tokenizer_revision': str | None,
+    'tokens_only': bool,
+    'trust_remote_code': bool,
+    'ubatch_size': HumanInt,
+    'use_fp64_gumbel': bool,
+    'use_replayssm': bool,
+    'use_tqdm_on_load': bool,
+    'video_pruning_method': str,
+    'video_pruning_rate': float | None,
+    'watermark': float,
+    'watermark_config': dict[str, Any] | None,
+    'weight_transfer_config': Any,
+    'worker_cls': str,
+    'worker_extension_cls': str,
+}
+TOOL_PARSERS = frozenset(['apertus', 'cohere_command3', 'cohere_command4', 'deepseek_v3', 'deepseek_v31', 'deepseek_v32', 'deepseek_v4', 'deepseek_v41', 'dots', 'ernie45', 'functiongemma', 'gemma4', 'gigachat3', 'glm45', 'glm47', 'granite', 'granite-20b-fc', 'granite4', 'hermes', 'hf', 'hunyuan_a13b', 'hy_v3', 'hy_v4', 'inkling', 'internlm', 'jamba', 'k2_horizon', 'kimi_k2', 'kimi_k3', 'lfm2', 'ling3', 'llama3_json', 'llama4_json', 'llama4_pythonic', 'longcat', 'mimo', 'minicpm5', 'minimax_m2', 'minimax_m3', 'mistral', 'muse_glimmer', 'olmo3', 'openai', 'phi4_mini_json', 'plamo3', 'poolside_v1', 'pythonic', 'qwen3_coder', 'qwen3_json', 'qwen3_xml', 'seed_oss', 'step3', 'step3p5', 'xlam'])
+REASONING_PARSERS = frozenset(['cohere_command3', 'cohere_command4', 'deepseek_r1', 'deepseek_v3', 'deepseek_v4', 'deepseek_v41', 'ernie45', 'gemma4', 'glm45', 'glm47', 'granite', 'granite_thinking_parser', 'hf', 'holo2', 'hunyuan_a13b', 'hy_v3', 'hy_v4', 'inkling', 'k2_horizon', 'kimi_k2', 'kimi_k3', 'ling3', 'mimo', 'minicpmv', 'minimax_m2', 'minimax_m2_append_think', 'minimax_m3', 'mistral', 'muse_glimmer', 'nemotron_v3', 'olmo3', 'openai_gptoss', 'plamo3', 'poolside_v1', 'qwen3', 'seed_oss', 'step3', 'step3p5'])

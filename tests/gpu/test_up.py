@@ -33,6 +33,8 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("gpu")
     dummy = {"load_format": "dummy"}
     model = str(shapes.make("llama-1b", Path(CHAT), folder / "1b"))
+    empty = shapes.make("llama-1b", Path(CHAT), folder / "empty")
+    (empty / shapes.WEIGHTS).unlink()
     models = {
         "chat": {
             "model": model,
@@ -42,7 +44,7 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Path:
         },
         "embed": {"model": EMBED, "devices": [0], "memory": "6GiB", "engine": dummy},
         # Its weights are asked for, and there are none.
-        "empty": {"model": model, "devices": [0], "memory": "8GiB"},
+        "empty": {"model": str(empty), "devices": [0], "memory": "8GiB"},
     }
     return write_registry(folder, models=models)
 

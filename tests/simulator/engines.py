@@ -18,7 +18,14 @@ from tests.fakes import failure
 
 if TYPE_CHECKING:
     import random
-    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+    from collections.abc import (
+        AsyncGenerator,
+        AsyncIterator,
+        Callable,
+        Collection,
+        Mapping,
+        Sequence,
+    )
     from contextlib import AbstractContextManager
 
     from starlette.requests import Request
@@ -82,7 +89,7 @@ class Memory:
         await asyncio.sleep(0)
         yield
 
-    def planned(self, config: Config, kept: Mapping[str, str]) -> Callable[[], None]:
+    def planned(self, config: Config, kept: Collection[str]) -> Callable[[], None]:
         del config, kept
         return lambda: None
 

@@ -24,7 +24,15 @@ from llmserve.registry.config import Config
 from tests.fakes import Gate, soon, spec, until
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+    from collections.abc import (
+        AsyncIterator,
+        Awaitable,
+        Callable,
+        Collection,
+        Iterator,
+        Mapping,
+        Sequence,
+    )
     from pathlib import Path
 
     from llmserve.engine.backend import Memory
@@ -250,8 +258,8 @@ class FakeSpace:
         self.events.append(f"{spec.name}/{number} from {wakes_from!r}")
         yield
 
-    def planned(self, config: Config, kept: Mapping[str, str]) -> Callable[[], None]:
-        return lambda: self.events.append(f"{len(config.models)} models, kept {dict(kept)}")
+    def planned(self, config: Config, kept: Collection[str]) -> Callable[[], None]:
+        return lambda: self.events.append(f"{len(config.models)} models, kept {set(kept)}")
 
     @asynccontextmanager
     async def start(self, spec: ModelSpec, number: int) -> AsyncIterator[tuple[ModelSpec, Any]]:
@@ -303,11 +311,11 @@ async def test_what_is_held_and_planned_is_asked_of_the_memory(tmp_path: Path) -
     with backend.expecting(spec(), 1):
         async with backend.moves(spec(), 1, Level.HOST), backend.moves(spec(), 0):
             pass
-    adopt = backend.planned(Config(file=tmp_path / "m.yaml", models=(spec(),)), {"a": "b"})
+    adopt = backend.planned(Config(file=tmp_path / "m.yaml", models=(spec(),)), {"chat"})
     moves = ["chat/1 expected", f"chat/1 from {Level.HOST!r}", "chat/0 from None"]
     assert memory.events == moves  # nothing is adopted before it is said
     adopt()
-    assert memory.events == [*moves, "1 models, kept {'a': 'b'}"]
+    assert memory.events == [*moves, "1 models, kept {'chat'}"]
 
 
 def test_each_replica_has_a_log_of_its_own(tmp_path: Path) -> None:

@@ -209,9 +209,9 @@ async def test_a_form_that_comes_at_once_leaves_the_loop_turns() -> None:
 PEAK = """
 import asyncio, re, sys
 from pathlib import Path
-from llmserve.body import json_object
+from llmserve.http.body import json_object
 from llmserve.errors import RequestError
-from llmserve.offloop import OffLoop
+from llmserve.api.body_thread import BodyThread
 
 def status(name):
     return int(re.search(name + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
@@ -225,7 +225,7 @@ async def main(body):
     Path("/proc/self/clear_refs").write_text("5")
     before = status("VmRSS")
     try:
-        value = await json_object({"headers": [], "state": {}}, receive, 64 * 2**20, OffLoop())
+        value = await json_object({"headers": [], "state": {}}, receive, 64 * 2**20, BodyThread())
     except RequestError as error:
         value = error.message
     peak = status("VmHWM") - before

@@ -30,8 +30,8 @@ from llmserve.cli.chat import (
     Loop,
     Message,
     parse_delta,
-    sse_data,
 )
+from llmserve.cli.client import sse_data
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -437,7 +437,7 @@ def test_ctrl_c_twice_at_the_prompt_leaves(server: Server) -> None:
 MAIN = """
 import os, signal, sys
 from llmserve import terminal
-from llmserve.chat import ChatOptions, chat
+from llmserve.cli.chat import ChatOptions, chat
 terminal.prepare()
 signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests may ignore it
 if sys.stdin.isatty():

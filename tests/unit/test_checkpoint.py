@@ -198,15 +198,6 @@ def test_what_is_in_the_cache_is_read_there(hub: Hub, tmp_path: Path) -> None:
     assert hub.tokens == set()
 
 
-def test_a_config_in_the_cache_does_when_the_hub_is_away(
-    hub: Hub, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    checkpoint.of(spec(model="org/m")).config()
-    monkeypatch.setattr(constants, "ENDPOINT", NOBODY)
-    assert hub.repos
-    assert checkpoint.of(spec(model="org/m")).config().model_type == "llama"
-
-
 @pytest.mark.parametrize(
     ("status", "code", "message"),
     [

@@ -132,8 +132,8 @@ def test_the_package_is_the_command_too(registry: Path) -> None:
 
 CHECK = f"""
 import contextlib, pathlib
-import llmserve.cli
-from llmserve.config import load
+import llmserve.cli.main
+from llmserve.registry.config import load
 from llmserve.errors import ConfigError
 with contextlib.suppress(ConfigError):
     load(pathlib.Path({str(SAMPLE)!r}))

@@ -65,10 +65,6 @@ def names(of: Changes, kind: str) -> list[str]:
     return [each.new.name for each in getattr(of, kind)]
 
 
-def renames(of: Changes) -> set[tuple[str, str]]:
-    return {(each.old.name, each.new.name) for each in of.renamed}
-
-
 # --- the tables
 
 
@@ -76,7 +72,7 @@ def renames(of: Changes) -> set[tuple[str, str]]:
     ("table", "spec"), [(MODEL_FIELDS, ModelSpec), (SERVER_FIELDS, ServerSpec)]
 )
 def test_the_table_names_every_field(table: dict[str, Effect], spec: type[ModelSpec]) -> None:
-    assert set(table) == set(spec.model_fields)
+    assert set(table) == set(spec.model_fields) - {"name"}
 
 
 def test_a_field_of_the_server_is_live_or_needs_another_process() -> None:
@@ -235,53 +231,9 @@ def test_added_and_removed(box: Path) -> None:
     assert told(found) == ["a: removed", "c: added"]
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "pairs"),
-    [
-        # one and one
-        ("a: {model: m}", "b: {model: m}", {("a", "b")}),
-        ("a: {model: m}", "b: {model: m, aliases: [a]}", {("a", "b")}),
-        ("a: {model: m, aliases: [x]}", "b: {model: m, aliases: [y]}", {("a", "b")}),
-        ("a: {model: m}", "b: {model: n}", set()),
-        ("a: {model: m}", "b: {model: m, hidden: true}", set()),
-        # several that are alike
-        ("a: {model: m}, b: {model: m}", "c: {model: m}", set()),
-        ("a: {model: m}", "c: {model: m}, d: {model: m}", set()),
-        ("a: {model: m}, b: {model: m}", "c: {model: m}, d: {model: m}", set()),
-        ("a: {model: m}", "c: {model: m}, d: {model: m, aliases: [a]}", {("a", "d")}),
-        ("a: {model: m, aliases: [x]}, b: {model: m}", "x: {model: m}", {("a", "x")}),
-        (
-            "a: {model: m, aliases: [x]}, b: {model: m}",
-            "c: {model: m}, d: {model: m, aliases: [x]}",
-            {("a", "d"), ("b", "c")},
-        ),
-        (
-            "a: {model: m, aliases: [x]}, b: {model: m, aliases: [y]}",
-            "c: {model: m, aliases: [y]}, d: {model: m, aliases: [x]}",
-            {("a", "d"), ("b", "c")},
-        ),
-        ("a: {model: m, aliases: [x, y]}", "x: {model: m}, y: {model: m}", set()),
-        # two kinds
-        (
-            "a: {model: m}, b: {model: n}",
-            "c: {model: n}, d: {model: m}",
-            {("a", "d"), ("b", "c")},
-        ),
-        # a name that stays is no rename
-        ("a: {model: m}, b: {model: n}", "a: {model: n}, b: {model: m}", set()),
-    ],
-)
-def test_renamed(box: Path, old: str, new: str, pairs: set[tuple[str, str]]) -> None:
-    found = of_models(box, old, new)
-    assert renames(found) == pairs
-    named = {name for pair in pairs for name in pair}
-    assert named.isdisjoint(spec.name for spec in (*found.added, *found.removed))
-
-
-def test_a_renamed_model_s_engine_goes_on(box: Path) -> None:
-    (change,) = of_models(box, "a: {model: m}", "b: {model: m, aliases: [a]}").renamed
-    assert change.effect is Effect.REBUILT
-    assert [field.name for field in change.fields] == ["name", "aliases"]
+def test_a_new_name_is_a_removal_and_an_addition(box: Path) -> None:
+    found = of_models(box, "a: {model: m}", "b: {model: m, aliases: [a]}")
+    assert told(found) == ["a: removed", "b: added"]
 
 
 # --- the server
@@ -361,12 +313,6 @@ def test_a_key_s_new_text_is_seen_under_its_old_file(box: Path) -> None:
 )
 def test_a_line_for_each_model(box: Path, old: str, new: str, line: str) -> None:
     assert told(of_chat(box, old, new)) == [line]
-
-
-def test_a_rename_is_told_under_the_name_that_is_known(box: Path) -> None:
-    found = of_models(box, "a: {model: m}", "b: {model: m, aliases: [a]}")
-    assert told(found) == ['a: renamed to b (aliases [] -> ["a"])']
-    assert told(of_models(box, "a: {model: m}", "b: {model: m}")) == ["a: renamed to b"]
 
 
 def test_long_values_are_cut(box: Path) -> None:
@@ -455,9 +401,8 @@ def test_the_document_holds_all(box: Path) -> None:
         "kv_cache: 2GiB}, d: {model: m, hidden: true}, e: {model: m, required: true}}\n",
     )
     assert json.loads(json.dumps(document(found))) == {
-        "added": ["e"],
-        "removed": ["b"],
-        "renamed": [{"model": "x", "fields": [{"name": "name", "old": "a", "new": "x"}]}],
+        "added": ["x", "e"],
+        "removed": ["a", "b"],
         "restarted": [{"model": "c", "fields": [{"name": "kv_cache", "old": 2**30, "new": 2**31}]}],
         "resized": [],
         "rebuilt": [],
@@ -490,9 +435,9 @@ def registries() -> st.SearchStrategy[Config]:
 def test_every_model_is_in_one_place(old: Config, new: Config) -> None:
     found = changes(old, new)
     changed = [change for kind in KINDS for change in getattr(found, kind)]
-    after = [each.new.name for each in (*changed, *found.renamed)]
+    after = [each.new.name for each in changed]
     after += [*found.unchanged, *(spec.name for spec in found.added)]
-    before = [each.old.name for each in (*changed, *found.renamed)]
+    before = [each.old.name for each in changed]
     before += [*found.unchanged, *(spec.name for spec in found.removed)]
     assert sorted(after) == sorted(spec.name for spec in new.models)
     assert sorted(before) == sorted(spec.name for spec in old.models)
@@ -501,7 +446,7 @@ def test_every_model_is_in_one_place(old: Config, new: Config) -> None:
 @given(registries(), registries())
 def test_what_goes_on_without_a_restart_has_the_same_engine(old: Config, new: Config) -> None:
     found = changes(old, new)
-    for change in (*found.renamed, *found.rebuilt, *found.live, *found.resized):
+    for change in (*found.rebuilt, *found.live, *found.resized):
         assert change.old.model == change.new.model
         assert str(change.old.engine) == str(change.new.engine)
 
@@ -517,6 +462,5 @@ def test_nothing_changes_from_itself(config: Config) -> None:
 def test_back_is_the_same_as_forth(old: Config, new: Config) -> None:
     forth, back = changes(old, new), changes(new, old)
     assert set(forth.unchanged) == set(back.unchanged)
-    assert renames(forth) == {(new, old) for old, new in renames(back)}
     for kind in KINDS:
         assert set(names(forth, kind)) == set(names(back, kind))

@@ -168,7 +168,7 @@ async def test_a_start_says_the_kv_cache_and_nobody_sleeps() -> None:
 
 def test_another_registry_counts_once_it_is_adopted() -> None:
     space = of(registry(spec(), memory="24GiB"))
-    adopt = space.planned(registry(spec(memory="5GiB"), memory="30GiB"), {"chat": "chat"})
+    adopt = space.planned(registry(spec(memory="5GiB"), memory="30GiB"), {"chat"})
     assert space.capacity == {HOST: 24 * GIB}
     adopt()
     assert space.capacity == {HOST: 30 * GIB}
@@ -178,7 +178,7 @@ def test_another_registry_counts_once_it_is_adopted() -> None:
 def test_a_registry_that_does_not_fit_changes_nothing() -> None:
     space = of(registry(spec(), memory="24GiB"))
     with pytest.raises(ConfigError, match=r"needs 31\.0 GiB"):
-        space.planned(registry(spec(memory="31GiB"), memory="30GiB"), {})
+        space.planned(registry(spec(memory="31GiB"), memory="30GiB"), set())
     assert space.capacity == {HOST: 24 * GIB}
 
 
