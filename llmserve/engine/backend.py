@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from llmserve.checkpoint.hub import HubFolder, HubRevision
     from llmserve.lifecycle.eviction import Level, Takes
     from llmserve.lifecycle.gpu_memory import Keep
+    from llmserve.lifecycle.placement import Placement
     from llmserve.lifecycle.replica import Running
     from llmserve.registry.config import Config, ModelSpec
 
@@ -178,19 +179,20 @@ class Memory(Protocol):
 
     @property
     def capacity(self) -> Takes: ...
-    def holds(self, spec: ModelSpec, number: int) -> Mapping[Level, Takes]: ...
-    def sleeps(self, spec: ModelSpec, number: int) -> bool: ...
+    def place(self, spec: ModelSpec, number: int) -> Placement: ...
     def start(
-        self, spec: ModelSpec, number: int
+        self, spec: ModelSpec, placement: Placement
     ) -> AbstractAsyncContextManager[tuple[ModelSpec, Keep]]:
         """Its entry with all said, while it may start, and where its report goes."""
         ...
 
-    def expecting(self, spec: ModelSpec, number: int) -> AbstractContextManager[None]: ...
+    def expecting(self, placement: Placement) -> AbstractContextManager[None]: ...
     def moves(
-        self, spec: ModelSpec, number: int, wakes_from: Level | None
+        self, placement: Placement, wakes_from: Level | None
     ) -> AbstractAsyncContextManager[None]: ...
-    def planned(self, config: Config, kept: Mapping[str, str]) -> Callable[[], None]: ...
+    def planned(
+        self, config: Config, kept: Mapping[str, Sequence[Placement]]
+    ) -> Callable[[], None]: ...
 
 
 class VllmBackend:
@@ -210,16 +212,16 @@ class VllmBackend:
         self._killed = False
 
     async def start(
-        self, spec: ModelSpec, number: int, report: Callable[[State, str], None]
+        self, spec: ModelSpec, placement: Placement, report: Callable[[State, str], None]
     ) -> Running:
         try:
-            return await self._started(spec, number, report)
+            return await self._started(spec, placement, report)
         except Exception:
             gc_policy.look_soon()
             raise
 
     async def _started(
-        self, spec: ModelSpec, number: int, report: Callable[[State, str], None]
+        self, spec: ModelSpec, placement: Placement, report: Callable[[State, str], None]
     ) -> Running:
         clock = _Clock()
         spec = await self._downloaded(spec, report)
@@ -228,14 +230,14 @@ class VllmBackend:
         await asyncio.to_thread(_raise_if_flawed, spec)
         modules = await self._modules()
         clock.lap("server_imports")
+        number = placement.number
         start = _Start(modules, self._threads, StartLog(self.log_of(spec, number)))
         async with start.owned():
-            async with self.memory.start(spec, number) as (placed, keep):
+            async with self.memory.start(spec, placement) as (placed, keep):
                 clock.lap("gpu_wait")
                 async with start.owned():  # its GPUs are given back once it has ended
-                    sleeps = self.memory.sleeps(spec, number)
                     engine = await start.engine(
-                        placed, number, report, self._patience, sleeps=sleeps
+                        placed, number, report, self._patience, sleeps=placement.sleeps
                     )
                     reports = await engine.start_reports()
                     keep(reports)
@@ -251,18 +253,20 @@ class VllmBackend:
     def capacity(self) -> Takes:
         return self.memory.capacity
 
-    def holds(self, spec: ModelSpec, number: int) -> Mapping[Level, Takes]:
-        return self.memory.holds(spec, number)
+    def place(self, spec: ModelSpec, number: int) -> Placement:
+        return self.memory.place(spec, number)
 
-    def expecting(self, spec: ModelSpec, number: int) -> AbstractContextManager[None]:
-        return self.memory.expecting(spec, number)
+    def expecting(self, placement: Placement) -> AbstractContextManager[None]:
+        return self.memory.expecting(placement)
 
     def moves(
-        self, spec: ModelSpec, number: int, wakes_from: Level | None = None
+        self, placement: Placement, wakes_from: Level | None = None
     ) -> AbstractAsyncContextManager[None]:
-        return self.memory.moves(spec, number, wakes_from)
+        return self.memory.moves(placement, wakes_from)
 
-    def planned(self, config: Config, kept: Mapping[str, str]) -> Callable[[], None]:
+    def planned(
+        self, config: Config, kept: Mapping[str, Sequence[Placement]]
+    ) -> Callable[[], None]:
         return self.memory.planned(config, kept)
 
     def log_of(self, spec: ModelSpec, number: int) -> Path:

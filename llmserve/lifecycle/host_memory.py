@@ -14,10 +14,11 @@ from llmserve.checkpoint.shape import UnknownShape
 from llmserve.errors import ConfigError
 from llmserve.gpus.device import amount, gib
 from llmserve.lifecycle.eviction import HOST, Level
+from llmserve.lifecycle.placement import Placement
 from llmserve.planning import cpu_features, feasibility, survey
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+    from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
     from contextlib import AbstractContextManager
 
     from llmserve.checkpoint.shape import Shape
@@ -71,11 +72,13 @@ class HostMemory:
         space._raise_if_wrong(config, known)
         return space
 
-    def holds(self, spec: ModelSpec, number: int) -> Mapping[Level, Takes]:
-        del number  # replicas are alike
+    def place(self, spec: ModelSpec, number: int) -> Placement:
+        return Placement(number, {Level.READY: {HOST: self._size(spec)}})
+
+    def _size(self, spec: ModelSpec) -> int:
+        """Bytes of one replica; they are alike."""
         kv_cache = _kv_cache(spec, self.dtypes.get(spec.name))
-        size = int(spec.memory or self._weights.get(spec.name, 0) + kv_cache + _BESIDE)
-        return {Level.READY: {HOST: size}}
+        return int(spec.memory or self._weights.get(spec.name, 0) + kv_cache + _BESIDE)
 
     def _raise_if_wrong(self, config: Config, shapes: Mapping[str, Shape]) -> None:
         """A model whose files are broken fails alone, later."""
@@ -129,35 +132,33 @@ class HostMemory:
         return problem if fits else replace(problem, remedy=None)
 
     def _needs(self, spec: ModelSpec) -> int:
-        return self.holds(spec, 0)[Level.READY][HOST] * spec.replicas
+        return self._size(spec) * spec.replicas
 
-    def planned(self, config: Config, kept: Mapping[str, str]) -> Callable[[], None]:
+    def planned(
+        self, config: Config, kept: Mapping[str, Sequence[Placement]]
+    ) -> Callable[[], None]:
         """The budget of another registry. Raises ConfigError."""
         del kept  # they hold what they hold
         other = HostMemory.of(config, self._dtype_for)
         return lambda: vars(self).update(vars(other))
 
-    def sleeps(self, spec: ModelSpec, number: int) -> bool:
-        del spec, number
-        return False
-
     @contextlib.asynccontextmanager
-    async def start(self, spec: ModelSpec, number: int) -> AsyncIterator[tuple[ModelSpec, Keep]]:
-        del number
+    async def start(
+        self, spec: ModelSpec, placement: Placement
+    ) -> AsyncIterator[tuple[ModelSpec, Keep]]:
+        del placement
         shape = await asyncio.to_thread(survey.shape_of, spec, hub=False)
         placed = _computed(spec, shape, self._dtype_for)
         log.info("model=%s dtype=%s", spec.name, placed.engine.get("dtype", "auto"))
         yield placed, lambda _: None
 
-    def expecting(self, spec: ModelSpec, number: int) -> AbstractContextManager[None]:
-        del spec, number  # no model sleeps here
+    def expecting(self, placement: Placement) -> AbstractContextManager[None]:
+        del placement  # no model sleeps here
         return contextlib.nullcontext()
 
     @contextlib.asynccontextmanager
-    async def moves(
-        self, spec: ModelSpec, number: int, wakes_from: Level | None
-    ) -> AsyncIterator[None]:
-        del spec, number, wakes_from
+    async def moves(self, placement: Placement, wakes_from: Level | None) -> AsyncIterator[None]:
+        del placement, wakes_from
         yield
 
 

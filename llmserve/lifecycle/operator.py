@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable
     from pathlib import Path
 
+    from llmserve.lifecycle.placement import Placement
     from llmserve.lifecycle.pool import Pool
     from llmserve.lifecycle.replica import Backend, Replica
     from llmserve.lifecycle.served_model import ServedModel
@@ -135,7 +136,7 @@ class ModelOperator:
             read = await asyncio.to_thread(self._read)
             changes = diff.changes(before, read)
             config = _with_server_of(before, read, changes.needs_restart)
-            adopt = await asyncio.to_thread(self._backend.planned, config, _kept(changes))
+            adopt = await asyncio.to_thread(self._backend.planned, config, self._kept(changes))
             lines = diff.told(changes)
             if not dry_run:
                 adopt()
@@ -154,8 +155,11 @@ class ModelOperator:
 
     async def _go_by(self, config: Config, changes: Changes) -> list[str]:
         """Apply; lines of what did not go well, which leaves its model as it was."""
+        for name in changes.unchanged:
+            entry = self._pool.entries[name]
+            self._pool.apply_spec(entry, entry.model)
         for change in changes.live:
-            self._pool.entries[change.new.name].apply_spec(Model(change.new))
+            self._pool.apply_spec(self._pool.entries[change.new.name], Model(change.new))
         leaving = [self._pool.entries[spec.name] for spec in changes.removed]
         for entry in leaving:
             self._pool.remove(entry)
@@ -184,7 +188,7 @@ class ModelOperator:
         if change.new.name != change.old.name:
             self._pool.rename(entry, Model(change.new))
         else:
-            entry.apply_spec(Model(change.new))
+            self._pool.apply_spec(entry, Model(change.new))
         self._publish()
         return []
 
@@ -247,15 +251,18 @@ class ModelOperator:
         return (
             change.effect is diff.Effect.RESIZED
             and replica.number < change.new.replicas
-            and self._backend.holds(change.new, replica.number) == replica.holds
+            and self._backend.place(change.new, replica.number).holds == replica.holds
         )
 
-
-def _kept(changes: Changes) -> dict[str, str]:
-    """The models whose engines stay where they are, by their new names: their old ones."""
-    changed = (*changes.live, *changes.rebuilt, *changes.renamed)
-    same = {name: name for name in changes.unchanged}
-    return same | {each.new.name: each.old.name for each in changed}
+    def _kept(self, changes: Changes) -> dict[str, list[Placement]]:
+        """Where the engines are that stay, by their models' new names."""
+        changed = (*changes.live, *changes.rebuilt, *changes.renamed)
+        before = {name: name for name in changes.unchanged}
+        before |= {each.new.name: each.old.name for each in changed}
+        return {
+            new: [replica.placement for replica in self._pool.entries[old].replicas]
+            for new, old in before.items()
+        }
 
 
 def _with_server_of(before: Config, config: Config, names: Iterable[str]) -> Config:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry, Counter
 
     from llmserve.lifecycle.admission import QueuedRequest
+    from llmserve.lifecycle.placement import Placement
     from llmserve.lifecycle.replica import Backend
     from llmserve.metrics import Metrics
     from llmserve.registry.names import Model, ModelNames
@@ -84,18 +85,22 @@ class Pool:
     def create(self, model: Model, kept: Iterable[Replica] = ()) -> ServedModel:
         """A model with engines of its own, or with some that run already; not here yet."""
         there = {replica.number: replica for replica in kept}
-        spec = model.spec
-        replicas = [
-            there.get(number) or Replica(model, number, self._backend.holds(spec, number))
-            for number in range(spec.replicas)
-        ]
+        placements = self._placements(model)
+        replicas = [there.get(each.number) or Replica(model, each) for each in placements]
         entry = ServedModel(model, replicas, self._serve_queue)
         entry.responses = self._archive.of_model()
         entry.ready = tuple(each for each in replicas if each.state is State.READY)
         for replica in replicas:
             self._owner[replica] = entry
-        entry.apply_spec(model)
+        entry.apply_spec(model, placements)
         return entry
+
+    def _placements(self, model: Model) -> list[Placement]:
+        return [self._backend.place(model.spec, each) for each in range(model.spec.replicas)]
+
+    def apply_spec(self, entry: ServedModel, model: Model) -> None:
+        """Go on by a new registry, in which this model keeps its engines."""
+        entry.apply_spec(model, self._placements(model))
 
     def add(self, entry: ServedModel) -> None:
         """From now on this is the model of its name; requests that wait for it wait on here."""
@@ -120,7 +125,7 @@ class Pool:
 
     def rename(self, entry: ServedModel, model: Model) -> None:
         self._forget(self.entries.pop(entry.name))
-        entry.apply_spec(model)
+        self.apply_spec(entry, model)
         self.add(entry)
 
     def sort(self, names: Iterable[str]) -> None:

@@ -76,7 +76,7 @@ class ReplicaLifecycle:
     def _expecting(self, replica: Replica) -> AbstractContextManager[None]:
         if not replica.level:
             return contextlib.nullcontext()
-        return self._backend.expecting(replica.model.spec, replica.number)
+        return self._backend.expecting(replica.placement)
 
     def _has_room(self, replica: Replica) -> bool:
         return self._booked.get(replica) is Level.READY
@@ -104,7 +104,7 @@ class ReplicaLifecycle:
         await self.end(replica)  # what could not wake
         replica.running = await self._backend.start(
             replica.model.spec,
-            replica.number,
+            replica.placement,
             lambda state, note: self.change(replica, state, note),
         )
         self._record_ready(replica)
@@ -124,7 +124,7 @@ class ReplicaLifecycle:
             return False
         self.change(replica, State.WAKING)
         try:
-            async with self._backend.moves(replica.model.spec, replica.number, replica.level):
+            async with self._backend.moves(replica.placement, replica.level):
                 await replica.running.wake()
         except LLMServeError as error:
             log.error("model=%s did not wake: %s", replica.name, error.message)  # noqa: TRY400
@@ -165,7 +165,7 @@ class ReplicaLifecycle:
         running = replica.running
         if running is not None and running.sleeps and not running.dead and level:
             try:
-                async with self._backend.moves(replica.model.spec, replica.number):
+                async with self._backend.moves(replica.placement):
                     await running.sleep(level)
             except LLMServeError as error:
                 log.error("model=%s did not sleep: %s", replica.name, error.message)  # noqa: TRY400
@@ -254,8 +254,8 @@ class ReplicaLifecycle:
 
     async def _wait_for_room(self, replica: Replica) -> bool:
         """Keep room for a replica, once others have made it; it fails if there can be none."""
-        if replica.level is Level.STOPPED:  # its entry may have changed since it last was there
-            replica.holds = self._backend.holds(replica.model.spec, replica.number)
+        if replica.level is Level.STOPPED:
+            replica.placement = replica.next_placement
         takes = self._takes(replica, Level.READY)
         places = takes.keys() - {HOST} or takes.keys()
         async with self._order.hold(places, alone=True):

@@ -14,6 +14,7 @@ from llmserve.api.endpoints import ENDPOINTS
 from llmserve.api.sse import EventStream, PeekableStream
 from llmserve.errors import EngineDead, EngineError, StartupError
 from llmserve.lifecycle.eviction import Level
+from llmserve.lifecycle.placement import Placement
 from tests.fakes import failure
 
 if TYPE_CHECKING:
@@ -50,19 +51,17 @@ class Memory:
         self.starting: dict[str, int] = {}  # what starts may hold that have no engine yet
         self.count: Callable[[], None] = lambda: None  # called when more may be held
 
-    def holds(self, spec: ModelSpec, number: int) -> Mapping[Level, Takes]:
-        del number
+    def place(self, spec: ModelSpec, number: int) -> Placement:
         size = int(spec.memory or 0)
+        sleeps = spec.start == "sleeping" or spec.idle.sleep_after is not None
         asleep = {Level.KV_RELEASED: {0: size // 2}, Level.HOST: {0: size // 8}}
-        return {Level.READY: {0: size}} | (asleep if self.sleeps(spec, 0) else {})
-
-    def sleeps(self, spec: ModelSpec, number: int) -> bool:
-        del number
-        return spec.start == "sleeping" or spec.idle.sleep_after is not None
+        return Placement(number, {Level.READY: {0: size}} | (asleep if sleeps else {}))
 
     @asynccontextmanager
-    async def start(self, spec: ModelSpec, number: int) -> AsyncIterator[tuple[ModelSpec, Keep]]:
-        name = f"{spec.name}/{number}"
+    async def start(
+        self, spec: ModelSpec, placement: Placement
+    ) -> AsyncIterator[tuple[ModelSpec, Keep]]:
+        name = f"{spec.name}/{placement.number}"
         self.starting[name] = int(spec.memory or 0)
         self.count()
         try:
@@ -70,19 +69,19 @@ class Memory:
         finally:
             self.starting.pop(name, None)
 
-    def expecting(self, spec: ModelSpec, number: int) -> AbstractContextManager[None]:
-        del spec, number
+    def expecting(self, placement: Placement) -> AbstractContextManager[None]:
+        del placement
         return nullcontext()
 
     @asynccontextmanager
-    async def moves(
-        self, spec: ModelSpec, number: int, wakes_from: Level | None
-    ) -> AsyncIterator[None]:
-        del spec, number, wakes_from
+    async def moves(self, placement: Placement, wakes_from: Level | None) -> AsyncIterator[None]:
+        del placement, wakes_from
         await asyncio.sleep(0)
         yield
 
-    def planned(self, config: Config, kept: Mapping[str, str]) -> Callable[[], None]:
+    def planned(
+        self, config: Config, kept: Mapping[str, Sequence[Placement]]
+    ) -> Callable[[], None]:
         del config, kept
         return lambda: None
 
@@ -107,7 +106,7 @@ class Engine:
     def held(self) -> int:
         if not self.alive:
             return 0
-        return self._fleet.memory.holds(self.spec, 0)[self.level][0]
+        return self._fleet.memory.place(self.spec, 0).holds[self.level][0]
 
     def die(self) -> None:
         """Its client notices at once, those that wait for it a little later."""

@@ -33,6 +33,7 @@ from llmserve.lifecycle.eviction import HOST, Level
 from llmserve.lifecycle.health import HealthMonitor
 from llmserve.lifecycle.lease import Lease, ModelRequest
 from llmserve.lifecycle.operator import ModelOperator
+from llmserve.lifecycle.placement import Placement
 from llmserve.lifecycle.pool import Pool
 from llmserve.lifecycle.replica import Replica, State
 from llmserve.metrics import Metrics
@@ -41,10 +42,9 @@ from llmserve.registry.names import ModelNames
 from tests.fakes import FakeBackend, FakeRunning, Gate, Plan, broken, let_in, soon, until
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
     from contextlib import AbstractAsyncContextManager
 
-    from llmserve.lifecycle.eviction import Takes
     from llmserve.lifecycle.replica import Running
     from llmserve.registry.config import Config, ModelSpec
 
@@ -94,24 +94,26 @@ class Engines(FakeBackend):
         self.engines: defaultdict[str, list[Engine]] = defaultdict(list)
         self.adopted: list[Config] = []
 
-    def holds(self, spec: ModelSpec, number: int) -> Mapping[Level, Takes]:
+    def place(self, spec: ModelSpec, number: int) -> Placement:
         size = int(spec.memory or 0)
         ready = {Level.READY: {0: size}}
         asleep = {Level.HOST: {0: 1, HOST: size}} if spec.start == "sleeping" else {}
-        return self.sizes.get(spec.name, ready | asleep)
+        return Placement(number, self.sizes.get(spec.name, ready | asleep))
 
-    def planned(self, config: Config, kept: Mapping[str, str]) -> Callable[[], None]:
+    def planned(
+        self, config: Config, kept: Mapping[str, Sequence[Placement]]
+    ) -> Callable[[], None]:
         super().planned(config, kept)
         return partial(self.adopted.append, config)
 
     async def start(
-        self, spec: ModelSpec, number: int, report: Callable[[State, str], None]
+        self, spec: ModelSpec, placement: Placement, report: Callable[[State, str], None]
     ) -> Running:
-        name = f"{spec.name}/{number}" if spec.replicas > 1 else spec.name
+        name = f"{spec.name}/{placement.number}" if spec.replicas > 1 else spec.name
         plan = self.plans[name] = self.coming.pop(name, Plan())
         plan.running = engine = Engine()
         engine.sleeps = spec.start == "sleeping"
-        running = await super().start(spec, number, report)
+        running = await super().start(spec, placement, report)
         self.engines[name].append(engine)
         return running
 
@@ -158,6 +160,11 @@ class Box:
 
     def replica(self, name: str, number: int = 0) -> Replica:
         return self.pool.entries[name].replicas[number]
+
+    def places(self, *names: str) -> dict[str, list[Placement]]:
+        """Where the engines of these models are."""
+        entries = [self.pool.entries[name] for name in names]
+        return {each.name: [replica.placement for replica in each.replicas] for each in entries}
 
     def engine(self, name: str) -> Engine:
         """The one that was started last."""
@@ -688,7 +695,7 @@ async def test_a_dry_run_changes_nothing(up: Boxes) -> None:
     assert box.config is was
     assert box.pool.entries == entries
     assert box.backend.adopted == []
-    assert box.backend.plans_made == [{"b": "b"}] * 2
+    assert box.backend.plans_made == [box.places("b")] * 2
     assert sorted(box.backend.started) == ["a", "b", "c"]
 
 
@@ -698,7 +705,7 @@ async def test_a_file_that_is_the_same_changes_nothing(up: Boxes) -> None:
     told = await soon(box.control.reload(dry_run=False))
     assert (told["changed"], told["lines"], told["unchanged"]) == (False, [], ["a", "b"])
     assert box.pool.entries == entries
-    assert box.backend.plans_made == [{"a": "a", "b": "b"}]
+    assert box.backend.plans_made == [box.places("a", "b")]
 
 
 # --- what counts from now on
@@ -836,7 +843,7 @@ async def test_a_rename_keeps_the_engine_its_requests_and_its_line(up: Boxes) ->
         (await soon(each)).release()
     assert box.replica("new").running is engine
     assert sorted(box.backend.started) == ["a/0", "a/1"]
-    assert box.backend.plans_made == [{"new": "a"}]
+    assert box.backend.plans_made == [box.places("new")]
     with pytest.raises(ModelNotFound):
         await box.ask("a")
 

@@ -713,7 +713,8 @@ async def test_a_sleeper_keeps_its_weights_on_the_gpu_while_nobody_needs_the_roo
     await box.use("b")
     assert box.levels() == {"a": Level.KV_RELEASED, "b": Level.READY}
     # It can have at once what the other gives up for it.
-    assert box.backend.expected == ["b/0 comes", "b/0 came"]
+    comer = box.replica("b").placement
+    assert box.backend.expected == [(comer, "comes"), (comer, "came")]
 
 
 async def test_what_cannot_sleep_is_started_all_the_same_and_stopped() -> None:
