@@ -21,15 +21,14 @@ import uvloop
 from rich.console import Console
 
 from llmserve.engine import gc_policy
-from llmserve.lifecycle.eviction import Level
-from llmserve.lifecycle.placement import Placement
+from llmserve.lifecycle.placement import Level, Placement
 from llmserve.registry import config
 from llmserve.server import process
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
-    from llmserve.lifecycle.eviction import Takes
+    from llmserve.lifecycle.placement import Takes
     from llmserve.lifecycle.replica import Running, State
     from llmserve.registry.config import Config, ModelSpec
 

@@ -18,8 +18,7 @@ from llmserve.api.endpoints import ENDPOINTS
 from llmserve.api.sse import EventStream, PeekableStream
 from llmserve.errors import LLMServeError, StartupError
 from llmserve.lifecycle.admission import Releasable
-from llmserve.lifecycle.eviction import Level
-from llmserve.lifecycle.placement import Placement
+from llmserve.lifecycle.placement import Level, Placement
 from llmserve.registry.config import ModelSpec
 
 if TYPE_CHECKING:
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
     from starlette.types import Scope
 
     from llmserve.lifecycle.admission import QueuedRequest
-    from llmserve.lifecycle.eviction import Takes
+    from llmserve.lifecycle.placement import Takes
     from llmserve.lifecycle.replica import Running, State
     from llmserve.lifecycle.response_store import ResponseStore
     from llmserve.registry.config import Config

@@ -28,9 +28,8 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager, AbstractContextManager
 
     from llmserve.checkpoint.hub import HubFolder, HubRevision
-    from llmserve.lifecycle.eviction import Level, Takes
     from llmserve.lifecycle.gpu_memory import Keep
-    from llmserve.lifecycle.placement import Placement
+    from llmserve.lifecycle.placement import Level, Placement, Takes
     from llmserve.lifecycle.replica import Running
     from llmserve.registry.config import Config, ModelSpec
 

@@ -21,8 +21,7 @@ from llmserve.errors import StartupError
 from llmserve.gpus import nvml
 from llmserve.gpus.claims import GpuClaims
 from llmserve.gpus.device import gib, short_name
-from llmserve.lifecycle.eviction import Level
-from llmserve.lifecycle.placement import Placement
+from llmserve.lifecycle.placement import Level, Place, Placement
 from llmserve.planning import survey
 from llmserve.planning.measurements import Measured
 from llmserve.planning.placement import capacity
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
     from llmserve.gpus.device import Gpu
     from llmserve.gpus.nvml import Holder
     from llmserve.gpus.page_exchange import PageBroker
-    from llmserve.lifecycle.eviction import Takes
+    from llmserve.lifecycle.placement import Takes
     from llmserve.planning.plan import Plan, PlannedReplica
     from llmserve.registry.config import Config, ModelSpec
 
@@ -100,7 +99,7 @@ class GpuMemory:
     def capacity(self) -> Takes:
         """Bytes of each GPU that may be held: what is planned at the least."""
         return {
-            gpu.index: max(self.plan.peak(gpu.index), capacity(gpu, self.plan.headroom))
+            Place(gpu.index): max(self.plan.peak(gpu.index), capacity(gpu, self.plan.headroom))
             for gpu in self.plan.box
         }
 
@@ -111,7 +110,8 @@ class GpuMemory:
         if replica.sleeps:
             asleep = Level.HOST if replica.name in self._near else Level.DISK
             sizes |= {Level.KV_RELEASED: replica.bytes - replica.kv, asleep: replica.asleep}
-        holds = {level: dict.fromkeys(replica.devices, size) for level, size in sizes.items()}
+        places = [Place(index) for index in replica.devices]
+        holds = {level: dict.fromkeys(places, size) for level, size in sizes.items()}
         return Placement(number, holds, replica)
 
     def expecting(self, placement: Placement) -> AbstractContextManager[None]:
@@ -134,7 +134,7 @@ class GpuMemory:
             if wakes_from is not None:
                 held = placement.holds[wakes_from]
                 needs = {
-                    i: replica.bytes - held.get(i, 0) - self._changing_hands(i)
+                    i: replica.bytes - held.get(Place(i), 0) - self._changing_hands(i)
                     for i in replica.devices
                 }
                 await self._room(replica, needs)
@@ -151,7 +151,7 @@ class GpuMemory:
         if short := _short("the plan", needs):
             raise StartupError("\n".join(short))
 
-    async def _room(self, replica: PlannedReplica, wanted: Takes) -> None:
+    async def _room(self, replica: PlannedReplica, wanted: Mapping[int, int]) -> None:
         """Wait for what a dead engine held, which the driver gives back some moments later.
 
         Raises StartupError if others hold it.

@@ -13,8 +13,7 @@ from pydantic import ByteSize, TypeAdapter
 from llmserve.checkpoint.shape import UnknownShape
 from llmserve.errors import ConfigError
 from llmserve.gpus.device import amount, gib
-from llmserve.lifecycle.eviction import HOST, Level
-from llmserve.lifecycle.placement import Placement
+from llmserve.lifecycle.placement import HOST_MEMORY, Level, Placement
 from llmserve.planning import cpu_features, feasibility, survey
 
 if TYPE_CHECKING:
@@ -22,8 +21,8 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from llmserve.checkpoint.shape import Shape
-    from llmserve.lifecycle.eviction import Takes
     from llmserve.lifecycle.gpu_memory import Keep
+    from llmserve.lifecycle.placement import Takes
     from llmserve.planning.plan import Problem
     from llmserve.registry.config import Config, ModelSpec
 
@@ -48,7 +47,7 @@ class HostMemory:
         dtype_for: Callable[[Shape], str] = cpu_features.dtype_for,
     ) -> None:
         budget = config.server.host_memory
-        self.capacity: Takes = {} if budget is None else {HOST: int(budget)}
+        self.capacity: Takes = {} if budget is None else {HOST_MEMORY: int(budget)}
         self.dtypes = dtypes
         self._weights = weights
         self._dtype_for = dtype_for
@@ -73,7 +72,7 @@ class HostMemory:
         return space
 
     def place(self, spec: ModelSpec, number: int) -> Placement:
-        return Placement(number, {Level.READY: {HOST: self._size(spec)}})
+        return Placement(number, {Level.READY: {HOST_MEMORY: self._size(spec)}})
 
     def _size(self, spec: ModelSpec) -> int:
         """Bytes of one replica; they are alike."""
@@ -99,22 +98,24 @@ class HostMemory:
     def _problems(self, config: Config) -> Iterator[str]:
         """Of those that run at once, who is too much; of the others, who finds no place."""
         pinned = sum(self._needs(spec) for spec in config.models if spec.pinned)
-        free = self.capacity[HOST]
+        free = self.capacity[HOST_MEMORY]
         for spec in config.models:
             if spec.start == "eager":
                 left, free = free, free - self._needs(spec)
             else:
-                left = self.capacity[HOST] - pinned + (self._needs(spec) if spec.pinned else 0)
+                left = (
+                    self.capacity[HOST_MEMORY] - pinned + (self._needs(spec) if spec.pinned else 0)
+                )
             if self._needs(spec) > left:
                 yield config.told(
                     ("models", spec.name),
                     f"needs {gib(self._needs(spec))}, and of server.host_memory "
-                    f"{gib(self.capacity[HOST])} are left {gib(max(0, left))}; what would fit: "
+                    f"{gib(self.capacity[HOST_MEMORY])} are left {gib(max(0, left))}; what would fit: "
                     + " or ".join(self._remedies(spec, left, pinned)),
                 )
 
     def _remedies(self, spec: ModelSpec, left: int, pinned: int) -> Iterator[str]:
-        needs, budget = self._needs(spec), self.capacity[HOST]
+        needs, budget = self._needs(spec), self.capacity[HOST_MEMORY]
         if spec.start == "eager" and not spec.pinned and needs <= budget - pinned:
             yield "`start: lazy`"
         yield f"server.host_memory: {amount(budget + needs - left)[0]}"

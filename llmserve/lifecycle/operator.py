@@ -9,7 +9,7 @@ from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
 from llmserve.errors import LLMServeError, Overloaded, RequestError, quoted
-from llmserve.lifecycle.eviction import HOST, Level
+from llmserve.lifecycle.placement import HOST_MEMORY, Level
 from llmserve.lifecycle.replica import State
 from llmserve.registry import diff
 from llmserve.registry.names import Model, ModelNames
@@ -290,18 +290,19 @@ def _unloaded(entry: ServedModel) -> LLMServeError:
 
 def _replica(replica: Replica) -> dict[str, Any]:
     takes = replica.holds.get(replica.level, {})
-    gpus = {place: size for place, size in takes.items() if place != HOST}
+    gpus = [size for place, size in takes.items() if place != HOST_MEMORY]
+    places = set().union(*replica.holds.values())
     coming = {level: seconds for level, seconds in replica.cost_s.items() if level}
     return {
         "number": replica.number,
         "state": replica.state.value,
         "level": replica.level.name.lower(),
         "note": replica.note,
-        "devices": sorted(set().union(*replica.holds.values()) - {HOST}),
+        "devices": sorted(place.gpu for place in places if place.gpu is not None),
         "since_s": round(time.monotonic() - replica.since, 1),
         "start_s": replica.cost_s.get(Level.STOPPED),
         "wake_s": min(coming.values(), default=None),
-        "gpu_bytes": sum(gpus.values()) if gpus else None,
-        "host_bytes": takes.get(HOST),
+        "gpu_bytes": sum(gpus) if gpus else None,
+        "host_bytes": takes.get(HOST_MEMORY),
         "pid": replica.running.pid if replica.running is not None else None,
     }

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from llmserve.errors import EngineDead, LLMServeError, Overloaded, StartupError, quoted
 from llmserve.lifecycle.dispatch import DispatchRequest
 from llmserve.lifecycle.events import Events
-from llmserve.lifecycle.eviction import Level
 from llmserve.lifecycle.lease import Lease, ModelRequest, Task
+from llmserve.lifecycle.placement import Level
 from llmserve.lifecycle.replica import AT_REST, STARTING, Replica, State
 from llmserve.lifecycle.response_store import Archive
 from llmserve.lifecycle.served_model import ServedModel

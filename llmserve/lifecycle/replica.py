@@ -9,7 +9,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Protocol
 
 from llmserve.lifecycle.dispatch import Load
-from llmserve.lifecycle.eviction import Level
+from llmserve.lifecycle.placement import Level
 from llmserve.lifecycle.restart_backoff import RestartBackoff
 
 if TYPE_CHECKING:
@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.types import ASGIApp, Scope
 
-    from llmserve.lifecycle.eviction import Takes
-    from llmserve.lifecycle.placement import Placement
+    from llmserve.lifecycle.placement import Placement, Takes
     from llmserve.lifecycle.response_store import ResponseStore
     from llmserve.registry.config import Config, ModelSpec
     from llmserve.registry.names import Model

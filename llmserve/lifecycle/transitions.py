@@ -1,7 +1,7 @@
 """How replicas get from one state to another: the one owner of these transitions.
 
 Start, sleep, wake, stop, and a new start after a death; and room for whoever comes, which
-others make by going down the ladder of `residency`.
+others make by going down the ladder of levels.
 """
 
 from __future__ import annotations
@@ -17,14 +17,16 @@ from typing import TYPE_CHECKING
 from llmserve.errors import LLMServeError, StartupError
 from llmserve.gpus.claims import GpuClaims
 from llmserve.gpus.device import gib
-from llmserve.lifecycle.eviction import HOST, Level, Resident, room
+from llmserve.lifecycle.eviction import Resident, room
+from llmserve.lifecycle.placement import HOST_MEMORY, Level
 from llmserve.lifecycle.replica import STARTING, State
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from contextlib import AbstractContextManager
 
-    from llmserve.lifecycle.eviction import Steps, Takes
+    from llmserve.lifecycle.eviction import Steps
+    from llmserve.lifecycle.placement import Place, Takes
     from llmserve.lifecycle.replica import Backend, Replica, Running
     from llmserve.metrics import Metrics
 
@@ -257,7 +259,7 @@ class ReplicaLifecycle:
         if replica.level is Level.STOPPED:
             replica.placement = replica.next_placement
         takes = self._takes(replica, Level.READY)
-        places = takes.keys() - {HOST} or takes.keys()
+        places = takes.keys() - {HOST_MEMORY} or takes.keys()
         async with self._order.hold(places, alone=True):
             async with replica.transition_lock:  # whoever takes it down has done so
                 pass
@@ -324,7 +326,7 @@ class ReplicaLifecycle:
 
     def fits(self, replicas: Iterable[Replica]) -> bool:
         """Whether they find room beside all that are here; at most sleepers give way."""
-        wanted: Counter[int] = Counter()
+        wanted: Counter[Place] = Counter()
         for replica in replicas:
             wanted.update(self._takes(replica, Level.READY))
         here = [
@@ -347,10 +349,9 @@ class ReplicaLifecycle:
         for place, capacity in self._backend.capacity.items():
             free = capacity - sum(held.get(place, 0) for held in staying)
             if takes.get(place, 0) > free:
-                where = "server.host_memory" if place == HOST else f"GPU {place}"
                 raise StartupError(
                     f"it needs {gib(takes[place])}, and pinned models and its own other replicas "
-                    f"leave {gib(free)} of {where}"
+                    f"leave {gib(free)} of {place}"
                 )
 
 

@@ -13,8 +13,7 @@ from starlette.responses import Response
 from llmserve.api.endpoints import ENDPOINTS
 from llmserve.api.sse import EventStream, PeekableStream
 from llmserve.errors import EngineDead, EngineError, StartupError
-from llmserve.lifecycle.eviction import Level
-from llmserve.lifecycle.placement import Placement
+from llmserve.lifecycle.placement import Level, Place, Placement
 from tests.fakes import failure
 
 if TYPE_CHECKING:
@@ -24,10 +23,11 @@ if TYPE_CHECKING:
 
     from starlette.requests import Request
 
-    from llmserve.lifecycle.eviction import Takes
     from llmserve.lifecycle.gpu_memory import Keep
+    from llmserve.lifecycle.placement import Takes
     from llmserve.registry.config import Config, ModelSpec
 
+GPU = Place(0)  # the only one
 _BOUND_S = 60.0  # on every call into an engine, as on the real ones
 _NO_FIGURES = CollectorRegistry()
 
@@ -47,15 +47,15 @@ class Memory:
     """One place of `capacity` units; a model holds `memory` of them, half of it asleep."""
 
     def __init__(self, capacity: int) -> None:
-        self.capacity: Takes = {0: capacity}
+        self.capacity: Takes = {GPU: capacity}
         self.starting: dict[str, int] = {}  # what starts may hold that have no engine yet
         self.count: Callable[[], None] = lambda: None  # called when more may be held
 
     def place(self, spec: ModelSpec, number: int) -> Placement:
         size = int(spec.memory or 0)
         sleeps = spec.start == "sleeping" or spec.idle.sleep_after is not None
-        asleep = {Level.KV_RELEASED: {0: size // 2}, Level.HOST: {0: size // 8}}
-        return Placement(number, {Level.READY: {0: size}} | (asleep if sleeps else {}))
+        asleep = {Level.KV_RELEASED: {GPU: size // 2}, Level.HOST: {GPU: size // 8}}
+        return Placement(number, {Level.READY: {GPU: size}} | (asleep if sleeps else {}))
 
     @asynccontextmanager
     async def start(
@@ -106,7 +106,7 @@ class Engine:
     def held(self) -> int:
         if not self.alive:
             return 0
-        return self._fleet.memory.place(self.spec, 0).holds[self.level][0]
+        return self._fleet.memory.place(self.spec, 0).holds[self.level][GPU]
 
     def die(self) -> None:
         """Its client notices at once, those that wait for it a little later."""

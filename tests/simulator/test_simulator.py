@@ -12,7 +12,7 @@ import pytest
 
 from llmserve.engine.backend import _Start
 from llmserve.lifecycle.admission import AdmissionQueue, QueuedRequest
-from llmserve.lifecycle.eviction import Level
+from llmserve.lifecycle.placement import Level
 from llmserve.lifecycle.pool import Pool
 from llmserve.lifecycle.replica import State
 from tests.simulator.world import Violation, World

@@ -18,15 +18,15 @@ from llmserve.engine.backend import VllmBackend, _Modules
 from llmserve.errors import LLMServeError, StartupError
 from llmserve.http import app
 from llmserve.http.services import Services
-from llmserve.lifecycle.eviction import Level
 from llmserve.lifecycle.health import HealthMonitor
 from llmserve.lifecycle.operator import ModelOperator
+from llmserve.lifecycle.placement import Level, Place
 from llmserve.lifecycle.pool import Pool
 from llmserve.lifecycle.replica import State
 from llmserve.metrics import Metrics
 from llmserve.registry.config import Config, IdleSpec, ModelSpec, SamplingSpec, ServerSpec
 from llmserve.registry.names import ModelNames
-from tests.simulator.engines import Fleet, Memory, Weather
+from tests.simulator.engines import GPU, Fleet, Memory, Weather
 from tests.simulator.loop import SimulatedLoop, SimulatedThreads, Stuck, virtual_time
 
 if TYPE_CHECKING:
@@ -477,9 +477,9 @@ class World:
                 self.violate(f"{entry.name}: a request waits, a slot is free, a replica is ready")
             if not 0 <= slots.in_flight <= _LIMIT:
                 self.violate(f"{entry.name} has {slots.in_flight} in flight")
-        if self.fleet.most > self.memory.capacity[0] and not self.ending:
+        if self.fleet.most > self.memory.capacity[GPU] and not self.ending:
             self.violate(
-                f"engines hold {self.fleet.most} of {self.memory.capacity[0]}: "
+                f"engines hold {self.fleet.most} of {self.memory.capacity[GPU]}: "
                 f"{[(each.spec.name, each.held) for each in self.fleet.alive()]}, "
                 f"starting {self.memory.starting}, {self._standing()}"
             )
@@ -495,7 +495,7 @@ class World:
                     self.violate(f"{replica.name} has a load of {replica.load}")
 
     def _check_bookings(self) -> None:
-        booked: Counter[int] = Counter()
+        booked: Counter[Place] = Counter()
         for replica, level in self.pool.life._booked.items():
             booked.update(replica.holds.get(level, {}))
             if replica not in self.pool.replicas:

@@ -17,9 +17,8 @@ from llmserve.engine import backend as starts
 from llmserve.engine.backend import Patience, VllmBackend, _Clock, _Modules, _raise_if_flawed
 from llmserve.engine.worker.plugin import log_file
 from llmserve.errors import StartupError
-from llmserve.lifecycle.eviction import Level
 from llmserve.lifecycle.host_memory import HostMemory
-from llmserve.lifecycle.placement import Placement
+from llmserve.lifecycle.placement import Level, Place, Placement
 from llmserve.lifecycle.replica import State
 from llmserve.registry.config import Config
 from tests.fakes import Gate, soon, spec, until
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from llmserve.engine.backend import Memory
-    from llmserve.lifecycle.eviction import Takes
+    from llmserve.lifecycle.placement import Takes
     from llmserve.registry.config import ModelSpec
 
 
@@ -225,7 +224,7 @@ class FakeVllm:
 
 
 def place(number: int) -> Placement:
-    return Placement(number, {Level.READY: {number: 50}})
+    return Placement(number, {Level.READY: {Place(number): 50}})
 
 
 @dataclass
@@ -234,7 +233,7 @@ class FakeSpace:
 
     events: list[str] = field(default_factory=list)
     reports: list[Any] = field(default_factory=list)
-    capacity: Takes = field(default_factory=lambda: {0: 80, 1: 80})
+    capacity: Takes = field(default_factory=lambda: {Place(0): 80, Place(1): 80})
 
     def place(self, spec: ModelSpec, number: int) -> Placement:
         return place(number)
@@ -294,7 +293,10 @@ async def test_on_a_cpu_the_entry_stays_as_it_is(tmp_path: Path) -> None:
 async def test_only_what_is_planned_to_sleep_is_started_so_that_it_can(tmp_path: Path) -> None:
     vllm = FakeVllm()
     backend = vllm.backend(tmp_path, FakeSpace())
-    for placement in (place(0), Placement(0, {Level.READY: {0: 50}, Level.HOST: {0: 5}})):
+    for placement in (
+        place(0),
+        Placement(0, {Level.READY: {Place(0): 50}, Level.HOST: {Place(0): 5}}),
+    ):
         await soon(backend.start(spec(), placement, nothing))
     assert vllm.sleeping == [False, True]
 
@@ -302,7 +304,7 @@ async def test_only_what_is_planned_to_sleep_is_started_so_that_it_can(tmp_path:
 async def test_what_is_held_and_planned_is_asked_of_the_memory(tmp_path: Path) -> None:
     memory = FakeSpace()
     backend = FakeVllm().backend(tmp_path, memory)
-    assert backend.capacity == {0: 80, 1: 80}
+    assert backend.capacity == {Place(0): 80, Place(1): 80}
     assert backend.place(spec(), 1) == place(1)
     with backend.expecting(place(1)):
         async with backend.moves(place(1), Level.HOST), backend.moves(place(0)):

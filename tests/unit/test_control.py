@@ -29,11 +29,10 @@ from llmserve.errors import (
 )
 from llmserve.lifecycle import health, pool, restart_backoff, transitions
 from llmserve.lifecycle.admission import Deadline
-from llmserve.lifecycle.eviction import HOST, Level
 from llmserve.lifecycle.health import HealthMonitor
 from llmserve.lifecycle.lease import Lease, ModelRequest
 from llmserve.lifecycle.operator import ModelOperator
-from llmserve.lifecycle.placement import Placement
+from llmserve.lifecycle.placement import HOST_MEMORY, Level, Place, Placement
 from llmserve.lifecycle.pool import Pool
 from llmserve.lifecycle.replica import Replica, State
 from llmserve.metrics import Metrics
@@ -49,6 +48,7 @@ if TYPE_CHECKING:
     from llmserve.registry.config import Config, ModelSpec
 
 CHAT = next(endpoint for endpoint in ENDPOINTS if endpoint.name == "chat completions")
+GPU = Place(0)
 Entries = dict[str, dict[str, Any]]
 
 
@@ -89,15 +89,15 @@ class Engines(FakeBackend):
 
     def __init__(self) -> None:
         super().__init__()
-        self.capacity = {0: 100}
+        self.capacity = {GPU: 100}
         self.coming: dict[str, Plan] = {}
         self.engines: defaultdict[str, list[Engine]] = defaultdict(list)
         self.adopted: list[Config] = []
 
     def place(self, spec: ModelSpec, number: int) -> Placement:
         size = int(spec.memory or 0)
-        ready = {Level.READY: {0: size}}
-        asleep = {Level.HOST: {0: 1, HOST: size}} if spec.start == "sleeping" else {}
+        ready = {Level.READY: {GPU: size}}
+        asleep = {Level.HOST: {GPU: 1, HOST_MEMORY: size}} if spec.start == "sleeping" else {}
         return Placement(number, self.sizes.get(spec.name, ready | asleep))
 
     def planned(
@@ -1225,7 +1225,7 @@ async def test_resized_engines_answer_under_new_aliases_too(up: Boxes) -> None:
 async def test_a_replica_that_is_placed_elsewhere_does_not_stay(up: Boxes) -> None:
     box = await up({"a": {"memory": 30}})
     first = box.engine("a")
-    box.backend.sizes["a"] = {Level.READY: {0: 20}}
+    box.backend.sizes["a"] = {Level.READY: {GPU: 20}}
     await box.reload({"a": {"memory": 30, "replicas": 2}})
     assert first.stopped == 1
     assert sorted(box.backend.started) == ["a", "a/0", "a/1"]
@@ -1356,11 +1356,11 @@ async def dead(box: Box) -> AsyncIterator[None]:
 @asynccontextmanager
 async def short_of_memory(box: Box) -> AsyncIterator[None]:
     await soon(box.control.unload("a", drain=True))
-    box.backend.capacity = {0: 25}
+    box.backend.capacity = {GPU: 25}
     held = await soon(box.ask("b"))
     waiting = await box.asking("a")
     await until(lambda: box.states()["b"] == "draining")
-    box.backend.capacity = {0: 100}
+    box.backend.capacity = {GPU: 100}
     yield
     held.release()
     (await soon(waiting)).release()

@@ -9,8 +9,8 @@ import pytest
 from llmserve.checkpoint import shape
 from llmserve.errors import ConfigError, ShapeUnknown
 from llmserve.gpus.device import GIB
-from llmserve.lifecycle.eviction import HOST, Level
 from llmserve.lifecycle.host_memory import HostMemory
+from llmserve.lifecycle.placement import HOST_MEMORY, Level
 from llmserve.registry.config import Config, ServerSpec
 from tests.fakes import spec
 from tests.unit.shapes import LLAMA_8B
@@ -60,8 +60,8 @@ def of(config: Config, dtype_for: Callable[[Shape], str] = native) -> HostMemory
 def size_of(made: ModelSpec, dtype_for: Callable[[Shape], str] = native) -> int:
     holds = of(registry(made), dtype_for).place(made, 0).holds
     assert list(holds) == [Level.READY]  # or nothing: nobody sleeps
-    assert list(holds[Level.READY]) == [HOST]
-    return holds[Level.READY][HOST]
+    assert list(holds[Level.READY]) == [HOST_MEMORY]
+    return holds[Level.READY][HOST_MEMORY]
 
 
 def problems(*specs: ModelSpec, memory: str) -> list[str]:
@@ -95,7 +95,7 @@ def test_every_replica_holds_as_much() -> None:
 
 
 def test_the_budget_is_the_registry_s() -> None:
-    assert of(registry(spec(), memory="24GiB")).capacity == {HOST: 24 * GIB}
+    assert of(registry(spec(), memory="24GiB")).capacity == {HOST_MEMORY: 24 * GIB}
 
 
 def test_without_a_budget_nothing_is_bounded_and_no_hub_asked(
@@ -172,17 +172,17 @@ def test_another_registry_counts_once_it_is_adopted() -> None:
     adopt = space.planned(
         registry(spec(memory="5GiB"), memory="30GiB"), {"chat": [space.place(spec(), 0)]}
     )
-    assert space.capacity == {HOST: 24 * GIB}
+    assert space.capacity == {HOST_MEMORY: 24 * GIB}
     adopt()
-    assert space.capacity == {HOST: 30 * GIB}
-    assert space.place(spec("new"), 0).holds == {Level.READY: {HOST: GIB + BESIDE}}
+    assert space.capacity == {HOST_MEMORY: 30 * GIB}
+    assert space.place(spec("new"), 0).holds == {Level.READY: {HOST_MEMORY: GIB + BESIDE}}
 
 
 def test_a_registry_that_does_not_fit_changes_nothing() -> None:
     space = of(registry(spec(), memory="24GiB"))
     with pytest.raises(ConfigError, match=r"needs 31\.0 GiB"):
         space.planned(registry(spec(memory="31GiB"), memory="30GiB"), {})
-    assert space.capacity == {HOST: 24 * GIB}
+    assert space.capacity == {HOST_MEMORY: 24 * GIB}
 
 
 # --- what a model is computed in

@@ -19,9 +19,9 @@ from llmserve.gpus.device import GIB, described
 from llmserve.gpus.nvml import Holder
 from llmserve.gpus.page_exchange import PAGE_BYTES, PageBroker
 from llmserve.lifecycle import gpu_memory as space
-from llmserve.lifecycle.eviction import Level
 from llmserve.lifecycle.gpu_memory import GpuMemory, overhead_bytes
 from llmserve.lifecycle.operator import ModelOperator
+from llmserve.lifecycle.placement import Level, Place
 from llmserve.lifecycle.pool import Pool
 from llmserve.lifecycle.replica import State
 from llmserve.metrics import Metrics
@@ -426,9 +426,10 @@ def test_a_gpu_may_be_filled_up_to_its_headroom(gpus: Gpus, tmp_path: Path) -> N
     plan = planned(Measured(tmp_path), entry(memory="40GiB"), box="2xH100")
     memory = plan.box[0].memory
     held = GpuMemory(plan, Measured(tmp_path)).capacity
-    assert sorted(held) == [0, 1]
-    assert held[0] == held[1] <= memory * 0.92
-    assert held[0] > memory * 0.9
+    first, second = Place(0), Place(1)
+    assert set(held) == {first, second}
+    assert held[first] == held[second] <= memory * 0.92
+    assert held[first] > memory * 0.9
 
 
 def test_who_cannot_sleep_holds_all_or_nothing(tmp_path: Path) -> None:
@@ -436,7 +437,7 @@ def test_who_cannot_sleep_holds_all_or_nothing(tmp_path: Path) -> None:
     space = GpuMemory(planned(Measured(tmp_path), m, box="2xH100"), Measured(tmp_path))
     place = space.place(m, 0)
     assert not place.sleeps
-    assert place.holds == {Level.READY: {0: 40 * GIB, 1: 40 * GIB}}
+    assert place.holds == {Level.READY: {Place(0): 40 * GIB, Place(1): 40 * GIB}}
 
 
 def test_a_sleeper_holds_less_at_each_level(tmp_path: Path) -> None:
@@ -447,7 +448,7 @@ def test_a_sleeper_holds_less_at_each_level(tmp_path: Path) -> None:
     assert place.sleeps
     assert replica.kv == 5 * GIB
     holds = place.holds
-    assert [holds[level][0] for level in (Level.READY, Level.KV_RELEASED, Level.HOST)] == [
+    assert [holds[level][Place(0)] for level in (Level.READY, Level.KV_RELEASED, Level.HOST)] == [
         replica.weights + replica.overhead + replica.kv,
         replica.weights + replica.overhead,
         replica.overhead,
@@ -694,7 +695,7 @@ async def test_the_engine_before_sleeps_and_wakes_where_it_is(moving: Moving, gp
     old = await moving.ready()
     engine = moving.backend.running("m")
     async with starting_on_gpu_1(moving):
-        assert old.holds[Level.READY].keys() == {0}
+        assert old.holds[Level.READY].keys() == {Place(0)}
         await soon(moving.pool.life.lower(old, Level.HOST), within_s=5)
         gpus.used[1] = moving.memory.plan.box[1].memory  # by the engine that starts
         await soon(moving.pool.life.to_ready(old), within_s=5)
