@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
 from llmserve.errors import LLMServeError, Overloaded, RequestError, quoted
@@ -196,19 +195,11 @@ class ModelOperator:
         """New serving objects for engines that go on, for all of them or for none; why not."""
         if not change.rebuilds:
             return []
-        async with AsyncExitStack() as turns:  # none of them starts or ends meanwhile
-            for replica in replicas:
-                await turns.enter_async_context(replica.transition_lock)
-            living = [
-                (each, each.running) for each in replicas if each.running and not each.running.dead
-            ]
-            try:
-                rebuilt = [await running.changed(change.new) for _, running in living]
-            except Exception as error:
-                log.exception("model=%s could not be changed", change.old.name)
-                return [f"{change.old.name}: {_cause(error)}; it goes on as before"]
-            for (replica, _), running in zip(living, rebuilt, strict=True):
-                replica.running = running
+        try:
+            await self._pool.life.rebuild(replicas, change.new)
+        except Exception as error:
+            log.exception("model=%s could not be changed", change.old.name)
+            return [f"{change.old.name}: {_cause(error)}; it goes on as before"]
         return []
 
     async def _started(self, entry: ServedModel) -> list[str]:
@@ -227,7 +218,7 @@ class ModelOperator:
         if not kept and self._pool.life.fits(coming):
             return await self._replaced(old, entry)
         for replica in coming:
-            replica.queues_requests = True  # whoever asks meanwhile waits
+            self._pool.life.queue_requests(replica)
         self._pool.add(entry)
         self._publish()
         await self._pool.end(old, [each for each in old.replicas if each not in kept])

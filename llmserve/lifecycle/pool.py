@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -139,10 +138,9 @@ class Pool:
         """Nobody finds it any more; those in its line may still."""
         del self.entries[entry.name]
         self._forget(entry)
-        unpinned = replace(entry.model, spec=entry.model.spec.model_copy(update={"pinned": False}))
         for replica in entry.replicas:
-            if self._owner[replica] is entry:  # its place is free soon, and whoever comes waits
-                replica.model = unpinned
+            if self._owner[replica] is entry:
+                self.life.leave(replica)
 
     async def end(self, entry: ServedModel, replicas: Iterable[Replica] | None = None) -> None:
         """End engines of a model that leaves, once its requests have ended."""
@@ -150,7 +148,7 @@ class Pool:
             await asyncio.sleep(_DRAIN_LOOK_S)
         replicas = entry.replicas if replicas is None else tuple(replicas)
         for replica in replicas:
-            replica.retired = True
+            self.life.retire(replica)
         await asyncio.gather(*(self._ended(each) for each in replicas))
         for replica in replicas:
             self._owner.pop(replica, None)
@@ -283,7 +281,7 @@ class Pool:
             return
         for replica in entry.replicas:
             if replica.state in AT_REST or replica.state is State.FAILED:
-                replica.queues_requests = True
+                self.life.queue_requests(replica)
                 self._begin_transition(replica, self.life.to_ready)
         await self.wait_started(entry)
 
@@ -357,7 +355,7 @@ class Pool:
     def _start_on_demand(self, entry: ServedModel) -> None:
         for replica in entry.replicas:
             if replica.can_start:
-                replica.queues_requests = True
+                self.life.queue_requests(replica)
                 self._begin_transition(replica, self.life.to_ready)
 
     def _begin_transition(self, replica: Replica, way: Way, *, ends: bool = False) -> None:

@@ -182,6 +182,7 @@ class Replica:
         self.cost_s: dict[Level, float] = {}  # what it last took to be ready, by where from
         self.since = time.monotonic()  # its state
         self.used = time.monotonic()  # when a request last came or went
+        self.leaves = False  # its model has left, and its memory is free soon
         self.retired = False  # it ends with its requests, and does not start again
         self.queues_requests = (
             model.spec.start == "lazy"
@@ -226,6 +227,10 @@ class Replica:
         if self.state is State.FAILED:
             return self.model.spec.start != "eager" and time.monotonic() >= self.again_at
         return self.state in AT_REST
+
+    @property
+    def is_pinned(self) -> bool:
+        return self.model.spec.pinned and not self.leaves
 
     @property
     def idle_s(self) -> float:

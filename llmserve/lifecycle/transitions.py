@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from llmserve.lifecycle.placement import Place, Takes
     from llmserve.lifecycle.replica import Backend, Replica, Running
     from llmserve.metrics import Metrics
+    from llmserve.registry.config import ModelSpec
 
 log = logging.getLogger(__name__)
 
@@ -241,6 +242,35 @@ class ReplicaLifecycle:
         self.change(replica, State.WAITING, f"{note}; again in {pause_s:g} s")
         return True
 
+    # --- what a request or a reload asks
+
+    def queue_requests(self, replica: Replica) -> None:
+        """Let requests wait for a replica while it is on its way."""
+        replica.queues_requests = True
+
+    def leave(self, replica: Replica) -> None:
+        """Let others have the memory of a replica whose model has left."""
+        replica.leaves = True
+
+    def retire(self, replica: Replica) -> None:
+        """Start a replica no more; it ends with its requests."""
+        replica.retired = True
+
+    async def rebuild(self, replicas: Iterable[Replica], spec: ModelSpec) -> None:
+        """Give engines that go on the handlers of a changed entry: all of them, or none.
+
+        Raises what the first failure raises.
+        """
+        async with contextlib.AsyncExitStack() as locks:  # none starts or ends meanwhile
+            for replica in replicas:
+                await locks.enter_async_context(replica.transition_lock)
+            living = [
+                (each, each.running) for each in replicas if each.running and not each.running.dead
+            ]
+            rebuilt = [await running.changed(spec) for _, running in living]
+            for (replica, _), running in zip(living, rebuilt, strict=True):
+                replica.running = running
+
     # --- states
 
     def change(self, replica: Replica, state: State, note: str = "") -> None:
@@ -344,7 +374,7 @@ class ReplicaLifecycle:
         staying = [
             self._takes(each, level)
             for each, level in self._booked.items()
-            if each is not replica and (each.model.spec.pinned or each.model is replica.model)
+            if each is not replica and (each.is_pinned or each.model is replica.model)
         ]
         for place, capacity in self._backend.capacity.items():
             free = capacity - sum(held.get(place, 0) for held in staying)
@@ -356,7 +386,7 @@ class ReplicaLifecycle:
 
 
 def _gives_way(replica: Replica, *, busy: bool) -> bool:
-    if replica.model.spec.pinned or replica.transition_lock.locked():
+    if replica.is_pinned or replica.transition_lock.locked():
         return False
     if replica.state is not State.READY:
         return replica.state is State.SLEEPING
