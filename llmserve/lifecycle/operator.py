@@ -11,7 +11,7 @@ from llmserve.errors import LLMServeError, Overloaded, RequestError, quoted
 from llmserve.lifecycle.placement import HOST_MEMORY, Level
 from llmserve.lifecycle.replica import State
 from llmserve.registry import diff
-from llmserve.registry.names import Model, ModelNames
+from llmserve.registry.names import Model
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable
@@ -148,10 +148,6 @@ class ModelOperator:
         """What every model goes by, which the file may have failed to change."""
         return tuple(entry.model.spec for entry in self._pool.entries.values())
 
-    def _publish(self) -> None:
-        """Let the models be found by the names that they answer to now."""
-        self._pool.registry = ModelNames(self._specs())
-
     async def _go_by(self, config: Config, changes: Changes) -> list[str]:
         """Apply; lines of what did not go well, which leaves its model as it was."""
         for name in changes.unchanged:
@@ -165,7 +161,6 @@ class ModelOperator:
         added = [self._pool.create(Model(spec)) for spec in changes.added]
         for entry in added:
             self._pool.add(entry)
-        self._publish()
         told, _ = await asyncio.gather(
             asyncio.gather(
                 *(self._rebuild(change) for change in (*changes.rebuilt, *changes.renamed)),
@@ -177,7 +172,6 @@ class ModelOperator:
         before = {change.new.name: change.old.name for change in changes.renamed}
         names = [spec.name for spec in config.models]
         self._pool.sort(name if name in self._pool.entries else before[name] for name in names)
-        self._publish()
         return [line for lines in told for line in lines]
 
     async def _rebuild(self, change: Change) -> list[str]:
@@ -188,7 +182,6 @@ class ModelOperator:
             self._pool.rename(entry, Model(change.new))
         else:
             self._pool.apply_spec(entry, Model(change.new))
-        self._publish()
         return []
 
     async def _rebuilt(self, change: Change, replicas: Iterable[Replica]) -> list[str]:
@@ -220,7 +213,6 @@ class ModelOperator:
         for replica in coming:
             self._pool.life.queue_requests(replica)
         self._pool.add(entry)
-        self._publish()
         await self._pool.end(old, [each for each in old.replicas if each not in kept])
         return await self._started(entry)
 
@@ -233,7 +225,6 @@ class ModelOperator:
             await self._pool.end(new)
             return [f"{line}; the engine before it goes on" for line in failed]
         self._pool.add(new)
-        self._publish()
         await self._pool.end(old)
         return failed
 

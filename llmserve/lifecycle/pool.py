@@ -21,6 +21,7 @@ from llmserve.lifecycle.replica import AT_REST, STARTING, Replica, State
 from llmserve.lifecycle.response_store import Archive
 from llmserve.lifecycle.served_model import ServedModel
 from llmserve.lifecycle.transitions import ReplicaLifecycle
+from llmserve.registry.names import ModelNames
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable, Sequence
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from llmserve.lifecycle.placement import Placement
     from llmserve.lifecycle.replica import Backend
     from llmserve.metrics import Metrics
-    from llmserve.registry.names import Model, ModelNames
+    from llmserve.registry.names import Model
 
 log = logging.getLogger(__name__)
 Way: TypeAlias = "Callable[[Replica], Coroutine[Any, Any, None]]"  # from one state to another
@@ -55,7 +56,7 @@ class Pool:
         metrics: Metrics,
         on_change: Callable[[Replica], None] = lambda _: None,
     ) -> None:
-        self.registry = registry
+        self.registry = registry  # the names that `entries` answer to
         self.entries: dict[str, ServedModel] = {}
         self.leases: dict[Lease, None] = {}  # in the order in which they were given
         self.events = Events()
@@ -100,6 +101,11 @@ class Pool:
     def apply_spec(self, entry: ServedModel, model: Model) -> None:
         """Go on by a new registry, in which this model keeps its engines."""
         entry.apply_spec(model, self._placements(model))
+        self._publish()
+
+    def _publish(self) -> None:
+        """Let requests find the models by the names that they answer to now."""
+        self.registry = ModelNames(entry.model.spec for entry in self.entries.values())
 
     def add(self, entry: ServedModel) -> None:
         """From now on this is the model of its name; requests that wait for it wait on here."""
@@ -110,6 +116,7 @@ class Pool:
             entry.responses = before.responses
             self.remove(before)
         self.entries[entry.name] = entry
+        self._publish()
         self._metrics.in_flight.labels(entry.name).set_function(entry.slots.count)
         self._metrics.queued.labels(entry.name).set_function(entry.slots.waiting)
         for replica in entry.replicas:
@@ -133,10 +140,12 @@ class Pool:
         shown = [each for entry in self.entries.values() for each in entry.replicas]
         rest = [each for each in self._owner if each not in shown]
         self._owner = {each: self._owner[each] for each in (*shown, *rest)}
+        self._publish()
 
     def remove(self, entry: ServedModel) -> None:
         """Nobody finds it any more; those in its line may still."""
         del self.entries[entry.name]
+        self._publish()
         self._forget(entry)
         for replica in entry.replicas:
             if self._owner[replica] is entry:
