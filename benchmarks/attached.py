@@ -58,6 +58,10 @@ class AttachedBackend:
         return running
 
     @property
+    def memory(self) -> AttachedBackend:
+        return self
+
+    @property
     def capacity(self) -> Takes:
         return {}
 

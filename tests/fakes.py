@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from llmserve.lifecycle.admission import QueuedRequest
     from llmserve.lifecycle.placement import Takes
-    from llmserve.lifecycle.replica import Running, State
+    from llmserve.lifecycle.replica import MemoryBudget, Running, State
     from llmserve.lifecycle.response_store import ResponseStore
     from llmserve.registry.config import Config
 
@@ -204,12 +204,13 @@ class Plan:
 
 
 class FakeBackend:
-    """Starts the replicas of its plans; one without a plan is ready at once.
+    """Starts the replicas of its plans; one without a plan is ready at once. Its own memory.
 
     Their names are those of `pool.Replica`.
     """
 
     def __init__(self, **plans: Plan) -> None:
+        self.memory: MemoryBudget = self
         self.plans = plans
         self.started: list[str] = []
         self.expected: list[tuple[Placement, str]] = []

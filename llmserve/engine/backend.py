@@ -20,18 +20,18 @@ from llmserve.engine.hang_detection import HangDetector, cpu_s
 from llmserve.engine.startup_log import StartLog, cause_of
 from llmserve.engine.worker.plugin import log_file
 from llmserve.errors import ModelUnusable, ShapeUnknown, StartupError
-from llmserve.lifecycle.replica import State
+from llmserve.lifecycle.replica import MemoryBudget, State
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping, Sequence
     from concurrent.futures import Future
-    from contextlib import AbstractAsyncContextManager, AbstractContextManager
+    from contextlib import AbstractAsyncContextManager
 
     from llmserve.checkpoint.hub import HubFolder, HubRevision
     from llmserve.lifecycle.gpu_memory import Keep
-    from llmserve.lifecycle.placement import Level, Placement, Takes
+    from llmserve.lifecycle.placement import Placement
     from llmserve.lifecycle.replica import Running
-    from llmserve.registry.config import Config, ModelSpec
+    from llmserve.registry.config import ModelSpec
 
 log = logging.getLogger(__name__)
 
@@ -173,29 +173,18 @@ def _with_folders(spec: ModelSpec, fetched: Mapping[str, HubFolder]) -> ModelSpe
     return spec.model_copy(update={"loras": loras, "model": model})
 
 
-class Memory(Protocol):
-    """What engines hold, and who starts when."""
+class Memory(MemoryBudget, Protocol):
+    """A budget that starts wait for."""
 
-    @property
-    def capacity(self) -> Takes: ...
-    def place(self, spec: ModelSpec, number: int) -> Placement: ...
     def start(
         self, spec: ModelSpec, placement: Placement
     ) -> AbstractAsyncContextManager[tuple[ModelSpec, Keep]]:
         """Its entry with all said, while it may start, and where its report goes."""
         ...
 
-    def expecting(self, placement: Placement) -> AbstractContextManager[None]: ...
-    def moves(
-        self, placement: Placement, wakes_from: Level | None
-    ) -> AbstractAsyncContextManager[None]: ...
-    def planned(
-        self, config: Config, kept: Mapping[str, Sequence[Placement]]
-    ) -> Callable[[], None]: ...
-
 
 class VllmBackend:
-    """Engines of vLLM's, in the memory that there is: `gpu_memory.GpuMemory` or `host_memory.HostMemory`."""
+    """Engines of vLLM's, in the memory that there is: `GpuMemory` or `HostMemory`."""
 
     def __init__(self, log_dir: Path, memory: Memory, patience: Patience | None = None) -> None:
         self._log_dir = log_dir
@@ -247,26 +236,6 @@ class VllmBackend:
         serving.took = clock.took
         running: Running = serving
         return running
-
-    @property
-    def capacity(self) -> Takes:
-        return self.memory.capacity
-
-    def place(self, spec: ModelSpec, number: int) -> Placement:
-        return self.memory.place(spec, number)
-
-    def expecting(self, placement: Placement) -> AbstractContextManager[None]:
-        return self.memory.expecting(placement)
-
-    def moves(
-        self, placement: Placement, wakes_from: Level | None = None
-    ) -> AbstractAsyncContextManager[None]:
-        return self.memory.moves(placement, wakes_from)
-
-    def planned(
-        self, config: Config, kept: Mapping[str, Sequence[Placement]]
-    ) -> Callable[[], None]:
-        return self.memory.planned(config, kept)
 
     def log_of(self, spec: ModelSpec, number: int) -> Path:
         return log_file(self._log_dir, spec.name, number if spec.replicas > 1 else None)

@@ -124,7 +124,9 @@ class GpuMemory:
         return [uuid for index in replica.devices if (uuid := self.plan.box[index].uuid)]
 
     @contextlib.asynccontextmanager
-    async def moves(self, placement: Placement, wakes_from: Level | None) -> AsyncIterator[None]:
+    async def moves(
+        self, placement: Placement, wakes_from: Level | None = None
+    ) -> AsyncIterator[None]:
         """While nobody is measured on its GPUs; a sleeper first waits for what it needs.
 
         Raises StartupError if others hold that.

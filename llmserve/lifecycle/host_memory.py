@@ -158,7 +158,9 @@ class HostMemory:
         return contextlib.nullcontext()
 
     @contextlib.asynccontextmanager
-    async def moves(self, placement: Placement, wakes_from: Level | None) -> AsyncIterator[None]:
+    async def moves(
+        self, placement: Placement, wakes_from: Level | None = None
+    ) -> AsyncIterator[None]:
         del placement, wakes_from
         yield
 

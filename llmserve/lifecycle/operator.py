@@ -135,7 +135,9 @@ class ModelOperator:
             read = await asyncio.to_thread(self._read)
             changes = diff.changes(before, read)
             config = _with_server_of(before, read, changes.needs_restart)
-            adopt = await asyncio.to_thread(self._backend.planned, config, self._kept(changes))
+            adopt = await asyncio.to_thread(
+                self._backend.memory.planned, config, self._kept(changes)
+            )
             lines = diff.told(changes)
             if not dry_run:
                 adopt()
@@ -233,7 +235,7 @@ class ModelOperator:
         return (
             change.effect is diff.Effect.RESIZED
             and replica.number < change.new.replicas
-            and self._backend.place(change.new, replica.number).holds == replica.holds
+            and self._backend.memory.place(change.new, replica.number).holds == replica.holds
         )
 
     def _kept(self, changes: Changes) -> dict[str, list[Placement]]:

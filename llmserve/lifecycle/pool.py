@@ -96,7 +96,7 @@ class Pool:
         return entry
 
     def _placements(self, model: Model) -> list[Placement]:
-        return [self._backend.place(model.spec, each) for each in range(model.spec.replicas)]
+        return [self._backend.memory.place(model.spec, each) for each in range(model.spec.replicas)]
 
     def apply_spec(self, entry: ServedModel, model: Model) -> None:
         """Go on by a new registry, in which this model keeps its engines."""

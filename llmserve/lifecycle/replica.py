@@ -117,23 +117,16 @@ class Running(Protocol):
     async def stop(self) -> None: ...
 
 
-class Backend(Protocol):
+class MemoryBudget(Protocol):
+    """Memory that engines share: where each has its place, and when it may move there."""
+
     @property
     def capacity(self) -> Takes:
         """Bytes that all replicas may hold together, by place; nothing: no bound."""
         ...
 
     def place(self, spec: ModelSpec, number: int) -> Placement:
-        """Where one of the model's replicas, numbered from 0, has its place now."""
-        ...
-
-    async def start(
-        self, spec: ModelSpec, placement: Placement, report: Callable[[State, str], None]
-    ) -> Running:
-        """Start one of the model's replicas there.
-
-        Raises StartupError with the cause in one line.
-        """
+        """The place of one of the model's replicas, numbered from 0, by the plan in force."""
         ...
 
     def expecting(self, placement: Placement) -> AbstractContextManager[None]:
@@ -149,17 +142,31 @@ class Backend(Protocol):
         """
         ...
 
-    def log_of(self, spec: ModelSpec, number: int) -> Path: ...
     def planned(
         self, config: Config, kept: Mapping[str, Sequence[Placement]]
     ) -> Callable[[], None]:
         """Plan another registry, and go by it once the result is called. Blocks.
 
-        Engines of `kept`, by their model's name there, stay where they are. Raises
-        ConfigError.
+        Engines of `kept`, by their model's name there, stay where they are. Raises ConfigError.
         """
         ...
 
+
+class Backend(Protocol):
+    """Starts engines."""
+
+    @property
+    def memory(self) -> MemoryBudget: ...
+    async def start(
+        self, spec: ModelSpec, placement: Placement, report: Callable[[State, str], None]
+    ) -> Running:
+        """Start one of the model's replicas there.
+
+        Raises StartupError with the cause in one line.
+        """
+        ...
+
+    def log_of(self, spec: ModelSpec, number: int) -> Path: ...
     def kill(self) -> None:
         """End every engine process at once, those of starts under way too."""
         ...

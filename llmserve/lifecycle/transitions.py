@@ -48,6 +48,7 @@ class ReplicaLifecycle:
         self, backend: Backend, metrics: Metrics, changed: Callable[[Replica, State], None]
     ) -> None:
         self._backend = backend
+        self._memory = backend.memory
         self._metrics = metrics
         self._changed = changed
         self._booked: dict[Replica, Level] = {}  # what of the memory each may have
@@ -79,7 +80,7 @@ class ReplicaLifecycle:
     def _expecting(self, replica: Replica) -> AbstractContextManager[None]:
         if not replica.level:
             return contextlib.nullcontext()
-        return self._backend.expecting(replica.placement)
+        return self._memory.expecting(replica.placement)
 
     def _has_room(self, replica: Replica) -> bool:
         return self._booked.get(replica) is Level.READY
@@ -127,7 +128,7 @@ class ReplicaLifecycle:
             return False
         self.change(replica, State.WAKING)
         try:
-            async with self._backend.moves(replica.placement, replica.level):
+            async with self._memory.moves(replica.placement, replica.level):
                 await replica.running.wake()
         except LLMServeError as error:
             log.error("model=%s did not wake: %s", replica.name, error.message)  # noqa: TRY400
@@ -168,7 +169,7 @@ class ReplicaLifecycle:
         running = replica.running
         if running is not None and running.sleeps and not running.dead and level:
             try:
-                async with self._backend.moves(replica.placement):
+                async with self._memory.moves(replica.placement):
                     await running.sleep(level)
             except LLMServeError as error:
                 log.error("model=%s did not sleep: %s", replica.name, error.message)  # noqa: TRY400
@@ -349,7 +350,7 @@ class ReplicaLifecycle:
                 for other, level in self._booked.items()
                 if other is not replica
             ]
-            steps = room(takes, self._backend.capacity, others)
+            steps = room(takes, self._memory.capacity, others)
             if steps is not None:
                 return steps
         return None
@@ -368,7 +369,7 @@ class ReplicaLifecycle:
             )
             for each, level in self._booked.items()
         ]
-        return room(wanted, self._backend.capacity, here) is not None
+        return room(wanted, self._memory.capacity, here) is not None
 
     def _raise_if_hopeless(self, replica: Replica, takes: Takes) -> None:
         staying = [
@@ -376,7 +377,7 @@ class ReplicaLifecycle:
             for each, level in self._booked.items()
             if each is not replica and (each.is_pinned or each.model is replica.model)
         ]
-        for place, capacity in self._backend.capacity.items():
+        for place, capacity in self._memory.capacity.items():
             free = capacity - sum(held.get(place, 0) for held in staying)
             if takes.get(place, 0) > free:
                 raise StartupError(

@@ -74,7 +74,9 @@ class Memory:
         return nullcontext()
 
     @asynccontextmanager
-    async def moves(self, placement: Placement, wakes_from: Level | None) -> AsyncIterator[None]:
+    async def moves(
+        self, placement: Placement, wakes_from: Level | None = None
+    ) -> AsyncIterator[None]:
         del placement, wakes_from
         await asyncio.sleep(0)
         yield

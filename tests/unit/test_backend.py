@@ -4,7 +4,7 @@ import asyncio
 import threading
 import time
 from collections import Counter
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from types import SimpleNamespace
@@ -24,7 +24,8 @@ from llmserve.registry.config import Config
 from tests.fakes import Gate, soon, spec, until
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+    from contextlib import AbstractAsyncContextManager, AbstractContextManager
     from pathlib import Path
 
     from llmserve.engine.backend import Memory
@@ -233,25 +234,23 @@ class FakeSpace:
 
     events: list[str] = field(default_factory=list)
     reports: list[Any] = field(default_factory=list)
-    capacity: Takes = field(default_factory=lambda: {Place(0): 80, Place(1): 80})
+    capacity: Takes = field(default_factory=dict)
 
     def place(self, spec: ModelSpec, number: int) -> Placement:
         return place(number)
 
-    @contextmanager
-    def expecting(self, placement: Placement) -> Iterator[None]:
-        self.events.append(f"{placement.number} expected")
-        yield
+    def expecting(self, placement: Placement) -> AbstractContextManager[None]:
+        return nullcontext()
 
-    @asynccontextmanager
-    async def moves(self, placement: Placement, wakes_from: Level | None) -> AsyncIterator[None]:
-        self.events.append(f"{placement.number} from {wakes_from!r}")
-        yield
+    def moves(
+        self, placement: Placement, wakes_from: Level | None = None
+    ) -> AbstractAsyncContextManager[None]:
+        return nullcontext()
 
     def planned(
         self, config: Config, kept: Mapping[str, Sequence[Placement]]
     ) -> Callable[[], None]:
-        return lambda: self.events.append(f"{len(config.models)} models, kept {sorted(kept)}")
+        return lambda: None
 
     @asynccontextmanager
     async def start(
@@ -299,21 +298,6 @@ async def test_only_what_is_planned_to_sleep_is_started_so_that_it_can(tmp_path:
     ):
         await soon(backend.start(spec(), placement, nothing))
     assert vllm.sleeping == [False, True]
-
-
-async def test_what_is_held_and_planned_is_asked_of_the_memory(tmp_path: Path) -> None:
-    memory = FakeSpace()
-    backend = FakeVllm().backend(tmp_path, memory)
-    assert backend.capacity == {Place(0): 80, Place(1): 80}
-    assert backend.place(spec(), 1) == place(1)
-    with backend.expecting(place(1)):
-        async with backend.moves(place(1), Level.HOST), backend.moves(place(0)):
-            pass
-    adopt = backend.planned(Config(file=tmp_path / "m.yaml", models=(spec(),)), {"a": [place(0)]})
-    moves = ["1 expected", f"1 from {Level.HOST!r}", "0 from None"]
-    assert memory.events == moves  # nothing is adopted before it is said
-    adopt()
-    assert memory.events == [*moves, "1 models, kept ['a']"]
 
 
 def test_each_replica_has_a_log_of_its_own(tmp_path: Path) -> None:

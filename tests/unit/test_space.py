@@ -34,8 +34,7 @@ from tests.fakes import FakeBackend, FakeRunning, Gate, soon
 from tests.unit.shapes import LLAMA_8B
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-    from contextlib import AbstractAsyncContextManager, AbstractContextManager
+    from collections.abc import AsyncIterator, Callable
     from pathlib import Path
 
     from llmserve.checkpoint.shape import Shape
@@ -608,30 +607,13 @@ class FakeEngines(FakeBackend):
 
     def __init__(self, memory: GpuMemory) -> None:
         super().__init__()
-        self.memory = memory
-        self.capacity = memory.capacity
+        self.memory = self.gpus = memory
         self.devices: list[tuple[int | str, ...] | None] = []  # of each start
-
-    def place(self, spec: ModelSpec, number: int) -> Placement:
-        return self.memory.place(spec, number)
-
-    def expecting(self, placement: Placement) -> AbstractContextManager[None]:
-        return self.memory.expecting(placement)
-
-    def moves(
-        self, placement: Placement, wakes_from: Level | None = None
-    ) -> AbstractAsyncContextManager[None]:
-        return self.memory.moves(placement, wakes_from)
-
-    def planned(
-        self, config: Config, kept: Mapping[str, Sequence[Placement]]
-    ) -> Callable[[], None]:
-        return self.memory.planned(config, kept)
 
     async def start(
         self, spec: ModelSpec, placement: Placement, report: Callable[[State, str], None]
     ) -> Running:
-        async with self.memory.start(spec, placement) as (placed, _):
+        async with self.gpus.start(spec, placement) as (placed, _):
             self.devices.append(placed.devices)
             return await super().start(spec, placement, report)
 
