@@ -21,14 +21,14 @@ import uvloop
 from rich.console import Console
 
 from llmserve.engine import gc_policy
-from llmserve.lifecycle.eviction import Level
+from llmserve.lifecycle.placement import Level, Placement
 from llmserve.registry import config
 from llmserve.server import process
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Mapping
+    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
-    from llmserve.lifecycle.eviction import Takes
+    from llmserve.lifecycle.placement import Takes
     from llmserve.lifecycle.replica import Running, State
     from llmserve.registry.config import Config, ModelSpec
 
@@ -42,41 +42,50 @@ class AttachedBackend:
         self._addresses = addresses
         self._log_dir = log_dir
 
-    async def start(self, spec: ModelSpec, number: int, _: Callable[[State, str], None]) -> Running:
+    async def start(
+        self, spec: ModelSpec, placement: Placement, _: Callable[[State, str], None]
+    ) -> Running:
         # Only now: `up` has prepared the environment.
         from llmserve.engine.engine import Launcher  # noqa: PLC0415  # imports vLLM
         from llmserve.engine.handlers import ModelHandlers  # noqa: PLC0415  # as above
 
         gc_policy.keep()
         launcher = Launcher(self._log_dir)
+        number = placement.number
         addresses = self._addresses[spec.name][number]
         engine = await asyncio.to_thread(launcher.start, spec, number, addresses)
         running: Running = await ModelHandlers.build(spec, engine)
         return running
 
     @property
+    def memory(self) -> AttachedBackend:
+        return self
+
+    @property
     def capacity(self) -> Takes:
         return {}
 
-    def holds(self, spec: ModelSpec, number: int) -> Mapping[Level, Takes]:
-        del spec, number
-        return {Level.READY: {}}
+    def place(self, spec: ModelSpec, number: int) -> Placement:
+        del spec
+        return Placement(number, {Level.READY: {}})
 
-    def expecting(self, spec: ModelSpec, number: int) -> contextlib.AbstractContextManager[None]:
-        del spec, number
+    def expecting(self, placement: Placement) -> contextlib.AbstractContextManager[None]:
+        del placement
         return contextlib.nullcontext()
 
     @contextlib.asynccontextmanager
     async def moves(
-        self, spec: ModelSpec, number: int, wakes_from: Level | None = None
+        self, placement: Placement, wakes_from: Level | None = None
     ) -> AsyncIterator[None]:
-        del spec, number, wakes_from
+        del placement, wakes_from
         yield
 
     def log_of(self, spec: ModelSpec, number: int) -> Path:
         return self._log_dir / f"{spec.name}-{number}.log"
 
-    def planned(self, config: Config, kept: Mapping[str, str]) -> Callable[[], None]:
+    def planned(
+        self, config: Config, kept: Mapping[str, Sequence[Placement]]
+    ) -> Callable[[], None]:
         del config, kept
         return lambda: None
 

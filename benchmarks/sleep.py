@@ -26,7 +26,7 @@ from benchmarks import record
 from llmserve.engine import environment
 from llmserve.gpus import nvml
 from llmserve.gpus.device import gib
-from llmserve.lifecycle.eviction import Level
+from llmserve.lifecycle.placement import Level
 from llmserve.registry.config import ModelSpec
 
 if TYPE_CHECKING:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,19 +18,19 @@ from llmserve.api.endpoints import ENDPOINTS
 from llmserve.api.sse import EventStream, PeekableStream
 from llmserve.errors import LLMServeError, StartupError
 from llmserve.lifecycle.admission import Releasable
-from llmserve.lifecycle.eviction import Level
+from llmserve.lifecycle.placement import Level, Placement
 from llmserve.registry.config import ModelSpec
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Collection, Iterator
+    from collections.abc import AsyncGenerator, AsyncIterator, Iterator
     from contextlib import AbstractContextManager
 
     from starlette.requests import Request
     from starlette.types import Scope
 
     from llmserve.lifecycle.admission import QueuedRequest
-    from llmserve.lifecycle.eviction import Takes
-    from llmserve.lifecycle.replica import Running, State
+    from llmserve.lifecycle.placement import Takes
+    from llmserve.lifecycle.replica import MemoryBudget, Running, State
     from llmserve.lifecycle.response_store import ResponseStore
     from llmserve.registry.config import Config
 
@@ -204,34 +204,35 @@ class Plan:
 
 
 class FakeBackend:
-    """Starts the replicas of its plans; one without a plan is ready at once.
+    """Starts the replicas of its plans; one without a plan is ready at once. Its own memory.
 
     Their names are those of `pool.Replica`.
     """
 
     def __init__(self, **plans: Plan) -> None:
+        self.memory: MemoryBudget = self
         self.plans = plans
         self.started: list[str] = []
-        self.expected: list[str] = []
+        self.expected: list[tuple[Placement, str]] = []
         self.killed = 0
         self.capacity: Takes = {}
         self.sizes: dict[str, Mapping[Level, Takes]] = {}  # by model; others hold nothing
         self.free_error: StartupError | None = None
         self.plan_error: LLMServeError | None = None
-        self.plans_made: list[set[str]] = []  # the models that were to stay
+        self.plans_made: list[dict[str, list[Placement]]] = []  # the engines that were to stay
 
-    def holds(self, spec: ModelSpec, number: int) -> Mapping[Level, Takes]:
-        return self.sizes.get(spec.name, {Level.READY: {}})
+    def place(self, spec: ModelSpec, number: int) -> Placement:
+        return Placement(number, self.sizes.get(spec.name, {Level.READY: {}}))
 
     @contextmanager
-    def expecting(self, spec: ModelSpec, number: int) -> Iterator[None]:
-        self.expected.append(f"{spec.name}/{number} comes")
+    def expecting(self, placement: Placement) -> Iterator[None]:
+        self.expected.append((placement, "comes"))
         yield
-        self.expected.append(f"{spec.name}/{number} came")
+        self.expected.append((placement, "came"))
 
     @asynccontextmanager
     async def moves(
-        self, spec: ModelSpec, number: int, wakes_from: Level | None = None
+        self, placement: Placement, wakes_from: Level | None = None
     ) -> AsyncIterator[None]:
         if wakes_from is not None and self.free_error is not None:
             raise self.free_error
@@ -240,8 +241,10 @@ class FakeBackend:
     def log_of(self, spec: ModelSpec, number: int) -> Path:
         return Path(f"/logs/{spec.name}+{number}")
 
-    def planned(self, config: Config, kept: Collection[str]) -> Callable[[], None]:
-        self.plans_made.append(set(kept))
+    def planned(
+        self, config: Config, kept: Mapping[str, Sequence[Placement]]
+    ) -> Callable[[], None]:
+        self.plans_made.append({name: list(there) for name, there in kept.items()})
         if self.plan_error is not None:
             raise self.plan_error
         return lambda: None
@@ -250,9 +253,9 @@ class FakeBackend:
         return self.plans[name].running
 
     async def start(
-        self, spec: ModelSpec, number: int, report: Callable[[State, str], None]
+        self, spec: ModelSpec, placement: Placement, report: Callable[[State, str], None]
     ) -> Running:
-        name = f"{spec.name}/{number}" if spec.replicas > 1 else spec.name
+        name = f"{spec.name}/{placement.number}" if spec.replicas > 1 else spec.name
         plan = self.plans.setdefault(name, Plan())
         self.started.append(name)
         for state, note in plan.reports:

@@ -20,18 +20,18 @@ from llmserve.engine.hang_detection import HangDetector, cpu_s
 from llmserve.engine.startup_log import StartLog, cause_of
 from llmserve.engine.worker.plugin import log_file
 from llmserve.errors import ModelUnusable, ShapeUnknown, StartupError
-from llmserve.lifecycle.replica import State
+from llmserve.lifecycle.replica import MemoryBudget, State
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
     from concurrent.futures import Future
-    from contextlib import AbstractAsyncContextManager, AbstractContextManager
+    from contextlib import AbstractAsyncContextManager
 
     from llmserve.checkpoint.hub import HubFolder, HubRevision
-    from llmserve.lifecycle.eviction import Level, Takes
     from llmserve.lifecycle.gpu_memory import Keep
+    from llmserve.lifecycle.placement import Placement
     from llmserve.lifecycle.replica import Running
-    from llmserve.registry.config import Config, ModelSpec
+    from llmserve.registry.config import ModelSpec
 
 log = logging.getLogger(__name__)
 
@@ -173,28 +173,18 @@ def _with_folders(spec: ModelSpec, fetched: Mapping[str, HubFolder]) -> ModelSpe
     return spec.model_copy(update={"loras": loras, "model": model})
 
 
-class Memory(Protocol):
-    """What engines hold, and who starts when."""
+class Memory(MemoryBudget, Protocol):
+    """A budget that starts wait for."""
 
-    @property
-    def capacity(self) -> Takes: ...
-    def holds(self, spec: ModelSpec, number: int) -> Mapping[Level, Takes]: ...
-    def sleeps(self, spec: ModelSpec, number: int) -> bool: ...
     def start(
-        self, spec: ModelSpec, number: int
+        self, spec: ModelSpec, placement: Placement
     ) -> AbstractAsyncContextManager[tuple[ModelSpec, Keep]]:
         """Its entry with all said, while it may start, and where its report goes."""
         ...
 
-    def expecting(self, spec: ModelSpec, number: int) -> AbstractContextManager[None]: ...
-    def moves(
-        self, spec: ModelSpec, number: int, wakes_from: Level | None
-    ) -> AbstractAsyncContextManager[None]: ...
-    def planned(self, config: Config, kept: Collection[str]) -> Callable[[], None]: ...
-
 
 class VllmBackend:
-    """Engines of vLLM's, in the memory that there is: `gpu_memory.GpuMemory` or `host_memory.HostMemory`."""
+    """Engines of vLLM's, in the memory that there is: `GpuMemory` or `HostMemory`."""
 
     def __init__(self, log_dir: Path, memory: Memory, patience: Patience | None = None) -> None:
         self._log_dir = log_dir
@@ -210,16 +200,16 @@ class VllmBackend:
         self._killed = False
 
     async def start(
-        self, spec: ModelSpec, number: int, report: Callable[[State, str], None]
+        self, spec: ModelSpec, placement: Placement, report: Callable[[State, str], None]
     ) -> Running:
         try:
-            return await self._started(spec, number, report)
+            return await self._started(spec, placement, report)
         except Exception:
             gc_policy.look_soon()
             raise
 
     async def _started(
-        self, spec: ModelSpec, number: int, report: Callable[[State, str], None]
+        self, spec: ModelSpec, placement: Placement, report: Callable[[State, str], None]
     ) -> Running:
         clock = _Clock()
         spec = await self._downloaded(spec, report)
@@ -228,14 +218,14 @@ class VllmBackend:
         await asyncio.to_thread(_raise_if_flawed, spec)
         modules = await self._modules()
         clock.lap("server_imports")
+        number = placement.number
         start = _Start(modules, self._threads, StartLog(self.log_of(spec, number)))
         async with start.owned():
-            async with self.memory.start(spec, number) as (placed, keep):
+            async with self.memory.start(spec, placement) as (placed, keep):
                 clock.lap("gpu_wait")
                 async with start.owned():  # its GPUs are given back once it has ended
-                    sleeps = self.memory.sleeps(spec, number)
                     engine = await start.engine(
-                        placed, number, report, self._patience, sleeps=sleeps
+                        placed, number, report, self._patience, sleeps=placement.sleeps
                     )
                     reports = await engine.start_reports()
                     keep(reports)
@@ -246,24 +236,6 @@ class VllmBackend:
         serving.took = clock.took
         running: Running = serving
         return running
-
-    @property
-    def capacity(self) -> Takes:
-        return self.memory.capacity
-
-    def holds(self, spec: ModelSpec, number: int) -> Mapping[Level, Takes]:
-        return self.memory.holds(spec, number)
-
-    def expecting(self, spec: ModelSpec, number: int) -> AbstractContextManager[None]:
-        return self.memory.expecting(spec, number)
-
-    def moves(
-        self, spec: ModelSpec, number: int, wakes_from: Level | None = None
-    ) -> AbstractAsyncContextManager[None]:
-        return self.memory.moves(spec, number, wakes_from)
-
-    def planned(self, config: Config, kept: Collection[str]) -> Callable[[], None]:
-        return self.memory.planned(config, kept)
 
     def log_of(self, spec: ModelSpec, number: int) -> Path:
         return log_file(self._log_dir, spec.name, number if spec.replicas > 1 else None)

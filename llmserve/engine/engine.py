@@ -32,7 +32,7 @@ from llmserve.engine.structured_output.checked_client import CheckedLLM
 from llmserve.engine.structured_output.compiler import ConstraintCompiler
 from llmserve.engine.worker.plugin import instance_of, log_file
 from llmserve.errors import EngineError, StartupError
-from llmserve.lifecycle.eviction import Level
+from llmserve.lifecycle.placement import Level
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence

@@ -108,7 +108,7 @@ if TYPE_CHECKING:
     from llmserve.api.body_thread import BodyThread
     from llmserve.engine.engine import Engine
     from llmserve.engine.fastpath.tokenizer import Encode
-    from llmserve.lifecycle.eviction import Level
+    from llmserve.lifecycle.placement import Level
     from llmserve.registry.config import ModelSpec
 
 log = logging.getLogger(__name__)

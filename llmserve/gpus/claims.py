@@ -12,16 +12,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Collection
+    from collections.abc import AsyncIterator, Collection, Hashable
 
 
 @dataclass(eq=False)
 class _Claim:
-    devices: frozenset[int]
+    places: frozenset[Hashable]
     alone: bool
 
     def excludes(self, other: _Claim) -> bool:
-        return (self.alone or other.alone) and bool(self.devices & other.devices)
+        return (self.alone or other.alone) and bool(self.places & other.places)
 
 
 class GpuClaims:
@@ -32,9 +32,9 @@ class GpuClaims:
         self._changed = asyncio.Condition()
 
     @contextlib.asynccontextmanager
-    async def hold(self, devices: Collection[int], *, alone: bool) -> AsyncIterator[None]:
+    async def hold(self, places: Collection[Hashable], *, alone: bool) -> AsyncIterator[None]:
         """Wait for the GPUs; `alone` shuts out everybody else meanwhile."""
-        claim = _Claim(frozenset(devices), alone)
+        claim = _Claim(frozenset(places), alone)
         async with self._changed:
             self._claims.append(claim)
             try:

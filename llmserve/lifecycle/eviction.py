@@ -1,25 +1,16 @@
-"""How much of a model is in memory, and who gives way to whom. Pure."""
+"""Which models are evicted, and how far down, so that another fits. Pure."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import IntEnum
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
-HOST = -1  # the place that is the host's memory; the others are indices of GPUs
-Takes = Mapping[int, int]  # bytes by place
+from llmserve.lifecycle.placement import Level
 
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
 
-class Level(IntEnum):
-    """Steps of a ladder: the higher, the sooner it answers and the more it holds."""
-
-    STOPPED = 0  # no engine
-    DISK = 1  # an engine without weights, which are read again (vLLM's sleep level 2)
-    HOST = 2  # weights in host memory (level 1)
-    KV_RELEASED = 3  # all but the KV cache is on the GPU
-    READY = 4
-
+    from llmserve.lifecycle.placement import Place, Takes
 
 K = TypeVar("K")
 
@@ -78,7 +69,7 @@ class _Box(Generic[K]):
         """Bytes beyond the capacities, over all places."""
         return sum(self._excess_at(place) for place in self._capacity)
 
-    def _excess_at(self, place: int) -> int:
+    def _excess_at(self, place: Place) -> int:
         pairs = zip(self._residents, self.levels, strict=True)
         taken = sum(one.at(level).get(place, 0) for one, level in pairs)
         return max(0, taken + self._wanted.get(place, 0) - self._capacity[place])

@@ -21,19 +21,19 @@ from llmserve.errors import StartupError
 from llmserve.gpus import nvml
 from llmserve.gpus.claims import GpuClaims
 from llmserve.gpus.device import gib, short_name
-from llmserve.lifecycle.eviction import Level
+from llmserve.lifecycle.placement import Level, Place, Placement
 from llmserve.planning import survey
 from llmserve.planning.measurements import Measured
 from llmserve.planning.placement import capacity
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Collection, Iterable
+    from collections.abc import AsyncIterator, Iterable
     from contextlib import AbstractContextManager
 
     from llmserve.gpus.device import Gpu
     from llmserve.gpus.nvml import Holder
     from llmserve.gpus.page_exchange import PageBroker
-    from llmserve.lifecycle.eviction import Takes
+    from llmserve.lifecycle.placement import Takes
     from llmserve.planning.plan import Plan, PlannedReplica
     from llmserve.registry.config import Config, ModelSpec
 
@@ -55,7 +55,6 @@ class GpuMemory:
         host_memory: int | None = None,
         handover: PageBroker | None = None,
     ) -> None:
-        self._places: dict[tuple[str, int], PlannedReplica] = {}  # also of models that leave
         self.apply_plan(plan, host_memory)
         self._kept = kept or Measured()
         self._handover = handover
@@ -66,20 +65,21 @@ class GpuMemory:
     def apply_plan(self, plan: Plan, host_memory: int | None) -> None:
         """Go by this plan from now on."""
         self.plan = plan
-        self._places |= {(each.model, each.number): each for each in plan.replicas}
         share = int(psutil.virtual_memory().total * _HOST_SHARE)
         self._near = _near(plan, share if host_memory is None else host_memory)
 
-    def planned(self, config: Config, kept: Collection[str]) -> Callable[[], None]:
+    def planned(
+        self, config: Config, kept: Mapping[str, Sequence[Placement]]
+    ) -> Callable[[], None]:
         """Plan another registry; engines of `kept` stay. Raises PlacementError."""
         models = tuple(self._fixed(spec) if spec.name in kept else spec for spec in config.models)
         fixed = config.model_copy(update={"models": models})
         plan = survey.plan(fixed, self.plan.box, self._kept).raise_if_infeasible(config)
         return partial(self.apply_plan, plan, config.server.host_memory)
 
-    def _fixed(self, spec: ModelSpec) -> ModelSpec:
+    def _fixed(self, spec: ModelSpec, kept: Sequence[Placement]) -> ModelSpec:
         """An entry whose engines run, with all said that they have."""
-        replicas = [self._places[spec.name, number] for number in range(spec.replicas)]
+        replicas = [_planned(placement) for placement in kept]
         said: dict[str, Any] = {
             "devices": tuple(index for replica in replicas for index in replica.devices),
             "tensor_parallel_size": replicas[0].tensor_parallel_size,
@@ -96,44 +96,44 @@ class GpuMemory:
     def capacity(self) -> Takes:
         """Bytes of each GPU that may be held: what is planned at the least."""
         return {
-            gpu.index: max(self.plan.peak(gpu.index), capacity(gpu, self.plan.headroom))
+            Place(gpu.index): max(self.plan.peak(gpu.index), capacity(gpu, self.plan.headroom))
             for gpu in self.plan.box
         }
 
-    def holds(self, spec: ModelSpec, number: int) -> Mapping[Level, Takes]:
-        replica = self._places[spec.name, number]
+    def place(self, spec: ModelSpec, number: int) -> Placement:
+        """The place of a model's replica in the plan in force."""
+        replica = self.plan.replica(spec.name, number)
         sizes = {Level.READY: replica.bytes}
         if replica.sleeps:
             asleep = Level.HOST if replica.name in self._near else Level.DISK
             sizes |= {Level.KV_RELEASED: replica.bytes - replica.kv, asleep: replica.asleep}
-        return {level: dict.fromkeys(replica.devices, size) for level, size in sizes.items()}
+        places = [Place(index) for index in replica.devices]
+        holds = {level: dict.fromkeys(places, size) for level, size in sizes.items()}
+        return Placement(number, holds, replica)
 
-    def sleeps(self, spec: ModelSpec, number: int) -> bool:
-        return self._places[spec.name, number].sleeps
-
-    def expecting(self, spec: ModelSpec, number: int) -> AbstractContextManager[None]:
+    def expecting(self, placement: Placement) -> AbstractContextManager[None]:
         """While it is about to wake: what others give up on its GPUs goes straight to it."""
         if self._handover is None:
             return contextlib.nullcontext()
-        return self._handover.expecting(self._uuids(self._places[spec.name, number]))
+        return self._handover.expecting(self._uuids(_planned(placement)))
 
     def _uuids(self, replica: PlannedReplica) -> list[str]:
         return [uuid for index in replica.devices if (uuid := self.plan.box[index].uuid)]
 
     @contextlib.asynccontextmanager
     async def moves(
-        self, spec: ModelSpec, number: int, wakes_from: Level | None
+        self, placement: Placement, wakes_from: Level | None = None
     ) -> AsyncIterator[None]:
         """While nobody is measured on its GPUs; a sleeper first waits for what it needs.
 
         Raises StartupError if others hold that.
         """
-        replica = self._places[spec.name, number]
+        replica = _planned(placement)
         async with self._locks.hold(replica.devices, alone=False):
             if wakes_from is not None:
-                held = self.holds(spec, number).get(wakes_from, {})
+                held = placement.holds[wakes_from]
                 needs = {
-                    i: replica.bytes - held.get(i, 0) - self._changing_hands(i)
+                    i: replica.bytes - held.get(Place(i), 0) - self._changing_hands(i)
                     for i in replica.devices
                 }
                 await self._room(replica, needs)
@@ -150,7 +150,7 @@ class GpuMemory:
         if short := _short("the plan", needs):
             raise StartupError("\n".join(short))
 
-    async def _room(self, replica: PlannedReplica, wanted: Takes) -> None:
+    async def _room(self, replica: PlannedReplica, wanted: Mapping[int, int]) -> None:
         """Wait for what a dead engine held, which the driver gives back some moments later.
 
         Raises StartupError if others hold it.
@@ -163,13 +163,15 @@ class GpuMemory:
             await asyncio.sleep(_LOOK_S)
 
     @contextlib.asynccontextmanager
-    async def start(self, spec: ModelSpec, number: int) -> AsyncIterator[tuple[ModelSpec, Keep]]:
+    async def start(
+        self, spec: ModelSpec, placement: Placement
+    ) -> AsyncIterator[tuple[ModelSpec, Keep]]:
         """Wait for the replica's GPUs; its entry with all said, and where its report goes.
 
         A replica whose overhead nobody has measured has its GPUs for itself, so that the
         difference of the device's memory is its own.
         """
-        replica = self._places[spec.name, number]
+        replica = _planned(placement)
         async with (
             self._measuring(replica) as alone,
             self._locks.hold(replica.devices, alone=alone),
@@ -228,6 +230,11 @@ class GpuMemory:
             "workers": [dict(report["bytes"]) for report in reports],
         }
         self._kept.keep(replica.fingerprint, overhead, about)
+
+
+def _planned(placement: Placement) -> PlannedReplica:
+    assert placement.planned is not None  # noqa: S101  # `place` plans each
+    return placement.planned
 
 
 def _near(plan: Plan, host_memory: int) -> frozenset[str]:

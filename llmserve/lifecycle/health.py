@@ -7,7 +7,7 @@ import logging
 from functools import partial
 from typing import TYPE_CHECKING
 
-from llmserve.lifecycle.eviction import Level
+from llmserve.lifecycle.placement import Level
 from llmserve.lifecycle.replica import State
 
 if TYPE_CHECKING:

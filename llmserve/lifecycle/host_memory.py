@@ -13,16 +13,16 @@ from pydantic import ByteSize, TypeAdapter
 from llmserve.checkpoint.shape import UnknownShape
 from llmserve.errors import ConfigError
 from llmserve.gpus.device import amount, gib
-from llmserve.lifecycle.eviction import HOST, Level
+from llmserve.lifecycle.placement import HOST_MEMORY, Level, Placement
 from llmserve.planning import cpu_features, feasibility, survey
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping
+    from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
     from contextlib import AbstractContextManager
 
     from llmserve.checkpoint.shape import Shape
-    from llmserve.lifecycle.eviction import Takes
     from llmserve.lifecycle.gpu_memory import Keep
+    from llmserve.lifecycle.placement import Takes
     from llmserve.planning.plan import Problem
     from llmserve.registry.config import Config, ModelSpec
 
@@ -47,7 +47,7 @@ class HostMemory:
         dtype_for: Callable[[Shape], str] = cpu_features.dtype_for,
     ) -> None:
         budget = config.server.host_memory
-        self.capacity: Takes = {} if budget is None else {HOST: int(budget)}
+        self.capacity: Takes = {} if budget is None else {HOST_MEMORY: int(budget)}
         self.dtypes = dtypes
         self._weights = weights
         self._dtype_for = dtype_for
@@ -71,11 +71,13 @@ class HostMemory:
         space._raise_if_wrong(config, known)
         return space
 
-    def holds(self, spec: ModelSpec, number: int) -> Mapping[Level, Takes]:
-        del number  # replicas are alike
+    def place(self, spec: ModelSpec, number: int) -> Placement:
+        return Placement(number, {Level.READY: {HOST_MEMORY: self._size(spec)}})
+
+    def _size(self, spec: ModelSpec) -> int:
+        """Bytes of one replica; they are alike."""
         kv_cache = _kv_cache(spec, self.dtypes.get(spec.name))
-        size = int(spec.memory or self._weights.get(spec.name, 0) + kv_cache + _BESIDE)
-        return {Level.READY: {HOST: size}}
+        return int(spec.memory or self._weights.get(spec.name, 0) + kv_cache + _BESIDE)
 
     def _raise_if_wrong(self, config: Config, shapes: Mapping[str, Shape]) -> None:
         """A model whose files are broken fails alone, later."""
@@ -96,22 +98,24 @@ class HostMemory:
     def _problems(self, config: Config) -> Iterator[str]:
         """Of those that run at once, who is too much; of the others, who finds no place."""
         pinned = sum(self._needs(spec) for spec in config.models if spec.pinned)
-        free = self.capacity[HOST]
+        free = self.capacity[HOST_MEMORY]
         for spec in config.models:
             if spec.start == "eager":
                 left, free = free, free - self._needs(spec)
             else:
-                left = self.capacity[HOST] - pinned + (self._needs(spec) if spec.pinned else 0)
+                left = (
+                    self.capacity[HOST_MEMORY] - pinned + (self._needs(spec) if spec.pinned else 0)
+                )
             if self._needs(spec) > left:
                 yield config.told(
                     ("models", spec.name),
                     f"needs {gib(self._needs(spec))}, and of server.host_memory "
-                    f"{gib(self.capacity[HOST])} are left {gib(max(0, left))}; what would fit: "
+                    f"{gib(self.capacity[HOST_MEMORY])} are left {gib(max(0, left))}; what would fit: "
                     + " or ".join(self._remedies(spec, left, pinned)),
                 )
 
     def _remedies(self, spec: ModelSpec, left: int, pinned: int) -> Iterator[str]:
-        needs, budget = self._needs(spec), self.capacity[HOST]
+        needs, budget = self._needs(spec), self.capacity[HOST_MEMORY]
         if spec.start == "eager" and not spec.pinned and needs <= budget - pinned:
             yield "`start: lazy`"
         yield f"server.host_memory: {amount(budget + needs - left)[0]}"
@@ -129,35 +133,35 @@ class HostMemory:
         return problem if fits else replace(problem, remedy=None)
 
     def _needs(self, spec: ModelSpec) -> int:
-        return self.holds(spec, 0)[Level.READY][HOST] * spec.replicas
+        return self._size(spec) * spec.replicas
 
-    def planned(self, config: Config, kept: Collection[str]) -> Callable[[], None]:
+    def planned(
+        self, config: Config, kept: Mapping[str, Sequence[Placement]]
+    ) -> Callable[[], None]:
         """The budget of another registry. Raises ConfigError."""
         del kept  # they hold what they hold
         other = HostMemory.of(config, self._dtype_for)
         return lambda: vars(self).update(vars(other))
 
-    def sleeps(self, spec: ModelSpec, number: int) -> bool:
-        del spec, number
-        return False
-
     @contextlib.asynccontextmanager
-    async def start(self, spec: ModelSpec, number: int) -> AsyncIterator[tuple[ModelSpec, Keep]]:
-        del number
+    async def start(
+        self, spec: ModelSpec, placement: Placement
+    ) -> AsyncIterator[tuple[ModelSpec, Keep]]:
+        del placement
         shape = await asyncio.to_thread(survey.shape_of, spec, hub=False)
         placed = _computed(spec, shape, self._dtype_for)
         log.info("model=%s dtype=%s", spec.name, placed.engine.get("dtype", "auto"))
         yield placed, lambda _: None
 
-    def expecting(self, spec: ModelSpec, number: int) -> AbstractContextManager[None]:
-        del spec, number  # no model sleeps here
+    def expecting(self, placement: Placement) -> AbstractContextManager[None]:
+        del placement  # no model sleeps here
         return contextlib.nullcontext()
 
     @contextlib.asynccontextmanager
     async def moves(
-        self, spec: ModelSpec, number: int, wakes_from: Level | None
+        self, placement: Placement, wakes_from: Level | None = None
     ) -> AsyncIterator[None]:
-        del spec, number, wakes_from
+        del placement, wakes_from
         yield
 
 

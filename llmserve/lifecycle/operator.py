@@ -5,19 +5,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
 from llmserve.errors import LLMServeError, Overloaded, RequestError, quoted
-from llmserve.lifecycle.eviction import HOST, Level
+from llmserve.lifecycle.placement import HOST_MEMORY, Level
 from llmserve.lifecycle.replica import State
 from llmserve.registry import diff
-from llmserve.registry.names import Model, ModelNames
+from llmserve.registry.names import Model
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable
     from pathlib import Path
 
+    from llmserve.lifecycle.placement import Placement
     from llmserve.lifecycle.pool import Pool
     from llmserve.lifecycle.replica import Backend, Replica
     from llmserve.lifecycle.served_model import ServedModel
@@ -135,7 +135,9 @@ class ModelOperator:
             read = await asyncio.to_thread(self._read)
             changes = diff.changes(before, read)
             config = _with_server_of(before, read, changes.needs_restart)
-            adopt = await asyncio.to_thread(self._backend.planned, config, _kept(changes))
+            adopt = await asyncio.to_thread(
+                self._backend.memory.planned, config, self._kept(changes)
+            )
             lines = diff.told(changes)
             if not dry_run:
                 adopt()
@@ -148,21 +150,19 @@ class ModelOperator:
         """What every model goes by, which the file may have failed to change."""
         return tuple(entry.model.spec for entry in self._pool.entries.values())
 
-    def _publish(self) -> None:
-        """Let the models be found by the names that they answer to now."""
-        self._pool.registry = ModelNames(self._specs())
-
     async def _go_by(self, config: Config, changes: Changes) -> list[str]:
         """Apply; lines of what did not go well, which leaves its model as it was."""
+        for name in changes.unchanged:
+            entry = self._pool.entries[name]
+            self._pool.apply_spec(entry, entry.model)
         for change in changes.live:
-            self._pool.entries[change.new.name].apply_spec(Model(change.new))
+            self._pool.apply_spec(self._pool.entries[change.new.name], Model(change.new))
         leaving = [self._pool.entries[spec.name] for spec in changes.removed]
         for entry in leaving:
             self._pool.remove(entry)
         added = [self._pool.create(Model(spec)) for spec in changes.added]
         for entry in added:
             self._pool.add(entry)
-        self._publish()
         told, _ = await asyncio.gather(
             asyncio.gather(
                 *(self._rebuild(change) for change in changes.rebuilt),
@@ -172,34 +172,24 @@ class ModelOperator:
             asyncio.gather(*(self._pool.end(entry) for entry in leaving)),
         )
         self._pool.sort(spec.name for spec in config.models)
-        self._publish()
         return [line for lines in told for line in lines]
 
     async def _rebuild(self, change: Change) -> list[str]:
         entry = self._pool.entries[change.old.name]
         if failed := await self._rebuilt(change, entry.replicas):
             return failed
-        entry.apply_spec(Model(change.new))
-        self._publish()
+        self._pool.apply_spec(entry, Model(change.new))
         return []
 
     async def _rebuilt(self, change: Change, replicas: Iterable[Replica]) -> list[str]:
         """New serving objects for engines that go on, for all of them or for none; why not."""
         if not change.rebuilds:
             return []
-        async with AsyncExitStack() as turns:  # none of them starts or ends meanwhile
-            for replica in replicas:
-                await turns.enter_async_context(replica.transition_lock)
-            living = [
-                (each, each.running) for each in replicas if each.running and not each.running.dead
-            ]
-            try:
-                rebuilt = [await running.changed(change.new) for _, running in living]
-            except Exception as error:
-                log.exception("model=%s could not be changed", change.old.name)
-                return [f"{change.old.name}: {_cause(error)}; it goes on as before"]
-            for (replica, _), running in zip(living, rebuilt, strict=True):
-                replica.running = running
+        try:
+            await self._pool.life.rebuild(replicas, change.new)
+        except Exception as error:
+            log.exception("model=%s could not be changed", change.old.name)
+            return [f"{change.old.name}: {_cause(error)}; it goes on as before"]
         return []
 
     async def _started(self, entry: ServedModel) -> list[str]:
@@ -218,9 +208,8 @@ class ModelOperator:
         if not kept and self._pool.life.fits(coming):
             return await self._replaced(old, entry)
         for replica in coming:
-            replica.queues_requests = True  # whoever asks meanwhile waits
+            self._pool.life.queue_requests(replica)
         self._pool.add(entry)
-        self._publish()
         await self._pool.end(old, [each for each in old.replicas if each not in kept])
         return await self._started(entry)
 
@@ -233,7 +222,6 @@ class ModelOperator:
             await self._pool.end(new)
             return [f"{line}; the engine before it goes on" for line in failed]
         self._pool.add(new)
-        self._publish()
         await self._pool.end(old)
         return failed
 
@@ -242,14 +230,16 @@ class ModelOperator:
         return (
             change.effect is diff.Effect.RESIZED
             and replica.number < change.new.replicas
-            and self._backend.holds(change.new, replica.number) == replica.holds
+            and self._backend.memory.place(change.new, replica.number).holds == replica.holds
         )
 
-
-def _kept(changes: Changes) -> frozenset[str]:
-    """Return the names of the models whose engines stay where they are."""
-    changed = (each.new.name for each in (*changes.live, *changes.rebuilt))
-    return frozenset((*changes.unchanged, *changed))
+    def _kept(self, changes: Changes) -> dict[str, list[Placement]]:
+        """Where the engines are that stay, by their models' names."""
+        changed = [each.new.name for each in (*changes.live, *changes.rebuilt)]
+        return {
+            name: [replica.placement for replica in self._pool.entries[name].replicas]
+            for name in (*changes.unchanged, *changed)
+        }
 
 
 def _with_server_of(before: Config, config: Config, names: Iterable[str]) -> Config:
@@ -277,18 +267,19 @@ def _unloaded(entry: ServedModel) -> LLMServeError:
 
 def _replica(replica: Replica) -> dict[str, Any]:
     takes = replica.holds.get(replica.level, {})
-    gpus = {place: size for place, size in takes.items() if place != HOST}
+    gpus = [size for place, size in takes.items() if place != HOST_MEMORY]
+    places = set().union(*replica.holds.values())
     coming = {level: seconds for level, seconds in replica.cost_s.items() if level}
     return {
         "number": replica.number,
         "state": replica.state.value,
         "level": replica.level.name.lower(),
         "note": replica.note,
-        "devices": sorted(set().union(*replica.holds.values()) - {HOST}),
+        "devices": sorted(place.gpu for place in places if place.gpu is not None),
         "since_s": round(time.monotonic() - replica.since, 1),
         "start_s": replica.cost_s.get(Level.STOPPED),
         "wake_s": min(coming.values(), default=None),
-        "gpu_bytes": sum(gpus.values()) if gpus else None,
-        "host_bytes": takes.get(HOST),
+        "gpu_bytes": sum(gpus) if gpus else None,
+        "host_bytes": takes.get(HOST_MEMORY),
         "pid": replica.running.pid if replica.running is not None else None,
     }

@@ -9,19 +9,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from llmserve.errors import EngineDead, LLMServeError, Overloaded, StartupError, quoted
 from llmserve.lifecycle.dispatch import DispatchRequest
 from llmserve.lifecycle.events import Events
-from llmserve.lifecycle.eviction import Level
 from llmserve.lifecycle.lease import Lease, ModelRequest, Task
+from llmserve.lifecycle.placement import Level
 from llmserve.lifecycle.replica import AT_REST, STARTING, Replica, State
 from llmserve.lifecycle.response_store import Archive
 from llmserve.lifecycle.served_model import ServedModel
 from llmserve.lifecycle.transitions import ReplicaLifecycle
+from llmserve.registry.names import ModelNames
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable, Sequence
@@ -29,9 +29,10 @@ if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry, Counter
 
     from llmserve.lifecycle.admission import QueuedRequest
+    from llmserve.lifecycle.placement import Placement
     from llmserve.lifecycle.replica import Backend
     from llmserve.metrics import Metrics
-    from llmserve.registry.names import Model, ModelNames
+    from llmserve.registry.names import Model
 
 log = logging.getLogger(__name__)
 Way: TypeAlias = "Callable[[Replica], Coroutine[Any, Any, None]]"  # from one state to another
@@ -55,7 +56,7 @@ class Pool:
         metrics: Metrics,
         on_change: Callable[[Replica], None] = lambda _: None,
     ) -> None:
-        self.registry = registry
+        self.registry = registry  # the names that `entries` answer to
         self.entries: dict[str, ServedModel] = {}
         self.leases: dict[Lease, None] = {}  # in the order in which they were given
         self.events = Events()
@@ -84,18 +85,27 @@ class Pool:
     def create(self, model: Model, kept: Iterable[Replica] = ()) -> ServedModel:
         """A model with engines of its own, or with some that run already; not here yet."""
         there = {replica.number: replica for replica in kept}
-        spec = model.spec
-        replicas = [
-            there.get(number) or Replica(model, number, self._backend.holds(spec, number))
-            for number in range(spec.replicas)
-        ]
+        placements = self._placements(model)
+        replicas = [there.get(each.number) or Replica(model, each) for each in placements]
         entry = ServedModel(model, replicas, self._serve_queue)
         entry.responses = self._archive.of_model()
         entry.ready = tuple(each for each in replicas if each.state is State.READY)
         for replica in replicas:
             self._owner[replica] = entry
-        entry.apply_spec(model)
+        entry.apply_spec(model, placements)
         return entry
+
+    def _placements(self, model: Model) -> list[Placement]:
+        return [self._backend.memory.place(model.spec, each) for each in range(model.spec.replicas)]
+
+    def apply_spec(self, entry: ServedModel, model: Model) -> None:
+        """Go on by a new registry, in which this model keeps its engines."""
+        entry.apply_spec(model, self._placements(model))
+        self._publish()
+
+    def _publish(self) -> None:
+        """Let requests find the models by the names that they answer to now."""
+        self.registry = ModelNames(entry.model.spec for entry in self.entries.values())
 
     def add(self, entry: ServedModel) -> None:
         """From now on this is the model of its name; requests that wait for it wait on here."""
@@ -106,6 +116,7 @@ class Pool:
             entry.responses = before.responses
             self.remove(before)
         self.entries[entry.name] = entry
+        self._publish()
         self._metrics.in_flight.labels(entry.name).set_function(entry.slots.count)
         self._metrics.queued.labels(entry.name).set_function(entry.slots.waiting)
         for replica in entry.replicas:
@@ -124,15 +135,16 @@ class Pool:
         shown = [each for entry in self.entries.values() for each in entry.replicas]
         rest = [each for each in self._owner if each not in shown]
         self._owner = {each: self._owner[each] for each in (*shown, *rest)}
+        self._publish()
 
     def remove(self, entry: ServedModel) -> None:
         """Nobody finds it any more; those in its line may still."""
         del self.entries[entry.name]
+        self._publish()
         self._forget(entry)
-        unpinned = replace(entry.model, spec=entry.model.spec.model_copy(update={"pinned": False}))
         for replica in entry.replicas:
-            if self._owner[replica] is entry:  # its place is free soon, and whoever comes waits
-                replica.model = unpinned
+            if self._owner[replica] is entry:
+                self.life.leave(replica)
 
     async def end(self, entry: ServedModel, replicas: Iterable[Replica] | None = None) -> None:
         """End engines of a model that leaves, once its requests have ended."""
@@ -140,7 +152,7 @@ class Pool:
             await asyncio.sleep(_DRAIN_LOOK_S)
         replicas = entry.replicas if replicas is None else tuple(replicas)
         for replica in replicas:
-            replica.retired = True
+            self.life.retire(replica)
         await asyncio.gather(*(self._ended(each) for each in replicas))
         for replica in replicas:
             self._owner.pop(replica, None)
@@ -273,7 +285,7 @@ class Pool:
             return
         for replica in entry.replicas:
             if replica.state in AT_REST or replica.state is State.FAILED:
-                replica.queues_requests = True
+                self.life.queue_requests(replica)
                 self._begin_transition(replica, self.life.to_ready)
         await self.wait_started(entry)
 
@@ -347,7 +359,7 @@ class Pool:
     def _start_on_demand(self, entry: ServedModel) -> None:
         for replica in entry.replicas:
             if replica.can_start:
-                replica.queues_requests = True
+                self.life.queue_requests(replica)
                 self._begin_transition(replica, self.life.to_ready)
 
     def _begin_transition(self, replica: Replica, way: Way, *, ends: bool = False) -> None:

@@ -9,11 +9,11 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Protocol
 
 from llmserve.lifecycle.dispatch import Load
-from llmserve.lifecycle.eviction import Level
+from llmserve.lifecycle.placement import Level
 from llmserve.lifecycle.restart_backoff import RestartBackoff
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping
+    from collections.abc import Callable, Mapping, Sequence
     from contextlib import AbstractAsyncContextManager, AbstractContextManager
     from pathlib import Path
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.types import ASGIApp, Scope
 
-    from llmserve.lifecycle.eviction import Takes
+    from llmserve.lifecycle.placement import Placement, Takes
     from llmserve.lifecycle.response_store import ResponseStore
     from llmserve.registry.config import Config, ModelSpec
     from llmserve.registry.names import Model
@@ -117,31 +117,24 @@ class Running(Protocol):
     async def stop(self) -> None: ...
 
 
-class Backend(Protocol):
+class MemoryBudget(Protocol):
+    """Memory that engines share: where each has its place, and when it may move there."""
+
     @property
     def capacity(self) -> Takes:
         """Bytes that all replicas may hold together, by place; nothing: no bound."""
         ...
 
-    def holds(self, spec: ModelSpec, number: int) -> Mapping[Level, Takes]:
-        """What a replica holds at each level that it can be at besides STOPPED."""
+    def place(self, spec: ModelSpec, number: int) -> Placement:
+        """The place of one of the model's replicas, numbered from 0, by the plan in force."""
         ...
 
-    async def start(
-        self, spec: ModelSpec, number: int, report: Callable[[State, str], None]
-    ) -> Running:
-        """Start one of the model's replicas, which are numbered from 0.
-
-        Raises StartupError with the cause in one line.
-        """
-        ...
-
-    def expecting(self, spec: ModelSpec, number: int) -> AbstractContextManager[None]:
+    def expecting(self, placement: Placement) -> AbstractContextManager[None]:
         """While a sleeper is about to wake: it may have at once what others give up for it."""
         ...
 
     def moves(
-        self, spec: ModelSpec, number: int, wakes_from: Level | None = None
+        self, placement: Placement, wakes_from: Level | None = None
     ) -> AbstractAsyncContextManager[None]:
         """While it falls asleep or wakes: waits until that disturbs no start on its GPUs.
 
@@ -149,15 +142,31 @@ class Backend(Protocol):
         """
         ...
 
-    def log_of(self, spec: ModelSpec, number: int) -> Path: ...
-    def planned(self, config: Config, kept: Collection[str]) -> Callable[[], None]:
+    def planned(
+        self, config: Config, kept: Mapping[str, Sequence[Placement]]
+    ) -> Callable[[], None]:
         """Plan another registry, and go by it once the result is called. Blocks.
 
-        Engines of the models in `kept` stay where they are.
-        Raises ConfigError.
+        Engines of `kept`, by their model's name there, stay where they are. Raises ConfigError.
         """
         ...
 
+
+class Backend(Protocol):
+    """Starts engines."""
+
+    @property
+    def memory(self) -> MemoryBudget: ...
+    async def start(
+        self, spec: ModelSpec, placement: Placement, report: Callable[[State, str], None]
+    ) -> Running:
+        """Start one of the model's replicas there.
+
+        Raises StartupError with the cause in one line.
+        """
+        ...
+
+    def log_of(self, spec: ModelSpec, number: int) -> Path: ...
     def kill(self) -> None:
         """End every engine process at once, those of starts under way too."""
         ...
@@ -166,10 +175,10 @@ class Backend(Protocol):
 class Replica:
     """One engine of a model and where it is in its life."""
 
-    def __init__(self, model: Model, number: int, holds: Mapping[Level, Takes]) -> None:
+    def __init__(self, model: Model, placement: Placement) -> None:
         self.model = model
-        self.number = number  # of the model's replicas, from 0
-        self.holds = holds  # at each level that it can be at besides STOPPED
+        self.placement = placement  # of its engine, also while that starts
+        self.next_placement = placement  # of an engine that is started later
         self.state = State.STOPPED if model.spec.start == "lazy" else State.WAITING
         self.level = Level.STOPPED
         self.note = ""  # progress, or why it failed
@@ -180,6 +189,7 @@ class Replica:
         self.cost_s: dict[Level, float] = {}  # what it last took to be ready, by where from
         self.since = time.monotonic()  # its state
         self.used = time.monotonic()  # when a request last came or went
+        self.leaves = False  # its model has left, and its memory is free soon
         self.retired = False  # it ends with its requests, and does not start again
         self.queues_requests = (
             model.spec.start == "lazy"
@@ -191,6 +201,16 @@ class Replica:
         self.load = Load()
         self.unused = asyncio.Event()  # set when its last request has ended
         self.transition_lock = asyncio.Lock()  # one transition at a time
+
+    @property
+    def number(self) -> int:
+        """Of the model's replicas, from 0."""
+        return self.placement.number
+
+    @property
+    def holds(self) -> Mapping[Level, Takes]:
+        """Bytes at each level that it can be at besides STOPPED."""
+        return self.placement.holds
 
     @property
     def took(self) -> Mapping[str, float]:
@@ -214,6 +234,10 @@ class Replica:
         if self.state is State.FAILED:
             return self.model.spec.start != "eager" and time.monotonic() >= self.again_at
         return self.state in AT_REST
+
+    @property
+    def is_pinned(self) -> bool:
+        return self.model.spec.pinned and not self.leaves
 
     @property
     def idle_s(self) -> float:

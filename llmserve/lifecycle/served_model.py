@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from llmserve.lifecycle.dispatch import Policy
     from llmserve.lifecycle.lease import Lease, ModelRequest
+    from llmserve.lifecycle.placement import Placement
     from llmserve.lifecycle.replica import Running
     from llmserve.registry.names import Model
 
@@ -50,13 +51,16 @@ class ServedModel:
         self.responses = ResponseStore()  # that can be fetched again, also while no engine runs
         self.policy: Policy | None = policy_of(model.spec)  # None: there is one replica
 
-    def apply_spec(self, model: Model) -> None:
-        """Go on by a changed entry of the registry, with the same engines."""
+    def apply_spec(self, model: Model, placements: Iterable[Placement]) -> None:
+        """Go on by a changed entry of the registry, with the same engines.
+
+        An engine that is started from now on goes to its place of `placements`.
+        """
         before, self.model = self.model.spec, model
         if (before.dispatch, before.weights) != (model.spec.dispatch, model.spec.weights):
             self.policy = policy_of(model.spec)
-        for replica in self.replicas:
-            replica.model = model
+        for replica, placement in zip(self.replicas, placements, strict=True):
+            replica.model, replica.next_placement = model, placement
         self.slots.resize(model.spec.max_in_flight, model.spec.max_queue)
 
     def inherit(self, before: ServedModel) -> None:

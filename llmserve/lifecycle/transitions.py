@@ -1,7 +1,7 @@
 """How replicas get from one state to another: the one owner of these transitions.
 
 Start, sleep, wake, stop, and a new start after a death; and room for whoever comes, which
-others make by going down the ladder of `residency`.
+others make by going down the ladder of levels.
 """
 
 from __future__ import annotations
@@ -17,16 +17,19 @@ from typing import TYPE_CHECKING
 from llmserve.errors import LLMServeError, StartupError
 from llmserve.gpus.claims import GpuClaims
 from llmserve.gpus.device import gib
-from llmserve.lifecycle.eviction import HOST, Level, Resident, room
+from llmserve.lifecycle.eviction import Resident, room
+from llmserve.lifecycle.placement import HOST_MEMORY, Level
 from llmserve.lifecycle.replica import STARTING, State
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from contextlib import AbstractContextManager
 
-    from llmserve.lifecycle.eviction import Steps, Takes
+    from llmserve.lifecycle.eviction import Steps
+    from llmserve.lifecycle.placement import Place, Takes
     from llmserve.lifecycle.replica import Backend, Replica, Running
     from llmserve.metrics import Metrics
+    from llmserve.registry.config import ModelSpec
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +48,7 @@ class ReplicaLifecycle:
         self, backend: Backend, metrics: Metrics, changed: Callable[[Replica, State], None]
     ) -> None:
         self._backend = backend
+        self._memory = backend.memory
         self._metrics = metrics
         self._changed = changed
         self._booked: dict[Replica, Level] = {}  # what of the memory each may have
@@ -76,7 +80,7 @@ class ReplicaLifecycle:
     def _expecting(self, replica: Replica) -> AbstractContextManager[None]:
         if not replica.level:
             return contextlib.nullcontext()
-        return self._backend.expecting(replica.model.spec, replica.number)
+        return self._memory.expecting(replica.placement)
 
     def _has_room(self, replica: Replica) -> bool:
         return self._booked.get(replica) is Level.READY
@@ -104,7 +108,7 @@ class ReplicaLifecycle:
         await self.end(replica)  # what could not wake
         replica.running = await self._backend.start(
             replica.model.spec,
-            replica.number,
+            replica.placement,
             lambda state, note: self.change(replica, state, note),
         )
         self._record_ready(replica)
@@ -124,7 +128,7 @@ class ReplicaLifecycle:
             return False
         self.change(replica, State.WAKING)
         try:
-            async with self._backend.moves(replica.model.spec, replica.number, replica.level):
+            async with self._memory.moves(replica.placement, replica.level):
                 await replica.running.wake()
         except LLMServeError as error:
             log.error("model=%s did not wake: %s", replica.name, error.message)  # noqa: TRY400
@@ -165,7 +169,7 @@ class ReplicaLifecycle:
         running = replica.running
         if running is not None and running.sleeps and not running.dead and level:
             try:
-                async with self._backend.moves(replica.model.spec, replica.number):
+                async with self._memory.moves(replica.placement):
                     await running.sleep(level)
             except LLMServeError as error:
                 log.error("model=%s did not sleep: %s", replica.name, error.message)  # noqa: TRY400
@@ -239,6 +243,35 @@ class ReplicaLifecycle:
         self.change(replica, State.WAITING, f"{note}; again in {pause_s:g} s")
         return True
 
+    # --- what a request or a reload asks
+
+    def queue_requests(self, replica: Replica) -> None:
+        """Let requests wait for a replica while it is on its way."""
+        replica.queues_requests = True
+
+    def leave(self, replica: Replica) -> None:
+        """Let others have the memory of a replica whose model has left."""
+        replica.leaves = True
+
+    def retire(self, replica: Replica) -> None:
+        """Start a replica no more; it ends with its requests."""
+        replica.retired = True
+
+    async def rebuild(self, replicas: Iterable[Replica], spec: ModelSpec) -> None:
+        """Give engines that go on the handlers of a changed entry: all of them, or none.
+
+        Raises what the first failure raises.
+        """
+        async with contextlib.AsyncExitStack() as locks:  # none starts or ends meanwhile
+            for replica in replicas:
+                await locks.enter_async_context(replica.transition_lock)
+            living = [
+                (each, each.running) for each in replicas if each.running and not each.running.dead
+            ]
+            rebuilt = [await running.changed(spec) for _, running in living]
+            for (replica, _), running in zip(living, rebuilt, strict=True):
+                replica.running = running
+
     # --- states
 
     def change(self, replica: Replica, state: State, note: str = "") -> None:
@@ -254,10 +287,10 @@ class ReplicaLifecycle:
 
     async def _wait_for_room(self, replica: Replica) -> bool:
         """Keep room for a replica, once others have made it; it fails if there can be none."""
-        if replica.level is Level.STOPPED:  # its entry may have changed since it last was there
-            replica.holds = self._backend.holds(replica.model.spec, replica.number)
+        if replica.level is Level.STOPPED:
+            replica.placement = replica.next_placement
         takes = self._takes(replica, Level.READY)
-        places = takes.keys() - {HOST} or takes.keys()
+        places = takes.keys() - {HOST_MEMORY} or takes.keys()
         async with self._order.hold(places, alone=True):
             async with replica.transition_lock:  # whoever takes it down has done so
                 pass
@@ -317,14 +350,14 @@ class ReplicaLifecycle:
                 for other, level in self._booked.items()
                 if other is not replica
             ]
-            steps = room(takes, self._backend.capacity, others)
+            steps = room(takes, self._memory.capacity, others)
             if steps is not None:
                 return steps
         return None
 
     def fits(self, replicas: Iterable[Replica]) -> bool:
         """Whether they find room beside all that are here; at most sleepers give way."""
-        wanted: Counter[int] = Counter()
+        wanted: Counter[Place] = Counter()
         for replica in replicas:
             wanted.update(self._takes(replica, Level.READY))
         here = [
@@ -336,26 +369,25 @@ class ReplicaLifecycle:
             )
             for each, level in self._booked.items()
         ]
-        return room(wanted, self._backend.capacity, here) is not None
+        return room(wanted, self._memory.capacity, here) is not None
 
     def _raise_if_hopeless(self, replica: Replica, takes: Takes) -> None:
         staying = [
             self._takes(each, level)
             for each, level in self._booked.items()
-            if each is not replica and (each.model.spec.pinned or each.model is replica.model)
+            if each is not replica and (each.is_pinned or each.model is replica.model)
         ]
-        for place, capacity in self._backend.capacity.items():
+        for place, capacity in self._memory.capacity.items():
             free = capacity - sum(held.get(place, 0) for held in staying)
             if takes.get(place, 0) > free:
-                where = "server.host_memory" if place == HOST else f"GPU {place}"
                 raise StartupError(
                     f"it needs {gib(takes[place])}, and pinned models and its own other replicas "
-                    f"leave {gib(free)} of {where}"
+                    f"leave {gib(free)} of {place}"
                 )
 
 
 def _gives_way(replica: Replica, *, busy: bool) -> bool:
-    if replica.model.spec.pinned or replica.transition_lock.locked():
+    if replica.is_pinned or replica.transition_lock.locked():
         return False
     if replica.state is not State.READY:
         return replica.state is State.SLEEPING

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
     from llmserve.engine.handlers import ModelHandlers
+    from llmserve.lifecycle.placement import Placement
     from llmserve.lifecycle.replica import Running, State
 
 MODELS = Path(__file__).parents[2] / "models"
@@ -85,10 +86,10 @@ class Started(FakeBackend):
         self._running = running
 
     async def start(
-        self, spec: ModelSpec, number: int, report: Callable[[State, str], None]
+        self, spec: ModelSpec, placement: Placement, report: Callable[[State, str], None]
     ) -> Running:
         found = self._running[spec.name]
-        running: Running = found[number] if spec.replicas > 1 else found
+        running: Running = found[placement.number] if spec.replicas > 1 else found
         return running
 
 

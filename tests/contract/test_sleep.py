@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmserve.errors import EngineError
-from llmserve.lifecycle.eviction import Level
+from llmserve.lifecycle.placement import Level
 from tests.contract.test_engine import spec
 from tests.contract.test_worker import called, class_of, parameters, source, tree_of
 

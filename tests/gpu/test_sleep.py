@@ -20,7 +20,7 @@ from benchmarks.sleep import generated, lines_of_sleep, used
 from llmserve.engine import environment
 from llmserve.errors import EngineError
 from llmserve.gpus.device import gib
-from llmserve.lifecycle.eviction import Level
+from llmserve.lifecycle.placement import Level
 from llmserve.registry.config import ModelSpec
 from tests.gpu import MARKS
 from tests.integration.conftest import CHAT

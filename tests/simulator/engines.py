@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from contextlib import asynccontextmanager, nullcontext
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from prometheus_client import CollectorRegistry
 from starlette.responses import Response
@@ -13,7 +15,7 @@ from starlette.responses import Response
 from llmserve.api.endpoints import ENDPOINTS
 from llmserve.api.sse import EventStream, PeekableStream
 from llmserve.errors import EngineDead, EngineError, StartupError
-from llmserve.lifecycle.eviction import Level
+from llmserve.lifecycle.placement import Level, Place, Placement
 from tests.fakes import failure
 
 if TYPE_CHECKING:
@@ -22,7 +24,6 @@ if TYPE_CHECKING:
         AsyncGenerator,
         AsyncIterator,
         Callable,
-        Collection,
         Mapping,
         Sequence,
     )
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
 
     from starlette.requests import Request
 
-    from llmserve.lifecycle.eviction import Takes
     from llmserve.lifecycle.gpu_memory import Keep
+    from llmserve.lifecycle.placement import Takes
     from llmserve.registry.config import Config, ModelSpec
 
 _BOUND_S = 60.0  # on every call into an engine, as on the real ones
@@ -49,49 +50,82 @@ class Weather:
         return self.chance.random() < self.bad * weight
 
 
+def _holds(spec: ModelSpec, gpu: Place) -> Mapping[Level, Takes]:
+    size = int(spec.memory or 0)
+    sleeps = spec.start == "sleeping" or spec.idle.sleep_after is not None
+    asleep = {Level.KV_RELEASED: {gpu: size // 2}, Level.HOST: {gpu: size // 8}}
+    return {Level.READY: {gpu: size}} | (asleep if sleeps else {})
+
+
+def _gpu_of(spec: ModelSpec) -> Place:
+    """Of an entry that a start was given."""
+    assert spec.devices is not None
+    (index,) = spec.devices
+    return Place(int(index))
+
+
+class Start(NamedTuple):
+    """A start that goes on."""
+
+    model: str
+    number: int
+    gpu: Place
+
+
 class Memory:
-    """One place of `capacity` units; a model holds `memory` of them, half of it asleep."""
+    """GPUs of `capacity` units; a model holds `memory` of one of them, half of it asleep."""
 
-    def __init__(self, capacity: int) -> None:
-        self.capacity: Takes = {0: capacity}
-        self.starting: dict[str, int] = {}  # what starts may hold that have no engine yet
+    def __init__(self, gpus: int, capacity: int, chance: random.Random) -> None:
+        self.capacity: Takes = {Place(index): capacity for index in range(gpus)}
+        self.starting: dict[Start, Takes] = {}  # what starts may hold that have no engine yet
         self.count: Callable[[], None] = lambda: None  # called when more may be held
+        self._chance = chance
+        self.plan: dict[str, Place] = {}  # the GPU of each model
 
-    def holds(self, spec: ModelSpec, number: int) -> Mapping[Level, Takes]:
-        del number
-        size = int(spec.memory or 0)
-        asleep = {Level.KV_RELEASED: {0: size // 2}, Level.HOST: {0: size // 8}}
-        return {Level.READY: {0: size}} | (asleep if self.sleeps(spec, 0) else {})
+    def place(self, spec: ModelSpec, number: int) -> Placement:
+        return Placement(number, _holds(spec, self.plan[spec.name]))
 
-    def sleeps(self, spec: ModelSpec, number: int) -> bool:
-        del number
-        return spec.start == "sleeping" or spec.idle.sleep_after is not None
+    def planned(
+        self, config: Config, kept: Mapping[str, Sequence[Placement]]
+    ) -> Callable[[], None]:
+        plan = {spec.name: self._chosen(spec.name) for spec in config.models}
+        for name, placements in kept.items():
+            (plan[name],) = {gpu for each in placements for gpu in each.holds[Level.READY]}
+        return partial(setattr, self, "plan", plan)
+
+    def _chosen(self, name: str) -> Place:
+        """A GPU for engines that start, often the one of those before."""
+        gpus = list(self.capacity)
+        if name in self.plan:
+            gpus.append(self.plan[name])
+        return self._chance.choice(gpus)
 
     @asynccontextmanager
-    async def start(self, spec: ModelSpec, number: int) -> AsyncIterator[tuple[ModelSpec, Keep]]:
-        name = f"{spec.name}/{number}"
-        self.starting[name] = int(spec.memory or 0)
+    async def start(
+        self, spec: ModelSpec, placement: Placement
+    ) -> AsyncIterator[tuple[ModelSpec, Keep]]:
+        takes = placement.holds[Level.READY]
+        (gpu,) = takes
+        placed = spec.model_copy(update={"devices": (gpu.gpu,)})
+        start = Start(spec.name, placement.number, gpu)
+        self.starting[start] = takes
         self.count()
         try:
-            yield spec, lambda _: None
+            yield placed, lambda _: None
         finally:
-            self.starting.pop(name, None)
+            self.starting.pop(start, None)
 
-    def expecting(self, spec: ModelSpec, number: int) -> AbstractContextManager[None]:
-        del spec, number
+    def expecting(self, placement: Placement) -> AbstractContextManager[None]:
+        del placement
         return nullcontext()
 
     @asynccontextmanager
     async def moves(
-        self, spec: ModelSpec, number: int, wakes_from: Level | None
+        self, placement: Placement, wakes_from: Level | None = None
     ) -> AsyncIterator[None]:
-        del spec, number, wakes_from
+        del placement, wakes_from
         await asyncio.sleep(0)
         yield
-
-    def planned(self, config: Config, kept: Collection[str]) -> Callable[[], None]:
-        del config, kept
-        return lambda: None
 
 
 class Engine:
@@ -101,6 +135,8 @@ class Engine:
         tether.engine = self
         self.spec = spec
         self.sleeps = sleeps
+        self.gpu = _gpu_of(spec)
+        self._holds = _holds(spec, self.gpu)
         self.dead = False  # as its client knows
         self.alive = True  # as the machine knows
         self.hangs = False
@@ -111,10 +147,10 @@ class Engine:
         self._weather = fleet.weather
 
     @property
-    def held(self) -> int:
+    def held(self) -> Takes:
         if not self.alive:
-            return 0
-        return self._fleet.memory.holds(self.spec, 0)[self.level][0]
+            return {}
+        return self._holds[self.level]
 
     def die(self) -> None:
         """Its client notices at once, those that wait for it a little later."""
@@ -297,7 +333,8 @@ class Fleet:
         self.memory = memory
         self.engines: list[Engine] = []
         self.stopped = False
-        self.most = 0  # that engines held at the same time
+        self.most: Counter[Place] = Counter()  # that engines held at the same time
+        self.overfull = False  # which was more than there is
         memory.count = self.count
         self.died: Callable[[str], None] = lambda _: None  # called with the name of the model
         self.ModelHandlers = self  # as the module `handlers`
@@ -306,8 +343,11 @@ class Fleet:
         return [engine for engine in self.engines if engine.alive]
 
     def count(self) -> None:
-        held = sum(engine.held for engine in self.engines) + sum(self.memory.starting.values())
-        self.most = max(self.most, held)
+        held: Counter[Place] = Counter()
+        for takes in (*(engine.held for engine in self.engines), *self.memory.starting.values()):
+            held.update(takes)
+        self.most |= held
+        self.overfull = any(size > self.memory.capacity[place] for place, size in self.most.items())
 
     # --- the launcher
 
@@ -318,7 +358,7 @@ class Fleet:
 
     def start(self, spec: ModelSpec, number: int, *, sleeps: bool, tether: Tether) -> Engine:
         """At the end of the seconds that the thread takes."""
-        self.memory.starting.pop(f"{spec.name}/{number}", None)
+        self.memory.starting.pop(Start(spec.name, number, _gpu_of(spec)), None)
         if self.stopped or tether.is_cut:
             raise StartupError("the server is stopping")
         if self.weather.strikes():

@@ -12,15 +12,20 @@ import pytest
 
 from llmserve.engine.backend import _Start
 from llmserve.lifecycle.admission import AdmissionQueue, QueuedRequest
-from llmserve.lifecycle.eviction import Level
+from llmserve.lifecycle.placement import Level
 from llmserve.lifecycle.pool import Pool
 from llmserve.lifecycle.replica import State
+from tests.simulator.engines import Memory
 from tests.simulator.world import Violation, World
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
+    from contextlib import AbstractAsyncContextManager
 
+    from llmserve.lifecycle.gpu_memory import Keep
+    from llmserve.lifecycle.placement import Placement
     from llmserve.lifecycle.replica import Replica
+    from llmserve.registry.config import ModelSpec
 
 pytestmark = pytest.mark.no_cover  # tracing makes a seed several times slower
 
@@ -121,4 +126,20 @@ def test_an_engine_without_an_owner_is_found(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(_Start, "owned", owned)
     with pytest.raises(Violation, match=r"engines hold|have no owner|alive after the end"):
+        run(range(_SEEDS), harsh=True)
+
+
+def test_an_engine_that_starts_by_a_later_plan_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Places were found by name and number, which two engines share during a reload."""
+    start = Memory.start
+
+    def start_by_name(
+        memory: Memory, spec: ModelSpec, placement: Placement
+    ) -> AbstractAsyncContextManager[tuple[ModelSpec, Keep]]:
+        if spec.name in memory.plan:
+            placement = memory.place(spec, placement.number)
+        return start(memory, spec, placement)
+
+    monkeypatch.setattr(Memory, "start", start_by_name)
+    with pytest.raises(Violation, match=r"engines hold|is placed elsewhere"):
         run(range(_SEEDS), harsh=True)

@@ -18,9 +18,9 @@ from llmserve.engine.backend import VllmBackend, _Modules
 from llmserve.errors import LLMServeError, StartupError
 from llmserve.http import app
 from llmserve.http.services import Services
-from llmserve.lifecycle.eviction import Level
 from llmserve.lifecycle.health import HealthMonitor
 from llmserve.lifecycle.operator import ModelOperator
+from llmserve.lifecycle.placement import Level, Place
 from llmserve.lifecycle.pool import Pool
 from llmserve.lifecycle.replica import State
 from llmserve.metrics import Metrics
@@ -150,7 +150,8 @@ class World:
 
     def _build(self) -> None:
         sizes = [self.chance.choice((20, 40, 60)) for _ in NAMES]
-        self.memory = Memory(self.chance.choice((60, 100, 200)))
+        capacity = self.chance.choice((60, 100, 200))
+        self.memory = Memory(self.chance.choice((1, 2)), capacity, self.chance)
         self.fleet = Fleet(self.weather, self.memory)
         self.fleet.died = self._ask_just_now
         models = [self._model(name, size) for name, size in zip(NAMES, sizes, strict=True)]
@@ -160,6 +161,7 @@ class World:
             server=ServerSpec(drain_timeout=drain_s),
             models=tuple(models[: 1 if self.harsh else self.chance.choice((1, 2, 3))]),
         )
+        self.memory.planned(self.config, {})()
         metrics = Metrics()
         backend = VllmBackend(Path("/logs"), self.memory)
         fleet: Any = self.fleet
@@ -477,9 +479,9 @@ class World:
                 self.violate(f"{entry.name}: a request waits, a slot is free, a replica is ready")
             if not 0 <= slots.in_flight <= _LIMIT:
                 self.violate(f"{entry.name} has {slots.in_flight} in flight")
-        if self.fleet.most > self.memory.capacity[0] and not self.ending:
+        if self.fleet.overfull and not self.ending:
             self.violate(
-                f"engines hold {self.fleet.most} of {self.memory.capacity[0]}: "
+                f"engines hold {self.fleet.most} of {self.memory.capacity}: "
                 f"{[(each.spec.name, each.held) for each in self.fleet.alive()]}, "
                 f"starting {self.memory.starting}, {self._standing()}"
             )
@@ -495,13 +497,16 @@ class World:
                     self.violate(f"{replica.name} has a load of {replica.load}")
 
     def _check_bookings(self) -> None:
-        booked: Counter[int] = Counter()
+        booked: Counter[Place] = Counter()
         for replica, level in self.pool.life._booked.items():
             booked.update(replica.holds.get(level, {}))
             if replica not in self.pool.replicas:
                 self.violate(f"{replica.name} has left and has memory booked")
             if level is not replica.level:
                 self.violate(f"{replica.name} is at {replica.level!r} and has {level!r} booked")
+            engine = replica.running.engine if replica.running else None  # type: ignore[attr-defined]
+            if engine is not None and engine.gpu not in replica.holds[Level.READY]:
+                self.violate(f"{replica.name} runs on {engine.gpu}, and is placed elsewhere")
         missing = [
             each.name
             for each in self.pool.replicas

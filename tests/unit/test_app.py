@@ -19,8 +19,8 @@ from llmserve.api.sse import DONE, EventStream, PeekableStream, event
 from llmserve.errors import EngineError, Overloaded
 from llmserve.http import app
 from llmserve.http.services import Services
-from llmserve.lifecycle.eviction import Level
 from llmserve.lifecycle.operator import ModelOperator
+from llmserve.lifecycle.placement import Level
 from llmserve.lifecycle.pool import Pool
 from llmserve.lifecycle.replica import State
 from llmserve.lifecycle.response_store import owned_by

@@ -4,7 +4,7 @@ import asyncio
 import threading
 import time
 from collections import Counter
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from types import SimpleNamespace
@@ -17,26 +17,19 @@ from llmserve.engine import backend as starts
 from llmserve.engine.backend import Patience, VllmBackend, _Clock, _Modules, _raise_if_flawed
 from llmserve.engine.worker.plugin import log_file
 from llmserve.errors import StartupError
-from llmserve.lifecycle.eviction import Level
 from llmserve.lifecycle.host_memory import HostMemory
+from llmserve.lifecycle.placement import Level, Place, Placement
 from llmserve.lifecycle.replica import State
 from llmserve.registry.config import Config
 from tests.fakes import Gate, soon, spec, until
 
 if TYPE_CHECKING:
-    from collections.abc import (
-        AsyncIterator,
-        Awaitable,
-        Callable,
-        Collection,
-        Iterator,
-        Mapping,
-        Sequence,
-    )
+    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+    from contextlib import AbstractAsyncContextManager, AbstractContextManager
     from pathlib import Path
 
     from llmserve.engine.backend import Memory
-    from llmserve.lifecycle.eviction import Takes
+    from llmserve.lifecycle.placement import Takes
     from llmserve.registry.config import ModelSpec
 
 
@@ -231,38 +224,39 @@ class FakeVllm:
         return backend
 
 
+def place(number: int) -> Placement:
+    return Placement(number, {Level.READY: {Place(number): 50}})
+
+
 @dataclass
 class FakeSpace:
     """One GPU's place, and what is reported from it."""
 
     events: list[str] = field(default_factory=list)
     reports: list[Any] = field(default_factory=list)
-    sleepers: frozenset[str] = frozenset()
-    capacity: Takes = field(default_factory=lambda: {0: 80, 1: 80})
+    capacity: Takes = field(default_factory=dict)
 
-    def holds(self, spec: ModelSpec, number: int) -> Mapping[Level, Takes]:
-        return {Level.READY: {number: 50}}
+    def place(self, spec: ModelSpec, number: int) -> Placement:
+        return place(number)
 
-    def sleeps(self, spec: ModelSpec, number: int) -> bool:
-        return spec.name in self.sleepers
+    def expecting(self, placement: Placement) -> AbstractContextManager[None]:
+        return nullcontext()
 
-    @contextmanager
-    def expecting(self, spec: ModelSpec, number: int) -> Iterator[None]:
-        self.events.append(f"{spec.name}/{number} expected")
-        yield
+    def moves(
+        self, placement: Placement, wakes_from: Level | None = None
+    ) -> AbstractAsyncContextManager[None]:
+        return nullcontext()
 
-    @asynccontextmanager
-    async def moves(
-        self, spec: ModelSpec, number: int, wakes_from: Level | None
-    ) -> AsyncIterator[None]:
-        self.events.append(f"{spec.name}/{number} from {wakes_from!r}")
-        yield
-
-    def planned(self, config: Config, kept: Collection[str]) -> Callable[[], None]:
-        return lambda: self.events.append(f"{len(config.models)} models, kept {set(kept)}")
+    def planned(
+        self, config: Config, kept: Mapping[str, Sequence[Placement]]
+    ) -> Callable[[], None]:
+        return lambda: None
 
     @asynccontextmanager
-    async def start(self, spec: ModelSpec, number: int) -> AsyncIterator[tuple[ModelSpec, Any]]:
+    async def start(
+        self, spec: ModelSpec, placement: Placement
+    ) -> AsyncIterator[tuple[ModelSpec, Any]]:
+        number = placement.number
         self.events.append(f"{spec.name}/{number} in")
         try:
             yield spec.model_copy(update={"devices": (number,)}), self.reports.append
@@ -277,7 +271,7 @@ def nothing(state: State, note: str) -> None:
 async def test_a_replica_starts_on_the_gpus_of_the_plan(tmp_path: Path) -> None:
     vllm, space = FakeVllm(), FakeSpace()
     wanted = spec(replicas=2)
-    running: Any = await soon(vllm.backend(tmp_path, space).start(wanted, 1, nothing))
+    running: Any = await soon(vllm.backend(tmp_path, space).start(wanted, place(1), nothing))
     assert running.engine is vllm.engine
     ((launched, number),) = vllm.launched
     (built,) = vllm.built
@@ -290,32 +284,20 @@ async def test_a_replica_starts_on_the_gpus_of_the_plan(tmp_path: Path) -> None:
 async def test_on_a_cpu_the_entry_stays_as_it_is(tmp_path: Path) -> None:
     vllm = FakeVllm()
     memory = HostMemory(Config(file=tmp_path / "models.yaml", models=(spec(),)), {}, {})
-    await soon(vllm.backend(tmp_path, memory).start(spec(), 0, nothing))
+    await soon(vllm.backend(tmp_path, memory).start(spec(), place(0), nothing))
     assert vllm.launched == [(spec(), 0)]
     assert vllm.sleeping == [False]
 
 
 async def test_only_what_is_planned_to_sleep_is_started_so_that_it_can(tmp_path: Path) -> None:
     vllm = FakeVllm()
-    backend = vllm.backend(tmp_path, FakeSpace(sleepers=frozenset({"b"})))
-    for name in ("a", "b"):
-        await soon(backend.start(spec(name), 0, nothing))
+    backend = vllm.backend(tmp_path, FakeSpace())
+    for placement in (
+        place(0),
+        Placement(0, {Level.READY: {Place(0): 50}, Level.HOST: {Place(0): 5}}),
+    ):
+        await soon(backend.start(spec(), placement, nothing))
     assert vllm.sleeping == [False, True]
-
-
-async def test_what_is_held_and_planned_is_asked_of_the_memory(tmp_path: Path) -> None:
-    memory = FakeSpace()
-    backend = FakeVllm().backend(tmp_path, memory)
-    assert backend.capacity == {0: 80, 1: 80}
-    assert backend.holds(spec(), 1) == {Level.READY: {1: 50}}
-    with backend.expecting(spec(), 1):
-        async with backend.moves(spec(), 1, Level.HOST), backend.moves(spec(), 0):
-            pass
-    adopt = backend.planned(Config(file=tmp_path / "m.yaml", models=(spec(),)), {"chat"})
-    moves = ["chat/1 expected", f"chat/1 from {Level.HOST!r}", "chat/0 from None"]
-    assert memory.events == moves  # nothing is adopted before it is said
-    adopt()
-    assert memory.events == [*moves, "1 models, kept {'chat'}"]
 
 
 def test_each_replica_has_a_log_of_its_own(tmp_path: Path) -> None:
@@ -332,7 +314,7 @@ async def test_a_replica_says_what_its_start_took(tmp_path: Path) -> None:
         {"seconds": {"imports": 0.003, "weights": 0.001}, "bytes": {}},
     ]
     vllm = FakeVllm(FakeEngine(side_by_side))
-    running = await soon(vllm.backend(tmp_path, FakeSpace()).start(spec(), 0, nothing))
+    running = await soon(vllm.backend(tmp_path, FakeSpace()).start(spec(), place(0), nothing))
     steps = ["download", "server_imports", "gpu_wait", "engine", "imports", "weights", "serving"]
     assert list(running.took) == steps
     assert (running.took["imports"], running.took["weights"]) == (0.003, 0.002)
@@ -361,7 +343,7 @@ async def test_an_engine_that_does_not_report_is_ended_and_leaves_its_gpus(
 ) -> None:
     vllm, space = FakeVllm(FakeEngine(fails=True)), FakeSpace()
     with pytest.raises(StartupError) as failed:
-        await soon(vllm.backend(tmp_path, space).start(spec(), 0, nothing))
+        await soon(vllm.backend(tmp_path, space).start(spec(), place(0), nothing))
     assert failed.value.message == "RuntimeError: the worker has no report"
     assert vllm.engine.stopped == 1
     assert space.events == ["chat/0 in", "chat/0 out"]
@@ -371,7 +353,7 @@ async def test_an_engine_that_does_not_report_is_ended_and_leaves_its_gpus(
 async def test_an_engine_that_cannot_be_served_is_ended(tmp_path: Path) -> None:
     vllm = FakeVllm(refuses=True)
     with pytest.raises(StartupError, match="no such template"):
-        await soon(vllm.backend(tmp_path, FakeSpace()).start(spec(), 0, nothing))
+        await soon(vllm.backend(tmp_path, FakeSpace()).start(spec(), place(0), nothing))
     assert vllm.engine.stopped == 1
 
 
@@ -397,7 +379,9 @@ async def test_a_start_cancelled_leaves_no_engine(tmp_path: Path, at: str) -> No
         vllm.engine.reporting = gate.wait
     else:
         vllm.building = gate.wait
-    start = asyncio.create_task(vllm.backend(tmp_path, FakeSpace()).start(spec(), 0, nothing))
+    start = asyncio.create_task(
+        vllm.backend(tmp_path, FakeSpace()).start(spec(), place(0), nothing)
+    )
     await until(lambda: reached.is_set() or gate.reached.is_set())
     start.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -408,7 +392,9 @@ async def test_a_start_cancelled_leaves_no_engine(tmp_path: Path, at: str) -> No
 async def test_a_start_cancelled_at_any_turn_leaves_no_engine(tmp_path: Path) -> None:
     for turns in range(60):
         vllm = FakeVllm()
-        start = asyncio.create_task(vllm.backend(tmp_path, FakeSpace()).start(spec(), 0, nothing))
+        start = asyncio.create_task(
+            vllm.backend(tmp_path, FakeSpace()).start(spec(), place(0), nothing)
+        )
         for _ in range(turns):
             await asyncio.sleep(0.0002)
         start.cancel()
@@ -432,7 +418,7 @@ async def test_a_start_whose_report_fails_leaves_no_engine(tmp_path: Path) -> No
             raise KeyError(state)
 
     with pytest.raises(StartupError):
-        await soon(vllm.backend(tmp_path, FakeSpace()).start(spec(), 0, report))
+        await soon(vllm.backend(tmp_path, FakeSpace()).start(spec(), place(0), report))
     await until(lambda: ended(vllm))
     assert vllm.engine.made == 1
 
@@ -443,7 +429,7 @@ async def test_a_start_without_sign_of_life_is_ended(tmp_path: Path) -> None:
     backend = vllm.backend(tmp_path, FakeSpace())
     backend._patience = Patience(look_s=0.005, quiet_s=0.02)
     with pytest.raises(StartupError, match=r"nothing in its log and no work for 0\.02 s"):
-        await soon(backend.start(spec(), 0, nothing))
+        await soon(backend.start(spec(), place(0), nothing))
     assert ended(vllm)
 
 
@@ -462,7 +448,7 @@ async def test_a_start_that_writes_is_not_ended_before_its_bound(tmp_path: Path)
     backend = vllm.backend(tmp_path, FakeSpace())
     backend._patience = Patience(look_s=0.005, quiet_s=0.05, at_most_s=0.4)
     with pytest.raises(StartupError, match=r"no end after 0\.4 s"):
-        await soon(backend.start(spec(), 0, nothing))
+        await soon(backend.start(spec(), place(0), nothing))
     assert lines > 50
     assert ended(vllm)
 
@@ -473,7 +459,9 @@ async def test_a_start_again_is_not_warming_at_once(tmp_path: Path) -> None:
     states: list[State] = []
     vllm = FakeVllm(launching=lambda _: time.sleep(0.05))
     await soon(
-        vllm.backend(tmp_path, FakeSpace()).start(spec(), 0, lambda state, _: states.append(state))
+        vllm.backend(tmp_path, FakeSpace()).start(
+            spec(), place(0), lambda state, _: states.append(state)
+        )
     )
     assert State.WARMING not in states
     assert log.with_name(f"{log.name}.1").read_text() == "Warming up\n"

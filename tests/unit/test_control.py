@@ -29,10 +29,10 @@ from llmserve.errors import (
 )
 from llmserve.lifecycle import health, pool, restart_backoff, transitions
 from llmserve.lifecycle.admission import Deadline
-from llmserve.lifecycle.eviction import HOST, Level
 from llmserve.lifecycle.health import HealthMonitor
 from llmserve.lifecycle.lease import Lease, ModelRequest
 from llmserve.lifecycle.operator import ModelOperator
+from llmserve.lifecycle.placement import HOST_MEMORY, Level, Place, Placement
 from llmserve.lifecycle.pool import Pool
 from llmserve.lifecycle.replica import Replica, State
 from llmserve.metrics import Metrics
@@ -41,14 +41,14 @@ from llmserve.registry.names import ModelNames
 from tests.fakes import FakeBackend, FakeRunning, Gate, Plan, broken, let_in, soon, until
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
+    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
     from contextlib import AbstractAsyncContextManager
 
-    from llmserve.lifecycle.eviction import Takes
     from llmserve.lifecycle.replica import Running
     from llmserve.registry.config import Config, ModelSpec
 
 CHAT = next(endpoint for endpoint in ENDPOINTS if endpoint.name == "chat completions")
+GPU = Place(0)
 Entries = dict[str, dict[str, Any]]
 
 
@@ -89,29 +89,31 @@ class Engines(FakeBackend):
 
     def __init__(self) -> None:
         super().__init__()
-        self.capacity = {0: 100}
+        self.capacity = {GPU: 100}
         self.coming: dict[str, Plan] = {}
         self.engines: defaultdict[str, list[Engine]] = defaultdict(list)
         self.adopted: list[Config] = []
 
-    def holds(self, spec: ModelSpec, number: int) -> Mapping[Level, Takes]:
+    def place(self, spec: ModelSpec, number: int) -> Placement:
         size = int(spec.memory or 0)
-        ready = {Level.READY: {0: size}}
-        asleep = {Level.HOST: {0: 1, HOST: size}} if spec.start == "sleeping" else {}
-        return self.sizes.get(spec.name, ready | asleep)
+        ready = {Level.READY: {GPU: size}}
+        asleep = {Level.HOST: {GPU: 1, HOST_MEMORY: size}} if spec.start == "sleeping" else {}
+        return Placement(number, self.sizes.get(spec.name, ready | asleep))
 
-    def planned(self, config: Config, kept: Collection[str]) -> Callable[[], None]:
+    def planned(
+        self, config: Config, kept: Mapping[str, Sequence[Placement]]
+    ) -> Callable[[], None]:
         super().planned(config, kept)
         return partial(self.adopted.append, config)
 
     async def start(
-        self, spec: ModelSpec, number: int, report: Callable[[State, str], None]
+        self, spec: ModelSpec, placement: Placement, report: Callable[[State, str], None]
     ) -> Running:
-        name = f"{spec.name}/{number}" if spec.replicas > 1 else spec.name
+        name = f"{spec.name}/{placement.number}" if spec.replicas > 1 else spec.name
         plan = self.plans[name] = self.coming.pop(name, Plan())
         plan.running = engine = Engine()
         engine.sleeps = spec.start == "sleeping"
-        running = await super().start(spec, number, report)
+        running = await super().start(spec, placement, report)
         self.engines[name].append(engine)
         return running
 
@@ -158,6 +160,11 @@ class Box:
 
     def replica(self, name: str, number: int = 0) -> Replica:
         return self.pool.entries[name].replicas[number]
+
+    def places(self, *names: str) -> dict[str, list[Placement]]:
+        """Where the engines of these models are."""
+        entries = [self.pool.entries[name] for name in names]
+        return {each.name: [replica.placement for replica in each.replicas] for each in entries}
 
     def engine(self, name: str) -> Engine:
         """The one that was started last."""
@@ -688,7 +695,7 @@ async def test_a_dry_run_changes_nothing(up: Boxes) -> None:
     assert box.config is was
     assert box.pool.entries == entries
     assert box.backend.adopted == []
-    assert box.backend.plans_made == [{"b"}] * 2
+    assert box.backend.plans_made == [box.places("b")] * 2
     assert sorted(box.backend.started) == ["a", "b", "c"]
 
 
@@ -698,7 +705,7 @@ async def test_a_file_that_is_the_same_changes_nothing(up: Boxes) -> None:
     told = await soon(box.control.reload(dry_run=False))
     assert (told["changed"], told["lines"], told["unchanged"]) == (False, [], ["a", "b"])
     assert box.pool.entries == entries
-    assert box.backend.plans_made == [{"a", "b"}]
+    assert box.backend.plans_made == [box.places("a", "b")]
 
 
 # --- what counts from now on
@@ -1177,7 +1184,7 @@ async def test_resized_engines_answer_under_new_aliases_too(up: Boxes) -> None:
 async def test_a_replica_that_is_placed_elsewhere_does_not_stay(up: Boxes) -> None:
     box = await up({"a": {"memory": 30}})
     first = box.engine("a")
-    box.backend.sizes["a"] = {Level.READY: {0: 20}}
+    box.backend.sizes["a"] = {Level.READY: {GPU: 20}}
     await box.reload({"a": {"memory": 30, "replicas": 2}})
     assert first.stopped == 1
     assert sorted(box.backend.started) == ["a", "a/0", "a/1"]
@@ -1308,11 +1315,11 @@ async def dead(box: Box) -> AsyncIterator[None]:
 @asynccontextmanager
 async def short_of_memory(box: Box) -> AsyncIterator[None]:
     await soon(box.control.unload("a", drain=True))
-    box.backend.capacity = {0: 25}
+    box.backend.capacity = {GPU: 25}
     held = await soon(box.ask("b"))
     waiting = await box.asking("a")
     await until(lambda: box.states()["b"] == "draining")
-    box.backend.capacity = {0: 100}
+    box.backend.capacity = {GPU: 100}
     yield
     held.release()
     (await soon(waiting)).release()

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from llmserve.lifecycle import events
 from llmserve.lifecycle.events import Event, Events
+from llmserve.lifecycle.placement import Placement
 from llmserve.lifecycle.replica import Replica, State
 from llmserve.registry.names import Model
 from tests.fakes import soon, spec
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def replica(name: str = "chat", number: int = 0) -> Replica:
-    return Replica(Model(spec(name)), number, {})
+    return Replica(Model(spec(name)), Placement(number, {}))
 
 
 def moved(told: Events, state: State, note: str = "", *, of: Replica | None = None) -> None:

@@ -9,8 +9,8 @@ import pytest
 from llmserve.checkpoint import shape
 from llmserve.errors import ConfigError, ShapeUnknown
 from llmserve.gpus.device import GIB
-from llmserve.lifecycle.eviction import HOST, Level
 from llmserve.lifecycle.host_memory import HostMemory
+from llmserve.lifecycle.placement import HOST_MEMORY, Level
 from llmserve.registry.config import Config, ServerSpec
 from tests.fakes import spec
 from tests.unit.shapes import LLAMA_8B
@@ -58,10 +58,10 @@ def of(config: Config, dtype_for: Callable[[Shape], str] = native) -> HostMemory
 
 
 def size_of(made: ModelSpec, dtype_for: Callable[[Shape], str] = native) -> int:
-    holds = of(registry(made), dtype_for).holds(made, 0)
+    holds = of(registry(made), dtype_for).place(made, 0).holds
     assert list(holds) == [Level.READY]  # or nothing: nobody sleeps
-    assert list(holds[Level.READY]) == [HOST]
-    return holds[Level.READY][HOST]
+    assert list(holds[Level.READY]) == [HOST_MEMORY]
+    return holds[Level.READY][HOST_MEMORY]
 
 
 def problems(*specs: ModelSpec, memory: str) -> list[str]:
@@ -91,11 +91,11 @@ def test_an_engine_holds_its_weights_its_kv_cache_and_what_it_needs_besides(
 def test_every_replica_holds_as_much() -> None:
     made = spec(replicas=3)
     space = of(registry(made))
-    assert space.holds(made, 0) == space.holds(made, 2)
+    assert space.place(made, 0).holds == space.place(made, 2).holds
 
 
 def test_the_budget_is_the_registry_s() -> None:
-    assert of(registry(spec(), memory="24GiB")).capacity == {HOST: 24 * GIB}
+    assert of(registry(spec(), memory="24GiB")).capacity == {HOST_MEMORY: 24 * GIB}
 
 
 def test_without_a_budget_nothing_is_bounded_and_no_hub_asked(
@@ -158,28 +158,31 @@ def test_a_pinned_model_leaves_the_others_what_it_does_not_hold() -> None:
 async def test_a_start_says_the_kv_cache_and_nobody_sleeps() -> None:
     made = spec()
     space = of(registry(made))
-    assert not space.sleeps(made, 0)
-    async with space.start(made, 0) as (placed, keep):
+    place = space.place(made, 0)
+    assert not place.sleeps
+    async with space.start(made, place) as (placed, keep):
         assert placed == spec(kv_cache="1GiB")
         keep([])
-    async with space.moves(made, 0, None):
+    async with space.moves(place, None):
         pass
 
 
 def test_another_registry_counts_once_it_is_adopted() -> None:
     space = of(registry(spec(), memory="24GiB"))
-    adopt = space.planned(registry(spec(memory="5GiB"), memory="30GiB"), {"chat"})
-    assert space.capacity == {HOST: 24 * GIB}
+    adopt = space.planned(
+        registry(spec(memory="5GiB"), memory="30GiB"), {"chat": [space.place(spec(), 0)]}
+    )
+    assert space.capacity == {HOST_MEMORY: 24 * GIB}
     adopt()
-    assert space.capacity == {HOST: 30 * GIB}
-    assert space.holds(spec("new"), 0) == {Level.READY: {HOST: GIB + BESIDE}}
+    assert space.capacity == {HOST_MEMORY: 30 * GIB}
+    assert space.place(spec("new"), 0).holds == {Level.READY: {HOST_MEMORY: GIB + BESIDE}}
 
 
 def test_a_registry_that_does_not_fit_changes_nothing() -> None:
     space = of(registry(spec(), memory="24GiB"))
     with pytest.raises(ConfigError, match=r"needs 31\.0 GiB"):
-        space.planned(registry(spec(memory="31GiB"), memory="30GiB"), set())
-    assert space.capacity == {HOST: 24 * GIB}
+        space.planned(registry(spec(memory="31GiB"), memory="30GiB"), {})
+    assert space.capacity == {HOST_MEMORY: 24 * GIB}
 
 
 # --- what a model is computed in
@@ -190,7 +193,7 @@ async def test_a_cpu_without_bfloat16_computes_in_float32_and_counts_that() -> N
     assert size_of(made, wide) == 2 * WEIGHTS + 2 * GIB + BESIDE
     space = of(registry(made, spec("odd", model="odd")), wide)
     assert space.dtypes == {"chat": "float32"}
-    async with space.start(made, 0) as (placed, _):
+    async with space.start(made, space.place(made, 0)) as (placed, _):
         assert placed == spec(engine={"dtype": "float32"}, kv_cache="2GiB")
 
 
@@ -199,7 +202,7 @@ async def test_what_an_entry_says_of_it_stays(engine: dict[str, Any]) -> None:
     made = spec(engine=engine)
     space = of(registry(made), wide)
     assert space.dtypes == {"chat": "bfloat16"}
-    async with space.start(made, 0) as (placed, _):
+    async with space.start(made, space.place(made, 0)) as (placed, _):
         assert placed.engine == engine
 
 
@@ -218,7 +221,7 @@ async def test_a_model_that_came_from_the_hub_is_looked_at_when_it_starts(
     space = of(registry(made, memory=None), wide)
     assert space.dtypes == {}
     here.append(made)
-    async with space.start(made, 0) as (placed, _):
+    async with space.start(made, space.place(made, 0)) as (placed, _):
         assert placed.engine == {"dtype": "float32"}
 
 

@@ -14,9 +14,9 @@ from llmserve.api.endpoints import ENDPOINTS
 from llmserve.errors import DeadlineExceeded, EngineDead, EngineError, Overloaded, StartupError
 from llmserve.lifecycle import health, restart_backoff, transitions
 from llmserve.lifecycle.admission import Deadline, QueuedRequest
-from llmserve.lifecycle.eviction import HOST, Level
 from llmserve.lifecycle.health import HealthMonitor
 from llmserve.lifecycle.lease import Lease, ModelRequest
+from llmserve.lifecycle.placement import HOST_MEMORY, Level, Place
 from llmserve.lifecycle.pool import Pool
 from llmserve.lifecycle.replica import Replica, State
 from llmserve.metrics import Metrics
@@ -26,7 +26,7 @@ from tests.fakes import FakeBackend, FakeRunning, Gate, Plan, broken, let_in, so
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
 
-    from llmserve.lifecycle.eviction import Takes
+    from llmserve.lifecycle.placement import Takes
     from llmserve.registry.config import ModelSpec
 
 CHAT = next(endpoint for endpoint in ENDPOINTS if endpoint.name == "chat completions")
@@ -42,15 +42,18 @@ def _hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(restart_backoff, "_FIRST_S", 0.001)
 
 
+GPU = Place(0)
+
+
 def engine(size: int) -> Mapping[Level, Takes]:
-    return {Level.READY: {0: size}}
+    return {Level.READY: {GPU: size}}
 
 
 def sleeping(size: int, kv_cache: int = 20, asleep: int = 2) -> Mapping[Level, Takes]:
     return {
-        Level.READY: {0: size},
-        Level.KV_RELEASED: {0: size - kv_cache},
-        Level.HOST: {0: asleep, HOST: size - kv_cache - asleep},
+        Level.READY: {GPU: size},
+        Level.KV_RELEASED: {GPU: size - kv_cache},
+        Level.HOST: {GPU: asleep, HOST_MEMORY: size - kv_cache - asleep},
     }
 
 
@@ -69,7 +72,7 @@ class Box:
         **plans: Plan,
     ) -> None:
         self.backend = FakeBackend(**plans)
-        self.backend.capacity = {0: 100} if capacity is None else capacity
+        self.backend.capacity = {GPU: 100} if capacity is None else capacity
         for name, size in sizes.items():
             self.backend.sizes[name] = engine(size) if isinstance(size, int) else size
         for each in specs:
@@ -376,16 +379,18 @@ async def test_a_sleeper_that_can_wake_no_more_leaves_nothing_behind() -> None:
 
 
 async def test_host_memory_is_a_place_too() -> None:
-    sizes = {name: {Level.READY: {HOST: 60}} for name in ("a", "b")}
-    box = Box(lazy("a"), lazy("b"), sizes=sizes, capacity={HOST: 100})
+    sizes = {name: {Level.READY: {HOST_MEMORY: 60}} for name in ("a", "b")}
+    box = Box(lazy("a"), lazy("b"), sizes=sizes, capacity={HOST_MEMORY: 100})
     await box.use("a", "b")
     assert box.states() == {"a": "stopped", "b": "ready"}
 
 
 async def test_models_on_different_gpus_do_not_wait_for_each_other() -> None:
     gate = Gate()
-    sizes = {"a": {Level.READY: {0: 60}}, "b": {Level.READY: {1: 60}}}
-    box = Box(lazy("a"), lazy("b"), sizes=sizes, capacity={0: 100, 1: 100}, a=Plan(gate=gate))
+    sizes = {"a": {Level.READY: {GPU: 60}}, "b": {Level.READY: {Place(1): 60}}}
+    box = Box(
+        lazy("a"), lazy("b"), sizes=sizes, capacity={GPU: 100, Place(1): 100}, a=Plan(gate=gate)
+    )
     waiting = await box.asking("a")
     await soon(gate.reached.wait())
     await box.use("b")
@@ -713,7 +718,8 @@ async def test_a_sleeper_keeps_its_weights_on_the_gpu_while_nobody_needs_the_roo
     await box.use("b")
     assert box.levels() == {"a": Level.KV_RELEASED, "b": Level.READY}
     # It can have at once what the other gives up for it.
-    assert box.backend.expected == ["b/0 comes", "b/0 came"]
+    comer = box.replica("b").placement
+    assert box.backend.expected == [(comer, "comes"), (comer, "came")]
 
 
 async def test_what_cannot_sleep_is_started_all_the_same_and_stopped() -> None:
@@ -726,7 +732,7 @@ async def test_what_cannot_sleep_is_started_all_the_same_and_stopped() -> None:
 
 
 async def test_a_sleeper_without_room_in_host_memory_sleeps_without_its_weights() -> None:
-    far = {Level.READY: {0: 60}, Level.KV_RELEASED: {0: 40}, Level.DISK: {0: 2}}
+    far = {Level.READY: {GPU: 60}, Level.KV_RELEASED: {GPU: 40}, Level.DISK: {GPU: 2}}
     box = Box(spec("a", start="sleeping"), spec("b"), sizes={"a": far, "b": 90})
     await soon(box.pool.start())
     assert box.levels() == {"a": Level.DISK, "b": Level.READY}
@@ -784,7 +790,7 @@ async def test_an_idle_model_that_cannot_sleep_stops() -> None:
 
 
 async def test_an_idle_model_whose_weights_have_no_room_leaves_them_on_disk() -> None:
-    far = {Level.READY: {0: 60}, Level.DISK: {0: 2}}
+    far = {Level.READY: {GPU: 60}, Level.DISK: {GPU: 2}}
     box = Box(spec("a", idle={"sleep_after": 0.01}), sizes={"a": far})
     await soon(box.pool.start())
     async with watched(box):

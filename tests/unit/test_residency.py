@@ -6,19 +6,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmserve.lifecycle.eviction import HOST, Level, Resident, room
+from llmserve.lifecycle.eviction import Resident, room
+from llmserve.lifecycle.placement import HOST_MEMORY, Level, Place
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from llmserve.lifecycle.eviction import Steps, Takes
+    from llmserve.lifecycle.eviction import Steps
+    from llmserve.lifecycle.placement import Takes
 
 STOPPED, DISK, NEAR, KV_RELEASED, READY = Level
+GPU, OTHER = Place(0), Place(1)
 
 
 def engine(key: str, size: int, *, level: Level = READY, worth: float = 0.0) -> Resident[str]:
     """On GPU 0, and unable to sleep."""
-    return Resident(key, level, {READY: {0: size}}, gives_way=True, worth=(worth,))
+    return Resident(key, level, {READY: {GPU: size}}, gives_way=True, worth=(worth,))
 
 
 def sleeper(
@@ -34,15 +37,15 @@ def sleeper(
 ) -> Resident[str]:
     """On GPU 0, with its weights in host memory when it sleeps."""
     holds = {
-        READY: {0: ready},
-        KV_RELEASED: {0: kv_released},
-        NEAR: {0: asleep, HOST: host},
+        READY: {GPU: ready},
+        KV_RELEASED: {GPU: kv_released},
+        NEAR: {GPU: asleep, HOST_MEMORY: host},
     }
     return Resident(key, level, holds, gives_way, (worth,))
 
 
 def stays(key: str, size: int) -> Resident[str]:
-    return Resident(key, READY, {READY: {0: size}}, gives_way=False)
+    return Resident(key, READY, {READY: {GPU: size}}, gives_way=False)
 
 
 @pytest.mark.parametrize(
@@ -97,55 +100,55 @@ def stays(key: str, size: int) -> Resident[str]:
 def test_who_goes_where(
     wanted: int, residents: Sequence[Resident[str]], steps: Steps[str] | None
 ) -> None:
-    assert room({0: wanted}, {0: 100}, residents) == steps
+    assert room({GPU: wanted}, {GPU: 100}, residents) == steps
 
 
 def test_weights_that_find_no_host_memory_are_not_kept_there() -> None:
-    capacity = {0: 100, HOST: 30}
+    capacity = {GPU: 100, HOST_MEMORY: 30}
     others = [sleeper("asleep", level=NEAR, worth=9), sleeper("awake")]
-    assert room({0: 90}, capacity, others) == [("awake", STOPPED)]
-    assert room({0: 90}, capacity | {HOST: 40}, others) == [("awake", NEAR)]
+    assert room({GPU: 90}, capacity, others) == [("awake", STOPPED)]
+    assert room({GPU: 90}, capacity | {HOST_MEMORY: 40}, others) == [("awake", NEAR)]
 
 
 def test_a_step_is_as_small_as_the_other_steps_allow() -> None:
     """Host memory that one does not take in the end is there for the other."""
     small = sleeper("small", ready=50, kv_released=50, asleep=0, host=10, worth=1)
     large = sleeper("large", ready=60, kv_released=60, asleep=0, host=10, worth=2)
-    assert room({0: 45}, {0: 100, HOST: 10}, [small, large]) == [("large", NEAR)]
+    assert room({GPU: 45}, {GPU: 100, HOST_MEMORY: 10}, [small, large]) == [("large", NEAR)]
 
 
 def test_only_those_of_the_gpu_give_way() -> None:
-    here, there = engine("here", 50), Resident("there", READY, {READY: {1: 50}}, gives_way=True)
-    both = Resident("both", READY, {READY: {0: 25, 1: 25}}, gives_way=True, worth=(1.0,))
-    capacity = {0: 80, 1: 80}
-    assert room({0: 50}, capacity, [there, here, both]) == [("here", STOPPED)]
-    assert room({0: 80, 1: 5}, capacity, [there, here, both]) == [
+    here, there = engine("here", 50), Resident("there", READY, {READY: {OTHER: 50}}, gives_way=True)
+    both = Resident("both", READY, {READY: {GPU: 25, OTHER: 25}}, gives_way=True, worth=(1.0,))
+    capacity = {GPU: 80, OTHER: 80}
+    assert room({GPU: 50}, capacity, [there, here, both]) == [("here", STOPPED)]
+    assert room({GPU: 80, OTHER: 5}, capacity, [there, here, both]) == [
         ("here", STOPPED),
         ("both", STOPPED),
     ]
-    assert room({0: 60, 1: 60}, capacity, [there, here, both]) is not None
+    assert room({GPU: 60, OTHER: 60}, capacity, [there, here, both]) is not None
 
 
 def test_what_has_no_capacity_is_not_bounded() -> None:
-    assert room({0: 10**15}, {}, [engine("a", 10**15)]) == []
+    assert room({GPU: 10**15}, {}, [engine("a", 10**15)]) == []
 
 
 # --- for all
 
 _SIZE = st.integers(0, 12)
-_PLACES = (HOST, 0, 1)
+_PLACES = (HOST_MEMORY, GPU, OTHER)
 
 
 @st.composite
 def _resident(draw: st.DrawFn, key: int) -> Resident[int]:
     """One that holds on a GPU no more at a lower level, and in host memory only asleep."""
     holds: dict[Level, Takes] = {}
-    on_gpus = {gpu: draw(_SIZE) for gpu in draw(st.sets(st.sampled_from((0, 1)), min_size=1))}
+    on_gpus = {gpu: draw(_SIZE) for gpu in draw(st.sets(st.sampled_from((GPU, OTHER)), min_size=1))}
     holds[READY] = on_gpus
     for level in (KV_RELEASED, NEAR, DISK):
         if draw(st.booleans()):
             on_gpus = {gpu: draw(st.integers(0, size)) for gpu, size in on_gpus.items()}
-            host = {HOST: draw(_SIZE)} if level is NEAR else {}
+            host = {HOST_MEMORY: draw(_SIZE)} if level is NEAR else {}
             holds[level] = on_gpus | host
     level = draw(st.sampled_from(sorted(holds)))
     return Resident(key, level, holds, draw(st.booleans()), (float(draw(st.integers(0, 3))),))
@@ -159,7 +162,7 @@ def _cases(draw: st.DrawFn) -> tuple[Takes, Takes, list[Resident[int]]]:
         place: sum(one.at(one.level).get(place, 0) for one in residents) + draw(_SIZE)
         for place in _PLACES
     }
-    return {gpu: draw(st.integers(0, 40)) for gpu in (0, 1)}, capacity, residents
+    return {gpu: draw(st.integers(0, 40)) for gpu in (GPU, OTHER)}, capacity, residents
 
 
 def _fits(
@@ -220,8 +223,8 @@ def test_of_equals_the_least_worth_go_and_no_more_than_it_takes(
 ) -> None:
     worths = list(range(count))
     order.shuffle(worths)  # type: ignore[attr-defined]  # random.Random
-    residents = [Resident(each, READY, {READY: {0: 10}}, True, (float(each),)) for each in worths]
-    steps = room({0: wanted}, {0: 10 * count + free}, residents)
+    residents = [Resident(each, READY, {READY: {GPU: 10}}, True, (float(each),)) for each in worths]
+    steps = room({GPU: wanted}, {GPU: 10 * count + free}, residents)
     needed = max(0, -(-(wanted - free) // 10))
     if needed > count:
         assert steps is None

@@ -19,20 +19,29 @@ from llmserve.gpus.device import GIB, described
 from llmserve.gpus.nvml import Holder
 from llmserve.gpus.page_exchange import PAGE_BYTES, PageBroker
 from llmserve.lifecycle import gpu_memory as space
-from llmserve.lifecycle.eviction import Level
 from llmserve.lifecycle.gpu_memory import GpuMemory, overhead_bytes
+from llmserve.lifecycle.operator import ModelOperator
+from llmserve.lifecycle.placement import Level, Place
+from llmserve.lifecycle.pool import Pool
+from llmserve.lifecycle.replica import State
+from llmserve.metrics import Metrics
 from llmserve.planning.measurements import Measured
 from llmserve.planning.planner import Planner
 from llmserve.registry.config import Config, ModelSpec
+from llmserve.registry.names import ModelNames
+from tests import fakes
+from tests.fakes import FakeBackend, FakeRunning, Gate, soon
 from tests.unit.shapes import LLAMA_8B
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
     from pathlib import Path
 
     from llmserve.checkpoint.shape import Shape
     from llmserve.gpus.device import Gpu
     from llmserve.lifecycle.gpu_memory import Keep
+    from llmserve.lifecycle.placement import Placement
+    from llmserve.lifecycle.replica import Replica, Running
     from llmserve.planning.plan import Plan
 
 
@@ -91,7 +100,7 @@ class Starts:
         await self._settle()
 
     async def _start(self, name: str, spec: ModelSpec, number: int) -> None:
-        async with self.space.start(spec, number) as (_, keep):
+        async with self.space.start(spec, self.space.place(spec, number)) as (_, keep):
             self.keeps[name] = keep
             self.running.append(name)
             try:
@@ -252,19 +261,19 @@ async def test_a_start_that_is_given_up_lets_the_next_one_in(gpus: Gpus, tmp_pat
     space = GpuMemory(planned(Measured(tmp_path), a, b), Measured(tmp_path))
 
     async def failing() -> None:
-        async with space.start(a, 0):
+        async with space.start(a, space.place(a, 0)):
             raise StartupError("no")
 
     with pytest.raises(StartupError):
         await failing()
-    async with asyncio.timeout(60), space.start(b, 0) as (spec, _):
+    async with asyncio.timeout(60), space.start(b, space.place(b, 0)) as (spec, _):
         assert spec.name == "b"
 
 
 async def test_a_replica_s_entry_says_its_gpus_and_its_cache(gpus: Gpus, tmp_path: Path) -> None:
     many = entry(replicas=2)
     space = GpuMemory(planned(Measured(tmp_path), many, box="2xH100"), Measured(tmp_path))
-    async with space.start(many, 1) as (spec, _):
+    async with space.start(many, space.place(many, 1)) as (spec, _):
         replica = space.plan.replica("m", 1)
         assert (spec.devices, spec.kv_cache) == (replica.devices, replica.kv)
 
@@ -303,7 +312,8 @@ async def test_a_measured_start_is_planned_with_from_then_on(gpus: Gpus, tmp_pat
     (replica,) = plan.replicas
     planned_gib = (replica.weights + replica.kv) / GIB
     gpus.used = {0: 2 * GIB, 1: 0}  # what was there before is nobody's overhead
-    async with GpuMemory(plan, kept).start(m, 0) as (_, keep):
+    space = GpuMemory(plan, kept)
+    async with space.start(m, space.place(m, 0)) as (_, keep):
         gpus.used = {0: int((planned_gib + 5) * GIB), 1: int((planned_gib + 4) * GIB)}
         keep([report(planned_gib + 1), report(planned_gib + 1)])
     (again,) = planned(kept, m, box="2xH100").replicas
@@ -320,7 +330,8 @@ async def test_of_data_parallel_ranks_the_first_reports_alone(gpus: Gpus, tmp_pa
     (replica,) = plan.replicas
     assert len(replica.devices) == 2
     size = replica.weights + replica.kv
-    async with GpuMemory(plan, kept).start(m, 0) as (_, keep):
+    space = GpuMemory(plan, kept)
+    async with space.start(m, space.place(m, 0)) as (_, keep):
         gpus.used = {0: size + 2 * GIB, 1: size + 9 * GIB}
         keep([report(size / GIB)])
     assert kept.overhead(replica.fingerprint) == pytest.approx(2 * GIB, abs=2)
@@ -329,8 +340,9 @@ async def test_of_data_parallel_ranks_the_first_reports_alone(gpus: Gpus, tmp_pa
 async def test_a_start_that_reports_nothing_keeps_nothing(gpus: Gpus, tmp_path: Path) -> None:
     m = entry()
     kept = Measured(tmp_path)
+    space = GpuMemory(planned(kept, m), kept)
     with contextlib.suppress(StartupError):
-        async with GpuMemory(planned(kept, m), kept).start(m, 0):
+        async with space.start(m, space.place(m, 0)):
             raise StartupError("no")
     assert files(tmp_path) == []
 
@@ -383,7 +395,7 @@ async def test_a_start_without_room_tells_who_holds_it(
     spec = entry(memory="40GiB")
     ground = GpuMemory(planned(Measured(tmp_path), spec), Measured(tmp_path))
     with pytest.raises(StartupError, match=r"m needs 40.0 GiB, 19.6 GiB .* pid 7 python 59.0 GiB"):
-        async with ground.start(spec, 0):
+        async with ground.start(spec, ground.place(spec, 0)):
             pass
 
 
@@ -393,7 +405,8 @@ async def test_a_start_in_which_memory_came_back_is_no_measurement(
     kept, m = Measured(tmp_path), entry(kv_cache="20GiB")
     plan = planned(kept, m)
     gpus.used[0] = 30 * GIB
-    async with GpuMemory(plan, kept).start(m, 0) as (_, keep):
+    space = GpuMemory(plan, kept)
+    async with space.start(m, space.place(m, 0)) as (_, keep):
         gpus.used[0] = 40 * GIB  # 40 came, 30 of somebody else's went
         keep([report(40)])
     assert files(tmp_path) == []
@@ -412,26 +425,29 @@ def test_a_gpu_may_be_filled_up_to_its_headroom(gpus: Gpus, tmp_path: Path) -> N
     plan = planned(Measured(tmp_path), entry(memory="40GiB"), box="2xH100")
     memory = plan.box[0].memory
     held = GpuMemory(plan, Measured(tmp_path)).capacity
-    assert sorted(held) == [0, 1]
-    assert held[0] == held[1] <= memory * 0.92
-    assert held[0] > memory * 0.9
+    first, second = Place(0), Place(1)
+    assert set(held) == {first, second}
+    assert held[first] == held[second] <= memory * 0.92
+    assert held[first] > memory * 0.9
 
 
 def test_who_cannot_sleep_holds_all_or_nothing(tmp_path: Path) -> None:
     m = entry(memory="40GiB", tensor_parallel_size=2)
     space = GpuMemory(planned(Measured(tmp_path), m, box="2xH100"), Measured(tmp_path))
-    assert not space.sleeps(m, 0)
-    assert space.holds(m, 0) == {Level.READY: {0: 40 * GIB, 1: 40 * GIB}}
+    place = space.place(m, 0)
+    assert not place.sleeps
+    assert place.holds == {Level.READY: {Place(0): 40 * GIB, Place(1): 40 * GIB}}
 
 
 def test_a_sleeper_holds_less_at_each_level(tmp_path: Path) -> None:
     (m,) = sleeping("m")
     space = GpuMemory(planned(Measured(tmp_path), m), Measured(tmp_path), host_memory=100 * GIB)
     (replica,) = space.plan.replicas
-    assert space.sleeps(m, 0)
+    place = space.place(m, 0)
+    assert place.sleeps
     assert replica.kv == 5 * GIB
-    holds = space.holds(m, 0)
-    assert [holds[level][0] for level in (Level.READY, Level.KV_RELEASED, Level.HOST)] == [
+    holds = place.holds
+    assert [holds[level][Place(0)] for level in (Level.READY, Level.KV_RELEASED, Level.HOST)] == [
         replica.weights + replica.overhead + replica.kv,
         replica.weights + replica.overhead,
         replica.overhead,
@@ -449,7 +465,7 @@ def test_host_memory_is_given_in_order_and_whoever_finds_none_sleeps_without_wei
 
     def asleep(host_memory: int) -> list[Level]:
         space = GpuMemory(plan, Measured(tmp_path), host_memory=host_memory)
-        return [min(space.holds(each, 0)) for each in specs]
+        return [min(space.place(each, 0).holds) for each in specs]
 
     assert asleep(3 * host) == [Level.HOST] * 3
     assert asleep(2 * host) == [Level.HOST, Level.HOST, Level.DISK]
@@ -463,18 +479,19 @@ async def test_a_sleeper_wakes_when_what_it_needs_more_is_free(
     monkeypatch.setattr(space, "_RELEASE_S", 0.01)
     (m,) = sleeping("m")
     ground = GpuMemory(planned(Measured(tmp_path), m), Measured(tmp_path), host_memory=100 * GIB)
+    place = ground.place(m, 0)
     (replica,) = ground.plan.replicas
     memory, more = ground.plan.box[0].memory, replica.weights + replica.kv
     gpus.used[0] = memory - more
-    async with ground.moves(m, 0, Level.HOST):
+    async with ground.moves(place, Level.HOST):
         pass
     gpus.used[0] += 1
     with pytest.raises(StartupError, match="m needs"):
-        async with ground.moves(m, 0, Level.HOST):
+        async with ground.moves(place, Level.HOST):
             pass
-    async with ground.moves(m, 0, Level.KV_RELEASED):  # its weights are there
+    async with ground.moves(place, Level.KV_RELEASED):  # its weights are there
         pass
-    async with ground.moves(m, 0, None):  # falling asleep takes nothing
+    async with ground.moves(place, None):  # falling asleep takes nothing
         pass
 
 
@@ -488,18 +505,19 @@ async def test_what_passes_to_a_sleeper_counts_as_free_for_it(
     plan = planned(Measured(tmp_path), m)
     seen = replace(plan, box=(replace(plan.box[0], uuid="GPU-1"),))
     ground = GpuMemory(seen, Measured(tmp_path), 100 * GIB, between)
+    place = ground.place(m, 0)
     (replica,) = plan.replicas
     gpus.used[0] = plan.box[0].memory - replica.weights - replica.kv + 2 * PAGE_BYTES
-    with ground.expecting(m, 0):
+    with ground.expecting(place):
         page_exchange.give("GPU-1", [os.memfd_create("page")])
         with pytest.raises(StartupError, match="m needs"):
-            async with ground.moves(m, 0, Level.HOST):
+            async with ground.moves(place, Level.HOST):
                 pass
         page_exchange.give("GPU-1", [os.memfd_create("page")])
-        async with ground.moves(m, 0, Level.HOST):
+        async with ground.moves(place, Level.HOST):
             pass
         gpus.used[0] = 0
-        async with ground.start(m, 0):
+        async with ground.start(m, place):
             assert between.bytes("GPU-1") == 0  # a start needs it free
     page_exchange.give("GPU-1", [os.memfd_create("page")])
     assert between.bytes("GPU-1") == 0
@@ -516,7 +534,7 @@ async def test_nobody_falls_asleep_or_wakes_where_a_start_is_measured(
     done = asyncio.Event()
 
     async def move() -> None:
-        async with made.space.moves(m, 0, None):
+        async with made.space.moves(made.space.place(m, 0), None):
             moved.set()
             await done.wait()
 
@@ -558,7 +576,9 @@ def test_engines_that_go_on_stay_where_they_are_with_what_they_have(tmp_path: Pa
     ground = GpuMemory(planned(kept, a, b, box="2xH100"), kept)
     before = ground.plan
     where = before.replica("b", 0).devices
-    adopt = ground.planned(config(tmp_path, entry("new", kv_cache="20GiB"), b), {"b"})
+    adopt = ground.planned(
+        config(tmp_path, entry("new", kv_cache="20GiB"), b), {"b": [ground.place(b, 0)]}
+    )
     assert ground.plan is before
     adopt()
     assert ground.plan.replica("b", 0).devices == where
@@ -572,5 +592,113 @@ def test_a_registry_that_does_not_fit_changes_nothing(tmp_path: Path) -> None:
     ground = GpuMemory(planned(kept, a), kept)
     before = ground.plan
     with pytest.raises(PlacementError, match="large"):
-        ground.planned(config(tmp_path, a, entry("large", memory="60GiB")), {"a"})
+        ground.planned(
+            config(tmp_path, a, entry("large", memory="60GiB")), {"a": [ground.place(a, 0)]}
+        )
     assert ground.plan is before
+
+
+# --- a reload that moves a model to another GPU
+
+
+class FakeEngines(FakeBackend):
+    """Fake engines, in the memory of GPUs that are planned."""
+
+    def __init__(self, memory: GpuMemory) -> None:
+        super().__init__()
+        self.memory = self.gpus = memory
+        self.devices: list[tuple[int | str, ...] | None] = []  # of each start
+
+    async def start(
+        self, spec: ModelSpec, placement: Placement, report: Callable[[State, str], None]
+    ) -> Running:
+        async with self.gpus.start(spec, placement) as (placed, _):
+            self.devices.append(placed.devices)
+            return await super().start(spec, placement, report)
+
+
+class Moving:
+    """A sleeper `m` that runs on GPU 0 of two, and a registry that puts it on another."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.kept = Measured(folder)
+        (spec,) = sleeping("m", kv_cache="20GiB")
+        self.read = self._on(0)
+        plan = planned(self.kept, *self.read.models, box="2xH100")
+        self.memory = GpuMemory(plan, self.kept, host_memory=100 * GIB)
+        self.backend = FakeEngines(self.memory)
+        self.pool = Pool(ModelNames((spec,)), self.backend, Metrics())
+        self.operator = ModelOperator(
+            self.read, self.pool, self.backend, lambda: self.read, lambda _: None
+        )
+
+    def _on(self, gpu: int) -> Config:
+        return config(self.folder, *sleeping("m", kv_cache="20GiB", devices=[gpu]))
+
+    def comes(self, **said: Any) -> FakeRunning:
+        """The next engine, which can sleep."""
+        plan = self.backend.plans["m"] = fakes.Plan(**said)
+        plan.running.sleeps = True
+        return plan.running
+
+    async def ready(self) -> Replica:
+        self.comes()
+        (replica,) = self.pool.replicas
+        await soon(self.pool.life.to_ready(replica))
+        return replica
+
+    async def reload(self, gpu: int) -> dict[str, Any]:
+        self.read = self._on(gpu)
+        return await soon(self.operator.reload(dry_run=False))
+
+
+@pytest.fixture
+def moving(gpus: Gpus, llamas: None, tmp_path: Path) -> Moving:
+    return Moving(tmp_path)
+
+
+@contextlib.asynccontextmanager
+async def starting_on_gpu_1(moving: Moving) -> AsyncIterator[None]:
+    """While the new engine starts there, and is measured."""
+    gate = Gate()
+    moving.comes(gate=gate)
+    reloading = asyncio.create_task(moving.reload(1))
+    await soon(gate.reached.wait())
+    try:
+        yield
+    finally:
+        gate.opened.set()
+        await soon(reloading)
+
+
+async def test_the_engine_before_sleeps_and_wakes_where_it_is(moving: Moving, gpus: Gpus) -> None:
+    old = await moving.ready()
+    engine = moving.backend.running("m")
+    async with starting_on_gpu_1(moving):
+        assert old.holds[Level.READY].keys() == {Place(0)}
+        await soon(moving.pool.life.lower(old, Level.HOST), within_s=5)
+        gpus.used[1] = moving.memory.plan.box[1].memory  # by the engine that starts
+        await soon(moving.pool.life.to_ready(old), within_s=5)
+    assert engine.slept == [Level.HOST, Level.READY]
+    assert moving.backend.devices == [(0,), (1,)]
+
+
+async def test_the_engine_before_starts_again_where_it_was(moving: Moving) -> None:
+    old = await moving.ready()
+    moving.comes(error=StartupError("no memory left"))
+    told = await moving.reload(1)
+    assert "the engine before it goes on" in told["lines"][-1]
+    await soon(moving.pool.life.lower(old, Level.STOPPED))
+    moving.comes()
+    await soon(moving.pool.life.to_ready(old))
+    assert old.state is State.READY
+    assert moving.backend.devices == [(0,), (1,), (0,)]
+
+
+async def test_a_registry_set_back_plans_around_the_engine_before(moving: Moving) -> None:
+    await moving.ready()
+    moving.comes(error=StartupError("no memory left"))
+    await moving.reload(1)
+    await moving.reload(0)
+    assert moving.memory.plan.replica("m", 0).devices == (0,)

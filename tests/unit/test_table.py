@@ -5,6 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
+from llmserve.lifecycle.placement import Placement
 from llmserve.lifecycle.replica import Replica, State
 from llmserve.registry.names import Model
 from llmserve.server.startup_display import Lines, LiveTable, display
@@ -14,7 +15,7 @@ from tests.fakes import spec
 def replica(
     name: str, state: State, note: str = "", seconds: float = 0.0, *, number: int = 0, of: int = 1
 ) -> Replica:
-    made = Replica(Model(spec(name, replicas=of)), number, {})
+    made = Replica(Model(spec(name, replicas=of)), Placement(number, {}))
     made.state, made.note, made.seconds = state, note, seconds
     return made
 
