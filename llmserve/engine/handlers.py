@@ -61,7 +61,8 @@ from vllm.v1.engine.exceptions import EngineDeadError
 import llmserve.engine.media  # noqa: F401  # registers what fetches the URLs of images
 from llmserve.api import sse
 from llmserve.api.body_limits import check_choices
-from llmserve.api.endpoints import BackgroundAnswer, cannot, failure
+from llmserve.api.endpoint_id import EndpointId
+from llmserve.api.endpoints import TITLES, BackgroundAnswer, cannot, failure
 from llmserve.api.token_stream import FIRST_S
 from llmserve.api.validation_errors import mistake
 from llmserve.engine import gc_policy, response_history, token_count
@@ -188,8 +189,8 @@ _RESPONSE_NULLS = frozenset(
 )
 _NONE: frozenset[str] = frozenset()
 
-HANDLERS: dict[str, Handler] = {
-    "chat completions": Handler(
+HANDLERS: dict[EndpointId, Handler] = {
+    EndpointId.CHAT_COMPLETIONS: Handler(
         "openai_serving_chat",
         "create_chat_completion",
         bounded(ChatCompletionRequest),
@@ -198,21 +199,21 @@ HANDLERS: dict[str, Handler] = {
         required.of_chat,
         b'"logprobs":{',
     ),
-    "completions": Handler(
+    EndpointId.COMPLETIONS: Handler(
         "openai_serving_completion",
         "create_completion",
         bounded(CompletionRequest),
         _COMPLETION_NULLS,
         (CompletionStreamResponse,),
     ),
-    "responses": Handler(
+    EndpointId.RESPONSES: Handler(
         "openai_serving_responses",
         "create_responses",
         bounded(ResponsesRequest),
         _RESPONSE_NULLS,
         required=required.of_response,
     ),
-    "messages": Handler(
+    EndpointId.MESSAGES: Handler(
         "anthropic_serving_messages",
         "create_messages",
         bounded(AnthropicMessagesRequest),
@@ -221,29 +222,35 @@ HANDLERS: dict[str, Handler] = {
         required.of_message,
         b'"usage":{',
     ),
-    "token counts": Handler(
+    EndpointId.TOKEN_COUNTS: Handler(
         "anthropic_serving_messages",
         "count_tokens",
         bounded(AnthropicCountTokensRequest),
         _NONE,
     ),
-    "embeddings": Handler("serving_embedding", "__call__", bounded(EmbeddingRequest), _NONE),
-    "scores": Handler("serving_scores", "__call__", bounded(ScoreRequest)),
-    "reranking": Handler("serving_scores", "__call__", bounded(RerankRequest)),
-    "pooling": Handler("serving_pooling", "__call__", bounded(PoolingRequest)),
-    "classification": Handler("serving_classification", "__call__", bounded(ClassificationRequest)),
-    "tokenization": Handler("serving_tokenization", "create_tokenize", bounded(TokenizeRequest)),
-    "detokenization": Handler(
+    EndpointId.EMBEDDINGS: Handler(
+        "serving_embedding", "__call__", bounded(EmbeddingRequest), _NONE
+    ),
+    EndpointId.SCORES: Handler("serving_scores", "__call__", bounded(ScoreRequest)),
+    EndpointId.RERANKING: Handler("serving_scores", "__call__", bounded(RerankRequest)),
+    EndpointId.POOLING: Handler("serving_pooling", "__call__", bounded(PoolingRequest)),
+    EndpointId.CLASSIFICATION: Handler(
+        "serving_classification", "__call__", bounded(ClassificationRequest)
+    ),
+    EndpointId.TOKENIZATION: Handler(
+        "serving_tokenization", "create_tokenize", bounded(TokenizeRequest)
+    ),
+    EndpointId.DETOKENIZATION: Handler(
         "serving_tokenization", "create_detokenize", bounded(DetokenizeRequest)
     ),
-    "transcriptions": Handler(
+    EndpointId.TRANSCRIPTIONS: Handler(
         "openai_serving_transcription",
         "create_transcription",
         bounded(TranscriptionRequest),
         _NONE,
         (TranscriptionStreamResponse,),
     ),
-    "translations": Handler(
+    EndpointId.TRANSLATIONS: Handler(
         "openai_serving_translation",
         "create_translation",
         bounded(TranslationRequest),
@@ -254,8 +261,18 @@ HANDLERS: dict[str, Handler] = {
 
 
 # Endpoints whose bodies may hold a constraint.
-_GENERATING = frozenset({"chat completions", "completions", "responses", "messages"})
-LANES: dict[str, type[Chat | Completions]] = {"chat completions": Chat, "completions": Completions}
+_GENERATING = frozenset(
+    {
+        EndpointId.CHAT_COMPLETIONS,
+        EndpointId.COMPLETIONS,
+        EndpointId.RESPONSES,
+        EndpointId.MESSAGES,
+    }
+)
+LANES: dict[EndpointId, type[Chat | Completions]] = {
+    EndpointId.CHAT_COMPLETIONS: Chat,
+    EndpointId.COMPLETIONS: Completions,
+}
 
 
 class ModelHandlers:
@@ -275,7 +292,7 @@ class ModelHandlers:
             for endpoint, handler in HANDLERS.items()
             if getattr(state, handler.owner, None) is not None
         )
-        self._express = {name: self._opened(name, encode) for name in LANES if name in self.able}
+        self._express = {each: self._opened(each, encode) for each in LANES if each in self.able}
 
     @classmethod
     async def build(cls, spec: ModelSpec, engine: Engine) -> ModelHandlers:
@@ -329,7 +346,7 @@ class ModelHandlers:
         new.took = self.took
         return new
 
-    def _opened(self, endpoint: str, encode: Encode | None) -> FastPath:
+    def _opened(self, endpoint: EndpointId, encode: Encode | None) -> FastPath:
         handler = HANDLERS[endpoint]
         served = getattr(self._state, handler.owner)
         terms = StreamTerms(
@@ -393,14 +410,14 @@ class ModelHandlers:
         return self.engine.flow.coming()
 
     def express(
-        self, endpoint: str, body: dict[str, Any], asked: str, scope: Scope
+        self, endpoint: EndpointId, body: dict[str, Any], asked: str, scope: Scope
     ) -> ASGIApp | None:
         """The answer to a request like an earlier one; None if it needs `call`."""
         express = self._express.get(endpoint)
         return None if express is None else express.stream(body, asked, scope)
 
     async def call(
-        self, endpoint: str, body: dict[str, Any], asked: str, request: Request
+        self, endpoint: EndpointId, body: dict[str, Any], asked: str, request: Request
     ) -> ASGIApp:
         """Answer a request whose model has been found.
 
@@ -423,7 +440,7 @@ class ModelHandlers:
             result = await self._translating(self._handled(handler, parsed, request))
         for noted in calls:  # before the headers: a parser may have derived a constraint
             await self._translating(self.engine.client.check(noted.params))
-        if endpoint == "responses":
+        if endpoint is EndpointId.RESPONSES:
             if parsed.background and isinstance(result, AsyncGenerator):
                 await result.aclose()
                 result = self._stored.replay(parsed.request_id)
@@ -454,7 +471,7 @@ class ModelHandlers:
         upload = [await read_upload_with_limit(parsed.file)] if hasattr(parsed, "file") else []
         return await method(*upload, parsed, request)
 
-    async def _respond(self, result: Any, endpoint: str) -> Response:
+    async def _respond(self, result: Any, endpoint: EndpointId) -> Response:
         handler = HANDLERS[endpoint]
         if isinstance(result, ErrorResponse):
             raise self._refusal(result.error)
@@ -468,7 +485,7 @@ class ModelHandlers:
 
     # --- streams
 
-    async def _stream(self, source: AsyncGenerator[Any, None], endpoint: str) -> Response:
+    async def _stream(self, source: AsyncGenerator[Any, None], endpoint: EndpointId) -> Response:
         """An event stream; what fails at once is an error answer instead."""
         written = self._frames(source, HANDLERS[endpoint])
         frames = sse.PeekableStream(written, partial(failure, endpoint))
@@ -641,7 +658,9 @@ def _default_not_limit(state: State) -> None:
             serving.override_max_tokens = None
 
 
-async def _validated(handler: Handler, body: dict[str, Any], endpoint: str, scope: Scope) -> Any:
+async def _validated(
+    handler: Handler, body: dict[str, Any], endpoint: EndpointId, scope: Scope
+) -> Any:
     """A large body is validated beside the loop."""
     off_loop: BodyThread | None = scope.get("state", {}).get("off_loop")
     if off_loop is None:
@@ -649,7 +668,7 @@ async def _validated(handler: Handler, body: dict[str, Any], endpoint: str, scop
     return await off_loop.run(_validate, handler, body, endpoint)
 
 
-def _validate(handler: Handler, body: dict[str, Any], endpoint: str) -> Any:
+def _validate(handler: Handler, body: dict[str, Any], endpoint: EndpointId) -> Any:
     """A body as vLLM's request class. Raises RequestError, short, with the deepest mistake."""
     try:
         parsed = handler.request.validate_python(body)
@@ -671,13 +690,13 @@ def _prompts_of(parsed: Any) -> int:
     return 1
 
 
-def _misread(handler: Handler, body: dict[str, Any], endpoint: str) -> RequestError:
+def _misread(handler: Handler, body: dict[str, Any], endpoint: EndpointId) -> RequestError:
     """What is wrong with the types of a body that one of vLLM's validators failed on."""
     try:
         handler.shape.validate_python(body)
     except ValidationError as error:
         return mistake(error.errors(include_url=False), body)
-    return RequestError(f"The body is not that of a request for {endpoint}.")
+    return RequestError(f"The body is not that of a request for {TITLES[endpoint]}.")
 
 
 def _short(message: str, limit: int = 500) -> str:
@@ -709,11 +728,11 @@ def _event_of(item: BaseModel, handler: Handler) -> bytes:
 
 def _stored_answer(result: Any) -> Response:
     """A stored response, or its events again; no engine is asked."""
-    handler = HANDLERS["responses"]
+    handler = HANDLERS[EndpointId.RESPONSES]
     if isinstance(result, BaseModel):
         return Response(handler.content(result), media_type="application/json")
     return sse.EventStream(
-        sse.PeekableStream(_replayed(result, handler), partial(failure, "responses"))
+        sse.PeekableStream(_replayed(result, handler), partial(failure, EndpointId.RESPONSES))
     )
 
 

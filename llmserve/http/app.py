@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 _SLASHES = re.compile(rb"/{2,}")
 _ID = b"x-request-id"
 _CLIENT_CLOSED = 499  # nginx's status for a client that left; never sent
-_ENDPOINT_OF = {path: endpoint.name for endpoint in ENDPOINTS for path in endpoint.paths}
+_ENDPOINT_OF = {path: endpoint.id for endpoint in ENDPOINTS for path in endpoint.paths}
 
 
 def build(services: Services) -> ASGIApp:

@@ -59,7 +59,7 @@ class InferenceEndpoint:
         scope["state"]["model"] = model.name  # for the metrics, refused or not
         deadline = _deadline(scope, model.spec.timeout)
         wish = ModelRequest(name, self.endpoint, body, deadline, asyncio.current_task())
-        early = KeepAliveSend(send, self.endpoint.name)
+        early = KeepAliveSend(send, self.endpoint.id)
         try:
             try:
                 await self._once(scope, receive, early, wish)
@@ -125,11 +125,11 @@ class InferenceEndpoint:
         try:
             with lease.running.coming():
                 await services.turns.take()
-                answer = lease.running.express(self.endpoint.name, wish.body, wish.name, scope)
+                answer = lease.running.express(self.endpoint.id, wish.body, wish.name, scope)
                 await asyncio.sleep(0)  # the others of its group come as far first
             if answer is None:
                 request = Request(scope, receive)
-                work = lease.running.call(self.endpoint.name, wish.body, wish.name, request)
+                work = lease.running.call(self.endpoint.id, wish.body, wish.name, request)
                 answer = await _raise_if_gone(receive, work)
         except BaseException as error:
             lease.release()

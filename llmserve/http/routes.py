@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 def table() -> list[Route]:
     """Every route there is."""
     served = [
-        Route(path, InferenceEndpoint(endpoint), methods=["POST"], name=endpoint.name)
+        Route(path, InferenceEndpoint(endpoint), methods=["POST"], name=endpoint.id)
         for endpoint in ENDPOINTS
         for path in endpoint.paths
     ]

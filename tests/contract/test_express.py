@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from vllm.renderers import chat_utils
 from vllm.v1.metrics.loggers import PrometheusStatLogger, StatLoggerManager
 
+from llmserve.api.endpoint_id import EndpointId
 from llmserve.engine.fastpath.output_processor import StreamingOutputProcessor
 from llmserve.engine.metrics import EngineMetrics
 from llmserve.http import app
@@ -751,14 +752,14 @@ async def test_prompt_of_recipe_is_vllms_for_any_conversation(
 
 async def recipe_of(box: Box, kind: dict[str, Any]) -> Any:
     await box.ask(CHATS, user(FOX) | kind | {"max_tokens": 1, "stream": True})
-    return next(reversed(box.serving._express["chat completions"]._recipes.kept.values()))
+    return next(reversed(box.serving._express[EndpointId.CHAT_COMPLETIONS]._recipes.kept.values()))
 
 
 async def rendered(box: Box, body: dict[str, Any]) -> list[int] | None:
     """The prompt that vLLM makes of a chat; None if it refuses it."""
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 
-    handler = box.serving._express["chat completions"]._serving
+    handler = box.serving._express[EndpointId.CHAT_COMPLETIONS]._serving
     made = await handler.render_chat_request(ChatCompletionRequest(model="chat", **body))
     if not isinstance(made, tuple):
         return None

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from prometheus_client import CollectorRegistry
 from starlette.responses import Response
 
-from llmserve.api.endpoints import ENDPOINTS
+from llmserve.api.endpoint_id import EndpointId
 from llmserve.api.sse import EventStream, PeekableStream
 from llmserve.errors import EngineDead, EngineError, StartupError
 from llmserve.lifecycle.eviction import Level
@@ -195,7 +195,7 @@ class Running:
 
     def __init__(self, engine: Engine, weather: Weather) -> None:
         self.engine = engine
-        self.able = frozenset(endpoint.name for endpoint in ENDPOINTS)
+        self.able = frozenset(EndpointId)
         self.took: Mapping[str, float] = {}
         self.max_model_len = 2048
         self.registry = _NO_FIGURES
@@ -220,7 +220,7 @@ class Running:
         return None
 
     async def call(
-        self, endpoint: str, body: dict[str, Any], asked: str, request: Request
+        self, endpoint: EndpointId, body: dict[str, Any], asked: str, request: Request
     ) -> Response:
         del endpoint, request
         assert self.engine.level is Level.READY, "a request reached an engine that is asleep"

@@ -322,7 +322,7 @@ async def test_audio_that_is_no_form_is_refused(headers: dict[str, str], body: b
 
 @pytest.mark.parametrize(
     ("path", "name"),
-    [(p, e.name) for e in ENDPOINTS if not e.multipart for p in e.paths],
+    [(p, e.id) for e in ENDPOINTS if not e.multipart for p in e.paths],
 )
 async def test_every_path_reaches_its_endpoint(path: str, name: str) -> None:
     async with asgi() as box:
