@@ -14,6 +14,7 @@ import orjson
 from prometheus_client import CollectorRegistry
 from starlette.responses import Response
 
+from llmserve.api.context import RequestContext
 from llmserve.api.endpoint_id import EndpointId
 from llmserve.api.sse import EventStream, PeekableStream
 from llmserve.errors import LLMServeError, StartupError
@@ -63,6 +64,7 @@ class Call:
     body: dict[str, Any]
     asked: str
     request_id: str | None = None
+    context: RequestContext | None = None
 
 
 Answer = Callable[[Call], Awaitable[Response]]
@@ -153,6 +155,7 @@ class FakeRunning:
         self, endpoint: EndpointId, body: dict[str, Any], asked: str, request: Request
     ) -> Response:
         call = Call(endpoint, body, asked, request.headers.get("x-request-id"))
+        call.context = RequestContext.of(request.scope)
         self.calls.append(call)
         return await self.answer(call)
 
@@ -276,6 +279,15 @@ def broken(cause: str = "ValueError: no memory left") -> Plan:
 
 def spec(name: str = "chat", **more: Any) -> ModelSpec:
     return ModelSpec(name=name, **({"model": f"/models/{name}"} | more))
+
+
+def http_scope(
+    request_id: str = "r1", endpoint: EndpointId | None = None, **more: Any
+) -> dict[str, Any]:
+    """The scope of a request that has reached the application."""
+    scope: dict[str, Any] = {"type": "http", "headers": [], **more}
+    RequestContext(request_id, endpoint).attach(scope)
+    return scope
 
 
 async def let_in(place: QueuedRequest[Any, H]) -> H:

@@ -16,6 +16,7 @@ from bisect import bisect_left
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 
+from llmserve.api.context import RequestContext
 from llmserve.api.sse import HEADERS, PING_S
 
 if TYPE_CHECKING:
@@ -332,6 +333,7 @@ class TokenStream:
                 raise self._error from None
         finally:
             self._flow.unregister(self)
+            RequestContext.of(scope).count_tokens(self._source.prompt_tokens, self.tokens)
             if not self._over:
                 self._over = self._cut_short = True
                 await self._source.abort()

@@ -61,6 +61,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 import llmserve.engine.media  # noqa: F401  # registers what fetches the URLs of images
 from llmserve.api import sse
 from llmserve.api.body_limits import check_choices
+from llmserve.api.context import RequestContext
 from llmserve.api.endpoint_id import EndpointId
 from llmserve.api.endpoints import TITLES, BackgroundAnswer, cannot, failure
 from llmserve.api.token_stream import FIRST_S
@@ -104,7 +105,6 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Scope
     from vllm.lora.request import LoRARequest
 
-    from llmserve.api.body_thread import BodyThread
     from llmserve.engine.engine import Engine
     from llmserve.engine.fastpath.tokenizer import Encode
     from llmserve.lifecycle.eviction import Level
@@ -434,7 +434,7 @@ class ModelHandlers:
             await self.engine.client.check_explicit(body)
         parsed = await _validated(handler, body, endpoint, request.scope)
         without_own_size(parsed, self.engine.client.model_config)
-        owner = request.scope.get("state", {}).get("owner", "")
+        owner = RequestContext.of(request.scope).owner
         self._check_previous(parsed, owner)
         with CapturedCalls() as calls, owned_by(owner):
             result = await self._translating(self._handled(handler, parsed, request))
@@ -450,7 +450,9 @@ class ModelHandlers:
             stream = express.carry(parsed, body, asked, request.scope, calls)
             if stream is not None:
                 return stream
-        response = await self._respond(result, endpoint)
+        count = partial(_count_tokens, request)
+        count(result)
+        response = await self._respond(result, endpoint, count)
         task = self._stored.task(getattr(parsed, "request_id", ""))
         return response if task is None else BackgroundAnswer(response, task)
 
@@ -471,32 +473,40 @@ class ModelHandlers:
         upload = [await read_upload_with_limit(parsed.file)] if hasattr(parsed, "file") else []
         return await method(*upload, parsed, request)
 
-    async def _respond(self, result: Any, endpoint: EndpointId) -> Response:
+    async def _respond(
+        self, result: Any, endpoint: EndpointId, count: Callable[[Any], None]
+    ) -> Response:
         handler = HANDLERS[endpoint]
         if isinstance(result, ErrorResponse):
             raise self._refusal(result.error)
         if isinstance(result, Response):  # vLLM's pooling handlers answer whole
             return _pruned(result) if handler.nulls is not None else result
         if isinstance(result, AsyncGenerator):
-            return await self._stream(result, endpoint)
+            return await self._stream(result, endpoint, count)
         if isinstance(result, BaseModel):
             return Response(handler.content(result), media_type="application/json")
         return Response(str(result), media_type="text/plain")  # a transcript as text, srt or vtt
 
     # --- streams
 
-    async def _stream(self, source: AsyncGenerator[Any, None], endpoint: EndpointId) -> Response:
+    async def _stream(
+        self, source: AsyncGenerator[Any, None], endpoint: EndpointId, count: Callable[[Any], None]
+    ) -> Response:
         """An event stream; what fails at once is an error answer instead."""
-        written = self._frames(source, HANDLERS[endpoint])
+        written = self._frames(source, HANDLERS[endpoint], count)
         frames = sse.PeekableStream(written, partial(failure, endpoint))
         await frames.begin(FIRST_S)
         return sse.EventStream(frames)
 
     async def _frames(
-        self, source: AsyncGenerator[Any, None], handler: Handler
+        self, source: AsyncGenerator[Any, None], handler: Handler, count: Callable[[Any], None]
     ) -> AsyncGenerator[bytes, None]:
-        """vLLM's events as bytes. Raises LLMServeError in place of an error event."""
+        """vLLM's events as bytes; the last goes to `count`.
+
+        Raises LLMServeError in place of an error event.
+        """
         async with contextlib.aclosing(source):
+            item: Any = None
             try:
                 async for item in source:
                     frame = (
@@ -506,6 +516,7 @@ class ModelHandlers:
                     )
                     self._raise_error_in(frame)
                     yield frame
+                count(item)
             except LLMServeError:
                 raise
             except Exception as error:
@@ -662,10 +673,10 @@ async def _validated(
     handler: Handler, body: dict[str, Any], endpoint: EndpointId, scope: Scope
 ) -> Any:
     """A large body is validated beside the loop."""
-    off_loop: BodyThread | None = scope.get("state", {}).get("off_loop")
-    if off_loop is None:
+    thread = RequestContext.of(scope).body_thread
+    if thread is None:
         return _validate(handler, body, endpoint)
-    return await off_loop.run(_validate, handler, body, endpoint)
+    return await thread.run(_validate, handler, body, endpoint)
 
 
 def _validate(handler: Handler, body: dict[str, Any], endpoint: EndpointId) -> Any:
@@ -710,6 +721,22 @@ def without_own_size(request: Any, model_config: Any) -> None:
     dimensions = getattr(request, "dimensions", None)
     if dimensions is not None and dimensions == model_config.embedding_size:
         request.dimensions = None
+
+
+def _count_tokens(request: Request, last: Any) -> None:
+    """Enter the usage that vLLM's handler leaves with a whole answer or the `last` event of one.
+
+    In the request's state, or in a response of /v1/responses; other answers are not counted.
+    """
+    context = RequestContext.of(request.scope)
+    response = getattr(last, "response", last)
+    if isinstance(response, ResponsesResponse) and response.usage is not None:
+        context.count_tokens(response.usage.input_tokens, response.usage.output_tokens)
+        return
+    metadata = getattr(request.state, "request_metadata", None)
+    usage = metadata.final_usage_info if metadata is not None else None
+    if usage is not None:
+        context.count_tokens(usage.prompt_tokens, usage.completion_tokens or 0)
 
 
 def _whole_response(result: Any, request: Any) -> Any:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import TYPE_CHECKING, Any
 
 from starlette.requests import ClientDisconnect, Request
 
+from llmserve.api.context import RequestContext
 from llmserve.api.endpoints import BackgroundAnswer, Endpoint
 from llmserve.api.sse import EventStream
 from llmserve.api.token_stream import TokenStream
@@ -53,10 +55,11 @@ class InferenceEndpoint:
         self, scope: Scope, receive: Receive, send: Send, body: dict[str, Any]
     ) -> None:
         """Once more if the engine dies before the answer has begun."""
-        pool = scope["app"].state.services.pool
+        context, pool = RequestContext.of(scope), scope["app"].state.services.pool
+        context.body_read_s = time.monotonic()
         name = requested_model(body, pool.registry)
         model = pool.registry.find(name)
-        scope["state"]["model"] = model.name  # for the metrics, refused or not
+        context.model = model.name  # for the metrics, refused or not
         deadline = _deadline(scope, model.spec.timeout)
         wish = ModelRequest(name, self.endpoint, body, deadline, asyncio.current_task())
         early = KeepAliveSend(send, self.endpoint.id)
@@ -81,6 +84,7 @@ class InferenceEndpoint:
         if isinstance(lease, QueuedRequest):
             entry = services.pool.entry(wish.name)
             lease = await self._waited(receive, early, lease, entry)
+        RequestContext.of(scope).leased_s = time.monotonic()
         answer = await self._answer(scope, receive, wish, lease)
         await answer(scope, receive, early)
 
@@ -156,12 +160,12 @@ class LeasedResponse:
         try:
             await self._answer(scope, receive, send)
         except asyncio.CancelledError:
-            error = self._lease.cut_by
+            error, context = self._lease.cut_by, RequestContext.of(scope)
             if error is None:
                 raise
-            if not scope["state"]["began"]:
+            if not context.has_begun:
                 raise error from None
-            if not scope["state"]["ended"]:
+            if not context.is_complete:
                 await self._end_early(send, error)
         finally:
             if isinstance(self._answer, BackgroundAnswer):

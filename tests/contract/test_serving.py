@@ -333,7 +333,7 @@ WITH_NULLS: dict[str, Any] = {
 async def sent(services: Services, endpoint: EndpointId, answer: Any) -> Any:
     """What a client gets of vLLM's answer to a request."""
     running: Any = services.pool.entries["chat"].running
-    return json.loads((await running._respond(answer, endpoint)).body)
+    return json.loads((await running._respond(answer, endpoint, lambda _: None)).body)
 
 
 def tool_use(arguments: dict[str, Any]) -> Any:

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 import pytest
 
 from llmserve.api import token_stream as stream
+from llmserve.api.context import RequestContext
 from llmserve.api.sse import HEADERS
 from llmserve.api.token_stream import ABORT, HOLD, WRITE, FlushScheduler, TokenStream
 from llmserve.errors import LLMServeError, Overloaded, RequestError
-from tests.fakes import Gate, failure, soon, until
+from tests.fakes import Gate, failure, http_scope, soon, until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -131,10 +132,16 @@ class Line:
         self.stream = TokenStream(engine, self.flow, Frames(), failure)
         self.answering: asyncio.Task[None]
         self.extensions: dict[str, object] = {ABORT: self.client.abort}
+        self.scope = http_scope(extensions=self.extensions)
 
     async def answer(self) -> None:
-        scope = {"type": "http", "extensions": self.extensions}
-        await self.stream(scope, self.client.receive, self.client.send)
+        await self.stream(self.scope, self.client.receive, self.client.send)
+
+    @property
+    def counts(self) -> tuple[int | None, int | None]:
+        """Tokens of the prompt and of the answer."""
+        context = RequestContext.of(self.scope)
+        return context.prompt_tokens, context.generated_tokens
 
 
 @asynccontextmanager
@@ -195,6 +202,7 @@ async def test_the_end_leaves_with_the_last_text_and_the_count_of_tokens() -> No
         line.engine.ends("stop", "x")
         await soon(line.answering)
     assert line.client.bodies == [b"first [a]", b"[b] stop x 7+2"]
+    assert line.counts == (7, 2)
     assert [message["more_body"] for message in line.client.sent[1:]] == [True, False]
     assert line.engine.aborts == 0
 
@@ -232,7 +240,7 @@ def asked(
 ) -> list[asyncio.Task[None]]:
     return [
         asyncio.create_task(
-            TokenStream(engine, flow, Frames(), failure)({}, client.receive, client.send)
+            TokenStream(engine, flow, Frames(), failure)(http_scope(), client.receive, client.send)
         )
         for engine, client in zip(engines, clients, strict=True)
     ]
@@ -284,7 +292,7 @@ async def test_a_stream_that_cannot_be_written_ends_and_the_others_go_on() -> No
     answering = [
         asyncio.create_task(
             TokenStream(engine, flow, Frames(), failure)(
-                {"extensions": extensions}, client.receive, client.send
+                http_scope(extensions=extensions), client.receive, client.send
             )
         )
         for engine, client, extensions in zip(engines, clients, direct, strict=True)
@@ -371,7 +379,7 @@ async def test_text_waits_while_requests_come_in(monkeypatch: pytest.MonkeyPatch
 
     def come(n: int) -> asyncio.Task[None]:
         answer = TokenStream(engines[n], flow, Frames(), failure)
-        return asyncio.create_task(answer({}, clients[n].receive, clients[n].send))
+        return asyncio.create_task(answer(http_scope(), clients[n].receive, clients[n].send))
 
     answering = [come(0)]
     await turn()
@@ -777,6 +785,7 @@ async def test_a_client_that_leaves_aborts_its_request_once(texts: int) -> None:
             await turn()
         line.client.leaves()
         await soon(line.answering)
+        assert line.counts == (7, texts)
         line.engine.gives("late")
         await turn()
     assert line.engine.aborts == 1

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from starlette.responses import PlainTextResponse, Response
 
+from llmserve.api.context import RequestContext
 from llmserve.api.sse import EventStream, PeekableStream
 from llmserve.api.token_stream import FlushScheduler, TokenStream
 from llmserve.errors import EngineDead, EngineError, LLMServeError, RequestError, StartupError
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 
     from starlette.types import ASGIApp, Receive, Scope, Send
 
+    from llmserve.api.endpoint_id import EndpointId
+
 
 class Expressed(FakeRunning):
     """A model whose answers need no call."""
@@ -55,9 +58,9 @@ class Expressed(FakeRunning):
         finally:
             self.on_their_way -= 1
 
-    def express(self, endpoint: str, body: dict[str, Any], asked: str, scope: Scope) -> Any:
+    def express(self, endpoint: EndpointId, body: dict[str, Any], asked: str, scope: Scope) -> Any:
         assert self.on_their_way == 1
-        self.asked.append((endpoint, asked, scope["state"]["request_id"]))
+        self.asked.append((endpoint, asked, RequestContext.of(scope).id))
         return self.known()
 
 
