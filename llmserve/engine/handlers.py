@@ -64,7 +64,6 @@ from llmserve.api.body_limits import check_choices
 from llmserve.api.context import RequestContext
 from llmserve.api.endpoint_id import EndpointId
 from llmserve.api.endpoints import TITLES, BackgroundAnswer, cannot, failure
-from llmserve.api.token_stream import FIRST_S
 from llmserve.api.validation_errors import mistake
 from llmserve.engine import gc_policy, response_history, token_count
 from llmserve.engine import required_keys as required
@@ -495,7 +494,7 @@ class ModelHandlers:
         """An event stream; what fails at once is an error answer instead."""
         written = self._frames(source, HANDLERS[endpoint], count)
         frames = sse.PeekableStream(written, partial(failure, endpoint))
-        await frames.begin(FIRST_S)
+        await frames.begin(self.engine.flow.schedule.headers_s)
         return sse.EventStream(frames)
 
     async def _frames(

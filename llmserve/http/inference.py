@@ -15,7 +15,7 @@ from llmserve.api.token_stream import TokenStream
 from llmserve.api.validation_errors import name_as_sent
 from llmserve.errors import EngineDead, LLMServeError, RequestError, quoted
 from llmserve.http.body import form_fields, form_of, json_object
-from llmserve.http.keepalive import COMMENT_S, KeepAliveSend
+from llmserve.http.keepalive import KeepAliveSend
 from llmserve.http.models import requested_model
 from llmserve.lifecycle.admission import Deadline, QueuedRequest
 from llmserve.lifecycle.lease import ModelRequest
@@ -83,7 +83,9 @@ class InferenceEndpoint:
         lease = services.pool.lease(wish)
         if isinstance(lease, QueuedRequest):
             entry = services.pool.entry(wish.name)
-            lease = await self._waited(receive, early, lease, entry)
+            streams = self.endpoint.answer_tokens and wish.body.get("stream") is True
+            comment_s = services.schedule.comment_s if streams else None
+            lease = await self._waited(receive, early, lease, entry, comment_s)
         RequestContext.of(scope).leased_s = time.monotonic()
         answer = await self._answer(scope, receive, wish, lease)
         await answer(scope, receive, early)
@@ -94,18 +96,17 @@ class InferenceEndpoint:
         early: KeepAliveSend,
         place: QueuedRequest[ModelRequest, Lease],
         entry: ServedModel,
+        comment_s: float | None,
     ) -> Lease:
-        """A stream gets a comment every few seconds meanwhile.
+        """A stream gets a comment each `comment_s` meanwhile.
 
         Raises what the queue refuses with, or ClientDisconnect.
         """
-        streams = self.endpoint.answer_tokens and place.wish.body.get("stream") is True
-        each_s = COMMENT_S if streams else None
         gone = asyncio.ensure_future(_gone(receive))
         try:
             while not place.given.done():
                 both: set[asyncio.Future[Any]] = {place.given, gone}
-                await asyncio.wait(both, timeout=each_s, return_when="FIRST_COMPLETED")
+                await asyncio.wait(both, timeout=comment_s, return_when="FIRST_COMPLETED")
                 if gone.done():
                     raise ClientDisconnect  # noqa: TRY301  # what it has joined, it leaves below
                 if not place.given.done():
@@ -128,9 +129,9 @@ class InferenceEndpoint:
         services: Services = scope["app"].state.services
         try:
             with lease.running.coming():
-                await services.turns.take()
+                await services.batcher.join()
                 answer = lease.running.express(self.endpoint.id, wish.body, wish.name, scope)
-                await asyncio.sleep(0)  # the others of its group come as far first
+                await asyncio.sleep(0)  # the rest of its batch is prepared first
             if answer is None:
                 request = Request(scope, receive)
                 work = lease.running.call(self.endpoint.id, wish.body, wish.name, request)

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from llmserve.api.endpoint_id import EndpointId
     from llmserve.errors import LLMServeError
 
-COMMENT_S = 5.0  # between signs of life; an answer that comes sooner is not begun early
-
 
 class KeepAliveSend:
     """`send` for an answer that goes on with what may have begun.
