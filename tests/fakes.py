@@ -14,7 +14,8 @@ import orjson
 from prometheus_client import CollectorRegistry
 from starlette.responses import Response
 
-from llmserve.api.endpoints import ENDPOINTS
+from llmserve.api.context import RequestContext
+from llmserve.api.endpoint_id import EndpointId
 from llmserve.api.sse import EventStream, PeekableStream
 from llmserve.errors import LLMServeError, StartupError
 from llmserve.lifecycle.admission import Releasable
@@ -59,10 +60,11 @@ class Gate:
 class Call:
     """What a model was asked."""
 
-    endpoint: str
+    endpoint: EndpointId
     body: dict[str, Any]
     asked: str
     request_id: str | None = None
+    context: RequestContext | None = None
 
 
 Answer = Callable[[Call], Awaitable[Response]]
@@ -120,8 +122,10 @@ def written(stored: Any) -> Response:
 class FakeRunning:
     """A running model. Its `answer` can be changed at any time."""
 
-    def __init__(self, answer: Answer | None = None, *, able: frozenset[str] | None = None) -> None:
-        self.able = able or frozenset(endpoint.name for endpoint in ENDPOINTS)
+    def __init__(
+        self, answer: Answer | None = None, *, able: frozenset[EndpointId] | None = None
+    ) -> None:
+        self.able = able or frozenset(EndpointId)
         self.took: Mapping[str, float] = {}
         self.max_model_len = 2048
         self.dead = False
@@ -144,13 +148,14 @@ class FakeRunning:
     def coming(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def express(self, endpoint: str, body: dict[str, Any], asked: str, scope: Scope) -> None:
+    def express(self, endpoint: EndpointId, body: dict[str, Any], asked: str, scope: Scope) -> None:
         return None
 
     async def call(
-        self, endpoint: str, body: dict[str, Any], asked: str, request: Request
+        self, endpoint: EndpointId, body: dict[str, Any], asked: str, request: Request
     ) -> Response:
         call = Call(endpoint, body, asked, request.headers.get("x-request-id"))
+        call.context = RequestContext.of(request.scope)
         self.calls.append(call)
         return await self.answer(call)
 
@@ -277,6 +282,15 @@ def broken(cause: str = "ValueError: no memory left") -> Plan:
 
 def spec(name: str = "chat", **more: Any) -> ModelSpec:
     return ModelSpec(name=name, **({"model": f"/models/{name}"} | more))
+
+
+def http_scope(
+    request_id: str = "r1", endpoint: EndpointId | None = None, **more: Any
+) -> dict[str, Any]:
+    """The scope of a request that has reached the application."""
+    scope: dict[str, Any] = {"type": "http", "headers": [], **more}
+    RequestContext(request_id, endpoint).attach(scope)
+    return scope
 
 
 async def let_in(place: QueuedRequest[Any, H]) -> H:

@@ -9,6 +9,7 @@ import orjson
 from starlette.responses import Response
 
 from llmserve.api import sse
+from llmserve.api.endpoint_id import EndpointId
 from llmserve.api.json_text import load
 from llmserve.errors import LLMServeError, Overloaded, RequestError, quoted
 
@@ -25,12 +26,12 @@ if TYPE_CHECKING:
 class Endpoint:
     """A thing a model can be asked to do.
 
-    `name` is how errors and metrics speak of it; every path of `paths` leads to it. An
-    answer counts as `answer_tokens` where replicas are chosen; 0: it is no
-    generated text.
+    `title` is its text in error messages; every path of `paths` leads to it. An answer counts
+    as `answer_tokens` where replicas are chosen; 0: it is no generated text.
     """
 
-    name: str
+    id: EndpointId
+    title: str
     paths: tuple[str, ...]
     multipart: bool = False  # an upload; all others are JSON
     answer_tokens: int = 0
@@ -40,37 +41,53 @@ class Endpoint:
 _ANSWER_TOKENS = 512  # as long as answers tend to be
 
 ENDPOINTS: tuple[Endpoint, ...] = (
-    Endpoint("chat completions", ("/v1/chat/completions",), answer_tokens=_ANSWER_TOKENS),
-    Endpoint("completions", ("/v1/completions",), answer_tokens=_ANSWER_TOKENS),
-    Endpoint("responses", ("/v1/responses",), False, _ANSWER_TOKENS, True),
-    Endpoint("messages", ("/v1/messages",), False, _ANSWER_TOKENS, True),
-    Endpoint("token counts", ("/v1/messages/count_tokens",)),
-    Endpoint("embeddings", ("/v1/embeddings",)),
-    Endpoint("scores", ("/v1/score", "/score")),
-    Endpoint("reranking", ("/v1/rerank", "/rerank", "/v2/rerank")),
-    Endpoint("pooling", ("/pooling",)),
-    Endpoint("classification", ("/classify",)),
-    Endpoint("tokenization", ("/tokenize",)),
-    Endpoint("detokenization", ("/detokenize",)),
-    Endpoint("transcriptions", ("/v1/audio/transcriptions",), True, _ANSWER_TOKENS),
-    Endpoint("translations", ("/v1/audio/translations",), True, _ANSWER_TOKENS),
+    Endpoint(
+        EndpointId.CHAT_COMPLETIONS,
+        "chat completions",
+        ("/v1/chat/completions",),
+        answer_tokens=_ANSWER_TOKENS,
+    ),
+    Endpoint(
+        EndpointId.COMPLETIONS, "completions", ("/v1/completions",), answer_tokens=_ANSWER_TOKENS
+    ),
+    Endpoint(EndpointId.RESPONSES, "responses", ("/v1/responses",), False, _ANSWER_TOKENS, True),
+    Endpoint(EndpointId.MESSAGES, "messages", ("/v1/messages",), False, _ANSWER_TOKENS, True),
+    Endpoint(EndpointId.TOKEN_COUNTS, "token counts", ("/v1/messages/count_tokens",)),
+    Endpoint(EndpointId.EMBEDDINGS, "embeddings", ("/v1/embeddings",)),
+    Endpoint(EndpointId.SCORES, "scores", ("/v1/score", "/score")),
+    Endpoint(EndpointId.RERANKING, "reranking", ("/v1/rerank", "/rerank", "/v2/rerank")),
+    Endpoint(EndpointId.POOLING, "pooling", ("/pooling",)),
+    Endpoint(EndpointId.CLASSIFICATION, "classification", ("/classify",)),
+    Endpoint(EndpointId.TOKENIZATION, "tokenization", ("/tokenize",)),
+    Endpoint(EndpointId.DETOKENIZATION, "detokenization", ("/detokenize",)),
+    Endpoint(
+        EndpointId.TRANSCRIPTIONS,
+        "transcriptions",
+        ("/v1/audio/transcriptions",),
+        True,
+        _ANSWER_TOKENS,
+    ),
+    Endpoint(
+        EndpointId.TRANSLATIONS, "translations", ("/v1/audio/translations",), True, _ANSWER_TOKENS
+    ),
 )
 
 
 _ANTHROPIC = "/v1/messages/"
-NAMED_EVENTS = frozenset(endpoint.name for endpoint in ENDPOINTS if endpoint.named_events)
+TITLES = {endpoint.id: endpoint.title for endpoint in ENDPOINTS}
+NAMED_EVENTS = frozenset(endpoint.id for endpoint in ENDPOINTS if endpoint.named_events)
 
 
-def failure(endpoint: str, error: LLMServeError, sent: int = 0) -> bytes:
+def failure(endpoint: EndpointId, error: LLMServeError, sent: int = 0) -> bytes:
     """The last events of a stream that failed after `sent` events."""
-    if endpoint == "messages":
+    if endpoint is EndpointId.MESSAGES:
         return last_event(endpoint, anthropic_error(error))
-    if endpoint == "responses":
+    if endpoint is EndpointId.RESPONSES:
         return last_event(endpoint, _response_error(error, sent))
     return last_event(endpoint, error_body(error))
 
 
-def last_event(endpoint: str, body: dict[str, Any]) -> bytes:
+def last_event(endpoint: EndpointId, body: dict[str, Any]) -> bytes:
     """An error object as the last events of a stream."""
     if endpoint in NAMED_EVENTS:
         return sse.event({"type": "error", **body}, "error")
@@ -149,5 +166,6 @@ def parse_object(body: Buffer) -> dict[str, Any]:
     return value
 
 
-def cannot(model: str, endpoint: str, able: Iterable[str]) -> str:
-    return f"The model {quoted(model)} does not do {endpoint}; it does: {', '.join(sorted(able))}."
+def cannot(model: str, endpoint: EndpointId, able: Iterable[EndpointId]) -> str:
+    titles = ", ".join(sorted(TITLES[each] for each in able))
+    return f"The model {quoted(model)} does not do {TITLES[endpoint]}; it does: {titles}."

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 from sse_starlette.sse import AppStatus, EventSourceResponse
 
+from llmserve.api.schedule import SCHEDULE
 from llmserve.errors import LLMServeError
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ HEADERS = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 ]
-PING_S = 15  # a comment when nothing else was sent, so that proxies keep the connection
 
 # Streams end with their answer, not with the signal: server.py drains them.
 AppStatus.enable_automatic_graceful_drain = False
@@ -111,7 +111,8 @@ class EventStream(EventSourceResponse):
     """
 
     def __init__(self, frames: PeekableStream) -> None:
-        super().__init__(frames, headers={"cache-control": "no-cache"}, ping=PING_S, sep="\n")
+        headers, ping_s = {"cache-control": "no-cache"}, int(SCHEDULE.ping_s)
+        super().__init__(frames, headers=headers, ping=ping_s, sep="\n")
         del self.headers["connection"]  # the server's to say; it closes for HTTP/1.0
         self.frames = frames
         self.failure = frames.failure

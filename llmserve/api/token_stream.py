@@ -1,6 +1,6 @@
 """A streamed answer on its way to one client, without a task or a queue per token.
 
-The engine's side hands over pieces of text; what a turn of the loop has brought leaves
+The engine's side hands over pieces of text; what one iteration of the loop has brought leaves
 as one event per stream. Events are written by stepping the ASGI `send` where the loop
 is: it only waits for a client that reads too slowly, and then a task takes it over
 while text piles up and becomes one longer event.
@@ -16,7 +16,9 @@ from bisect import bisect_left
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 
-from llmserve.api.sse import HEADERS, PING_S
+from llmserve.api.context import RequestContext
+from llmserve.api.schedule import SCHEDULE, Schedule
+from llmserve.api.sse import HEADERS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Generator, Iterator, Sequence
@@ -31,13 +33,7 @@ log = logging.getLogger(__name__)
 # engine's clock), the stream.
 _Text: TypeAlias = "tuple[float, float, TokenStream]"
 
-FIRST_S = 2.0  # how long the headers wait for what could still be an error
-BEHIND_S = 0.1  # text is collected before any is written, for at most this long
-BUSY_S = 0.001  # a longer turn of the loop had more to do than to write
-CROWDED = 4  # short turns of the loop, after which nobody seems to come any more
-SHARE_S = 0.001  # of a turn of the loop, for later text
 HELD_LIMIT = 500_000  # characters that wait for one client; `connection` bounds the time
-_TEND_S = 0.5
 _PING = b": ping\n\n"
 
 # ASGI extensions of our server. Write a piece of a body that has begun, without waiting:
@@ -76,29 +72,24 @@ class StreamFrames(Protocol):
 
 
 class FlushScheduler:
-    """The streams of one engine: writes what they have got, and looks after quiet ones.
+    """Writes the text of one engine's streams, and tends quiet ones.
 
-    A first text leaves at once. Later text waits, for BEHIND_S at most, while the engine's
-    next step is here already, while requests are being prepared, and after them until the loop
-    has had CROWDED short turns: requests go to the engine before it, and in a burst of them
-    others' first texts. What has piled up leaves as one event. Ends go before what is in the
-    middle, which waits after them as after a request: a client may be waiting for its end to
-    ask again. Else who has waited longest is first. After SHARE_S of writing the loop gets a
-    turn, and what it brings may go before the rest. `lag` is told how old the oldest text was
-    when it left.
+    docs/event-loop.md says what is written in which iteration. `lag` receives the age of the
+    oldest text when it leaves.
     """
 
-    def __init__(self, lag: Callable[[float], None]) -> None:
+    def __init__(self, lag: Callable[[float], None], schedule: Schedule = SCHEDULE) -> None:
+        self.schedule = schedule
         self._lag = lag
         self._first: list[_Text] = []  # of streams that have not written any
         self._ends: list[_Text] = []
         self._later: list[_Text] = []
         self._coming = 0  # requests that are being prepared
-        self._crowded = 0  # short turns to wait for when there are none
+        self._crowded = 0  # short iterations to wait for when there are none
         self._more = False  # steps are here that have not been handled
         self._gathers = False
-        self._looks = False  # in the loop's next turn
-        self._turn_s = 0.0  # since when it is wanted
+        self._looks = False  # in the loop's next iteration
+        self._look_due_s = 0.0  # when it was scheduled
         self._streams: set[TokenStream] = set()
         self._tending = False
 
@@ -119,9 +110,9 @@ class FlushScheduler:
         self._gathers = True
 
     def release(self, *, more: bool) -> None:
-        """That was it, but for steps that wait for the next turn of the loop, if `more`."""
+        """That was it, but for steps that wait for the loop's next iteration, if `more`."""
         self._gathers, self._more = False, more
-        if self._looks:  # this turn's share is for it
+        if self._looks:  # this iteration's share is for it
             self._write_first()
         else:
             self._write_all()
@@ -129,22 +120,22 @@ class FlushScheduler:
     def _look_soon(self) -> None:
         if not self._looks:
             self._looks = True
-            self._turn_s = time.monotonic()
+            self._look_due_s = time.monotonic()
             asyncio.get_running_loop().call_soon(self._look)
 
     def _look(self) -> None:
         self._looks = False
-        short = time.monotonic() - self._turn_s <= BUSY_S
+        short = time.monotonic() - self._look_due_s <= self.schedule.short_s
         if short and self._crowded and not self._coming:
             self._crowded -= 1
         self._write_all()
 
     def _write_all(self) -> None:
-        """Of what is no first text as much as has a share of this turn."""
+        """Of what is no first text as much as has a share of this iteration."""
         self._write_first()
         now = time.monotonic()
         if self._write_some(self._ends, now):
-            self._crowded = CROWDED  # whoever has got an end may ask again
+            self._crowded = self.schedule.short_iterations  # whoever has got an end may ask again
         self._write_some(self._later, now)
         if self._ends or self._later:
             self._look_soon()
@@ -159,11 +150,11 @@ class FlushScheduler:
 
     def _write_some(self, texts: list[_Text], now: float) -> int:
         """How many have been written, and are in the list no longer."""
-        written = 0
+        written, share_s = 0, self.schedule.flush_s
         for _, _, stream in texts[: self._due(texts, now)]:
             self.write(stream)
             written += 1
-            if time.monotonic() - now > SHARE_S:
+            if time.monotonic() - now > share_s:
                 break
         if written:
             self._tell_lag(texts[0])
@@ -173,7 +164,7 @@ class FlushScheduler:
     def _due(self, texts: list[_Text], now: float) -> int:
         """How many of them may be written."""
         waiting = self._more or self._coming > 0 or self._crowded > 0
-        return bisect_left(texts, (now - BEHIND_S,)) if waiting else len(texts)
+        return bisect_left(texts, (now - self.schedule.collect_s,)) if waiting else len(texts)
 
     def _tell_lag(self, oldest: _Text) -> None:
         try:
@@ -190,19 +181,19 @@ class FlushScheduler:
 
     @contextmanager
     def coming(self) -> Iterator[None]:
-        """While a request waits for its turn and is prepared: until it is the engine's or vLLM's."""
+        """While a request waits for its batch and is prepared: until it is the engine's or vLLM's."""
         self._coming += 1
         try:
             yield
         finally:
             self._coming -= 1
-            self._crowded = CROWDED
+            self._crowded = self.schedule.short_iterations
 
     def register(self, stream: TokenStream) -> None:
         self._streams.add(stream)
         if not self._tending:
             self._tending = True
-            asyncio.get_running_loop().call_later(_TEND_S, self._tend)
+            asyncio.get_running_loop().call_later(self.schedule.tend_s, self._tend)
 
     def unregister(self, stream: TokenStream) -> None:
         self._streams.discard(stream)
@@ -217,7 +208,7 @@ class FlushScheduler:
                 stream.broke(error)
         self._tending = bool(self._streams)
         if self._tending:
-            asyncio.get_running_loop().call_later(_TEND_S, self._tend)
+            asyncio.get_running_loop().call_later(self.schedule.tend_s, self._tend)
 
 
 class TokenStream:
@@ -332,6 +323,7 @@ class TokenStream:
                 raise self._error from None
         finally:
             self._flow.unregister(self)
+            RequestContext.of(scope).count_tokens(self._source.prompt_tokens, self.tokens)
             if not self._over:
                 self._over = self._cut_short = True
                 await self._source.abort()
@@ -430,9 +422,9 @@ class TokenStream:
         elif self._over:
             pass
         elif not self._headers_sent:
-            if quiet_s >= FIRST_S:
+            if quiet_s >= self._flow.schedule.headers_s:
                 self._step(b"", more=True)
-        elif quiet_s >= PING_S:
+        elif quiet_s >= self._flow.schedule.ping_s:
             self._step(_PING, more=True)
 
     def broke(self, error: Exception) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NotRequired, TextIO, TypedDict
 
 import httpx
 
+from llmserve.api.endpoint_id import EndpointId
 from llmserve.cli.client import SettingError, connected, error_message, sse_data, url_of
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ HELP = """\
 !!exit         leave; so do Ctrl-D, and Ctrl-C twice
 Ctrl-C stops an answer. With --multiline, Ctrl-D ends a message."""
 ROLES = ("system", "user", "assistant")
+_CHAT = EndpointId.CHAT_COMPLETIONS
 
 # What a model writes must not drive the terminal: control characters are shown, not obeyed.
 _VISIBLE = {c: chr(0x2400 + c) for c in range(32) if chr(c) not in "\t\n"}
@@ -187,7 +189,7 @@ class ChatClient:
                 return [
                     card["id"]
                     for card in reply.json()["data"]
-                    if "chat completions" in card.get("endpoints", ["chat completions"])
+                    if _CHAT in card.get("endpoints", [_CHAT])
                 ]
             except (ValueError, TypeError, KeyError, AttributeError):
                 raise ChatError(f"{reply.url} did not answer with a list of models") from None

@@ -63,8 +63,9 @@ from vllm.v1.engine.exceptions import EngineDeadError
 import llmserve.engine.media  # noqa: F401  # registers what fetches the URLs of images
 from llmserve.api import sse
 from llmserve.api.body_limits import check_choices
-from llmserve.api.endpoints import BackgroundAnswer, cannot, failure
-from llmserve.api.token_stream import FIRST_S
+from llmserve.api.context import RequestContext
+from llmserve.api.endpoint_id import EndpointId
+from llmserve.api.endpoints import TITLES, BackgroundAnswer, cannot, failure
 from llmserve.api.validation_errors import mistake
 from llmserve.engine import gc_policy, response_history, token_count
 from llmserve.engine import required_keys as required
@@ -105,7 +106,6 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Scope
     from vllm.lora.request import LoRARequest
 
-    from llmserve.api.body_thread import BodyThread
     from llmserve.engine.engine import Engine
     from llmserve.engine.fastpath.tokenizer import Encode
     from llmserve.lifecycle.placement import Level
@@ -194,8 +194,8 @@ _RESPONSE_NULLS = frozenset(
 )
 _NONE: frozenset[str] = frozenset()
 
-HANDLERS: dict[str, Handler] = {
-    "chat completions": Handler(
+HANDLERS: dict[EndpointId, Handler] = {
+    EndpointId.CHAT_COMPLETIONS: Handler(
         "openai_serving_chat",
         "create_chat_completion",
         bounded(ChatCompletionRequest),
@@ -204,21 +204,21 @@ HANDLERS: dict[str, Handler] = {
         required.of_chat,
         (b'"logprobs":{',),
     ),
-    "completions": Handler(
+    EndpointId.COMPLETIONS: Handler(
         "openai_serving_completion",
         "create_completion",
         bounded(CompletionRequest),
         _COMPLETION_NULLS,
         (CompletionStreamResponse,),
     ),
-    "responses": Handler(
+    EndpointId.RESPONSES: Handler(
         "openai_serving_responses",
         "create_responses",
         bounded(ResponsesRequest),
         _RESPONSE_NULLS,
         required=required.of_response,
     ),
-    "messages": Handler(
+    EndpointId.MESSAGES: Handler(
         "anthropic_serving_messages",
         "create_messages",
         bounded(AnthropicMessagesRequest),
@@ -227,29 +227,35 @@ HANDLERS: dict[str, Handler] = {
         required.of_message,
         (b'"usage":{', b'"content_block":{'),
     ),
-    "token counts": Handler(
+    EndpointId.TOKEN_COUNTS: Handler(
         "anthropic_serving_messages",
         "count_tokens",
         bounded(AnthropicCountTokensRequest),
         _NONE,
     ),
-    "embeddings": Handler("serving_embedding", "__call__", bounded(EmbeddingRequest), _NONE),
-    "scores": Handler("serving_scores", "__call__", bounded(ScoreRequest)),
-    "reranking": Handler("serving_scores", "__call__", bounded(RerankRequest)),
-    "pooling": Handler("serving_pooling", "__call__", bounded(PoolingRequest)),
-    "classification": Handler("serving_classification", "__call__", bounded(ClassificationRequest)),
-    "tokenization": Handler("serving_tokenization", "create_tokenize", bounded(TokenizeRequest)),
-    "detokenization": Handler(
+    EndpointId.EMBEDDINGS: Handler(
+        "serving_embedding", "__call__", bounded(EmbeddingRequest), _NONE
+    ),
+    EndpointId.SCORES: Handler("serving_scores", "__call__", bounded(ScoreRequest)),
+    EndpointId.RERANKING: Handler("serving_scores", "__call__", bounded(RerankRequest)),
+    EndpointId.POOLING: Handler("serving_pooling", "__call__", bounded(PoolingRequest)),
+    EndpointId.CLASSIFICATION: Handler(
+        "serving_classification", "__call__", bounded(ClassificationRequest)
+    ),
+    EndpointId.TOKENIZATION: Handler(
+        "serving_tokenization", "create_tokenize", bounded(TokenizeRequest)
+    ),
+    EndpointId.DETOKENIZATION: Handler(
         "serving_tokenization", "create_detokenize", bounded(DetokenizeRequest)
     ),
-    "transcriptions": Handler(
+    EndpointId.TRANSCRIPTIONS: Handler(
         "openai_serving_transcription",
         "create_transcription",
         bounded(TranscriptionRequest),
         _NONE,
         (TranscriptionStreamResponse,),
     ),
-    "translations": Handler(
+    EndpointId.TRANSLATIONS: Handler(
         "openai_serving_translation",
         "create_translation",
         bounded(TranslationRequest),
@@ -260,8 +266,18 @@ HANDLERS: dict[str, Handler] = {
 
 
 # Endpoints whose bodies may hold a constraint.
-_GENERATING = frozenset({"chat completions", "completions", "responses", "messages"})
-LANES: dict[str, type[Chat | Completions]] = {"chat completions": Chat, "completions": Completions}
+_GENERATING = frozenset(
+    {
+        EndpointId.CHAT_COMPLETIONS,
+        EndpointId.COMPLETIONS,
+        EndpointId.RESPONSES,
+        EndpointId.MESSAGES,
+    }
+)
+LANES: dict[EndpointId, type[Chat | Completions]] = {
+    EndpointId.CHAT_COMPLETIONS: Chat,
+    EndpointId.COMPLETIONS: Completions,
+}
 
 
 class ModelHandlers:
@@ -281,7 +297,7 @@ class ModelHandlers:
             for endpoint, handler in HANDLERS.items()
             if getattr(state, handler.owner, None) is not None
         )
-        self._express = {name: self._opened(name, encode) for name in LANES if name in self.able}
+        self._express = {each: self._opened(each, encode) for each in LANES if each in self.able}
 
     @classmethod
     async def build(cls, spec: ModelSpec, engine: Engine) -> ModelHandlers:
@@ -335,7 +351,7 @@ class ModelHandlers:
         new.took = self.took
         return new
 
-    def _opened(self, endpoint: str, encode: Encode | None) -> FastPath:
+    def _opened(self, endpoint: EndpointId, encode: Encode | None) -> FastPath:
         handler = HANDLERS[endpoint]
         served = getattr(self._state, handler.owner)
         terms = StreamTerms(
@@ -399,14 +415,14 @@ class ModelHandlers:
         return self.engine.flow.coming()
 
     def express(
-        self, endpoint: str, body: dict[str, Any], asked: str, scope: Scope
+        self, endpoint: EndpointId, body: dict[str, Any], asked: str, scope: Scope
     ) -> ASGIApp | None:
         """The answer to a request like an earlier one; None if it needs `call`."""
         express = self._express.get(endpoint)
         return None if express is None else express.stream(body, asked, scope)
 
     async def call(
-        self, endpoint: str, body: dict[str, Any], asked: str, request: Request
+        self, endpoint: EndpointId, body: dict[str, Any], asked: str, request: Request
     ) -> ASGIApp:
         """Answer a request whose model has been found.
 
@@ -423,13 +439,13 @@ class ModelHandlers:
             await self.engine.client.check_explicit(body)
         parsed = await _validated(handler, body, endpoint, request.scope)
         without_own_size(parsed, self.engine.client.model_config)
-        owner = request.scope.get("state", {}).get("owner", "")
+        owner = RequestContext.of(request.scope).owner
         self._check_previous(parsed, owner)
         with CapturedCalls() as calls, owned_by(owner):
             result = await self._translating(self._handled(handler, parsed, request))
         for noted in calls:  # before the headers: a parser may have derived a constraint
             await self._translating(self.engine.client.check(noted.params))
-        if endpoint == "responses":
+        if endpoint is EndpointId.RESPONSES:
             if parsed.background and isinstance(result, AsyncGenerator):
                 await result.aclose()
                 result = self._stored.replay(parsed.request_id)
@@ -439,7 +455,9 @@ class ModelHandlers:
             stream = express.carry(parsed, body, asked, request.scope, calls)
             if stream is not None:
                 return stream
-        response = await self._respond(result, endpoint)
+        count = partial(_count_tokens, request)
+        count(result)
+        response = await self._respond(result, endpoint, count)
         task = self._stored.task(getattr(parsed, "request_id", ""))
         return response if task is None else BackgroundAnswer(response, task)
 
@@ -460,32 +478,40 @@ class ModelHandlers:
         upload = [await read_upload_with_limit(parsed.file)] if hasattr(parsed, "file") else []
         return await method(*upload, parsed, request)
 
-    async def _respond(self, result: Any, endpoint: str) -> Response:
+    async def _respond(
+        self, result: Any, endpoint: EndpointId, count: Callable[[Any], None]
+    ) -> Response:
         handler = HANDLERS[endpoint]
         if isinstance(result, ErrorResponse):
             raise self._refusal(result.error)
         if isinstance(result, Response):  # vLLM's pooling handlers answer whole
             return _pruned(result) if handler.nulls is not None else result
         if isinstance(result, AsyncGenerator):
-            return await self._stream(result, endpoint)
+            return await self._stream(result, endpoint, count)
         if isinstance(result, BaseModel):
             return Response(handler.content(result), media_type="application/json")
         return Response(str(result), media_type="text/plain")  # a transcript as text, srt or vtt
 
     # --- streams
 
-    async def _stream(self, source: AsyncGenerator[Any, None], endpoint: str) -> Response:
+    async def _stream(
+        self, source: AsyncGenerator[Any, None], endpoint: EndpointId, count: Callable[[Any], None]
+    ) -> Response:
         """An event stream; what fails at once is an error answer instead."""
-        written = self._frames(source, HANDLERS[endpoint])
+        written = self._frames(source, HANDLERS[endpoint], count)
         frames = sse.PeekableStream(written, partial(failure, endpoint))
-        await frames.begin(FIRST_S)
+        await frames.begin(self.engine.flow.schedule.headers_s)
         return sse.EventStream(frames)
 
     async def _frames(
-        self, source: AsyncGenerator[Any, None], handler: Handler
+        self, source: AsyncGenerator[Any, None], handler: Handler, count: Callable[[Any], None]
     ) -> AsyncGenerator[bytes, None]:
-        """vLLM's events as bytes. Raises LLMServeError in place of an error event."""
+        """vLLM's events as bytes; the last goes to `count`.
+
+        Raises LLMServeError in place of an error event.
+        """
         async with contextlib.aclosing(source):
+            item: Any = None
             try:
                 async for item in source:
                     frame = (
@@ -495,6 +521,7 @@ class ModelHandlers:
                     )
                     self._raise_error_in(frame)
                     yield frame
+                count(item)
             except LLMServeError:
                 raise
             except Exception as error:
@@ -649,15 +676,17 @@ def _default_not_limit(state: State) -> None:
             serving.override_max_tokens = None
 
 
-async def _validated(handler: Handler, body: dict[str, Any], endpoint: str, scope: Scope) -> Any:
+async def _validated(
+    handler: Handler, body: dict[str, Any], endpoint: EndpointId, scope: Scope
+) -> Any:
     """A large body is validated beside the loop."""
-    off_loop: BodyThread | None = scope.get("state", {}).get("off_loop")
-    if off_loop is None:
+    thread = RequestContext.of(scope).body_thread
+    if thread is None:
         return _validate(handler, body, endpoint)
-    return await off_loop.run(_validate, handler, body, endpoint)
+    return await thread.run(_validate, handler, body, endpoint)
 
 
-def _validate(handler: Handler, body: dict[str, Any], endpoint: str) -> Any:
+def _validate(handler: Handler, body: dict[str, Any], endpoint: EndpointId) -> Any:
     """A body as vLLM's request class. Raises RequestError, short, with the deepest mistake."""
     try:
         parsed = handler.request.validate_python(body)
@@ -679,13 +708,13 @@ def _prompts_of(parsed: Any) -> int:
     return 1
 
 
-def _misread(handler: Handler, body: dict[str, Any], endpoint: str) -> RequestError:
+def _misread(handler: Handler, body: dict[str, Any], endpoint: EndpointId) -> RequestError:
     """What is wrong with the types of a body that one of vLLM's validators failed on."""
     try:
         handler.shape.validate_python(body)
     except ValidationError as error:
         return mistake(error.errors(include_url=False), body)
-    return RequestError(f"The body is not that of a request for {endpoint}.")
+    return RequestError(f"The body is not that of a request for {TITLES[endpoint]}.")
 
 
 def _parameter_in(message: str) -> str | None:
@@ -706,6 +735,22 @@ def without_own_size(request: Any, model_config: Any) -> None:
         request.dimensions = None
 
 
+def _count_tokens(request: Request, last: Any) -> None:
+    """Enter the usage that vLLM's handler leaves with a whole answer or the `last` event of one.
+
+    In the request's state, or in a response of /v1/responses; other answers are not counted.
+    """
+    context = RequestContext.of(request.scope)
+    response = getattr(last, "response", last)
+    if isinstance(response, ResponsesResponse) and response.usage is not None:
+        context.count_tokens(response.usage.input_tokens, response.usage.output_tokens)
+        return
+    metadata = getattr(request.state, "request_metadata", None)
+    usage = metadata.final_usage_info if metadata is not None else None
+    if usage is not None:
+        context.count_tokens(usage.prompt_tokens, usage.completion_tokens or 0)
+
+
 def _whole_response(result: Any, request: Any) -> Any:
     if isinstance(result, AsyncGenerator):
         return required.with_ends(result, request)
@@ -722,11 +767,11 @@ def _event_of(item: BaseModel, handler: Handler) -> bytes:
 
 def _stored_answer(result: Any) -> Response:
     """A stored response, or its events again; no engine is asked."""
-    handler = HANDLERS["responses"]
+    handler = HANDLERS[EndpointId.RESPONSES]
     if isinstance(result, BaseModel):
         return Response(handler.content(result), media_type="application/json")
     return sse.EventStream(
-        sse.PeekableStream(_replayed(result, handler), partial(failure, "responses"))
+        sse.PeekableStream(_replayed(result, handler), partial(failure, EndpointId.RESPONSES))
     )
 
 

@@ -1,4 +1,4 @@
-"""Calls that come at once, spread over turns of the loop."""
+"""Calls that come at once, spread over iterations of the loop."""
 
 from __future__ import annotations
 
@@ -6,29 +6,32 @@ import asyncio
 from collections import deque
 from typing import TYPE_CHECKING, Generic, ParamSpec, TypeVar
 
+from llmserve.api.schedule import SCHEDULE
+
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-PER_TURN = 64
-
 
 class PacedRendering(Generic[P, T]):
-    """An asynchronous function of which no turn of the loop begins more than PER_TURN calls.
+    """An asynchronous function with a bound on the calls that begin in one iteration of the loop.
 
-    vLLM begins the prompts of one request all in the same turn.
+    vLLM begins the prompts of one request all in the same iteration.
     """
 
-    def __init__(self, work: Callable[P, Awaitable[T]]) -> None:
+    def __init__(
+        self, work: Callable[P, Awaitable[T]], per_iteration: int = SCHEDULE.renders
+    ) -> None:
         self._work = work
-        self._left = PER_TURN  # calls that may begin in this turn
+        self._per_iteration = per_iteration
+        self._left = per_iteration  # calls that may begin in this iteration
         self._waiting: deque[asyncio.Future[None]] = deque()
 
     async def __call__(self, *arguments: P.args, **named: P.kwargs) -> T:
-        if self._left == PER_TURN:
-            asyncio.get_running_loop().call_soon(self._turn)
+        if self._left == self._per_iteration:
+            asyncio.get_running_loop().call_soon(self._next_iteration)
         if self._left > 0 and not self._waiting:
             self._left -= 1
         else:
@@ -37,13 +40,13 @@ class PacedRendering(Generic[P, T]):
             await place
         return await self._work(*arguments, **named)
 
-    def _turn(self) -> None:
-        """The next turn: let in those who wait."""
-        self._left = PER_TURN
+    def _next_iteration(self) -> None:
+        """Admit calls that wait."""
+        self._left = self._per_iteration
         while self._waiting and self._left > 0:
             place = self._waiting.popleft()
             if not place.done():  # its request has not been cancelled
                 place.set_result(None)
                 self._left -= 1
-        if self._left < PER_TURN:
-            asyncio.get_running_loop().call_soon(self._turn)
+        if self._left < self._per_iteration:
+            asyncio.get_running_loop().call_soon(self._next_iteration)

@@ -15,6 +15,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.routing import Match, Route
 
+from llmserve.api.context import RequestContext
 from llmserve.api.endpoints import ENDPOINTS, error_response
 from llmserve.errors import (
     LLMServeError,
@@ -41,8 +42,7 @@ log = logging.getLogger(__name__)
 
 _SLASHES = re.compile(rb"/{2,}")
 _ID = b"x-request-id"
-_CLIENT_CLOSED = 499  # nginx's status for a client that left; never sent
-_ENDPOINT_OF = {path: endpoint.name for endpoint in ENDPOINTS for path in endpoint.paths}
+_ENDPOINT_OF = {path: endpoint.id for endpoint in ENDPOINTS for path in endpoint.paths}
 
 
 def build(services: Services) -> ASGIApp:
@@ -57,7 +57,7 @@ def build(services: Services) -> ASGIApp:
     app.router.redirect_slashes = False  # a 404 that says what was meant
     app.state.services = services
     answering = _Answering(_Access(_Dispatch(app), services))
-    return _Watched(_Cors.of(answering, services.config.server), services)
+    return _WithContext(_Cors.of(answering, services.config.server), services)
 
 
 class _Dispatch:
@@ -96,7 +96,7 @@ class _Answering:
         except ClientDisconnect:
             return  # also after the first byte: there is no client to answer
         except Exception as error:
-            if scope["type"] != "http" or scope["state"]["began"]:
+            if scope["type"] != "http" or RequestContext.of(scope).has_begun:
                 raise
             await _answer_to(error, scope)(scope, receive, send)
 
@@ -114,7 +114,7 @@ def _answer_to(error: Exception, scope: Scope) -> ASGIApp:
 
 
 def _error_response(error: LLMServeError, scope: Scope) -> Response:
-    return error_response(error, scope["path"], scope["state"].get("request_id"))
+    return error_response(error, scope["path"], RequestContext.of(scope).id)
 
 
 async def _nobody(_: Scope, __: Receive, ___: Send) -> None:
@@ -172,8 +172,8 @@ def _unlisted(what: str, came: str, setting: str, allowed: Iterable[str]) -> str
     )
 
 
-class _Watched:
-    """Gives every request an id, and counts it by model, endpoint and status."""
+class _WithContext:
+    """Creates the context of every request, and counts it by model, endpoint and status."""
 
     def __init__(self, app: ASGIApp, services: Services) -> None:
         self._app = app
@@ -184,36 +184,32 @@ class _Watched:
             await self._app(scope, receive, send)
             return
         _merge_slashes(scope)
-        request_id = _request_id(scope)
-        named = (_ID, request_id.encode("ascii"))
+        context = RequestContext(_request_id(scope), _ENDPOINT_OF.get(scope["path"]))
+        context.attach(scope)
+        named = (_ID, context.id.encode("ascii"))
         # vLLM's handlers take the id of an answer from here.
         scope["headers"] = [*(h for h in scope["headers"] if h[0] != _ID), named]
-        state = scope.setdefault("state", {})
-        state |= {"request_id": request_id, "began": False, "ended": False}
-        status, whole = _CLIENT_CLOSED, False
 
         async def with_id(message: Message) -> None:
-            nonlocal status, whole
             if message["type"] == "http.response.start":
-                status = message["status"]
-                state["began"] = True
+                context.begin(message["status"])
                 message = {**message, "headers": [*message["headers"], named]}
             else:
-                whole = state["ended"] = not message.get("more_body", False)
+                context.is_complete = not message.get("more_body", False)
             await send(message)
 
         try:
             await self._app(scope, receive, with_id)
         finally:
-            self._count(scope, status, whole=whole)
+            context.end()
+            self._count(context)
 
-    def _count(self, scope: Scope, status: int, *, whole: bool) -> None:
-        endpoint = _ENDPOINT_OF.get(scope["path"])
+    def _count(self, context: RequestContext) -> None:
+        model, endpoint = context.model, context.endpoint
         if endpoint is None:
             return
-        model = scope.get("state", {}).get("model", "")
-        self._metrics.requests.labels(model, endpoint, status).inc()
-        if not whole:
+        self._metrics.requests.labels(model, endpoint, context.status).inc()
+        if not context.is_complete:
             self._metrics.disconnects.labels(model, endpoint).inc()
 
 
@@ -246,7 +242,7 @@ class _Access:
         if scope["type"] == "http":
             key = auth.check(scope, self._services.config.server)
             if key is not None:
-                scope["state"]["owner"] = hashlib.sha256(key).hexdigest()
+                RequestContext.of(scope).owner = hashlib.sha256(key).hexdigest()
         await self._app(scope, receive, send)
 
 

@@ -9,6 +9,7 @@ from starlette.datastructures import UploadFile
 from starlette.requests import ClientDisconnect, Request
 
 from llmserve.api.body_limits import check_quantities
+from llmserve.api.context import RequestContext
 from llmserve.api.endpoints import parse_object
 from llmserve.api.json_text import is_light
 from llmserve.errors import BodyTooLarge, RequestError
@@ -28,13 +29,12 @@ _FORM_FILES, _FORM_FIELDS = 8, 256
 async def json_object(
     scope: Scope, receive: Receive, limit: int, off_loop: BodyThread
 ) -> dict[str, Any]:
-    """A body as a JSON object. `scope["state"]["off_loop"]` is where to validate a large one."""
+    """A body as a JSON object; the context of a large one says where to validate it."""
     coding = _coding(scope, limit)
     raw = await _read(receive, limit)
     if coding is None and is_light(raw):
-        scope["state"]["off_loop"] = None
         return _checked(raw)
-    scope["state"]["off_loop"] = off_loop
+    RequestContext.of(scope).body_thread = off_loop
     if coding is not None:
         raw = await off_loop.run(decode, coding, raw, limit)
     return await off_loop.run(_checked, raw)

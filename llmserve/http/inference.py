@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import TYPE_CHECKING, Any
 
 from starlette.requests import ClientDisconnect, Request
 
+from llmserve.api.context import RequestContext
 from llmserve.api.endpoints import BackgroundAnswer, Endpoint
 from llmserve.api.sse import EventStream
 from llmserve.api.token_stream import TokenStream
 from llmserve.api.validation_errors import name_as_sent
 from llmserve.errors import EngineDead, LLMServeError, RequestError, quoted
 from llmserve.http.body import form_fields, form_of, json_object
-from llmserve.http.keepalive import COMMENT_S, KeepAliveSend
+from llmserve.http.keepalive import KeepAliveSend
 from llmserve.http.models import requested_model
 from llmserve.lifecycle.admission import Deadline, QueuedRequest
 from llmserve.lifecycle.lease import ModelRequest
@@ -53,13 +55,14 @@ class InferenceEndpoint:
         self, scope: Scope, receive: Receive, send: Send, body: dict[str, Any]
     ) -> None:
         """Once more if the engine dies before the answer has begun."""
-        pool = scope["app"].state.services.pool
+        context, pool = RequestContext.of(scope), scope["app"].state.services.pool
+        context.body_read_s = time.monotonic()
         name = requested_model(body, pool.registry)
         model = pool.registry.find(name)
-        scope["state"]["model"] = model.name  # for the metrics, refused or not
+        context.model = model.name  # for the metrics, refused or not
         deadline = _deadline(scope, model.spec.timeout)
         wish = ModelRequest(name, self.endpoint, body, deadline, asyncio.current_task())
-        early = KeepAliveSend(send, self.endpoint.name)
+        early = KeepAliveSend(send, self.endpoint.id)
         try:
             try:
                 await self._once(scope, receive, early, wish)
@@ -80,7 +83,10 @@ class InferenceEndpoint:
         lease = services.pool.lease(wish)
         if isinstance(lease, QueuedRequest):
             entry = services.pool.entry(wish.name)
-            lease = await self._waited(receive, early, lease, entry)
+            streams = self.endpoint.answer_tokens and wish.body.get("stream") is True
+            comment_s = services.schedule.comment_s if streams else None
+            lease = await self._waited(receive, early, lease, entry, comment_s)
+        RequestContext.of(scope).leased_s = time.monotonic()
         answer = await self._answer(scope, receive, wish, lease)
         await answer(scope, receive, early)
 
@@ -90,18 +96,17 @@ class InferenceEndpoint:
         early: KeepAliveSend,
         place: QueuedRequest[ModelRequest, Lease],
         entry: ServedModel,
+        comment_s: float | None,
     ) -> Lease:
-        """A stream gets a comment every few seconds meanwhile.
+        """A stream gets a comment each `comment_s` meanwhile.
 
         Raises what the queue refuses with, or ClientDisconnect.
         """
-        streams = self.endpoint.answer_tokens and place.wish.body.get("stream") is True
-        each_s = COMMENT_S if streams else None
         gone = asyncio.ensure_future(_gone(receive))
         try:
             while not place.given.done():
                 both: set[asyncio.Future[Any]] = {place.given, gone}
-                await asyncio.wait(both, timeout=each_s, return_when="FIRST_COMPLETED")
+                await asyncio.wait(both, timeout=comment_s, return_when="FIRST_COMPLETED")
                 if gone.done():
                     raise ClientDisconnect  # noqa: TRY301  # what it has joined, it leaves below
                 if not place.given.done():
@@ -124,12 +129,12 @@ class InferenceEndpoint:
         services: Services = scope["app"].state.services
         try:
             with lease.running.coming():
-                await services.turns.take()
-                answer = lease.running.express(self.endpoint.name, wish.body, wish.name, scope)
-                await asyncio.sleep(0)  # the others of its group come as far first
+                await services.batcher.join()
+                answer = lease.running.express(self.endpoint.id, wish.body, wish.name, scope)
+                await asyncio.sleep(0)  # the rest of its batch is prepared first
             if answer is None:
                 request = Request(scope, receive)
-                work = lease.running.call(self.endpoint.name, wish.body, wish.name, request)
+                work = lease.running.call(self.endpoint.id, wish.body, wish.name, request)
                 answer = await _raise_if_gone(receive, work)
         except BaseException as error:
             lease.release()
@@ -156,12 +161,12 @@ class LeasedResponse:
         try:
             await self._answer(scope, receive, send)
         except asyncio.CancelledError:
-            error = self._lease.cut_by
+            error, context = self._lease.cut_by, RequestContext.of(scope)
             if error is None:
                 raise
-            if not scope["state"]["began"]:
+            if not context.has_begun:
                 raise error from None
-            if not scope["state"]["ended"]:
+            if not context.is_complete:
                 await self._end_early(send, error)
         finally:
             if isinstance(self._answer, BackgroundAnswer):

@@ -11,9 +11,8 @@ from llmserve.api import endpoints, sse
 if TYPE_CHECKING:
     from starlette.types import Message, Send
 
+    from llmserve.api.endpoint_id import EndpointId
     from llmserve.errors import LLMServeError
-
-COMMENT_S = 5.0  # between signs of life; an answer that comes sooner is not begun early
 
 
 class KeepAliveSend:
@@ -22,7 +21,7 @@ class KeepAliveSend:
     One that is a refusal becomes the stream's last event.
     """
 
-    def __init__(self, send: Send, endpoint: str) -> None:
+    def __init__(self, send: Send, endpoint: EndpointId) -> None:
         self.began = False  # by a comment
         self.answered = False
         self._send = send

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from starlette.routing import Route
 
+    from llmserve.api.endpoint_id import EndpointId
+
 _REF = "#/components/schemas/{model}"
 _ERROR = {
     "type": "object",
@@ -48,12 +50,12 @@ def document(routes: Iterable[Route]) -> dict[str, Any]:
                 {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
                 for name in route.param_convertors
             ]
-        operation["summary"] = endpoint.name if endpoint else _summary(route)
+        operation["summary"] = endpoint.title if endpoint else _summary(route)
         if endpoint is not None:
             media = "multipart/form-data" if endpoint.multipart else "application/json"
             operation["requestBody"] = {
                 "required": True,
-                "content": {media: {"schema": bodies[endpoint.name]}},
+                "content": {media: {"schema": bodies[endpoint.id]}},
             }
         of_path = paths.setdefault(path.replace(":path", ""), {})
         of_path.update({method.lower(): operation for method in methods})
@@ -78,10 +80,10 @@ def _summary(route: Route) -> str:
 
 
 @cache
-def _schemas() -> tuple[dict[str, Any], dict[str, Any]]:
+def _schemas() -> tuple[dict[EndpointId, Any], dict[str, Any]]:
     """Each endpoint's body, and the definitions that they refer to."""
-    inputs: list[tuple[str, Any, TypeAdapter[Any]]] = [
-        (name, "validation", handler.request) for name, handler in HANDLERS.items()
+    inputs: list[tuple[EndpointId, Any, TypeAdapter[Any]]] = [
+        (each, "validation", handler.request) for each, handler in HANDLERS.items()
     ]
     bodies, components = TypeAdapter.json_schemas(inputs, ref_template=_REF)
     return {key[0]: schema for key, schema in bodies.items()}, components.get("$defs", {})

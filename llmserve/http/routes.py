@@ -11,6 +11,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from llmserve import __version__, metrics
+from llmserve.api.context import RequestContext
 from llmserve.api.endpoints import ENDPOINTS
 from llmserve.errors import RequestError, RouteNotFound, quoted
 from llmserve.http import admin
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 def table() -> list[Route]:
     """Every route there is."""
     served = [
-        Route(path, InferenceEndpoint(endpoint), methods=["POST"], name=endpoint.name)
+        Route(path, InferenceEndpoint(endpoint), methods=["POST"], name=endpoint.id)
         for endpoint in ENDPOINTS
         for path in endpoint.paths
     ]
@@ -91,7 +92,7 @@ async def cancel_response(request: Request) -> Response:
 def _stored(request: Request) -> tuple[ResponseStore, str]:
     """Where the response of the path is. Raises RouteNotFound, also for another key's."""
     response_id = request.path_params["response_id"]
-    owner = request.scope["state"].get("owner", "")
+    owner = RequestContext.of(request.scope).owner
     for entry in _services(request).pool.entries.values():
         if entry.responses.has(response_id, owner):
             return entry.responses, response_id

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from llmserve.api.body_thread import BodyThread
+from llmserve.api.schedule import SCHEDULE, Schedule
 from llmserve.http.request_batcher import RequestBatcher
 
 if TYPE_CHECKING:
@@ -24,6 +25,10 @@ class Services:
     pool: Pool
     metrics: Metrics
     operator: Operator
-    turns: RequestBatcher = field(default_factory=RequestBatcher)
+    schedule: Schedule = SCHEDULE
+    batcher: RequestBatcher = field(init=False)
     off_loop: BodyThread = field(default_factory=BodyThread)
     created: int = field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self) -> None:
+        self.batcher = RequestBatcher(self.schedule)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.types import ASGIApp, Scope
 
+    from llmserve.api.endpoint_id import EndpointId
     from llmserve.lifecycle.placement import Placement, Takes
     from llmserve.lifecycle.response_store import ResponseStore
     from llmserve.registry.config import Config, ModelSpec
@@ -49,7 +50,7 @@ AT_REST = frozenset({State.DRAINING, State.SLEEPING, State.STOPPED})
 class Running(Protocol):
     """A replica that answers."""
 
-    able: frozenset[str]
+    able: frozenset[EndpointId]
     took: Mapping[str, float]  # seconds of its start, by step
 
     @property
@@ -78,13 +79,13 @@ class Running(Protocol):
         ...
 
     def express(
-        self, endpoint: str, body: dict[str, Any], asked: str, scope: Scope
+        self, endpoint: EndpointId, body: dict[str, Any], asked: str, scope: Scope
     ) -> ASGIApp | None:
         """The answer to a request like an earlier one; None if it needs `call`."""
         ...
 
     async def call(
-        self, endpoint: str, body: dict[str, Any], asked: str, request: Request
+        self, endpoint: EndpointId, body: dict[str, Any], asked: str, request: Request
     ) -> ASGIApp: ...
     def share(self, stored: ResponseStore) -> None:
         """Store answers of /v1/responses there; before its first request."""

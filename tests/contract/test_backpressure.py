@@ -13,8 +13,7 @@ import httpx
 import pytest
 import pytest_asyncio
 
-from llmserve.api import token_stream as stream
-from llmserve.http import inference
+from llmserve.api.schedule import Schedule
 from llmserve.lifecycle.admission import QueuedRequest
 from llmserve.lifecycle.lease import Lease
 from llmserve.registry.config import ServerSpec
@@ -238,7 +237,7 @@ async def test_a_client_that_leaves_with_a_second_request_waiting_is_gone(box: B
 
 
 async def test_headers_alone_leave_a_stream_open(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream, "FIRST_S", 0.01)
+    monkeypatch.setattr(box.serving.engine.flow, "schedule", Schedule(headers_s=0.01))
     for seed in (1, SILENT):  # the second one by recipe
         body = json.dumps(asking("one", 3) | {"seed": seed}).encode()
         head = f"POST {COMPLETIONS} HTTP/1.1\r\nhost: test\r\ncontent-length: {len(body)}\r\n\r\n"
@@ -305,7 +304,7 @@ async def test_an_answer_after_comments_comes_whole(
     box: Box, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its headers went with the first comment; text and end are one event."""
-    monkeypatch.setattr(inference, "COMMENT_S", 0.05)
+    monkeypatch.setattr(box.services, "schedule", Schedule(comment_s=0.05))
     pool = box.services.pool
     lease = pool.lease
 

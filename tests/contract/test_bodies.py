@@ -21,6 +21,7 @@ from llmserve.http import app
 from tests.unit.effort import LongestTurn, calls
 
 if TYPE_CHECKING:
+    from llmserve.api.endpoint_id import EndpointId
     from llmserve.http.services import Services
 
 JSON_PATHS = [endpoint.paths[0] for endpoint in ENDPOINTS if not endpoint.multipart]
@@ -92,7 +93,7 @@ async def test_a_body_of_any_kind_takes_a_short_turn(fake: Services, name: str) 
 
 
 @pytest.mark.parametrize("name", HANDLERS)
-def test_bounded_classes_stop_at_the_first_mistake(name: str) -> None:
+def test_bounded_classes_stop_at_the_first_mistake(name: EndpointId) -> None:
     kind = HANDLERS[name].request
     wrong: dict[str, Any] = {key: [{"role": 1}] * 5000 for key in ("messages", "input", "tools")}
     wrong |= {"documents": [1] * 5000, "queries": [{}] * 5000, "tokens": ["a"] * 5000}

@@ -25,6 +25,8 @@ from hypothesis import strategies as st
 from vllm.renderers import chat_utils
 from vllm.v1.metrics.loggers import PrometheusStatLogger, StatLoggerManager
 
+from llmserve.api.context import RequestContext
+from llmserve.api.endpoint_id import EndpointId
 from llmserve.engine.fastpath.output_processor import StreamingOutputProcessor
 from llmserve.engine.metrics import EngineMetrics
 from llmserve.http import app
@@ -38,6 +40,7 @@ from tests.listening import listening
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
+    from starlette.types import Receive, Scope, Send
     from vllm.v1.engine import EngineCoreRequest
 
     from llmserve.engine.handlers import ModelHandlers
@@ -108,7 +111,7 @@ class Box:
         calls: list[str] = []
         call = self.serving.call
 
-        async def counted(endpoint: str, *rest: Any) -> Any:
+        async def counted(endpoint: EndpointId, *rest: Any) -> Any:
             calls.append(endpoint)
             return await call(endpoint, *rest)
 
@@ -751,14 +754,14 @@ async def test_prompt_of_recipe_is_vllms_for_any_conversation(
 
 async def recipe_of(box: Box, kind: dict[str, Any]) -> Any:
     await box.ask(CHATS, user(FOX) | kind | {"max_tokens": 1, "stream": True})
-    return next(reversed(box.serving._express["chat completions"]._recipes.kept.values()))
+    return next(reversed(box.serving._express[EndpointId.CHAT_COMPLETIONS]._recipes.kept.values()))
 
 
 async def rendered(box: Box, body: dict[str, Any]) -> list[int] | None:
     """The prompt that vLLM makes of a chat; None if it refuses it."""
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 
-    handler = box.serving._express["chat completions"]._serving
+    handler = box.serving._express[EndpointId.CHAT_COMPLETIONS]._serving
     made = await handler.render_chat_request(ChatCompletionRequest(model="chat", **body))
     if not isinstance(made, tuple):
         return None
@@ -1130,6 +1133,65 @@ async def test_the_buckets_of_the_inter_token_latency_hold_every_token(box: Box)
     samples = {(s.name, s.labels.get("le")): s.value for s in family.samples}
     top = samples["vllm:inter_token_latency_seconds_bucket", "+Inf"]
     assert top == samples["vllm:inter_token_latency_seconds_count", None] > 0
+
+
+# --- the context of a request
+
+
+async def context_and_usage(box: Box, path: str, body: dict[str, Any]) -> tuple[Any, Any]:
+    """What the request's context counts, and what its answer does: tokens in and out."""
+    scopes: list[Any] = []
+
+    async def recording(scope: Scope, receive: Receive, send: Send) -> None:
+        scopes.append(scope)
+        await box.app(scope, receive, send)
+
+    transport = httpx.ASGITransport(recording)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        reply = await client.post(path, json={"model": "chat"} | body)
+    assert reply.status_code == 200, reply.text
+    context = RequestContext.of(scopes[0])
+    usage = _usage_in(events(reply) if body.get("stream") else [reply.json()])
+    counts = [usage.get(f"{old}_tokens", usage.get(f"{new}_tokens")) for old, new in _NAMES]
+    return [context.prompt_tokens, context.generated_tokens], counts
+
+
+_NAMES = (("prompt", "input"), ("completion", "output"))
+
+
+def _usage_in(found: list[Any]) -> dict[str, Any]:
+    """The keys of the last `usage`; of a stream of /v1/messages the last has both counts."""
+    parts = [
+        part for each in found if isinstance(each, dict) for part in (each, each.get("response"))
+    ]
+    usages: list[dict[str, Any]] = [part["usage"] for part in parts if part and part.get("usage")]
+    return usages[-1]
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (CHATS, user(FOX) | {"max_tokens": 3}),
+        (COMPLETIONS, {"prompt": FOX, "max_tokens": 3}),
+        ("/v1/messages", user(FOX) | {"max_tokens": 3}),
+        ("/v1/responses", {"input": FOX, "max_output_tokens": 3}),
+    ],
+    ids=["chat", "completions", "messages", "responses"],
+)
+async def test_context_counts_the_tokens_of_the_answers_usage(
+    box: Box, path: str, body: dict[str, Any], streamed: bool
+) -> None:
+    body = body | {"stream": streamed}
+    if streamed and path in {CHATS, COMPLETIONS}:
+        body["stream_options"] = {"include_usage": True}
+    for _ in range(2):  # the second by recipe, where there is one
+        context, usage = await context_and_usage(box, path, body)
+        assert context == usage
+        assert None not in usage
+    with box.long_way():
+        context, _ = await context_and_usage(box, path, body)
+    assert context == usage
 
 
 # --- the names of vLLM's and prometheus_client's that this rests on

@@ -16,6 +16,7 @@ from vllm.config import ModelConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.renderers.params import TokenizeParams
 
+from llmserve.api.endpoint_id import EndpointId
 from llmserve.api.endpoints import ENDPOINTS
 from llmserve.engine import token_count
 from llmserve.engine.handlers import HANDLERS, TOO_LONG, ModelHandlers, _validate, without_own_size
@@ -30,24 +31,24 @@ if TYPE_CHECKING:
     from llmserve.http.services import Services
 
 USER = {"role": "user", "content": "hello"}
-BASE: dict[str, dict[str, Any]] = {
-    "chat completions": {"messages": [USER], "max_tokens": 1},
-    "completions": {"prompt": "hello", "max_tokens": 1},
-    "responses": {"input": "hello", "max_output_tokens": 1},
-    "messages": {"messages": [USER], "max_tokens": 1},
-    "token counts": {"messages": [USER]},
-    "tokenization": {"prompt": "hello"},
-    "detokenization": {"tokens": [1]},
+BASE: dict[EndpointId, dict[str, Any]] = {
+    EndpointId.CHAT_COMPLETIONS: {"messages": [USER], "max_tokens": 1},
+    EndpointId.COMPLETIONS: {"prompt": "hello", "max_tokens": 1},
+    EndpointId.RESPONSES: {"input": "hello", "max_output_tokens": 1},
+    EndpointId.MESSAGES: {"messages": [USER], "max_tokens": 1},
+    EndpointId.TOKEN_COUNTS: {"messages": [USER]},
+    EndpointId.TOKENIZATION: {"prompt": "hello"},
+    EndpointId.DETOKENIZATION: {"tokens": [1]},
     # and those that the fake core's model does not do
-    "embeddings": {"input": "hello"},
-    "scores": {"text_1": "hello", "text_2": "hello"},
-    "reranking": {"query": "hello", "documents": ["hello"]},
-    "pooling": {"input": "hello"},
-    "classification": {"input": "hello"},
-    "transcriptions": {"file": UploadFile(io.BytesIO(), filename="a.wav")},
-    "translations": {"file": UploadFile(io.BytesIO(), filename="a.wav")},
+    EndpointId.EMBEDDINGS: {"input": "hello"},
+    EndpointId.SCORES: {"text_1": "hello", "text_2": "hello"},
+    EndpointId.RERANKING: {"query": "hello", "documents": ["hello"]},
+    EndpointId.POOLING: {"input": "hello"},
+    EndpointId.CLASSIFICATION: {"input": "hello"},
+    EndpointId.TRANSCRIPTIONS: {"file": UploadFile(io.BytesIO(), filename="a.wav")},
+    EndpointId.TRANSLATIONS: {"file": UploadFile(io.BytesIO(), filename="a.wav")},
 }
-ROUTES = [endpoint for endpoint in ENDPOINTS if endpoint.name in list(BASE)[:7]]
+ROUTES = [endpoint for endpoint in ENDPOINTS if endpoint.id in list(BASE)[:7]]
 WRONG: list[Any] = [
     *(5, -1, 1.5, 1e300, True, "wrong", "9" * 40, "", [], {}),
     *([5], ["wrong"], [[]], [{}], [{"type": 5}], [{"role": 5}], [{"type": "wrong"}], [None]),
@@ -83,7 +84,7 @@ def _classes(kind: Any) -> Iterator[type[BaseModel]]:
         yield from _classes(each)
 
 
-def fields_of(endpoint: str) -> list[str]:
+def fields_of(endpoint: EndpointId) -> list[str]:
     kinds = _classes(HANDLERS[endpoint].request._type)
     return sorted({field for kind in kinds for field in kind.model_fields} - _NOT_THEIRS)
 
@@ -99,7 +100,7 @@ def check_error(error: dict[str, Any], body: dict[str, Any], fields: list[str]) 
 
 
 @pytest.mark.parametrize("endpoint", HANDLERS)
-def test_wrong_value_in_any_field_is_told_in_plain_words(endpoint: str) -> None:
+def test_wrong_value_in_any_field_is_told_in_plain_words(endpoint: EndpointId) -> None:
     fields = fields_of(endpoint)
     refused = 0
     for field in fields:
@@ -113,14 +114,14 @@ def test_wrong_value_in_any_field_is_told_in_plain_words(endpoint: str) -> None:
     assert refused > len(fields)
 
 
-@pytest.mark.parametrize("endpoint", ROUTES, ids=lambda each: each.name)
+@pytest.mark.parametrize("endpoint", ROUTES, ids=lambda each: each.id)
 async def test_wrong_value_in_any_field_is_told_by_the_route(fake: Services, endpoint: Any) -> None:
-    fields = fields_of(endpoint.name)
+    fields = fields_of(endpoint.id)
     transport = httpx.ASGITransport(app.build(fake))
     async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=60) as client:
         for field in fields:
             for wrong in WRONG:
-                body = {"model": "chat"} | BASE[endpoint.name] | {field: wrong}
+                body = {"model": "chat"} | BASE[endpoint.id] | {field: wrong}
                 reply = await client.post(endpoint.paths[0], json=body)
                 assert reply.status_code in {200, 400, 404}, (field, wrong, reply.text)
                 if reply.status_code != 200:
@@ -128,13 +129,13 @@ async def test_wrong_value_in_any_field_is_told_by_the_route(fake: Services, end
 
 
 @pytest.mark.parametrize("endpoint", HANDLERS)
-def test_shape_of_a_class_takes_what_the_class_takes(endpoint: str) -> None:
+def test_shape_of_a_class_takes_what_the_class_takes(endpoint: EndpointId) -> None:
     shape_of(HANDLERS[endpoint].request).validate_python({"model": "m"} | BASE[endpoint])
 
 
-@pytest.mark.parametrize("endpoint", ["chat completions", "completions"])
+@pytest.mark.parametrize("endpoint", [EndpointId.CHAT_COMPLETIONS, EndpointId.COMPLETIONS])
 @pytest.mark.parametrize("n", [10_000, "10000", " 129 ", 129.0])
-def test_choices_have_a_limit_however_they_are_written(endpoint: str, n: Any) -> None:
+def test_choices_have_a_limit_however_they_are_written(endpoint: EndpointId, n: Any) -> None:
     body = {"model": "m"} | BASE[endpoint] | {"n": n}
     with pytest.raises(RequestError, match="limit is 128"):
         _validate(HANDLERS[endpoint], body, endpoint)
@@ -175,7 +176,7 @@ def test_own_dimensions_of_a_model_ask_for_nothing(asked: int | None, left: int 
 
 
 @pytest.mark.parametrize("endpoint", HANDLERS)
-def test_null_in_any_field_is_as_if_left_out(endpoint: str) -> None:
+def test_null_in_any_field_is_as_if_left_out(endpoint: EndpointId) -> None:
     """What the body's reader leaves at the top; below, `bounded` does."""
     base = BASE[endpoint] | {"model": "m"}
     for field in fields_of(endpoint):

@@ -14,6 +14,7 @@ import pytest
 from openai.types.responses import Response, ResponseFunctionToolCall, ResponseStreamEvent
 from pydantic import TypeAdapter
 
+from llmserve.api.endpoint_id import EndpointId
 from llmserve.errors import LLMServeError
 from llmserve.http import app
 from llmserve.lifecycle.health import HealthMonitor
@@ -329,10 +330,10 @@ WITH_NULLS: dict[str, Any] = {
 }
 
 
-async def sent(services: Services, endpoint: str, answer: Any) -> Any:
+async def sent(services: Services, endpoint: EndpointId, answer: Any) -> Any:
     """What a client gets of vLLM's answer to a request."""
     running: Any = services.pool.entries["chat"].running
-    return json.loads((await running._respond(answer, endpoint)).body)
+    return json.loads((await running._respond(answer, endpoint, lambda _: None)).body)
 
 
 def tool_use(arguments: dict[str, Any]) -> Any:
@@ -346,14 +347,14 @@ def tool_use(arguments: dict[str, Any]) -> Any:
 
 
 async def test_tool_input_of_a_message_keeps_its_nulls(fake: Services) -> None:
-    (block,) = (await sent(fake, "messages", tool_use(WITH_NULLS)))["content"]
+    (block,) = (await sent(fake, EndpointId.MESSAGES, tool_use(WITH_NULLS)))["content"]
     whole = {"type": "tool_use", "id": "t", "name": "weather", "input": WITH_NULLS}
     assert block == whole | {"caller": {"type": "direct"}}
 
 
 @pytest.mark.parametrize("value", [10**30, -(10**30), "\ud83d", 1e-7, 0.1, float(10**22)])
 async def test_tool_input_of_a_message_has_any_value(fake: Services, value: Any) -> None:
-    (block,) = (await sent(fake, "messages", tool_use({"x": value})))["content"]
+    (block,) = (await sent(fake, EndpointId.MESSAGES, tool_use({"x": value})))["content"]
     assert block["input"] == {"x": value}
 
 
@@ -365,9 +366,9 @@ async def test_tool_input_is_the_same_streamed_and_whole(fake: Services) -> None
     delta = AnthropicDelta(type="input_json_delta", partial_json=json.dumps(WITH_NULLS))
     event = AnthropicStreamEvent(type="content_block_delta", index=0, delta=delta)
     frame = f"event: content_block_delta\ndata: {event.model_dump_json()}\n\n".encode()
-    pruned = json.loads(HANDLERS["messages"].pruned(frame).partition(b"data: ")[2])
+    pruned = json.loads(HANDLERS[EndpointId.MESSAGES].pruned(frame).partition(b"data: ")[2])
     assert pruned.keys() == {"type", "index", "delta"}
-    (block,) = (await sent(fake, "messages", tool_use(WITH_NULLS)))["content"]
+    (block,) = (await sent(fake, EndpointId.MESSAGES, tool_use(WITH_NULLS)))["content"]
     assert json.loads(pruned["delta"]["partial_json"]) == block["input"]
 
 
@@ -683,7 +684,7 @@ async def test_message_of_calls_alone_has_no_content(fake: Services) -> None:
     answer = ChatCompletionResponse.model_validate(
         {"model": "chat", "choices": [choice], "usage": usage}
     )
-    (came,) = (await sent(fake, "chat completions", answer))["choices"]
+    (came,) = (await sent(fake, EndpointId.CHAT_COMPLETIONS, answer))["choices"]
     assert came["message"]["content"] is None
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from prometheus_client import CollectorRegistry
 from starlette.responses import Response
 
-from llmserve.api.endpoints import ENDPOINTS
+from llmserve.api.endpoint_id import EndpointId
 from llmserve.api.sse import EventStream, PeekableStream
 from llmserve.errors import EngineDead, EngineError, StartupError
 from llmserve.lifecycle.placement import Level, Place, Placement
@@ -238,7 +238,7 @@ class Running:
 
     def __init__(self, engine: Engine, weather: Weather) -> None:
         self.engine = engine
-        self.able = frozenset(endpoint.name for endpoint in ENDPOINTS)
+        self.able = frozenset(EndpointId)
         self.took: Mapping[str, float] = {}
         self.max_model_len = 2048
         self.registry = _NO_FIGURES
@@ -263,7 +263,7 @@ class Running:
         return None
 
     async def call(
-        self, endpoint: str, body: dict[str, Any], asked: str, request: Request
+        self, endpoint: EndpointId, body: dict[str, Any], asked: str, request: Request
     ) -> Response:
         del endpoint, request
         assert self.engine.level is Level.READY, "a request reached an engine that is asleep"

@@ -15,6 +15,7 @@ from prometheus_client import Counter
 
 from llmserve import __version__
 from llmserve.api.endpoints import ENDPOINTS
+from llmserve.api.schedule import SCHEDULE, Schedule
 from llmserve.api.sse import DONE, EventStream, PeekableStream, event
 from llmserve.errors import EngineError, Overloaded
 from llmserve.http import app
@@ -58,7 +59,13 @@ ORIGIN = {"origin": "https://page.example"}
 class Box:
     """A server without engines, and a client of it."""
 
-    def __init__(self, *specs: ModelSpec, server: ServerSpec | None = None, **plans: Plan) -> None:
+    def __init__(
+        self,
+        *specs: ModelSpec,
+        server: ServerSpec | None = None,
+        schedule: Schedule = SCHEDULE,
+        **plans: Plan,
+    ) -> None:
         models = specs or (
             spec("chat", max_in_flight=1, max_queue=0, aliases=["gpt-4o"]),
             spec("embed"),
@@ -71,7 +78,8 @@ class Box:
         self.control = ModelOperator(
             config, self.pool, self.backend, lambda: config, lambda _: None
         )
-        self.app: ASGIApp = app.build(Services(config, self.pool, self.metrics, self.control))
+        services = Services(config, self.pool, self.metrics, self.control, schedule)
+        self.app: ASGIApp = app.build(services)
         self.client = httpx.AsyncClient()
 
     @property
@@ -98,10 +106,13 @@ class Box:
 
 @asynccontextmanager
 async def asgi(
-    *specs: ModelSpec, server: ServerSpec | None = None, **plans: Plan
+    *specs: ModelSpec,
+    server: ServerSpec | None = None,
+    schedule: Schedule = SCHEDULE,
+    **plans: Plan,
 ) -> AsyncIterator[Box]:
     """Without a socket: for answers that come whole."""
-    box = Box(*specs, server=server, **plans)
+    box = Box(*specs, server=server, schedule=schedule, **plans)
     await box.pool.start()
     transport = httpx.ASGITransport(box.app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://box") as box.client:
@@ -109,9 +120,12 @@ async def asgi(
 
 
 @asynccontextmanager
-async def real(*specs: ModelSpec, server_spec: ServerSpec | None = None) -> AsyncIterator[Box]:
+async def real(
+    *specs: ModelSpec, server_spec: ServerSpec | None = None, schedule: Schedule = SCHEDULE
+) -> AsyncIterator[Box]:
     """On a socket, as `llmserve up` serves it: for streams and clients that leave."""
-    box = Box(*specs, server=server_spec or ServerSpec(port=0, drain_timeout=1))
+    server_spec = server_spec or ServerSpec(port=0, drain_timeout=1)
+    box = Box(*specs, server=server_spec, schedule=schedule)
     await box.pool.start()
     with server.bind(box.server) as listener:
         port = listener.getsockname()[1]
@@ -322,7 +336,7 @@ async def test_audio_that_is_no_form_is_refused(headers: dict[str, str], body: b
 
 @pytest.mark.parametrize(
     ("path", "name"),
-    [(p, e.name) for e in ENDPOINTS if not e.multipart for p in e.paths],
+    [(p, e.id) for e in ENDPOINTS if not e.multipart for p in e.paths],
 )
 async def test_every_path_reaches_its_endpoint(path: str, name: str) -> None:
     async with asgi() as box:

@@ -15,8 +15,10 @@ import pytest
 import zstandard
 
 from llmserve.api.body_thread import BodyThread
+from llmserve.api.context import RequestContext
 from llmserve.errors import BodyTooLarge, RequestError
 from llmserve.http.body import form_fields, form_of, json_object
+from tests.fakes import http_scope
 from tests.unit.test_app import CHAT, HI, asgi, error_of
 
 if TYPE_CHECKING:
@@ -49,7 +51,7 @@ class Counted(BodyThread):
 
 def scope_of(**headers: str) -> Scope:
     pairs = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
-    return {"type": "http", "headers": pairs, "state": {}}
+    return http_scope(headers=pairs)
 
 
 def chunks(parts: Iterable[bytes]) -> Receive:
@@ -66,7 +68,7 @@ async def taken(body: bytes, limit: int = 64 * MIB) -> tuple[dict[str, Any], int
     """The object, how often work left the loop, and whether its validation will."""
     off_loop, scope = Counted(), scope_of()
     value = await json_object(scope, chunks([body]), limit, off_loop)
-    return value, off_loop.runs, scope["state"]["off_loop"] is off_loop
+    return value, off_loop.runs, RequestContext.of(scope).body_thread is off_loop
 
 
 async def test_a_light_body_stays_on_the_loop() -> None:
@@ -209,9 +211,10 @@ async def test_a_form_that_comes_at_once_leaves_the_loop_turns() -> None:
 PEAK = """
 import asyncio, re, sys
 from pathlib import Path
-from llmserve.http.body import json_object
-from llmserve.errors import RequestError
 from llmserve.api.body_thread import BodyThread
+from llmserve.errors import RequestError
+from llmserve.http.body import json_object
+from tests.fakes import http_scope
 
 def status(name):
     return int(re.search(name + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
@@ -225,7 +228,7 @@ async def main(body):
     Path("/proc/self/clear_refs").write_text("5")
     before = status("VmRSS")
     try:
-        value = await json_object({"headers": [], "state": {}}, receive, 64 * 2**20, BodyThread())
+        value = await json_object(http_scope(), receive, 64 * 2**20, BodyThread())
     except RequestError as error:
         value = error.message
     peak = status("VmHWM") - before

@@ -15,6 +15,7 @@ import pytest
 import yaml
 from prometheus_client import generate_latest
 
+from llmserve.api.endpoint_id import EndpointId
 from llmserve.api.endpoints import ENDPOINTS
 from llmserve.errors import (
     ConfigError,
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
     from llmserve.lifecycle.replica import Running
     from llmserve.registry.config import Config, ModelSpec
 
-CHAT = next(endpoint for endpoint in ENDPOINTS if endpoint.name == "chat completions")
+CHAT = next(endpoint for endpoint in ENDPOINTS if endpoint.id is EndpointId.CHAT_COMPLETIONS)
 GPU = Place(0)
 Entries = dict[str, dict[str, Any]]
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 
 import pytest
 
 from llmserve import __version__
+from llmserve.api.schedule import Schedule
 from llmserve.http import routes
 from llmserve.registry.config import ModelSpec, ServerSpec, load
 from tests.readme import ANSWER, README
@@ -51,6 +53,12 @@ def test_every_key_is_in_the_registry_reference() -> None:
     text = (ROOT / "docs" / "registry.md").read_text(encoding="utf-8")
     for key in (ServerSpec.model_fields | ModelSpec.model_fields).keys() - {"name"}:
         assert f"`{key}`" in text, key
+
+
+def test_every_field_of_the_schedule_is_in_its_page() -> None:
+    text = (ROOT / "docs" / "event-loop.md").read_text(encoding="utf-8")
+    for field in dataclasses.fields(Schedule):
+        assert f"`{field.name}`" in text, field.name
 
 
 def test_every_route_is_in_the_readme() -> None:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from llmserve.api import sse
+from llmserve.api.endpoint_id import EndpointId
 from llmserve.api.endpoints import NAMED_EVENTS, error_response
 from llmserve.errors import EngineDead
 from llmserve.http.keepalive import KeepAliveSend
@@ -17,7 +18,7 @@ REFUSAL = {"type": "http.response.start", "status": 400, "headers": [(b"x", b"y"
 
 
 class Client:
-    def __init__(self, endpoint: str = "chat completions") -> None:
+    def __init__(self, endpoint: EndpointId = EndpointId.CHAT_COMPLETIONS) -> None:
         self.sent: list[Message] = []
         self.early = KeepAliveSend(self._send, endpoint)
 
@@ -69,13 +70,13 @@ async def test_a_stream_goes_on_after_comments() -> None:
     assert client.early.answered
 
 
-@pytest.mark.parametrize("endpoint", ["chat completions", "messages"])
-async def test_a_refusal_after_comments_is_the_last_event(endpoint: str) -> None:
+@pytest.mark.parametrize("endpoint", [EndpointId.CHAT_COMPLETIONS, EndpointId.MESSAGES])
+async def test_a_refusal_after_comments_is_the_last_event(endpoint: EndpointId) -> None:
     """In the way of the endpoint, as an error that is raised."""
     error = EngineDead("gone")
     refused, failed = Client(endpoint), Client(endpoint)
     await refused.early.comment("wait")
-    path = {"messages": "/v1/messages"}.get(endpoint, "")
+    path = "/v1/messages" if endpoint is EndpointId.MESSAGES else ""
     response = error_response(error, path)
     for message in ({**REFUSAL, "status": 503}, body(bytes(response.body))):
         await refused.early(message)
@@ -86,8 +87,12 @@ async def test_a_refusal_after_comments_is_the_last_event(endpoint: str) -> None
     assert failed.ended
 
 
-@pytest.mark.parametrize("endpoint", ["completions", "messages", "responses"])
-async def test_an_error_after_comments_is_an_event_of_the_endpoint_s_kind(endpoint: str) -> None:
+@pytest.mark.parametrize(
+    "endpoint", [EndpointId.COMPLETIONS, EndpointId.MESSAGES, EndpointId.RESPONSES]
+)
+async def test_an_error_after_comments_is_an_event_of_the_endpoint_s_kind(
+    endpoint: EndpointId,
+) -> None:
     client = Client(endpoint)
     await client.early.comment("wait")
     await client.early.fail(EngineDead("gone"))
@@ -97,5 +102,7 @@ async def test_an_error_after_comments_is_an_event_of_the_endpoint_s_kind(endpoi
     assert event.endswith("data: [DONE]\n\n") is not named
     shown = sse.payload(event.removesuffix("data: [DONE]\n\n").encode())
     assert shown["error"]["message"] == "gone"
-    assert shown["error"].get("code") == (None if endpoint == "messages" else "engine_dead")
+    assert shown["error"].get("code") == (
+        None if endpoint is EndpointId.MESSAGES else "engine_dead"
+    )
     assert client.ended

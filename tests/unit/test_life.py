@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from llmserve.api.endpoint_id import EndpointId
 from llmserve.api.endpoints import ENDPOINTS
 from llmserve.errors import DeadlineExceeded, EngineDead, EngineError, Overloaded, StartupError
 from llmserve.lifecycle import health, restart_backoff, transitions
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from llmserve.lifecycle.placement import Takes
     from llmserve.registry.config import ModelSpec
 
-CHAT = next(endpoint for endpoint in ENDPOINTS if endpoint.name == "chat completions")
+CHAT = next(endpoint for endpoint in ENDPOINTS if endpoint.id is EndpointId.CHAT_COMPLETIONS)
 
 
 @pytest.fixture(autouse=True)

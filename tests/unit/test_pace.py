@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import asyncio
 
-from llmserve.engine.pacing import PER_TURN, PacedRendering
+from llmserve.api.schedule import SCHEDULE
+from llmserve.engine.pacing import PacedRendering
 from tests.fakes import soon
 
 
@@ -27,10 +28,10 @@ async def test_paced_calls_begin_in_order_some_each_turn() -> None:
     begun = Begun()
     paced = PacedRendering(begun)
     counting = asyncio.ensure_future(begun.count_turns())
-    values = await soon(asyncio.gather(*(paced(i) for i in range(5 * PER_TURN + 1))))
+    values = await soon(asyncio.gather(*(paced(i) for i in range(5 * SCHEDULE.renders + 1))))
     counting.cancel()
-    assert values == list(range(5 * PER_TURN + 1))
-    assert max(begun.turns.count(turn) for turn in set(begun.turns)) <= PER_TURN
+    assert values == list(range(5 * SCHEDULE.renders + 1))
+    assert max(begun.turns.count(turn) for turn in set(begun.turns)) <= SCHEDULE.renders
 
 
 async def test_paced_call_alone_begins_at_once() -> None:
@@ -44,9 +45,9 @@ async def test_paced_call_alone_begins_at_once() -> None:
 async def test_paced_calls_that_are_cancelled_take_no_place() -> None:
     begun = Begun()
     paced = PacedRendering(begun)
-    calls = [asyncio.ensure_future(paced(i)) for i in range(3 * PER_TURN)]
+    calls = [asyncio.ensure_future(paced(i)) for i in range(3 * SCHEDULE.renders)]
     await asyncio.sleep(0)
-    for call in calls[PER_TURN:-1]:
+    for call in calls[SCHEDULE.renders : -1]:
         call.cancel()
-    assert await soon(calls[-1]) == 3 * PER_TURN - 1
-    assert len(begun.turns) == PER_TURN + 1
+    assert await soon(calls[-1]) == 3 * SCHEDULE.renders - 1
+    assert len(begun.turns) == SCHEDULE.renders + 1

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from llmserve.api.endpoint_id import EndpointId
 from llmserve.api.endpoints import ENDPOINTS
 from llmserve.errors import EngineDead, ModelNotFound, Overloaded, StartupError
 from llmserve.lifecycle import health, restart_backoff
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
     from llmserve.registry.config import ModelSpec
 
 CHAT, EMBED = (
-    next(endpoint for endpoint in ENDPOINTS if endpoint.name == name)
-    for name in ("chat completions", "embeddings")
+    next(endpoint for endpoint in ENDPOINTS if endpoint.id is id_)
+    for id_ in (EndpointId.CHAT_COMPLETIONS, EndpointId.EMBEDDINGS)
 )
 
 

@@ -9,8 +9,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from llmserve.api import sse
+from llmserve.api.endpoint_id import EndpointId
 from llmserve.api.endpoints import (
     ENDPOINTS,
+    TITLES,
     cannot,
     error_body,
     error_response,
@@ -52,7 +54,23 @@ JSON = st.recursive(
 def test_no_path_leads_to_two_endpoints() -> None:
     paths = [path for endpoint in ENDPOINTS for path in endpoint.paths]
     assert len(set(paths)) == len(paths)
-    assert len({endpoint.name for endpoint in ENDPOINTS}) == len(ENDPOINTS)
+    assert [endpoint.id for endpoint in ENDPOINTS] == list(EndpointId)
+
+
+def test_endpoint_ids_have_the_values_of_metric_labels() -> None:
+    assert ", ".join(EndpointId) == (
+        "chat completions, completions, responses, messages, token counts, embeddings, scores, "
+        "reranking, pooling, classification, tokenization, detokenization, transcriptions, "
+        "translations"
+    )
+
+
+def test_title_that_is_reworded_changes_messages_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    error = EngineError("no")
+    before = failure(EndpointId.MESSAGES, error)
+    monkeypatch.setitem(TITLES, EndpointId.MESSAGES, "Claude's messages")
+    assert "does not do Claude's messages;" in cannot("chat", EndpointId.MESSAGES, ())
+    assert failure(EndpointId.MESSAGES, error) == before
 
 
 def test_the_error_object_has_four_keys_always() -> None:
@@ -93,7 +111,7 @@ def test_error_of_messages_has_anthropic_s_shape(
     reply = error_response(error, path, "req_1")
     assert json.loads(bytes(reply.body)) == body | {"request_id": "req_1"}
     assert reply.status_code == error.status
-    last = failure("messages", error)
+    last = failure(EndpointId.MESSAGES, error)
     assert last.startswith(b"event: error\n")
     assert sse.payload(last) == body
 
@@ -107,7 +125,7 @@ def test_error_of_other_routes_has_openai_s_shape(path: str) -> None:
 def test_failure_of_a_response_has_both_shapes_of_its_event() -> None:
     error = RequestError("no", param="input")
     flat = {"type": "error", "sequence_number": 7, "message": "no", "param": "input"}
-    assert sse.payload(failure("responses", error, 7)) == {
+    assert sse.payload(failure(EndpointId.RESPONSES, error, 7)) == {
         **flat,
         "code": "invalid_value",
         **error_body(error),
@@ -229,7 +247,9 @@ def test_an_ill_typed_model_is_refused_where_there_is_only_one() -> None:
 
 def test_the_card_of_a_model_and_of_its_adapter() -> None:
     model = Model(spec("chat", loras={"sql": "/loras/sql"}))
-    assert model_card("chat", model, 7, FakeRunning(able=frozenset({"scores", "pooling"}))) == {
+    assert model_card(
+        "chat", model, 7, FakeRunning(able=frozenset({EndpointId.SCORES, EndpointId.POOLING}))
+    ) == {
         "id": "chat",
         "object": "model",
         "created": 7,
@@ -247,7 +267,7 @@ def test_the_card_of_a_model_and_of_its_adapter() -> None:
 
 
 def test_what_a_model_cannot_do_and_what_it_can() -> None:
-    assert cannot("chat", "scores", ["responses", "completions"]) == (
+    assert cannot("chat", EndpointId.SCORES, [EndpointId.RESPONSES, EndpointId.COMPLETIONS]) == (
         "The model `chat` does not do scores; it does: completions, responses."
     )
 

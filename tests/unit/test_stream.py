@@ -3,16 +3,19 @@ from __future__ import annotations
 import asyncio
 import time
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
 
 from llmserve.api import token_stream as stream
+from llmserve.api.context import RequestContext
+from llmserve.api.schedule import SCHEDULE, Schedule
 from llmserve.api.sse import HEADERS
 from llmserve.api.token_stream import ABORT, HOLD, WRITE, FlushScheduler, TokenStream
 from llmserve.errors import LLMServeError, Overloaded, RequestError
-from tests.fakes import Gate, failure, soon, until
+from tests.fakes import Gate, failure, http_scope, soon, until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -124,23 +127,31 @@ class Client:
 class Line:
     """A stream between an engine and a client."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, schedule: Schedule = SCHEDULE) -> None:
         self.engine, self.client = engine, Client()
         self.lags: list[float] = []
-        self.flow = FlushScheduler(self.lags.append)
+        self.flow = FlushScheduler(self.lags.append, schedule)
         self.stream = TokenStream(engine, self.flow, Frames(), failure)
         self.answering: asyncio.Task[None]
         self.extensions: dict[str, object] = {ABORT: self.client.abort}
+        self.scope = http_scope(extensions=self.extensions)
 
     async def answer(self) -> None:
-        scope = {"type": "http", "extensions": self.extensions}
-        await self.stream(scope, self.client.receive, self.client.send)
+        await self.stream(self.scope, self.client.receive, self.client.send)
+
+    @property
+    def counts(self) -> tuple[int | None, int | None]:
+        """Tokens of the prompt and of the answer."""
+        context = RequestContext.of(self.scope)
+        return context.prompt_tokens, context.generated_tokens
 
 
 @asynccontextmanager
-async def begun(engine: Engine | None = None, *, direct: bool = False) -> AsyncIterator[Line]:
+async def begun(
+    engine: Engine | None = None, *, direct: bool = False, schedule: Schedule = SCHEDULE
+) -> AsyncIterator[Line]:
     """A stream whose request is in the engine; at the end the client has left."""
-    line = Line(engine or Engine())
+    line = Line(engine or Engine(), schedule)
     if direct:
         line.extensions[WRITE] = line.client.write
     line.answering = asyncio.create_task(line.answer())
@@ -155,11 +166,8 @@ async def turn() -> None:
     await asyncio.sleep(0)
 
 
-@pytest.fixture
-def hurried(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """Quiet streams are looked after often."""
-    monkeypatch.setattr(stream, "_TEND_S", 0.005)
-    return monkeypatch
+PATIENT = Schedule(collect_s=60)  # text is written by other rules than its age
+HURRIED = Schedule(tend_s=0.005)  # quiet streams are looked at often
 
 
 # --- text
@@ -195,6 +203,7 @@ async def test_the_end_leaves_with_the_last_text_and_the_count_of_tokens() -> No
         line.engine.ends("stop", "x")
         await soon(line.answering)
     assert line.client.bodies == [b"first [a]", b"[b] stop x 7+2"]
+    assert line.counts == (7, 2)
     assert [message["more_body"] for message in line.client.sent[1:]] == [True, False]
     assert line.engine.aborts == 0
 
@@ -232,7 +241,7 @@ def asked(
 ) -> list[asyncio.Task[None]]:
     return [
         asyncio.create_task(
-            TokenStream(engine, flow, Frames(), failure)({}, client.receive, client.send)
+            TokenStream(engine, flow, Frames(), failure)(http_scope(), client.receive, client.send)
         )
         for engine, client in zip(engines, clients, strict=True)
     ]
@@ -240,10 +249,12 @@ def asked(
 
 @asynccontextmanager
 async def several(
-    count: int, lag: Callable[[float], None] = lambda _: None
+    count: int,
+    lag: Callable[[float], None] = lambda _: None,
+    schedule: Schedule = SCHEDULE,
 ) -> AsyncIterator[tuple[FlushScheduler, list[Engine], list[Client]]]:
     """Streams of one flow that have written a first text; at the end all clients have left."""
-    flow = FlushScheduler(lag)
+    flow = FlushScheduler(lag, schedule)
     engines, clients = [Engine() for _ in range(count)], [Client() for _ in range(count)]
     answering = asked(flow, engines, clients)
     await turn()
@@ -284,7 +295,7 @@ async def test_a_stream_that_cannot_be_written_ends_and_the_others_go_on() -> No
     answering = [
         asyncio.create_task(
             TokenStream(engine, flow, Frames(), failure)(
-                {"extensions": extensions}, client.receive, client.send
+                http_scope(extensions=extensions), client.receive, client.send
             )
         )
         for engine, client, extensions in zip(engines, clients, direct, strict=True)
@@ -336,9 +347,8 @@ async def test_what_a_turn_has_brought_leaves_when_it_is_over() -> None:
         assert len(line.lags) == 2
 
 
-async def test_text_waits_for_a_step_that_is_here_already(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream, "BEHIND_S", 60)
-    async with begun() as line:
+async def test_text_waits_for_a_step_that_is_here_already() -> None:
+    async with begun(schedule=PATIENT) as line:
         line.flow.gather()
         line.engine.gives("a")
         line.flow.release(more=True)
@@ -364,21 +374,20 @@ async def test_text_waits_no_longer_than_it_may() -> None:
         assert line.client.bodies == [b"first [a]", b"[b]", b"[c]"]
 
 
-async def test_text_waits_while_requests_come_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream, "BEHIND_S", 60)
-    flow = FlushScheduler(lambda _: None)
+async def test_text_waits_while_requests_come_in() -> None:
+    flow = FlushScheduler(lambda _: None, PATIENT)
     engines, clients = [Engine() for _ in range(4)], [Client() for _ in range(4)]
 
     def come(n: int) -> asyncio.Task[None]:
         answer = TokenStream(engines[n], flow, Frames(), failure)
-        return asyncio.create_task(answer({}, clients[n].receive, clients[n].send))
+        return asyncio.create_task(answer(http_scope(), clients[n].receive, clients[n].send))
 
     answering = [come(0)]
     await turn()
     engines[0].gives("a")
     await turn()
     with flow.coming():
-        for _ in range(2 * stream.CROWDED):  # short turns while one is here do not count
+        for _ in range(2 * SCHEDULE.short_iterations):  # short turns while one is here do not count
             await turn()
             engines[0].gives(".")
     for n in (1, 2, 3):
@@ -389,7 +398,7 @@ async def test_text_waits_while_requests_come_in(monkeypatch: pytest.MonkeyPatch
         engines[n].gives("x")
         await turn()
     assert clients[0].bodies == [b"first [a]"]
-    for _ in range(stream.CROWDED):
+    for _ in range(SCHEDULE.short_iterations):
         await turn()
     assert clients[0].bodies == [b"first [a]", b"[........123]"]
     assert [client.bodies for client in clients[1:]] == [[b"first [x]"]] * 3
@@ -398,11 +407,8 @@ async def test_text_waits_while_requests_come_in(monkeypatch: pytest.MonkeyPatch
     await soon(asyncio.gather(*answering))
 
 
-async def test_text_does_not_wait_for_a_request_that_failed(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(stream, "BEHIND_S", 60)
-    async with begun() as line:
+async def test_text_does_not_wait_for_a_request_that_failed() -> None:
+    async with begun(schedule=PATIENT) as line:
         line.engine.gives("a")
         await turn()
         with pytest.raises(KeyError), line.flow.coming():
@@ -412,11 +418,9 @@ async def test_text_does_not_wait_for_a_request_that_failed(
         assert line.client.bodies == [b"first [a]", b"[b]"]
 
 
-async def test_first_texts_go_before_later_text_that_has_not_had_its_share(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(stream, "SHARE_S", 0)  # one of them in each turn
-    async with several(3) as (flow, engines, clients):
+async def test_first_texts_go_before_later_text_that_has_not_had_its_share() -> None:
+    one_each = Schedule(flush_s=0)  # iteration writes one of them
+    async with several(3, schedule=one_each) as (flow, engines, clients):
         for engine in engines:
             engine.gives("b")
         newest, client = Engine(), Client()
@@ -442,7 +446,7 @@ async def test_an_end_goes_before_the_middles_of_others_which_wait_for_who_may_a
         engines[1].ends()
         engines[1].gives("c")
         flow.release(more=False)
-        for _ in range(stream.CROWDED - 1):
+        for _ in range(SCHEDULE.short_iterations - 1):
             assert [client.bodies[-1] for client in clients] == [b"first [a]", b"[c] stop None 7+2"]
             await turn()
         await turn()
@@ -457,7 +461,7 @@ async def test_ends_hold_up_others_no_longer_than_they_may() -> None:
         engines[0].gives("b")
         await turn()
         assert [len(client.bodies) for client in clients] == [1, 2]
-        time.sleep(1.1 * stream.BEHIND_S)  # noqa: ASYNC251  # no short turn
+        time.sleep(1.1 * SCHEDULE.collect_s)  # noqa: ASYNC251  # no short turn
         await turn()
         assert clients[0].bodies[-1] == b"[b]"
 
@@ -513,11 +517,8 @@ async def test_what_comes_after_the_end_is_not_written() -> None:
 # --- quiet streams
 
 
-async def test_headers_go_alone_when_the_first_text_takes_long(
-    hurried: pytest.MonkeyPatch,
-) -> None:
-    hurried.setattr(stream, "FIRST_S", 0.01)
-    async with begun() as line:
+async def test_headers_go_alone_when_the_first_text_takes_long() -> None:
+    async with begun(schedule=replace(HURRIED, headers_s=0.01)) as line:
         await until(lambda: bool(line.client.sent))
         assert line.client.status == 200
         assert b"".join(line.client.bodies) == b""
@@ -529,12 +530,9 @@ async def test_headers_go_alone_when_the_first_text_takes_long(
     assert line.client.bodies[-1] == b"data: late\n\n"
 
 
-async def test_headers_go_alone_also_while_the_engine_takes_the_request(
-    hurried: pytest.MonkeyPatch,
-) -> None:
-    hurried.setattr(stream, "FIRST_S", 0.01)
+async def test_headers_go_alone_also_while_the_engine_takes_the_request() -> None:
     gate = Gate()
-    async with begun(Engine(gate=gate)) as line:
+    async with begun(Engine(gate=gate), schedule=replace(HURRIED, headers_s=0.01)) as line:
         await until(lambda: bool(line.client.sent))
         gate.opened.set()
         line.engine.gives("a")
@@ -542,9 +540,8 @@ async def test_headers_go_alone_also_while_the_engine_takes_the_request(
         assert line.client.bodies[-1] == b"first [a]"
 
 
-async def test_a_quiet_stream_gets_a_comment(hurried: pytest.MonkeyPatch) -> None:
-    hurried.setattr(stream, "PING_S", 0.01)
-    async with begun() as line:
+async def test_a_quiet_stream_gets_a_comment() -> None:
+    async with begun(schedule=replace(HURRIED, ping_s=0.01)) as line:
         line.engine.gives("a")
         await until(lambda: len(line.client.bodies) > 2)
         assert line.client.bodies[:3] == [b"first [a]", b": ping\n\n", b": ping\n\n"]
@@ -553,18 +550,16 @@ async def test_a_quiet_stream_gets_a_comment(hurried: pytest.MonkeyPatch) -> Non
         assert line.client.bodies[-1] == b"[b]"
 
 
-async def test_a_stream_with_text_gets_no_comment(hurried: pytest.MonkeyPatch) -> None:
-    hurried.setattr(stream, "PING_S", 60)
-    async with begun() as line:
+async def test_a_stream_with_text_gets_no_comment() -> None:
+    async with begun(schedule=replace(HURRIED, ping_s=60)) as line:
         line.engine.gives("a")
         await asyncio.sleep(0.03)
         assert line.client.bodies == [b"first [a]"]
 
 
-async def test_an_answer_that_is_out_gets_no_comment(hurried: pytest.MonkeyPatch) -> None:
+async def test_an_answer_that_is_out_gets_no_comment() -> None:
     """Until the server has told that the client is gone or done."""
-    hurried.setattr(stream, "PING_S", 0.0)
-    async with begun() as line:
+    async with begun(schedule=replace(HURRIED, ping_s=0.0)) as line:
         line.engine.gives("a")
         line.engine.ends()
         await turn()
@@ -654,9 +649,11 @@ async def test_an_end_and_a_failure_wait_for_a_slow_client() -> None:
     assert line.engine.aborts == 0
 
 
-async def test_a_client_for_which_too_much_waits_is_cut_off(hurried: pytest.MonkeyPatch) -> None:
-    hurried.setattr(stream, "HELD_LIMIT", 10)
-    async with begun() as line:
+async def test_a_client_for_which_too_much_waits_is_cut_off(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(stream, "HELD_LIMIT", 10)
+    async with begun(schedule=HURRIED) as line:
         line.client.stops_reading()
         line.engine.gives("a")
         await turn()
@@ -667,10 +664,8 @@ async def test_a_client_for_which_too_much_waits_is_cut_off(hurried: pytest.Monk
     assert line.engine.aborts == 1
 
 
-async def test_a_client_that_pauses_for_a_while_is_not_cut_off(
-    hurried: pytest.MonkeyPatch,
-) -> None:
-    async with begun() as line:
+async def test_a_client_that_pauses_for_a_while_is_not_cut_off() -> None:
+    async with begun(schedule=HURRIED) as line:
         line.client.stops_reading()
         line.engine.gives("a")
         await asyncio.sleep(0.03)
@@ -712,9 +707,8 @@ async def test_all_but_the_headers_and_the_last_event_are_written_directly() -> 
     assert line.client.bodies == [b"first [a]", b"[b]", b"[c]", b"[] stop None 7+3"]
 
 
-async def test_headers_alone_are_not_written_directly(hurried: pytest.MonkeyPatch) -> None:
-    hurried.setattr(stream, "FIRST_S", 0.01)
-    async with begun(direct=True) as line:
+async def test_headers_alone_are_not_written_directly() -> None:
+    async with begun(direct=True, schedule=replace(HURRIED, headers_s=0.01)) as line:
         await until(lambda: bool(line.client.sent))
         assert line.client.bodies == [b""]
         assert line.client.written == []  # an empty chunk is the end of a body
@@ -754,9 +748,8 @@ async def test_nothing_overtakes_what_could_not_be_written_directly() -> None:
     assert text == b"first [abcde] stop None 7+5"
 
 
-async def test_a_stream_that_is_written_directly_is_not_quiet(hurried: pytest.MonkeyPatch) -> None:
-    hurried.setattr(stream, "PING_S", 1.0)
-    async with begun(direct=True) as line:
+async def test_a_stream_that_is_written_directly_is_not_quiet() -> None:
+    async with begun(direct=True, schedule=replace(HURRIED, ping_s=1.0)) as line:
         for text in "ab":
             line.engine.gives(text)
             await turn()
@@ -777,6 +770,7 @@ async def test_a_client_that_leaves_aborts_its_request_once(texts: int) -> None:
             await turn()
         line.client.leaves()
         await soon(line.answering)
+        assert line.counts == (7, texts)
         line.engine.gives("late")
         await turn()
     assert line.engine.aborts == 1
@@ -815,8 +809,8 @@ async def test_a_request_that_is_cut_while_the_engine_takes_it_is_aborted() -> N
     assert line.engine.aborts == 1
 
 
-async def test_streams_that_are_over_are_not_looked_after(hurried: pytest.MonkeyPatch) -> None:
-    line = Line(Engine())
+async def test_streams_that_are_over_are_not_looked_after() -> None:
+    line = Line(Engine(), HURRIED)
     flow = line.stream._flow
     line.answering = asyncio.create_task(line.answer())
     await turn()
@@ -827,11 +821,8 @@ async def test_streams_that_are_over_are_not_looked_after(hurried: pytest.Monkey
     await until(lambda: not flow._tending)
 
 
-async def test_text_waits_after_a_request_until_a_turn_is_short(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(stream, "BEHIND_S", 60)
-    async with begun() as line:
+async def test_text_waits_after_a_request_until_a_turn_is_short() -> None:
+    async with begun(schedule=PATIENT) as line:
         line.engine.gives("a")
         await turn()
         with line.flow.coming():
@@ -840,7 +831,7 @@ async def test_text_waits_after_a_request_until_a_turn_is_short(
         line.engine.gives("b")
         line.flow.release(more=False)
         for _ in range(3):
-            time.sleep(2 * stream.BUSY_S)  # noqa: ASYNC251  # something else has the turn
+            time.sleep(2 * SCHEDULE.short_s)  # noqa: ASYNC251  # something else has the turn
             await turn()
             assert line.client.bodies == [b"first [a]"]
         await until(partial(line.client.has, 2))
@@ -865,11 +856,11 @@ async def test_each_text_waits_for_itself(monkeypatch: pytest.MonkeyPatch) -> No
             flow.gather()
             engine.gives("b", clock.now)
             flow.release(more=True)
-            clock.now += 0.8 * stream.BEHIND_S
+            clock.now += 0.8 * SCHEDULE.collect_s
         for expected in ([2, 1], [2, 2]):  # 1.6 and 0.8 of what each may wait, then 1.4
             await turn()
             assert [len(client.bodies) for client in clients] == expected
-            clock.now += 0.6 * stream.BEHIND_S
+            clock.now += 0.6 * SCHEDULE.collect_s
 
 
 # --- failures that must not stop the others
@@ -880,10 +871,10 @@ def refusing(_: Message) -> None:
 
 
 async def test_tend_that_raises_leaves_others_tended(
-    hurried: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    async with several(2) as (flow, engines, clients):
-        hurried.setattr(stream, "PING_S", 0.001)
+    hurried = replace(HURRIED, ping_s=0.001)
+    async with several(2, schedule=hurried) as (flow, engines, clients):
         broken = engines[0]._stream
         broken._send = refusing  # type: ignore[assignment]  # raises where it is called
         await until(lambda: engines[0].aborts == 1)

@@ -2,28 +2,25 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from typing import TYPE_CHECKING
 
-from llmserve.http import request_batcher
+from llmserve.api.schedule import SCHEDULE, Schedule
 from llmserve.http.request_batcher import RequestBatcher
 from tests.fakes import soon
-
-if TYPE_CHECKING:
-    import pytest
 
 
 class Queue:
     """Requests that take a turn, and the order in which they got it."""
 
-    def __init__(self, group: int, largest: int = 0) -> None:
-        self.turns = RequestBatcher(group, largest or group)
+    def __init__(self, group: int, largest: int = 0, *, batch_s: float = SCHEDULE.batch_s) -> None:
+        schedule = Schedule(first_batch=group, largest_batch=largest or group, batch_s=batch_s)
+        self.turns = RequestBatcher(schedule)
         self.order: list[int] = []
 
     def come(self, *numbers: int) -> list[asyncio.Task[None]]:
         return [asyncio.create_task(self._take(number)) for number in numbers]
 
     async def _take(self, number: int) -> None:
-        await self.turns.take()
+        await self.turns.join()
         self.order.append(number)
 
     async def until(self, count: int) -> list[int]:
@@ -43,9 +40,8 @@ async def test_one_that_comes_alone_waits_a_few_turns_of_the_loop() -> None:
     await task
 
 
-async def test_those_that_come_one_by_one_go_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(request_batcher, "HOLD_S", 60)
-    queue = Queue(8)
+async def test_those_that_come_one_by_one_go_together() -> None:
+    queue = Queue(8, batch_s=60)
     tasks = []
     for number in range(5):
         tasks += queue.come(number)
@@ -56,9 +52,8 @@ async def test_those_that_come_one_by_one_go_together(monkeypatch: pytest.Monkey
     await soon(asyncio.gather(*tasks))
 
 
-async def test_a_group_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(request_batcher, "HOLD_S", 0.0)
-    queue = Queue(8)
+async def test_a_group_does_not_wait_for_ever() -> None:
+    queue = Queue(8, batch_s=0.0)
     tasks = []
     for number in range(5):
         tasks += queue.come(number)

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from starlette.responses import PlainTextResponse, Response
 
+from llmserve.api.context import RequestContext
+from llmserve.api.schedule import Schedule
 from llmserve.api.sse import EventStream, PeekableStream
 from llmserve.api.token_stream import FlushScheduler, TokenStream
 from llmserve.errors import EngineDead, EngineError, LLMServeError, RequestError, StartupError
-from llmserve.http import inference, request_batcher
+from llmserve.http import request_batcher
 from llmserve.lifecycle import restart_backoff
 from llmserve.lifecycle.replica import State
 from tests.fakes import (
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
 
     from starlette.types import ASGIApp, Receive, Scope, Send
 
+    from llmserve.api.endpoint_id import EndpointId
+
 
 class Expressed(FakeRunning):
     """A model whose answers need no call."""
@@ -55,9 +59,9 @@ class Expressed(FakeRunning):
         finally:
             self.on_their_way -= 1
 
-    def express(self, endpoint: str, body: dict[str, Any], asked: str, scope: Scope) -> Any:
+    def express(self, endpoint: EndpointId, body: dict[str, Any], asked: str, scope: Scope) -> Any:
         assert self.on_their_way == 1
-        self.asked.append((endpoint, asked, scope["state"]["request_id"]))
+        self.asked.append((endpoint, asked, RequestContext.of(scope).id))
         return self.known()
 
 
@@ -193,10 +197,10 @@ async def test_a_request_that_waits_for_its_turn_is_told_when_the_server_ends(
 ) -> None:
     gate = Gate()
 
-    async def take(_: request_batcher.RequestBatcher) -> None:
+    async def join(_: request_batcher.RequestBatcher) -> None:
         await gate.wait()
 
-    monkeypatch.setattr(request_batcher.RequestBatcher, "take", take)
+    monkeypatch.setattr(request_batcher.RequestBatcher, "join", join)
     async with box_of(lambda: PlainTextResponse("known")) as box:
         asking = asyncio.ensure_future(box.client.post(CHAT, json=HI))
         await soon(gate.reached.wait())
@@ -249,10 +253,7 @@ def lazy(gate: Gate, running: FakeRunning | None = None, **more: Any) -> dict[st
 LAZY = (spec("chat", start="lazy"),)
 
 
-@pytest.fixture
-def talkative(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A comment every few milliseconds."""
-    monkeypatch.setattr(inference, "COMMENT_S", 0.005)
+TALKATIVE = Schedule(comment_s=0.005)
 
 
 async def commented(box: Box, gate: Gate, path: str = CHAT, **more: Any) -> Any:
@@ -264,10 +265,9 @@ async def commented(box: Box, gate: Gate, path: str = CHAT, **more: Any) -> Any:
     return await soon(asking)
 
 
-@pytest.mark.usefixtures("talkative")
 async def test_a_stream_is_told_what_it_waits_for_and_then_answered() -> None:
     gate = Gate()
-    async with asgi(*LAZY, **lazy(gate)) as box:
+    async with asgi(*LAZY, schedule=TALKATIVE, **lazy(gate)) as box:
         reply = await commented(box, gate)
         assert box.in_flight == 0
         assert box.requests(200) == 1
@@ -281,7 +281,6 @@ async def test_a_stream_is_told_what_it_waits_for_and_then_answered() -> None:
     assert last == b"data: 1"
 
 
-@pytest.mark.usefixtures("talkative")
 @pytest.mark.parametrize(
     ("path", "body"),
     [(CHAT, HI), (CHAT, HI | {"stream": False}), ("/v1/embeddings", STREAMED)],
@@ -289,7 +288,7 @@ async def test_a_stream_is_told_what_it_waits_for_and_then_answered() -> None:
 )
 async def test_an_answer_that_is_no_stream_has_no_comments(path: str, body: dict[str, Any]) -> None:
     gate = Gate()
-    async with asgi(*LAZY, **lazy(gate, FakeRunning())) as box:
+    async with asgi(*LAZY, schedule=TALKATIVE, **lazy(gate, FakeRunning())) as box:
         asking = asyncio.ensure_future(box.client.post(path, json=body))
         await soon(gate.reached.wait())
         await asyncio.sleep(0.02)
@@ -306,7 +305,6 @@ async def test_a_model_that_comes_soon_begins_no_stream_early() -> None:
     assert reply.content == DATA
 
 
-@pytest.mark.usefixtures("talkative")
 @pytest.mark.parametrize(
     ("path", "begins", "kind", "ends"),
     [
@@ -320,7 +318,7 @@ async def test_an_error_after_comments_is_the_last_event(
 ) -> None:
     gate = Gate()
     failing_start = lazy(gate, error=StartupError("no memory left"))
-    async with asgi(*LAZY, **failing_start) as box:
+    async with asgi(*LAZY, schedule=TALKATIVE, **failing_start) as box:
         reply = await commented(box, gate, path)
         assert box.in_flight == 0
     assert reply.status_code == 200
@@ -330,10 +328,11 @@ async def test_an_error_after_comments_is_the_last_event(
     assert kind in last
 
 
-@pytest.mark.usefixtures("talkative")
 async def test_a_refusal_of_the_model_s_after_comments_is_the_last_event() -> None:
     gate = Gate()
-    async with asgi(*LAZY, **lazy(gate, FakeRunning(failing(RequestError("too long"))))) as box:
+    async with asgi(
+        *LAZY, schedule=TALKATIVE, **lazy(gate, FakeRunning(failing(RequestError("too long"))))
+    ) as box:
         reply = await commented(box, gate)
     assert reply.status_code == 200
     assert b"data: {" in reply.content
@@ -341,10 +340,9 @@ async def test_a_refusal_of_the_model_s_after_comments_is_the_last_event() -> No
     assert reply.content.endswith(b"data: [DONE]\n\n")
 
 
-@pytest.mark.usefixtures("talkative")
 async def test_a_token_stream_goes_on_after_comments() -> None:
     gate, source = Gate(), Talking("hello")
-    async with asgi(*LAZY, **lazy(gate, Expressed(source.answer))) as box:
+    async with asgi(*LAZY, schedule=TALKATIVE, **lazy(gate, Expressed(source.answer))) as box:
         asking = asyncio.ensure_future(box.client.post(CHAT, json=STREAMED))
         await soon(gate.reached.wait())
         await asyncio.sleep(0.02)
@@ -356,11 +354,10 @@ async def test_a_token_stream_goes_on_after_comments() -> None:
     assert reply.content.endswith(b"\n\nhellodata: shutting_down\n\n")
 
 
-@pytest.mark.usefixtures("talkative")
 @pytest.mark.parametrize("streamed", [True, False])
 async def test_a_client_that_leaves_while_it_waits_leaves_the_line(streamed: bool) -> None:
     gate = Gate()
-    async with real(spec("chat", start="lazy")) as box:
+    async with real(spec("chat", start="lazy"), schedule=TALKATIVE) as box:
         box.backend.plans["chat"] = lazy(gate)["chat"]
         body = HI | {"stream": streamed}
         asking = asyncio.ensure_future(box.client.post(CHAT, json=body))
@@ -555,10 +552,9 @@ async def test_a_deadline_in_the_line_is_told_and_the_line_goes_on() -> None:
     assert (late.status_code, error_of(late)["code"]) == (504, "deadline_exceeded")
 
 
-@pytest.mark.usefixtures("talkative")
 async def test_a_deadline_after_comments_is_the_last_event() -> None:
     gate = Gate()
-    async with asgi(spec("chat", max_in_flight=1)) as box:
+    async with asgi(spec("chat", max_in_flight=1), schedule=TALKATIVE) as box:
         box.running.answer = plain(gate=gate)
         first = asyncio.ensure_future(_ask(box, 0))
         await soon(gate.reached.wait())

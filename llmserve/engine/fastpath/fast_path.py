@@ -35,6 +35,7 @@ from vllm.renderers.hf import (
 )
 from vllm.v1.engine.detokenizer import uses_fast_detokenizer
 
+from llmserve.api.context import RequestContext
 from llmserve.api.token_stream import TokenStream
 from llmserve.engine.fastpath import guards
 from llmserve.engine.fastpath.chunk_templates import ChatModels, ChunkTemplate, CompletionModels
@@ -253,7 +254,7 @@ class FastPath:
         if recipe is None:
             return None
         try:
-            ready = recipe.request(prompt, body, scope["state"]["request_id"])
+            ready = recipe.request(prompt, body, RequestContext.of(scope).id)
         except Exception:
             log.debug("model=%s the template refuses", asked_name, exc_info=True)
             return None  # in vLLM's own words

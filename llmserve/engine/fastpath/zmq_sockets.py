@@ -20,6 +20,7 @@ import zmq
 import zmq.asyncio
 from zmq.backend import Socket
 
+from llmserve.api.schedule import SCHEDULE
 from llmserve.engine.fastpath.step_handler import StepHandler
 
 if TYPE_CHECKING:
@@ -27,14 +28,13 @@ if TYPE_CHECKING:
 
     from vllm.v1.engine.async_llm import AsyncLLM
 
+    from llmserve.api.schedule import Schedule
     from llmserve.api.token_stream import FlushScheduler
 
 log = logging.getLogger(__name__)
 
 _NOW, _MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
 _EVENTS, _READABLE = int(zmq.EVENTS), int(zmq.POLLIN)
-_HELD = 64  # messages
-_TURN_S = 0.002
 
 
 async def take_over(client: AsyncLLM, flow: FlushScheduler) -> None:
@@ -44,7 +44,7 @@ async def take_over(client: AsyncLLM, flow: FlushScheduler) -> None:
     the end is its own.
     """
     core: Any = client.engine_core
-    core.input_socket = EngineSender(core.input_socket)
+    core.input_socket = EngineSender(core.input_socket, flow.schedule)
     own = core.resources.output_socket
     take = StepHandler(client).take if StepHandler.all_there_is(client) else _nothing
     inbox = EngineReceiver(own, take, flow)
@@ -61,13 +61,14 @@ async def take_over(client: AsyncLLM, flow: FlushScheduler) -> None:
 
 
 class EngineSender:
-    """A socket that sends what a turn of the loop has brought in one go.
+    """A socket that sends the messages of one iteration of the loop in one go.
 
     Each wake-up of ZMQ's thread costs more than a message. Only a full socket waits.
     """
 
-    def __init__(self, socket: zmq.asyncio.Socket) -> None:
+    def __init__(self, socket: zmq.asyncio.Socket, schedule: Schedule = SCHEDULE) -> None:
         self._socket = socket
+        self._limit = schedule.send_batch
         self._now = Socket(shadow=socket.underlying)
         self._held: list[tuple[Sequence[Any], bool]] = []
         self._queued = 0
@@ -78,7 +79,7 @@ class EngineSender:
         if not self._held:
             asyncio.get_running_loop().call_soon(self._flush)
         self._held.append((message, copy))
-        if len(self._held) >= _HELD:
+        if len(self._held) >= self._limit:
             self._flush()
         return _DONE
 
@@ -123,7 +124,8 @@ class EngineReceiver:
     """A socket whose messages are handled where they come.
 
     Those that `take` refuses are for the one task that receives. What they brought to `flow`
-    leaves when all that have come are handled, or after _TURN_S, when others get a turn.
+    leaves when all that have come are handled, or after `receive_s`, when
+    the loop goes on.
     """
 
     def __init__(
@@ -183,7 +185,7 @@ class EngineReceiver:
     def _receive_some(self) -> bool:
         """Whether there are more."""
         get: Any = self._now.get
-        until_s = time.monotonic() + _TURN_S
+        until_s = time.monotonic() + self._flow.schedule.receive_s
         while get(_EVENTS) & _READABLE:  # an exception would cost more than a message
             if time.monotonic() > until_s:
                 return True
