@@ -141,7 +141,7 @@ def is_repeatable(request: Any, prompt: Any, params: SamplingParams) -> bool:
 
 
 def is_known(request: EngineCoreRequest) -> bool:
-    """Whether a request to the engine has no more than a recipe can repeat."""
+    """Whether a request to the engine has no more than a request template can repeat."""
     return _has_defaults(request, ENGINE_FIELDS)
 
 
@@ -158,7 +158,7 @@ def _sets_only(model: BaseModel | None, names: frozenset[str]) -> bool:
 
 @cache
 def _beyond(kind: Any, names: frozenset[str]) -> tuple[str, ...]:
-    """The other fields of a class, in as many requests as there are."""
+    """The other fields of a class, which all requests share."""
     return tuple(name for name in _fields_of(kind) if name not in names)
 
 

@@ -56,8 +56,8 @@ PLAIN: dict[str, tuple[Any, ...]] = {
 }
 REQUEST_FIELDS = FREE | frozenset(PLAIN)
 STREAM_OPTIONS = frozenset({"include_usage", "continuous_usage_stats"})
-# Of sampling parameters: those that may have any value in a recipe, whatever the prompt is.
-# The rest depends on the prompt, changes the events, or is checked against `max_tokens`.
+# Of sampling parameters: those that may have any value in a request template, whatever the
+# prompt is. The rest depends on the prompt, changes the events, or is checked against `max_tokens`.
 REPEATED = _names(
     """
     n presence_penalty frequency_penalty repetition_penalty temperature watermarking top_p top_k
@@ -69,7 +69,8 @@ REPEATED = _names(
 )
 # Those that leave the events of a stream as they are, whatever their value.
 EVENTLESS = REPEATED | {"min_tokens", "bad_words", "_bad_words_token_ids", "structured_outputs"}
-# Of a request to the engine: what a recipe sets, and what it takes from the first request.
+# Of a request to the engine: what a request template sets, and what it takes from the first
+# request.
 ENGINE_FIELDS = _names(
     """
     request_id prompt_token_ids sampling_params arrival_time lora_request cache_salt priority
