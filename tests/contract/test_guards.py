@@ -247,13 +247,11 @@ class LaterParams(SamplingParams):
     weight_versions: bool = False
 
 
-def test_plain_parameters_of_later_vllm_may_not() -> None:
-    for guard in (
-        lambda params: is_plain(chat(), params),
-        lambda params: is_repeatable(chat(), {"type": "token"}, params),
-    ):
-        assert guard(LaterParams())
-        assert not guard(LaterParams(weight_versions=True))
+@pytest.mark.parametrize("is_on", [False, True])
+def test_plain_parameters_of_later_vllm_may_not(*, is_on: bool) -> None:
+    params = LaterParams(weight_versions=is_on)
+    assert is_plain(chat(), params) is not is_on
+    assert is_repeatable(chat(), {"type": "token"}, params) is not is_on
 
 
 def test_plain_request_of_later_vllm_with_a_field_that_is_on_may_not() -> None:
@@ -357,6 +355,6 @@ def test_known_engine_request_of_later_vllm_may_not() -> None:
     class Later(EngineCoreRequest):
         weight_versions: bool = False
 
-    bare = ("r", [1], [], SamplingParams(), None, 1.0, None, None, None)
+    bare: Any = ("r", [1], [], SamplingParams(), None, 1.0, None, None, None)
     assert is_known(Later(*bare))
     assert not is_known(Later(*bare, weight_versions=True))

@@ -169,7 +169,7 @@ def _is_one_of(value: Any, allowed: tuple[Any, ...]) -> bool:
 
 def _has_defaults(struct: Any, but: frozenset[str]) -> bool:
     """An empty list is as good as none."""
-    kind = type(struct)
+    kind: Any = type(struct)
     bare = _bare(kind)
     return all(
         _is_one_of(getattr(struct, name), (getattr(bare, name), [])) for name in _beyond(kind, but)
