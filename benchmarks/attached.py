@@ -101,10 +101,11 @@ def ours(registry: Path, addresses: Addresses) -> None:
 def stock(addresses: dict[str, str], arguments: list[str]) -> None:
     """vLLM's API server as `vllm serve --api-server-count` runs it: one worker of several."""
     from vllm.entrypoints.launchers.api_server.entry import run_server_worker  # noqa: PLC0415
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser  # noqa: PLC0415
     from vllm.entrypoints.launchers.launcher import setup_server  # noqa: PLC0415
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup  # noqa: PLC0415
     from vllm.utils.argparse_utils import FlexibleArgumentParser  # noqa: PLC0415
+
+    from llmserve.engine.cli_args import make_arg_parser  # noqa: PLC0415
 
     cli_env_setup()
     args = make_arg_parser(FlexibleArgumentParser()).parse_args(arguments)

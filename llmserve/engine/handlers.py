@@ -30,7 +30,6 @@ from vllm.entrypoints.anthropic.protocol import (
     AnthropicStreamEvent,
 )
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
-from vllm.entrypoints.launchers.cli_args import FrontendArgs
 from vllm.entrypoints.openai.chat_completion.protocol import (
     ChatCompletionRequest,
     ChatCompletionStreamResponse,
@@ -69,6 +68,7 @@ from llmserve.api.endpoints import TITLES, BackgroundAnswer, cannot, failure
 from llmserve.api.validation_errors import mistake
 from llmserve.engine import gc_policy, response_history, token_count
 from llmserve.engine import required_keys as required
+from llmserve.engine.cli_args import FrontendArgs
 from llmserve.engine.engine import request_defaults
 from llmserve.engine.fastpath import zmq_sockets
 from llmserve.engine.fastpath.fast_path import (

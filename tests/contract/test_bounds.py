@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import asyncio
-import inspect
 import signal
-import textwrap
 import threading
 from contextlib import contextmanager
 from dataclasses import replace
@@ -226,27 +223,3 @@ async def test_engine_s_handlers_are_built_outside_the_loop(
         assert changed.able == serving.able
     assert len(threads) == 2
     assert threading.current_thread() not in threads
-
-
-def test_adapters_alone_ask_the_engine_while_handlers_are_built() -> None:
-    """All else may run on a loop of its own: `serving._init_state`."""
-    from vllm.entrypoints.generate.api_router import init_generate_state
-    from vllm.entrypoints.launchers.api_server.app_state import init_app_state
-    from vllm.entrypoints.openai.models.serving import OpenAIServingModels
-
-    def awaited(function: Any) -> set[str]:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-        return {
-            ast.unparse(node.value.func)
-            for node in ast.walk(tree)
-            if isinstance(node, ast.Await) and isinstance(node.value, ast.Call)
-        }
-
-    assert awaited(init_app_state) == {
-        "init_tool_server",
-        "state.openai_serving_models.init_static_loras",
-        "init_generate_state",
-        "init_endpoint_plugins_state",
-    }
-    assert awaited(init_generate_state) == set()
-    assert "self.static_lora_modules = lora_modules" in inspect.getsource(OpenAIServingModels)

@@ -13,22 +13,28 @@ import json
 import logging
 import re
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import httpx
+import msgspec
 import pytest
 import pytest_asyncio
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import create_model
+from vllm import SamplingParams
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.renderers import chat_utils
-from vllm.v1.metrics.loggers import PrometheusStatLogger, StatLoggerManager
+from vllm.v1.metrics.loggers import StatLoggerManager
 
 from llmserve.api.context import RequestContext
 from llmserve.api.endpoint_id import EndpointId
 from llmserve.engine.fastpath.output_processor import StreamingOutputProcessor
+from llmserve.engine.handlers import HANDLERS
 from llmserve.engine.metrics import EngineMetrics
+from llmserve.engine.request_validation import bounded
 from llmserve.http import app
 from llmserve.lifecycle import restart_backoff
 from llmserve.registry.config import ModelSpec
@@ -639,7 +645,9 @@ async def test_other_roles_and_shapes_of_a_message_are_vllms(box: Box) -> None:
         assert not await asked_by_recipe(box, CHATS, body | {"messages": [message]})
 
 
-@pytest.mark.parametrize("name", ["x-vllm-priority", "traceparent", "x-data-parallel-rank"])
+@pytest.mark.parametrize(
+    "name", ["x-vllm-priority", "x-vllm-later", "traceparent", "x-data-parallel-rank"]
+)
 async def test_a_header_that_vllm_reads_is_vllms(box: Box, name: str) -> None:
     body = {"model": "chat", "prompt": FOX, "stream": True, "max_tokens": 2}
     await box.ask(COMPLETIONS, body)
@@ -684,6 +692,59 @@ async def test_the_last_kinds_of_requests_are_remembered(
         await box.ask(COMPLETIONS, body)
     assert not await asked_by_recipe(box, COMPLETIONS, bodies[0])
     assert await asked_by_recipe(box, COMPLETIONS, bodies[2])
+
+
+# --- what a later vLLM adds
+
+
+async def leaves_by(box: Box, body: dict[str, Any]) -> list[bool]:
+    """Whether each of two such chats leaves by the fast path."""
+    ways = []
+    for _ in range(2):
+        before = box.written
+        reply = await box.ask(CHATS, user(FOX) | {"stream": True, "max_tokens": 4} | body)
+        assert reply.status_code == 200
+        ways.append(box.written > before)
+    return ways
+
+
+async def test_chat_with_field_of_later_vllm_goes_vllms_way(
+    box: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    added: Any = {"return_weight_versions": (bool | None, None)}
+    later = create_model("Later", __base__=ChatCompletionRequest, **added)
+    handler = replace(HANDLERS["chat completions"], request=bounded(later))
+    monkeypatch.setitem(HANDLERS, "chat completions", handler)
+    box.forget()
+    assert await leaves_by(box, {}) == [True, True]
+    assert await leaves_by(box, {"return_weight_versions": True}) == [False, False]
+
+
+async def test_chat_with_parameter_of_later_vllm_goes_vllms_way(
+    box: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    later = msgspec.defstruct("Later", [("weight_versions", bool, False)], bases=(SamplingParams,))
+    make = ChatCompletionRequest.to_sampling_params
+
+    def with_more(request: Any, *arguments: Any) -> Any:
+        known = msgspec.structs.asdict(make(request, *arguments))
+        return later(**known, weight_versions=request.user == "all")
+
+    monkeypatch.setattr(ChatCompletionRequest, "to_sampling_params", with_more)
+    box.forget()
+    assert await leaves_by(box, {"user": "some"}) == [True, True]
+    assert await leaves_by(box, {"user": "all"}) == [False, False]
+
+
+async def test_chat_of_handler_with_flag_of_later_vllm_goes_vllms_way(
+    box: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "chat completions"
+    handler = box.serving._state.openai_serving_chat
+    for is_on in (False, True):
+        monkeypatch.setattr(handler, "enable_weight_versions", is_on, raising=False)
+        monkeypatch.setitem(box.serving._express, name, box.serving._opened(name, None))
+        assert await leaves_by(box, {}) == [not is_on] * 2
 
 
 # --- prompts of random conversations
@@ -759,8 +820,6 @@ async def recipe_of(box: Box, kind: dict[str, Any]) -> Any:
 
 async def rendered(box: Box, body: dict[str, Any]) -> list[int] | None:
     """The prompt that vLLM makes of a chat; None if it refuses it."""
-    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-
     handler = box.serving._express[EndpointId.CHAT_COMPLETIONS]._serving
     made = await handler.render_chat_request(ChatCompletionRequest(model="chat", **body))
     if not isinstance(made, tuple):
@@ -1233,39 +1292,6 @@ async def test_a_requests_state_has_what_outputs_reads(box: Box) -> None:
     )
 
 
-def test_vllms_output_loop_calls_what_outputs_overrides() -> None:
-    import inspect
-
-    from vllm.v1.engine.async_llm import AsyncLLM
-    from vllm.v1.engine.output_processor import OutputProcessor, RequestState
-
-    def parameters(function: Any) -> list[str]:
-        return list(inspect.signature(function).parameters)
-
-    said = "llmserve/engine/fastpath/output_processor.py overrides it; look at what this vLLM does there"
-    assert parameters(OutputProcessor.process_outputs)[:4] == [
-        "self",
-        "engine_core_outputs",
-        "engine_core_timestamp",
-        "iteration_stats",
-    ], said
-    assert parameters(OutputProcessor.add_request)[:3] == ["self", "request", "prompt"], said
-    assert parameters(RequestState.make_request_output)[:5] == [
-        "self",
-        "new_token_ids",
-        "pooling_output",
-        "finish_reason",
-        "stop_reason",
-    ], said
-    loop = inspect.getsource(AsyncLLM._run_output_handler)
-    assert "output_processor.process_outputs(" in loop, said
-    assert "propagate_error" in loop, said
-    assert "queue.put(" in inspect.getsource(OutputProcessor.propagate_error), said
-    source = inspect.getsource(OutputProcessor.process_outputs)
-    for step in ("_update_stats_from_output", "detokenizer.update", "make_request_output"):
-        assert step in source, said
-
-
 def test_a_steps_statistics_have_what_outputs_writes() -> None:
     from vllm.v1.metrics.stats import IterationStats
 
@@ -1326,11 +1352,3 @@ async def test_every_histogram_of_the_engine_is_entered_in_time(box: Box) -> Non
     await box.ask(COMPLETIONS, prompt(FOX) | {"stream": True})
     logger._figures.enter()
     assert not any(child._told for child in logger._histograms)
-
-
-def test_the_engines_logger_has_the_histogram_that_stats_fills() -> None:
-    import inspect
-
-    source = inspect.getsource(PrometheusStatLogger)
-    assert "self.histogram_inter_token_latency" in source, "llmserve/engine/metrics.py fills it"
-    assert "_histogram_cls" in source, "llmserve/engine/metrics.py sets it"

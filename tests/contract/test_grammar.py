@@ -7,7 +7,6 @@ code that the engine core itself has.
 from __future__ import annotations
 
 import asyncio
-import inspect
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -325,28 +324,3 @@ def test_nested_counts_have_a_verdict(calling: Services, pattern: str) -> None:
 
     loop = asyncio.get_event_loop_policy().get_event_loop()
     assert loop.run_until_complete(verdict()) in {200, 400}
-
-
-def test_vllm_compiles_with_the_backend_of_the_first_request() -> None:
-    """Why `auto` stands for one backend here."""
-    from vllm.v1.structured_output import StructuredOutputManager
-
-    source = inspect.getsource(StructuredOutputManager.grammar_init)
-    assert "if self.backend is None:" in source
-    assert "_use_async_grammar_compilation" in source
-
-
-def test_vllm_gives_every_request_to_add_request() -> None:
-    from vllm.v1.engine.async_llm import AsyncLLM
-
-    assert "self.add_request(" in inspect.getsource(AsyncLLM.generate)
-
-
-def test_vllm_reports_a_compile_error_for_its_request_alone() -> None:
-    """A future that fails ends its request; the scheduler asks at each step."""
-    from vllm.v1.core.sched.scheduler import Scheduler
-    from vllm.v1.structured_output.request import StructuredOutputRequest
-
-    source = inspect.getsource(Scheduler)
-    assert "grammar_compile_error_reqs.add(request.request_id)" in source
-    assert "is_grammar_ready" in dir(StructuredOutputRequest)

@@ -2,54 +2,53 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 from vllm import SamplingParams
+from vllm.config import ModelConfig, ObservabilityConfig, SchedulerConfig, VllmConfig
 from vllm.entrypoints.generate.base.protocol import StreamOptions
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
-from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
-from vllm.renderers import chat_utils, hf
-from vllm.renderers.online_renderer import OnlineRenderer
-from vllm.v1.engine import EngineCoreRequest
+from vllm.parser.abstract_parser import DelegatingParser
+from vllm.tool_parsers.hermes_tool_parser import Hermes2ProToolParser
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest
 
-from llmserve.engine.fastpath import guards
+from llmserve.engine.fastpath import guards, known_fields
 from llmserve.engine.fastpath.guards import is_known, is_plain, is_repeatable
-from tests.contract.vllm_source import fingerprint, reads
+from llmserve.engine.fastpath.output_processor import StreamingOutputProcessor
+from llmserve.engine.fastpath.step_handler import StepHandler
+from tests.contract.vllm_source import header_reads, reads, writes
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-SAID = "look at what this vLLM does with it, then enter it in llmserve/engine/fastpath/guards.py"
+SAID = "look at what this vLLM does with it; then enter it in fastpath/known_fields.py"
 
 # Fields that go vLLM's way, and those that no answer depends on.
 LONG_WAY = {
     *("ec_transfer_params", "kv_transfer_params", "vllm_xargs", "stream_interval"),
     *("repetition_detection", "thinking_token_budget", "routed_experts_prompt_start"),
-    *("mm_payload", "return_mm_kwargs", "return_token_offsets"),
+    *("return_mm_kwargs", "return_token_offsets"),
 }
 
 
 @pytest.mark.parametrize("kind", [ChatCompletionRequest, CompletionRequest])
 def test_guards_fields_of_requests_are_all_known(kind: Any) -> None:
-    known = guards.FREE | guards.PLAIN.keys() | LONG_WAY
+    known = known_fields.REQUEST_FIELDS | LONG_WAY
     assert set(kind.model_fields) <= known, SAID
 
 
 def test_guards_list_no_field_that_vllm_lacks() -> None:
     fields = {*ChatCompletionRequest.model_fields, *CompletionRequest.model_fields}
-    assert fields == guards.FREE | guards.PLAIN.keys() | LONG_WAY
-    assert not (guards.FREE | guards.PLAIN.keys()) & LONG_WAY
-    assert set(StreamOptions.model_fields) == guards.STREAM_OPTIONS, SAID
-    assert set(EngineCoreRequest.__struct_fields__) >= guards.ENGINE_FIELDS
-    assert set(SamplingParams.__struct_fields__) >= guards.REPEATED
+    assert fields == known_fields.REQUEST_FIELDS | LONG_WAY
+    assert not known_fields.REQUEST_FIELDS & LONG_WAY
+    assert set(StreamOptions.model_fields) == known_fields.STREAM_OPTIONS, SAID
+    assert set(EngineCoreRequest.__struct_fields__) >= known_fields.ENGINE_FIELDS
+    assert set(SamplingParams.__struct_fields__) >= known_fields.REPEATED
 
 
 def test_guards_name_every_sampling_parameter() -> None:
-    rest = set(SamplingParams.__struct_fields__) - guards.REPEATED
+    rest = set(SamplingParams.__struct_fields__) - known_fields.REPEATED
     assert rest == {
         *("logprobs", "prompt_logprobs", "flat_logprobs", "logprob_token_ids"),
         *("prompt_logprob_start", "prompt_logprob_token_ids", "detokenize", "stream_interval"),
@@ -59,9 +58,53 @@ def test_guards_name_every_sampling_parameter() -> None:
     }, SAID
 
 
-GENERATORS: dict[str, tuple[Callable[..., Any], dict[str, set[str]]]] = {
+CHAT = "vllm.entrypoints.openai.chat_completion.serving:OpenAIServingChat"
+COMPLETION = "vllm.entrypoints.openai.completion.serving:OpenAIServingCompletion"
+BASES = (
+    "vllm.entrypoints.generate.base.serving:GenerateBaseServing",
+    "vllm.entrypoints.serve.engine.serving:BaseServing",
+)
+# Attributes of the handlers that must be off, since `HANDLER` lacks them.
+OFF = {
+    *("enable_prompt_tokens_details", "enable_force_include_usage", "enable_per_request_metrics"),
+    *("enable_log_outputs", "request_logger", "has_kv_connector"),
+    *("_include_reasoning_tokens_details", "supports_browsing", "browser_tool"),
+    *("supports_code_interpreter", "python_tool"),
+}
+
+
+def test_guards_name_every_attribute_of_the_handlers() -> None:
+    found = set[str]().union(*map(writes, (CHAT, COMPLETION, *BASES)))
+    assert found == known_fields.HANDLER | OFF, SAID
+
+
+@pytest.mark.parametrize(
+    ("kind", "known"),
+    [
+        (VllmConfig, known_fields.CONFIG | {"speculative_config"}),
+        (ObservabilityConfig, known_fields.OBSERVABILITY | {"otlp_traces_endpoint"}),
+        (SchedulerConfig, known_fields.SCHEDULER),
+        (ModelConfig, known_fields.MODEL | {"skip_tokenizer_init", "enable_prompt_embeds"}),
+    ],
+)
+def test_guards_name_every_field_of_the_config(kind: Any, known: frozenset[str]) -> None:
+    assert {each.name for each in fields(kind)} == known, SAID
+
+
+@pytest.mark.parametrize("kind", known_fields.KNOWN, ids=lambda kind: kind.__name__)
+def test_guards_name_every_field_of_an_output(kind: Any) -> None:
+    assert set(guards._fields_of(kind)) == known_fields.KNOWN[kind], SAID
+
+
+def test_handlers_read_the_headers_that_are_known() -> None:
+    assert set[str]().union(*map(header_reads, (CHAT, COMPLETION, *BASES))) == {
+        *("X-Request-Id", "X-data-parallel-rank", "SESSION_ID_HEADER", "PRIORITY_HEADER"),
+    }, "fast_path._HEADERS names them; look at what this one does"
+
+
+GENERATORS: dict[str, tuple[str, dict[str, set[str]]]] = {
     "chat": (
-        OpenAIServingChat.chat_completion_stream_generator,
+        f"{CHAT}.chat_completion_stream_generator",
         {
             "request": {
                 *("echo", "include_reasoning", "logprob_token_ids", "logprobs", "n"),
@@ -85,7 +128,7 @@ GENERATORS: dict[str, tuple[Callable[..., Any], dict[str, set[str]]]] = {
         },
     ),
     "completions": (
-        OpenAIServingCompletion.completion_stream_generator,
+        f"{COMPLETION}.completion_stream_generator",
         {
             "request": {
                 *("echo", "logprob_token_ids", "logprobs", "max_tokens", "n", "stream_options"),
@@ -114,37 +157,7 @@ GENERATORS: dict[str, tuple[Callable[..., Any], dict[str, set[str]]]] = {
 def test_generator_reads_what_the_fast_path_knows(name: str, of: str) -> None:
     generator, known = GENERATORS[name]
     assert reads(generator, of) == known[of], (
-        "llmserve/engine/fastpath/chunk_templates.py and guards.py stand for this generator; look at what it reads now"
-    )
-
-
-# Whatever looks at a chat's messages between the request and its template.
-READERS: dict[str, tuple[Callable[..., Any], str]] = {
-    function.__qualname__: (function, known)
-    for function, known in (
-        (chat_utils._parse_chat_message_content, "362d5e341f43"),
-        (chat_utils._parse_chat_message_content_parts, "608b97f91061"),
-        (chat_utils._parse_chat_message_content_part, "c9af04e0c002"),
-        (chat_utils._parse_chat_message_content_mm_part, "0a42688d9796"),
-        (chat_utils._strip_claude_code_billing_header, "d0ca6d2c9740"),
-        (chat_utils._reject_reserved_placeholder_in_text, "b585ce679bdf"),
-        (chat_utils._postprocess_messages, "f927bafdf60c"),
-        (chat_utils.parse_chat_messages_async, "c750ea48bbe8"),
-        (hf.HfRenderer.render_messages_async, "a893891609f2"),
-        (hf.safe_apply_chat_template, "ef32a23ae351"),
-        (OnlineRenderer.render_chat, "f6917825da37"),
-        (OnlineRenderer.preprocess_chat, "447ee4c1b3a4"),
-        (ChatCompletionRequest._normalize_messages_before, "d4508f0c4313"),
-        (ChatCompletionRequest._materialize_tool_calls_after, "61c7ea65b3eb"),
-    )
-}
-
-
-@pytest.mark.parametrize("name", READERS)
-def test_reader_of_messages_is_the_one_that_is_known(name: str) -> None:
-    function, known = READERS[name]
-    assert fingerprint(function) == known, (
-        f"llmserve/engine/fastpath/fast_path.py, `Chat`, stands for {name}; look at what it reads in a text now"
+        "fastpath/chunk_templates.py stands for this generator; look at what it reads now"
     )
 
 
@@ -228,6 +241,32 @@ def test_repeatable_takes_listed_parameters_alone(params: dict[str, Any]) -> Non
     assert not is_repeatable(chat(), prompt, SamplingParams(**params))
 
 
+class LaterParams(SamplingParams):
+    """As of a vLLM with one more sampling parameter."""
+
+    weight_versions: bool = False
+
+
+@pytest.mark.parametrize("is_on", [False, True])
+def test_plain_parameters_of_later_vllm_may_not(*, is_on: bool) -> None:
+    params = LaterParams(weight_versions=is_on)
+    assert is_plain(chat(), params) is not is_on
+    assert is_repeatable(chat(), {"type": "token"}, params) is not is_on
+
+
+def test_plain_request_of_later_vllm_with_a_field_that_is_on_may_not() -> None:
+    class Later(ChatCompletionRequest):
+        include_weight_versions: bool = True
+
+    assert not is_plain(Later(messages=[]), SamplingParams())
+
+
+def test_repeatable_takes_listed_keys_of_a_prompt_alone() -> None:
+    prompt: dict[str, Any] = {"type": "token", "prompt_token_ids": [1], "prompt": "a"}
+    assert is_repeatable(chat(), prompt | {"prompt_token_offsets": None}, SamplingParams())
+    assert not is_repeatable(chat(), prompt | {"kv_hints": {}}, SamplingParams())
+
+
 class Off(SimpleNamespace):
     """An object on which everything else is off."""
 
@@ -235,15 +274,74 @@ class Off(SimpleNamespace):
         return None
 
 
-def test_open_with_embeddings_as_prompts_is_closed() -> None:
-    model = Off()
+def engine(**model: Any) -> Any:
     config = Off(
-        observability_config=Off(), scheduler_config=Off(stream_interval=1), model_config=model
+        observability_config=Off(),
+        scheduler_config=Off(stream_interval=1),
+        model_config=Off(**model),
     )
-    client: Any = Off(vllm_config=config)
-    assert guards.is_open(Off(), client)
-    model.enable_prompt_embeds = True
+    return Off(vllm_config=config)
+
+
+def test_open_with_embeddings_as_prompts_is_closed() -> None:
+    assert guards.is_open(Off(), engine())
+    assert not guards.is_open(Off(), engine(enable_prompt_embeds=True))
+
+
+def test_open_with_attribute_of_later_vllm_that_is_on_is_closed() -> None:
+    handlers = Off(system_fingerprint="known", enable_weight_versions=False)
+    assert guards.is_open(handlers, engine(served_model_name="known"))
+    handlers.enable_weight_versions = True
+    assert not guards.is_open(handlers, engine())
+    assert not guards.is_open(Off(), engine(enable_weight_versions=True))
+    for part in ("observability_config", "scheduler_config"):
+        client = engine()
+        getattr(client.vllm_config, part).weight_versions = "all"
+        assert not guards.is_open(Off(), client)
+    client = engine()
+    client.vllm_config.weight_version_config = Off()
     assert not guards.is_open(Off(), client)
+
+
+def test_open_tells_why_it_is_closed(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger=guards.log.name):
+        guards.is_open(Off(enable_weight_versions=True), engine(served_model_name="chat"))
+    assert "model=chat no fast path: enable_weight_versions" in caplog.text
+
+
+@pytest.mark.parametrize("kind", known_fields.KNOWN, ids=lambda kind: kind.__name__)
+def test_open_with_field_of_later_vllm_is_closed(
+    kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, *_ = sorted(known_fields.KNOWN[kind])
+    monkeypatch.setitem(known_fields.KNOWN, kind, known_fields.KNOWN[kind] - {first})
+    assert not guards.is_open(Off(), engine())
+
+
+def test_output_with_field_of_later_vllm_is_vllms_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = known_fields.KNOWN
+    core = Off(output_processor=SimpleNamespace(), renderer=Off(), engine_core=object())
+    client: Any = core
+    assert StepHandler.all_there_is(client)
+    for kind in (EngineCoreOutput, EngineCoreOutputs):
+        monkeypatch.setitem(known, kind, known[kind] - {"stop_reason", "timestamp"})
+    assert not StepHandler.all_there_is(client)
+    StreamingOutputProcessor.take_over(client)
+    assert type(client.output_processor) is SimpleNamespace
+
+
+def test_parser_with_attribute_of_later_vllm_does_not_step_aside() -> None:
+    class Known(DelegatingParser):
+        reasoning_parser_cls = None
+        tool_parser_cls = Hermes2ProToolParser
+
+    class Later(DelegatingParser):
+        reasoning_parser_cls = None
+        tool_parser_cls = Hermes2ProToolParser
+        adds_weight_versions = True
+
+    assert guards.steps_aside(Known)
+    assert not guards.steps_aside(Later)
 
 
 def test_known_engine_request_has_listed_fields_alone() -> None:
@@ -251,3 +349,12 @@ def test_known_engine_request_has_listed_fields_alone() -> None:
     assert is_known(request)
     request.reasoning_ended = True
     assert not is_known(request)
+
+
+def test_known_engine_request_of_later_vllm_may_not() -> None:
+    class Later(EngineCoreRequest):
+        weight_versions: bool = False
+
+    bare: Any = ("r", [1], [], SamplingParams(), None, 1.0, None, None, None)
+    assert is_known(Later(*bare))
+    assert not is_known(Later(*bare, weight_versions=True))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import signal
 
 from llmserve.registry.config import ModelSpec
@@ -19,10 +18,3 @@ async def test_an_engine_that_is_stopped_does_not_respond_and_one_that_goes_on_d
         finally:
             core.send_signal(signal.SIGCONT)
         assert await serving.responds(60)
-
-
-def test_the_processes_of_an_engine_are_where_we_look() -> None:
-    from vllm.v1.engine import core_client, utils
-
-    assert "self.processes: list[BaseProcess]" in inspect.getsource(utils.CoreEngineProcManager)
-    assert "engine_manager" in inspect.getsource(core_client.BackgroundResources)

@@ -95,8 +95,9 @@ async def _stock(spec: ModelSpec, engine: Any) -> ASGIApp:
     """vLLM's own FastAPI app on an engine."""
     from vllm.entrypoints.launchers.api_server.app_state import init_app_state
     from vllm.entrypoints.launchers.app import build_app
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from llmserve.engine.cli_args import make_arg_parser
 
     line = ["--model", spec.model, "--served-model-name", spec.name]
     if spec.tool_call_parser:

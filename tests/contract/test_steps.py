@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import asyncio
 import gc
 from types import SimpleNamespace
@@ -25,14 +24,11 @@ from tests.contract.test_express import (
     seen,
     user,
 )
-from tests.contract.test_worker import tree_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from tests.contract.test_express import Box
-
-SAID = "llmserve/engine/fastpath/step_handler.py does the same; look at what this vLLM does there"
 
 
 @pytest.fixture
@@ -156,84 +152,3 @@ def test_engines_with_more_to_do_are_left_to_vllm() -> None:
     assert StepHandler.all_there_is(client(object.__new__(AsyncMPClient)))
     assert not StepHandler.all_there_is(client(object.__new__(AsyncMPClient), images={}))
     assert not StepHandler.all_there_is(client(object.__new__(DPLBAsyncMPClient)))
-
-
-# --- what vLLM's two tasks do
-
-
-def statements(function: Any, name: str) -> list[str]:
-    """Of a function inside another, without docstrings and comments."""
-    (inner,) = (
-        node
-        for node in ast.walk(tree_of(function))
-        if isinstance(node, ast.AsyncFunctionDef) and node.name == name
-    )
-    return [line.strip() for line in ast.unparse(inner).splitlines()]
-
-
-def test_vllms_handler_does_nothing_else_with_a_step() -> None:
-    from vllm.v1.engine.async_llm import AsyncLLM
-
-    expected = """
-        async def output_handler():
-        try:
-        while True:
-        outputs = await engine_core.get_output_async()
-        num_outputs = len(outputs.outputs)
-        iteration_stats = IterationStats() if log_stats and num_outputs else None
-        engine_core_outputs = outputs.outputs
-        for start in range(0, num_outputs, chunk_size):
-        end = start + chunk_size
-        outputs_slice = engine_core_outputs[start:end]
-        processed_outputs = output_processor.process_outputs(outputs_slice, outputs.timestamp, iteration_stats, weight_version=outputs.weight_version)
-        assert not processed_outputs.request_outputs
-        if mm_processor_cache is not None:
-        for eco in outputs_slice:
-        if eco.mm_cache_miss_hashes:
-        for mm_hash in eco.mm_cache_miss_hashes:
-        mm_processor_cache.invalidate(mm_hash)
-        if end < num_outputs:
-        await asyncio.sleep(0)
-        if processed_outputs.reqs_to_abort:
-        await engine_core.abort_requests_async(processed_outputs.reqs_to_abort)
-        output_processor.update_scheduler_stats(outputs.scheduler_stats)
-        if logger_ref[0]:
-        logger_ref[0].record(engine_idx=outputs.engine_index, scheduler_stats=outputs.scheduler_stats, iteration_stats=iteration_stats, mm_cache_stats=renderer.stat_mm_cache())
-        except Exception as e:
-        logger.exception('AsyncLLM output_handler failed.')
-        output_processor.propagate_error(e)
-    """
-    assert statements(AsyncLLM._run_output_handler, "output_handler") == [
-        line.strip() for line in expected.strip().splitlines()
-    ], SAID
-
-
-def test_vllms_receiver_does_nothing_else_with_a_step() -> None:
-    from vllm.v1.engine.core_client import AsyncMPClient
-
-    lines = statements(AsyncMPClient._ensure_output_queue_task, "process_outputs_socket")
-    assert lines[:6] == [
-        "async def process_outputs_socket():",
-        "try:",
-        "while True:",
-        "frames = await output_socket.recv_multipart(copy=False)",
-        "resources.validate_alive(frames)",
-        "outputs: EngineCoreOutputs = decoder.decode(frames)",
-    ], SAID
-    assert lines[6] == "if outputs.utility_output:", SAID
-    after = lines[lines.index("continue", lines.index("else:")) + 1 :]
-    assert after == [
-        "if output_handler is not None:",
-        "assert _self_ref is not None",
-        "_self = _self_ref()",
-        "if not _self:",
-        "return",
-        "await output_handler(_self, outputs)",
-        "if outputs.outputs or outputs.scheduler_stats:",
-        "outputs_queue.put_nowait(outputs)",
-        "except Exception as e:",
-        "outputs_queue.put_nowait(e)",
-        "except asyncio.CancelledError:",
-        "outputs_queue.put_nowait(EngineDeadError())",
-    ], SAID
-    assert not hasattr(AsyncMPClient, "process_engine_outputs"), SAID

@@ -65,10 +65,8 @@ _TEXT_LIMIT = 8192  # characters; longer texts are tokenized in vLLM's threads
 _MESSAGES = 256  # of a chat; longer ones are rendered in vLLM's threads
 _ROLES = frozenset({"system", "user", "assistant"})
 _SEED_LIMIT = 2**63
-# Headers that vLLM's handlers read besides the request's id.
-_HEADERS = frozenset(
-    {b"x-data-parallel-rank", b"x-session-id", b"x-vllm-priority", b"traceparent", b"tracestate"}
-)
+# How headers begin that vLLM's handlers read besides the request's id.
+_HEADERS = (b"x-vllm-", b"x-data-parallel-", b"x-session-id", b"traceparent", b"tracestate")
 
 # Arguments of `generate` that do not depend on the prompt.
 _MORE = frozenset({"lora_request", "priority"})
@@ -269,7 +267,7 @@ class FastPath:
             and all(type(limit) is int and limit > 0 for limit in limits)
             and type(seed) is int
             and 0 <= seed < _SEED_LIMIT
-            and not any(name in _HEADERS for name, _ in scope["headers"])
+            and not any(name.startswith(_HEADERS) for name, _ in scope["headers"])
         )
 
     def _key(self, body: dict[str, Any], asked_name: str) -> bytes:

@@ -16,17 +16,18 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.exceptions import GenerationError
 from vllm.sampling_params import RequestOutputKind
-from vllm.v1.engine import FinishReason
+from vllm.v1.engine import EngineCoreOutput, FinishReason
 from vllm.v1.engine.detokenizer import FastIncrementalDetokenizer
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import OutputProcessor, OutputProcessorOutput, RequestState
 
+from llmserve.engine.fastpath import guards
 from llmserve.engine.fastpath.detokenizer import TableDetokenizer, start_clean, text_table
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
+    from vllm.v1.engine import EngineCoreRequest
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.metrics.stats import IterationStats
 
@@ -187,7 +188,12 @@ class StreamingOutputProcessor(OutputProcessor):
 
     @classmethod
     def take_over(cls, client: AsyncLLM) -> None:
-        """Become the output processor of a client that has had no request yet."""
+        """Become the output processor of a client that has had no request yet.
+
+        It stays vLLM's own if an engine's output has fields that this one does not know.
+        """
+        if not guards.knows(EngineCoreOutput):
+            return
         outputs: Any = client.output_processor
         outputs.__class__ = cls
         outputs.plain = {}

@@ -13,12 +13,14 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, Any
 
+from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.metrics.stats import IterationStats
+
+from llmserve.engine.fastpath import guards
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from vllm.v1.engine import EngineCoreOutputs
     from vllm.v1.engine.async_llm import AsyncLLM
 
 log = logging.getLogger(__name__)
@@ -40,7 +42,8 @@ class StepHandler:
     def all_there_is(client: AsyncLLM) -> bool:
         """Whether vLLM does no more: it keeps books of images, and of several engine cores."""
         several = hasattr(type(client.engine_core), "process_engine_outputs")
-        return not several and client.renderer.mm_processor_cache is None
+        known = guards.knows(EngineCoreOutputs)
+        return known and not several and client.renderer.mm_processor_cache is None
 
     def take(self, frames: Sequence[Any]) -> bool:
         """Whether it was a step, which has been handled; none is after one that failed."""
