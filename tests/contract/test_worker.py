@@ -372,10 +372,10 @@ import json, sys
 import torch
 
 before = torch.cuda.Event
-import llmserve.worker
+import llmserve.engine.worker.gpu_worker
 cpu = sorted(name for name in sys.modules if name.startswith("vllm.v1.worker.cpu"))
 same = torch.cuda.Event is before
-import llmserve.cpuworker
+import llmserve.engine.worker.cpu_worker
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 order = [each.__name__ for each in llmserve.engine.worker.cpu_worker.CpuWorker.__mro__]
