@@ -74,7 +74,8 @@ class ReplicaLifecycle:
                                 await self._start_or_wake(replica)
                             return
         except BaseException:  # cancelled: what it does not use is not kept for it
-            self._reserve(replica, replica.level)
+            if replica.state is not State.WAKING:  # its engine holds all until it has ended
+                self._reserve(replica, replica.level)
             raise
 
     def _expecting(self, replica: Replica) -> AbstractContextManager[None]:

@@ -977,6 +977,27 @@ async def test_memory_of_a_cancelled_start_is_free_again() -> None:
     assert box.pool.life.fits([box.replica("b")])
 
 
+async def test_memory_of_a_cancelled_wake_is_free_once_its_engine_has_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Until then the engine may hold all that it had begun to take."""
+    capacity = {GPU: 100, HOST_MEMORY: 100}
+    box = Box(lazy("a"), lazy("b"), sizes={"a": sleeping(60), "b": 60}, capacity=capacity)
+    replica, life = box.replica("a"), box.pool.life
+    await soon(life.to_ready(replica))
+    await soon(life.lower(replica, Level.HOST))
+    assert life.fits([box.replica("b")])
+    gate = Gate()
+    monkeypatch.setattr(box.running("a"), "wake", gate.wait)
+    waking = asyncio.create_task(life.to_ready(replica))
+    await soon(gate.reached.wait())
+    waking.cancel()
+    await asyncio.wait({waking})
+    assert not life.fits([box.replica("b")])
+    await soon(life.stop(replica))
+    assert life.fits([box.replica("b")])
+
+
 async def test_death_in_a_transition_is_left_to_its_end() -> None:
     """Else it would be counted at every look, and started again over what is under way."""
     box = Box(spec("a"), sizes={"a": 60})
