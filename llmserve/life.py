@@ -70,7 +70,8 @@ class Life:
                                 await self._up(replica)
                             return
         except BaseException:  # cancelled: what it does not use is not kept for it
-            self._book(replica, replica.level)
+            if replica.state is not State.WAKING:  # its engine holds all until it has ended
+                self._book(replica, replica.level)
             raise
 
     def _expecting(self, replica: Replica) -> AbstractContextManager[None]:
