@@ -26,7 +26,16 @@ BODIES: dict[str, dict[str, Any]] = {
     "/chat/completions": {"model": "chat", "max_completion_tokens": 4, "n": 1, "stream": False},
     "/completions": {"model": "chat", "max_tokens": 4, "n": 1, "best_of": 1, "stream": False},
     "/embeddings": {"model": "embed"},
-    "/responses": {"model": "chat", "max_output_tokens": 16, "stream": False, "background": False},
+    "/responses": {
+        "model": "chat",
+        "input": "Hi.",
+        "max_output_tokens": 16,
+        "stream": False,
+        "background": False,
+        "previous_response_id": None,
+        "prompt": None,
+        "tool_choice": "auto",
+    },
 }
 LOOKS = ["/models", "/models/{model}", "/responses/{response_id}"]
 EXAMPLES = 40
