@@ -15,6 +15,34 @@ from llmserve.registry.config import ModelSpec, ServerSpec, load
 from tests.readme import ANSWER, README
 
 ROOT = Path(__file__).parents[2]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CHANGELOG.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
+LONGEST_WORDS = 30  # of a sentence
+
+# Words that hide who acts, or that the glossary has another word for.
+BANNED = re.compile(
+    r"\b("
+    r"who(m|so)?ever|nobody|somebody|anybody|everybody"
+    r"|tells?|telling|told|says?|saying|said|by way of"
+    r"|(gives?|given|giving|gave) way|com(e|es|ing) back|(is|are) left|once more|anew"
+    r"|(in|the) line for|waits? in( the)? line|(short|long) way|recipes?"
+    r")\b",
+    re.IGNORECASE,
+)
+_BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+_OUTPUT = {"", "json"}  # languages of blocks that quote what a program prints
+_CODE = re.compile(r"`[^`\n]+`")
+_LINK = re.compile(r"\[([^]]*)\]\([^)]*\)")
+_HEADING = re.compile(r"^#.*$", re.MULTILINE)
+_PARTS = re.compile(r"\n\s*\n|\n\s*(?:-|\d+\.) |\|")
+_TARGET = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)")
+_MODULE = re.compile(
+    r"`((?:api|checkpoint|cli|engine|gpus|http|lifecycle|planning|registry|server)(?:\.[a-z_]+)+)`"
+)
+_SENTENCE_END = re.compile(r"(?<=[.!?])\**\s+")
 
 
 def blocks(language: str) -> list[str]:
@@ -66,3 +94,66 @@ def test_every_route_is_in_the_readme() -> None:
     for route in routes.table():
         path = re.sub(r"/\{[^}]*\}", "", route.path).removesuffix("/cancel")
         assert path in shown or path == "/score", path
+
+
+def banned_words(text: str) -> list[str]:
+    text = _BLOCK.sub(lambda block: "" if block[1] in _OUTPUT else block[2], text)
+    return [found[0] for found in BANNED.finditer(_CODE.sub("", text))]
+
+
+def sentences(text: str) -> list[str]:
+    """Those of a page: paragraphs, list items and table cells, without blocks of code."""
+    text = _HEADING.sub("\n", _BLOCK.sub("\n", text))
+    plain = _LINK.sub(r"\1", _CODE.sub("code", text))
+    return [
+        sentence
+        for part in _PARTS.split(plain)
+        for sentence in _SENTENCE_END.split(part.strip())
+        if sentence
+    ]
+
+
+def test_banned_words_are_found_in_prose_only() -> None:
+    text = "Nobody is\ntold.\n```sh\nup  # whoever asks\n```\n```\ntold\n```\nand `told`"
+    assert banned_words(text) == ["Nobody", "told", "whoever"]
+
+
+def test_sentences_are_those_of_paragraphs_lists_and_cells() -> None:
+    text = "# A\nOne `a b`. Two\nlines.\n\n- **B.** [c d](e)\n- f\n\n| g | h. |\n```\nno\n```"
+    assert sentences(text) == ["One code.", "Two\nlines.", "- **B.", "c d", "f", "g", "h."]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_pages_use_no_banned_words(page: Path) -> None:
+    assert banned_words(page.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_sentences_are_short(page: Path) -> None:
+    found = sentences(page.read_text(encoding="utf-8"))
+    assert [each for each in found if len(each.split()) > LONGEST_WORDS] == []
+
+
+def anchors(text: str) -> set[str]:
+    """Of the headings of a page, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", _BLOCK.sub("", text), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", each.lower()).replace(" ", "-") for each in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_between_pages_lead_somewhere(page: Path) -> None:
+    for name, anchor in _TARGET.findall(page.read_text(encoding="utf-8")):
+        target = page.parent / name if name else page
+        assert target.exists(), name
+        if anchor:
+            assert anchor in anchors(target.read_text(encoding="utf-8")), f"{name}#{anchor}"
+
+
+@pytest.mark.parametrize("page", ["architecture", "engine", "glossary"])
+def test_modules_of_a_page_exist(page: str) -> None:
+    text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    named = set(_MODULE.findall(text)) - {f"server.{key}" for key in ServerSpec.model_fields}
+    assert named
+    for module in named - {"server.log"}:
+        path = ROOT / "llmserve" / Path(*module.split("."))
+        assert path.is_dir() or path.with_suffix(".py").exists(), module
