@@ -72,7 +72,10 @@ class GpuMemory:
         self, config: Config, kept: Mapping[str, Sequence[Placement]]
     ) -> Callable[[], None]:
         """Plan another registry; engines of `kept` stay. Raises PlacementError."""
-        models = tuple(self._fixed(spec) if spec.name in kept else spec for spec in config.models)
+        models = tuple(
+            self._fixed(spec, kept[spec.name]) if spec.name in kept else spec
+            for spec in config.models
+        )
         fixed = config.model_copy(update={"models": models})
         plan = survey.plan(fixed, self.plan.box, self._kept).raise_if_infeasible(config)
         return partial(self.apply_plan, plan, config.server.host_memory)

@@ -713,8 +713,8 @@ async def test_chat_with_field_of_later_vllm_goes_vllms_way(
 ) -> None:
     added: Any = {"return_weight_versions": (bool | None, None)}
     later = create_model("Later", __base__=ChatCompletionRequest, **added)
-    handler = replace(HANDLERS["chat completions"], request=bounded(later))
-    monkeypatch.setitem(HANDLERS, "chat completions", handler)
+    handler = replace(HANDLERS[EndpointId.CHAT_COMPLETIONS], request=bounded(later))
+    monkeypatch.setitem(HANDLERS, EndpointId.CHAT_COMPLETIONS, handler)
     box.forget()
     assert await leaves_by(box, {}) == [True, True]
     assert await leaves_by(box, {"return_weight_versions": True}) == [False, False]
@@ -739,7 +739,7 @@ async def test_chat_with_parameter_of_later_vllm_goes_vllms_way(
 async def test_chat_of_handler_with_flag_of_later_vllm_goes_vllms_way(
     box: Box, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    name = "chat completions"
+    name = EndpointId.CHAT_COMPLETIONS
     handler = box.serving._state.openai_serving_chat
     for is_on in (False, True):
         monkeypatch.setattr(handler, "enable_weight_versions", is_on, raising=False)
