@@ -35,7 +35,7 @@ class TestOpenAI(ChatModelIntegrationTests):
             "api_key": KEY,
             "max_retries": 0,
             "timeout": 120,
-            "max_tokens": 64,
+            "max_tokens": 200,
             "stream_usage": True,
         }
 
