@@ -86,7 +86,7 @@ def test_main_skips_what_is_complete_without_torch(tmp_path: Path) -> None:
         for name in demo.NEEDED:
             (tmp_path / each.name / name).touch()
     script = (
-        "import sys; from llmserve import demo; assert demo.main(sys.argv[1:]) == 0;"
+        "import sys; from llmserve.cli import demo; assert demo.main(sys.argv[1:]) == 0;"
         "assert not {'torch', 'transformers'} & sys.modules.keys()"
     )
     # Our own words, in a process of its own: this one has imported both long ago.
@@ -155,7 +155,7 @@ def test_failed_download_says_what_pip_said(
 
 def test_sigterm_leaves_nothing(tmp_path: Path, slow_pip: Path) -> None:
     script = (
-        f"import sys; from llmserve import demo; sys.executable = {sys.executable!r};demo.main()"
+        f"import sys; from llmserve.cli import demo; sys.executable = {sys.executable!r};demo.main()"
     )
     root = tmp_path / "models"
     real = Path(sys.prefix, "bin/python")
