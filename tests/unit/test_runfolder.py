@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 HOLD = """
 import os, sys
-from llmserve import runfolder
-folder = runfolder.RunFolder.make()
-runfolder.mark()
+from llmserve.engine import run_folder
+folder = run_folder.RunFolder.make()
+run_folder.mark()
 print(folder.path, flush=True)
 sys.stdin.read()
 """

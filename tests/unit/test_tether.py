@@ -151,8 +151,8 @@ def test_tether_without_the_kernel_s_signal_ends_its_engine() -> None:
     code = (
         "import fcntl; del fcntl.F_SETSIG\n"
         "import os, time; from types import SimpleNamespace\n"
-        "from llmserve import tether\n"
-        "tether._tie(SimpleNamespace(detach=lambda: 0)); print('tied', flush=True)\n"
+        "from llmserve.engine import parent_watch\n"
+        "parent_watch._tie(SimpleNamespace(detach=lambda: 0)); print('tied', flush=True)\n"
         "time.sleep(600)"
     )
     line = [sys.executable, "-c", code]
