@@ -97,7 +97,7 @@ def _marked() -> _Mark:
 
 
 def _config_of(process: Any) -> dict[str, Any]:
-    config: dict[str, Any] = process._config  # noqa: SLF001  # tests/unit/test_tether.py notices a change
+    config: dict[str, Any] = process._config  # noqa: SLF001  # tests/unit/test_parent_watch.py notices a change
     return config
 
 

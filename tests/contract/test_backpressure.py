@@ -19,7 +19,7 @@ from llmserve.lifecycle.lease import Lease
 from llmserve.registry.config import ServerSpec
 from llmserve.server import connection, process
 from tests.contract.fake_core import SILENT
-from tests.contract.test_express import CHATS, COMPLETIONS, EMOJI, Box, boxed, events
+from tests.contract.test_fast_path import CHATS, COMPLETIONS, EMOJI, Box, boxed, events
 from tests.fakes import soon, until
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from llmserve.errors import EngineError
 from llmserve.lifecycle.placement import Level
 from tests.contract.test_engine import spec
-from tests.contract.test_worker import class_of, parameters, source
+from tests.contract.test_gpu_worker import class_of, parameters, source
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -18,9 +18,9 @@ from llmserve.engine.structured_output.json_schema import constraints_in, honour
 from llmserve.engine.structured_output.subschema import ARGUMENTS
 from llmserve.engine.tool_parsers import mended
 from tests.contract.conftest import CHAT
-from tests.contract.test_grammar import running
-from tests.contract.test_schema import texts
-from tests.contract.test_serving import HELLO, events, post
+from tests.contract.test_compiler import running
+from tests.contract.test_handlers import HELLO, events, post
+from tests.contract.test_json_schema import texts
 
 if TYPE_CHECKING:
     from llmserve.http.services import Services

@@ -154,9 +154,7 @@ def test_failed_download_says_what_pip_said(
 
 
 def test_sigterm_leaves_nothing(tmp_path: Path, slow_pip: Path) -> None:
-    script = (
-        f"import sys; from llmserve.cli import demo; sys.executable = {sys.executable!r};demo.main()"
-    )
+    script = f"import sys; from llmserve.cli import demo; sys.executable = {sys.executable!r};demo.main()"
     root = tmp_path / "models"
     real = Path(sys.prefix, "bin/python")
     with subprocess.Popen([real, "-c", script, f"--dir={root}"]) as running:

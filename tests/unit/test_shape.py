@@ -9,7 +9,7 @@ from benchmarks import shapes
 from llmserve.checkpoint import shape
 from llmserve.errors import ModelUnusable, ShapeUnknown
 from tests.fakes import spec
-from tests.unit.test_checkpoint import write_tensors
+from tests.unit.test_files import write_tensors
 
 if TYPE_CHECKING:
     from pathlib import Path

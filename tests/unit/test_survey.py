@@ -16,7 +16,7 @@ from llmserve.planning import survey
 from llmserve.planning.measurements import Measured
 from llmserve.registry.config import Config, ModelSpec
 from tests.unit.shapes import LLAMA_8B
-from tests.unit.test_checkpoint import write_tensors
+from tests.unit.test_files import write_tensors
 from tests.unit.test_shape import LLAMA
 
 if TYPE_CHECKING:

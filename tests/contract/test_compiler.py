@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from llmserve.errors import LLMServeError
 from llmserve.http import app
-from tests.contract.test_serving import HELLO, post
+from tests.contract.test_handlers import HELLO, post
 
 if TYPE_CHECKING:
     from llmserve.engine.structured_output.compiler import ConstraintCompiler

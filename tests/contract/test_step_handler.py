@@ -13,7 +13,7 @@ from vllm.v1.engine import EngineCoreOutputs, UtilityOutput
 
 from llmserve.engine.fastpath.step_handler import StepHandler
 from llmserve.engine.fastpath.zmq_sockets import EngineReceiver
-from tests.contract.test_express import (
+from tests.contract.test_fast_path import (
     CHATS,
     COMPLETIONS,
     FOX,
@@ -28,7 +28,7 @@ from tests.contract.test_express import (
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from tests.contract.test_express import Box
+    from tests.contract.test_fast_path import Box
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from llmserve.gpus.page_exchange import ADDRESS, PAGE_BYTES, PageBroker
-from tests.unit.test_handover import until
+from tests.unit.test_page_exchange import until
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
