@@ -1,4 +1,4 @@
-"""GPUs: what the driver says of them, and who may use which at a time.
+"""GPUs: what the driver reports, and which replica may use which GPU at a time.
 
 Belongs here: devices as facts, claims on them, and memory pages that pass between processes.
 What a model needs of them is decided in `planning`. Start with `device`.
