@@ -163,17 +163,11 @@ async def test_a_client_that_pauses_gets_all_of_its_text_in_order(box: Box) -> N
     body = asking(EMOJI, 1200)
     expected = await whole(box, body)
     before = await box.core("aborted")
-    loop = asyncio.get_running_loop()
-    received = b""
     async with served(box) as port:
         with await connected(port, COMPLETIONS, body) as client:
-            for _ in range(2):
-                await until(lambda: waiting(box) == 1, 60)
-                await asyncio.sleep(0.3)
-                enough = len(received) + 100_000
-                while len(received) < enough:
-                    received += await soon(loop.sock_recv(client, SMALL))
-            received += await soon(rest_of(client), 300)
+            await until(lambda: waiting(box) == 1, 60)
+            await asyncio.sleep(0.3)
+            received = await soon(rest_of(client), 300)
     reply = reply_of(received)
     assert text_of(reply) == (expected, 1200)
     assert len(events(reply)) < 1200, "what waited came in longer events"
