@@ -162,7 +162,10 @@ async def test_a_lazy_model_starts_with_its_first_request_which_waits_for_it() -
     assert box.figure("requests_in_flight", model="a") == 2
 
 
-async def test_a_lazy_model_that_cannot_start_refuses_its_line() -> None:
+async def test_a_lazy_model_that_cannot_start_refuses_its_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(restart_backoff, "_FIRST_S", 60.0)  # no second try meanwhile
     gate = Gate()
     plan = broken("OSError: no space left")
     plan.gate = gate
