@@ -105,7 +105,7 @@ def stock(addresses: dict[str, str], arguments: list[str]) -> None:
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup  # noqa: PLC0415
     from vllm.utils.argparse_utils import FlexibleArgumentParser  # noqa: PLC0415
 
-    from llmserve.engine.cli_args import make_arg_parser  # noqa: PLC0415
+    from llmserve.engine.cli_args import make_arg_parser  # noqa: PLC0415  # as above
 
     cli_env_setup()
     args = make_arg_parser(FlexibleArgumentParser()).parse_args(arguments)

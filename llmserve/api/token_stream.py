@@ -135,7 +135,7 @@ class FlushScheduler:
         self._write_first()
         now = time.monotonic()
         if self._write_some(self._ends, now):
-            self._crowded = self.schedule.short_iterations  # whoever has got an end may ask again
+            self._crowded = self.schedule.short_iterations  # its client may send another request
         self._write_some(self._later, now)
         if self._ends or self._later:
             self._look_soon()

@@ -85,7 +85,7 @@ def plan(
     svg: Annotated[Path | None, typer.Option(help="Draw it into this file as well.")] = None,
 ) -> None:
     """Show what each model takes of which GPU, and what does not fit. Touches no GPU."""
-    from llmserve.cli import plan_report  # noqa: PLC0415
+    from llmserve.cli import plan_report  # noqa: PLC0415  # `check` answers without it
     from llmserve.planning import survey  # noqa: PLC0415  # `check` answers without them
 
     config = _load(registry)
@@ -103,7 +103,7 @@ def plan(
 
 def _box(gpus: str | None, file: Path | None) -> Box:
     from llmserve.gpus import nvml  # noqa: PLC0415  # `check` answers without it
-    from llmserve.gpus.device import described, from_file  # noqa: PLC0415
+    from llmserve.gpus.device import described, from_file  # noqa: PLC0415  # as above
 
     if gpus is not None and file is not None:
         _fail("--gpus and --box both describe the box; use one", ConfigError.exit_code)
@@ -133,7 +133,7 @@ def chat(
 ) -> None:
     """Chat with a model of a running server. Ctrl-C stops the answer only."""
     from llmserve.cli.chat import ChatOptions  # noqa: PLC0415  # `check` answers without it
-    from llmserve.cli.chat import chat as talk  # noqa: PLC0415
+    from llmserve.cli.chat import chat as talk  # noqa: PLC0415  # as above
 
     options = ChatOptions(
         model=model,

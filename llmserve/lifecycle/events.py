@@ -1,4 +1,4 @@
-"""What happens to the replicas, told to whoever listens."""
+"""Events of replicas, for every listener."""
 
 from __future__ import annotations
 

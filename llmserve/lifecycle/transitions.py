@@ -293,7 +293,7 @@ class ReplicaLifecycle:
         takes = self._takes(replica, Level.READY)
         places = takes.keys() - {HOST_MEMORY} or takes.keys()
         async with self._order.hold(places, alone=True):
-            async with replica.transition_lock:  # whoever takes it down has done so
+            async with replica.transition_lock:  # a transition downward is over
                 pass
             try:
                 await self._make_room(replica, takes)
