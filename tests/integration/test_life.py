@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
+import math
 import signal
 import socket
 import ssl
@@ -225,10 +225,13 @@ def left_in(temporary: Path) -> set[str]:
 
 
 def shared_by(family: list[psutil.Process]) -> list[str]:
-    """What these processes left in shared memory."""
-    found = (re.match(r"__KMP_REGISTERED_LIB_(\d+)_", each.name) for each in SHARED.iterdir())
-    pids = {each.pid for each in family}
-    return [each[0] for each in found if each is not None and int(each[1]) in pids]
+    """What these processes left in shared memory; a pid comes again."""
+    began = {str(each.pid): each.create_time() for each in family}
+    return [
+        each.name
+        for each in SHARED.glob("__KMP_REGISTERED_LIB_*")
+        if each.stat().st_mtime >= began.get(each.name.split("_")[5], math.inf)
+    ]
 
 
 def test_a_signal_while_models_load(tmp_path: Path, temporary: Path) -> None:
