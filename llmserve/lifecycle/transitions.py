@@ -197,15 +197,23 @@ class ReplicaLifecycle:
         self.change(replica, state, note)
 
     async def end(self, replica: Replica) -> None:
-        """End an engine, dead or alive, and forget it."""
+        """End an engine, dead or alive, and forget it.
+
+        The end is awaited also when the caller is cancelled: until then the engine holds memory.
+        """
         running, replica.running = replica.running, None
         replica.level = Level.STOPPED
         if running is None:
             return
-        try:
-            await running.stop()
-        except Exception:
-            log.exception("model=%s did not stop cleanly", replica.name)
+        ending = asyncio.create_task(_stop(replica.name, running))
+        cancelled: asyncio.CancelledError | None = None
+        while not ending.done():
+            try:
+                await asyncio.wait({ending})
+            except asyncio.CancelledError as error:
+                cancelled = error
+        if cancelled is not None:
+            raise cancelled
 
     # --- death
 
@@ -385,6 +393,13 @@ class ReplicaLifecycle:
                     f"it needs {gib(takes[place])}, and pinned models and its own other replicas "
                     f"leave {gib(free)} of {place}"
                 )
+
+
+async def _stop(name: str, running: Running) -> None:
+    try:
+        await running.stop()
+    except Exception:
+        log.exception("model=%s did not stop cleanly", name)
 
 
 def _gives_way(replica: Replica, *, busy: bool) -> bool:

@@ -1001,6 +1001,30 @@ async def test_memory_of_a_cancelled_wake_is_free_once_its_engine_has_ended(
     assert life.fits([box.replica("b")])
 
 
+async def test_an_engine_ends_before_the_next_starts_when_its_eviction_is_cancelled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else both would hold memory that one has reserved."""
+    box = Box(lazy("a"), sizes={"a": 60})
+    replica, life = box.replica("a"), box.pool.life
+    await soon(life.to_ready(replica))
+    gate = Gate()
+    monkeypatch.setattr(box.running("a"), "stop", gate.wait)
+    lowering = asyncio.create_task(life.lower(replica, Level.STOPPED))
+    await soon(gate.reached.wait())
+    lowering.cancel()
+    starting = asyncio.create_task(life.to_ready(replica))
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert not gate.cancelled
+    assert not lowering.done()
+    assert replica.running is None
+    gate.opened.set()
+    await soon(starting)
+    assert lowering.cancelled()
+    assert replica.state is State.READY
+
+
 async def test_death_in_a_transition_is_left_to_its_end() -> None:
     """Else it would be counted at every look, and started again over what is under way."""
     box = Box(spec("a"), sizes={"a": 60})
