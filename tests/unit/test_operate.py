@@ -19,6 +19,7 @@ from starlette.routing import Route
 from typer.testing import CliRunner, Result
 
 from llmserve.cli import operate
+from llmserve.cli.errors import NoServer, Refused
 from llmserve.cli.main import app as cli
 from llmserve.errors import ConfigError, StartupError
 from tests.unit.test_admin import FakeOperator, change, served
@@ -85,7 +86,7 @@ def rows(text: str) -> list[list[str]]:
 # --- ps
 
 
-def test_models_are_a_table_with_a_row_for_each_of_several_replicas(server: Server) -> None:
+def test_ps_has_a_row_for_each_of_several_replicas(server: Server) -> None:
     result = llmserve(server, "ps")
     assert (result.exit_code, result.stderr) == (0, "")
     heading, *shown = result.stdout.splitlines()
@@ -121,7 +122,7 @@ def test_a_narrow_terminal_folds_notes_alone() -> None:
     model.states = {"chat": "failed"}
     shown = io.StringIO()
     console = Console(file=shown, width=100, force_terminal=True, color_system=None)
-    note = "the engine's process ended without a word; its log is long"
+    note = "the engine's process ended without a message; its log is long"
     console.print(operate.table([model._model("chat", [], 1) | {"note": note}]))
     heading, first, *folded = shown.getvalue().splitlines()
     assert heading.split()[-1] == "NOTE"
@@ -131,11 +132,11 @@ def test_a_narrow_terminal_folds_notes_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "told"),
+    ("seconds", "text"),
     [(0.0, "0 s"), (59.4, "59 s"), (60, "1.0 m"), (5400, "1.5 h"), (86400 * 2.5, "2.5 d")],
 )
-def test_times_are_told_in_their_largest_unit(seconds: float, told: str) -> None:
-    assert operate.span(seconds) == told
+def test_span_is_in_the_largest_unit(seconds: float, text: str) -> None:
+    assert operate.span(seconds) == text
 
 
 # --- load, unload, sleep, wake
@@ -151,7 +152,7 @@ def test_times_are_told_in_their_largest_unit(seconds: float, told: str) -> None
         (("wake", "chat"), ("wake", "chat"), "ready"),
     ],
 )
-def test_a_model_is_steered_and_its_state_told(
+def test_change_prints_the_new_state(
     words: tuple[str, ...],
     done: tuple[object, ...],
     state: str,
@@ -164,7 +165,7 @@ def test_a_model_is_steered_and_its_state_told(
     assert operator.done == [done]
 
 
-def test_what_is_refused_does_not_keep_the_rest(server: Server, operator: FakeOperator) -> None:
+def test_refused_change_does_not_end_the_others(server: Server, operator: FakeOperator) -> None:
     result = llmserve(server, "sleep", "chatt", "chat")
     assert result.exit_code == 1
     assert result.stdout.startswith("chat: sleeping ")
@@ -175,14 +176,14 @@ def test_what_is_refused_does_not_keep_the_rest(server: Server, operator: FakeOp
     assert operator.done == [("sleep", "chat")]
 
 
-def test_steering_for_programs_is_a_line_a_model(server: Server, operator: FakeOperator) -> None:
+def test_change_as_json_is_a_line_a_model(server: Server, operator: FakeOperator) -> None:
     result = llmserve(server, "load", "chat", "org/embed", "--json")
     lines = [json.loads(line) for line in result.stdout.splitlines()]
     assert all(line.pop("seconds") >= 0 for line in lines)
     assert lines == operator.models()
 
 
-def test_why_a_model_does_not_start_is_told(server: Server, operator: FakeOperator) -> None:
+def test_failed_start_prints_the_reason(server: Server, operator: FakeOperator) -> None:
     operator.fails = StartupError("no such GPU")
     result = llmserve(server, "load", "chat")
     assert (result.exit_code, result.stdout, result.stderr) == (1, "", "no such GPU\n")
@@ -191,14 +192,14 @@ def test_why_a_model_does_not_start_is_told(server: Server, operator: FakeOperat
 # --- reload
 
 
-def test_what_a_changed_registry_changes_is_told(server: Server, operator: FakeOperator) -> None:
+def test_reload_prints_the_changes(server: Server, operator: FakeOperator) -> None:
     assert llmserve(server, "reload", "--dry-run").stdout == "chat: restarts\ncode: added\n"
     answer = json.loads(llmserve(server, "reload", "--json").stdout)
     assert answer == {"changed": True, "lines": ["chat: restarts", "code: added"]}
     assert operator.done == [("reload", True), ("reload", False)]
 
 
-def test_that_nothing_changed_is_told(tmp_path: Path) -> None:
+def test_reload_without_changes_prints_so(tmp_path: Path) -> None:
     class Same(FakeOperator):
         async def reload(self, *, dry_run: bool) -> dict[str, Any]:
             return {"changed": False, "lines": []}
@@ -219,14 +220,14 @@ def test_a_bad_registry_ends_with_2_and_every_problem(
 # --- events
 
 
-def test_events_are_told_until_the_server_ends(
+def test_events_are_printed_until_the_server_ends(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(time, "localtime", time.gmtime)
     result = llmserve(server, "events")
     assert result.stdout == (
         "00:00:00 chat/1: loading -> warming: 4 s\n"
-        "00:00:00 chat/1: loading -> ready (2 events before it are lost)\n"
+        "00:00:00 chat/1: loading -> ready (2 earlier events lost)\n"
     )
     assert result.exit_code == 3
     assert result.stderr.startswith(f"{server.url}: the server has ended; ")
@@ -276,14 +277,14 @@ def test_a_log_is_followed_until_the_server_ends(server: Server, operator: FakeO
             more.write(b"two\n")
         assert next(parts) == b"two\n"
         server.stop()
-        with pytest.raises(operate.NoServer, match=server.url):
+        with pytest.raises(NoServer, match=server.url):
             next(parts)
 
 
-# --- keys, and servers that are none
+# --- keys, and other servers
 
 
-def test_a_key_is_sent_and_asked_for(operator: FakeOperator) -> None:
+def test_key_is_sent_and_a_missing_one_is_named(operator: FakeOperator) -> None:
     with Server(served(operator, SecretStr("k\u00e9y"))) as server:
         assert llmserve(server, "ps", "--key", "k\u00e9y").exit_code == 0
         environment = {"LLMSERVE_ADMIN_KEY": "k\u00e9y", "LLMSERVE_URL": f"{server.url}/v1/"}
@@ -292,27 +293,27 @@ def test_a_key_is_sent_and_asked_for(operator: FakeOperator) -> None:
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr == (
         "No admin key came; send `Authorization: Bearer KEY`. "
-        "Give it with --key or LLMSERVE_ADMIN_KEY.\n"
+        "Set the key with --key or LLMSERVE_ADMIN_KEY.\n"
     )
 
 
 @pytest.mark.parametrize(
     "words", [["ps"], ["load", "chat", "embed"], ["reload"], ["logs", "chat"], ["events"]]
 )
-def test_no_server_ends_with_3_and_says_where_it_was_looked_for(words: list[str]) -> None:
+def test_no_server_ends_with_3_and_names_the_url(words: list[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as closed:
         url = f"127.0.0.1:{closed.getsockname()[1]}"
     result = CliRunner().invoke(cli, [*words, "--url", url])
     assert (result.exit_code, result.stdout) == (3, "")
-    assert result.stderr.startswith(f"http://{url}: no server answers (")
+    assert result.stderr.startswith(f"http://{url}: no connection (")
     assert result.stderr.endswith("; name another server with --url or LLMSERVE_URL\n")
     assert result.stderr.count("\n") == 1
 
 
-def test_a_url_that_is_none_ends_with_3() -> None:
+def test_invalid_url_ends_with_3() -> None:
     result = CliRunner().invoke(cli, ["ps", "--url", "http://[::1"])
     assert (result.exit_code, result.stdout) == (3, "")
-    assert "http://[::1: the request failed (" in result.stderr
+    assert "http://[::1: request failed (" in result.stderr
 
 
 def test_a_server_that_ends_before_its_answer_ends_with_3() -> None:
@@ -327,28 +328,28 @@ def test_a_server_that_ends_before_its_answer_ends_with_3() -> None:
         result = CliRunner().invoke(cli, ["load", "chat", "--url", url])
         thread.join()
     assert (result.exit_code, result.stdout) == (3, "")
-    assert result.stderr.startswith(f"{url}: the request failed (")
+    assert result.stderr.startswith(f"{url}: request failed (")
 
 
 @pytest.mark.parametrize(
-    ("answer", "told"),
+    ("answer", "message"),
     [
-        (JSONResponse(["odd"]), "did not answer as llmserve does"),
-        (JSONResponse({"object": "list"}), "did not answer as llmserve does"),
-        (PlainTextResponse("<html>"), "did not answer as llmserve does"),
+        (JSONResponse(["odd"]), "unexpected answer; check --url"),
+        (JSONResponse({"object": "list"}), "unexpected answer; check --url"),
+        (PlainTextResponse("<html>"), "unexpected answer; check --url"),
         (PlainTextResponse("Bad Gateway", 502), "/admin/models: 502 Bad Gateway"),
         (JSONResponse({"detail": "Not Found"}, 404), "Not Found"),
         (JSONResponse(["odd"], 400), "odd"),
     ],
 )
-def test_another_server_is_no_traceback(answer: Any, told: str) -> None:
+def test_another_server_is_no_traceback(answer: Any, message: str) -> None:
     async def models(_: object) -> Any:
         return answer
 
     with Server(Starlette(routes=[Route("/admin/models", models)])) as server:
         result = llmserve(server, "ps")
     assert (result.exit_code, result.stdout) == (1, "")
-    assert told in result.stderr
+    assert message in result.stderr
 
 
 def test_ctrl_c_ends_a_command_with_130(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -361,7 +362,7 @@ def test_ctrl_c_ends_a_command_with_130(server: Server, monkeypatch: pytest.Monk
 
 
 class Proxy(Server):
-    """Answers every request itself, and keeps what it saw."""
+    """Answers every request and keeps its key."""
 
     def __init__(self) -> None:
         self.seen: list[str] = []
@@ -393,7 +394,7 @@ def test_key_for_a_loopback_server_goes_to_no_proxy(server: Server, proxy: Proxy
 
 def test_server_of_another_machine_is_asked_through_a_proxy(proxy: Proxy) -> None:
     client = operate.AdminClient("http://box.example:8000", "k")
-    with pytest.raises(operate.Refused, match="502 proxied"):
+    with pytest.raises(Refused, match="502 proxied"):
         client.models()
     client.close()
     assert proxy.seen == ["Bearer k"]
