@@ -17,8 +17,8 @@ from typer.core import TyperGroup
 from llmserve import __version__, terminal
 from llmserve.cli.errors import CommandError, Refused
 from llmserve.errors import ConfigError, StartupError
-from llmserve.registry.config import Config, ServerSpec
-from llmserve.registry.config import load as read
+from llmserve.registry.loader import load as read
+from llmserve.registry.spec import Config, ServerSpec
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
     from llmserve.engine.backend import Memory
     from llmserve.lifecycle.replica import Backend
-    from llmserve.registry.config import Config, ServerSpec
+    from llmserve.registry.spec import Config, ServerSpec
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ import pytest_asyncio
 from llmserve.api.schedule import Schedule
 from llmserve.lifecycle.admission import QueuedRequest
 from llmserve.lifecycle.lease import Lease
-from llmserve.registry.config import ServerSpec
+from llmserve.registry.spec import ServerSpec
 from llmserve.server import connection, process
 from tests.contract.fake_core import SILENT
 from tests.contract.test_fast_path import CHATS, COMPLETIONS, EMOJI, Box, boxed, events

@@ -19,7 +19,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from llmserve.api import token_stream
-from llmserve.registry.config import ServerSpec
+from llmserve.registry.spec import ServerSpec
 from llmserve.server import process
 from llmserve.server.connection import Connection, Limits
 from tests.fakes import Gate, soon, until

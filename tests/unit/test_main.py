@@ -133,7 +133,7 @@ def test_the_package_is_the_command_too(registry: Path) -> None:
 CHECK = f"""
 import contextlib, pathlib
 import llmserve.cli.main
-from llmserve.registry.config import load
+from llmserve.registry.loader import load
 from llmserve.errors import ConfigError
 with contextlib.suppress(ConfigError):
     load(pathlib.Path({str(SAMPLE)!r}))

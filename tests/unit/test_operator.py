@@ -37,7 +37,7 @@ from llmserve.lifecycle.placement import HOST_MEMORY, Level, Place, Placement
 from llmserve.lifecycle.pool import Pool
 from llmserve.lifecycle.replica import Replica, State
 from llmserve.metrics import Metrics
-from llmserve.registry import config
+from llmserve.registry import loader
 from llmserve.registry.names import ModelNames
 from tests.fakes import FakeBackend, FakeRunning, Gate, Plan, broken, let_in, soon, until
 
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
 
     from llmserve.lifecycle.replica import Running
-    from llmserve.registry.config import Config, ModelSpec
+    from llmserve.registry.spec import Config, ModelSpec
 
 CHAT = next(endpoint for endpoint in ENDPOINTS if endpoint.id is EndpointId.CHAT_COMPLETIONS)
 GPU = Place(0)
@@ -127,9 +127,9 @@ class Box:
         self.write(models, server)
         self.backend = Engines()
         self.metrics = Metrics()
-        self.config = config.load(file)
+        self.config = loader.load(file)
         self.pool = Pool(ModelNames(self.config.models), self.backend, self.metrics)
-        read = partial(config.load, file)
+        read = partial(loader.load, file)
         self.control = ModelOperator(self.config, self.pool, self.backend, read, self._adopt)
 
     def _adopt(self, config: Config) -> None:

@@ -14,7 +14,7 @@ from llmserve.gpus.device import GIB, described
 from llmserve.lifecycle.gpu_memory import GpuMemory
 from llmserve.lifecycle.host_memory import HostMemory
 from llmserve.planning.measurements import Measured
-from llmserve.registry.config import Config, ModelSpec, ServerSpec
+from llmserve.registry.spec import Config, ModelSpec, ServerSpec
 from llmserve.server import logs, process
 from tests.unit.shapes import LLAMA_8B
 

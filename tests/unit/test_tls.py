@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from llmserve.errors import StartupError
-from llmserve.registry.config import ServerSpec
+from llmserve.registry.spec import ServerSpec
 from llmserve.server import process as server
 from llmserve.server import tls
 
@@ -73,7 +73,7 @@ def test_unusable_certificate_or_key_is_told(
 def test_server_asks_nobody_for_a_pass_phrase(pems: Path, tmp_path: Path) -> None:
     """On a terminal, where OpenSSL would."""
     code = (
-        "from pathlib import Path\nfrom llmserve.registry.config import ServerSpec\n"
+        "from pathlib import Path\nfrom llmserve.registry.spec import ServerSpec\n"
         "from llmserve.errors import StartupError\nfrom llmserve.server.process import _uvicorn_config\n"
         f"folder = Path({str(pems)!r})\n"
         "spec = ServerSpec(ssl_certfile=folder / 'b.pem', ssl_keyfile=folder / 'b.key')\n"
