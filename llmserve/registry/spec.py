@@ -63,7 +63,7 @@ def _seconds(value: object) -> object:
     try:
         return float(number) * _UNITS[unit] if unit in _UNITS else float(value)
     except ValueError:
-        raise ValueError("must be a time such as 30, 90s, 10m, 1.5h or 2d") from None
+        raise ValueError(f"must be a time such as 30, 90s, 10m or 2d; got {value!r}") from None
 
 
 Seconds = Annotated[float, BeforeValidator(_seconds), Field(gt=0, allow_inf_nan=False, strict=True)]
@@ -181,7 +181,7 @@ class ModelSpec(_Spec):
             return name
         near = nearest(name, known)
         choice = f"nearest: {near}" if near else f"known: {', '.join(sorted(known))}"
-        raise ValueError(f"unknown parser; {choice}")
+        raise ValueError(f"unknown parser {name}; {choice}")
 
     @model_validator(mode="after")
     def _check_combinations(self, info: ValidationInfo) -> Self:

@@ -131,7 +131,7 @@ def test_every_problem_is_reported_in_one_run_with_its_line(box: Path) -> None:
             "must be less than or equal to 1; got 1.5"
         ),
         f"models.yaml:23: models.rerank.chat_template: no such file: {box / 'missing.jinja'}",
-        "models.yaml:24: models.rerank.tool_call_parser: unknown parser; nearest: hermes",
+        "models.yaml:24: models.rerank.tool_call_parser: unknown parser hermess; nearest: hermes",
         ("models.yaml:25: models.rerank.memory: must be a size such as 12GiB or 500MB; got 'lots'"),
         "models.yaml:26: models.embed: duplicate key; first on line 15",
         (

@@ -690,7 +690,7 @@ async def test_a_dry_run_changes_nothing(up: Boxes) -> None:
             "b: changed live",
             "d: added",
             "server.drain_timeout: changed live",
-            "server.port: needs a restart of the server; left as it is",
+            "server.port: needs a restart of the server; not changed",
         ]
         orjson.dumps(told)
     assert box.config is was
@@ -812,8 +812,8 @@ async def test_what_of_the_server_can_change_does_and_the_rest_is_told_each_time
         lines = await box.reload({"a": {}}, {"drain_timeout": 5, "port": 9, "gpu_headroom": 0.5})
         assert lines == [
             *changed,
-            "server.port: needs a restart of the server; left as it is",
-            "server.gpu_headroom: needs a restart of the server; left as it is",
+            "server.port: needs a restart of the server; not changed",
+            "server.gpu_headroom: needs a restart of the server; not changed",
         ]
         assert box.config.server.drain_timeout == 5
         assert (box.config.server.port, box.config.server.gpu_headroom) == (port, 0.08)
