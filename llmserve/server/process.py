@@ -37,6 +37,7 @@ from llmserve.planning import survey
 from llmserve.registry.names import ModelNames
 from llmserve.server import connection, startup_display, tls
 from llmserve.server import logs as serverlog
+from llmserve.server.limits import Limits
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -353,11 +354,11 @@ def _graceful_s(server: ServerSpec) -> int:
 
 
 def _uvicorn_config(
-    server: ServerSpec, application: object, limits: connection.Limits | None = None
+    server: ServerSpec, application: object, limits: Limits | None = None
 ) -> connection.ConnectionConfig:
     config = connection.ConnectionConfig(
         application,
-        limits=limits or connection.Limits.of_process(),
+        limits=limits or Limits.from_process(),
         lifespan="off",
         log_config=None,
         access_log=False,

@@ -21,7 +21,8 @@ from uvicorn.server import ServerState
 from llmserve.api import token_stream
 from llmserve.registry.spec import ServerSpec
 from llmserve.server import process
-from llmserve.server.connection import Connection, Limits
+from llmserve.server.connection import Connection
+from llmserve.server.limits import Limits
 from tests.fakes import Gate, soon, until
 
 if TYPE_CHECKING:
@@ -899,4 +900,4 @@ async def nothing(_: Any, __: Any, ___: Any) -> None:
 
 def test_limits_leave_descriptors_to_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda _: (1000, 1000))
-    assert Limits.of_process().connections == 750
+    assert Limits.from_process().connections == 750
