@@ -287,8 +287,8 @@ def test_up_without_a_gpu_ends_with_3_and_names_causes(
     result = llmserve("up", models, "--port", 0)
     assert result.exit_code == 3
     assert result.stderr == (
-        "no NVIDIA GPU is visible: look at `nvidia-smi` and CUDA_VISIBLE_DEVICES, "
-        "or install the variant for CPUs\n"
+        "no NVIDIA GPU is visible; check `nvidia-smi` and CUDA_VISIBLE_DEVICES, "
+        "or install llmserve[cpu]\n"
     )
 
 
