@@ -73,7 +73,7 @@ def finish() -> None:
 class Enduring:
     """A text stream whose writes neither block nor fail.
 
-    A thread writes. It drops output that fails because the reader is gone or the disk is full, and
+    A thread writes. It drops output that fails because of a closed reader or a full disk, and
     output beyond `_QUEUED` parts for a reader that does not read.
     """
 

@@ -148,7 +148,7 @@ class _Builder:
 
     def _mapping(self, node: yaml.MappingNode, path: Path) -> dict[str, Any]:
         own = self.own_keys.setdefault(id(node), {id(key) for key, _ in node.value})
-        self.loader.flatten_mapping(node)  # `<<: *anchor`; own keys come last and win
+        self.loader.flatten_mapping(node)  # `<<: *anchor`; own keys come last and take precedence
         built: dict[str, Any] = {}
         first: dict[str, int] = {}  # own keys; they may repeat merged keys
         for key_node, value_node in node.value:

@@ -404,7 +404,7 @@ def test_the_document_holds_all(box: Path) -> None:
     }
 
 
-# --- whatever the registries are
+# --- any registries
 
 
 def registries() -> st.SearchStrategy[Config]:
@@ -417,13 +417,13 @@ def registries() -> st.SearchStrategy[Config]:
             "aliases": st.sampled_from([(), ("x",), ("y", "z")]),
             "engine": st.sampled_from([{}, {"seed": 1}, {"seed": True}]),
         }
-    ).map(lambda said: ModelSpec(**said))
+    ).map(lambda values: ModelSpec(**values))
     models = st.lists(spec, max_size=5, unique_by=lambda spec: spec.name)
     return models.map(lambda specs: registry(*specs))
 
 
 @given(registries(), registries())
-def test_every_model_is_in_one_place(old: Config, new: Config) -> None:
+def test_every_model_is_in_one_list(old: Config, new: Config) -> None:
     found = changes(old, new)
     changed = [change for kind in KINDS for change in getattr(found, kind)]
     after = [each.new.name for each in changed]
@@ -435,7 +435,7 @@ def test_every_model_is_in_one_place(old: Config, new: Config) -> None:
 
 
 @given(registries(), registries())
-def test_what_goes_on_without_a_restart_has_the_same_engine(old: Config, new: Config) -> None:
+def test_change_without_a_restart_keeps_the_engine(old: Config, new: Config) -> None:
     found = changes(old, new)
     for change in (*found.rebuilt, *found.live, *found.resized):
         assert change.old.model == change.new.model
@@ -443,14 +443,14 @@ def test_what_goes_on_without_a_restart_has_the_same_engine(old: Config, new: Co
 
 
 @given(registries())
-def test_nothing_changes_from_itself(config: Config) -> None:
+def test_registry_does_not_differ_from_itself(config: Config) -> None:
     found = changes(config, config)
     assert found.unchanged == tuple(spec.name for spec in config.models)
     assert describe(found) == []
 
 
 @given(registries(), registries())
-def test_back_is_the_same_as_forth(old: Config, new: Config) -> None:
+def test_changes_are_symmetric(old: Config, new: Config) -> None:
     forth, back = changes(old, new), changes(new, old)
     assert set(forth.unchanged) == set(back.unchanged)
     for kind in KINDS:

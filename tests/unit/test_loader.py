@@ -555,53 +555,16 @@ def test_a_dollar_can_be_written(box: Path) -> None:
 # --- options of FastChat and vLLM
 
 FASTCHAT = [
-    "host",
-    "port",
-    "worker_address",
-    "controller_address",
-    "no_register",
-    "model_path",
-    "model",
-    "model_names",
-    "limit_worker_concurrency",
-    "num_gpus",
-    "max_gpu_memory",
-    "load_8bit",
-    "conv_template",
-    "trust_remote_code",
-    "gpu_memory_utilization",
-    "tokenizer",
-    "revision",
-    "tokenizer_revision",
-    "download_dir",
-    "load_format",
-    "dtype",
-    "block_size",
-    "max_num_batched_tokens",
-    "max_num_seqs",
-    "quantization",
-    "enforce_eager",
-    "tokenizer_mode",
-    "max_model_len",
-    "seed",
-    "pipeline_parallel_size",
-    "tensor_parallel_size",
-    "worker_use_ray",
-    "engine_use_ray",
-    "max_parallel_loading_workers",
-    "swap_space",
-    "max_paddings",
-    "max_context_len_to_capture",
-    "disable_log_stats",
-    "disable_log_requests",
-    "max_log_len",
-    "dispatch_method",
-    "ssl",
-    "api_keys",
-    "allowed_origins",
-    "allowed_methods",
-    "allowed_headers",
-]
+    "host", "port", "worker_address", "controller_address", "no_register", "model_path", "model",
+    "model_names", "limit_worker_concurrency", "num_gpus", "max_gpu_memory", "load_8bit",
+    "conv_template", "trust_remote_code", "gpu_memory_utilization", "tokenizer", "revision",
+    "tokenizer_revision", "download_dir", "load_format", "dtype", "block_size",
+    "max_num_batched_tokens", "max_num_seqs", "quantization", "enforce_eager", "tokenizer_mode",
+    "max_model_len", "seed", "pipeline_parallel_size", "tensor_parallel_size", "worker_use_ray",
+    "engine_use_ray", "max_parallel_loading_workers", "swap_space", "max_paddings",
+    "max_context_len_to_capture", "disable_log_stats", "disable_log_requests", "max_log_len",
+    "dispatch_method", "ssl", "api_keys", "allowed_origins", "allowed_methods", "allowed_headers",
+]  # fmt: skip
 
 
 def unknown(folder: Path, place: str, option: str) -> str:
@@ -783,7 +746,7 @@ def test_secret_that_resembles_a_reference_is_refused(box: Path, secret: str) ->
 # --- invalid paths
 
 
-@pytest.mark.parametrize("home", ["~nobody-here/x", "~nobody-here"])
+@pytest.mark.parametrize("home", ["~unknown-user/x", "~unknown-user"])
 @pytest.mark.parametrize(
     ("registry", "key"),
     [
@@ -801,7 +764,7 @@ def test_secret_that_resembles_a_reference_is_refused(box: Path, secret: str) ->
 )  # fmt: skip
 def test_unknown_home_is_one_problem(box: Path, registry: str, key: str, home: str) -> None:
     found = problems(box, registry.replace("HOME", home) + "\n")
-    lead = f"1: {key}: unknown home ~nobody-here; write an absolute path"
+    lead = f"1: {key}: unknown home ~unknown-user; write an absolute path"
     assert found[0] == lead
     assert len([one for one in found if one.startswith(f"1: {key}:")]) == 1
 

@@ -154,7 +154,7 @@ def test_nothing_heavy_is_imported_before_an_engine_starts(work: str) -> None:
 
 @pytest.fixture
 def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A registry of two models that can be planned: `big` is of 16 GiB, `odd` says its memory."""
+    """A registry of two models that can be planned: `big` is of 16 GiB, `odd` has `memory`."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr("llmserve.checkpoint.shape.read", lambda spec, hub: LLAMA_8B)
     for folder in ("m", "n"):
