@@ -8,13 +8,11 @@ import select
 import socket
 import subprocess
 import sys
-import threading
 import time
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import uvicorn
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -32,6 +30,7 @@ from llmserve.cli.chat import (
 )
 from llmserve.cli.client import sse_data
 from llmserve.cli.errors import CommandError
+from tests.unit.app_server import AppServer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -65,33 +64,18 @@ def odd_stream() -> Iterator[bytes]:
     yield b"data:[DONE]\r\n\r\n"
 
 
-class Server:
+class Server(AppServer):
     """Answers by the name of the model; `bodies` are the chat requests."""
 
     def __init__(self) -> None:
         self.bodies: list[dict[str, Any]] = []
         self.names = ["plain"]
         self.owner = "someone"
-        app = Starlette(
-            routes=[
-                Route("/v1/models", self.models),
-                Route("/v1/chat/completions", self.chat, methods=["POST"]),
-            ]
-        )
-        self._sock = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self._sock.getsockname()[1]}"
-        config = uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1)
-        self._uvicorn = uvicorn.Server(config)
-        self._thread = threading.Thread(target=self._uvicorn.run, args=([self._sock],))
-
-    def __enter__(self) -> Server:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._uvicorn.should_exit = True
-        self._thread.join()
-        self._sock.close()
+        routes = [
+            Route("/v1/models", self.models),
+            Route("/v1/chat/completions", self.chat, methods=["POST"]),
+        ]
+        super().__init__(Starlette(routes=routes), graceful_s=1)
 
     async def models(self, request: Request) -> Response:
         if request.headers.get("authorization") == "Bearer wrong":

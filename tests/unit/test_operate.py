@@ -10,7 +10,6 @@ from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import uvicorn
 from pydantic import SecretStr
 from rich.console import Console
 from starlette.applications import Starlette
@@ -22,38 +21,14 @@ from llmserve.cli import operate
 from llmserve.cli.errors import NoServer, Refused
 from llmserve.cli.main import app as cli
 from llmserve.errors import ConfigError, StartupError
+from tests.unit.app_server import AppServer
 from tests.unit.test_admin import FakeOperator, change, served
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
     from pathlib import Path
 
-    from starlette.types import ASGIApp, Receive, Scope, Send
-
-
-class Server:
-    """An app on a port of its own, in a thread."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._sock = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self._sock.getsockname()[1]}"
-        config = uvicorn.Config(
-            app, lifespan="off", log_config=None, access_log=False, timeout_graceful_shutdown=0
-        )
-        self._uvicorn = uvicorn.Server(config)
-        self._thread = threading.Thread(target=self._uvicorn.run, args=([self._sock],))
-
-    def __enter__(self) -> Server:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-        self._sock.close()
-
-    def stop(self) -> None:
-        self._uvicorn.should_exit = True
-        self._thread.join()
+    from starlette.types import Receive, Scope, Send
 
 
 class Eventful(FakeOperator):
@@ -70,12 +45,12 @@ def operator(tmp_path: Path) -> FakeOperator:
 
 
 @pytest.fixture
-def server(operator: FakeOperator) -> Iterator[Server]:
-    with Server(served(operator)) as running:
+def server(operator: FakeOperator) -> Iterator[AppServer]:
+    with AppServer(served(operator)) as running:
         yield running
 
 
-def llmserve(server: Server, *words: str) -> Result:
+def llmserve(server: AppServer, *words: str) -> Result:
     return CliRunner().invoke(cli, [*words, "--url", server.url], env={"TZ": "UTC"})
 
 
@@ -86,7 +61,7 @@ def rows(text: str) -> list[list[str]]:
 # --- ps
 
 
-def test_ps_has_a_row_for_each_of_several_replicas(server: Server) -> None:
+def test_ps_has_a_row_for_each_of_several_replicas(server: AppServer) -> None:
     result = llmserve(server, "ps")
     assert (result.exit_code, result.stderr) == (0, "")
     heading, *shown = result.stdout.splitlines()
@@ -100,7 +75,9 @@ def test_ps_has_a_row_for_each_of_several_replicas(server: Server) -> None:
     assert shown[1].startswith("  chat/0")
 
 
-def test_models_for_programs_are_the_server_s_own(server: Server, operator: FakeOperator) -> None:
+def test_models_for_programs_are_the_server_s_own(
+    server: AppServer, operator: FakeOperator
+) -> None:
     assert json.loads(llmserve(server, "ps", "--json").stdout) == {"models": operator.models()}
 
 
@@ -111,7 +88,7 @@ def test_a_long_note_is_not_cut_where_no_terminal_is(
         def models(self) -> list[dict[str, Any]]:
             return [self._model("chat", [], 1) | {"note": "[red]" + "why " * 100 + "end"}]
 
-    with Server(served(Wordy(tmp_path))) as server:
+    with AppServer(served(Wordy(tmp_path))) as server:
         shown = llmserve(server, "ps").stdout
     assert "[red]" + "why " * 100 + "end" in shown
     assert len(shown.splitlines()) == 2
@@ -156,7 +133,7 @@ def test_change_prints_the_new_state(
     words: tuple[str, ...],
     done: tuple[object, ...],
     state: str,
-    server: Server,
+    server: AppServer,
     operator: FakeOperator,
 ) -> None:
     result = llmserve(server, *words)
@@ -165,7 +142,7 @@ def test_change_prints_the_new_state(
     assert operator.done == [done]
 
 
-def test_refused_change_does_not_end_the_others(server: Server, operator: FakeOperator) -> None:
+def test_refused_change_does_not_end_the_others(server: AppServer, operator: FakeOperator) -> None:
     result = llmserve(server, "sleep", "chatt", "chat")
     assert result.exit_code == 1
     assert result.stdout.startswith("chat: sleeping ")
@@ -176,14 +153,14 @@ def test_refused_change_does_not_end_the_others(server: Server, operator: FakeOp
     assert operator.done == [("sleep", "chat")]
 
 
-def test_change_as_json_is_a_line_a_model(server: Server, operator: FakeOperator) -> None:
+def test_change_as_json_is_a_line_a_model(server: AppServer, operator: FakeOperator) -> None:
     result = llmserve(server, "load", "chat", "org/embed", "--json")
     lines = [json.loads(line) for line in result.stdout.splitlines()]
     assert all(line.pop("seconds") >= 0 for line in lines)
     assert lines == operator.models()
 
 
-def test_failed_start_prints_the_reason(server: Server, operator: FakeOperator) -> None:
+def test_failed_start_prints_the_reason(server: AppServer, operator: FakeOperator) -> None:
     operator.fails = StartupError("no such GPU")
     result = llmserve(server, "load", "chat")
     assert (result.exit_code, result.stdout, result.stderr) == (1, "", "no such GPU\n")
@@ -192,7 +169,7 @@ def test_failed_start_prints_the_reason(server: Server, operator: FakeOperator) 
 # --- reload
 
 
-def test_reload_prints_the_changes(server: Server, operator: FakeOperator) -> None:
+def test_reload_prints_the_changes(server: AppServer, operator: FakeOperator) -> None:
     assert llmserve(server, "reload", "--dry-run").stdout == "chat: restarts\ncode: added\n"
     answer = json.loads(llmserve(server, "reload", "--json").stdout)
     assert answer == {"changed": True, "lines": ["chat: restarts", "code: added"]}
@@ -204,12 +181,12 @@ def test_reload_without_changes_prints_so(tmp_path: Path) -> None:
         async def reload(self, *, dry_run: bool) -> dict[str, Any]:
             return {"changed": False, "lines": []}
 
-    with Server(served(Same(tmp_path))) as server:
+    with AppServer(served(Same(tmp_path))) as server:
         assert llmserve(server, "reload").stdout == "Nothing has changed.\n"
 
 
 def test_a_bad_registry_ends_with_2_and_every_problem(
-    server: Server, operator: FakeOperator
+    server: AppServer, operator: FakeOperator
 ) -> None:
     operator.fails = ConfigError(["models.yaml:2: a", "models.yaml:3: b"])
     result = llmserve(server, "reload")
@@ -221,7 +198,7 @@ def test_a_bad_registry_ends_with_2_and_every_problem(
 
 
 def test_events_are_printed_until_the_server_ends(
-    server: Server, monkeypatch: pytest.MonkeyPatch
+    server: AppServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(time, "localtime", time.gmtime)
     result = llmserve(server, "events")
@@ -233,7 +210,7 @@ def test_events_are_printed_until_the_server_ends(
     assert result.stderr.startswith(f"{server.url}: the server has ended; ")
 
 
-def test_events_for_programs_are_a_line_each(server: Server) -> None:
+def test_events_for_programs_are_a_line_each(server: AppServer) -> None:
     first, _ = llmserve(server, "events", "--json").stdout.splitlines()
     assert json.loads(first) == change("warming")
 
@@ -244,7 +221,7 @@ def test_events_that_fail_end_with_the_server_s_words(tmp_path: Path) -> None:
             yield change("warming")
             raise StartupError("no more events")
 
-    with Server(served(Failing(tmp_path))) as server:
+    with AppServer(served(Failing(tmp_path))) as server:
         result = llmserve(server, "events")
     assert (result.exit_code, result.stderr) == (1, "no more events\n")
     assert len(result.stdout.splitlines()) == 1
@@ -253,21 +230,21 @@ def test_events_that_fail_end_with_the_server_s_words(tmp_path: Path) -> None:
 # --- logs
 
 
-def test_a_log_comes_as_it_was_written(server: Server, operator: FakeOperator) -> None:
+def test_a_log_comes_as_it_was_written(server: AppServer, operator: FakeOperator) -> None:
     written = b"first\n\x1b[1mbold\x1b[0m caf\xc3\xa9 \xff\r\nlast"
     operator.log_of("chat", 1).write_bytes(written)
     result = llmserve(server, "logs", "gpt-4o", "--replica", "1", "-n", "2")
     assert (result.exit_code, result.stdout_bytes) == (0, written.removeprefix(b"first\n"))
 
 
-def test_a_log_for_programs_is_an_object_a_line(server: Server, operator: FakeOperator) -> None:
+def test_a_log_for_programs_is_an_object_a_line(server: AppServer, operator: FakeOperator) -> None:
     operator.log_of("chat", 0).write_text("a\u2028b\n\nlast", encoding="utf-8")
     result = llmserve(server, "logs", "chat", "--json")
     lines = [json.loads(line)["line"] for line in result.stdout.rstrip("\n").split("\n")]
     assert lines == ["a\u2028b", "", "last"]
 
 
-def test_a_log_is_followed_until_the_server_ends(server: Server, operator: FakeOperator) -> None:
+def test_a_log_is_followed_until_the_server_ends(server: AppServer, operator: FakeOperator) -> None:
     log = operator.log_of("chat", 0)
     log.write_bytes(b"one\n")
     with closing(operate.AdminClient(server.url, None)) as client:
@@ -285,7 +262,7 @@ def test_a_log_is_followed_until_the_server_ends(server: Server, operator: FakeO
 
 
 def test_key_is_sent_and_a_missing_one_is_named(operator: FakeOperator) -> None:
-    with Server(served(operator, SecretStr("k\u00e9y"))) as server:
+    with AppServer(served(operator, SecretStr("k\u00e9y"))) as server:
         assert llmserve(server, "ps", "--key", "k\u00e9y").exit_code == 0
         environment = {"LLMSERVE_ADMIN_KEY": "k\u00e9y", "LLMSERVE_URL": f"{server.url}/v1/"}
         assert CliRunner().invoke(cli, ["ps"], env=environment).exit_code == 0
@@ -346,13 +323,13 @@ def test_another_server_is_no_traceback(answer: Any, message: str) -> None:
     async def models(_: object) -> Any:
         return answer
 
-    with Server(Starlette(routes=[Route("/admin/models", models)])) as server:
+    with AppServer(Starlette(routes=[Route("/admin/models", models)])) as server:
         result = llmserve(server, "ps")
     assert (result.exit_code, result.stdout) == (1, "")
     assert message in result.stderr
 
 
-def test_ctrl_c_ends_a_command_with_130(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_ends_a_command_with_130(server: AppServer, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object) -> Iterator[object]:
         raise KeyboardInterrupt
 
@@ -361,7 +338,7 @@ def test_ctrl_c_ends_a_command_with_130(server: Server, monkeypatch: pytest.Monk
     assert (result.exit_code, result.stdout, result.stderr) == (130, "", "")
 
 
-class Proxy(Server):
+class Proxy(AppServer):
     """Answers every request and keeps its key."""
 
     def __init__(self) -> None:
@@ -385,7 +362,7 @@ def proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
         yield running
 
 
-def test_key_for_a_loopback_server_goes_to_no_proxy(server: Server, proxy: Proxy) -> None:
+def test_key_for_a_loopback_server_goes_to_no_proxy(server: AppServer, proxy: Proxy) -> None:
     client = operate.AdminClient(server.url, "k")
     assert [model["name"] for model in client.models()] == ["chat", "org/embed"]
     client.close()

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from llmserve import terminal
+from tests.unit.app_server import AppServer
 from tests.unit.test_admin import served
-from tests.unit.test_operate import Server
 from tests.unit.test_operate import operator as operator  # noqa: PLC0414  # a fixture
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def test_commands_and_chat_print_to_an_ascii_terminal(
 ) -> None:
     shown = [model | {"note": "café"} for model in operator.models()]
     monkeypatch.setattr(operator, "models", lambda: shown)
-    with Server(served(operator)) as server:
+    with AppServer(served(operator)) as server:
         for words in (["ps"], ["events", "--json"]):
             ended = llmserve(*words, "--url", server.url, env=env)
             assert b"Traceback" not in ended.stderr, words
