@@ -215,7 +215,9 @@ class ModelSpec(_Spec):
         if self.dispatch != "lottery":
             raise ValueError(f"weights need `dispatch: lottery`; it is {self.dispatch}")
         if len(self.weights) != self.replicas:
-            raise ValueError(f"has {len(self.weights)} weights for {self.replicas} replicas")
+            raise ValueError(
+                f"{self.replicas} replicas need as many weights; got {len(self.weights)}"
+            )
 
     @property
     def parallel_sizes(self) -> dict[str, int]:

@@ -196,36 +196,6 @@ def test_a_missing_file_ends_with_2(box: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("entry", "problem"),
-    [
-        ("hiden: true", "models.chat.hiden: unknown key; nearest: hidden"),
-        ("max-in-flight: 2", "models.chat.max-in-flight: unknown key; nearest: max_in_flight"),
-        (
-            "max_model_len: 2048",
-            (
-                "models.chat.max_model_len: unknown key; it is an engine argument: "
-                "write `engine: {max_model_len: ...}`"
-            ),
-        ),
-        (
-            "engine: {hidden: true}",
-            "models.chat.engine.hidden: unknown key; it is a key of a model",
-        ),
-        (
-            "engine: {zzzzzz: 1}",
-            "models.chat.engine.zzzzzz: unknown key; no such engine argument in vLLM 0.32.0",
-        ),
-        (
-            "sampling: {temprature: 1}",
-            "models.chat.sampling.temprature: unknown key; nearest: temperature",
-        ),
-    ],
-)
-def test_unknown_key_names_the_nearest(box: Path, entry: str, problem: str) -> None:
-    assert chat_problems(box, entry) == [f"1: {problem}"]
-
-
-@pytest.mark.parametrize(
     ("argument", "problem"),
     [
         ("max_num_seqs: many", "max_num_seqs: must be an integer; got 'many'"),
@@ -264,6 +234,109 @@ def test_tls_needs_both_files(box: Path) -> None:
     assert problems(box, "server: {ssl_keyfile: key.pem}\nmodels: {chat: {model: m}}\n") == [
         "1: server: TLS needs both ssl_certfile and ssl_keyfile"
     ]
+
+
+INVALID = [
+    ("hiden: true", ".hiden: unknown key; nearest: hidden"),
+    ("max-in-flight: 2", ".max-in-flight: unknown key; nearest: max_in_flight"),
+    (
+        "max_model_len: 2048",
+        (
+            ".max_model_len: unknown key; it is an engine argument: "
+            "write `engine: {max_model_len: ...}`"
+        ),
+    ),
+    ("engine: {hidden: true}", ".engine.hidden: unknown key; it is a key of a model"),
+    (
+        "engine: {zzzzzz: 1}",
+        ".engine.zzzzzz: unknown key; no such engine argument in vLLM 0.32.0",
+    ),
+    (
+        "sampling: {temprature: 1}",
+        ".sampling.temprature: unknown key; nearest: temperature",
+    ),
+    # engine arguments that keys or the plan set
+    ("engine: {model: x}", ".engine.model: is set by the model's key `model`; remove it"),
+    (
+        "engine: {served_model_name: y}",
+        ".engine.served_model_name: is set by the model's name and `aliases`; remove it",
+    ),
+    (
+        "engine: {device_ids: [1]}",
+        ".engine.device_ids: is set by the plan; use `devices` of the model",
+    ),
+    (
+        "engine: {gpu_memory_utilization: 0.5}",
+        (
+            ".engine.gpu_memory_utilization: is set by the plan; "
+            "use `gpu_memory_utilization` of the model"
+        ),
+    ),
+    (
+        "engine: {kv_cache_memory_bytes: 1024}",
+        ".engine.kv_cache_memory_bytes: is set by the plan; use `kv_cache` of the model",
+    ),
+    (
+        "engine: {worker_cls: mine.Worker}",
+        (
+            ".engine.worker_cls: is set by the plan; "
+            "remove it: llmserve's own worker measures the memory of a start"
+        ),
+    ),
+    # values
+    ("kv_cache: 0", ".kv_cache: must be greater than 0; got 0"),
+    ("memory: -1GiB", ".memory: must be a size such as 12GiB or 500MB; got '-1GiB'"),
+    ("memory: 12 apples", ".memory: must be a size such as 12GiB or 500MB; got '12 apples'"),
+    ("timeout: soon", ".timeout: must be a time such as 30, 90s, 10m or 2d; got 'soon'"),
+    ("start: lazzy", ".start: must be 'eager', 'lazy' or 'sleeping'; got 'lazzy'"),
+    ("loras: [a]", ".loras: must be a mapping; got a list"),
+    ("aliases: [1.10]", ".aliases.0: must be text; 1.10 is a number in YAML, so put it in quotes"),
+    ("aliases: [true]", ".aliases.0: must be text; true is a boolean in YAML, so put it in quotes"),
+    ("aliases: [~]", ".aliases.0: must be text; ~ is null in YAML, so put it in quotes"),
+    (
+        "chat_template: 1.10",
+        ".chat_template: must be text; 1.10 is a number in YAML, so put it in quotes",
+    ),
+    (
+        "engine: {revision: 1e5}",
+        ".engine.revision: must be text; 1e5 is a number in YAML, so put it in quotes",
+    ),
+    # combinations
+    ("devices: []", ".devices: is empty; list GPU ids or UUIDs, or remove the key"),
+    (
+        "devices: [0, GPU-1], tensor_parallel_size: 2",
+        ".devices: mixes ids and UUIDs; use one kind",
+    ),
+    ("devices: [1, 1], tensor_parallel_size: 2", ".devices: lists a GPU twice"),
+    (
+        "devices: [0, 1]",
+        ": lists 2 devices, but tensor_parallel_size 1 x pipeline_parallel_size 1 needs 1",
+    ),
+    (
+        "devices: [0], tensor_parallel_size: 2, pipeline_parallel_size: 2",
+        ": lists 1 devices, but tensor_parallel_size 2 x pipeline_parallel_size 2 needs 4",
+    ),
+    (
+        "start: lazy, max_queue: 0",
+        ": max_queue must be greater than 0 with `start: lazy`: the first request waits for the model",
+    ),
+    ("pinned: true, idle: {stop_after: 1h}", ": has both pinned and idle; remove one of them"),
+    (
+        "pinned: true, start: sleeping",
+        ": has both pinned and `start: sleeping`; remove one of them",
+    ),
+    (
+        "idle: {sleep_after: 2h, stop_after: 1h}",
+        ".idle: stop_after must be greater than sleep_after",
+    ),
+    ("weights: [1]", ": weights need `dispatch: lottery`; it is shortest_queue"),
+    ("dispatch: lottery, replicas: 2, weights: [1]", ": 2 replicas need as many weights; got 1"),
+]
+
+
+@pytest.mark.parametrize(("entry", "problem"), INVALID)
+def test_invalid_entry_of_a_model_is_one_problem(box: Path, entry: str, problem: str) -> None:
+    assert chat_problems(box, entry) == [f"1: models.chat{problem}"]
 
 
 # --- defaults
@@ -326,16 +399,6 @@ def test_a_model_s_memory_replaces_a_default_of_the_other_kind(box: Path) -> Non
     assert (spec.memory, spec.gpu_memory_utilization) == (2**30, None)
 
 
-def test_engine_argument_that_a_key_sets_is_refused(box: Path) -> None:
-    assert chat_problems(box, "engine: {model: x, served_model_name: y}") == [
-        "1: models.chat.engine.model: is set by the model's key `model`; remove it",
-        (
-            "1: models.chat.engine.served_model_name: is set by the model's name and `aliases`; "
-            "remove it"
-        ),
-    ]
-
-
 @pytest.mark.parametrize("argument", ["model: x", "served_model_name: x"])
 def test_default_of_a_key_of_single_models_is_refused(box: Path, argument: str) -> None:
     (found,) = problems(box, f"{TWO}defaults: {{engine: {{{argument}}}}}\n")
@@ -354,35 +417,6 @@ def test_sizes_have_units(box: Path) -> None:
     assert chat(box, "engine: {max_model_len: auto}").engine == {"max_model_len": -1}
     config = read(box, "server: {max_body: 1MiB}\nmodels: {chat: {model: m}}\n")
     assert config.server.max_body == 2**20
-
-
-@pytest.mark.parametrize("key", ["kv_cache", "memory"])
-@pytest.mark.parametrize("size", ["0", "-1GiB", "12 apples"])
-def test_invalid_size_is_refused(box: Path, key: str, size: str) -> None:
-    (found,) = chat_problems(box, f"{key}: {size}")
-    assert found.startswith(f"1: models.chat.{key}: ")
-
-
-@pytest.mark.parametrize(
-    ("entry", "problem"),
-    [
-        (
-            "devices: [0, 1]",
-            "lists 2 devices, but tensor_parallel_size 1 x pipeline_parallel_size 1 needs 1",
-        ),
-        (
-            "devices: [0], tensor_parallel_size: 2, pipeline_parallel_size: 2",
-            "lists 1 devices, but tensor_parallel_size 2 x pipeline_parallel_size 2 needs 4",
-        ),
-        ("devices: []", "is empty; list GPU ids or UUIDs, or remove the key"),
-        ("devices: [0, GPU-1], tensor_parallel_size: 2", "mixes ids and UUIDs; use one kind"),
-        ("devices: [1, 1], tensor_parallel_size: 2", "lists a GPU twice"),
-    ],
-)
-def test_devices_that_do_not_fit(box: Path, entry: str, problem: str) -> None:
-    (found,) = chat_problems(box, entry)
-    assert found.startswith("1: models.chat")
-    assert found.endswith(problem)
 
 
 def test_devices_that_fit(box: Path) -> None:
@@ -627,23 +661,6 @@ def test_every_engine_argument_is_a_key_of_engine(box: Path) -> None:
     assert [problem for problem in found if "unknown key" in problem] == []
 
 
-@pytest.mark.parametrize(
-    ("argument", "instead"),
-    [
-        ("device_ids: [1]", "`devices` of the model"),
-        ("gpu_memory_utilization: 0.5", "`gpu_memory_utilization` of the model"),
-        ("kv_cache_memory_bytes: 1024", "`kv_cache` of the model"),
-        ("worker_cls: mine.Worker", "llmserve's own worker"),
-    ],
-)
-def test_engine_argument_that_the_plan_sets_is_refused(
-    box: Path, argument: str, instead: str
-) -> None:
-    (found,) = chat_problems(box, f"engine: {{{argument}}}")
-    assert "is set by the plan" in found
-    assert instead in found
-
-
 # --- keys and engine arguments
 
 
@@ -712,20 +729,6 @@ def test_name_is_the_text_as_written(box: Path, name: str) -> None:
     registry = f"models:\n  {name}: {{model: m, loras: {{{name}-x: m}}}}\n  2.0: {{model: m}}\n"
     first, second = read(box, registry).models
     assert (first.name, list(first.loras), second.name) == (name, [f"{name}-x"], "2.0")
-
-
-@pytest.mark.parametrize(
-    ("entry", "problem"),
-    [
-        ("aliases: [1.10]", "aliases.0: must be text; 1.10 is a number in YAML"),
-        ("aliases: [true]", "aliases.0: must be text; true is a boolean in YAML"),
-        ("aliases: [~]", "aliases.0: must be text; ~ is null in YAML"),
-        ("chat_template: 1.10", "chat_template: must be text; 1.10 is a number in YAML"),
-        ("engine: {revision: 1e5}", "engine.revision: must be text; 1e5 is a number in YAML"),
-    ],
-)
-def test_value_that_must_be_text_is_shown_as_written(box: Path, entry: str, problem: str) -> None:
-    assert chat_problems(box, entry) == [f"1: models.chat.{problem}, so put it in quotes"]
 
 
 @pytest.mark.parametrize(("written", "key"), [("010", "010"), ("yes", "yes"), ("1:30", "1:30")])
