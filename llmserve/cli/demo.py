@@ -133,7 +133,7 @@ def download(requirement: str, into: Path, report: Callable[[int], None]) -> Pat
     with (
         log.open("wb") as errors,
         # pip writes to TMPDIR until the file is complete: its size there is the progress.
-        subprocess.Popen(command, stderr=errors, env=os.environ | {"TMPDIR": str(into)}) as pip,  # noqa: S603 - no shell, constant words
+        subprocess.Popen(command, stderr=errors, env=os.environ | {"TMPDIR": str(into)}) as pip,  # noqa: S603  # no shell
     ):
         try:
             while pip.poll() is None:

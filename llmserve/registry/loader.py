@@ -1,4 +1,4 @@
-"""Reads `models.yaml` into a Config without vLLM or torch, and reports all its problems in one run."""
+"""Reads `models.yaml` into a Config without vLLM, and reports all its problems in one run."""
 
 from __future__ import annotations
 
