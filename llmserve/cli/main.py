@@ -50,7 +50,7 @@ app = typer.Typer(
 _SERVER = "A running server"  # the heading of its commands in --help
 _DEFAULT_URL = f"http://{ServerSpec().host}:{ServerSpec().port}"
 
-Registry = Annotated[Path, typer.Argument(metavar="[MODELS.YAML]", help="The registry file.")]
+Registry = Annotated[Path, typer.Argument(metavar="MODELS.YAML", help="The registry file.")]
 Url = Annotated[str, typer.Option(envvar="LLMSERVE_URL", help="The URL of the server.")]
 AdminKey = Annotated[
     str | None, typer.Option(envvar="LLMSERVE_ADMIN_KEY", help="The server's admin_key.")
@@ -152,7 +152,7 @@ def version() -> None:
 def chat(
     model: Annotated[
         str | None,
-        typer.Argument(metavar="[MODEL]", help="A model; default: the only one, or you choose."),
+        typer.Argument(metavar="MODEL", help="A model; default: the only one, or you choose."),
     ] = None,
     url: Url = _DEFAULT_URL,
     key: Annotated[str | None, typer.Option(envvar="LLMSERVE_KEY", help="An API key.")] = None,
