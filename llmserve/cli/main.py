@@ -56,7 +56,7 @@ AdminKey = Annotated[
     str | None, typer.Option(envvar="LLMSERVE_ADMIN_KEY", help="The server's admin_key.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Names = Annotated[list[str], typer.Argument(metavar="MODEL...", help="Names of models.")]
+Names = Annotated[list[str], typer.Argument(metavar="MODEL", help="Names of models.")]
 
 
 @app.command()
