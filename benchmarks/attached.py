@@ -22,7 +22,7 @@ from rich.console import Console
 
 from llmserve.engine import gc_policy
 from llmserve.lifecycle.placement import Level, Placement
-from llmserve.registry import config
+from llmserve.registry import loader
 from llmserve.server import process
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from llmserve.lifecycle.placement import Takes
     from llmserve.lifecycle.replica import Running, State
-    from llmserve.registry.config import Config, ModelSpec
+    from llmserve.registry.spec import Config, ModelSpec
 
 Addresses = dict[str, list[dict[str, str]]]  # of each model's replicas
 
@@ -94,7 +94,7 @@ class AttachedBackend:
 
 
 def ours(registry: Path, addresses: Addresses) -> None:
-    read = partial(config.load, registry)
+    read = partial(loader.load, registry)
     process.up(read(), Console(), read, AttachedBackend(addresses, registry.parent))
 
 

@@ -267,8 +267,8 @@ async def _app(model: str) -> Any:
     from llmserve.lifecycle.operator import ModelOperator  # noqa: PLC0415
     from llmserve.lifecycle.pool import Pool  # noqa: PLC0415
     from llmserve.metrics import Metrics  # noqa: PLC0415
-    from llmserve.registry.config import Config, ModelSpec, ServerSpec  # noqa: PLC0415
     from llmserve.registry.names import ModelNames  # noqa: PLC0415
+    from llmserve.registry.spec import Config, ModelSpec, ServerSpec  # noqa: PLC0415
 
     spec = ModelSpec(name=model, model=str(MODELS / FOLDERS[model]))
     names = [f"ipc://@llmserve-bodies-{uuid.uuid4().hex}" for _ in range(2)]

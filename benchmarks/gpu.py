@@ -32,12 +32,12 @@ from rich.table import Table
 
 from benchmarks import record, vllmbench
 from benchmarks.servers import STARTS, Side, Starting, running
-from llmserve.registry.config import load as load_registry
+from llmserve.registry.loader import load as load_registry
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-    from llmserve.registry.config import ModelSpec
+    from llmserve.registry.spec import ModelSpec
 
 Figures = dict[str, float]
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import uvloop
 
 from llmserve.engine import environment
-from llmserve.registry import config
+from llmserve.registry import loader
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--input-tokens", type=int, default=256)
     parser.add_argument("--output-tokens", type=int, default=128)
     options = parser.parse_args()
-    specs = config.load(options.registry).models
+    specs = loader.load(options.registry).models
     with tempfile.TemporaryDirectory() as logs:
         environment.prepare(len(specs), Path(logs))
         uvloop.run(measure(options, specs, Path(logs)))

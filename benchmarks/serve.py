@@ -45,7 +45,7 @@ from benchmarks.record import circumstances
 from benchmarks.servers import STARTS, Side, Starting, running
 from benchmarks.traffic import ALL, SHARES, Load, drive, samples
 from llmserve.errors import ConfigError
-from llmserve.registry.config import load as load_registry
+from llmserve.registry.loader import load as load_registry
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence

@@ -26,7 +26,7 @@ from llmserve.engine.worker import plugin
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from llmserve.registry.config import ModelSpec
+    from llmserve.registry.spec import ModelSpec
 
 HOST = "127.0.0.1"
 STOP_S = 30

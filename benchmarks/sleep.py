@@ -27,7 +27,7 @@ from llmserve.engine import environment
 from llmserve.gpus import nvml
 from llmserve.gpus.device import gib
 from llmserve.lifecycle.placement import Level
-from llmserve.registry.config import ModelSpec
+from llmserve.registry.spec import ModelSpec
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -1,11 +1,11 @@
-"""Every error a user can meet.
+"""All errors that users can see.
 
     LLMServeError
       ConfigError              exit 2, before anything starts
         PlacementError
-      ShapeUnknown             (a model whose size cannot be read)
-        ModelUnusable          (its files are missing, broken or no model)
-        ModelOutOfReach        (it is on the hub, which does not give it)
+      ShapeUnknown             (the size of a model is unknown)
+        ModelUnusable          (its files are missing, broken or not a model)
+        ModelOutOfReach        (the hub does not provide it)
       StartupError             exit 3
       RequestError             400
         Unauthorized           401
@@ -26,8 +26,8 @@
       EngineError              500
         EngineDead             503
 
-On the wire all of them are `{"error": {"message", "type", "param", "code"}}`, as in
-the OpenAI API reference.
+Clients get all of them as `{"error": {"message", "type", "param", "code"}}`, as in the OpenAI API
+reference.
 """
 
 from __future__ import annotations
@@ -65,19 +65,19 @@ class ConfigError(LLMServeError):
 
 
 class PlacementError(ConfigError):
-    """Models that do not fit on the GPUs, one line each."""
+    """All models that do not fit on the GPUs, one line each."""
 
 
 class ShapeUnknown(LLMServeError):
-    """What a model takes cannot be told; one line says what is missing."""
+    """The memory of a model cannot be computed; one line names what is missing."""
 
 
 class ModelUnusable(ShapeUnknown):
-    """No engine can load a model's files; one line says what is wrong with them."""
+    """No engine can load a model's files; one line names what is wrong."""
 
 
 class ModelOutOfReach(ShapeUnknown):
-    """The hub does not give a model, which is not in the cache either."""
+    """The hub does not provide a model, and the cache does not contain it."""
 
 
 class StartupError(LLMServeError):
@@ -99,7 +99,7 @@ class Unauthorized(RequestError):
 
 
 class Forbidden(RequestError):
-    """The client may not do that, whatever key it has."""
+    """No key permits the client to do this."""
 
     status = 403
     code = "admin_only"
@@ -173,7 +173,7 @@ class ContextTooLong(RequestError):
 
 
 class Unsupported(RequestError):
-    """The model cannot do what the route asks for."""
+    """The model does not support the route."""
 
     code = "unsupported_model"
 
@@ -185,13 +185,13 @@ class InvalidGrammar(RequestError):
 
 
 class GrammarTooComplex(RequestError):
-    """A schema, pattern or grammar that takes more than its limits to compile."""
+    """A schema, pattern or grammar that exceeds the limits of compilation."""
 
     code = "grammar_too_complex"
 
 
 class Overloaded(LLMServeError):
-    """The model cannot take the request now; a later one may get through."""
+    """The model cannot accept the request now; a later request may succeed."""
 
     status = 503
     type = "service_unavailable_error"
@@ -206,7 +206,7 @@ class Overloaded(LLMServeError):
 
 
 class DeadlineExceeded(LLMServeError):
-    """The request's own time is over."""
+    """The time limit of the request has passed."""
 
     status = 504
     type = "timeout_error"
@@ -224,13 +224,13 @@ class EngineDead(EngineError):
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The known word that `word` was probably meant to be."""
+    """The known word most similar to `word`; None if none is similar."""
     by_lower = {k.lower(): k for k in known}
     match = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.6)
     return by_lower[match[0]] if match else None
 
 
 def quoted(name: str, limit: int = 80) -> str:
-    """A name from outside, fit for one line of a message: bounded and printable."""
+    """A client's text for one line of a message: quoted, shortened and printable."""
     shown = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name[:limit])
     return f"`{shown}`" if len(name) <= limit else f"`{shown}...`"

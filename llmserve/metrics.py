@@ -1,4 +1,4 @@
-"""Our own figures, and one page of them with those of every engine."""
+"""llmserve's metrics, and the page that merges them with every engine's."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ class Metrics:
         self.registry = CollectorRegistry()
         self.requests = Counter(
             "llmserve_requests",
-            "Requests by model asked for, endpoint and HTTP status.",
+            "Requests by requested model, endpoint and HTTP status.",
             ("model", "endpoint", "status"),
             registry=self.registry,
         )
         self.disconnects = Counter(
             "llmserve_disconnects",
-            "Requests whose client left before the answer was complete.",
+            "Requests whose client disconnected before the answer was complete.",
             ("model", "endpoint"),
             registry=self.registry,
         )
@@ -49,7 +49,7 @@ class Metrics:
         )
         self.state = Gauge(
             "llmserve_model_state",
-            "1 for the state a replica of a model is in.",
+            "1 for the current state of a replica.",
             ("model", "replica", "state"),
             registry=self.registry,
         )
@@ -61,67 +61,67 @@ class Metrics:
         )
         self.ready_seconds = Gauge(
             "llmserve_model_ready_seconds",
-            "How long a replica last took to be ready, by where it came from.",
+            "Load time of the last transition to ready, by starting level.",
             ("model", "replica", "level"),
             registry=self.registry,
         )
         self.evictions = Counter(
             "llmserve_evictions",
-            "Replicas that gave way to another, by where they went.",
+            "Evictions of a replica, by the level that it was lowered to.",
             ("model", "replica", "level"),
             registry=self.registry,
         )
         self.deaths = Counter(
             "llmserve_engine_deaths",
-            "Engines that died; each is started again, until it died too often in a row.",
+            "Engines that died, and failed starts after a death.",
             ("model", "replica"),
             registry=self.registry,
         )
         self.start_step_seconds = Gauge(
             "llmserve_model_start_step_seconds",
-            "Where the seconds of a replica's last start went.",
+            "Duration of each step of a replica's last start.",
             ("model", "replica", "step"),
             registry=self.registry,
         )
         self.tokens_in_flight = Gauge(
             "llmserve_replica_tokens_in_flight",
-            "Estimated tokens, prompts and answers, of a replica's requests in flight.",
+            "Estimated tokens of a replica's requests in flight, prompts and answers.",
             ("model", "replica"),
             registry=self.registry,
         )
         self.dispatched = Counter(
             "llmserve_requests_dispatched",
-            "Requests that a replica was chosen for, by the model's policy.",
+            "Requests dispatched to a replica, by policy.",
             ("model", "replica", "policy"),
             registry=self.registry,
         )
         self.loop_lag = Histogram(
             "llmserve_event_loop_lag_seconds",
-            "How late the event loop ran a timer: all streams wait this long.",
+            "Delay of a timer of the event loop, which delays all streams.",
             buckets=_LAG_BUCKETS_S,
             registry=self.registry,
         )
 
     async def watch_loop(self, every_s: float = 0.25) -> None:
-        """Feed `loop_lag` until cancelled."""
+        """Measure `loop_lag` until cancelled."""
         while True:
             due = time.monotonic() + every_s
             await asyncio.sleep(every_s)
             try:
                 self.loop_lag.observe(max(0.0, time.monotonic() - due))
             except Exception:
-                log.exception("the event loop's lag could not be counted")
+                log.exception("event-loop lag could not be recorded")
 
     def page(self, engines: Iterable[CollectorRegistry]) -> bytes:
-        """The Prometheus text of this process, ours and every engine's, side by side."""
+        """The Prometheus text of this process, llmserve and all engines."""
         return generate_latest(_Merged([REGISTRY, self.registry, *engines]))
 
 
 class _Merged(CollectorRegistry):
-    """Several registries as one: families of the same name become one family.
+    """Merges several registries: families with the same name become one family.
 
-    Engines must not share collectors: some of vLLM's histograms have buckets that
-    depend on the model, and a registry holds a name only once.
+    Engines cannot share collectors: some of vLLM's histograms have buckets that depend on the
+    model, and a registry accepts a name only once.
     """
 
     def __init__(self, parts: Iterable[CollectorRegistry]) -> None:

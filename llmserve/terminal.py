@@ -1,6 +1,6 @@
-"""Standard streams of a command: what is missing there ends no command with a traceback.
+"""Standard streams of a command that cause no traceback.
 
-A stream may be closed, may lack characters, and its reader may go.
+A stream may be closed, may lack characters, or may lose its reader.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 _STREAMS = (("stdin", "r"), ("stdout", "w"), ("stderr", "w"))
 _ERRORS = "llmserve.plain"
-_WAITING = 1000  # parts for a reader that does not read
-# As wide as what they stand for: tables and pictures keep their columns.
-_PLAIN = {
+_QUEUED = 1000  # parts for a reader that does not read
+# As wide as the original characters, so that columns stay aligned.
+_REPLACEMENTS = {
     "█": "#",
     "▓": "=",
     "▒": "-",
@@ -40,12 +40,12 @@ _PLAIN = {
 
 
 def prepare() -> None:
-    """Open what is closed, and have characters replaced that a stream has not."""
-    codecs.register_error(_ERRORS, _plain)
+    """Open closed streams, and replace characters that a stream lacks."""
+    codecs.register_error(_ERRORS, _replace)
     for name, mode in _STREAMS:
         stream = getattr(sys, name)
         if stream is None:
-            # Takes the stream's number, which would else become a socket's or a log's.
+            # Occupies the stream's number, which a socket or a log would otherwise get.
             null = Path(os.devnull).open(mode, encoding="utf-8")  # noqa: SIM115  # never closed
             setattr(sys, name, null)
         elif isinstance(stream, io.TextIOWrapper):
@@ -54,7 +54,7 @@ def prepare() -> None:
 
 @contextlib.contextmanager
 def enduring() -> Iterator[None]:
-    """Let this process go on when standard output or error can no longer be written."""
+    """Keep this process running if standard output or error can no longer be written."""
     streams = Enduring(sys.stdout), Enduring(sys.stderr)
     with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
         try:
@@ -64,39 +64,39 @@ def enduring() -> Iterator[None]:
 
 
 def finish() -> None:
-    """Before the process ends: wait a while for what is written."""
+    """Wait briefly for queued output before the process ends."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, Enduring):
             stream.finish()
 
 
 class Enduring:
-    """A text stream whose writer neither waits nor fails, whatever its reader does.
+    """A text stream whose writes neither block nor fail.
 
-    A thread writes. What is left out: all that fails, where the reader has gone or the disk is
-    full, and what comes while `_WAITING` parts wait for a reader that does not read.
+    A thread writes. It drops output that fails because of a closed reader or a full disk, and
+    output beyond `_QUEUED` parts for a reader that does not read.
     """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
-        self._parts: queue.Queue[str] = queue.Queue(_WAITING)
+        self._parts: queue.Queue[str] = queue.Queue(_QUEUED)
         self._written = threading.Condition()
-        self._left = 0  # parts that are not written yet
+        self._unwritten = 0  # parts
         threading.Thread(target=self._write_on, name="terminal", daemon=True).start()
 
     def write(self, text: str) -> int:
         with contextlib.suppress(queue.Full), self._written:
             self._parts.put_nowait(text)
-            self._left += 1
+            self._unwritten += 1
         return len(text)
 
     def flush(self) -> None:
-        """Nothing: each part is flushed when it is written."""
+        """Do nothing: each part is flushed when it is written."""
 
     def finish(self, within_s: float = 2.0) -> None:
-        """Wait until all is written, or no longer."""
+        """Wait until everything is written, for at most `within_s`."""
         with self._written:
-            self._written.wait_for(lambda: not self._left, within_s)
+            self._written.wait_for(lambda: not self._unwritten, within_s)
 
     def _write_on(self) -> None:
         while True:
@@ -105,7 +105,7 @@ class Enduring:
                 self._stream.write(text)
                 self._stream.flush()
             with self._written:
-                self._left -= 1
+                self._unwritten -= 1
                 self._written.notify_all()
 
     def __getattr__(self, name: str) -> Any:
@@ -113,12 +113,18 @@ class Enduring:
 
 
 def console(*, stderr: bool = False, width: int | None = None) -> Console:
-    """A console that prints text as it stands: names may look like markup or codes of emoji."""
+    """A console that prints text unchanged: names may resemble markup or emoji codes."""
     return Console(stderr=stderr, width=width, markup=False, emoji=False, highlight=False)
 
 
-def _plain(error: UnicodeError) -> tuple[str, int]:
+def print_error(message: str) -> None:
+    console(stderr=True).print(message, style="red", soft_wrap=True)
+
+
+def _replace(error: UnicodeError) -> tuple[str, int]:
     if not isinstance(error, UnicodeEncodeError):
         raise error
-    lacking = error.object[error.start : error.end]
-    return "".join(_PLAIN.get(each, "?" * max(1, cell_len(each))) for each in lacking), error.end
+    missing = error.object[error.start : error.end]
+    return "".join(
+        _REPLACEMENTS.get(each, "?" * max(1, cell_len(each))) for each in missing
+    ), error.end

@@ -20,7 +20,7 @@ from llmserve.api.sse import EventStream, PeekableStream
 from llmserve.errors import LLMServeError, StartupError
 from llmserve.lifecycle.admission import Releasable
 from llmserve.lifecycle.placement import Level, Placement
-from llmserve.registry.config import ModelSpec
+from llmserve.registry.spec import ModelSpec
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Iterator
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from llmserve.lifecycle.placement import Takes
     from llmserve.lifecycle.replica import MemoryBudget, Running, State
     from llmserve.lifecycle.response_store import ResponseStore
-    from llmserve.registry.config import Config
+    from llmserve.registry.spec import Config
 
 
 class Gate:

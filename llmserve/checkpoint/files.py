@@ -28,7 +28,7 @@ from llmserve.errors import ModelOutOfReach, ModelUnusable, ShapeUnknown
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-    from llmserve.registry.config import ModelSpec
+    from llmserve.registry.spec import ModelSpec
 
 _HUB_TIMEOUT_S = 10
 _HUB_THREADS = 8

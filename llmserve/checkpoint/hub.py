@@ -15,7 +15,7 @@ from llmserve.errors import StartupError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from llmserve.registry.config import ModelSpec
+    from llmserve.registry.spec import ModelSpec
 
 _HUB_TIMEOUT_S = 10
 # Everything that vLLM may read besides weights.

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from llmserve.checkpoint.files import Checkpoint, ModelConfig, Tensor
     from llmserve.errors import LLMServeError
-    from llmserve.registry.config import ModelSpec
+    from llmserve.registry.spec import ModelSpec
 
 
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}

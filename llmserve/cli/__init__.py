@@ -1,4 +1,4 @@
-"""The command `llmserve`: starting a server, and talking to one that runs.
+"""The command `llmserve`: starts a server, and controls a running one.
 
-Belongs here: options, and what is printed. Start with `main`.
+Contains options and output. Start with `main`.
 """

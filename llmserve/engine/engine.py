@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     from prometheus_client import CollectorRegistry
 
-    from llmserve.registry.config import ModelSpec
+    from llmserve.registry.spec import ModelSpec
 
 log = logging.getLogger(__name__)
 

@@ -109,7 +109,7 @@ if TYPE_CHECKING:
     from llmserve.engine.engine import Engine
     from llmserve.engine.fastpath.tokenizer import Encode
     from llmserve.lifecycle.placement import Level
-    from llmserve.registry.config import ModelSpec
+    from llmserve.registry.spec import ModelSpec
 
 log = logging.getLogger(__name__)
 

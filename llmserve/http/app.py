@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from llmserve.http.services import Services
-    from llmserve.registry.config import ServerSpec
+    from llmserve.registry.spec import ServerSpec
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pydantic import SecretStr
     from starlette.types import Scope
 
-    from llmserve.registry.config import ServerSpec
+    from llmserve.registry.spec import ServerSpec
 
 # ASGI extension of our server: look the client's address up, which few requests need.
 PEER = "llmserve.peer"

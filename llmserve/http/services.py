@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from llmserve.http.admin import Operator
     from llmserve.lifecycle.pool import Pool
     from llmserve.metrics import Metrics
-    from llmserve.registry.config import Config
+    from llmserve.registry.spec import Config
 
 
 @dataclass

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from llmserve.registry.config import ModelSpec
+    from llmserve.registry.spec import ModelSpec
 
 _CHARACTERS = 4  # of text in a token, about
 _PROMPTS = ("system", "instructions", "messages", "prompt", "input")  # as engines read them

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from llmserve.gpus.page_exchange import PageBroker
     from llmserve.lifecycle.placement import Takes
     from llmserve.planning.plan import Plan, PlannedReplica
-    from llmserve.registry.config import Config, ModelSpec
+    from llmserve.registry.spec import Config, ModelSpec
 
 log = logging.getLogger(__name__)
 Keep = Callable[[Sequence[Mapping[str, Any]]], None]  # takes what the workers report

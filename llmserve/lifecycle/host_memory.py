@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from llmserve.lifecycle.gpu_memory import Keep
     from llmserve.lifecycle.placement import Takes
     from llmserve.planning.plan import Problem
-    from llmserve.registry.config import Config, ModelSpec
+    from llmserve.registry.spec import Config, ModelSpec
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ class HostMemory:
                     self.capacity[HOST_MEMORY] - pinned + (self._needs(spec) if spec.pinned else 0)
                 )
             if self._needs(spec) > left:
-                yield config.told(
+                yield config.problem(
                     ("models", spec.name),
                     f"needs {gib(self._needs(spec))}, and of server.host_memory "
                     f"{gib(self.capacity[HOST_MEMORY])} are left {gib(max(0, left))}; what would fit: "

@@ -12,6 +12,7 @@ from llmserve.lifecycle.placement import HOST_MEMORY, Level
 from llmserve.lifecycle.replica import State
 from llmserve.registry import diff
 from llmserve.registry.names import Model
+from llmserve.registry.spec import Effect
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
     from llmserve.lifecycle.pool import Pool
     from llmserve.lifecycle.replica import Backend, Replica
     from llmserve.lifecycle.served_model import ServedModel
-    from llmserve.registry.config import Config, ModelSpec
     from llmserve.registry.diff import Change, Changes
+    from llmserve.registry.spec import Config, ModelSpec
 
 log = logging.getLogger(__name__)
 
@@ -138,13 +139,16 @@ class ModelOperator:
             adopt = await asyncio.to_thread(
                 self._backend.memory.planned, config, self._kept(changes)
             )
-            lines = diff.told(changes)
+            lines = diff.describe(changes)
             if not dry_run:
                 adopt()
                 self._config = config
                 self._adopted(config)
                 lines += await self._go_by(config, changes)
-            return diff.document(changes) | {"changed": bool(diff.told(changes)), "lines": lines}
+            return diff.document(changes) | {
+                "changed": bool(diff.describe(changes)),
+                "lines": lines,
+            }
 
     def _specs(self) -> tuple[ModelSpec, ...]:
         """What every model goes by, which the file may have failed to change."""
@@ -228,7 +232,7 @@ class ModelOperator:
     def _stays(self, change: Change, replica: Replica) -> bool:
         """Whether an engine can go on as one of more or fewer."""
         return (
-            change.effect is diff.Effect.RESIZED
+            change.effect is Effect.RESIZED
             and replica.number < change.new.replicas
             and self._backend.memory.place(change.new, replica.number).holds == replica.holds
         )

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from llmserve.api.endpoint_id import EndpointId
     from llmserve.lifecycle.placement import Placement, Takes
     from llmserve.lifecycle.response_store import ResponseStore
-    from llmserve.registry.config import Config, ModelSpec
     from llmserve.registry.names import Model
+    from llmserve.registry.spec import Config, ModelSpec
 
 
 class State(StrEnum):

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from llmserve.lifecycle.placement import Place, Takes
     from llmserve.lifecycle.replica import Backend, Replica, Running
     from llmserve.metrics import Metrics
-    from llmserve.registry.config import ModelSpec
+    from llmserve.registry.spec import ModelSpec
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from llmserve.checkpoint.shape import Shape
     from llmserve.gpus.device import Box
-    from llmserve.registry.config import ModelSpec
+    from llmserve.registry.spec import ModelSpec
 
 # The compute capability that a format of weights needs, x 10. Source: get_min_capability of
 # vllm/model_executor/layers/quantization; a contract test compares.

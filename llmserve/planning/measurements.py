@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from llmserve.checkpoint.shape import Shape
     from llmserve.gpus.device import Gpu
     from llmserve.planning.memory_model import Settings
-    from llmserve.registry.config import ModelSpec
+    from llmserve.registry.spec import ModelSpec
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from llmserve.gpus.device import GIB
 if TYPE_CHECKING:
     from llmserve.checkpoint.shape import Shape
     from llmserve.gpus.device import Gpu
-    from llmserve.registry.config import ModelSpec
+    from llmserve.registry.spec import ModelSpec
 
 BLOCK_TOKENS = 16  # of a KV cache, unless `block_size` says otherwise
 _MIB = 2**20

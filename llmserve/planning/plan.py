@@ -10,7 +10,7 @@ from llmserve.errors import PlacementError
 
 if TYPE_CHECKING:
     from llmserve.gpus.device import Box
-    from llmserve.registry.config import Config, ModelSpec
+    from llmserve.registry.spec import Config, ModelSpec
 
 _KEPT = 1 << 20  # bytes; vLLM takes 0 bytes of KV cache for "not said"
 
@@ -77,7 +77,7 @@ class Problem:
 
     def within(self, config: Config) -> str:
         """With its line in the file."""
-        return config.told(
+        return config.problem(
             ("models", self.model, *([self.key] if self.key else [])), self.describe()
         )
 

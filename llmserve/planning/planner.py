@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from llmserve.checkpoint.shape import Shape
     from llmserve.gpus.device import Box, Gpu
     from llmserve.planning.placement import Misfit, Placed
-    from llmserve.registry.config import ModelSpec
+    from llmserve.registry.spec import ModelSpec
 
 
 class ModelDemand:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from llmserve.gpus.device import Box
     from llmserve.planning.plan import Plan
     from llmserve.planning.size import ReplicaFootprint
-    from llmserve.registry.config import ModelSpec
+    from llmserve.registry.spec import ModelSpec
 
 _SHORTEST = 2048  # tokens; a context below is no help to anyone
 _FP8_NEEDS = feasibility.QUANTIZATION_NEEDS["fp8"]

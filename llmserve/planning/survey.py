@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from llmserve.checkpoint.shape import Shape
     from llmserve.gpus.device import Box
     from llmserve.planning.plan import Plan
-    from llmserve.registry.config import Config, ModelSpec
+    from llmserve.registry.spec import Config, ModelSpec
 
 _COUNTS = frozenset(field.name for field in dataclasses.fields(shape.Shape) if field.type == "int")
 _READERS = 16  # of headers at a time; most of it is waiting for a disk or the hub

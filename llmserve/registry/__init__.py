@@ -1,5 +1,5 @@
-"""The registry: what `models.yaml` says, and what a changed one changes.
+"""The registry: the content of `models.yaml`, and the effects of a changed file.
 
-Belongs here: the specs of the server and of models, their defaults, and their problems.
-Nothing here looks at a GPU or at a model's files. Start with `config`.
+Contains the specs of server and models, their defaults and their problems. Accesses no GPU and
+reads no weights. Start with `spec`, then `loader`.
 """

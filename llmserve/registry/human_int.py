@@ -1,4 +1,4 @@
-"""Whole numbers as vLLM's command line takes them."""
+"""Integers in the notation of vLLM's command line."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ _UNITS |= {unit.upper(): 2 ** (10 * (i + 1)) for i, unit in enumerate("kmgt")}
 
 
 def human_int(value: object) -> object:
-    """`32k` is 32,000 and `32K` 32,768, as on vLLM's command line; `auto` is -1.
+    """The integer of `32k` (32,000), `32K` (32,768) or `auto` (-1); other values unchanged.
 
     Source: vllm/utils/argparse_utils.py, human_readable_int_or_auto.
     """
-    if isinstance(value, bool):  # YAML's `yes`
-        raise ValueError("must be a number")  # noqa: TRY004  # what pydantic catches
+    if isinstance(value, bool):
+        raise ValueError("must be a number")  # noqa: TRY004  # pydantic catches ValueError
     if not isinstance(value, str):
         return value
     if value == "auto":

@@ -1,4 +1,4 @@
-"""Public names and what they lead to. Pure."""
+"""Public names and their models. Pure."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from llmserve.errors import ModelNotFound
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from llmserve.registry.config import ModelSpec
+    from llmserve.registry.spec import ModelSpec
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model as clients see it: its own name, aliases, and an adapter's name each."""
+    """A model with all its public names: its own, its aliases and its adapters'."""
 
     spec: ModelSpec
 
@@ -38,12 +38,12 @@ class ModelNames:
         self._by_name = {name: model for model in self.models for name in model.names}
 
     def find(self, name: str) -> Model:
-        """The model of a public name. Raises ModelNotFound, which lists the names there are."""
+        """The model of a public name. Raises ModelNotFound, which lists the known names."""
         try:
             return self._by_name[name]
         except KeyError:
             raise ModelNotFound(name, self.public_names()) from None
 
     def public_names(self) -> list[str]:
-        """The names to show: all but those of hidden models."""
+        """All names, without those of hidden models."""
         return [name for model in self.models if not model.spec.hidden for name in model.names]

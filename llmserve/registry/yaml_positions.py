@@ -1,4 +1,4 @@
-"""A YAML file as plain values that know the line they came from."""
+"""A YAML file as plain values, with the line of each value."""
 
 from __future__ import annotations
 
@@ -10,21 +10,20 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
     from pathlib import Path as FilePath
 
 Path = tuple[int | str, ...]
 
 _NAME = "[A-Za-z_][A-Za-z0-9_]*"
-# `$$`, `${NAME}`, or what only looks like a reference.
+# `$$`, `${NAME}`, or text that resembles a reference.
 _ENV = re.compile(
     rf"(?P<escape>\$\$)|\$\{{(?P<name>{_NAME})\}}"
     rf"|(?P<wrong>\$[{{(A-Za-z_]|^%{_NAME}%$)"
 )
 
-_NO_REFERENCE = (
-    "has what looks like a reference and is none; "
-    "write ${NAME} for a variable of the environment, $$ for a plain $"
+_INVALID_REFERENCE = (
+    "invalid reference; write ${NAME} for an environment variable, $$ for a plain $"
 )
 _KEPT = {f"tag:yaml.org,2002:{kind}" for kind in ("null", "merge")}  # of YAML 1.1's plain words
 
@@ -37,27 +36,29 @@ class Problem:
 
     def within(self, file: str) -> str:
         where = f"{file}:{self.line}" if self.line else file
-        told = f"{where}: {self.path}: {self.message}" if self.path else f"{where}: {self.message}"
-        return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in told)
+        line = f"{where}: {self.path}: {self.message}" if self.path else f"{where}: {self.message}"
+        return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
 
 
 @dataclass
 class Document:
-    """The values of a file, the line of each, and what is wrong with the file as YAML."""
+    """The values of a file, their lines, and the problems of the file."""
 
     value: Any = None
     lines: dict[Path, int] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
-    written: dict[Path, str] = field(default_factory=dict)  # what YAML reads as no text
-
-    def line(self, path: Path) -> int:
-        """The line of `path`, or of the closest thing around it; 0 in an empty file."""
-        while path and path not in self.lines:
-            path = path[:-1]
-        return self.lines.get(path, 0)
+    written: dict[Path, str] = field(default_factory=dict)  # values that are not text in YAML
 
     def problem(self, path: Path, message: str) -> None:
-        self.problems.append(Problem(self.line(path), dotted(path), message))
+        """Add a problem."""
+        self.problems.append(Problem(line(self.lines, path), dotted(path), message))
+
+
+def line(lines: Mapping[Path, int], path: Path) -> int:
+    """The line of `path` or of its nearest ancestor; 0 in an empty file."""
+    while path and path not in lines:
+        path = path[:-1]
+    return lines.get(path, 0)
 
 
 def dotted(path: Iterable[int | str]) -> str:
@@ -67,8 +68,8 @@ def dotted(path: Iterable[int | str]) -> str:
 def read(file: FilePath, *, verbatim: frozenset[str] = frozenset()) -> Document:
     """Read `file`; `${NAME}` in a string is replaced from the environment (`$$` is a plain `$`).
 
-    Keys, and strings under a key in `verbatim`, are left as they are. A file that cannot be
-    read or parsed gives a document with that problem alone.
+    Keys, and strings under a key in `verbatim`, do not change. For a file that cannot be read or
+    parsed, the document has only that problem.
     """
     document = Document()
     try:
@@ -97,9 +98,9 @@ def read(file: FilePath, *, verbatim: frozenset[str] = frozenset()) -> Document:
 
 
 class _Loader(yaml.SafeLoader):
-    """Of plain words only true, false, null and decimal numbers are no text.
+    """Reads all plain words as text, except true, false, null and decimal numbers.
 
-    YAML 1.1, which PyYAML reads, has more: dates, `yes`, octal and sexagesimal numbers.
+    PyYAML reads YAML 1.1, with further exceptions: dates, `yes`, octal and sexagesimal numbers.
     """
 
     yaml_implicit_resolvers = {  # noqa: RUF012  # as the base class has it
@@ -127,13 +128,13 @@ class _Builder:
         self.document = document
         self.verbatim = verbatim
         self.open: list[yaml.Node] = []
-        self.own_keys: dict[int, set[int]] = {}  # of each mapping, before others were merged in
+        self.own_keys: dict[int, set[int]] = {}  # of each mapping, without merged keys
 
     def build(self, node: yaml.Node, path: Path) -> Any:
         self.document.lines[path] = node.start_mark.line + 1
         if node in self.open:
             raise yaml.MarkedYAMLError(
-                problem="an anchor that holds itself", problem_mark=node.start_mark
+                problem="an anchor contains itself", problem_mark=node.start_mark
             )
         self.open.append(node)
         try:
@@ -147,32 +148,32 @@ class _Builder:
 
     def _mapping(self, node: yaml.MappingNode, path: Path) -> dict[str, Any]:
         own = self.own_keys.setdefault(id(node), {id(key) for key, _ in node.value})
-        self.loader.flatten_mapping(node)  # `<<: *anchor`; own keys come last and win
+        self.loader.flatten_mapping(node)  # `<<: *anchor`; own keys come last and take precedence
         built: dict[str, Any] = {}
-        first: dict[str, int] = {}  # own keys only: what is merged in may be said again
+        first: dict[str, int] = {}  # own keys; they may repeat merged keys
         for key_node, value_node in node.value:
             line = key_node.start_mark.line + 1
             if not isinstance(key_node, yaml.ScalarNode):
                 raise yaml.MarkedYAMLError(
-                    problem="a key that is no text", problem_mark=key_node.start_mark
+                    problem="a key must be text", problem_mark=key_node.start_mark
                 )
-            key = key_node.value  # as it is written: `1.10` is no number here
+            key = key_node.value  # as written: `1.10` is text here
             if key in first:
                 self.document.lines[(*path, key)] = line
-                self.document.problem((*path, key), f"is here twice; first in line {first[key]}")
+                self.document.problem((*path, key), f"duplicate key; first on line {first[key]}")
                 continue
             if id(key_node) in own:
                 first[key] = line
             built[key] = self.build(value_node, (*path, key))
             self.document.lines[(*path, key)] = line
             if "${" in key:
-                self.document.problem((*path, key), "is a key, and references are for values only")
+                self.document.problem((*path, key), "references are not allowed in keys")
         return built
 
     def _construct(self, node: yaml.Node) -> Any:
         try:
             return self.loader.construct_object(node, deep=True)
-        except ValueError as error:  # what looks like a date or number and is none
+        except ValueError as error:  # invalid dates and numbers
             raise yaml.MarkedYAMLError(problem=str(error), problem_mark=node.start_mark) from None
 
     def _scalar(self, node: yaml.Node, path: Path) -> Any:
@@ -189,9 +190,9 @@ class _Builder:
             return "$"
         name = match["name"]
         if name is None:
-            self.document.problem(path, _NO_REFERENCE)  # without the text, which may be a secret
+            self.document.problem(path, _INVALID_REFERENCE)  # the text may be a secret
             return ""
         if name not in os.environ:
-            self.document.problem(path, f"the environment has no variable {name}")
+            self.document.problem(path, f"environment variable {name} is not set")
             return ""
         return os.environ[name]

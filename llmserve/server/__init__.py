@@ -1,4 +1,4 @@
-"""The process: bind, serve, start models, drain, end.
+"""The server's process: bind, serve, start models, drain, end.
 
-Belongs here: sockets, TLS, logs and signals of the server's own process. Start with `process`.
+Contains sockets, TLS, logs and signals. Start with `process`, or with `connection` for bytes.
 """

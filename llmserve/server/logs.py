@@ -1,4 +1,4 @@
-"""The log of the server's own process: `server.log`, and errors on the terminal."""
+"""The log of the server's process: `server.log`, and errors on the terminal."""
 
 from __future__ import annotations
 
@@ -17,33 +17,32 @@ _FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 
 
 def begin(file: Path) -> None:
-    """Log all of this process into a new file, vLLM's front end included; what `_tells` on stderr.
+    """Log this process, with vLLM's front end, to a new file, and important records to stderr.
 
-    The rest of the terminal belongs to what `up` shows. The file of the run before gets a `.1`
-    at its end. Raises OSError.
+    The previous file gets the suffix `.1`. Raises OSError.
     """
     keep_last(file)
     to_file = LogFile(file)
     to_file.setFormatter(_Escaping(_FORMAT))
     to_terminal = logging.StreamHandler()
-    to_terminal.addFilter(_tells)
+    to_terminal.addFilter(_is_for_terminal)
     to_terminal.setFormatter(_Brief(_FORMAT))
     logging.basicConfig(level=logging.INFO, handlers=[to_file, to_terminal])
     logging.captureWarnings(True)
-    # torch says on stderr that Triton is missing, which the CPU build does without.
+    # torch warns that Triton is missing, which the CPU build does not need.
     logging.getLogger("torch._library").setLevel(logging.ERROR)
 
 
-def _tells(record: logging.LogRecord) -> bool:
-    """Whether the terminal shows it: errors, and what a start had to do without."""
-    of_start = record.name == "llmserve.engine.backend" and record.levelno >= logging.WARNING
-    return of_start or record.levelno >= logging.ERROR
+def _is_for_terminal(record: logging.LogRecord) -> bool:
+    """Whether the terminal shows a record: errors, and warnings about a start."""
+    is_of_start = record.name == "llmserve.engine.backend" and record.levelno >= logging.WARNING
+    return is_of_start or record.levelno >= logging.ERROR
 
 
 class LogFile(logging.handlers.WatchedFileHandler):
-    """Appends to a file that others may cut short, move or remove, as logrotate does.
+    """Appends to a file that logrotate may truncate, move or remove.
 
-    What cannot be written, on a full disk, is left out and counted.
+    Records that cannot be written, as on a full disk, are dropped and counted.
     """
 
     def __init__(self, file: Path) -> None:
@@ -53,14 +52,14 @@ class LogFile(logging.handlers.WatchedFileHandler):
     def emit(self, record: logging.LogRecord) -> None:
         missing = self._missing
         self._write(record)
-        if missing and self._missing == missing:  # it can be written again
+        if missing and self._missing == missing:  # the file is writable again
             self._missing = 0
             self._write(_gap(missing))
 
     def _write(self, record: logging.LogRecord) -> None:
         try:
             super().emit(record)
-        except OSError:  # the file could not be opened anew
+        except OSError:  # the file could not be opened again
             self._missing += 1
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  # logging's
@@ -71,14 +70,14 @@ class LogFile(logging.handlers.WatchedFileHandler):
 
 
 def _gap(missing: int) -> logging.LogRecord:
-    text = "%d records before this one may be missing: the log could not be written"
+    text = "%d earlier records may be missing: the log could not be written"
     return logging.LogRecord(__name__, logging.ERROR, __file__, 0, text, (missing,), None)
 
 
 class _Escaping(logging.Formatter):
-    """Writes control characters as escapes and indents further lines of a record.
+    """Escapes control characters and indents the further lines of a record.
 
-    Clients choose paths, names and headers: none of these drives a terminal or forges a record.
+    Clients choose paths, names and headers, which must not control a terminal or forge a record.
     """
 
     def format(self, record: logging.LogRecord) -> str:
@@ -94,7 +93,7 @@ def _escaped(line: str) -> str:
 
 
 class _Brief(_Escaping):
-    """Without tracebacks, which are in the file."""
+    """Omits tracebacks, which are in the file."""
 
     def format(self, record: logging.LogRecord) -> str:
         brief = copy.copy(record)

@@ -1,4 +1,4 @@
-"""The process: bind, serve, start models, drain, end."""
+"""The server's process: bind, serve, start models, drain, end."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ from llmserve.planning import survey
 from llmserve.registry.names import ModelNames
 from llmserve.server import connection, startup_display, tls
 from llmserve.server import logs as serverlog
+from llmserve.server.limits import Limits
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
 
     from llmserve.engine.backend import Memory
     from llmserve.lifecycle.replica import Backend
-    from llmserve.registry.config import Config, ServerSpec
+    from llmserve.registry.spec import Config, ServerSpec
 
 log = logging.getLogger(__name__)
 
@@ -60,11 +61,11 @@ def up(
     read: Callable[[], Config],
     backend: Backend | None = None,
 ) -> NoReturn:
-    """Serve a registry until a signal, then end the process; SIGHUP: `read` it again.
+    """Serve a registry until a signal, then end the process. SIGHUP calls `read` and reloads.
 
-    `backend` starts the engines; without one it is vLLM. Raises StartupError before
-    anything is loaded if the port is taken, the certificate cannot be used or others hold the
-    GPUs, PlacementError if the models do not fit on them.
+    `backend` starts the engines; the default is vLLM. Raises, before a model is loaded,
+    StartupError for a port, certificate or GPU that cannot be used, and PlacementError for models
+    that do not fit.
     """
     listener = bind(config.server)
     try:
@@ -99,17 +100,17 @@ def _run(
 
 
 def _memory(config: Config) -> Memory:
-    """The plan of this machine's GPUs, or its host memory where vLLM runs on the CPU.
+    """The plan of this machine's GPUs, or the host memory if vLLM runs on the CPU.
 
-    Raises PlacementError if the models do not fit, StartupError if others hold the memory.
+    Raises PlacementError if the models do not fit, StartupError if other processes use the memory.
     """
     if environment.is_cpu_build():
         return HostMemory.of(config)
     box = nvml.visible()
     if not box:
         raise StartupError(
-            "no NVIDIA GPU is visible: look at `nvidia-smi` and CUDA_VISIBLE_DEVICES, "
-            "or install the variant for CPUs"
+            "no NVIDIA GPU is visible; check `nvidia-smi` and CUDA_VISIBLE_DEVICES, "
+            "or install llmserve[cpu]"
         )
     plan = survey.plan(config, box).raise_if_infeasible(config)
     space = GpuMemory(plan, host_memory=config.server.host_memory, handover=PageBroker())
@@ -118,16 +119,14 @@ def _memory(config: Config) -> Memory:
 
 
 def _print_dtypes(memory: Memory, console: Console) -> None:
-    """The data type of each model on a CPU, where it may have been chosen."""
+    """Print the data type of each model on a CPU."""
     if isinstance(memory, HostMemory) and memory.dtypes:
         listed = ", ".join(f"{name} in {dtype}" for name, dtype in memory.dtypes.items())
         console.print(f"On the CPU: {listed}.", markup=False, highlight=False, soft_wrap=True)
 
 
 def bind(server: ServerSpec) -> socket.socket:
-    """The listening port, taken before any model loads. Raises StartupError."""
-    if not 0 <= server.port <= 65535:  # getaddrinfo would take it modulo 65536
-        raise StartupError(f"port {server.port} is none; ports go from 0 to 65535")
+    """Open the listening socket. Raises StartupError."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(
             server.host, server.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -135,7 +134,8 @@ def bind(server: ServerSpec) -> socket.socket:
         listener = socket.socket(family, kind)
     except (OSError, UnicodeError) as error:
         raise StartupError(
-            f"server.host {server.host} is no address here: {getattr(error, 'strerror', error)}"
+            f"server.host {server.host} is not an address of this machine: "
+            f"{getattr(error, 'strerror', error)}"
         ) from None
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -145,13 +145,13 @@ def bind(server: ServerSpec) -> socket.socket:
         listener.close()
         raise StartupError(
             f"port {server.port} on {server.host} cannot be bound: {error.strerror}; "
-            "choose another with --port or end the process that has it"
+            "choose another port with --port or end the process that uses it"
         ) from None
     return listener
 
 
 def _log_folder(server: ServerSpec, listener: socket.socket) -> Path:
-    """A folder of the port's own: several servers do not share files. Raises StartupError."""
+    """Create the log folder of the port, which no other server shares. Raises StartupError."""
     try:
         folder = server.log_dir.expanduser() / str(listener.getsockname()[1])
         folder.mkdir(parents=True, exist_ok=True)
@@ -162,10 +162,10 @@ def _log_folder(server: ServerSpec, listener: socket.socket) -> Path:
 
 
 class _Uvicorn(uvicorn.Server):
-    """uvicorn without its signal handlers: `_Process` decides when to end.
+    """uvicorn without its signal handlers: `_Process` ends it.
 
-    It updates its date header once a second, not ten times, and one timer looks at all
-    connections: a timer for each would cost more than a request's headers.
+    Its date header changes once a second, not ten times. One timer checks all connections: a timer
+    per connection would cost more than parsing a request's headers.
     """
 
     def __init__(self, config: connection.ConnectionConfig) -> None:
@@ -187,8 +187,8 @@ class _Uvicorn(uvicorn.Server):
             for each in list(self.server_state.connections):
                 try:
                     cast("connection.Connection", each).end_overdue(now)
-                except Exception:  # this one's; the others go on
-                    log.exception("a connection could not be looked at")
+                except Exception:  # the other connections need their check
+                    log.exception("check of a connection failed")
 
     def end(self) -> None:
         self.should_exit = True
@@ -240,17 +240,17 @@ class _Process:
         reload.add_done_callback(self._reloads.discard)
 
     async def _reload(self) -> None:
-        """As the operator's route does, told on the terminal."""
+        """Reload as `POST /admin/reload` does, and print the result."""
         try:
             lines = (await self._control.reload(dry_run=False))["lines"]
         except LLMServeError as error:
             lines = [error.message, "nothing has changed"]
         except Exception:
             log.exception("reload")
-            lines = ["the reload failed; the server's log says why"]
+            lines = ["the reload failed; see server.log for the reason"]
         for line in lines or ["the registry has not changed"]:
             log.info("reload: %s", line)
-            self._say(f"reload: {line}")
+            self._print(f"reload: {line}")
 
     async def run(self) -> int:
         loop = asyncio.get_running_loop()
@@ -264,30 +264,30 @@ class _Process:
         ]
         try:
             code = await self._until_signalled()
-            self._uvicorn.end()  # no new connections, and an end to idle ones
+            self._uvicorn.end()  # closes idle connections and accepts no new ones
             await self._pool.drain(self._server.drain_timeout)
-            await self._without_onlookers(serving)
+            await self._end_serving(serving)
         finally:
             for watch in watches:
                 watch.cancel()
             await self._pool.stop()
-            self._pool.kill()  # what belongs to no model, and ends that were given up
+            self._pool.kill()  # engines without a model, and engines that did not stop
         return code
 
     @property
     def _server(self) -> ServerSpec:
         return self._services.config.server
 
-    async def _without_onlookers(self, serving: asyncio.Task[None]) -> None:
-        """What is still open now watches events or a log, and would not end by itself."""
+    async def _end_serving(self, serving: asyncio.Task[None]) -> None:
+        """End uvicorn. Streams of events and logs have no end of their own."""
         await asyncio.wait({serving}, timeout=_LINGER_S)
         self._uvicorn.force_exit = True
         await serving
 
     async def _until_signalled(self) -> int:
-        """0 after a signal; the exit code of a start that failed."""
+        """Return 0 after a signal, or the exit code of a failed start."""
         signalled = asyncio.create_task(self._signalled.wait())
-        self._say(f"Listening on {self._url()}, starting {len(self._pool.entries)} models.")
+        self._print(f"Listening on {self._url()}, starting {len(self._pool.entries)} models.")
         with self._display.live():
             starting = asyncio.create_task(self._pool.start())
             await asyncio.wait({starting, signalled}, return_when=asyncio.FIRST_COMPLETED)
@@ -298,7 +298,7 @@ class _Process:
             await starting
         except StartupError as error:
             signalled.cancel()
-            self._say(error.message, style="bold red")
+            self._print(error.message, style="bold red")
             return error.exit_code
         self._announce()
         await signalled
@@ -310,8 +310,8 @@ class _Process:
         asleep = [entry.name for entry in self._pool.entries.values() if entry.is_idle_on_demand]
         notes = [f"{', '.join(asleep)} on demand"] if asleep else []
         notes += [f"{failed} failed"] if failed else []
-        self._say(
-            f"Serving {ready or 'nothing yet'} on {self._url()}"
+        self._print(
+            f"Serving {ready or 'no model yet'} on {self._url()}"
             + (f" ({'; '.join(notes)})" if notes else "")
         )
 
@@ -321,7 +321,7 @@ class _Process:
         host = f"[{server.host}]" if ":" in server.host else server.host
         return f"{scheme}://{host}:{port}"
 
-    def _say(self, text: str, style: str = "") -> None:
+    def _print(self, text: str, style: str = "") -> None:
         self._console.print(Text(text, style), soft_wrap=True)
 
     def _on_signal(self, number: signal.Signals) -> None:
@@ -332,18 +332,21 @@ class _Process:
         in_flight = sum(entry.slots.in_flight for entry in self._pool.entries.values())
         if in_flight:
             limit = self._server.drain_timeout
-            self._say(f"Stopping: {in_flight} requests get up to {limit:g} s; again to end now.")
+            self._print(
+                f"Stopping: {in_flight} requests have up to {limit:g} s. "
+                "Press Ctrl-C again to end now."
+            )
 
 
 def leave(code: int) -> NoReturn:
-    """End the process now.
+    """End the process now, without the interpreter's shutdown.
 
-    Not through the interpreter's own end: it would wait for the thread of a start that
-    was given up, and native modules of vLLM's print what they take for leaks.
+    The shutdown would wait for the thread of a cancelled start, and native modules of vLLM would
+    print false reports of leaks.
     """
     terminal.finish()
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):  # its reader has gone
+        with contextlib.suppress(OSError):  # a closed pipe
             stream.flush()
     os._exit(code)
 
@@ -353,17 +356,17 @@ def _graceful_s(server: ServerSpec) -> int:
 
 
 def _uvicorn_config(
-    server: ServerSpec, application: object, limits: connection.Limits | None = None
+    server: ServerSpec, application: object, limits: Limits | None = None
 ) -> connection.ConnectionConfig:
     config = connection.ConnectionConfig(
         application,
-        limits=limits or connection.Limits.of_process(),
+        limits=limits or Limits.from_process(),
         lifespan="off",
         log_config=None,
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        # The pool cuts off requests; this is for what holds a connection and no model.
+        # For connections without a model; the pool ends requests of models.
         timeout_graceful_shutdown=_graceful_s(server),
         ssl_certfile=server.ssl_certfile,
         ssl_keyfile=server.ssl_keyfile,

@@ -1,4 +1,4 @@
-"""What `llmserve up` shows while models start."""
+"""The output of `llmserve up` while models start."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from llmserve.lifecycle.replica import Replica
 
-_SHOWN_S = 0.5  # a step of a start that is worth a word
+_SHOWN_S = 0.5  # shorter steps of a start are not shown
 _STYLES = {State.READY: "green", State.FAILED: "bold red", State.STOPPED: "dim"}
 
 
@@ -25,12 +25,12 @@ class Display(Protocol):
     def add(self, replicas: list[Replica]) -> None: ...
     def changed(self, replica: Replica) -> None: ...
     def live(self) -> AbstractContextManager[object]:
-        """What is shown while models start."""
+        """The context in which models start."""
         ...
 
 
 def display(console: Console) -> Display:
-    """A live table in a terminal, a line for each change elsewhere."""
+    """A live table on a terminal; otherwise a line for each change."""
     return LiveTable(console) if console.is_terminal else Lines(console)
 
 
@@ -89,7 +89,7 @@ class LiveTable(Lines):
 
 
 def _note(replica: Replica) -> str:
-    """Progress, why it failed, or where the seconds of its start went."""
+    """The replica's note, or the durations of its start if it is ready."""
     if replica.state is not State.READY:
         return replica.note
     steps = [(step, seconds) for step, seconds in replica.took.items() if seconds >= _SHOWN_S]

@@ -1,4 +1,4 @@
-"""The certificate and key of `server`, looked at before anything starts."""
+"""The check of `ssl_certfile` and `ssl_keyfile` before the server starts."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _BEGIN = "-----BEGIN "
 
 
 def require_usable(certificate: Path, key: Path) -> None:
-    """Raises StartupError, which names the file. Does not ask for a pass phrase."""
+    """Raise StartupError, with the file, for a certificate or key that cannot be used."""
     _require("server.ssl_certfile", certificate, "CERTIFICATE")
     _require("server.ssl_keyfile", key, "PRIVATE KEY")
     try:
-        # Without the callback OpenSSL would ask the terminal.
+        # Without the callback OpenSSL would prompt for a pass phrase.
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(
             certificate, key, partial(_refuse, key)
         )
@@ -27,7 +27,7 @@ def require_usable(certificate: Path, key: Path) -> None:
         if error.reason == "KEY_VALUES_MISMATCH":
             raise StartupError(
                 f"server.ssl_keyfile {key} is not the key of the first certificate in "
-                f"server.ssl_certfile {certificate}; in a chain the server's own comes first"
+                f"server.ssl_certfile {certificate}; put the server's own certificate first"
             ) from None
         raise StartupError(
             f"the TLS certificate {certificate} or its key {key} cannot be used: {error}"
@@ -36,13 +36,13 @@ def require_usable(certificate: Path, key: Path) -> None:
 
 def _refuse(key: Path) -> NoReturn:
     raise StartupError(
-        f"server.ssl_keyfile {key} is encrypted with a pass phrase, which a server cannot be asked "
-        f"for; write the key without one: openssl pkey -in {key} -out KEY.pem"
+        f"server.ssl_keyfile {key} has a pass phrase, which is not supported; "
+        f"remove it: openssl pkey -in {key} -out KEY.pem"
     )
 
 
 def _require(name: str, file: Path, kind: str) -> None:
-    """Raises StartupError for a file without a PEM block of a kind."""
+    """Raise StartupError for a file without a PEM block of a kind."""
     try:
         lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as error:
@@ -50,4 +50,4 @@ def _require(name: str, file: Path, kind: str) -> None:
     found = [line.strip("\ufeff -").removeprefix("BEGIN ") for line in lines if _BEGIN in line]
     if not any(each.endswith(kind) for each in found):
         held = ", ".join(dict.fromkeys(found)) or "no PEM block"
-        raise StartupError(f"{name} {file} must hold a {kind} in PEM; it holds {held}")
+        raise StartupError(f"{name} {file} must contain a {kind} in PEM; it contains {held}")

@@ -20,8 +20,8 @@ from llmserve.http.services import Services
 from llmserve.lifecycle.operator import ModelOperator
 from llmserve.lifecycle.pool import Pool
 from llmserve.metrics import Metrics
-from llmserve.registry.config import Config, ModelSpec, ServerSpec
 from llmserve.registry.names import ModelNames
+from llmserve.registry.spec import Config, ModelSpec, ServerSpec
 from tests.fakes import FakeBackend
 
 if TYPE_CHECKING:

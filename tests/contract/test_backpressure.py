@@ -16,8 +16,9 @@ import pytest_asyncio
 from llmserve.api.schedule import Schedule
 from llmserve.lifecycle.admission import QueuedRequest
 from llmserve.lifecycle.lease import Lease
-from llmserve.registry.config import ServerSpec
-from llmserve.server import connection, process
+from llmserve.registry.spec import ServerSpec
+from llmserve.server import process, response_cycle
+from llmserve.server.limits import Limits
 from tests.contract.fake_core import SILENT
 from tests.contract.test_fast_path import CHATS, COMPLETIONS, EMOJI, Box, boxed, events
 from tests.fakes import soon, until
@@ -42,7 +43,7 @@ async def box() -> AsyncIterator[Box]:
 @asynccontextmanager
 async def served(box: Box, stuck_s: float = 60.0) -> AsyncIterator[int]:
     """The port of a server with small buffers."""
-    limits = connection.Limits(stuck_s=stuck_s, sweep_s=0.1)
+    limits = Limits(stuck_s=stuck_s, sweep_s=0.1)
     spec = ServerSpec(port=0, drain_timeout=1)
     with process.bind(spec) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SMALL)  # accepted ones inherit it
@@ -273,7 +274,7 @@ class Cycle:
 def test_the_headers_of_a_stream_and_its_first_event_are_one_write(second: bytes) -> None:
     cycle: Any = Cycle()
     transport = cycle.transport
-    connection._hold(cycle)
+    response_cycle.hold_headers(cycle)
     cycle.transport.write(b"head ")
     assert transport.written == []
     assert not cycle.transport.is_closing()
@@ -286,11 +287,11 @@ def test_headers_that_have_left_or_have_no_reader_are_not_held() -> None:
     for name in ("response_started", "disconnected"):
         cycle: Any = Cycle()
         setattr(cycle, name, True)
-        connection._hold(cycle)
+        response_cycle.hold_headers(cycle)
         assert isinstance(cycle.transport, Transport)
     cycle = Cycle()
-    connection._hold(cycle)
-    connection._untie(cycle)
+    response_cycle.hold_headers(cycle)
+    response_cycle.break_references(cycle)
     assert isinstance(cycle.transport, Transport)
 
 

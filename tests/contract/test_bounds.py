@@ -17,7 +17,7 @@ import pytest
 from llmserve.engine.parent_watch import ParentWatch
 from llmserve.errors import EngineError
 from llmserve.lifecycle.placement import Level
-from llmserve.registry.config import ModelSpec
+from llmserve.registry.spec import ModelSpec
 from tests import tied
 from tests.contract.conftest import CHAT, on_fake_core
 from tests.fakes import soon

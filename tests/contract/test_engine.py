@@ -10,7 +10,7 @@ import pytest
 
 from llmserve.engine import run_folder
 from llmserve.errors import StartupError
-from llmserve.registry.config import ModelSpec, SamplingSpec
+from llmserve.registry.spec import ModelSpec, SamplingSpec
 from tests.contract.conftest import CHAT
 
 

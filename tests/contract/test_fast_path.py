@@ -37,7 +37,7 @@ from llmserve.engine.metrics import EngineMetrics
 from llmserve.engine.request_validation import bounded
 from llmserve.http import app
 from llmserve.lifecycle import restart_backoff
-from llmserve.registry.config import ModelSpec
+from llmserve.registry.spec import ModelSpec
 from tests.contract.conftest import CHAT, on_fake_core, services_of
 from tests.contract.fake_core import DIES_AT_ONCE, FAILS, PREEMPTED, SILENT, TRIPLES
 from tests.fakes import soon, until

@@ -18,7 +18,7 @@ from llmserve.api.endpoint_id import EndpointId
 from llmserve.errors import LLMServeError
 from llmserve.http import app
 from llmserve.lifecycle.health import HealthMonitor
-from llmserve.registry.config import ModelSpec
+from llmserve.registry.spec import ModelSpec
 from tests.contract.conftest import CHAT, EMBED, on_fake_core, services_of
 from tests.contract.fake_core import DIES, FAILS
 from tests.listening import listening

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 
-from llmserve.registry.config import ModelSpec
+from llmserve.registry.spec import ModelSpec
 from tests.contract.conftest import CHAT, on_fake_core
 
 

@@ -10,7 +10,7 @@ from llmserve.engine.environment import is_cpu_build
 from llmserve.engine.startup_log import one_line
 from llmserve.gpus.device import GIB, Gpu, described
 from llmserve.planning import feasibility, memory_model
-from llmserve.registry.config import ModelSpec
+from llmserve.registry.spec import ModelSpec
 from tests.contract.conftest import CHAT
 
 

@@ -18,7 +18,7 @@ from starlette.datastructures import State
 
 from llmserve.engine import required_keys
 from llmserve.http import app
-from llmserve.registry.config import ModelSpec
+from llmserve.registry.spec import ModelSpec
 from tests.contract.conftest import CHAT, EMBED, services_of
 
 if TYPE_CHECKING:

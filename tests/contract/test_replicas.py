@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from llmserve.engine.worker import plugin
 from llmserve.http import app
-from llmserve.registry.config import ModelSpec
+from llmserve.registry.spec import ModelSpec
 from tests.contract.conftest import CHAT, on_fake_core, services_of
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from llmserve.engine import environment
 from llmserve.errors import EngineError
 from llmserve.gpus.device import gib
 from llmserve.lifecycle.placement import Level
-from llmserve.registry.config import ModelSpec
+from llmserve.registry.spec import ModelSpec
 from tests.gpu import MARKS
 from tests.integration.conftest import CHAT
 

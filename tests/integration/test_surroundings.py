@@ -196,5 +196,5 @@ def test_a_key_with_a_pass_phrase_is_refused_and_nobody_asked(tmp_path: Path) ->
     reading.join()
     os.close(master)
     text = re.sub(r"\x1b\[[0-9;]*m", "", shown.decode())
-    assert "key.pem is encrypted with a pass phrase" in text
+    assert "key.pem has a pass phrase" in text
     assert "PEM pass phrase" not in text

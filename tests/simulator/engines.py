@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from llmserve.lifecycle.gpu_memory import Keep
     from llmserve.lifecycle.placement import Takes
-    from llmserve.registry.config import Config, ModelSpec
+    from llmserve.registry.spec import Config, ModelSpec
 
 _BOUND_S = 60.0  # on every call into an engine, as on the real ones
 _NO_FIGURES = CollectorRegistry()

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from llmserve.lifecycle.gpu_memory import Keep
     from llmserve.lifecycle.placement import Placement
     from llmserve.lifecycle.replica import Replica
-    from llmserve.registry.config import ModelSpec
+    from llmserve.registry.spec import ModelSpec
 
 pytestmark = pytest.mark.no_cover  # tracing makes a seed several times slower
 

@@ -24,8 +24,8 @@ from llmserve.lifecycle.placement import Level, Place
 from llmserve.lifecycle.pool import Pool
 from llmserve.lifecycle.replica import State
 from llmserve.metrics import Metrics
-from llmserve.registry.config import Config, IdleSpec, ModelSpec, SamplingSpec, ServerSpec
 from llmserve.registry.names import ModelNames
+from llmserve.registry.spec import Config, IdleSpec, ModelSpec, SamplingSpec, ServerSpec
 from tests.simulator.engines import Fleet, Memory, Weather
 from tests.simulator.loop import SimulatedLoop, SimulatedThreads, Stuck, virtual_time
 

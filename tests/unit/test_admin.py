@@ -22,7 +22,7 @@ from llmserve.errors import (
     StartupError,
 )
 from llmserve.http import admin, auth, log_tail
-from llmserve.registry.config import ServerSpec
+from llmserve.registry.spec import ServerSpec
 from tests.listening import listening
 
 if TYPE_CHECKING:

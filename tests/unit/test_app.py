@@ -26,8 +26,8 @@ from llmserve.lifecycle.pool import Pool
 from llmserve.lifecycle.replica import State
 from llmserve.lifecycle.response_store import owned_by
 from llmserve.metrics import Metrics
-from llmserve.registry.config import Config, ModelSpec, ServerSpec
 from llmserve.registry.names import ModelNames
+from llmserve.registry.spec import Config, ModelSpec, ServerSpec
 from llmserve.server import process as server
 from tests.fakes import (
     Answer,

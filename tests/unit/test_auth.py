@@ -7,7 +7,7 @@ import pytest
 
 from llmserve.errors import Forbidden, Unauthorized
 from llmserve.http import auth
-from llmserve.registry.config import ServerSpec
+from llmserve.registry.spec import ServerSpec
 
 if TYPE_CHECKING:
     from starlette.types import Scope

@@ -20,7 +20,7 @@ from llmserve.errors import StartupError
 from llmserve.lifecycle.host_memory import HostMemory
 from llmserve.lifecycle.placement import Level, Place, Placement
 from llmserve.lifecycle.replica import State
-from llmserve.registry.config import Config
+from llmserve.registry.spec import Config
 from tests.fakes import Gate, soon, spec, until
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from llmserve.engine.backend import Memory
     from llmserve.lifecycle.placement import Takes
-    from llmserve.registry.config import ModelSpec
+    from llmserve.registry.spec import ModelSpec
 
 
 @pytest.fixture(autouse=True)

@@ -8,13 +8,11 @@ import select
 import socket
 import subprocess
 import sys
-import threading
 import time
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import uvicorn
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -23,7 +21,6 @@ from llmserve.cli.chat import (
     HELP,
     Answer,
     ChatClient,
-    ChatError,
     ChatOptions,
     Conversation,
     Delta,
@@ -32,6 +29,8 @@ from llmserve.cli.chat import (
     parse_delta,
 )
 from llmserve.cli.client import sse_data
+from llmserve.cli.errors import CommandError
+from tests.unit.app_server import AppServer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -65,33 +64,18 @@ def odd_stream() -> Iterator[bytes]:
     yield b"data:[DONE]\r\n\r\n"
 
 
-class Server:
-    """Answers by the name of the model; `bodies` are the chats that came."""
+class Server(AppServer):
+    """Answers by the name of the model; `bodies` are the chat requests."""
 
     def __init__(self) -> None:
         self.bodies: list[dict[str, Any]] = []
         self.names = ["plain"]
         self.owner = "someone"
-        app = Starlette(
-            routes=[
-                Route("/v1/models", self.models),
-                Route("/v1/chat/completions", self.chat, methods=["POST"]),
-            ]
-        )
-        self._sock = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self._sock.getsockname()[1]}"
-        config = uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1)
-        self._uvicorn = uvicorn.Server(config)
-        self._thread = threading.Thread(target=self._uvicorn.run, args=([self._sock],))
-
-    def __enter__(self) -> Server:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._uvicorn.should_exit = True
-        self._thread.join()
-        self._sock.close()
+        routes = [
+            Route("/v1/models", self.models),
+            Route("/v1/chat/completions", self.chat, methods=["POST"]),
+        ]
+        super().__init__(Starlette(routes=routes), graceful_s=1)
 
     async def models(self, request: Request) -> Response:
         if request.headers.get("authorization") == "Bearer wrong":
@@ -156,7 +140,7 @@ def server() -> Iterator[Server]:
 
 def stream(url: str, model: str, timeout_s: float = 600, **options: Any) -> list[Delta]:
     with closing(ChatClient(ChatOptions(url=url, **options), timeout_s)) as client:
-        return list(client.stream(model, HI))
+        return list(client.answer(model, HI))
 
 
 def text_of(deltas: list[Delta]) -> str:
@@ -201,8 +185,8 @@ def test_unfinished_event_is_no_event() -> None:
 
 
 @pytest.mark.parametrize("data", ["", "no json", "[1]", "3", "null", '{"choices": 3}'])
-def test_what_is_no_chunk_is_an_error(data: str) -> None:
-    with pytest.raises(ChatError, match="no chat chunk"):
+def test_invalid_chunk_is_an_error(data: str) -> None:
+    with pytest.raises(CommandError, match="invalid chat chunk"):
         parse_delta(data)
 
 
@@ -219,7 +203,7 @@ def test_summary_counts_from_the_first_token() -> None:
         answer.add(Delta(content="x"), 10.5 + i / 4)
     assert answer.summary() == "~5 tokens, 4.0 tokens/s, first after 0.50 s"
     answer.add(Delta(tokens=9, finish="length"), 99.0)
-    expected = "9 tokens, 8.0 tokens/s, first after 0.50 s, ended by the token limit"
+    expected = "9 tokens, 8.0 tokens/s, first after 0.50 s, stopped at the token limit"
     assert answer.summary() == expected
 
 
@@ -251,44 +235,47 @@ def test_stream_of_odd_bytes(server: Server) -> None:
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("nowhere", "404 from .*: The model `nowhere` is not$"),
-        ("loading", "503 from .*: loading,\ntry later$"),
-        ("proxy", "502 from .*: Bad Gateway$"),
-        ("page", "did not answer with an event stream"),
+        ("nowhere", "^The model `nowhere` is not$"),
+        ("loading", "^loading,\ntry later$"),
+        ("proxy", "/v1/chat/completions: 502 Bad Gateway$"),
+        ("page", "did not return an event stream"),
         ("mid", "^died$"),
-        ("short", "the stream ended before the answer did"),
+        ("short", "the stream ended before the answer was complete"),
     ],
 )
 def test_failures_of_a_request(server: Server, model: str, message: str) -> None:
-    with pytest.raises(ChatError, match=message):
+    with pytest.raises(CommandError, match=message):
         stream(server.url, model)
 
 
 def test_silent_server(server: Server) -> None:
-    with pytest.raises(ChatError, match="did not answer in time"):
+    with pytest.raises(CommandError, match="no answer in time"):
         stream(server.url, "hangs", timeout_s=0.2)
 
 
 def test_refused_connection() -> None:
     with socket.create_server(("127.0.0.1", 0)) as sock:
         port = sock.getsockname()[1]
-    with pytest.raises(ChatError, match=rf"no connection to http://127.0.0.1:{port}: .*refused"):
+    with pytest.raises(CommandError, match=rf"^http://127.0.0.1:{port}: no connection .*refused"):
         stream(f"127.0.0.1:{port}", "plain")
 
 
 @pytest.mark.parametrize("url", ["ftp://host", "http://host:port"])
-def test_url_of_nothing(url: str) -> None:
-    with pytest.raises(ChatError, match=r"the request to .* failed"):
+def test_invalid_url(url: str) -> None:
+    with pytest.raises(CommandError, match=r"request failed"):
         stream(url, "plain")
 
 
 def test_wrong_key_names_the_option(server: Server) -> None:
     client = ChatClient(ChatOptions(url=server.url, key="wrong"))
-    with closing(client), pytest.raises(ChatError, match=r"401 .*Wrong key.*--key"):
+    with (
+        closing(client),
+        pytest.raises(CommandError, match=r"Wrong key\. Set the key with --key or LLMSERVE_KEY"),
+    ):
         client.models()
 
 
-def test_models_of_ours_that_do_not_chat_are_left_out(server: Server) -> None:
+def test_llmserve_models_that_cannot_chat_are_not_listed(server: Server) -> None:
     server.names = ["embed", "plain"]
     with closing(ChatClient(ChatOptions(url=server.url))) as client:
         assert client.models() == ["embed", "plain"]
@@ -304,18 +291,18 @@ def test_conversation_saves_and_loads_itself(tmp_path: Path) -> None:
     saved = json.loads(file.read_text(encoding="utf-8"))
     assert saved[:2] == [{"role": "system", "content": "brief"}, *HI]
     loaded = Conversation("another")
-    assert loaded.load(str(file)) == f"2 messages loaded from {file}."
+    assert loaded.load(str(file)) == f"Loaded 2 messages from {file}."
     assert loaded == Conversation("brief", [*HI, {**cut, "content": "caf\u00e9 ?"}])
 
 
 @pytest.mark.parametrize(
     "text", ["", "{}x", '{"a": 1}', '[{"role": "user"}]', "[1]", '[{"role": "x", "content": ""}]']
 )
-def test_loading_what_is_no_conversation_changes_nothing(tmp_path: Path, text: str) -> None:
+def test_loading_an_invalid_file_changes_nothing(tmp_path: Path, text: str) -> None:
     file = tmp_path / "talk.json"
     file.write_text(text)
     talk = Conversation("brief", list(HI))
-    with pytest.raises(ChatError, match="must be a list"):
+    with pytest.raises(CommandError, match="not a conversation; expected a list"):
         talk.load(str(file))
     assert talk == Conversation("brief", HI)
 
@@ -325,7 +312,7 @@ def test_conversation_removes_exchanges() -> None:
     talk.remove()
     assert len(talk.messages) == 2
     talk.remove()
-    with pytest.raises(ChatError, match="nothing was asked"):
+    with pytest.raises(CommandError, match="has no message yet"):
         talk.remove()
     talk.messages = list(HI)
     talk.reset()
@@ -352,7 +339,7 @@ def test_regen_replaces_the_answer(server: Server) -> None:
 
 
 @pytest.mark.parametrize("model", ["mid", "loading", "nowhere"])
-def test_failed_turn_is_taken_back(server: Server, model: str) -> None:
+def test_failed_answer_does_not_change_the_conversation(server: Server, model: str) -> None:
     loop, _, err = run_loop(server.url, ["one", f"!!model {model}", "two", "!!regen"])
     assert [m["content"] for m in loop.conversation.messages] == ["one", "You said one"]
     assert re.fullmatch(r"(Error: .*\n){2}", err)
@@ -382,14 +369,14 @@ def test_commands(server: Server, tmp_path: Path) -> None:
     assert [m["content"] for m in loop.conversation.messages] == ["one", "You said one"]
     assert loop.conversation.system == ""  # as in the file
     assert HELP in out
-    assert "Talking to plain." in out
+    assert "Model: plain." in out
     errors = err.splitlines()
     assert len(errors) == 4
-    assert "nothing was asked" in errors[0]
-    assert "no command !!nonsense" in errors[1]
+    assert "has no message yet" in errors[0]
+    assert "unknown command !!nonsense" in errors[1]
 
 
-def test_models_are_asked_for(server: Server) -> None:
+def test_user_chooses_a_model(server: Server) -> None:
     server.names = ["short", "plain", "mid"]
     loop, out, _ = run_loop(server.url, ["7", "x", "2", "one"])
     assert loop.model == "plain"
@@ -398,7 +385,7 @@ def test_models_are_asked_for(server: Server) -> None:
 
 def test_no_model_that_chats(server: Server) -> None:
     server.names = []
-    with pytest.raises(ChatError, match="no model that chats"):
+    with pytest.raises(CommandError, match="no chat model"):
         run_loop(server.url, [])
 
 
@@ -406,7 +393,7 @@ def test_pipe_takes_the_first_model_and_prints_answers_only(server: Server) -> N
     server.names = ["thinks", "plain"]
     _, out, err = run_loop(server.url, ["one", "!!model plain", "two"], interactive=False)
     assert out == "yes\nYou said two\n"
-    assert err == "Talking to thinks, the first of: thinks, plain\n"
+    assert err == "Model: thinks, the first of thinks, plain\n"
 
 
 def test_multiline_takes_all_to_the_end_but_commands(server: Server) -> None:
@@ -439,7 +426,7 @@ import os, signal, sys
 from llmserve import terminal
 from llmserve.cli.chat import ChatOptions, chat
 terminal.prepare()
-signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests may ignore it
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a parent process may ignore it
 if sys.stdin.isatty():
     os.close(os.open(os.ttyname(0), os.O_RDWR))  # ours from now on: ^C becomes SIGINT
 sys.exit(chat(ChatOptions(url=sys.argv[1], model=sys.argv[2] if sys.argv[2:] else None)))
@@ -459,7 +446,7 @@ def test_pipe_exit_codes(server: Server) -> None:
     assert (bad.stdout, bad.stderr) == (b"half\nhalf\n", b"Error: died\nError: died\n")
     assert bad.returncode == 1
     none = run_pipe("127.0.0.1:1", "plain", b"one\n")
-    assert re.fullmatch(rb"Error: no connection to .*\n", none.stderr)
+    assert re.fullmatch(rb"Error: http://127.0.0.1:1: no connection .*\n", none.stderr)
     assert none.returncode == 1
 
 
@@ -486,7 +473,7 @@ class Pty:
         self.type("\x03")
 
     def expect(self, pattern: str, within_s: float = 60) -> str:
-        """What came up to the end of the pattern, which is then behind us."""
+        """The output up to the end of the pattern; the next call starts after it."""
         deadline_s = time.monotonic() + within_s
         while not (match := re.search(pattern, self.screen)):
             left_s = deadline_s - time.monotonic()
@@ -523,7 +510,7 @@ def test_ctrl_c_stops_the_answer_only(server: Server) -> None:
     assert asked["content"] == "quick"
 
 
-def test_ctrl_c_before_the_first_token_takes_the_turn_back(server: Server) -> None:
+def test_ctrl_c_before_the_first_token_removes_the_message(server: Server) -> None:
     with closing(Pty(server.url, "hangs")) as pty:
         pty.expect("> ")
         pty.type("one\n")
@@ -531,7 +518,7 @@ def test_ctrl_c_before_the_first_token_takes_the_turn_back(server: Server) -> No
             assert pty.process.poll() is None
             time.sleep(0.01)
         pty.type("\x03")
-        pty.expect("your message is taken back")
+        pty.expect("your message was removed")
         pty.expect("> ")
         pty.type("!!model plain\n")
         pty.expect("> ")

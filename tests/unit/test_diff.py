@@ -1,5 +1,3 @@
-"""What a changed registry changes."""
-
 from __future__ import annotations
 
 import dataclasses
@@ -11,16 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmserve.registry.config import Config, ModelSpec, ServerSpec, load
-from llmserve.registry.diff import (
-    MODEL_FIELDS,
-    SERVER_FIELDS,
-    Changes,
-    Effect,
-    changes,
-    document,
-    told,
-)
+from llmserve.registry.diff import Changes, changes, describe, document
+from llmserve.registry.loader import load
+from llmserve.registry.spec import Config, Effect, ModelSpec, ServerSpec, effects
 
 KINDS = ("restarted", "resized", "rebuilt", "live")
 
@@ -65,21 +56,19 @@ def names(of: Changes, kind: str) -> list[str]:
     return [each.new.name for each in getattr(of, kind)]
 
 
-# --- the tables
+# --- effects
 
 
-@pytest.mark.parametrize(
-    ("table", "spec"), [(MODEL_FIELDS, ModelSpec), (SERVER_FIELDS, ServerSpec)]
-)
-def test_the_table_names_every_field(table: dict[str, Effect], spec: type[ModelSpec]) -> None:
-    assert set(table) == set(spec.model_fields) - {"name"}
+@pytest.mark.parametrize("spec", [ModelSpec, ServerSpec])
+def test_every_key_has_an_effect(spec: type[ModelSpec]) -> None:
+    assert set(effects(spec)) == set(spec.model_fields) - {"name"}
 
 
-def test_a_field_of_the_server_is_live_or_needs_another_process() -> None:
-    assert set(SERVER_FIELDS.values()) == {Effect.LIVE, Effect.RESTARTED}
+def test_effect_of_a_server_key_is_live_or_restarted() -> None:
+    assert set(effects(ServerSpec).values()) == {Effect.LIVE, Effect.RESTARTED}
 
 
-def test_there_is_a_place_for_every_effect() -> None:
+def test_changes_have_a_field_for_every_effect() -> None:
     assert {effect.name.lower() for effect in Effect} == set(KINDS)
     assert set(KINDS) < {field.name for field in dataclasses.fields(Changes)}
 
@@ -152,11 +141,11 @@ def test_a_changed_field(box: Path, old: str, new: str, kind: str, fields: list[
         ("replicas: 1", "hidden: false"),
     ],
 )
-def test_other_words_for_the_same_change_nothing(box: Path, old: str, new: str) -> None:
+def test_other_notation_of_a_value_is_no_change(box: Path, old: str, new: str) -> None:
     (box / "template.jinja").write_text("{{ 1 }}")
     found = of_chat(box, old, new)
     assert found.unchanged == ("chat",)
-    assert told(found) == []
+    assert describe(found) == []
 
 
 def test_a_default_reaches_every_model(box: Path) -> None:
@@ -173,7 +162,7 @@ def test_a_template_s_new_text_is_seen_under_its_old_path(box: Path) -> None:
     assert names(changes(old, read(box, entry)), "rebuilt") == ["chat"]
 
 
-def test_the_heaviest_field_decides(box: Path) -> None:
+def test_highest_effect_decides(box: Path) -> None:
     live, rebuilt = "max_queue: 3", "sampling: {top_k: 2}"
     assert names(of_chat(box, "hidden: true", f"{live}, {rebuilt}"), "rebuilt") == ["chat"]
     found = of_chat(box, "hidden: true", f"{live}, {rebuilt}, replicas: 2")
@@ -189,7 +178,7 @@ def test_the_heaviest_field_decides(box: Path) -> None:
     assert (names(found, "restarted"), found.resized) == (["chat"], ())
 
 
-def test_what_is_live_alone_rebuilds_nothing(box: Path) -> None:
+def test_live_change_rebuilds_nothing(box: Path) -> None:
     (change,) = of_chat(box, "hidden: true", "hidden: false").live
     assert not change.rebuilds
 
@@ -210,7 +199,7 @@ def test_what_is_live_alone_rebuilds_nothing(box: Path) -> None:
         ),
     ],
 )
-def test_replicas_that_keep_their_gpus_go_on(box: Path, old: str, new: str, kind: str) -> None:
+def test_replicas_that_keep_their_gpus_continue(box: Path, old: str, new: str, kind: str) -> None:
     assert names(of_chat(box, old, new), kind) == ["chat"]
 
 
@@ -220,7 +209,7 @@ def test_the_lottery_s_weights_go_with_the_replicas(box: Path) -> None:
     assert names(of_chat(box, lottery + old, lottery + new), "resized") == ["chat"]
 
 
-# --- models that come and go
+# --- added and removed models
 
 
 def test_added_and_removed(box: Path) -> None:
@@ -228,12 +217,12 @@ def test_added_and_removed(box: Path) -> None:
     assert [spec.name for spec in found.removed] == ["a"]
     assert [spec.name for spec in found.added] == ["c"]
     assert found.unchanged == ("b",)
-    assert told(found) == ["a: removed", "c: added"]
+    assert describe(found) == ["a: removed", "c: added"]
 
 
 def test_a_new_name_is_a_removal_and_an_addition(box: Path) -> None:
     found = of_models(box, "a: {model: m}", "b: {model: m, aliases: [a]}")
-    assert told(found) == ["a: removed", "b: added"]
+    assert describe(found) == ["a: removed", "b: added"]
 
 
 # --- the server
@@ -248,7 +237,7 @@ LIVE = [
 
 
 @pytest.mark.parametrize(("old", "new", "name"), LIVE)
-def test_what_the_process_takes_as_it_runs(box: Path, old: str, new: str, name: str) -> None:
+def test_live_key_of_the_server(box: Path, old: str, new: str, name: str) -> None:
     found = of_server(box, old, new)
     assert [field.name for field in found.server] == [name]
     assert found.needs_restart == ()
@@ -266,13 +255,15 @@ def test_what_the_process_takes_as_it_runs(box: Path, old: str, new: str, name: 
         ("ssl_certfile: c.pem, ssl_keyfile: c.pem", ("ssl_certfile", "ssl_keyfile")),
     ],
 )
-def test_what_another_process_takes(box: Path, new: str, names_of: tuple[str, ...]) -> None:
+def test_key_of_the_server_that_needs_a_restart(
+    box: Path, new: str, names_of: tuple[str, ...]
+) -> None:
     (box / "c.pem").touch()
     found = of_server(box, "", new)
     assert found.needs_restart == names_of
     assert found.server == ()
-    assert told(found) == [
-        f"server.{name}: needs a restart of the server; left as it is" for name in names_of
+    assert describe(found) == [
+        f"server.{name}: needs a restart of the server; not changed" for name in names_of
     ]
 
 
@@ -284,7 +275,7 @@ def test_a_key_s_new_text_is_seen_under_its_old_file(box: Path) -> None:
     assert [field.name for field in changes(old, read(box, text)).server] == ["admin_key"]
 
 
-# --- told
+# --- lines
 
 
 @pytest.mark.parametrize(
@@ -312,37 +303,37 @@ def test_a_key_s_new_text_is_seen_under_its_old_file(box: Path) -> None:
     ],
 )
 def test_a_line_for_each_model(box: Path, old: str, new: str, line: str) -> None:
-    assert told(of_chat(box, old, new)) == [line]
+    assert describe(of_chat(box, old, new)) == [line]
 
 
 def test_long_values_are_cut(box: Path) -> None:
-    (line,) = told(of_chat(box, f"chat_template: '{{{{ {'x' * 99} }}}}'", "hidden: false"))
+    (line,) = describe(of_chat(box, f"chat_template: '{{{{ {'x' * 99} }}}}'", "hidden: false"))
     assert line == f"chat: changed live (chat_template {{{{ {'x' * 37}... -> omitted)"
 
 
 def test_values_that_differ_beyond_the_cut_are_named_only(box: Path) -> None:
     one, two = f"{'{ ' * 50}1", f"{'{ ' * 50}2"
     found = of_chat(box, f"chat_template: '{one}'", f"chat_template: '{two}'")
-    assert told(found) == ["chat: changed live (chat_template)"]
+    assert describe(found) == ["chat: changed live (chat_template)"]
     (field,) = document(found)["rebuilt"][0]["fields"]
     assert (field["old"], field["new"]) == (one, two)
 
 
 def test_a_template_of_several_lines_stays_on_one(box: Path) -> None:
     found = of_chat(box, 'chat_template: "{{ 1 }}\\n{{ 2 }}"', "hidden: false")
-    assert told(found) == ["chat: changed live (chat_template {{ 1 }} {{ 2 }} -> omitted)"]
+    assert describe(found) == ["chat: changed live (chat_template {{ 1 }} {{ 2 }} -> omitted)"]
 
 
-def test_the_server_is_told_last(box: Path) -> None:
+def test_lines_of_the_server_are_last(box: Path) -> None:
     old, new = "server: {max_body: 1MiB}\n", "server: {max_body: 2MiB, port: 1}\n"
     found = between(
         box, f"{old}models: {{a: {{model: m}}}}\n", f"{new}models: {{b: {{model: n}}}}\n"
     )
-    assert told(found) == [
+    assert describe(found) == [
         "a: removed",
         "b: added",
         "server.max_body: changed live (1.0MiB -> 2.0MiB)",
-        "server.port: needs a restart of the server; left as it is",
+        "server.port: needs a restart of the server; not changed",
     ]
 
 
@@ -367,7 +358,7 @@ SECRETS = [
 def test_secrets_are_not_shown(box: Path, old: str, new: str) -> None:
     models = "models: {chat: {model: m}}\n"
     found = between(box, f"{old}\n{models}", f"{new}\n{models}")
-    lines = told(found)
+    lines = describe(found)
     assert len(lines) == 1
     assert "SESAME" not in lines[0]
     assert "SESAME" not in json.dumps(document(found))
@@ -375,16 +366,16 @@ def test_secrets_are_not_shown(box: Path, old: str, new: str) -> None:
 
 def test_a_number_of_tokens_is_no_secret(box: Path) -> None:
     old, new = (f"max_num_batched_tokens: {count}" for count in (512, 1024))
-    assert told(of_chat(box, f"engine: {{{old}}}", f"engine: {{{new}}}")) == [
+    assert describe(of_chat(box, f"engine: {{{old}}}", f"engine: {{{new}}}")) == [
         "chat: restarts (engine.max_num_batched_tokens 512 -> 1024)"
     ]
 
 
-def test_a_secret_that_comes_or_goes_is_told_as_that(box: Path) -> None:
-    assert told(of_server(box, "port: 1", "port: 1, admin_key: a")) == [
+def test_added_secret_is_shown_as_added(box: Path) -> None:
+    assert describe(of_server(box, "port: 1", "port: 1, admin_key: a")) == [
         "server.admin_key: changed live (omitted -> ***)"
     ]
-    assert told(of_server(box, "admin_key: a", "admin_key: b")) == [
+    assert describe(of_server(box, "admin_key: a", "admin_key: b")) == [
         "server.admin_key: changed live"
     ]
 
@@ -413,7 +404,7 @@ def test_the_document_holds_all(box: Path) -> None:
     }
 
 
-# --- whatever the registries are
+# --- any registries
 
 
 def registries() -> st.SearchStrategy[Config]:
@@ -426,13 +417,13 @@ def registries() -> st.SearchStrategy[Config]:
             "aliases": st.sampled_from([(), ("x",), ("y", "z")]),
             "engine": st.sampled_from([{}, {"seed": 1}, {"seed": True}]),
         }
-    ).map(lambda said: ModelSpec(**said))
+    ).map(lambda values: ModelSpec(**values))
     models = st.lists(spec, max_size=5, unique_by=lambda spec: spec.name)
     return models.map(lambda specs: registry(*specs))
 
 
 @given(registries(), registries())
-def test_every_model_is_in_one_place(old: Config, new: Config) -> None:
+def test_every_model_is_in_one_list(old: Config, new: Config) -> None:
     found = changes(old, new)
     changed = [change for kind in KINDS for change in getattr(found, kind)]
     after = [each.new.name for each in changed]
@@ -444,7 +435,7 @@ def test_every_model_is_in_one_place(old: Config, new: Config) -> None:
 
 
 @given(registries(), registries())
-def test_what_goes_on_without_a_restart_has_the_same_engine(old: Config, new: Config) -> None:
+def test_change_without_a_restart_keeps_the_engine(old: Config, new: Config) -> None:
     found = changes(old, new)
     for change in (*found.rebuilt, *found.live, *found.resized):
         assert change.old.model == change.new.model
@@ -452,14 +443,14 @@ def test_what_goes_on_without_a_restart_has_the_same_engine(old: Config, new: Co
 
 
 @given(registries())
-def test_nothing_changes_from_itself(config: Config) -> None:
+def test_registry_does_not_differ_from_itself(config: Config) -> None:
     found = changes(config, config)
     assert found.unchanged == tuple(spec.name for spec in config.models)
-    assert told(found) == []
+    assert describe(found) == []
 
 
 @given(registries(), registries())
-def test_back_is_the_same_as_forth(old: Config, new: Config) -> None:
+def test_changes_are_symmetric(old: Config, new: Config) -> None:
     forth, back = changes(old, new), changes(new, old)
     assert set(forth.unchanged) == set(back.unchanged)
     for kind in KINDS:

@@ -11,7 +11,8 @@ import pytest
 from llmserve import __version__
 from llmserve.api.schedule import Schedule
 from llmserve.http import routes
-from llmserve.registry.config import ModelSpec, ServerSpec, load
+from llmserve.registry.loader import load
+from llmserve.registry.spec import ModelSpec, ServerSpec
 from tests.readme import ANSWER, README
 
 ROOT = Path(__file__).parents[2]

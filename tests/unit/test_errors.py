@@ -93,14 +93,7 @@ TREE: list[tuple[LLMServeError, type[Exception], int, str, str | None, dict[str,
         "overloaded",
         {"retry-after": "7"},
     ),
-    (
-        DeadlineExceeded("m"),
-        LLMServeError,
-        504,
-        "timeout_error",
-        "deadline_exceeded",
-        {},
-    ),
+    (DeadlineExceeded("m"), LLMServeError, 504, "timeout_error", "deadline_exceeded", {}),
     (EngineError("m"), LLMServeError, 500, "server_error", "engine_error", {}),
     (EngineDead("m"), EngineError, 503, UNAVAILABLE, "engine_dead", {}),
 ]
@@ -111,7 +104,7 @@ TREE: list[tuple[LLMServeError, type[Exception], int, str, str | None, dict[str,
     TREE,
     ids=[type(row[0]).__name__ for row in TREE],
 )
-def test_every_error_has_its_place_and_its_wire_form(
+def test_error_has_its_parent_and_its_wire_form(
     error: LLMServeError,
     parent: type[Exception],
     status: int,
@@ -133,11 +126,11 @@ def _classes() -> dict[str, type[LLMServeError]]:
     }
 
 
-def test_the_table_above_holds_every_class() -> None:
+def test_table_has_every_class() -> None:
     assert {type(row[0]).__name__ for row in TREE} == _classes().keys()
 
 
-def test_the_docstring_draws_the_tree_as_it_is() -> None:
+def test_docstring_draws_the_tree() -> None:
     drawn = re.findall(r"^( {4,})(\w+) *(?:exit (\d))?(\d{3})?", errors.__doc__ or "", re.MULTILINE)
     assert [name for _, name, _, _ in drawn] == [type(row[0]).__name__ for row in TREE]
     above: dict[int, str] = {}
@@ -159,12 +152,12 @@ def test_a_config_error_has_a_line_for_each_problem() -> None:
     assert error.problems == ("a: is missing", "b: is empty")
 
 
-def test_a_code_of_its_own_replaces_the_class_s() -> None:
+def test_explicit_code_replaces_the_class_s() -> None:
     assert RequestError("m", code="invalid_json").code == "invalid_json"
     assert RequestError("m").code == "invalid_value"
 
 
-def test_an_unknown_model_is_told_the_nearest_and_all_names() -> None:
+def test_unknown_model_names_the_nearest_and_all_names() -> None:
     error = ModelNotFound("Chatt", ["embed", "chat"])
     assert error.message == (
         "The model `Chatt` does not exist; did you mean `chat`? models here: chat, embed."

@@ -27,8 +27,8 @@ from llmserve.lifecycle.replica import State
 from llmserve.metrics import Metrics
 from llmserve.planning.measurements import Measured
 from llmserve.planning.planner import Planner
-from llmserve.registry.config import Config, ModelSpec
 from llmserve.registry.names import ModelNames
+from llmserve.registry.spec import Config, ModelSpec
 from tests import fakes
 from tests.fakes import FakeBackend, FakeRunning, Gate, soon
 from tests.unit.shapes import LLAMA_8B

@@ -11,7 +11,7 @@ from llmserve.errors import ConfigError, ShapeUnknown
 from llmserve.gpus.device import GIB
 from llmserve.lifecycle.host_memory import HostMemory
 from llmserve.lifecycle.placement import HOST_MEMORY, Level
-from llmserve.registry.config import Config, ServerSpec
+from llmserve.registry.spec import Config, ServerSpec
 from tests.fakes import spec
 from tests.unit.shapes import LLAMA_8B
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from llmserve.checkpoint.shape import Shape
-    from llmserve.registry.config import ModelSpec
+    from llmserve.registry.spec import ModelSpec
 
 WEIGHTS = LLAMA_8B.weights  # 15.0 GiB
 BESIDE = 2 * GIB

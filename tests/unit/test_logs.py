@@ -1,4 +1,4 @@
-"""The server's log as logrotate and full disks treat it."""
+"""The server's log with logrotate and on full disks."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def write(log: LogFile, text: str) -> None:
     log.handle(logging.makeLogRecord({"msg": text}))
 
 
-def test_log_that_is_cut_short_goes_on_without_a_hole(path: Path, log: LogFile) -> None:
+def test_truncated_log_continues_at_its_start(path: Path, log: LogFile) -> None:
     """logrotate, `copytruncate`."""
     write(log, "before")
     os.truncate(path, 0)
@@ -40,7 +40,7 @@ def test_log_that_is_cut_short_goes_on_without_a_hole(path: Path, log: LogFile) 
     assert path.read_bytes() == b"after\n"
 
 
-def test_log_that_is_moved_goes_on_in_a_new_file(path: Path, log: LogFile) -> None:
+def test_moved_log_continues_in_a_new_file(path: Path, log: LogFile) -> None:
     """logrotate, `create`."""
     write(log, "before")
     path.rename(path.with_name("server.log-1"))
@@ -48,7 +48,7 @@ def test_log_that_is_moved_goes_on_in_a_new_file(path: Path, log: LogFile) -> No
     assert path.read_text() == "after\n"
 
 
-def test_log_whose_folder_goes_and_returns_tells_what_is_missing(path: Path, log: LogFile) -> None:
+def test_log_counts_records_lost_while_its_folder_was_missing(path: Path, log: LogFile) -> None:
     write(log, "before")
     path.unlink()
     path.parent.rename(path.parent.with_name("elsewhere"))
@@ -57,7 +57,7 @@ def test_log_whose_folder_goes_and_returns_tells_what_is_missing(path: Path, log
     path.parent.mkdir()
     write(log, "after")
     assert path.read_text() == (
-        "after\n2 records before this one may be missing: the log could not be written\n"
+        "after\n2 earlier records may be missing: the log could not be written\n"
     )
 
 
@@ -70,7 +70,7 @@ def test_log_on_a_full_disk_is_no_failure(capfd: pytest.CaptureFixture[str]) -> 
     assert capfd.readouterr() == ("", "")
 
 
-def test_log_of_the_run_before_is_kept(path: Path) -> None:
+def test_previous_log_is_kept(path: Path) -> None:
     for text in ("first", "second", "third"):
         keep_last(path)
         path.write_text(text)

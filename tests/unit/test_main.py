@@ -53,7 +53,7 @@ def test_check_of_one_model_is_singular(registry: Path) -> None:
     assert llmserve("check", registry).stdout == f"{registry}: 1 model: chat\n"
 
 
-def test_check_tells_what_the_files_alone_tell(tmp_path: Path) -> None:
+def test_check_lists_problems_of_model_files(tmp_path: Path) -> None:
     llama(tmp_path / "m")
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora" / "adapter_config.json").write_text("{}")
@@ -112,10 +112,10 @@ def test_without_a_command_there_is_help() -> None:
 
 
 @pytest.mark.parametrize("command", OPERATING)
-def test_a_command_to_a_server_says_how_to_name_it(command: str) -> None:
+def test_help_of_a_server_command_has_its_options(command: str) -> None:
     shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "120", "NO_COLOR": "1"})
-    for said in ("--url", "LLMSERVE_URL", "http://127.0.0.1:8000", "LLMSERVE_ADMIN_KEY", "--json"):
-        assert said in shown.output
+    for word in ("--url", "LLMSERVE_URL", "http://127.0.0.1:8000", "LLMSERVE_ADMIN_KEY", "--json"):
+        assert word in shown.output
 
 
 def test_the_package_is_the_command_too(registry: Path) -> None:
@@ -133,7 +133,7 @@ def test_the_package_is_the_command_too(registry: Path) -> None:
 CHECK = f"""
 import contextlib, pathlib
 import llmserve.cli.main
-from llmserve.registry.config import load
+from llmserve.registry.loader import load
 from llmserve.errors import ConfigError
 with contextlib.suppress(ConfigError):
     load(pathlib.Path({str(SAMPLE)!r}))
@@ -154,7 +154,7 @@ def test_nothing_heavy_is_imported_before_an_engine_starts(work: str) -> None:
 
 @pytest.fixture
 def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A registry of two models that can be planned: `big` is of 16 GiB, `odd` says its memory."""
+    """A registry of two models that can be planned: `big` is of 16 GiB, `odd` has `memory`."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr("llmserve.checkpoint.shape.read", lambda spec, hub: LLAMA_8B)
     for folder in ("m", "n"):
@@ -204,7 +204,7 @@ def test_a_box_in_a_file_is_planned_for(models: Path, tmp_path: Path) -> None:
     assert llmserve("plan", models, "--box", box, "--json").stdout == described
 
 
-def test_this_machine_s_gpus_are_planned_for_where_nothing_is_said(
+def test_plan_without_options_uses_this_machine_s_gpus(
     models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     see(monkeypatch, described("2xA100-80G"))
@@ -221,13 +221,6 @@ def test_a_plan_is_drawn_as_well(models: Path, tmp_path: Path) -> None:
     assert "big" in "".join(drawn.itertext())
 
 
-def test_a_drawing_that_cannot_be_written_is_told(models: Path, tmp_path: Path) -> None:
-    file = tmp_path / "none" / "p.svg"
-    result = llmserve("plan", models, "--gpus", "2xH100", "--svg", file)
-    assert (result.exit_code, result.stdout) == (2, "")
-    assert result.stderr == f"{file} cannot be written: No such file or directory\n"
-
-
 @pytest.mark.parametrize("as_json", [True, False])
 def test_a_plan_with_problems_is_shown_and_ends_with_2(models: Path, as_json: bool) -> None:
     result = llmserve("plan", models, "--gpus", "H100", *(["--json"] if as_json else []))
@@ -239,54 +232,40 @@ def test_a_plan_with_problems_is_shown_and_ends_with_2(models: Path, as_json: bo
         assert [one["name"] for one in plan["replicas"]] == ["big"]
 
 
-def test_two_descriptions_of_a_box_are_one_too_many(models: Path, tmp_path: Path) -> None:
-    result = llmserve("plan", models, "--gpus", "H100", "--box", tmp_path / "box.yaml")
-    assert (result.exit_code, result.stdout) == (2, "")
-    assert result.stderr == "--gpus and --box both describe the box; use one\n"
-
-
-def test_without_a_gpu_there_is_told_how_to_describe_one(
-    models: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    see(monkeypatch, ())
-    result = llmserve("plan", models)
-    assert (result.exit_code, result.stdout) == (2, "")
-    assert result.stderr == "No NVIDIA GPU is visible here; describe a box: --gpus 8xH100-80G\n"
-
-
 @pytest.mark.parametrize(
-    ("said", "told"),
+    ("options", "message"),
     [
-        (("--gpus", "8xH1000"), "nearest: H100"),
-        (("--gpus", ""), "an empty term is no GPU"),
-        (("--box", "nowhere.yaml"), "nowhere.yaml"),
+        (
+            "--gpus H100 --box b.yaml",
+            "--gpus and --box both describe the GPUs; use only one of them",
+        ),
+        ("", "no NVIDIA GPU is visible on this machine; describe GPUs with --gpus 8xH100-80G"),
+        ("--gpus 8xH1000", "nearest: H100"),
+        ("--box nowhere.yaml", "nowhere.yaml"),
+        ("--gpus 2xH100 --svg /none/p.svg", "/none/p.svg cannot be written: No such file"),
     ],
 )
-def test_what_describes_no_box_is_told(models: Path, said: tuple[str, str], told: str) -> None:
-    result = llmserve("plan", models, *said)
+def test_plan_with_invalid_options_ends_with_2(
+    models: Path, options: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    see(monkeypatch, ())
+    result = llmserve("plan", models, *options.split())
     assert (result.exit_code, result.stdout) == (2, "")
-    assert told in result.stderr
-
-
-def test_a_plan_of_a_bad_registry_tells_its_problems(models: Path) -> None:
-    models.write_text("models: {chat: {}}\n", encoding="utf-8")
-    result = llmserve("plan", models, "--gpus", "H100")
-    assert result.exit_code == 2
-    assert result.stderr == "models.yaml:1: models.chat.model: is missing\n"
+    assert message in result.stderr
 
 
 # --- up, and the GPUs
 
 
-def test_up_without_a_gpu_ends_with_3_and_says_what_to_look_at(
+def test_up_without_a_gpu_ends_with_3_and_names_causes(
     models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     see(monkeypatch, ())
     result = llmserve("up", models, "--port", 0)
     assert result.exit_code == 3
     assert result.stderr == (
-        "no NVIDIA GPU is visible: look at `nvidia-smi` and CUDA_VISIBLE_DEVICES, "
-        "or install the variant for CPUs\n"
+        "no NVIDIA GPU is visible; check `nvidia-smi` and CUDA_VISIBLE_DEVICES, "
+        "or install llmserve[cpu]\n"
     )
 
 
@@ -299,7 +278,7 @@ def test_up_of_models_that_do_not_fit_ends_with_2_and_their_lines(
     assert result.stderr.startswith("models.yaml:4: models.odd.devices: GPU 1 is not there; ")
 
 
-def test_up_on_gpus_that_others_hold_ends_with_3_and_names_them(
+def test_up_on_used_gpus_ends_with_3_and_names_the_processes(
     models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     see(monkeypatch, described("2xH100"), used=60 * GIB)

@@ -10,7 +10,7 @@ import pytest
 from llmserve.gpus.device import GIB, described
 from llmserve.planning import memory_model
 from llmserve.planning.memory_model import Settings
-from llmserve.registry.config import ModelSpec
+from llmserve.registry.spec import ModelSpec
 from tests.unit.shapes import LLAMA_8B, MINI_LM
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ def engine(model: str, buckets: list[float]) -> CollectorRegistry:
     return registry
 
 
-def test_engines_with_different_buckets_are_one_family_on_the_page() -> None:
+def test_engines_with_different_buckets_are_one_family() -> None:
     page = Metrics().page([engine("chat", [1, 2048]), engine("embed", [1, 16, 256])]).decode()
     families = list(text_string_to_metric_families(page))
     for name in ("vllm:prompt_tokens", "vllm:done"):
@@ -46,7 +46,7 @@ def test_engines_with_different_buckets_are_one_family_on_the_page() -> None:
     }
 
 
-def test_the_page_is_the_text_format_and_holds_this_process_too() -> None:
+def test_page_is_text_format_with_this_process() -> None:
     page = Metrics().page([]).decode()
     names = {family.name for family in text_string_to_metric_families(page)}
     assert CONTENT_TYPE.startswith("text/plain")
@@ -61,11 +61,11 @@ def test_two_servers_in_one_process_count_apart() -> None:
     assert second.registry.get_sample_value("llmserve_requests_total", labels) is None
 
 
-async def test_a_blocked_loop_is_seen_as_lag() -> None:
+async def test_blocked_loop_is_recorded_as_lag() -> None:
     metrics = Metrics()
     watching = asyncio.ensure_future(metrics.watch_loop(every_s=0.01))
     await asyncio.sleep(0)
-    time.sleep(0.15)  # noqa: ASYNC251  # what is to be seen
+    time.sleep(0.15)  # noqa: ASYNC251  # blocks the loop
     await asyncio.sleep(0.01)
     watching.cancel()
     with suppress(asyncio.CancelledError):
@@ -84,14 +84,14 @@ class Uncounted:
     def observe(self, _: float) -> None:
         self.observed += 1
         if self.observed == 1:
-            raise RuntimeError("no figure")
+            raise RuntimeError("no metric")
 
 
-async def test_watch_loop_after_failure_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+async def test_watch_loop_continues_after_a_failure(caplog: pytest.LogCaptureFixture) -> None:
     metrics = Metrics()
     lag = Uncounted()
     metrics.loop_lag = lag  # type: ignore[assignment]
     watching = asyncio.create_task(metrics.watch_loop(0.001))
     await until(lambda: lag.observed > 2)
     watching.cancel()
-    assert "the event loop's lag could not be counted" in caplog.text
+    assert "event-loop lag could not be recorded" in caplog.text

@@ -10,7 +10,6 @@ from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import uvicorn
 from pydantic import SecretStr
 from rich.console import Console
 from starlette.applications import Starlette
@@ -19,40 +18,17 @@ from starlette.routing import Route
 from typer.testing import CliRunner, Result
 
 from llmserve.cli import operate
+from llmserve.cli.errors import NoServer, Refused
 from llmserve.cli.main import app as cli
 from llmserve.errors import ConfigError, StartupError
+from tests.unit.app_server import AppServer
 from tests.unit.test_admin import FakeOperator, change, served
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
     from pathlib import Path
 
-    from starlette.types import ASGIApp, Receive, Scope, Send
-
-
-class Server:
-    """An app on a port of its own, in a thread."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._sock = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self._sock.getsockname()[1]}"
-        config = uvicorn.Config(
-            app, lifespan="off", log_config=None, access_log=False, timeout_graceful_shutdown=0
-        )
-        self._uvicorn = uvicorn.Server(config)
-        self._thread = threading.Thread(target=self._uvicorn.run, args=([self._sock],))
-
-    def __enter__(self) -> Server:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-        self._sock.close()
-
-    def stop(self) -> None:
-        self._uvicorn.should_exit = True
-        self._thread.join()
+    from starlette.types import Receive, Scope, Send
 
 
 class Eventful(FakeOperator):
@@ -69,12 +45,12 @@ def operator(tmp_path: Path) -> FakeOperator:
 
 
 @pytest.fixture
-def server(operator: FakeOperator) -> Iterator[Server]:
-    with Server(served(operator)) as running:
+def server(operator: FakeOperator) -> Iterator[AppServer]:
+    with AppServer(served(operator)) as running:
         yield running
 
 
-def llmserve(server: Server, *words: str) -> Result:
+def llmserve(server: AppServer, *words: str) -> Result:
     return CliRunner().invoke(cli, [*words, "--url", server.url], env={"TZ": "UTC"})
 
 
@@ -85,7 +61,7 @@ def rows(text: str) -> list[list[str]]:
 # --- ps
 
 
-def test_models_are_a_table_with_a_row_for_each_of_several_replicas(server: Server) -> None:
+def test_ps_has_a_row_for_each_of_several_replicas(server: AppServer) -> None:
     result = llmserve(server, "ps")
     assert (result.exit_code, result.stderr) == (0, "")
     heading, *shown = result.stdout.splitlines()
@@ -99,7 +75,9 @@ def test_models_are_a_table_with_a_row_for_each_of_several_replicas(server: Serv
     assert shown[1].startswith("  chat/0")
 
 
-def test_models_for_programs_are_the_server_s_own(server: Server, operator: FakeOperator) -> None:
+def test_models_for_programs_are_the_server_s_own(
+    server: AppServer, operator: FakeOperator
+) -> None:
     assert json.loads(llmserve(server, "ps", "--json").stdout) == {"models": operator.models()}
 
 
@@ -110,7 +88,7 @@ def test_a_long_note_is_not_cut_where_no_terminal_is(
         def models(self) -> list[dict[str, Any]]:
             return [self._model("chat", [], 1) | {"note": "[red]" + "why " * 100 + "end"}]
 
-    with Server(served(Wordy(tmp_path))) as server:
+    with AppServer(served(Wordy(tmp_path))) as server:
         shown = llmserve(server, "ps").stdout
     assert "[red]" + "why " * 100 + "end" in shown
     assert len(shown.splitlines()) == 2
@@ -121,7 +99,7 @@ def test_a_narrow_terminal_folds_notes_alone() -> None:
     model.states = {"chat": "failed"}
     shown = io.StringIO()
     console = Console(file=shown, width=100, force_terminal=True, color_system=None)
-    note = "the engine's process ended without a word; its log is long"
+    note = "the engine's process ended without a message; its log is long"
     console.print(operate.table([model._model("chat", [], 1) | {"note": note}]))
     heading, first, *folded = shown.getvalue().splitlines()
     assert heading.split()[-1] == "NOTE"
@@ -131,11 +109,11 @@ def test_a_narrow_terminal_folds_notes_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "told"),
+    ("seconds", "text"),
     [(0.0, "0 s"), (59.4, "59 s"), (60, "1.0 m"), (5400, "1.5 h"), (86400 * 2.5, "2.5 d")],
 )
-def test_times_are_told_in_their_largest_unit(seconds: float, told: str) -> None:
-    assert operate.span(seconds) == told
+def test_span_is_in_the_largest_unit(seconds: float, text: str) -> None:
+    assert operate.span(seconds) == text
 
 
 # --- load, unload, sleep, wake
@@ -151,11 +129,11 @@ def test_times_are_told_in_their_largest_unit(seconds: float, told: str) -> None
         (("wake", "chat"), ("wake", "chat"), "ready"),
     ],
 )
-def test_a_model_is_steered_and_its_state_told(
+def test_change_prints_the_new_state(
     words: tuple[str, ...],
     done: tuple[object, ...],
     state: str,
-    server: Server,
+    server: AppServer,
     operator: FakeOperator,
 ) -> None:
     result = llmserve(server, *words)
@@ -164,7 +142,7 @@ def test_a_model_is_steered_and_its_state_told(
     assert operator.done == [done]
 
 
-def test_what_is_refused_does_not_keep_the_rest(server: Server, operator: FakeOperator) -> None:
+def test_refused_change_does_not_end_the_others(server: AppServer, operator: FakeOperator) -> None:
     result = llmserve(server, "sleep", "chatt", "chat")
     assert result.exit_code == 1
     assert result.stdout.startswith("chat: sleeping ")
@@ -175,14 +153,14 @@ def test_what_is_refused_does_not_keep_the_rest(server: Server, operator: FakeOp
     assert operator.done == [("sleep", "chat")]
 
 
-def test_steering_for_programs_is_a_line_a_model(server: Server, operator: FakeOperator) -> None:
+def test_change_as_json_is_a_line_a_model(server: AppServer, operator: FakeOperator) -> None:
     result = llmserve(server, "load", "chat", "org/embed", "--json")
     lines = [json.loads(line) for line in result.stdout.splitlines()]
     assert all(line.pop("seconds") >= 0 for line in lines)
     assert lines == operator.models()
 
 
-def test_why_a_model_does_not_start_is_told(server: Server, operator: FakeOperator) -> None:
+def test_failed_start_prints_the_reason(server: AppServer, operator: FakeOperator) -> None:
     operator.fails = StartupError("no such GPU")
     result = llmserve(server, "load", "chat")
     assert (result.exit_code, result.stdout, result.stderr) == (1, "", "no such GPU\n")
@@ -191,24 +169,24 @@ def test_why_a_model_does_not_start_is_told(server: Server, operator: FakeOperat
 # --- reload
 
 
-def test_what_a_changed_registry_changes_is_told(server: Server, operator: FakeOperator) -> None:
+def test_reload_prints_the_changes(server: AppServer, operator: FakeOperator) -> None:
     assert llmserve(server, "reload", "--dry-run").stdout == "chat: restarts\ncode: added\n"
     answer = json.loads(llmserve(server, "reload", "--json").stdout)
     assert answer == {"changed": True, "lines": ["chat: restarts", "code: added"]}
     assert operator.done == [("reload", True), ("reload", False)]
 
 
-def test_that_nothing_changed_is_told(tmp_path: Path) -> None:
+def test_reload_without_changes_prints_so(tmp_path: Path) -> None:
     class Same(FakeOperator):
         async def reload(self, *, dry_run: bool) -> dict[str, Any]:
             return {"changed": False, "lines": []}
 
-    with Server(served(Same(tmp_path))) as server:
+    with AppServer(served(Same(tmp_path))) as server:
         assert llmserve(server, "reload").stdout == "Nothing has changed.\n"
 
 
 def test_a_bad_registry_ends_with_2_and_every_problem(
-    server: Server, operator: FakeOperator
+    server: AppServer, operator: FakeOperator
 ) -> None:
     operator.fails = ConfigError(["models.yaml:2: a", "models.yaml:3: b"])
     result = llmserve(server, "reload")
@@ -219,20 +197,20 @@ def test_a_bad_registry_ends_with_2_and_every_problem(
 # --- events
 
 
-def test_events_are_told_until_the_server_ends(
-    server: Server, monkeypatch: pytest.MonkeyPatch
+def test_events_are_printed_until_the_server_ends(
+    server: AppServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(time, "localtime", time.gmtime)
     result = llmserve(server, "events")
     assert result.stdout == (
         "00:00:00 chat/1: loading -> warming: 4 s\n"
-        "00:00:00 chat/1: loading -> ready (2 events before it are lost)\n"
+        "00:00:00 chat/1: loading -> ready (2 earlier events lost)\n"
     )
     assert result.exit_code == 3
     assert result.stderr.startswith(f"{server.url}: the server has ended; ")
 
 
-def test_events_for_programs_are_a_line_each(server: Server) -> None:
+def test_events_for_programs_are_a_line_each(server: AppServer) -> None:
     first, _ = llmserve(server, "events", "--json").stdout.splitlines()
     assert json.loads(first) == change("warming")
 
@@ -243,7 +221,7 @@ def test_events_that_fail_end_with_the_server_s_words(tmp_path: Path) -> None:
             yield change("warming")
             raise StartupError("no more events")
 
-    with Server(served(Failing(tmp_path))) as server:
+    with AppServer(served(Failing(tmp_path))) as server:
         result = llmserve(server, "events")
     assert (result.exit_code, result.stderr) == (1, "no more events\n")
     assert len(result.stdout.splitlines()) == 1
@@ -252,21 +230,21 @@ def test_events_that_fail_end_with_the_server_s_words(tmp_path: Path) -> None:
 # --- logs
 
 
-def test_a_log_comes_as_it_was_written(server: Server, operator: FakeOperator) -> None:
+def test_a_log_comes_as_it_was_written(server: AppServer, operator: FakeOperator) -> None:
     written = b"first\n\x1b[1mbold\x1b[0m caf\xc3\xa9 \xff\r\nlast"
     operator.log_of("chat", 1).write_bytes(written)
     result = llmserve(server, "logs", "gpt-4o", "--replica", "1", "-n", "2")
     assert (result.exit_code, result.stdout_bytes) == (0, written.removeprefix(b"first\n"))
 
 
-def test_a_log_for_programs_is_an_object_a_line(server: Server, operator: FakeOperator) -> None:
+def test_a_log_for_programs_is_an_object_a_line(server: AppServer, operator: FakeOperator) -> None:
     operator.log_of("chat", 0).write_text("a\u2028b\n\nlast", encoding="utf-8")
     result = llmserve(server, "logs", "chat", "--json")
     lines = [json.loads(line)["line"] for line in result.stdout.rstrip("\n").split("\n")]
     assert lines == ["a\u2028b", "", "last"]
 
 
-def test_a_log_is_followed_until_the_server_ends(server: Server, operator: FakeOperator) -> None:
+def test_a_log_is_followed_until_the_server_ends(server: AppServer, operator: FakeOperator) -> None:
     log = operator.log_of("chat", 0)
     log.write_bytes(b"one\n")
     with closing(operate.AdminClient(server.url, None)) as client:
@@ -276,15 +254,15 @@ def test_a_log_is_followed_until_the_server_ends(server: Server, operator: FakeO
             more.write(b"two\n")
         assert next(parts) == b"two\n"
         server.stop()
-        with pytest.raises(operate.NoServer, match=server.url):
+        with pytest.raises(NoServer, match=server.url):
             next(parts)
 
 
-# --- keys, and servers that are none
+# --- keys, and other servers
 
 
-def test_a_key_is_sent_and_asked_for(operator: FakeOperator) -> None:
-    with Server(served(operator, SecretStr("k\u00e9y"))) as server:
+def test_key_is_sent_and_a_missing_one_is_named(operator: FakeOperator) -> None:
+    with AppServer(served(operator, SecretStr("k\u00e9y"))) as server:
         assert llmserve(server, "ps", "--key", "k\u00e9y").exit_code == 0
         environment = {"LLMSERVE_ADMIN_KEY": "k\u00e9y", "LLMSERVE_URL": f"{server.url}/v1/"}
         assert CliRunner().invoke(cli, ["ps"], env=environment).exit_code == 0
@@ -292,27 +270,27 @@ def test_a_key_is_sent_and_asked_for(operator: FakeOperator) -> None:
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr == (
         "No admin key came; send `Authorization: Bearer KEY`. "
-        "Give it with --key or LLMSERVE_ADMIN_KEY.\n"
+        "Set the key with --key or LLMSERVE_ADMIN_KEY.\n"
     )
 
 
 @pytest.mark.parametrize(
     "words", [["ps"], ["load", "chat", "embed"], ["reload"], ["logs", "chat"], ["events"]]
 )
-def test_no_server_ends_with_3_and_says_where_it_was_looked_for(words: list[str]) -> None:
+def test_no_server_ends_with_3_and_names_the_url(words: list[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as closed:
         url = f"127.0.0.1:{closed.getsockname()[1]}"
     result = CliRunner().invoke(cli, [*words, "--url", url])
     assert (result.exit_code, result.stdout) == (3, "")
-    assert result.stderr.startswith(f"http://{url}: no server answers (")
+    assert result.stderr.startswith(f"http://{url}: no connection (")
     assert result.stderr.endswith("; name another server with --url or LLMSERVE_URL\n")
     assert result.stderr.count("\n") == 1
 
 
-def test_a_url_that_is_none_ends_with_3() -> None:
+def test_invalid_url_ends_with_3() -> None:
     result = CliRunner().invoke(cli, ["ps", "--url", "http://[::1"])
     assert (result.exit_code, result.stdout) == (3, "")
-    assert "http://[::1: the request failed (" in result.stderr
+    assert "http://[::1: request failed (" in result.stderr
 
 
 def test_a_server_that_ends_before_its_answer_ends_with_3() -> None:
@@ -327,31 +305,31 @@ def test_a_server_that_ends_before_its_answer_ends_with_3() -> None:
         result = CliRunner().invoke(cli, ["load", "chat", "--url", url])
         thread.join()
     assert (result.exit_code, result.stdout) == (3, "")
-    assert result.stderr.startswith(f"{url}: the request failed (")
+    assert result.stderr.startswith(f"{url}: request failed (")
 
 
 @pytest.mark.parametrize(
-    ("answer", "told"),
+    ("answer", "message"),
     [
-        (JSONResponse(["odd"]), "did not answer as llmserve does"),
-        (JSONResponse({"object": "list"}), "did not answer as llmserve does"),
-        (PlainTextResponse("<html>"), "did not answer as llmserve does"),
+        (JSONResponse(["odd"]), "unexpected answer; check --url"),
+        (JSONResponse({"object": "list"}), "unexpected answer; check --url"),
+        (PlainTextResponse("<html>"), "unexpected answer; check --url"),
         (PlainTextResponse("Bad Gateway", 502), "/admin/models: 502 Bad Gateway"),
         (JSONResponse({"detail": "Not Found"}, 404), "Not Found"),
         (JSONResponse(["odd"], 400), "odd"),
     ],
 )
-def test_another_server_is_no_traceback(answer: Any, told: str) -> None:
+def test_another_server_is_no_traceback(answer: Any, message: str) -> None:
     async def models(_: object) -> Any:
         return answer
 
-    with Server(Starlette(routes=[Route("/admin/models", models)])) as server:
+    with AppServer(Starlette(routes=[Route("/admin/models", models)])) as server:
         result = llmserve(server, "ps")
     assert (result.exit_code, result.stdout) == (1, "")
-    assert told in result.stderr
+    assert message in result.stderr
 
 
-def test_ctrl_c_ends_a_command_with_130(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_ends_a_command_with_130(server: AppServer, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object) -> Iterator[object]:
         raise KeyboardInterrupt
 
@@ -360,8 +338,8 @@ def test_ctrl_c_ends_a_command_with_130(server: Server, monkeypatch: pytest.Monk
     assert (result.exit_code, result.stdout, result.stderr) == (130, "", "")
 
 
-class Proxy(Server):
-    """Answers every request itself, and keeps what it saw."""
+class Proxy(AppServer):
+    """Answers every request and keeps its key."""
 
     def __init__(self) -> None:
         self.seen: list[str] = []
@@ -384,7 +362,7 @@ def proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
         yield running
 
 
-def test_key_for_a_loopback_server_goes_to_no_proxy(server: Server, proxy: Proxy) -> None:
+def test_key_for_a_loopback_server_goes_to_no_proxy(server: AppServer, proxy: Proxy) -> None:
     client = operate.AdminClient(server.url, "k")
     assert [model["name"] for model in client.models()] == ["chat", "org/embed"]
     client.close()
@@ -393,7 +371,7 @@ def test_key_for_a_loopback_server_goes_to_no_proxy(server: Server, proxy: Proxy
 
 def test_server_of_another_machine_is_asked_through_a_proxy(proxy: Proxy) -> None:
     client = operate.AdminClient("http://box.example:8000", "k")
-    with pytest.raises(operate.Refused, match="502 proxied"):
+    with pytest.raises(Refused, match="502 proxied"):
         client.models()
     client.close()
     assert proxy.seen == ["Bearer k"]

@@ -37,7 +37,7 @@ from llmserve.lifecycle.placement import HOST_MEMORY, Level, Place, Placement
 from llmserve.lifecycle.pool import Pool
 from llmserve.lifecycle.replica import Replica, State
 from llmserve.metrics import Metrics
-from llmserve.registry import config
+from llmserve.registry import loader
 from llmserve.registry.names import ModelNames
 from tests.fakes import FakeBackend, FakeRunning, Gate, Plan, broken, let_in, soon, until
 
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
 
     from llmserve.lifecycle.replica import Running
-    from llmserve.registry.config import Config, ModelSpec
+    from llmserve.registry.spec import Config, ModelSpec
 
 CHAT = next(endpoint for endpoint in ENDPOINTS if endpoint.id is EndpointId.CHAT_COMPLETIONS)
 GPU = Place(0)
@@ -127,9 +127,9 @@ class Box:
         self.write(models, server)
         self.backend = Engines()
         self.metrics = Metrics()
-        self.config = config.load(file)
+        self.config = loader.load(file)
         self.pool = Pool(ModelNames(self.config.models), self.backend, self.metrics)
-        read = partial(config.load, file)
+        read = partial(loader.load, file)
         self.control = ModelOperator(self.config, self.pool, self.backend, read, self._adopt)
 
     def _adopt(self, config: Config) -> None:
@@ -690,7 +690,7 @@ async def test_a_dry_run_changes_nothing(up: Boxes) -> None:
             "b: changed live",
             "d: added",
             "server.drain_timeout: changed live",
-            "server.port: needs a restart of the server; left as it is",
+            "server.port: needs a restart of the server; not changed",
         ]
         orjson.dumps(told)
     assert box.config is was
@@ -812,8 +812,8 @@ async def test_what_of_the_server_can_change_does_and_the_rest_is_told_each_time
         lines = await box.reload({"a": {}}, {"drain_timeout": 5, "port": 9, "gpu_headroom": 0.5})
         assert lines == [
             *changed,
-            "server.port: needs a restart of the server; left as it is",
-            "server.gpu_headroom: needs a restart of the server; left as it is",
+            "server.port: needs a restart of the server; not changed",
+            "server.gpu_headroom: needs a restart of the server; not changed",
         ]
         assert box.config.server.drain_timeout == 5
         assert (box.config.server.port, box.config.server.gpu_headroom) == (port, 0.08)

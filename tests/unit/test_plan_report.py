@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import io
-from itertools import pairwise
+import re
 from typing import Any
 from xml.etree import ElementTree as ET
 
@@ -15,8 +15,6 @@ from rich.console import Console
 from llmserve.cli import plan_report
 from llmserve.gpus.device import GIB, Box, Gpu, described
 from llmserve.planning.plan import Plan, PlannedReplica, Problem
-
-SVG = "{http://www.w3.org/2000/svg}"
 
 
 def replica(
@@ -68,7 +66,7 @@ def shown(plan: Plan, width: int = 80) -> str:
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
 
 
-def test_bars_with_a_letter_for_each_model_and_a_row_for_each_replica() -> None:
+def test_terminal_has_a_letter_a_model_and_a_row_a_replica() -> None:
     assert (
         shown(TWO)
         == """\
@@ -85,7 +83,7 @@ C  embed     1      1     <0.1         -      ~0.9         -            512"""
     )
 
 
-def test_problems_wrap_below_with_what_would_fit() -> None:
+def test_problems_wrap_below_with_a_change_that_fits() -> None:
     plan = Plan(described("1xL4"), 0, (), (LATE, Problem("big", "needs more")))
     assert (
         shown(plan)
@@ -142,7 +140,7 @@ def test_a_large_plan_keeps_to_the_width(width: int) -> None:
     assert sum(line.endswith(("63%", " 0%")) for line in lines) == 64
 
 
-def test_of_an_unknown_model_only_its_share_is_shown() -> None:
+def test_unknown_model_shows_only_its_share() -> None:
     plan = Plan(
         described("1xL4"),
         0,
@@ -152,7 +150,6 @@ def test_of_an_unknown_model_only_its_share_is_shown() -> None:
     assert "A░░░" in lines[1]
     assert lines[2] == "█ weights  ▓ KV cache  ▒ overhead  ░ share  · free"
     assert lines[-1].split() == ["A", "odd", "0", "1", "?", "?", "░", "11.0", "?", "?"]
-    assert list(_fills(plan)) == ["GPU 0: odd: share 11.0 GiB", "GPU 0: free 11.5 GiB"]
     written = plan_report.document(plan)["replicas"][0]
     assert written["total_bytes"] == 11 * GIB
     assert written["weights_bytes"] is written["max_model_len"] is None
@@ -178,7 +175,7 @@ TURNS = Plan(
 )
 
 
-def test_who_displaces_others_is_drawn_asleep_and_listed_awake() -> None:
+def test_displacing_replica_is_drawn_asleep_and_listed_awake() -> None:
     assert (
         shown(TURNS)
         == """\
@@ -194,20 +191,16 @@ B  near       0      1      5.0       8.0       2.0       -         512
 C  far        0      1     30.0      35.0      ~4.0       -         512
    on demand"""
     )
-    drawn = list(_fills(TURNS))
-    assert drawn[6:] == ["GPU 0: far: asleep ~4.0 GiB, awake 69.0 GiB", "GPU 0: free 12.6 GiB"]
-    texts = [text.text for text in ET.fromstring(plan_report.svg(TURNS)).iter(f"{SVG}text")]
-    assert {"A chat", "B near (on demand)", "C far (on demand)", "asleep"} <= set(texts)
 
 
-def test_the_document_tells_who_sleeps() -> None:
+def test_document_has_sleeping_replicas() -> None:
     keys = ("on_demand", "displaces", "sleeps", "resident_bytes", "total_bytes", "host_bytes")
     near, far = plan_report.document(TURNS)["replicas"][1:]
     assert [near[key] for key in keys] == [True, False, True, 15 * GIB, 15 * GIB, 5 * GIB]
     assert [far[key] for key in keys] == [True, True, True, 4 * GIB, 69 * GIB, 30 * GIB]
 
 
-def test_more_than_there_is_shows_as_a_full_bar_and_its_percentage() -> None:
+def test_overfull_gpu_shows_a_full_bar_and_its_percentage() -> None:
     plan = Plan(described("1xL4"), 0, (replica("a", (0,), 20, 20, 5),))
     line = shown(plan).splitlines()[1]
     assert "·" not in line
@@ -226,15 +219,12 @@ def test_a_model_has_one_colour_everywhere() -> None:
     assert [mark.letter for mark in marks.values()] == list("ABCDEFGHIJKL")
     assert marks["m0"].color == marks[f"m{len(plan_report.PALETTE)}"].color
     assert len({mark.color for mark in marks.values()}) == len(plan_report.PALETTE)
-    drawn = _fills(plan)
     for gpu in plan.box:
         parts = plan_report.parts(plan, gpu)
         styles = {str(span.style) for span in plan_report.Bar(parts, marks).text(60).spans}
         for part in parts:
             if part.replica is not None:
-                color = marks[part.replica.model].color
-                assert f"bold #ffffff on {color}" in styles
-                assert drawn[f"GPU {gpu.index}: {part.replica.name}: weights 1.0 GiB"] == color
+                assert f"bold #ffffff on {marks[part.replica.model].color}" in styles
 
 
 @pytest.mark.parametrize("color", plan_report.PALETTE)
@@ -252,9 +242,7 @@ SIZES = st.lists(st.integers(1, 2**40), max_size=40)
 
 
 @given(SIZES, st.integers(1, 200))
-def test_cells_fill_the_width_and_show_every_part_there_is_room_for(
-    sizes: list[int], width: int
-) -> None:
+def test_cells_fill_the_width_and_show_every_part_that_fits(sizes: list[int], width: int) -> None:
     counts = plan_report.cells(sizes, width)
     assert len(counts) == len(sizes)
     assert sum(counts) == (width if sizes else 0)
@@ -391,82 +379,26 @@ def test_the_document_of_a_plan() -> None:
     }
 
 
-def _fills(plan: Plan) -> dict[str, str]:
-    """The colour of each part of a picture by the part's title."""
-    groups = ET.fromstring(plan_report.svg(plan)).iter(f"{SVG}g")
-    return {
-        str(g.findtext(f"{SVG}title")): g.findall(f"{SVG}rect")[0].attrib["fill"] for g in groups
-    }
-
-
-def _box(rect: ET.Element) -> tuple[float, float, float, float]:
-    x, y, width, height = (float(rect.attrib[key]) for key in ("x", "y", "width", "height"))
-    assert width >= 0
-    assert height >= 0
-    return x, y, x + width, y + height
-
-
 @given(plans())
-def test_a_picture_is_xml_with_everything_inside_its_card(plan: Plan) -> None:
+def test_svg_is_xml_with_the_text_of_the_terminal(plan: Plan) -> None:
     picture = ET.fromstring(plan_report.svg(plan))
-    card, *rects = map(_box, picture.iter(f"{SVG}rect"))
-    assert picture.attrib["viewBox"] == f"0 0 {card[2]:g} {card[3]:g}"
-    for left, top, right, bottom in rects:
-        assert left >= 0
-        assert top >= 0
-        assert right <= card[2]
-        assert bottom <= card[3]
-    for text in picture.iter(f"{SVG}text"):
-        assert 0 <= float(text.attrib["x"]) <= card[2]
-        assert 0 <= float(text.attrib["y"]) <= card[3]
-    assert len(list(picture.iter(f"{SVG}g"))) == sum(
-        len(plan_report.parts(plan, g)) for g in plan.box
-    )
+    assert picture.tag == "{http://www.w3.org/2000/svg}svg"
+    drawn = re.sub(r"\s", "", "".join(picture.itertext()))
+    for line in shown(plan, 100).splitlines():
+        assert re.sub(r"\s", "", line) in drawn
 
 
-def test_bars_of_a_picture_are_to_one_scale() -> None:
-    plan = Plan(described("1xA-80G,1xB-20G"), 0, (replica("a", (0, 1), 10, 5, 1),))
-    boxes = [
-        _box(g.findall(f"{SVG}rect")[0])
-        for g in ET.fromstring(plan_report.svg(plan)).iter(f"{SVG}g")
-    ]
-    widths = [right - left for left, _, right, _ in boxes]
-    pixels = sum(widths[:4]) / 80
-    assert widths == pytest.approx(
-        [size * pixels for size in (10, 5, 1, 64, 10, 5, 1, 4)], abs=0.02
-    )
-    for (_, _, end, _), (start, _, _, _) in pairwise(boxes[:4]):
-        assert start == pytest.approx(end, abs=0.02)
-
-
-def test_a_picture_says_what_each_part_is_with_names_as_they_are() -> None:
+def test_svg_has_names_as_they_are_and_the_colours_of_models() -> None:
     name = """a<b>&"c'"""
-    plan = Plan(
-        (Gpu(0, name, 24 * GIB),), 0, (replica(name, (0,), 10, 5, 1, measured=False),), (LATE,)
-    )
+    gpus = (Gpu(0, name, 24 * GIB),)
+    plan = Plan(gpus, 0, (replica(name, (0,), 10, 5, 1, measured=False),), (LATE,))
     written = plan_report.svg(plan)
-    assert "<b>" not in written
-    assert list(_fills(plan)) == [
-        f"GPU 0: {name}: weights 10.0 GiB",
-        f"GPU 0: {name}: KV cache 5.0 GiB",
-        f"GPU 0: {name}: overhead ~1.0 GiB",
-        "GPU 0: free 8.0 GiB",
-    ]
-    picture = ET.fromstring(written)
-    assert picture.attrib["aria-label"] == f"Memory plan: 1 x {name}"
-    texts = [text.text for text in picture.iter(f"{SVG}text")]
-    assert f"A {name}" in texts
-    assert "weights 10.0 GiB" in texts
-    assert "does not fit: judge" in texts
+    assert plan_report.marks(plan)[name].color in written
+    drawn = "".join(ET.fromstring(written).itertext()).replace("\xa0", " ")
+    for fact in (f"Memory plan: 1 x {name}", name, "10.0", "5.0", "~1.0", "16.0 GiB", "judge"):
+        assert fact in drawn
 
 
-def test_a_long_name_is_cut_in_a_picture() -> None:
-    plan = Plan(described("1xL4"), 0, (replica("m" * 300, (0,), 1, 0, 0),))
-    texts = [str(text.text) for text in ET.fromstring(plan_report.svg(plan)).iter(f"{SVG}text")]
-    assert max(map(len, texts)) < 120
-    assert any(text.startswith("A mmm") and text.endswith("…") for text in texts)
-
-
-def test_of_broken_files_no_change_is_looked_for() -> None:
-    lines = plan_report._told(Problem("m", "cannot be loaded: cut short", key="model"))
+def test_problem_of_broken_files_has_no_change_that_fits() -> None:
+    lines = plan_report._problem(Problem("m", "cannot be loaded: cut short", key="model"))
     assert [str(line) for line in lines] == ["m: cannot be loaded: cut short"]

@@ -14,7 +14,7 @@ from llmserve.checkpoint.shape import UnknownShape
 from llmserve.gpus.device import GIB, described
 from llmserve.planning.placement import capacity
 from llmserve.planning.planner import Planner
-from llmserve.registry.config import ModelSpec
+from llmserve.registry.spec import ModelSpec
 from tests.unit.effort import calls
 from tests.unit.shapes import LLAMA_8B, LLAMA_70B, MINI_LM
 

@@ -23,7 +23,7 @@ from tests.fakes import FakeBackend, Gate, Plan, broken, let_in, soon, spec, unt
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from llmserve.registry.config import ModelSpec
+    from llmserve.registry.spec import ModelSpec
 
 CHAT, EMBED = (
     next(endpoint for endpoint in ENDPOINTS if endpoint.id is id_)

@@ -33,7 +33,7 @@ def text(console: Console) -> str:
     return console.file.getvalue()
 
 
-def test_a_terminal_gets_a_table_and_a_file_lines() -> None:
+def test_terminal_has_a_table_and_a_file_lines() -> None:
     assert isinstance(display(terminal()), LiveTable)
     assert type(display(plain_console())) is Lines
 
@@ -54,7 +54,7 @@ def test_a_line_for_each_change_of_state() -> None:
     assert text(console) == "chat: downloading\nchat: loading\nchat: ready 41.2 s\n"
 
 
-def test_a_failure_is_one_whole_line_with_its_cause_as_it_is() -> None:
+def test_failure_is_one_line_with_its_cause() -> None:
     console = plain_console(width=40)
     cause = "ValueError: [red]no[/red] KV cache for max_model_len 32768; " + "x" * 60
     display(console).changed(replica("org/chat", State.FAILED, cause, 3.0))
@@ -88,7 +88,7 @@ def test_the_table_has_model_state_seconds_and_note(
         assert expected in drawn
 
 
-def test_the_table_follows_changes_and_lines_come_after_it() -> None:
+def test_table_shows_changes_and_lines_follow_it() -> None:
     console = terminal()
     table = display(console)
     chat = replica("chat", State.LOADING)

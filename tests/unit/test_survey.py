@@ -14,7 +14,7 @@ from llmserve.errors import ShapeUnknown
 from llmserve.gpus.device import GIB, described
 from llmserve.planning import survey
 from llmserve.planning.measurements import Measured
-from llmserve.registry.config import Config, ModelSpec
+from llmserve.registry.spec import Config, ModelSpec
 from tests.unit.shapes import LLAMA_8B
 from tests.unit.test_files import write_tensors
 from tests.unit.test_shape import LLAMA

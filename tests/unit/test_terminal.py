@@ -1,4 +1,4 @@
-"""Commands as processes: their streams are what a shell, a pipe or a service gives them."""
+"""Commands as processes with the streams of a shell, a pipe or a service."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from llmserve import terminal
+from tests.unit.app_server import AppServer
 from tests.unit.test_admin import served
-from tests.unit.test_operate import Server
 from tests.unit.test_operate import operator as operator  # noqa: PLC0414  # a fixture
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def test_characters_that_a_terminal_lacks_are_replaced(
     ended.stdout.decode("ascii")
 
 
-def test_a_plan_s_picture_is_told_apart_in_ascii(registry: str) -> None:
+def test_bars_of_a_plan_have_ascii_replacements(registry: str) -> None:
     ended = llmserve("plan", registry, "--gpus", "1xH100-80G", env=ASCII)
     assert b"#" in ended.stdout or b":" in ended.stdout
     assert b"????" not in ended.stdout
@@ -86,7 +86,7 @@ def test_commands_and_chat_print_to_an_ascii_terminal(
 ) -> None:
     shown = [model | {"note": "café"} for model in operator.models()]
     monkeypatch.setattr(operator, "models", lambda: shown)
-    with Server(served(operator)) as server:
+    with AppServer(served(operator)) as server:
         for words in (["ps"], ["events", "--json"]):
             ended = llmserve(*words, "--url", server.url, env=env)
             assert b"Traceback" not in ended.stderr, words
@@ -98,7 +98,7 @@ def test_commands_and_chat_print_to_an_ascii_terminal(
 
 
 @pytest.mark.parametrize("words", [["ps"], ["load", "b\u00fcro"], ["chat"]])
-def test_arguments_that_the_locale_lacks_are_no_traceback(words: list[str]) -> None:
+def test_arguments_outside_the_locale_are_no_traceback(words: list[str]) -> None:
     url = "http://127.0.0.1:1/\u00fc".encode()
     ended = llmserve(*(each.encode() for each in words), "--url", url, env=STRICT_C, input=b"")
     assert b"Traceback" not in ended.stderr
@@ -114,7 +114,7 @@ def test_closed_streams_are_no_traceback(closed: str, registry: str) -> None:
         assert ended.returncode == (0 if words.startswith("check") else 1)
 
 
-def test_a_reader_that_leaves_ends_a_command_quietly(registry: str) -> None:
+def test_closed_reader_ends_a_command_quietly(registry: str) -> None:
     line = f"{sys.executable} -m llmserve plan {registry} --gpus 1xH100-80G --json"
     read, write = os.pipe()
     os.close(read)
@@ -131,7 +131,7 @@ class Gone(io.StringIO):
         raise OSError(errno.ENOSPC, "no space")
 
 
-def test_enduring_stream_drops_what_cannot_be_written() -> None:
+def test_enduring_stream_drops_output_that_fails() -> None:
     stream = terminal.Enduring(Gone())
     print("lost", file=stream, flush=True)
     stream.finish(60)
@@ -148,17 +148,17 @@ def test_enduring_stream_writes_in_order_and_all_at_the_end() -> None:
 
 
 def test_enduring_stream_does_not_wait_for_its_reader() -> None:
-    """A terminal after Ctrl-S, or of a connection that hangs."""
+    """A terminal after Ctrl-S, or a hanging connection."""
     read, write = os.pipe()
     with os.fdopen(write, "w") as out, os.fdopen(read) as reader:
         stream = terminal.Enduring(out)
-        for _ in range(5000):  # more than a pipe and the queue take
+        for _ in range(5000):  # more than a pipe and the queue hold
             print("x" * 1000, file=stream, flush=True)
         stream.finish(0.01)
         seen = threading.Thread(target=reader.read)
         seen.start()
         stream.finish(60)
-        assert stream._left == 0
+        assert stream._unwritten == 0
         out.close()
         seen.join()
 

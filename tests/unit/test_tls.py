@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from llmserve.errors import StartupError
-from llmserve.registry.config import ServerSpec
+from llmserve.registry.spec import ServerSpec
 from llmserve.server import process as server
 from llmserve.server import tls
 
@@ -43,37 +43,33 @@ def test_certificate_with_its_key_is_used(pems: Path, certificate: str) -> None:
 @pytest.mark.parametrize(
     ("certificate", "key", "words"),
     [
-        ("a.pem", "b.key", r"ssl_keyfile .*b\.key is encrypted with a pass phrase, .*openssl pkey"),
-        ("b.pem", "b.key", r"ssl_keyfile .*b\.key is encrypted with a pass phrase"),
+        ("a.pem", "b.key", r"ssl_keyfile .*b\.key has a pass phrase, .*openssl pkey"),
+        ("b.pem", "b.key", r"ssl_keyfile .*b\.key has a pass phrase"),
+        ("b.pem", "a.key", r"a\.key is not the key of the first certificate in .*b\.pem; put"),
+        ("wrong.pem", "a.key", "put the server's own certificate first"),
+        ("a.key", "a.pem", r"ssl_certfile .*a\.key must contain a CERTIFICATE in PEM; .* PRIVATE"),
         (
-            "b.pem",
-            "a.key",
-            r"a\.key is not the key of the first certificate in .*b\.pem; in a chain",
-        ),
-        ("wrong.pem", "a.key", "in a chain the server's own comes first"),
-        (
-            "a.key",
             "a.pem",
-            r"ssl_certfile .*a\.key must hold a CERTIFICATE in PEM; it holds PRIVATE",
+            "a.pem",
+            r"ssl_keyfile .* must contain a PRIVATE KEY in PEM; it contains CERTIFICATE",
         ),
-        ("a.pem", "a.pem", r"ssl_keyfile .* must hold a PRIVATE KEY in PEM; it holds CERTIFICATE"),
-        ("text", "a.key", "it holds no PEM block"),
+        ("text", "a.key", "it contains no PEM block"),
         ("a.pem", "torn.key", "cannot be used: "),
         ("none", "a.key", r"ssl_certfile .*none cannot be read: No such file"),
         ("a.pem", ".", r"ssl_keyfile .* cannot be read: Is a directory"),
     ],
 )
-def test_unusable_certificate_or_key_is_told(
+def test_unusable_certificate_or_key_is_an_error(
     pems: Path, certificate: str, key: str, words: str
 ) -> None:
     with pytest.raises(StartupError, match=words):
         tls.require_usable(pems / certificate, pems / key)
 
 
-def test_server_asks_nobody_for_a_pass_phrase(pems: Path, tmp_path: Path) -> None:
-    """On a terminal, where OpenSSL would."""
+def test_server_does_not_prompt_for_a_pass_phrase(pems: Path, tmp_path: Path) -> None:
+    """On a terminal, where OpenSSL would prompt."""
     code = (
-        "from pathlib import Path\nfrom llmserve.registry.config import ServerSpec\n"
+        "from pathlib import Path\nfrom llmserve.registry.spec import ServerSpec\n"
         "from llmserve.errors import StartupError\nfrom llmserve.server.process import _uvicorn_config\n"
         f"folder = Path({str(pems)!r})\n"
         "spec = ServerSpec(ssl_certfile=folder / 'b.pem', ssl_keyfile=folder / 'b.key')\n"

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
 
     from llmserve.lifecycle.placement import Takes
-    from llmserve.registry.config import ModelSpec
+    from llmserve.registry.spec import ModelSpec
 
 CHAT = next(endpoint for endpoint in ENDPOINTS if endpoint.id is EndpointId.CHAT_COMPLETIONS)
 

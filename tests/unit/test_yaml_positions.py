@@ -21,7 +21,7 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS, inner, max_size=4),
     max_leaves=15,
 )
-# The file is written anew for each example.
+# Each example writes the file again.
 in_one_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -29,6 +29,10 @@ def read(folder: Path, text: str | bytes, **more: Any) -> yaml_positions.Documen
     file = folder / "models.yaml"
     file.write_bytes(text.encode() if isinstance(text, str) else text)
     return yaml_positions.read(file, **more)
+
+
+def line(document: yaml_positions.Document, path: yaml_positions.Path) -> int:
+    return yaml_positions.line(document.lines, path)
 
 
 def problems(document: yaml_positions.Document) -> list[str]:
@@ -47,7 +51,7 @@ def leaves(value: Any, path: yaml_positions.Path = ()) -> dict[yaml_positions.Pa
 
 @in_one_folder
 @given(st.dictionaries(KEYS, VALUES, max_size=4), st.booleans())
-def test_values_come_back_as_they_were_written(tmp_path: Path, value: Any, flow: Any) -> None:
+def test_values_are_as_written(tmp_path: Path, value: Any, flow: Any) -> None:
     text = yaml.safe_dump(value, default_flow_style=flow, sort_keys=False)
     document = read(tmp_path, text)
     assert document.value == value
@@ -64,8 +68,8 @@ def test_every_key_knows_its_line(tmp_path: Path, keys: list[tuple[str, int]]) -
         lines += [""] * blank + [f"  '{key}': [1]"]
         expected["top", key] = len(lines)
     document = read(tmp_path, "\n".join(lines))
-    assert {path: document.line(path) for path in expected} == expected
-    assert {document.line((*path, 0)) for path in expected if len(path) == 2} == {
+    assert {path: line(document, path) for path in expected} == expected
+    assert {line(document, (*path, 0)) for path in expected if len(path) == 2} == {
         line for path, line in expected.items() if len(path) == 2
     }
 
@@ -97,7 +101,7 @@ def test_reading_never_raises(tmp_path: Path, text: str | bytes) -> None:
         b"a: !!int abc\n",
         b"a: !!python/object:os.system x\n",
         b"a: &x [*x]\n",
-        b"a: *nobody\n",
+        b"a: *unknown\n",
         b"a: 1\n---\nb: 2\n",
         b"{a: 1\n",
         b"\ta: 1\n",
@@ -105,13 +109,13 @@ def test_reading_never_raises(tmp_path: Path, text: str | bytes) -> None:
     ],
     ids=lambda text: repr(text[:14]),
 )
-def test_what_is_no_yaml_is_a_problem_and_no_crash(tmp_path: Path, text: bytes) -> None:
+def test_invalid_yaml_is_one_problem(tmp_path: Path, text: bytes) -> None:
     (problem,) = problems(read(tmp_path, text))
     assert problem.startswith("models.yaml")
     assert "\n" not in problem
 
 
-def test_a_file_of_brackets_is_a_problem_and_no_crash(tmp_path: Path) -> None:
+def test_file_of_brackets_is_one_problem(tmp_path: Path) -> None:
     try:
         found = problems(read(tmp_path, "[" * 2000))
     except RecursionError:
@@ -119,7 +123,7 @@ def test_a_file_of_brackets_is_a_problem_and_no_crash(tmp_path: Path) -> None:
     assert [problem[:11] for problem in found] == ["models.yaml"]
 
 
-def test_invalid_yaml_is_told_with_its_line(tmp_path: Path) -> None:
+def test_invalid_yaml_has_its_line(tmp_path: Path) -> None:
     (problem,) = problems(read(tmp_path, "a: 1\nb: [1\nc: 2\n"))
     assert problem.startswith("models.yaml:3: not valid YAML: ")
 
@@ -139,17 +143,17 @@ def test_an_empty_file_has_no_value(tmp_path: Path, text: str) -> None:
     assert document.problems == []
 
 
-def test_a_key_that_is_there_twice(tmp_path: Path) -> None:
+def test_duplicate_key(tmp_path: Path) -> None:
     document = read(tmp_path, "a:\n  b: 1\n  c: 2\n  b: 3\na: {d: 4, d: 5}\n")
     assert problems(document) == [
-        "models.yaml:4: a.b: is here twice; first in line 2",
-        "models.yaml:5: a: is here twice; first in line 1",
+        "models.yaml:4: a.b: duplicate key; first on line 2",
+        "models.yaml:5: a: duplicate key; first on line 1",
     ]
 
 
-def test_a_key_that_is_there_twice_in_one_line(tmp_path: Path) -> None:
+def test_duplicate_key_on_one_line(tmp_path: Path) -> None:
     document = read(tmp_path, "a: {d: 4, d: 5}\n")
-    assert problems(document) == ["models.yaml:1: a.d: is here twice; first in line 1"]
+    assert problems(document) == ["models.yaml:1: a.d: duplicate key; first on line 1"]
 
 
 @pytest.mark.parametrize(
@@ -160,7 +164,7 @@ def test_a_key_that_is_there_twice_in_one_line(tmp_path: Path) -> None:
         "own: {<<: &base {a: 1, b: 2}, b: 3}\n",
     ],
 )
-def test_a_key_over_a_merged_one_is_not_there_twice(tmp_path: Path, text: str) -> None:
+def test_key_over_a_merged_one_is_no_duplicate(tmp_path: Path, text: str) -> None:
     document = read(tmp_path, text)
     assert document.problems == []
     assert document.value["own"] == {"a": 1, "b": 3}
@@ -168,13 +172,15 @@ def test_a_key_over_a_merged_one_is_not_there_twice(tmp_path: Path, text: str) -
 
 def test_a_duplicate_beside_a_merge_is_still_found(tmp_path: Path) -> None:
     document = read(tmp_path, "base: &base {a: 1}\nown:\n  <<: *base\n  b: 2\n  b: 3\n")
-    assert problems(document) == ["models.yaml:5: own.b: is here twice; first in line 4"]
+    assert problems(document) == ["models.yaml:5: own.b: duplicate key; first on line 4"]
 
 
 # --- ${NAME}
 
 
-def test_the_environment_is_put_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_variables_are_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("LLMSERVE_TEST_A", "x: ${LLMSERVE_TEST_B}")
     monkeypatch.setenv("LLMSERVE_TEST_B", "y")
     document = read(
@@ -185,11 +191,11 @@ def test_the_environment_is_put_in(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert document.problems == []
 
 
-def test_a_missing_variable_is_told_by_name_and_line(tmp_path: Path) -> None:
+def test_missing_variable_has_name_and_line(tmp_path: Path) -> None:
     document = read(tmp_path, "a: 1\nb: [x, '${LLMSERVE_NO_SUCH} ${LLMSERVE_NOR_THIS}']\n")
     assert problems(document) == [
-        "models.yaml:2: b.1: the environment has no variable LLMSERVE_NO_SUCH",
-        "models.yaml:2: b.1: the environment has no variable LLMSERVE_NOR_THIS",
+        "models.yaml:2: b.1: environment variable LLMSERVE_NO_SUCH is not set",
+        "models.yaml:2: b.1: environment variable LLMSERVE_NOR_THIS is not set",
     ]
 
 
@@ -205,7 +211,7 @@ def test_a_missing_variable_is_told_by_name_and_line(tmp_path: Path) -> None:
         ("50% of 100%", "50% of 100%"),
     ],
 )
-def test_a_dollar_that_begins_no_reference_stays(tmp_path: Path, written: str, meant: str) -> None:
+def test_dollar_outside_a_reference_stays(tmp_path: Path, written: str, meant: str) -> None:
     document = read(tmp_path, f"a: '{written}'\n")
     assert document.value == {"a": meant}
     assert document.problems == []
@@ -215,26 +221,26 @@ def test_a_dollar_that_begins_no_reference_stays(tmp_path: Path, written: str, m
     "written",
     ["${KEY:-x}", "${KEY-x}", "$KEY", "a$KEY", "${}", "${1A}", "${KEY", "$(KEY)", "%KEY%"],
 )
-def test_what_only_looks_like_a_reference_is_refused(tmp_path: Path, written: str) -> None:
+def test_text_that_resembles_a_reference_is_refused(tmp_path: Path, written: str) -> None:
     (problem,) = problems(read(tmp_path, f"a: 1\nb: ['{written}']\n"))
-    assert problem.startswith("models.yaml:2: b.0: has what looks like a reference and is none; ")
+    assert problem.startswith("models.yaml:2: b.0: invalid reference; ")
     assert "KEY" not in problem  # it may be a secret
 
 
 def test_a_reference_in_a_key_is_refused(tmp_path: Path) -> None:
     assert problems(read(tmp_path, "a: {'${NAME}': 1}\n")) == [
-        "models.yaml:1: a.${NAME}: is a key, and references are for values only"
+        "models.yaml:1: a.${NAME}: references are not allowed in keys"
     ]
 
 
-# --- what YAML reads as no text
+# --- values that are not text in YAML
 
 PLAIN = ["1.10", "010", "0x1f", "0o17", "1:30", "1_000", "2025-10-01", "1e3", "yes", "off", "~",
          "null", "true", "=", "+1", ".inf", "12345678901234567890"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", PLAIN)
-def test_a_key_is_taken_as_it_is_written(tmp_path: Path, name: str) -> None:
+def test_key_is_the_text_as_written(tmp_path: Path, name: str) -> None:
     assert read(tmp_path, f"models:\n  {name}: {{}}\n").value == {"models": {name: {}}}
 
 
@@ -242,7 +248,7 @@ def test_a_key_is_taken_as_it_is_written(tmp_path: Path, name: str) -> None:
     "text",
     ["010", "0x1f", "0o17", "1:30", "1_000", "2025-10-01", "yes", "No", "on", "off", "=", "1.2.3"],
 )
-def test_only_true_false_null_and_decimal_numbers_are_no_text(tmp_path: Path, text: str) -> None:
+def test_other_plain_words_are_text(tmp_path: Path, text: str) -> None:
     assert read(tmp_path, f"a: {text}\n").value == {"a": text}
 
 
@@ -254,7 +260,7 @@ def test_only_true_false_null_and_decimal_numbers_are_no_text(tmp_path: Path, te
         ("2.5e-1", 0.25), (".inf", float("inf")),
     ],
 )  # fmt: skip
-def test_other_plain_words_have_the_value_that_yaml_gives(
+def test_true_false_null_and_numbers_have_yaml_s_value(
     tmp_path: Path, written: str, value: object
 ) -> None:
     document = read(tmp_path, f"a: {written}\n")
@@ -263,12 +269,12 @@ def test_other_plain_words_have_the_value_that_yaml_gives(
     assert document.written["a",] == written
 
 
-def test_a_key_that_is_a_list_is_no_yaml_here(tmp_path: Path) -> None:
+def test_key_that_is_a_list_is_refused(tmp_path: Path) -> None:
     (problem,) = problems(read(tmp_path, "a: 1\n? [b]\n: 2\n"))
-    assert problem == "models.yaml:2: not valid YAML: a key that is no text"
+    assert problem == "models.yaml:2: not valid YAML: a key must be text"
 
 
-def test_a_verbatim_key_is_left_alone(tmp_path: Path) -> None:
+def test_verbatim_key_does_not_change(tmp_path: Path) -> None:
     document = read(
         tmp_path, "m: {chat_template: '{{ ${NO_SUCH} }}'}\n", verbatim=frozenset({"chat_template"})
     )
@@ -292,9 +298,9 @@ def test_problems_sort_by_line() -> None:
     ]
 
 
-def test_a_path_that_is_not_there_has_the_line_of_what_is_around_it(tmp_path: Path) -> None:
+def test_unknown_path_has_the_line_of_its_ancestor(tmp_path: Path) -> None:
     document = read(tmp_path, "a:\n  b: 1\n")
-    assert document.line(("a", "b", "c", 0)) == 2
-    assert document.line(("a", "z")) == 1
-    assert document.line(("z",)) == 1
-    assert read(tmp_path, "").line(("z",)) == 0
+    assert line(document, ("a", "b", "c", 0)) == 2
+    assert line(document, ("a", "z")) == 1
+    assert line(document, ("z",)) == 1
+    assert line(read(tmp_path, ""), ("z",)) == 0
