@@ -69,7 +69,7 @@ def test_title_that_is_reworded_changes_messages_alone(monkeypatch: pytest.Monke
     error = EngineError("no")
     before = failure(EndpointId.MESSAGES, error)
     monkeypatch.setitem(TITLES, EndpointId.MESSAGES, "Claude's messages")
-    assert "does not do Claude's messages;" in cannot("chat", EndpointId.MESSAGES, ())
+    assert "does not support Claude's messages;" in cannot("chat", EndpointId.MESSAGES, ())
     assert failure(EndpointId.MESSAGES, error) == before
 
 
@@ -268,7 +268,7 @@ def test_the_card_of_a_model_and_of_its_adapter() -> None:
 
 def test_what_a_model_cannot_do_and_what_it_can() -> None:
     assert cannot("chat", EndpointId.SCORES, [EndpointId.RESPONSES, EndpointId.COMPLETIONS]) == (
-        "The model `chat` does not do scores; it does: completions, responses."
+        "The model `chat` does not support scores; supported: completions, responses."
     )
 
 
