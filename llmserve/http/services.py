@@ -1,4 +1,4 @@
-"""What the routes work with."""
+"""The services that routes use."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class Services:
     """One per server, in `request.app.state.services`."""
 
-    config: Config  # the one that counts: a reload puts another here
+    config: Config  # a reload replaces it
     pool: Pool
     metrics: Metrics
     operator: Operator

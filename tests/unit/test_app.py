@@ -195,7 +195,7 @@ async def test_a_wrong_method_says_which_are_right(method: str, path: str, allow
     assert reply.status_code == 405
     assert reply.headers["allow"] == allow
     error = error_of(reply)
-    assert error["message"] == f"`{path}` does not take {method}; it takes {allow}."
+    assert error["message"] == f"`{path}` does not support {method}; supported: {allow}."
     assert error["code"] == "method_not_allowed"
 
 
@@ -273,7 +273,7 @@ async def test_what_was_not_foreseen_says_nothing_of_the_inside() -> None:
         assert box.requests(500) == 1
     assert reply.status_code == 500
     assert error_of(reply) == {
-        "message": "Something went wrong in the server.",
+        "message": "Internal error; its cause is in the server's log.",
         "type": "server_error",
         "param": None,
         "code": "internal_error",
@@ -400,13 +400,19 @@ async def test_any_of_the_keys_opens_in_either_header(headers: dict[str, str]) -
 @pytest.mark.parametrize(
     ("headers", "message"),
     [
-        ({}, "No API key came; send `Authorization: Bearer KEY`."),
-        ({"authorization": "Bearer "}, "No API key came; send `Authorization: Bearer KEY`."),
-        ({"authorization": "Basic azpr"}, "No API key came; send `Authorization: Bearer KEY`."),
-        ({"authorization": "Bearer k-on"}, "The API key is not one of this server's."),
-        ({"authorization": "Bearer k-one2"}, "The API key is not one of this server's."),
-        ({"x-api-key": "K-ONE"}, "The API key is not one of this server's."),
-        ({"x-api-key": "schl\u00fcssel"}, "The API key is not one of this server's."),
+        ({}, "The request has no API key; send `Authorization: Bearer KEY`."),
+        (
+            {"authorization": "Bearer "},
+            "The request has no API key; send `Authorization: Bearer KEY`.",
+        ),
+        (
+            {"authorization": "Basic azpr"},
+            "The request has no API key; send `Authorization: Bearer KEY`.",
+        ),
+        ({"authorization": "Bearer k-on"}, "The API key is not one of server.api_keys."),
+        ({"authorization": "Bearer k-one2"}, "The API key is not one of server.api_keys."),
+        ({"x-api-key": "K-ONE"}, "The API key is not one of server.api_keys."),
+        ({"x-api-key": "schl\u00fcssel"}, "The API key is not one of server.api_keys."),
     ],
 )
 async def test_no_key_and_a_wrong_one_are_refused(headers: dict[str, str], message: str) -> None:
@@ -906,18 +912,18 @@ async def test_a_request_that_outlasts_the_drain_is_told_so(streamed: bool) -> N
 @pytest.mark.parametrize(
     ("server_spec", "method", "told"),
     [
-        (ServerSpec(), "POST", "server.allowed_origins does not hold; it is empty."),
-        (KEYED, "POST", "server.allowed_origins does not hold; it is empty."),
-        (ServerSpec(allowed_origins=("https://one",)), "POST", "it is `https://one`."),
+        (ServerSpec(), "POST", "must be in server.allowed_origins; allowed: none."),
+        (KEYED, "POST", "must be in server.allowed_origins; allowed: none."),
+        (ServerSpec(allowed_origins=("https://one",)), "POST", "allowed: `https://one`."),
         (
             ServerSpec(allowed_origins=("https://two",), allowed_methods=("GET",)),
             "POST",
-            "asks for the method `POST`, which server.allowed_methods does not hold; it is `GET`.",
+            "The method `POST` of the preflight must be in server.allowed_methods; allowed: `GET`.",
         ),
         (
             ServerSpec(allowed_origins=("https://two",), allowed_headers=("x-mine",)),
             "POST",
-            "asks for the headers `x-other`, which server.allowed_headers does not hold",
+            "The headers `x-other` of the preflight must be in server.allowed_headers",
         ),
     ],
 )

@@ -584,5 +584,5 @@ async def test_a_timeout_that_is_none_is_refused(given: str) -> None:
         assert box.running.calls == []
     assert (reply.status_code, error_of(reply)["code"]) == (400, "invalid_value")
     assert error_of(reply)["message"] == (
-        f"x-request-timeout must be seconds, more than 0; it is `{given}`."
+        f"x-request-timeout must be seconds, greater than 0; it is `{given}`."
     )

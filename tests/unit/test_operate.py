@@ -291,7 +291,7 @@ def test_a_key_is_sent_and_asked_for(operator: FakeOperator) -> None:
         result = llmserve(server, "ps")
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr == (
-        "No admin key came; send `Authorization: Bearer KEY`. "
+        "The request has no admin key; send `Authorization: Bearer KEY`. "
         "Give it with --key or LLMSERVE_ADMIN_KEY.\n"
     )
 

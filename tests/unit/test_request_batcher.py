@@ -146,7 +146,7 @@ async def test_a_quiet_server_looks_for_nobody() -> None:
     await soon(asyncio.gather(*queue.come(0, 1, 2)))
     for _ in range(3):
         await asyncio.sleep(0)
-    assert not queue.turns._looking
+    assert not queue.turns._scheduled
     await soon(asyncio.gather(*queue.come(3, 4)))
     assert queue.order == [0, 1, 2, 3, 4]
 
