@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool
 from starlette.responses import StreamingResponse
@@ -24,54 +24,15 @@ from llmserve.http.log_tail import LogFollower
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator
-    from pathlib import Path
 
     from starlette.requests import Request
     from starlette.responses import Response
 
+    from llmserve.lifecycle.operator import ModelOperator
+
 _BODY_LIMIT = 64 * 2**10
 _LINES_LIMIT = 100_000
 _POLL_S = 0.25  # between two reads of a log that is followed
-
-
-class Operator(Protocol):
-    """The states and commands of the models. Methods with a name raise ModelNotFound."""
-
-    def models(self) -> list[dict[str, Any]]:
-        """Return one JSON object per model.
-
-        Keys: name, aliases, start, pinned, priority, state, level, in_flight, queued, idle_s, swaps,
-        deaths, note, replicas: number, state, level, note, devices, since_s, start_s, wake_s,
-        gpu_bytes, host_bytes, pid.
-        """
-        ...
-
-    def model(self, name: str) -> dict[str, Any]:
-        """Return the object of one model, by any of its names."""
-        ...
-
-    async def load(self, name: str) -> None:
-        """Load a model and wait until it is ready. Raises LLMServeError."""
-        ...
-
-    async def unload(self, name: str, *, drain: bool) -> None:
-        """Stop a model; with `drain` after its requests, else they end with an error."""
-        ...
-
-    async def sleep(self, name: str) -> None: ...
-    async def wake(self, name: str) -> None: ...
-    async def reload(self, *, dry_run: bool) -> dict[str, Any]:
-        """Apply the registry's file again; return `changed` and its description, `lines`.
-
-        Raises ConfigError with all problems, and then changes nothing.
-        """
-        ...
-
-    def events(self) -> AsyncIterator[dict[str, Any]]:
-        """Yield changes of state: at (Unix time), model, replica, from, to, note."""
-        ...
-
-    def log_of(self, name: str, replica: int) -> Path: ...
 
 
 def table() -> list[Route]:
@@ -212,8 +173,8 @@ async def _text(log: LogFollower, *, follow: bool) -> AsyncGenerator[bytes, None
 # --- requests
 
 
-def _operator(request: Request) -> Operator:
-    operator: Operator = request.app.state.services.operator
+def _operator(request: Request) -> ModelOperator:
+    operator: ModelOperator = request.app.state.services.operator
     return operator
 
 

@@ -11,7 +11,7 @@ from llmserve.api.schedule import SCHEDULE, Schedule
 from llmserve.http.request_batcher import RequestBatcher
 
 if TYPE_CHECKING:
-    from llmserve.http.admin import Operator
+    from llmserve.lifecycle.operator import ModelOperator
     from llmserve.lifecycle.pool import Pool
     from llmserve.metrics import Metrics
     from llmserve.registry.config import Config
@@ -24,7 +24,7 @@ class Services:
     config: Config  # a reload replaces it
     pool: Pool
     metrics: Metrics
-    operator: Operator
+    operator: ModelOperator
     schedule: Schedule = SCHEDULE
     batcher: RequestBatcher = field(init=False)
     off_loop: BodyThread = field(default_factory=BodyThread)

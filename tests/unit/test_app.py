@@ -125,7 +125,7 @@ async def ask(
     path: str,
     *specs: ModelSpec,
     server: ServerSpec | None = None,
-    plans: Mapping[str, Plan] | None = None,
+    plans: Mapping[str, Any] | None = None,
     **sent: Any,
 ) -> httpx.Response:
     """One request to a server of its own."""
