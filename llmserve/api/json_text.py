@@ -101,7 +101,7 @@ class Scan:
         self._open: LongString | None = None  # the string that continues in the next slice
 
     def run(self) -> None:
-        """Scan the text. Raises BodyTooLarge at the first exceeded limit, RequestError for a key."""
+        """Scan the text. Raises BodyTooLarge at the first limit, RequestError for a key."""
         at = 0
         while at < len(self.buffer):
             at = self._step(at)
@@ -168,14 +168,14 @@ class Scan:
     def _check(self, at: int) -> None:
         if self.cost > COST_LIMIT:
             raise BodyTooLarge(
-                f"The body costs more than {COST_LIMIT} units: a string costs 2; a key, an object and "
-                "an array 5; any other value 1. Send fewer values at once."
+                f"The body costs more than {COST_LIMIT} units: a string costs 2; a key, an object "
+                "and an array 5; any other value 1. Send fewer values at once."
             )
         rest = (at if self._open is None else self._open.start) - self._lifted
         if rest > REST_LIMIT:
             raise BodyTooLarge(
-                f"The body has more than {REST_LIMIT} bytes, the limit without strings of more than "
-                f"{KEY_LIMIT} bytes. Send fewer values at once."
+                f"The body has more than {REST_LIMIT} bytes, the limit without strings of more "
+                f"than {KEY_LIMIT} bytes. Send fewer values at once."
             )
 
 

@@ -168,7 +168,7 @@ def _relevant(found: list[Found], depth: int, path: Path, value: Any) -> list[Fo
 
 
 def _fitting(branches: list[list[Found]], path: Path) -> list[Found]:
-    """Return the mistakes of the branches for the object's kind; without one, those of its kind."""
+    """Return the mistakes of the branches for the object's kind, else those of the kind."""
     kinds = [[each for each in branch if _is_of_kind(each, path)] for branch in branches]
     fitting = [branch for branch, kind in zip(branches, kinds, strict=True) if not kind]
     found = [each for branch in fitting or kinds for each in branch]

@@ -96,8 +96,8 @@ def _check_operator(scope: Scope, headers: Mapping[bytes, bytes], server: Server
         _check_key(
             headers,
             server.api_keys,
-            "The request has no key. Without server.admin_key, /admin needs one of server.api_keys; "
-            "send `Authorization: Bearer KEY`.",
+            "The request has no key. Without server.admin_key, /admin needs one of "
+            "server.api_keys; send `Authorization: Bearer KEY`.",
             "The key is not one of server.api_keys, which /admin needs without server.admin_key.",
         )
 
@@ -200,7 +200,7 @@ def _is_allowed_host(header: bytes, server: ServerSpec) -> bool:
 
 
 def _check_origin(headers: Mapping[bytes, bytes], server: ServerSpec) -> None:
-    """Raise Forbidden for a page of another origin: browsers send it, and pages cannot remove it."""
+    """Raise Forbidden for a page of another origin, which pages cannot hide."""
     if "*" in server.allowed_origins:
         return
     origin = headers.get(b"origin")

@@ -34,7 +34,7 @@ _FORM_FILES, _FORM_FIELDS = 8, 256
 async def json_object(
     scope: Scope, receive: Receive, limit: int, off_loop: BodyThread
 ) -> dict[str, Any]:
-    """Return a body as a JSON object; for a large one, the context gets the thread to validate in."""
+    """Return a body as a JSON object; the context of a large one gets the body thread."""
     coding = _coding(scope, limit)
     raw = await _read(receive, limit)
     if coding is None and is_light(raw):
@@ -113,7 +113,7 @@ async def _read(receive: Receive, limit: int) -> Buffer:
 
 
 async def _next(receive: Receive, left: int, limit: int) -> tuple[bytes, bool]:
-    """Return the next part, of at most `left` of `limit` bytes, and whether another one follows."""
+    """Return the next part, of at most `left` of `limit` bytes, and whether more follow."""
     message = await receive()
     if message["type"] == "http.disconnect":
         raise ClientDisconnect

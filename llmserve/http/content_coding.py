@@ -51,7 +51,7 @@ def coding_of(headers: Iterable[tuple[bytes, bytes]]) -> str | None:
 
 
 def decode(coding: str, data: bytes | bytearray, limit: int) -> bytearray:
-    """Return the decoded bytes. Raises BodyTooLarge beyond `limit`, RequestError for invalid data."""
+    """Return decoded bytes. Raises BodyTooLarge beyond `limit`, RequestError for bad data."""
     whole = bytearray()
     try:
         for piece in DECODERS[coding](data):

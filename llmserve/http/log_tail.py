@@ -13,7 +13,7 @@ BLOCK = 64 * 2**10  # bytes of one read
 
 
 class LogFollower:
-    """Reads a file from its last lines on, and follows a truncated or replaced one like `tail -F`."""
+    """Reads a file from its last lines on, also a truncated or replaced one, as `tail -F`."""
 
     def __init__(self, path: Path, lines: int) -> None:
         self._path = path

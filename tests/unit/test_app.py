@@ -153,6 +153,15 @@ async def real(
             await soon(serving, 60)
 
 
+async def begin(
+    box: Box, gate: Gate, body: dict[str, Any], path: str = CHAT
+) -> asyncio.Future[httpx.Response]:
+    """A request that has reached the gate of its answer."""
+    asking = asyncio.ensure_future(box.client.post(path, json=body))
+    await soon(gate.reached.wait())
+    return asking
+
+
 async def chunks(*parts: bytes) -> AsyncIterator[bytes]:
     for part in parts:
         yield part
@@ -304,8 +313,7 @@ async def test_error_of_a_model_is_sent_with_its_status(
 async def test_a_full_model_refuses_before_the_first_byte() -> None:
     gate = Gate()
     async with asgi(chat=Plan(FakeRunning(plain(gate=gate)))) as box:
-        first = asyncio.ensure_future(box.client.post(CHAT, json=HI))
-        await soon(gate.reached.wait())
+        first = await begin(box, gate, HI)
         reply = await box.client.post(CHAT, json=HI)
         other = await box.client.post("/v1/embeddings", json={"model": "embed"})
         gate.opened.set()
@@ -573,8 +581,7 @@ async def _leaves_while_the_first_frame_is_waited_for(box: Box, gate: Gate) -> N
 
 
 async def _leave_without_answer(box: Box, gate: Gate) -> None:
-    asking = asyncio.ensure_future(box.client.post(CHAT, json=HI))
-    await soon(gate.reached.wait())
+    asking = await begin(box, gate, HI)
     asking.cancel()
     with pytest.raises(asyncio.CancelledError):
         await asking
@@ -855,8 +862,7 @@ async def test_request_that_outlasts_the_drain_gets_an_error(streamed: bool) -> 
     gate = Gate()
     answer = stream(b"data: 1\n\n", gate=gate) if streamed else plain(gate=gate)
     async with asgi(chat=Plan(running=FakeRunning(answer))) as box:
-        asking = asyncio.ensure_future(box.client.post(CHAT, json={"model": "chat"}))
-        await soon(gate.reached.wait())
+        asking = await begin(box, gate, {"model": "chat"})
         await soon(box.pool.drain(0.05))
         reply = await soon(asking)
     if streamed:

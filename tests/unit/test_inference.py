@@ -33,7 +33,7 @@ from tests.fakes import (
     stream,
     until,
 )
-from tests.unit.test_app import CHAT, HI, Box, asgi, real
+from tests.unit.test_app import CHAT, HI, Box, asgi, begin, real
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Iterator
@@ -134,8 +134,7 @@ async def test_fast_path_answer_holds_its_slot_until_its_end() -> None:
         await PlainTextResponse("known")(scope, receive, send)
 
     async with box_of(lambda: slow) as box:
-        asking = asyncio.ensure_future(box.client.post(CHAT, json=HI))
-        await soon(gate.reached.wait())
+        asking = await begin(box, gate, HI)
         assert box.in_flight == 1
         assert (await box.client.post(CHAT, json=HI)).status_code == 503
         gate.opened.set()
@@ -203,8 +202,7 @@ async def test_request_in_a_batch_gets_an_error_after_the_drain(
 
     monkeypatch.setattr(request_batcher.RequestBatcher, "join", join)
     async with box_of(lambda: PlainTextResponse("known")) as box:
-        asking = asyncio.ensure_future(box.client.post(CHAT, json=HI))
-        await soon(gate.reached.wait())
+        asking = await begin(box, gate, HI)
         assert box.in_flight == 1
         assert box.running.on_their_way == 1  # others' text waits for it
         await soon(box.pool.drain(0.05))
@@ -257,10 +255,9 @@ LAZY = (spec("chat", start="lazy"),)
 TALKATIVE = Schedule(comment_s=0.005)
 
 
-async def commented(box: Box, gate: Gate, path: str = CHAT, **more: Any) -> Any:
+async def commented(box: Box, gate: Gate, path: str = CHAT) -> Any:
     """The answer to a streamed request whose model comes after some comments."""
-    asking = asyncio.ensure_future(box.client.post(path, json=STREAMED, **more))
-    await soon(gate.reached.wait())
+    asking = await begin(box, gate, STREAMED, path)
     await asyncio.sleep(0.03)
     gate.opened.set()
     return await soon(asking)
@@ -290,8 +287,7 @@ async def test_queued_stream_gets_comments_then_its_answer() -> None:
 async def test_an_answer_that_is_no_stream_has_no_comments(path: str, body: dict[str, Any]) -> None:
     gate = Gate()
     async with asgi(*LAZY, schedule=TALKATIVE, **lazy(gate, FakeRunning())) as box:
-        asking = asyncio.ensure_future(box.client.post(path, json=body))
-        await soon(gate.reached.wait())
+        asking = await begin(box, gate, body, path)
         await asyncio.sleep(0.02)
         gate.opened.set()
         reply = await soon(asking)
@@ -344,8 +340,7 @@ async def test_a_refusal_of_the_model_s_after_comments_is_the_last_event() -> No
 async def test_a_token_stream_goes_on_after_comments() -> None:
     gate, source = Gate(), Talking("hello")
     async with asgi(*LAZY, schedule=TALKATIVE, **lazy(gate, Expressed(source.answer))) as box:
-        asking = asyncio.ensure_future(box.client.post(CHAT, json=STREAMED))
-        await soon(gate.reached.wait())
+        asking = await begin(box, gate, STREAMED)
         await asyncio.sleep(0.02)
         gate.opened.set()
         await until(lambda: box.in_flight == 1)
@@ -361,8 +356,7 @@ async def test_disconnect_removes_the_request_from_the_queue(streamed: bool) -> 
     async with real(spec("chat", start="lazy"), schedule=TALKATIVE) as box:
         box.backend.plans["chat"] = lazy(gate)["chat"]
         body = HI | {"stream": streamed}
-        asking = asyncio.ensure_future(box.client.post(CHAT, json=body))
-        await soon(gate.reached.wait())
+        asking = await begin(box, gate, body)
         slots = box.pool.entries["chat"].slots
         await until(lambda: slots.waiting() == 1)
         await asyncio.sleep(0.01)
@@ -539,8 +533,7 @@ async def test_deadline_in_the_queue_ends_one_request_only() -> None:
     gate = Gate()
     async with asgi(spec("chat", max_in_flight=1)) as box:
         box.running.answer = plain(gate=gate)
-        first = asyncio.ensure_future(_ask(box, 0))
-        await soon(gate.reached.wait())
+        first = await begin(box, gate, HI | {"n": 0})
         last = asyncio.ensure_future(_ask(box, 2))
         headers = {"x-request-timeout": "0.02"}
         late = await soon(box.client.post(CHAT, json=HI | {"n": 1}, headers=headers))
@@ -554,8 +547,7 @@ async def test_a_deadline_after_comments_is_the_last_event() -> None:
     gate = Gate()
     async with asgi(spec("chat", max_in_flight=1), schedule=TALKATIVE) as box:
         box.running.answer = plain(gate=gate)
-        first = asyncio.ensure_future(_ask(box, 0))
-        await soon(gate.reached.wait())
+        first = await begin(box, gate, HI | {"n": 0})
         headers = {"x-request-timeout": "0.03"}
         late = await soon(box.client.post(CHAT, json=STREAMED, headers=headers))
         gate.opened.set()
