@@ -325,7 +325,7 @@ async def test_an_error_after_comments_is_the_last_event(
     assert kind in last
 
 
-async def test_a_refusal_of_the_model_s_after_comments_is_the_last_event() -> None:
+async def test_request_error_after_comments_is_the_last_event() -> None:
     gate = Gate()
     async with asgi(
         *LAZY, schedule=TALKATIVE, **lazy(gate, FakeRunning(failing(RequestError("too long"))))

@@ -108,12 +108,12 @@ async def test_a_source_without_frames_is_an_empty_stream() -> None:
     assert [frame async for frame in frames] == []
 
 
-async def test_what_goes_wrong_at_once_is_raised_before_the_answer_begins() -> None:
+async def test_early_error_is_raised_by_begin() -> None:
     with pytest.raises(RequestError, match="too long"):
         await sse.PeekableStream(refusing(), failure).begin(1)
 
 
-async def test_begin_waits_no_longer_than_told_and_loses_nothing() -> None:
+async def test_begin_that_times_out_loses_no_frame() -> None:
     gate = Gate()
 
     async def late() -> AsyncGenerator[bytes, None]:
@@ -159,7 +159,7 @@ async def test_stream_is_written_as_its_frames_without_caching() -> None:
     assert headers[b"content-type"].startswith(b"text/event-stream")
 
 
-async def test_a_client_gone_in_mid_stream_closes_the_source() -> None:
+async def test_disconnect_in_mid_stream_closes_the_source() -> None:
     gate = Gate()
     source = Source(b"data: 1\n\n", gate=gate)
     await Client(leaves_after=2).get(sse.PeekableStream(source.run(), failure))
@@ -167,7 +167,7 @@ async def test_a_client_gone_in_mid_stream_closes_the_source() -> None:
     assert gate.cancelled
 
 
-async def test_a_client_gone_before_the_first_frame_closes_a_begun_source() -> None:
+async def test_disconnect_before_the_first_frame_closes_the_source() -> None:
     gate = Gate()
     source = Source(gate=gate)
     frames = sse.PeekableStream(source.run(), failure)
@@ -177,7 +177,7 @@ async def test_a_client_gone_before_the_first_frame_closes_a_begun_source() -> N
     assert gate.cancelled
 
 
-async def test_an_answer_that_never_began_closes_a_begun_source() -> None:
+async def test_answer_that_cannot_begin_closes_the_source() -> None:
     gate = Gate()
     source = Source(b"data: 1\n\n", gate=gate)
     frames = sse.PeekableStream(source.run(), failure)
