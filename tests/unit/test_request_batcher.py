@@ -9,22 +9,22 @@ from tests.fakes import soon
 
 
 class Queue:
-    """Requests that take a turn, and the order in which they got it."""
+    """Requests that join batches, and the order of their admission."""
 
     def __init__(self, group: int, largest: int = 0, *, batch_s: float = SCHEDULE.batch_s) -> None:
         schedule = Schedule(first_batch=group, largest_batch=largest or group, batch_s=batch_s)
-        self.turns = RequestBatcher(schedule)
+        self.batcher = RequestBatcher(schedule)
         self.order: list[int] = []
 
     def come(self, *numbers: int) -> list[asyncio.Task[None]]:
         return [asyncio.create_task(self._take(number)) for number in numbers]
 
     async def _take(self, number: int) -> None:
-        await self.turns.join()
+        await self.batcher.join()
         self.order.append(number)
 
     async def until(self, count: int) -> list[int]:
-        """How many were in after each turn of the loop."""
+        """The number of admitted requests after each event-loop iteration."""
         sizes = [len(self.order)]
         while sizes[-1] < count:
             assert len(sizes) < 50
@@ -146,7 +146,7 @@ async def test_idle_batcher_schedules_no_callback() -> None:
     await soon(asyncio.gather(*queue.come(0, 1, 2)))
     for _ in range(3):
         await asyncio.sleep(0)
-    assert not queue.turns._scheduled
+    assert not queue.batcher._scheduled
     await soon(asyncio.gather(*queue.come(3, 4)))
     assert queue.order == [0, 1, 2, 3, 4]
 
@@ -159,13 +159,13 @@ class Failing(RequestBatcher):
     def _admit_batch(self) -> None:
         if not self.failed:
             self.failed = True
-            raise RuntimeError("no turn")
+            raise RuntimeError("no batch")
         super()._admit_batch()
 
 
 async def test_batches_after_a_failure_are_admitted() -> None:
     queue = Queue(4)
-    queue.turns = Failing()
+    queue.batcher = Failing()
     seen: list[str] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, what: seen.append(what["message"]))
     taking = queue.come(1, 2, 3)
