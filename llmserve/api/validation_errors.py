@@ -169,14 +169,14 @@ def _relevant(found: list[Found], depth: int, path: Path, value: Any) -> list[Fo
 
 def _fitting(branches: list[list[Found]], path: Path) -> list[Found]:
     """Return the mistakes of the branches for the object's kind, else those of the kind."""
-    kinds = [[each for each in branch if _is_of_kind(each, path)] for branch in branches]
+    kinds = [[each for each in branch if _is_kind_error(each, path)] for branch in branches]
     fitting = [branch for branch, kind in zip(branches, kinds, strict=True) if not kind]
     found = [each for branch in fitting or kinds for each in branch]
     wrong = [each for each in found if each.kind != "missing"]
     return found if fitting else wrong or found
 
 
-def _is_of_kind(found: Found, path: Path) -> bool:
+def _is_kind_error(found: Found, path: Path) -> bool:
     return found.kind in _OF_ANOTHER_KIND and found.path in {(*path, key) for key in _KINDS}
 
 

@@ -126,7 +126,7 @@ async def _no_response(_: Scope, __: Receive, ___: Send) -> None:
 class _Cors(CORSMiddleware):
     """Starlette's middleware, with our error object for a refused preflight.
 
-    It is the outer layer: pages can read errors, and a preflight needs no key.
+    It is outside access and errors: pages can read errors, and a preflight needs no key.
     """
 
     @classmethod
@@ -169,7 +169,7 @@ def _unlisted(what: str, value: str, setting: str, allowed: Iterable[str]) -> st
     return (
         f"The {what} {quoted(value)} of the preflight must be in server.{setting}; "
         f"allowed: {', '.join(map(quoted, allowed)) or 'none'}. "
-        "Add to the list and restart the server."
+        "Add it to the list and restart the server."
     )
 
 
@@ -233,7 +233,7 @@ def _request_id(scope: Scope) -> str:
 
 
 class _Access:
-    """Refuses requests without access, and enters the owner of the others."""
+    """Refuses requests without access, and sets the owner of the others."""
 
     def __init__(self, app: ASGIApp, services: Services) -> None:
         self._app = app

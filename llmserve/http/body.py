@@ -46,7 +46,10 @@ async def json_object(
 
 
 def parse_body(raw: Buffer) -> dict[str, Any]:
-    """Return the keys that are not null. Null means absent: OpenAI API reference."""
+    """Return the keys that are not null, within their limits.
+
+    Null means absent. Source: OpenAI API reference. Raises RequestError, BodyTooLarge.
+    """
     body = parse_object(raw)
     check_constraints(body)
     check_quantities(body)

@@ -1,7 +1,7 @@
 """Batches of new requests, with a bounded share of each iteration: docs/event-loop.md.
 
 Requests of one batch are prepared together. So code and tables stay in the CPU's caches, and
-one message to the engine core carries all. The first batch is small, so that early requests
+their messages to an engine leave together. The first batch is small, so that its requests
 start early; each further one is twice as large. The loop serves streams between two batches.
 """
 
