@@ -20,6 +20,8 @@ import orjson
 import psutil
 import yaml
 
+from benchmarks.servers import free_port
+
 if TYPE_CHECKING:
     from collections.abc import (
         AsyncIterator,
@@ -214,7 +216,7 @@ class Setting:
     def registry(self, models: dict[str, Entry], **server: Any) -> Entry:
         engine = {"dtype": "float32", "max_model_len": 512}
         return {
-            "server": {"host": HOST, "port": _free_port(), "log_dir": str(self.folder), **server},
+            "server": {"host": HOST, "port": free_port(), "log_dir": str(self.folder), **server},
             "defaults": {"kv_cache": "256MiB", "memory": "2.5GiB", "engine": engine},
             "models": models,
         }
@@ -390,12 +392,6 @@ def _lives(process: psutil.Process) -> bool:
     with contextlib.suppress(psutil.NoSuchProcess):
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     return False
-
-
-def _free_port() -> int:
-    with socket.create_server((HOST, 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
 
 
 def bindable(port: int) -> bool:
