@@ -27,7 +27,6 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import uvloop
-import zmq
 from rich.console import Console
 from rich.table import Table
 
@@ -299,56 +298,45 @@ def _status(name: str) -> int:
 
 @contextlib.contextmanager
 def _core(model: str, inputs: str, outputs: str) -> Iterator[None]:
+    """A core beside a case; it ends when the case does, also if the case is killed."""
+    control, kept = os.pipe()
     process = multiprocessing.get_context("fork").Process(
-        target=_answer_all, args=(model, inputs, outputs), daemon=True
+        target=_run_core, args=(model, inputs, outputs, control, kept), daemon=True
     )
     process.start()
     try:
         yield
     finally:
         process.kill()
+        os.close(kept)
+        os.close(control)
 
 
-def _answer_all(model: str, inputs: str, outputs: str) -> None:
-    """Answer each request in one output. Source: vllm/v1/engine/core.py (EngineCoreProc)."""
+def _run_core(model: str, inputs: str, outputs: str, control: int, kept: int) -> None:
+    """Answer each request in one output."""
     import torch  # noqa: PLC0415  # as in `_app`
-    from vllm.v1.engine import (  # noqa: PLC0415
-        EngineCoreOutput,
-        EngineCoreOutputs,
-        EngineCoreRequestType,
-        FinishReason,
-        UtilityOutput,
-    )
-    from vllm.v1.serial_utils import MsgpackEncoder, UtilityResult  # noqa: PLC0415
+    from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason  # noqa: PLC0415
 
-    from benchmarks.fake_core import _READY  # noqa: PLC0415
+    from benchmarks.fake_core import FakeCore, Settings  # noqa: PLC0415
 
-    context = zmq.Context()
-    source, sink = context.socket(zmq.DEALER), context.socket(zmq.PUSH)
-    source.setsockopt(zmq.IDENTITY, (0).to_bytes(2, "little"))
-    for socket, address in ((source, inputs), (sink, outputs)):
-        socket.setsockopt(zmq.SNDHWM, 0)
-        socket.setsockopt(zmq.RCVHWM, 0)
-        socket.connect(address)
-    encode, decode = MsgpackEncoder().encode, msgspec.msgpack.Decoder().decode
-    vector = torch.zeros(384) if model == "embed" else None
-    tasks = ("embed", "token_embed") if model == "embed" else ("generate",)
-    source.send(msgspec.msgpack.encode(_READY))
-    parent = os.getppid()
-    while os.getppid() == parent:  # a case that is killed cannot end its core
-        if not source.poll(1000):
-            continue
-        kind, *frames = source.recv_multipart(copy=False)
-        sent = decode(frames[0].buffer)
-        if bytes(kind.buffer) == EngineCoreRequestType.ADD.value:
-            ids = [] if model == "embed" else [1]
-            finish = FinishReason.STOP if model == "embed" else FinishReason.LENGTH
-            output = EngineCoreOutput(sent[0], ids, pooling_output=vector, finish_reason=finish)
-            sink.send_multipart(encode(EngineCoreOutputs(outputs=[output])), copy=False)
-        elif bytes(kind.buffer) == EngineCoreRequestType.UTILITY.value:
-            answer = tasks if sent[2] == "get_supported_tasks" else None
-            result = UtilityOutput(sent[1], result=UtilityResult(answer))
-            sink.send_multipart(encode(EngineCoreOutputs(utility_output=result)), copy=False)
+    embeds = model == "embed"
+    vector = torch.zeros(384) if embeds else None
+    finish = FinishReason.STOP if embeds else FinishReason.LENGTH
+
+    class AtOnce(FakeCore):
+        def _decode_add(self, frames: Any) -> Any:
+            return self._decode_first(frames[0].buffer)[0]
+
+        def _add(self, request_id: Any) -> None:
+            ids = [] if embeds else [1]
+            output = EngineCoreOutput(request_id, ids, pooling_output=vector, finish_reason=finish)
+            self._send(EngineCoreOutputs(outputs=[output]))
+
+        _decode_first = staticmethod(msgspec.msgpack.Decoder().decode)
+
+    os.close(kept)
+    tasks = ("embed", "token_embed") if embeds else ("generate",)
+    AtOnce(inputs, outputs, Settings(), [1], tasks, control).run()
 
 
 # --- all cases

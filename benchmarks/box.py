@@ -20,6 +20,8 @@ import orjson
 import psutil
 import yaml
 
+from benchmarks.servers import free_port
+
 if TYPE_CHECKING:
     from collections.abc import (
         AsyncIterator,
@@ -80,7 +82,7 @@ class Verdicts:
 
     def none(self, name: str, bad: Sequence[Reply | str]) -> None:
         """How many, and the first."""
-        detail = next((each if isinstance(each, str) else each.told() for each in bad), "")
+        detail = next((each if isinstance(each, str) else each.summary() for each in bad), "")
         self.at_most(name, len(bad), 0, detail=detail)
 
     @property
@@ -132,7 +134,7 @@ class Reply:
         answered = self.status == 200 and not self.broken and not self.erred
         return answered and b'"choices"' in self.content and (self.ended or not self.streams)
 
-    def told(self) -> str:
+    def summary(self) -> str:
         kind = "stream" if self.streams else "plain"
         end = self.broken or self.content[-300:].decode(errors="replace")
         return f"{kind} {self.model} {self.status} after {self.took_s:.2f} s: {end!r}"
@@ -214,7 +216,7 @@ class Setting:
     def registry(self, models: dict[str, Entry], **server: Any) -> Entry:
         engine = {"dtype": "float32", "max_model_len": 512}
         return {
-            "server": {"host": HOST, "port": _free_port(), "log_dir": str(self.folder), **server},
+            "server": {"host": HOST, "port": free_port(), "log_dir": str(self.folder), **server},
             "defaults": {"kv_cache": "256MiB", "memory": "2.5GiB", "engine": engine},
             "models": models,
         }
@@ -338,20 +340,20 @@ class Box:
     @contextlib.asynccontextmanager
     async def events(self) -> AsyncIterator[list[Entry]]:
         """A list that grows; `at_s` of an event is `time.monotonic()`."""
-        told: list[Entry] = []
-        listening = asyncio.create_task(self._listen(told))
+        happened: list[Entry] = []
+        listening = asyncio.create_task(self._listen(happened))
         try:
-            yield told
+            yield happened
         finally:
             listening.cancel()
             await asyncio.wait({listening})
 
-    async def _listen(self, told: list[Entry]) -> None:
+    async def _listen(self, happened: list[Entry]) -> None:
         async with self.http.stream("GET", "/admin/events") as response:
             async for line in response.aiter_lines():
                 if line.startswith("data: "):
                     event = orjson.loads(line.removeprefix("data: "))
-                    told.append(event | {"at_s": event["at"] - time.time() + time.monotonic()})
+                    happened.append(event | {"at_s": event["at"] - time.time() + time.monotonic()})
 
 
 async def run_command(*command: str) -> tuple[int, str]:
@@ -375,7 +377,7 @@ def _name(process: psutil.Process) -> str:
 
 
 async def left_of(family: Iterable[psutil.Process], within_s: float = 5) -> list[str]:
-    """The names of those that have not ended by then; whoever inherits them may not reap them."""
+    """The names of processes that run after that time; zombies do not count."""
     family = list(family)
 
     def alive() -> list[str]:
@@ -390,12 +392,6 @@ def _lives(process: psutil.Process) -> bool:
     with contextlib.suppress(psutil.NoSuchProcess):
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     return False
-
-
-def _free_port() -> int:
-    with socket.create_server((HOST, 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
 
 
 def bindable(port: int) -> bool:

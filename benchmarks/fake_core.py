@@ -1,14 +1,14 @@
-"""A fast stand-in for vLLM's engine core, for measuring the front ends above it.
+"""A fast stand-in for vLLM's engine core: its ZMQ and msgpack protocol, no model.
 
-    python benchmarks/fake_core.py INPUT OUTPUT [--step-ms 15] [--core 1]
+    python -m benchmarks.fake_core INPUT OUTPUT [--step-ms 15] [--core 1]
 
-It speaks vLLM's ZMQ and msgpack protocol and gives every request one token a step, with
-the statistics of a real core. An answer ends at `max_tokens`, or before at a request's
-`seed`: what a front end is told and how long an answer gets are two things. (The one for
-tests is tests/contract/fake_core.py.)
+Each request gets one token per step, with the statistics of a real core. An answer ends at
+`max_tokens`, or earlier at the request's `seed`. So its length can differ from the limit that
+the front end reads. Subclasses change single parts: `ahead_core` plans steps ahead, `bodies`
+answers at once, and `tests/contract/fake_core.py` scripts failures.
 
-A line of JSON on stdin sets what is in `Settings` and is answered by a line: the `Report`
-since the line before. The core ends when stdin does.
+A line of JSON on stdin sets fields of `Settings`. The core answers with a line: the `Report`
+since the previous line. It ends at the end of stdin.
 
 Source: vllm/v1/engine/core.py (EngineCoreProc), core_client.py (AsyncMPClient).
 """
@@ -88,7 +88,7 @@ _READY = EngineCoreReadyResponse(
 
 
 class _Params(msgspec.Struct):
-    """Of `SamplingParams` what is looked at here."""
+    """The fields of `SamplingParams` that the core reads."""
 
     max_tokens: int | None = 16
     seed: int | None = None
@@ -117,7 +117,7 @@ class Stream:
         self.last_step = 0
 
     def describe_start(self, scheduled_s: float) -> None:
-        """What only the first output of a request carries."""
+        """Add the fields that only the first output of a request has."""
         self.output.events = [
             EngineCoreEvent(EngineCoreEventType.QUEUED, self.queued_s),
             EngineCoreEvent(EngineCoreEventType.SCHEDULED, scheduled_s),
@@ -130,12 +130,10 @@ class Stream:
 @dataclass(frozen=True)
 class Settings:
     step_ms: float = 15.0
-    # Requests wait until there are so many of them and start in one step, so that a load
-    # can be measured without the set-up of its requests.
-    gate: int = 1
+    gate: int = 1  # requests that start in one step: a load is measured without its set-up
     max_running: int = sys.maxsize  # others wait until one has ended
-    prefill_us: float = 0.0  # by which a prompt token makes the step longer that starts its request
-    prefix_tokens: int = 0  # by which prompts are told apart in the report; 0: not at all
+    prefill_us: float = 0.0  # step time of a prompt token in the first step of its request
+    prefix_tokens: int = 0  # tokens that distinguish prompts in the report; 0: no prefixes
 
     @property
     def step_s(self) -> float:
@@ -158,7 +156,17 @@ class Report:
 
 
 class FakeCore:
-    def __init__(self, inputs: str, outputs: str, settings: Settings, tokens: list[int]) -> None:
+    def __init__(
+        self,
+        inputs: str,
+        outputs: str,
+        settings: Settings,
+        tokens: list[int],
+        tasks: tuple[str, ...] = ("generate",),
+        control: int | None = None,
+    ) -> None:
+        self._tasks = tasks
+        self._control = sys.stdin.fileno() if control is None else control
         context = zmq.Context()
         self._inputs = context.socket(zmq.DEALER)
         self._inputs.setsockopt(zmq.IDENTITY, (0).to_bytes(2, "little"))
@@ -170,7 +178,7 @@ class FakeCore:
         self._outputs.connect(outputs)
         self._poller = zmq.Poller()
         self._poller.register(self._inputs, zmq.POLLIN)
-        self._poller.register(sys.stdin.fileno(), zmq.POLLIN)
+        self._poller.register(self._control, zmq.POLLIN)
         self._encode = MsgpackEncoder().encode
         self._decode_request = msgspec.msgpack.Decoder(_Request).decode
         self._decode = MsgpackDecoder().decode
@@ -234,19 +242,25 @@ class FakeCore:
         kind, *frames = self._inputs.recv_multipart(copy=False)
         match EngineCoreRequestType(bytes(kind.buffer)):
             case EngineCoreRequestType.ADD:
-                self._add(self._decode_request(frames[0].buffer))
+                self._add(self._decode_add(frames))
             case EngineCoreRequestType.ABORT:
                 for request_id in self._decode(frames):
                     self._abort(request_id)
             case EngineCoreRequestType.UTILITY:
                 _, call_id, method, _ = self._decode(frames)
-                answer = ("generate",) if method == "get_supported_tasks" else None
-                result = UtilityOutput(call_id, result=UtilityResult(answer))
+                result = UtilityOutput(call_id, result=UtilityResult(self._call(method)))
                 self._send(EngineCoreOutputs(utility_output=result))
 
+    def _decode_add(self, frames: list[zmq.Frame]) -> _Request:
+        request: _Request = self._decode_request(frames[0].buffer)
+        return request
+
+    def _call(self, method: str) -> Any:
+        return self._tasks if method == "get_supported_tasks" else None
+
     def _add(self, request: _Request) -> None:
-        said = request.sampling_params
-        length = min(said.max_tokens or MAX_MODEL_LEN, said.seed or MAX_MODEL_LEN)
+        params = request.sampling_params
+        length = min(params.max_tokens or MAX_MODEL_LEN, params.seed or MAX_MODEL_LEN)
         offset = self._count * 37 % self._period
         self._count += 1
         text = self._text[offset : offset + length]
@@ -264,14 +278,14 @@ class FakeCore:
             self._settled = False
 
     def _obey(self) -> None:
-        lines = os.read(sys.stdin.fileno(), _CONTROL)
+        lines = os.read(self._control, _CONTROL)
         if not lines:
             sys.exit()
         for line in lines.splitlines():
-            said: dict[str, Any] = orjson.loads(line)
+            changes: dict[str, Any] = orjson.loads(line)
             print(orjson.dumps(asdict(self._report)).decode(), flush=True)
             self._report = Report()
-            self._settings = replace(self._settings, **said)
+            self._settings = replace(self._settings, **changes)
 
     # --- what goes out
 
@@ -352,12 +366,14 @@ def main(kind: type[FakeCore] = FakeCore) -> None:
     parser.add_argument("--step-ms", type=float, default=Settings.step_ms)
     parser.add_argument("--core", type=int, help="run on this CPU core")
     parser.add_argument("--model", type=Path, default=MODEL, help="folder of the tokenizer")
+    parser.add_argument("--task", default="generate", help="what the model supports")
     options = parser.parse_args()
     if options.core is not None:
         os.sched_setaffinity(0, {options.core})
     tokenizer = Tokenizer.from_file(str(options.model / "tokenizer.json"))
     tokens = tokenizer.encode(TEXT.replace("\n", " "), add_special_tokens=False).ids
-    kind(options.inputs, options.outputs, Settings(options.step_ms), tokens).run()
+    settings = Settings(options.step_ms)
+    kind(options.inputs, options.outputs, settings, tokens, (options.task,)).run()
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def main() -> None:
                 for metric, value in found.items():
                     figures[name].setdefault(metric, []).append(value)
             console.print(f"start {start + 1} of {options.starts} done")
-            if options.json:  # after each, so that a run that is cut short has told something
+            if options.json:  # after each, so an interrupted run has results
                 content = report(options, figures, runs)
                 options.json.write_text(json.dumps(content, indent=1) + "\n")
     console.print(table(figures))

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from benchmarks import client
+from benchmarks import client, servers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -176,7 +176,7 @@ def front(
                 engine = Core(f"{model}.{number}", folder, cores.engine, program)
                 stack.callback(engine.process.end)
                 engines[model].append(engine)
-        port = _free_port()
+        port = servers.free_port()
         if kind == "rust":
             assert vllm_rs is not None
             process = _rust(vllm_rs, folder, port, engines, cores.front)
@@ -259,12 +259,6 @@ def _unix_listener(path: Path) -> socket.socket:
     listener.bind(str(path))
     listener.listen(128)
     return listener
-
-
-def _free_port() -> int:
-    with socket.create_server((HOST, 0)) as probe:
-        port: int = probe.getsockname()[1]
-    return port
 
 
 def _wait_for(started: Front) -> None:

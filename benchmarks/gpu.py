@@ -70,8 +70,8 @@ def measure(
             labels = list(urls)[:: -1 if number % 2 else 1]
             for label in labels:
                 figures = one_round(options, spec, urls[label], count, seed)
-                told = "  ".join(f"{name} {figures[key]:.4g}" for name, key in ROWS.items())
-                print(f"round {number + 1}  {count} in flight  {label}: {told}", flush=True)
+                line = "  ".join(f"{name} {figures[key]:.4g}" for name, key in ROWS.items())
+                print(f"round {number + 1}  {count} in flight  {label}: {line}", flush=True)
                 yield count, label, figures
 
 
@@ -130,7 +130,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     starting = Starting([spec], ["--disable-uvicorn-access-log"], options.wait)
     found: dict[int, dict[str, list[Figures]]] = {}
-    # Ctrl-C ends the measuring, and what has been found is told.
+    # Ctrl-C ends the measuring, and the results so far are printed.
     with contextlib.suppress(KeyboardInterrupt), contextlib.ExitStack() as stack:
         urls: dict[str, str] = {}
         for side in options.sides:

@@ -174,7 +174,7 @@ async def _killed_to_the_end(box: Box, verdicts: Verdicts) -> None:
     failed = orjson.loads(ready.content)["models"].get("a")
     verdicts.holds("/ready tells it failed", "failed" in str(failed), ready.text)
     refused = await Reply("a", False, 4).come(box.http)
-    verdicts.exactly("status of a request for it", refused.status, 503, refused.told())
+    verdicts.exactly("status of a request for it", refused.status, 503, refused.summary())
 
 
 async def _stopped_silently(box: Box, verdicts: Verdicts) -> None:
@@ -258,7 +258,7 @@ async def _terminated(box: Box, verdicts: Verdicts) -> None:
     let_in = [reply for reply in (over_new, over_kept) if reply.whole or reply.status == 200]
     verdicts.none("new requests let in", let_in)
     for reply in (over_new, over_kept):
-        verdicts.figure("  refused with", reply.status, "", reply.told())
+        verdicts.figure("  refused with", reply.status, "", reply.summary())
     failed = failures(replies)
     verdicts.none("of 10 streams not whole", failed)
     ended_s = await until(lambda: box.process.poll() is not None, _END_S)
@@ -503,7 +503,7 @@ def _judge_turns(replies: Sequence[Reply], verdicts: Verdicts) -> None:
     verdicts.none("of them not answered", failed)
     verdicts.figure("the longest took", max(reply.took_s for reply in replies), " s")
     commented = [reply for reply in replies if reply.commented]
-    verdicts.figure("streams that were told that they wait", len(commented))
+    verdicts.figure("streams with a comment in the queue", len(commented))
     silent = [r for r in replies if r.streams and r.first_s - r.sent_s > 7 and not r.commented]
     verdicts.none("streams that waited 7 s untold", silent)
     for model in "bc":

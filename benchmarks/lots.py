@@ -49,14 +49,14 @@ def one_round(
     url = f"http://{fronts.HOST}:{front.port}"
     with fronts.pinned(options.cores.client):
         said = vllmbench.run(str(options.vllm_rs), url, load, seed, folder)
-    told = front.core.set()
+    report = front.core.set()
     figures = {
         "TTFT p50 ms": float(said["median_ttft_ms"]),
         "TTFT mean ms": float(said["mean_ttft_ms"]),
         "TPOT p50 ms": float(said["median_tpot_ms"]),
         "failed": float(said["failed"]),
     }
-    back = sorted(backs_ms(told["ended_s"], told["came_s"], count))
+    back = sorted(backs_ms(report["ended_s"], report["came_s"], count))
     return figures | {
         f"back ms, {name}": back[int(share * len(back))] for name, share in _BACK.items()
     }
@@ -85,9 +85,9 @@ def measure(options: argparse.Namespace, folder: Path) -> Iterator[tuple[float, 
                 seed = random.randrange(1_000_000_000)
                 for kind in list(running)[:: -1 if number % 2 else 1]:
                     figures = one_round(options, running[kind], step_ms, seed, folder)
-                    told = "  ".join(f"{name} {value:.3g}" for name, value in figures.items())
+                    report = "  ".join(f"{name} {value:.3g}" for name, value in figures.items())
                     print(
-                        f"round {number + 1}  steps of {step_ms:g} ms  {kind}: {told}", flush=True
+                        f"round {number + 1}  steps of {step_ms:g} ms  {kind}: {report}", flush=True
                     )
                     yield step_ms, kind, figures
 

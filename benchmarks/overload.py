@@ -229,7 +229,7 @@ class Client:
         return Played(replies, began, seconds, cpu)
 
     async def saturate(self, model: str, clients: int, seconds: float) -> Played:
-        """A closed loop: each client asks again as soon as it has its answer, or when told to."""
+        """A closed loop: each client asks again as soon as it has its answer, or on demand."""
         replies: list[Reply] = []
         before, began = Cpu.so_far(self._front), time.monotonic()
 

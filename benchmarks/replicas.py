@@ -258,7 +258,7 @@ async def measure(
         for case, figures in (await benchmark.round(number)).items():
             cases.setdefault(case, []).append(figures)
         console.print(f"round {number + 1} of {options.rounds} done")
-        if options.json:  # after each, so that a run that is cut short has told something
+        if options.json:  # after each, so an interrupted run has results
             options.json.write_text(json.dumps(where | report(options, cases), indent=1) + "\n")
     return cases
 

@@ -134,7 +134,7 @@ def one_round(load: Load, warmup: int, addresses: Addresses, tag: str, number: i
         return runner.run(drive(load, addresses, tag, f"{load.seed}/{number}"))
 
 
-# --- what is told
+# --- output
 
 
 def tell(text: str) -> None:

@@ -86,7 +86,7 @@ def running(side: Side, models: Sequence[str], starting: Starting) -> Iterator[A
 
 def _ours(starting: Starting, folder: Path, stack: contextlib.ExitStack) -> Addresses:
     """`llmserve up` with the measured models alone: others would take cores and memory."""
-    port = _free_port()
+    port = free_port()
     content = {
         "server": {"host": HOST, "port": port, "log_dir": str(folder)},
         "models": {spec.name: _entry(spec) for spec in starting.specs},
@@ -115,7 +115,7 @@ def _vllm(
     addresses: Addresses = {}
     # One after the other: vLLM measures a GPU's free memory while it starts.
     for spec in starting.specs:
-        port = _free_port()
+        port = free_port()
         command = stock_command(spec, port, rust=rust)
         command += [] if rust else starting.stock_args
         log = folder / f"vllm-{port}.out"
@@ -160,7 +160,7 @@ def _entry(spec: ModelSpec) -> dict[str, Any]:
     return spec.model_dump(mode="json", exclude_defaults=True, exclude={"name"})
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.create_server((HOST, 0)) as listener:
         port: int = listener.getsockname()[1]
         return port

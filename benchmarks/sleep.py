@@ -177,7 +177,7 @@ def random_ids(count: int) -> list[int]:
 
 def lines_of_sleep(log: Path) -> list[str]:
     """Seconds of the parts, as llmserve.engine.worker.host_offload writes them; and errors."""
-    shown = ("hostcopy.py", "fall asleep", "wake up tags", "Reloading", "ERROR")
+    shown = ("host_offload.py", "fall asleep", "wake up tags", "Reloading", "ERROR")
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
     return [line for line in lines if any(sign in line for sign in shown)]
 

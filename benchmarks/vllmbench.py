@@ -1,4 +1,4 @@
-"""vLLM's own load client, `vllm-rs bench serve`, which nobody here wrote."""
+"""vLLM's own load client, `vllm-rs bench serve`, as an independent client."""
 
 from __future__ import annotations
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Iterator
     from contextlib import AbstractContextManager
 
+    import httpx
     from starlette.requests import Request
     from starlette.types import Scope
 
@@ -301,6 +302,20 @@ async def let_in(place: QueuedRequest[Any, H]) -> H:
         place.cancel()
         raise
     return place.given.result()
+
+
+def error_of(reply: httpx.Response) -> dict[str, Any]:
+    """The error of an answer, which has the shape of all."""
+    assert reply.headers["content-type"] == "application/json"
+    body = reply.json()
+    assert body.keys() == {"error"}
+    error: dict[str, Any] = body["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert isinstance(error["message"], str)
+    assert error["message"]
+    assert error["message"].replace("\n", " ").isprintable()
+    assert isinstance(error["type"], str)
+    return error
 
 
 async def until(holds: Callable[[], bool], within_s: float = 60.0) -> None:

@@ -1,4 +1,4 @@
-"""What goes over the wire: endpoints, JSON, event streams, and the bounds of a body.
+"""The wire format: endpoints, JSON, event streams, and the limits of a body.
 
-Belongs here: what a client sends or reads. Knows no running model and no vLLM. Start with `endpoints` (routes and error bodies), then `token_stream`.
+It knows neither running models nor vLLM. Start with `endpoints`, then `token_stream`.
 """

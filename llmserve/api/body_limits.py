@@ -1,6 +1,6 @@
-"""How many of each thing a body may hold. Pure.
+"""Limits of quantities in a body. Pure.
 
-vLLM prepares these on the event loop, one after another: a limit keeps that short.
+vLLM prepares the items one after another on the event loop; the limits bound that time.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from llmserve.errors import RequestError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-# Items of lists at the top of a body. One of numbers is a single text, as token ids.
+# Items of lists at the top of a body. A list of numbers is a single text of token ids.
 ITEMS: Mapping[str, int] = {
     "messages": 2048,
     "input": 2048,
@@ -29,14 +29,14 @@ ITEMS: Mapping[str, int] = {
     "stop": 1024,
     "bad_words": 1024,
 }
-PARTS_LIMIT = 4096  # items in the lists of all messages together: content parts, tool calls
-KEYS_LIMIT = 1024  # of the body
-CHOICES_LIMIT = 128  # of each prompt
+PARTS_LIMIT = 4096  # content parts and tool calls of all messages
+KEYS_LIMIT = 1024  # keys of the body
+CHOICES_LIMIT = 128  # choices of one prompt
 ANSWERS_LIMIT = 2048  # choices of all prompts together
 
 
 def check_quantities(body: dict[str, Any]) -> None:
-    """Raises RequestError for the first quantity that is over its limit."""
+    """Raise RequestError for the first quantity that exceeds its limit."""
     if len(body) > KEYS_LIMIT:
         raise RequestError(
             f"The body has {len(body)} keys; the limit is {KEYS_LIMIT}. Send fewer keys."
@@ -54,7 +54,7 @@ def check_quantities(body: dict[str, Any]) -> None:
 
 
 def check_choices(key: str, choices: float, prompts: int = 1) -> None:
-    """Raises RequestError for too many answers to one request."""
+    """Raise RequestError for too many choices of one request."""
     if choices > CHOICES_LIMIT:
         raise _refused(key, "a larger value", CHOICES_LIMIT)
     if choices * prompts > ANSWERS_LIMIT:

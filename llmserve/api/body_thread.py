@@ -1,4 +1,4 @@
-"""Work on large bodies, beside the event loop."""
+"""The thread for large bodies."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ Ts = TypeVarTuple("Ts")
 
 
 class BodyThread:
-    """One thread: each further one would compete with the loop for the GIL.
+    """One thread, because each further one competes with the loop for the GIL.
 
-    The loop waits for the GIL as long as one call into C takes. Work that runs here is
-    made of calls that are short, or release the GIL.
+    The loop waits for the GIL during a call into C. So work must consist of short calls or of
+    calls that release the GIL.
     """
 
     def __init__(self) -> None:

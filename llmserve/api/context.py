@@ -13,31 +13,31 @@ if TYPE_CHECKING:
     from llmserve.api.endpoint_id import EndpointId
 
 _KEY = "llmserve.request"
-_CLIENT_CLOSED = 499  # nginx's status for a client that left; never sent
+_CLIENT_CLOSED = 499  # nginx's status for a disconnect; never sent
 
 
 @dataclass(eq=False, slots=True)
 class RequestContext:
     """One request, from its arrival to the end of its answer.
 
-    The outermost layer of the application creates it and attaches it to the ASGI scope. Each
-    layer below enters the facts that it learns. Times are of `time.monotonic`, and None before
-    the event; counts of tokens are None where nothing counts them.
+    The outer layer of the application creates it and attaches it to the ASGI scope; the other
+    layers set its fields. Times are of `time.monotonic`, and None before the event. Token
+    counts are None where they are unknown.
     """
 
     id: str
-    endpoint: EndpointId | None  # None: no model answers on this path
-    model: str = ""  # empty until it is found
-    owner: str = ""  # hash of the API key; empty: the server has none
-    body_thread: BodyThread | None = None  # where to validate a large body
+    endpoint: EndpointId | None  # None: no inference route
+    model: str = ""  # empty before the name is known
+    owner: str = ""  # hash of the API key; empty without one
+    body_thread: BodyThread | None = None  # validates a large body
     arrival_s: float = field(init=False)
     body_read_s: float | None = None
-    leased_s: float | None = None  # by the last attempt
+    leased_s: float | None = None  # of the last attempt
     first_byte_s: float | None = None
     end_s: float | None = None
     prompt_tokens: int | None = None
     generated_tokens: int | None = None
-    status: int = _CLIENT_CLOSED  # of the answer, once it has begun
+    status: int = _CLIENT_CLOSED  # of the answer
     is_complete: bool = False  # the answer's last byte was sent
 
     def __post_init__(self) -> None:
@@ -53,7 +53,7 @@ class RequestContext:
 
     @property
     def has_begun(self) -> bool:
-        """Whether the status was sent."""
+        """Return whether the status was sent."""
         return self.first_byte_s is not None
 
     def begin(self, status: int) -> None:

@@ -1,4 +1,4 @@
-"""Which endpoint of a model a request is for."""
+"""Identities of the inference endpoints."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ from enum import StrEnum
 
 
 class EndpointId(StrEnum):
-    """The identity of an endpoint.
+    """The identity of an endpoint, for metric labels and the `endpoints` of GET /v1/models.
 
-    The values are metric labels and the `endpoints` of GET /v1/models: users depend on them.
-    Error messages use `Endpoint.title`.
+    Users depend on the values. Error messages use `Endpoint.title`.
     """
 
     CHAT_COMPLETIONS = "chat completions"

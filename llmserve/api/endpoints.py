@@ -1,4 +1,4 @@
-"""What goes over the wire besides vLLM's own request and answer classes."""
+"""The inference endpoints, and the error objects of both APIs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llmserve.errors import LLMServeError, Overloaded, RequestError, quoted
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A thing a model can be asked to do.
+    """An endpoint of a model, on all of `paths`.
 
-    `title` is its text in error messages; every path of `paths` leads to it. An answer counts
-    as `answer_tokens` where replicas are chosen; 0: it is no generated text.
+    `title` is its name in error messages. Dispatch counts an answer as `answer_tokens`, which
+    is 0 without generated text.
     """
 
     id: EndpointId
@@ -35,10 +35,10 @@ class Endpoint:
     paths: tuple[str, ...]
     multipart: bool = False  # an upload; all others are JSON
     answer_tokens: int = 0
-    named_events: bool = False  # its stream's events have names; a failure is one called "error"
+    named_events: bool = False  # stream events have names; a failure is an `error` event
 
 
-_ANSWER_TOKENS = 512  # as long as answers tend to be
+_ANSWER_TOKENS = 512  # of a typical answer
 
 ENDPOINTS: tuple[Endpoint, ...] = (
     Endpoint(
@@ -79,7 +79,7 @@ NAMED_EVENTS = frozenset(endpoint.id for endpoint in ENDPOINTS if endpoint.named
 
 
 def failure(endpoint: EndpointId, error: LLMServeError, sent: int = 0) -> bytes:
-    """The last events of a stream that failed after `sent` events."""
+    """Return the last events of a stream that failed after `sent` events."""
     if endpoint is EndpointId.MESSAGES:
         return last_event(endpoint, anthropic_error(error))
     if endpoint is EndpointId.RESPONSES:
@@ -88,20 +88,20 @@ def failure(endpoint: EndpointId, error: LLMServeError, sent: int = 0) -> bytes:
 
 
 def last_event(endpoint: EndpointId, body: dict[str, Any]) -> bytes:
-    """An error object as the last events of a stream."""
+    """Return an error object as the last events of a stream."""
     if endpoint in NAMED_EVENTS:
         return sse.event({"type": "error", **body}, "error")
     return sse.event(body) + sse.DONE
 
 
 def _response_error(error: LLMServeError, sent: int) -> dict[str, Any]:
-    """OpenAI's event has the error's keys itself, that of Open Responses has an object."""
+    """Return the keys of OpenAI's event and the error object of Open Responses."""
     flat = {"message": error.message, "param": error.param, "code": error.code}
     return {"sequence_number": sent, **flat, **error_body(error)}
 
 
 class BackgroundAnswer:
-    """An answer that is out before the work for it is done; `task` does the rest."""
+    """An answer that is sent before its work is complete; `task` completes it."""
 
     def __init__(self, answer: ASGIApp, task: asyncio.Task[Any]) -> None:
         self._answer = answer
@@ -112,7 +112,7 @@ class BackgroundAnswer:
 
 
 def error_body(error: LLMServeError) -> dict[str, Any]:
-    """The one error object: OpenAI API reference, "Error codes"."""
+    """Return the error object. Source: OpenAI API reference, "Error codes"."""
     return {
         "error": {
             "message": error.message,
@@ -124,7 +124,7 @@ def error_body(error: LLMServeError) -> dict[str, Any]:
 
 
 def anthropic_error(error: LLMServeError, request_id: str | None = None) -> dict[str, Any]:
-    """The same in Anthropic's way: Claude API reference, "Errors"."""
+    """Return Anthropic's error object. Source: Claude API reference, "Errors"."""
     kind = _ANTHROPIC_KINDS.get(error.status)
     if kind is None:
         kind = "invalid_request_error" if error.status < 500 else "api_error"
@@ -145,18 +145,22 @@ _ANTHROPIC_KINDS = {
 
 
 def error_response(error: LLMServeError, path: str = "", request_id: str | None = None) -> Response:
-    """In the way of the API that `path` belongs to."""
+    """Return the error response of the API that `path` belongs to."""
     anthropic = f"{path}/".startswith(_ANTHROPIC)
     body = anthropic_error(error, request_id) if anthropic else error_body(error)
-    return Response(
-        orjson.dumps(body), error.status, headers=error.headers(), media_type="application/json"
-    )
+    return json_response(body, error.status, error.headers())
+
+
+def json_response(
+    content: dict[str, Any], status: int = 200, headers: Mapping[str, str] | None = None
+) -> Response:
+    return Response(orjson.dumps(content), status, headers, media_type="application/json")
 
 
 def parse_object(body: Buffer) -> dict[str, Any]:
-    """A request body as a JSON object; see `jsontext.load`.
+    """Return a request body as a JSON object; see `json_text.load`.
 
-    Raises RequestError, which never repeats the body, and BodyTooLarge.
+    Raises RequestError, whose message has no text of the body, and BodyTooLarge.
     """
     if not body:
         raise RequestError("The body is empty; send a JSON object.", code="invalid_json")
@@ -167,5 +171,6 @@ def parse_object(body: Buffer) -> dict[str, Any]:
 
 
 def cannot(model: str, endpoint: EndpointId, able: Iterable[EndpointId]) -> str:
+    """Return the error message for an endpoint that a model does not support."""
     titles = ", ".join(sorted(TITLES[each] for each in able))
-    return f"The model {quoted(model)} does not do {TITLES[endpoint]}; it does: {titles}."
+    return f"The model {quoted(model)} does not support {TITLES[endpoint]}; supported: {titles}."

@@ -1,8 +1,8 @@
-"""JSON text from a client: its cost, known before it is parsed, and its value. Pure.
+"""JSON text of clients: its cost, measured before parsing, and its value. Pure.
 
 orjson holds the GIL for a whole call, so a thread alone does not free the event loop.
-No call here takes more than COST_LIMIT units, REST_LIMIT bytes outside long strings, or a
-piece of one long string.
+No call gets more than COST_LIMIT units, REST_LIMIT bytes outside long strings, or one piece of
+a long string.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ import orjson
 
 from llmserve.errors import BodyTooLarge, RequestError, quoted
 
-# A number, true, false and null cost 1 unit, a string 2, a key, an object and an array 5.
+# Units: a number, true, false and null cost 1, a string 2, a key, an object and an array 5.
 COST_LIMIT = 400_000
 REST_LIMIT = 8 * 2**20  # bytes of a body without its long strings
-TEXT_LIMIT = 8 * 2**20  # bytes of a string, other than ASCII below one of DATA_KEYS
-KEY_LIMIT = 16 * 2**10  # bytes of a key, and of a string that is not long
+TEXT_LIMIT = 8 * 2**20  # bytes of a string, except ASCII of a key in DATA_KEYS
+KEY_LIMIT = 16 * 2**10  # bytes of a key; longer strings are long strings
 
 LIGHT_BYTES = 64 * 2**10
-LIGHT_MARKS = 2000  # brackets, colons, commas and quotes, also those in strings
-# Where OpenAI's, Anthropic's and vLLM's bodies have base64.
+LIGHT_MARKS = 2000  # brackets, colons, commas and quotes, inside strings too
+# Keys with base64 in bodies of OpenAI, Anthropic and vLLM.
 DATA_KEYS = frozenset(
     {"url", "data", "file_data", "image_url", "audio_url", "video_url", "input_audio", "image"}
     | {"audio", "video", "image_embeds", "audio_embeds", "video_embeds", "prompt_embeds"}
 )
 
-_SLICE = KEY_LIMIT  # bytes of a step of a scan
+_SLICE = KEY_LIMIT  # bytes of one scan step
 _PIECE = 16 * _SLICE  # bytes of a long string that are decoded at once
 _IS_KEY = re.compile(rb"[ \t\r\n]*:")
 _LOW_SURROGATE = re.compile(rb"\\u[dD][c-fC-F][0-9a-fA-F]{2}")
@@ -39,16 +39,16 @@ Buffer = bytes | bytearray
 
 
 def is_light(buffer: Buffer) -> bool:
-    """Whether the event loop can parse a JSON text and handle its values, judged by its bytes."""
+    """Return whether the event loop can parse a JSON text, by its size and marks."""
     if len(buffer) > LIGHT_BYTES:
         return False
     return len(buffer) - len(buffer.translate(None, b'{[:,"')) <= LIGHT_MARKS
 
 
 def load(buffer: Buffer) -> Any:
-    """The value of a JSON text. Integers beyond 64 bits become floats (RFC 8259, 6).
+    """Return the value of a JSON text. Integers beyond 64 bits become floats (RFC 8259, 6).
 
-    Raises RequestError, which never repeats the text, and BodyTooLarge.
+    Raises RequestError, whose message has no part of the text, and BodyTooLarge.
     """
     if is_light(buffer):
         return _loads(buffer)
@@ -56,15 +56,15 @@ def load(buffer: Buffer) -> Any:
     scan.run()
     if not scan.long:
         return _loads(buffer)
-    mark = secrets.token_hex(16)  # unknown to the client, so no string of its text
+    mark = secrets.token_hex(16)  # unknown to the client, so not in its text
     value = _loads(scan.rest(mark), lambda at: scan.position(at, mark))
     texts = {f"{mark}{i}": each.text(buffer) for i, each in enumerate(scan.long)}
-    return _filled(value, texts)
+    return _replace_marks(value, texts)
 
 
 @dataclass(slots=True)
 class LongString:
-    """The content of a string, from `start` to `end`, and where it may be divided."""
+    """The content of a string, from `start` to `end`, and positions where it may be cut."""
 
     start: int
     end: int = 0
@@ -88,9 +88,9 @@ class LongString:
 
 
 class Scan:
-    """Counts what a JSON text costs, and finds its long strings, a slice at a time.
+    """Measures the cost of a JSON text and finds its long strings, slice by slice.
 
-    What a parser reads before it stops at a mistake never costs more than `cost`.
+    `cost` is an upper bound for a parser that stops at a mistake, too.
     """
 
     def __init__(self, buffer: Buffer) -> None:
@@ -98,10 +98,10 @@ class Scan:
         self.cost = 0
         self.long: list[LongString] = []
         self._lifted = 0  # bytes in `long`
-        self._open: LongString | None = None  # the string that goes on in the next slice
+        self._open: LongString | None = None  # the string that continues in the next slice
 
     def run(self) -> None:
-        """Raises BodyTooLarge at the first limit that is exceeded, RequestError for a long key."""
+        """Scan the text. Raises BodyTooLarge at the first limit, RequestError for a key."""
         at = 0
         while at < len(self.buffer):
             at = self._step(at)
@@ -110,7 +110,7 @@ class Scan:
             raise _invalid("a string does not end", self._open.start)
 
     def rest(self, mark: str) -> bytes:
-        """The text with `mark` and a number in place of each long string."""
+        """Return the text with `mark` and a number in place of each long string."""
         parts: list[Buffer] = []
         at = 0
         for i, each in enumerate(self.long):
@@ -119,7 +119,7 @@ class Scan:
         return b"".join([*parts, self.buffer[at:]])
 
     def position(self, at: int, mark: str) -> int:
-        """Where in the text the byte `at` of its rest is."""
+        """Return the position in the text of byte `at` of its rest."""
         for i, each in enumerate(self.long):
             if at <= each.start:
                 break
@@ -127,7 +127,7 @@ class Scan:
         return at
 
     def _step(self, at: int) -> int:
-        """Take the slice at `at`; returns where the next one begins."""
+        """Scan the slice at `at`; return the position of the next one."""
         piece = self.buffer[at : at + _SLICE]
         if self._open is None or b'"' in piece or b"\\" in piece:
             piece = piece.replace(b"\\\\", b"..").replace(b'\\"', b"..")
@@ -140,7 +140,7 @@ class Scan:
         return end
 
     def _count(self, piece: Buffer, at: int) -> None:
-        """`piece` without escaped quotes: what is between two of its quotes is a string."""
+        """Add the cost of a piece without escaped quotes: two quotes enclose a string."""
         parts = piece.split(b'"')
         inside = self._open is not None
         outside = b"".join(parts[inside::2])
@@ -168,19 +168,19 @@ class Scan:
     def _check(self, at: int) -> None:
         if self.cost > COST_LIMIT:
             raise BodyTooLarge(
-                f"The body costs more than {COST_LIMIT} units: a string counts as 2, a key, an "
-                "object and an array as 5, another value as 1. Send fewer values at once."
+                f"The body costs more than {COST_LIMIT} units: a string costs 2; a key, an object "
+                "and an array 5; any other value 1. Send fewer values at once."
             )
         rest = (at if self._open is None else self._open.start) - self._lifted
         if rest > REST_LIMIT:
             raise BodyTooLarge(
-                f"The body has more than {REST_LIMIT} bytes besides strings of more than "
-                f"{KEY_LIMIT} bytes, which is the limit. Send fewer values at once."
+                f"The body has more than {REST_LIMIT} bytes, the limit without strings of more "
+                f"than {KEY_LIMIT} bytes. Send fewer values at once."
             )
 
 
 def _boundary(buffer: Buffer, piece: Buffer, at: int) -> int:
-    """The end of a slice in a string, or just before it if that is inside a character."""
+    """Return the end of a slice within a string, moved to the start of a character."""
     end = at + len(piece)
     if end >= len(buffer):
         return end
@@ -206,8 +206,8 @@ def _invalid(what: str, at: int) -> RequestError:
     )
 
 
-def _filled(value: Any, texts: dict[str, str]) -> Any:
-    """`value` with its marks replaced by the strings that they stand for."""
+def _replace_marks(value: Any, texts: dict[str, str]) -> Any:
+    """Return `value` with its marks replaced by their strings."""
     holder = [value]
     unseen: list[Any] = [holder]
     while unseen:
@@ -215,18 +215,18 @@ def _filled(value: Any, texts: dict[str, str]) -> Any:
         for key, each in one.items() if type(one) is dict else enumerate(one):
             if type(each) is str:
                 if each in texts:
-                    one[key] = _placed(key, texts[each])
+                    one[key] = _checked(key, texts[each])
             elif type(each) is dict or type(each) is list:
                 unseen.append(each)
     return holder[0]
 
 
-def _placed(key: str | int, text: str) -> str:
+def _checked(key: str | int, text: str) -> str:
     if len(text) > TEXT_LIMIT and key not in DATA_KEYS:
         name = key if isinstance(key, str) else None
         raise BodyTooLarge(
-            f"{quoted(str(key))} has {len(text)} characters; the limit is {TEXT_LIMIT} for all "
-            "but images, audio and video in base64. Send a shorter text.",
+            f"{quoted(str(key))} has {len(text)} characters; the limit is {TEXT_LIMIT}, except for "
+            "images, audio and video in base64. Send a shorter text.",
             param=name and name[:200],
         )
     return text

@@ -1,4 +1,4 @@
-"""Bytes of an event stream, and the response that carries them.
+"""Event streams: their bytes and their response.
 
 Source: WHATWG HTML, "Server-sent events"; OpenAI's streams end with `data: [DONE]`.
 """
@@ -27,7 +27,7 @@ HEADERS = [
     (b"x-accel-buffering", b"no"),
 ]
 
-# Streams end with their answer, not with the signal: server.py drains them.
+# The server drains streams; a signal does not end them.
 AppStatus.enable_automatic_graceful_drain = False
 
 
@@ -37,7 +37,7 @@ def event(data: Any, name: str | None = None) -> bytes:
 
 
 def payload(frame: bytes) -> Any:
-    """The JSON of a frame's data line; None if that is no JSON."""
+    """Return the JSON of a frame's data; None for other data."""
     _, found, data = frame.partition(b"data: ")
     try:
         return orjson.loads(data) if found else None
@@ -51,10 +51,10 @@ def with_payload(frame: bytes, data: Any) -> bytes:
 
 
 class PeekableStream:
-    """A source of frames that can be asked for the first one before it is written.
+    """A source of frames whose first one can be awaited before the headers are sent.
 
-    A LLMServeError that comes at once can so be an answer with a status of its own; a
-    later one is the last frame, `failure(error, sent)`: after so many frames.
+    So an early LLMServeError can have its own status. A later one becomes the last frame,
+    `failure(error, sent)`, after `sent` frames.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class PeekableStream:
         self._failed = False
 
     async def begin(self, timeout_s: float) -> None:
-        """Wait for the first frame, not for ever. Raises what the source raises."""
+        """Wait for the first frame, at most `timeout_s`. Raises the errors of the source."""
         self._first = asyncio.ensure_future(anext(self._source))
         try:
             done, _ = await asyncio.wait({self._first}, timeout=timeout_s)
@@ -104,16 +104,16 @@ class PeekableStream:
 
 
 class EventStream(EventSourceResponse):
-    """Complete frames, written as they come.
+    """A response of complete frames.
 
-    The source is closed however the answer ends, also when the client left before the
-    first frame: an async generator that was never asked does not reach its `finally`.
+    It always closes the source: an async generator that was not started does not reach its
+    `finally`, for example if the client disconnects before the first frame.
     """
 
     def __init__(self, frames: PeekableStream) -> None:
         headers, ping_s = {"cache-control": "no-cache"}, int(SCHEDULE.ping_s)
         super().__init__(frames, headers=headers, ping=ping_s, sep="\n")
-        del self.headers["connection"]  # the server's to say; it closes for HTTP/1.0
+        del self.headers["connection"]  # the server sets it; HTTP/1.0 closes
         self.frames = frames
         self.failure = frames.failure
 

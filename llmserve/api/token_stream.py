@@ -1,9 +1,8 @@
-"""A streamed answer on its way to one client, without a task or a queue per token.
+"""Streamed answers, without a task or a queue per token.
 
-The engine's side hands over pieces of text; what one iteration of the loop has brought leaves
-as one event per stream. Events are written by stepping the ASGI `send` where the loop
-is: it only waits for a client that reads too slowly, and then a task takes it over
-while text piles up and becomes one longer event.
+The engine appends pieces of text; a flush writes all pieces of a stream as one event. A write
+steps the ASGI `send` in the current callback. `send` suspends only for a client that reads too
+slowly: then a task resumes it, and the collected text becomes one longer event.
 """
 
 from __future__ import annotations
@@ -29,24 +28,23 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# What a stream has to write: when it was added, when the engine made the oldest of it (by the
-# engine's clock), the stream.
+# Pending text: when it was added, when the engine generated its oldest token, the stream.
 _Text: TypeAlias = "tuple[float, float, TokenStream]"
 
-HELD_LIMIT = 500_000  # characters that wait for one client; `connection` bounds the time
+HELD_LIMIT = 500_000  # pending characters of one client; `connection` bounds the time
 _PING = b": ping\n\n"
 
-# ASGI extensions of our server. Write a piece of a body that has begun, without waiting:
-# False if that is not possible now. End the connection without flushing it. Hold the headers
-# back until the first piece of the body, even an empty one: one packet instead of two.
+# ASGI extensions of our server. WRITE writes a piece of a body without waiting, or returns
+# False. ABORT ends the connection without its pending bytes. HOLD holds the headers back until
+# the first piece of the body, even an empty one: one packet instead of two.
 WRITE, ABORT, HOLD = "llmserve.write", "llmserve.abort", "llmserve.hold"
 
 
 class StreamSource(Protocol):
-    """The request behind a stream, in an engine."""
+    """The request of a stream in its engine."""
 
     async def begin(self, stream: TokenStream) -> None:
-        """Give the request to the engine. Raises LLMServeError."""
+        """Send the request to the engine. Raises LLMServeError."""
         ...
 
     async def abort(self) -> None: ...
@@ -61,42 +59,42 @@ class StreamFrames(Protocol):
     first: bytes
 
     def middle(self, text: str) -> bytes:
-        """Empty if there is nothing to tell."""
+        """Return the event of a text; empty if it has no event."""
         ...
 
     def last(
         self, text: str, finish: str, stop: int | str | None, prompt_tokens: int, tokens: int
     ) -> bytes:
-        """Everything from the last piece of text to the end of the stream."""
+        """Return the events from the last text to the end of the stream."""
         ...
 
 
 class FlushScheduler:
-    """Writes the text of one engine's streams, and tends quiet ones.
+    """Writes the text of one engine's streams, and pings idle ones.
 
-    docs/event-loop.md says what is written in which iteration. `lag` receives the age of the
-    oldest text when it leaves.
+    docs/event-loop.md has the order of writes. `lag` receives the age of the oldest text when
+    it is written.
     """
 
     def __init__(self, lag: Callable[[float], None], schedule: Schedule = SCHEDULE) -> None:
         self.schedule = schedule
         self._lag = lag
-        self._first: list[_Text] = []  # of streams that have not written any
+        self._first: list[_Text] = []  # first texts of their streams
         self._ends: list[_Text] = []
         self._later: list[_Text] = []
-        self._coming = 0  # requests that are being prepared
-        self._crowded = 0  # short iterations to wait for when there are none
-        self._more = False  # steps are here that have not been handled
-        self._gathers = False
-        self._looks = False  # in the loop's next iteration
-        self._look_due_s = 0.0  # when it was scheduled
+        self._preparing = 0  # requests in preparation
+        self._short_iterations = 0  # short iterations that must pass before ends and later text
+        self._more_steps = False  # steps have arrived and wait for the next iteration
+        self._is_held = False
+        self._is_scheduled = False  # a flush is scheduled
+        self._scheduled_s = 0.0  # when it was scheduled
         self._streams: set[TokenStream] = set()
         self._tending = False
 
     def add(self, stream: TokenStream, since_s: float) -> None:
-        """`stream` has something to write that the engine made at `since_s`."""
-        if not (self._gathers or self._first or self._ends or self._later):
-            self._look_soon()
+        """Schedule pending text of a stream, which the engine generated at `since_s`."""
+        if not (self._is_held or self._first or self._ends or self._later):
+            self._schedule_flush()
         text = time.monotonic(), since_s, stream
         if not stream.text_sent:
             self._first.append(text)
@@ -106,39 +104,41 @@ class FlushScheduler:
             self._later.append(text)
 
     def gather(self) -> None:
-        """More is about to be added."""
-        self._gathers = True
+        """Hold flushes until `release`."""
+        self._is_held = True
 
     def release(self, *, more: bool) -> None:
-        """That was it, but for steps that wait for the loop's next iteration, if `more`."""
-        self._gathers, self._more = False, more
-        if self._looks:  # this iteration's share is for it
+        """Flush; `more`: further steps wait for the next event-loop iteration."""
+        self._is_held, self._more_steps = False, more
+        if self._is_scheduled:  # it has this iteration's share
             self._write_first()
         else:
             self._write_all()
 
-    def _look_soon(self) -> None:
-        if not self._looks:
-            self._looks = True
-            self._look_due_s = time.monotonic()
-            asyncio.get_running_loop().call_soon(self._look)
+    def _schedule_flush(self) -> None:
+        if not self._is_scheduled:
+            self._is_scheduled = True
+            self._scheduled_s = time.monotonic()
+            asyncio.get_running_loop().call_soon(self._run_flush)
 
-    def _look(self) -> None:
-        self._looks = False
-        short = time.monotonic() - self._look_due_s <= self.schedule.short_s
-        if short and self._crowded and not self._coming:
-            self._crowded -= 1
+    def _run_flush(self) -> None:
+        self._is_scheduled = False
+        short = time.monotonic() - self._scheduled_s <= self.schedule.short_s
+        if short and self._short_iterations and not self._preparing:
+            self._short_iterations -= 1
         self._write_all()
 
     def _write_all(self) -> None:
-        """Of what is no first text as much as has a share of this iteration."""
+        """Write first texts, then ends and later text within this iteration's share."""
         self._write_first()
         now = time.monotonic()
         if self._write_some(self._ends, now):
-            self._crowded = self.schedule.short_iterations  # its client may send another request
+            self._short_iterations = (
+                self.schedule.short_iterations
+            )  # its client may send another request
         self._write_some(self._later, now)
         if self._ends or self._later:
-            self._look_soon()
+            self._schedule_flush()
 
     def _write_first(self) -> None:
         if self._first:
@@ -146,10 +146,10 @@ class FlushScheduler:
             for _, _, stream in first:
                 self.write(stream)
             if not (self._ends or self._later):
-                self._tell_lag(first[0])
+                self._record_lag(first[0])
 
     def _write_some(self, texts: list[_Text], now: float) -> int:
-        """How many have been written, and are in the list no longer."""
+        """Write and remove due texts; return how many."""
         written, share_s = 0, self.schedule.flush_s
         for _, _, stream in texts[: self._due(texts, now)]:
             self.write(stream)
@@ -157,23 +157,23 @@ class FlushScheduler:
             if time.monotonic() - now > share_s:
                 break
         if written:
-            self._tell_lag(texts[0])
+            self._record_lag(texts[0])
             del texts[:written]
         return written
 
     def _due(self, texts: list[_Text], now: float) -> int:
-        """How many of them may be written."""
-        waiting = self._more or self._coming > 0 or self._crowded > 0
+        """Return how many of the texts are due."""
+        waiting = self._more_steps or self._preparing > 0 or self._short_iterations > 0
         return bisect_left(texts, (now - self.schedule.collect_s,)) if waiting else len(texts)
 
-    def _tell_lag(self, oldest: _Text) -> None:
+    def _record_lag(self, oldest: _Text) -> None:
         try:
             self._lag(max(0.0, time.monotonic() - oldest[1]))
-        except Exception:  # text is worth more than its figure
-            log.exception("a stream's lag could not be counted")
+        except Exception:  # streams continue without the metric
+            log.exception("the lag of a stream could not be recorded")
 
     def write(self, stream: TokenStream) -> None:
-        """What it has. A failure ends this stream; the others go on."""
+        """Write the pending text of a stream. A failure ends this stream only."""
         try:
             stream.write()
         except Exception as error:
@@ -181,13 +181,13 @@ class FlushScheduler:
 
     @contextmanager
     def coming(self) -> Iterator[None]:
-        """While a request waits for its batch and is prepared: until it is the engine's or vLLM's."""
-        self._coming += 1
+        """Count a request in preparation, from its batch to the engine or vLLM's handler."""
+        self._preparing += 1
         try:
             yield
         finally:
-            self._coming -= 1
-            self._crowded = self.schedule.short_iterations
+            self._preparing -= 1
+            self._short_iterations = self.schedule.short_iterations
 
     def register(self, stream: TokenStream) -> None:
         self._streams.add(stream)
@@ -199,12 +199,12 @@ class FlushScheduler:
         self._streams.discard(stream)
 
     def _tend(self) -> None:
-        """One timer for all of them: a timer each would cost more than the rest of it."""
+        """Tend all streams. One timer costs less than a timer per stream."""
         now = time.monotonic()
         for stream in list(self._streams):
             try:
                 stream.tend(now)
-            except Exception as error:  # as above
+            except Exception as error:
                 stream.broke(error)
         self._tending = bool(self._streams)
         if self._tending:
@@ -212,27 +212,27 @@ class FlushScheduler:
 
 
 class TokenStream:
-    """`source`'s text to the client, in `frames`.
+    """The answer to one client: text of `source` in events of `frames`.
 
-    What fails before the first byte is raised; later it is `failure(error)`, a last event.
+    An error before the first byte is raised; a later one becomes `failure(error)`, a last event.
     """
 
     __slots__ = (
         "_abort",
-        "_cut_short",
         "_error",
         "_finish",
         "_flow",
         "_frames",
+        "_has_ended",
         "_headers_sent",
         "_hold",
-        "_moved_s",
-        "_over",
+        "_is_incomplete",
+        "_is_pending",
         "_send",
         "_sending",
+        "_sent_s",
         "_source",
         "_task",
-        "_waits",
         "_write",
         "decode",
         "ends",
@@ -257,90 +257,90 @@ class TokenStream:
         self._flow = flow
         self._frames = frames
         self._send: Send
-        self._write: Callable[[bytes], bool] = _cannot
-        self._abort: Callable[[], None] = _nothing
-        self._hold: Callable[[], None] = _nothing
+        self._write: Callable[[bytes], bool] = _refuse_write
+        self._abort: Callable[[], None] = _do_nothing
+        self._hold: Callable[[], None] = _do_nothing
         self._sending: asyncio.Task[None] | None = None
-        self.pieces: list[str] = []  # of text, made and not yet written
+        self.pieces: list[str] = []  # pending text
         self.tokens = 0
-        self.last_s = 0.0  # when the engine made the last of them, `time.monotonic`
-        self.decode: Callable[[int], str]  # a token id to the text that it completes
-        self.table: Sequence[str | None] = ()  # what `decode` says of a whole character's id
-        self.partial = False  # a character has begun and is not whole
-        self.ends = False  # what it has to write is the last
+        self.last_s = 0.0  # when the engine generated the last token, `time.monotonic`
+        self.decode: Callable[[int], str]  # from a token id to the text that it completes
+        self.table: Sequence[str | None] = ()  # results of `decode` for ids of whole characters
+        self.partial = False  # the text ends within a character
+        self.ends = False  # the pending text is the last
         self._finish: tuple[str, int | str | None] | None = None
         self._error: LLMServeError | None = None
-        self._waits = False  # in the flow's list
-        self._headers_sent = self.text_sent = self._over = self._cut_short = False
+        self._is_pending = False  # in a list of the flow
+        self._headers_sent = self.text_sent = self._has_ended = self._is_incomplete = False
         self._task: asyncio.Task[Any] | None = None
-        self._moved_s = 0.0  # when `send` was last called
+        self._sent_s = 0.0  # when `send` was last called
 
-    # --- the engine's side
+    # --- calls of the engine
 
     def took(self, tokens: int, since_s: float) -> None:
-        """`tokens` more, made at `since_s`; their text is in `pieces`."""
+        """Count tokens that the engine generated at `since_s`; their text is in `pieces`."""
         self.tokens += tokens
         self.last_s = since_s
-        if not self._waits:
-            self._waits = True
+        if not self._is_pending:
+            self._is_pending = True
             self._flow.add(self, since_s)
 
     def finished(self, reason: str, stop: int | str | None, since_s: float) -> None:
-        """Told before `took`, the last tokens leave as an end does."""
+        """End the answer. A call before `took` gives its text the priority of an end."""
         self.ends = True
         self._finish = (reason, stop)
-        if not self._waits:
-            self._waits = True
+        if not self._is_pending:
+            self._is_pending = True
             self._flow.add(self, since_s)
 
     def failed(self, error: LLMServeError) -> None:
         self.ends = True
         self._error = error
-        if not self._waits:
-            self._waits = True
+        if not self._is_pending:
+            self._is_pending = True
             self._flow.add(self, time.monotonic())
 
-    # --- the client's side
+    # --- the connection
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._send = send
         extensions = scope.get("extensions") or {}
-        self._write = extensions.get(WRITE, _cannot)
-        self._abort = extensions.get(ABORT, _nothing)
-        self._hold = extensions.get(HOLD, _nothing)
-        self._moved_s = time.monotonic()
+        self._write = extensions.get(WRITE, _refuse_write)
+        self._abort = extensions.get(ABORT, _do_nothing)
+        self._hold = extensions.get(HOLD, _do_nothing)
+        self._sent_s = time.monotonic()
         self._task = asyncio.current_task()
         self._flow.register(self)
         try:
             await self._source.begin(self)
-            # Both ends are told the same way: the answer is out, or the client has gone.
+            # The server sends this message after the answer and after a disconnect.
             while (await receive())["type"] != "http.disconnect":
                 pass
         except asyncio.CancelledError:
-            if self._task is not None:  # by another than `_leave`
+            if self._task is not None:  # not cancelled by `_end_call`
                 raise
             if self._error is not None and not self._headers_sent:
                 raise self._error from None
         finally:
             self._flow.unregister(self)
             RequestContext.of(scope).count_tokens(self._source.prompt_tokens, self.tokens)
-            if not self._over:
-                self._over = self._cut_short = True
+            if not self._has_ended:
+                self._has_ended = self._is_incomplete = True
                 await self._source.abort()
 
     async def end_early(self, error: LLMServeError) -> None:
-        """The last event of an answer that the server's end cut short."""
+        """Send an error as the last event of an answer that is incomplete."""
         if self._sending is not None:
             self._abort()
-        elif self._cut_short:
+        elif self._is_incomplete:
             last = self.failure(error)
             await self._send({"type": "http.response.body", "body": last, "more_body": False})
 
     def write(self) -> None:
-        """All that is pending as one event; later, if the client has not taken the last."""
-        if self._sending is not None or self._over:
+        """Write all pending text as one event; later if the last `send` is suspended."""
+        if self._sending is not None or self._has_ended:
             return
-        self._waits = False
+        self._is_pending = False
         if self._error is not None:
             self._fail(self._error)
             return
@@ -350,7 +350,7 @@ class TokenStream:
         text = pieces[0] if len(pieces) == 1 else "".join(pieces)
         pieces.clear()
         if self._finish is not None:
-            self._over = True
+            self._has_ended = True
             prompt_tokens = self._source.prompt_tokens
             body = self._frames.last(text, *self._finish, prompt_tokens, self.tokens)
         else:
@@ -358,25 +358,25 @@ class TokenStream:
             if self.text_sent and not body:
                 return
             if self.text_sent and self._write(body):
-                self._moved_s = time.monotonic()
+                self._sent_s = time.monotonic()
                 return
         if not self.text_sent:
             self.text_sent = True
             body = self._frames.first + body
-        self._step(body, more=not self._over)
+        self._send_now(body, more=not self._has_ended)
 
     def _fail(self, error: LLMServeError) -> None:
-        self._over = True
+        self._has_ended = True
         if self._headers_sent:
-            self._step(self.failure(error), more=False)
+            self._send_now(self.failure(error), more=False)
         else:
-            self._leave()
+            self._end_call()
 
-    def _step(self, body: bytes, *, more: bool) -> None:
-        """Run `send` here and now. It waits for a slow client only: then a task takes over."""
+    def _send_now(self, body: bytes, *, more: bool) -> None:
+        """Step `send` in this callback. It suspends for a slow client only; a task resumes it."""
         message = {"type": "http.response.body", "body": body, "more_body": more}
         if self._headers_sent:
-            # As uvicorn's is; ASGI only says that it can be awaited.
+            # uvicorn's `send` is a coroutine function; ASGI requires an awaitable only.
             sending = cast("Coroutine[Any, Any, None]", self._send(message))
         else:
             self._headers_sent = True
@@ -391,7 +391,7 @@ class TokenStream:
             await self._send(message)
 
     def _run(self, sending: Coroutine[Any, Any, None]) -> None:
-        self._moved_s = time.monotonic()
+        self._sent_s = time.monotonic()
         try:
             waits_for = sending.send(None)
         except StopIteration:
@@ -408,55 +408,55 @@ class TokenStream:
         except Exception as error:
             self.broke(error)
         self._sending = None
-        if self._waits:
+        if self._is_pending:
             self._flow.write(self)
 
-    # --- quiet ones
+    # --- idle streams
 
     def tend(self, now: float) -> None:
-        """Headers or a comment when they are due; an end if too much waits for the client."""
-        quiet_s = now - self._moved_s
+        """Send headers or a comment when due; close a stream with too much pending text."""
+        idle_s = now - self._sent_s
         if self._sending is not None:
             if sum(map(len, self.pieces)) > HELD_LIMIT:
-                self._give_up()
-        elif self._over:
+                self._close()
+        elif self._has_ended:
             pass
         elif not self._headers_sent:
-            if quiet_s >= self._flow.schedule.headers_s:
-                self._step(b"", more=True)
-        elif quiet_s >= self._flow.schedule.ping_s:
-            self._step(_PING, more=True)
+            if idle_s >= self._flow.schedule.headers_s:
+                self._send_now(b"", more=True)
+        elif idle_s >= self._flow.schedule.ping_s:
+            self._send_now(_PING, more=True)
 
     def broke(self, error: Exception) -> None:
         log.error("an event could not be written", exc_info=error)
-        self._give_up()
+        self._close()
 
-    def _give_up(self) -> None:
-        """End the connection and the wait, which aborts the request."""
+    def _close(self) -> None:
+        """End the connection and `__call__`, which aborts the request."""
         try:
             self._abort()
         except Exception:
             log.exception("a connection could not be ended")
-        self._leave()
+        self._end_call()
 
-    def _leave(self) -> None:
-        """End the wait in `__call__`, as if the client had gone."""
+    def _end_call(self) -> None:
+        """End `__call__`, as after a disconnect."""
         task, self._task = self._task, None
         if task is not None:
             task.cancel()
             task.uncancel()
 
 
-def _nothing() -> None:
+def _do_nothing() -> None:
     pass
 
 
-def _cannot(_: bytes) -> bool:
+def _refuse_write(_: bytes) -> bool:
     return False
 
 
 @types.coroutine
 def _resume(coroutine: Coroutine[Any, Any, None], waits_for: Any) -> Generator[Any, Any, None]:
-    """What is left of a coroutine that was stepped as far as `waits_for`."""
+    """Resume a coroutine that was stepped as far as `waits_for`."""
     yield waits_for
     yield from coroutine

@@ -1,8 +1,8 @@
-"""Which of the mistakes that pydantic finds in a body its client gets to read. Pure.
+"""The error message for the mistakes that pydantic finds in a body. Pure.
 
-pydantic reports the mistakes of every branch of a union. Branches for another kind of object,
-by its `type` or `role`, are left out. The message names the deepest place of the rest, and
-everything that is allowed there.
+pydantic reports the mistakes of all branches of a union. Branches for another kind of object,
+by its `type` or `role`, do not count. The message names the deepest path of the rest, and all
+values that are allowed there.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
     from llmserve.errors import LLMServeError
 
-_KINDS = frozenset({"type", "role"})  # keys that tell one kind of object from another
+_KINDS = frozenset({"type", "role"})  # keys that determine the kind of an object
 _OF_ANOTHER_KIND = frozenset({"literal_error", "enum", "union_tag_invalid", "missing"})
 _DEEPEST = 32  # steps of a path in a message
-_ALLOWED = 16  # of what a value may be
-_OWN_WORDS = 500  # characters of a message of vLLM's
+_ALLOWED = 16  # alternatives in a message
+_VLLM_LIMIT = 500  # characters of a message of vLLM's
 
-# What a value must be, by the first word of pydantic's type of an error.
+# The required type, by the first word of pydantic's error type.
 _TYPES = {
     "string": "a string",
     "int": "an integer",
@@ -44,9 +44,9 @@ _TYPES = {
     "dataclass": "an object",
     "none": "null",
 }
-# The same where the value has the right type; the names are pydantic's.
+# The required value where the type is right; the names are pydantic's.
 _LIMITS = {
-    "greater_than": "more than {gt}",
+    "greater_than": "greater than {gt}",
     "greater_than_equal": "at least {ge}",
     "less_than": "less than {lt}",
     "less_than_equal": "at most {le}",
@@ -63,7 +63,7 @@ _LIMITS = {
     "enum": "{expected}",
     "union_tag_invalid": "{expected_tags}",
 }
-# Of an object that a key tells from others: the key is not one of them, or is not there.
+# Of a tagged union: the tag is unknown or missing.
 _TAGS = {"union_tag_invalid": "union_tag_invalid", "union_tag_not_found": "missing"}
 
 Path = tuple[str, ...]
@@ -71,7 +71,7 @@ Path = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Found:
-    """One of pydantic's errors, and where in the body it is."""
+    """One of pydantic's errors, and its path in the body."""
 
     path: Path
     loc: tuple[int | str, ...]
@@ -92,7 +92,7 @@ class Found:
 
 
 def mistake(details: Iterable[ErrorDetails], body: Any) -> RequestError:
-    """Where a body is wrong, what came and what is allowed. Quotes no text of the body."""
+    """Return the error for the worst mistake: path, value, allowed values. Quotes no text."""
     found = _relevant([Found.of(each, body) for each in details], 0, (), body)
     worst = max(found, key=lambda each: (len(each.path), _is_of_another_kind(each)))
     path = worst.path
@@ -102,7 +102,7 @@ def mistake(details: Iterable[ErrorDetails], body: Any) -> RequestError:
     if here[0].kind == "missing":
         return RequestError(f"{name} is required.", param=param, code="missing_required_parameter")
     for each in here:
-        if (own := _own_error(each, param)) is not None:
+        if (own := _validator_error(each, param)) is not None:
             return own
     allowed = list(dict.fromkeys(filter(None, map(_allowed, here))))
     if not allowed or (param is None and here[0].value is not body):
@@ -110,7 +110,7 @@ def mistake(details: Iterable[ErrorDetails], body: Any) -> RequestError:
     return RequestError(f"{name} must be {_either(allowed)}; it is {_came(here)}.", param=param)
 
 
-# Names that vLLM has for one thing; a body has one of them.
+# Names of one field in different requests; a body has one of them.
 _SYNONYMS = (
     ("max_tokens", "max_completion_tokens", "max_output_tokens"),
     ("input_tokens", "input_text", "messages", "input", "prompt", "documents", "query"),
@@ -119,7 +119,7 @@ _SYNONYMS = (
 
 
 def name_as_sent(error: LLMServeError, body: dict[str, Any]) -> None:
-    """Let an error speak of a field by the name that the body has for it."""
+    """Change the field name of an error to the name in the body."""
     name = error.param
     if name is None or name in body:
         return
@@ -131,9 +131,9 @@ def name_as_sent(error: LLMServeError, body: dict[str, Any]) -> None:
 
 
 def path_of(loc: Sequence[int | str], body: Any, *, missing: bool = False) -> Path:
-    """Where `loc` leads in `body`; its last step too if that is what is missing.
+    """Return the steps of `loc` that exist in `body`, and the last step if it is `missing`.
 
-    pydantic puts the names of branches and validators into it. They lead nowhere.
+    The others are pydantic's names of branches and validators.
     """
     path: list[str] = []
     for step in loc:
@@ -150,7 +150,7 @@ def _leads_on(value: Any, step: int | str) -> bool:
 
 
 def _relevant(found: list[Found], depth: int, path: Path, value: Any) -> list[Found]:
-    """Those below one step of their `loc`, but for branches for objects of another kind."""
+    """Return the mistakes below a step of their `loc`, without branches for other kinds."""
     kept: list[Found] = []
     deeper: dict[int | str, list[Found]] = {}
     for each in found:
@@ -168,20 +168,20 @@ def _relevant(found: list[Found], depth: int, path: Path, value: Any) -> list[Fo
 
 
 def _fitting(branches: list[list[Found]], path: Path) -> list[Found]:
-    """Of the branches those for an object of its kind; if there are none, what tells the kind."""
-    told = [[each for each in branch if _tells_kind(each, path)] for branch in branches]
-    fitting = [branch for branch, kind in zip(branches, told, strict=True) if not kind]
-    found = [each for branch in fitting or told for each in branch]
+    """Return the mistakes of the branches for the object's kind, else those of the kind."""
+    kinds = [[each for each in branch if _is_kind_error(each, path)] for branch in branches]
+    fitting = [branch for branch, kind in zip(branches, kinds, strict=True) if not kind]
+    found = [each for branch in fitting or kinds for each in branch]
     wrong = [each for each in found if each.kind != "missing"]
     return found if fitting else wrong or found
 
 
-def _tells_kind(found: Found, path: Path) -> bool:
+def _is_kind_error(found: Found, path: Path) -> bool:
     return found.kind in _OF_ANOTHER_KIND and found.path in {(*path, key) for key in _KINDS}
 
 
-def _own_error(found: Found, param: str | None) -> RequestError | None:
-    """The words of a validator that is not pydantic's own."""
+def _validator_error(found: Found, param: str | None) -> RequestError | None:
+    """Return the message of a validator of vLLM's; None for one of pydantic's."""
     cause = found.ctx.get("error")
     if isinstance(cause, Exception):
         words = " ".join(str(cause.args[0]).split()) if cause.args else "The value is not allowed."
@@ -190,7 +190,7 @@ def _own_error(found: Found, param: str | None) -> RequestError | None:
         words = f"{quoted(param, 200) if param else 'The body'} {found.message}"
     else:
         return None
-    return RequestError(words[:_OWN_WORDS], param=param)
+    return RequestError(words[:_VLLM_LIMIT], param=param)
 
 
 def _is_of_another_kind(found: Found) -> bool:
@@ -211,7 +211,7 @@ def _allowed(found: Found) -> str:
 
 
 def _came(here: list[Found]) -> str:
-    """A value in words: numbers and words that are one of a few as they are, the rest by type."""
+    """Describe a value: a number, or a word of few, as it is; anything else by its type."""
     value = here[0].value
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]

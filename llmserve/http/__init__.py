@@ -1,5 +1,4 @@
-"""The ASGI application: routes, access, bodies, and a request's way to its model.
+"""The ASGI application: routes, access, bodies, and the path of a request to its model.
 
-Belongs here: what stands between a connection and a model's handler. Start with `app`,
-then `inference`.
+It has everything between a connection and a model's handler. Start with `app`, then `inference`.
 """

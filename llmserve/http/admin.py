@@ -1,16 +1,15 @@
-"""The operator's routes: what every model is doing, and how to steer it."""
+"""The routes under /admin: states of the models, commands, events and logs."""
 
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-import orjson
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
-from starlette.responses import Response, StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field, StrictBool
+from starlette.responses import StreamingResponse
 from starlette.routing import Route
 
-from llmserve.api.endpoints import error_body, parse_object
+from llmserve.api.endpoints import error_body, json_response, parse_object
 from llmserve.api.sse import EventStream, PeekableStream, event
 from llmserve.errors import (
     BodyTooLarge,
@@ -20,57 +19,20 @@ from llmserve.errors import (
     RouteNotFound,
     quoted,
 )
+from llmserve.http.body import validate_fields
 from llmserve.http.log_tail import LogFollower
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-    from pathlib import Path
+    from collections.abc import AsyncGenerator, AsyncIterator
 
     from starlette.requests import Request
+    from starlette.responses import Response
+
+    from llmserve.lifecycle.operator import ModelOperator
 
 _BODY_LIMIT = 64 * 2**10
 _LINES_LIMIT = 100_000
-_LOOK_S = 0.25  # how often a log is looked at for more
-
-
-class Operator(Protocol):
-    """What can be seen and done. Whatever takes a model's name raises ModelNotFound."""
-
-    def models(self) -> list[dict[str, Any]]:
-        """A dictionary for each model, fit for JSON.
-
-        Keys: name, aliases, start, pinned, priority, state, level, in_flight, queued, idle_s, swaps,
-        deaths, note, replicas: number, state, level, note, devices, since_s, start_s, wake_s,
-        gpu_bytes, host_bytes, pid.
-        """
-        ...
-
-    def model(self, name: str) -> dict[str, Any]:
-        """One of them, by any of its names."""
-        ...
-
-    async def load(self, name: str) -> None:
-        """Until it is ready. Raises LLMServeError."""
-        ...
-
-    async def unload(self, name: str, *, drain: bool) -> None:
-        """Until it has stopped; `drain`: its requests end first, else they are cut off."""
-        ...
-
-    async def sleep(self, name: str) -> None: ...
-    async def wake(self, name: str) -> None: ...
-    async def reload(self, *, dry_run: bool) -> dict[str, Any]:
-        """The registry's file again: `changed`, and `lines` that tell what.
-
-        Raises ConfigError with every problem; then all is as before.
-        """
-        ...
-
-    def events(self) -> AsyncIterator[dict[str, Any]]:
-        """From now on: at (unix time), model, replica, from, to, note."""
-        ...
-
-    def log_of(self, name: str, replica: int) -> Path: ...
+_POLL_S = 0.25  # between two reads of a log that is followed
 
 
 def table() -> list[Route]:
@@ -92,11 +54,11 @@ def table() -> list[Route]:
 
 
 async def models(request: Request) -> Response:
-    return _json({"models": _operator(request).models()})
+    return json_response({"models": _operator(request).models()})
 
 
 async def model_state(request: Request) -> Response:
-    return _json(_operator(request).model(_name(request)))
+    return json_response(_operator(request).model(_name(request)))
 
 
 class _Nothing(BaseModel):
@@ -141,21 +103,21 @@ class _Reload(_Nothing):
 async def reload(request: Request) -> Response:
     body = await _body(request, _Reload)
     try:
-        return _json(await _operator(request).reload(dry_run=body.dry_run))
-    except ConfigError as error:  # of the file, and so not the server's fault
+        return json_response(await _operator(request).reload(dry_run=body.dry_run))
+    except ConfigError as error:  # the file is the operator's: no 5xx
         raise RequestError(error.message, code="invalid_registry") from error
 
 
-# --- what happens
+# --- events
 
 
 async def events(request: Request) -> Response:
     return EventStream(PeekableStream(_frames(_operator(request).events()), _failure))
 
 
-async def _frames(happening: AsyncIterator[dict[str, Any]]) -> AsyncGenerator[bytes, None]:
-    async for each in happening:
-        yield event(each, "state")
+async def _frames(changes: AsyncIterator[dict[str, Any]]) -> AsyncGenerator[bytes, None]:
+    async for change in changes:
+        yield event(change, "state")
 
 
 def _failure(error: LLMServeError, _: int) -> bytes:
@@ -166,7 +128,7 @@ def _failure(error: LLMServeError, _: int) -> bytes:
 
 
 class _Logs(_Nothing):
-    """The query of a log."""
+    """The query parameters of a log."""
 
     lines: Annotated[int, Field(ge=0, le=_LINES_LIMIT)] = 200
     replica: int = 0
@@ -174,8 +136,8 @@ class _Logs(_Nothing):
 
 
 async def logs(request: Request) -> Response:
-    """The last lines; with `follow`, also those to come, of later engines too."""
-    query = _valid(_Logs, request.query_params)
+    """Stream the last lines of a log; with `follow`, also later lines, of later engines too."""
+    query = validate_fields(_Logs, request.query_params)
     model = _operator(request).model(_name(request))
     numbers = [replica["number"] for replica in model["replicas"]]
     if query.replica not in numbers:
@@ -198,12 +160,12 @@ async def logs(request: Request) -> Response:
     )
 
 
-async def _text(tail: LogFollower, *, follow: bool) -> AsyncGenerator[bytes, None]:
+async def _text(log: LogFollower, *, follow: bool) -> AsyncGenerator[bytes, None]:
     while True:
-        if part := await asyncio.to_thread(tail.read):
+        if part := await asyncio.to_thread(log.read):
             yield part
         elif follow:
-            await asyncio.sleep(_LOOK_S)
+            await asyncio.sleep(_POLL_S)
         else:
             return
 
@@ -211,8 +173,8 @@ async def _text(tail: LogFollower, *, follow: bool) -> AsyncGenerator[bytes, Non
 # --- requests
 
 
-def _operator(request: Request) -> Operator:
-    operator: Operator = request.app.state.services.operator
+def _operator(request: Request) -> ModelOperator:
+    operator: ModelOperator = request.app.state.services.operator
     return operator
 
 
@@ -225,26 +187,10 @@ B = TypeVar("B", bound=BaseModel)
 
 
 async def _body(request: Request, kind: type[B]) -> B:
-    """A JSON object; no body is an empty one."""
+    """Return the body as a `kind`; an empty body has no keys."""
     body = b""
     async for part in request.stream():
         body += part
         if len(body) > _BODY_LIMIT:
-            raise BodyTooLarge(f"The body is larger than {_BODY_LIMIT} bytes.")
-    return _valid(kind, parse_object(body) if body else {})
-
-
-def _valid(kind: type[B], values: Mapping[str, Any]) -> B:
-    try:
-        return kind.model_validate(dict(values))
-    except ValidationError as error:
-        problems = [(str(each["loc"][0]), each["msg"]) for each in error.errors()]
-        raise RequestError(
-            "; ".join(f"{quoted(name)}: {message}" for name, message in problems)
-            + f". It takes {', '.join(kind.model_fields) or 'no keys'}.",
-            param=problems[0][0],
-        ) from None
-
-
-def _json(content: dict[str, Any]) -> Response:
-    return Response(orjson.dumps(content), media_type="application/json")
+            raise BodyTooLarge(f"The body has more than {_BODY_LIMIT} bytes, the limit.")
+    return validate_fields(kind, parse_object(body) if body else {})

@@ -1,4 +1,4 @@
-"""Wiring: the route table, access, request ids, and the one error handler."""
+"""The ASGI application: route table, access, request ids, CORS, and the error handler."""
 
 from __future__ import annotations
 
@@ -49,26 +49,26 @@ def build(services: Services) -> ASGIApp:
     app = Starlette(
         routes=routes.table(),
         exception_handlers={
-            HTTPException: _unrouted,
-            LLMServeError: _answered,
-            Exception: _answered,
+            HTTPException: _unrouted_response,
+            LLMServeError: _response,
+            Exception: _response,
         },
     )
-    app.router.redirect_slashes = False  # a 404 that says what was meant
+    app.router.redirect_slashes = False  # a 404 with the nearest route instead
     app.state.services = services
-    answering = _Answering(_Access(_Dispatch(app), services))
-    return _WithContext(_Cors.of(answering, services.config.server), services)
+    handler = _ErrorHandler(_Access(_Dispatch(app), services))
+    return _WithContext(_Cors.from_spec(handler, services.config.server), services)
 
 
 class _Dispatch:
-    """A model's work goes straight to its endpoint: it is most of what comes.
+    """Calls the endpoint of an inference request; other requests take Starlette's router.
 
-    Starlette would compare the path with every route and wrap every message.
+    The router compares the path with every route and wraps every message.
     """
 
     def __init__(self, app: Starlette) -> None:
         self._app = app
-        self._work = {
+        self._endpoints = {
             route.path: route.app
             for route in app.routes
             if isinstance(route, Route) and isinstance(route.app, InferenceEndpoint)
@@ -76,16 +76,16 @@ class _Dispatch:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["method"] == "POST":
-            work = self._work.get(scope["path"])
-            if work is not None:
+            endpoint = self._endpoints.get(scope["path"])
+            if endpoint is not None:
                 scope["app"] = self._app
-                await work(scope, receive, send)
+                await endpoint(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
 
-class _Answering:
-    """The one error handler: what is raised before the first byte is an answer."""
+class _ErrorHandler:
+    """Sends an error response for an exception before the first byte."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -94,41 +94,43 @@ class _Answering:
         try:
             await self._app(scope, receive, send)
         except ClientDisconnect:
-            return  # also after the first byte: there is no client to answer
+            return  # also after the first byte
         except Exception as error:
             if scope["type"] != "http" or RequestContext.of(scope).has_begun:
                 raise
-            await _answer_to(error, scope)(scope, receive, send)
+            await _error_app(error, scope)(scope, receive, send)
 
 
-def _answer_to(error: Exception, scope: Scope) -> ASGIApp:
+def _error_app(error: Exception, scope: Scope) -> ASGIApp:
     if isinstance(error, ClientDisconnect):
-        return _nobody
+        return _no_response
     if isinstance(error, HTTPException):  # a form that Starlette cannot read
-        return _error_response(_refusal(error), scope)
+        return _error_response(_request_error(error), scope)
     if isinstance(error, LLMServeError):
         return _error_response(error, scope)
-    log.error("path=%s unforeseen", quoted(scope["path"]), exc_info=error)
-    unforeseen = LLMServeError("Something went wrong in the server.", code="internal_error")
-    return _error_response(unforeseen, scope)
+    log.error("path=%s unforeseen error", quoted(scope["path"]), exc_info=error)
+    internal = LLMServeError(
+        "Internal error; its cause is in the server's log.", code="internal_error"
+    )
+    return _error_response(internal, scope)
 
 
 def _error_response(error: LLMServeError, scope: Scope) -> Response:
     return error_response(error, scope["path"], RequestContext.of(scope).id)
 
 
-async def _nobody(_: Scope, __: Receive, ___: Send) -> None:
-    """There is nobody to answer."""
+async def _no_response(_: Scope, __: Receive, ___: Send) -> None:
+    """Send nothing: the client has disconnected."""
 
 
 class _Cors(CORSMiddleware):
-    """Starlette's, with our error object where it refuses a page.
+    """Starlette's middleware, with our error object for a refused preflight.
 
-    It is around everything, so that a page can read errors too, and a preflight needs no key.
+    It is outside access and errors: pages can read errors, and a preflight needs no key.
     """
 
     @classmethod
-    def of(cls, app: ASGIApp, server: ServerSpec) -> _Cors:
+    def from_spec(cls, app: ASGIApp, server: ServerSpec) -> _Cors:
         return cls(
             app,
             allow_origins=server.allowed_origins,
@@ -148,32 +150,31 @@ class _Cors(CORSMiddleware):
         response = super().preflight_response(request_headers)
         if response.status_code < 400:
             return response
-        refusal = error_response(RequestError(self._why(request_headers), code="cors_refused"))
+        refusal = error_response(RequestError(self._reason(request_headers), code="cors_refused"))
         for name in set(response.headers) - {"content-type", "content-length"}:
             refusal.headers[name] = response.headers[name]
         return refusal
 
-    def _why(self, headers: Headers) -> str:
+    def _reason(self, headers: Headers) -> str:
         origin, method = headers["origin"], headers["access-control-request-method"]
         if not self.is_allowed_origin(origin):
             return _unlisted("origin", origin, "allowed_origins", self.allow_origins)
         if method not in self.allow_methods:
             return _unlisted("method", method, "allowed_methods", self.allow_methods)
-        asked = headers.get("access-control-request-headers", "")
-        return _unlisted("headers", asked, "allowed_headers", self.allow_headers)
+        names = headers.get("access-control-request-headers", "")
+        return _unlisted("headers", names, "allowed_headers", self.allow_headers)
 
 
-def _unlisted(what: str, came: str, setting: str, allowed: Iterable[str]) -> str:
-    """Why a preflight is refused."""
-    listed = ", ".join(map(quoted, allowed)) or "empty"
+def _unlisted(what: str, value: str, setting: str, allowed: Iterable[str]) -> str:
     return (
-        f"The preflight asks for the {what} {quoted(came)}, which server.{setting} does not hold; "
-        f"it is {listed}. Add what is missing there and restart the server."
+        f"The {what} {quoted(value)} of the preflight must be in server.{setting}; "
+        f"allowed: {', '.join(map(quoted, allowed)) or 'none'}. "
+        "Add it to the list and restart the server."
     )
 
 
 class _WithContext:
-    """Creates the context of every request, and counts it by model, endpoint and status."""
+    """Creates the context of each request and counts it by model, endpoint and status."""
 
     def __init__(self, app: ASGIApp, services: Services) -> None:
         self._app = app
@@ -187,7 +188,7 @@ class _WithContext:
         context = RequestContext(_request_id(scope), _ENDPOINT_OF.get(scope["path"]))
         context.attach(scope)
         named = (_ID, context.id.encode("ascii"))
-        # vLLM's handlers take the id of an answer from here.
+        # vLLM's handlers use this header as the id of the answer.
         scope["headers"] = [*(h for h in scope["headers"] if h[0] != _ID), named]
 
         async def with_id(message: Message) -> None:
@@ -214,9 +215,9 @@ class _WithContext:
 
 
 def _merge_slashes(scope: Scope) -> None:
-    """Take `/v1//models/` for `/v1/models`, as clients join a base URL and a path.
+    """Change `/v1//models/` to `/v1/models`: clients join a base URL and a path.
 
-    A slash that is part of a model's name is written `%2F`, and stays.
+    A slash of a model's name is written `%2F` and does not change.
     """
     path = scope["path"]
     if path[-1:] == "/" or "//" in path:
@@ -227,12 +228,12 @@ def _merge_slashes(scope: Scope) -> None:
 
 def _request_id(scope: Scope) -> str:
     given = next((value for name, value in scope["headers"] if name == _ID), b"").decode("latin-1")
-    fit = 0 < len(given) <= 128 and given.isascii() and given.isprintable()
-    return given if fit else os.urandom(16).hex()
+    is_valid = 0 < len(given) <= 128 and given.isascii() and given.isprintable()
+    return given if is_valid else os.urandom(16).hex()
 
 
 class _Access:
-    """Lets in who has a key, or may do without."""
+    """Refuses requests without access, and sets the owner of the others."""
 
     def __init__(self, app: ASGIApp, services: Services) -> None:
         self._app = app
@@ -249,35 +250,35 @@ class _Access:
 # --- errors
 
 
-async def _answered(request: Request, error: Exception) -> Response:
-    return cast("Response", _answer_to(error, request.scope))
+async def _response(request: Request, error: Exception) -> Response:
+    return cast("Response", _error_app(error, request.scope))
 
 
-async def _unrouted(request: Request, error: Exception) -> Response:
-    """Starlette's own refusals: no such route, wrong method."""
+async def _unrouted_response(request: Request, error: Exception) -> Response:
+    """Return our error for one of Starlette's: unknown route, wrong method."""
     error = cast("HTTPException", error)
     allowed = _methods(request)
     if error.status_code == 405 and allowed:
         refusal: RequestError = MethodNotAllowed(
-            f"{quoted(request.url.path)} does not take {request.method}; "
-            f"it takes {', '.join(allowed)}.",
+            f"{quoted(request.url.path)} does not support {request.method}; "
+            f"supported: {', '.join(allowed)}.",
             allowed,
         )
     elif error.status_code in {404, 405}:
         refusal = _no_route(request)
     else:
-        refusal = _refusal(error)
+        refusal = _request_error(error)
     return _error_response(refusal, request.scope)
 
 
-def _refusal(error: HTTPException) -> RequestError:
-    refusal = RequestError(str(error.detail))
-    refusal.status = error.status_code
-    return refusal
+def _request_error(error: HTTPException) -> RequestError:
+    request_error = RequestError(str(error.detail))
+    request_error.status = error.status_code
+    return request_error
 
 
 def _methods(request: Request) -> list[str]:
-    """What the path takes. Nothing is posted to an id: POST /v1/responses/compact is a route."""
+    """Return the methods of the path, without POST to an id: /v1/responses/compact is no id."""
     found = [
         route
         for route in request.app.routes

@@ -1,4 +1,4 @@
-"""Who may use which route: holders of a key, this machine's own programs, web pages."""
+"""Access to routes: by key, from this machine, from web pages."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ if TYPE_CHECKING:
 
     from llmserve.registry.spec import ServerSpec
 
-# ASGI extension of our server: look the client's address up, which few requests need.
+# ASGI extension of our server: returns the client's address, which few requests need.
 PEER = "llmserve.peer"
 
 _OPEN = frozenset({"/health"})  # a probe has no key
-_READS = frozenset({"GET", "HEAD", "OPTIONS"})  # change nothing; a page cannot read the answer
-# A browser and a proxy send these; X-Forwarded-... is matched by its beginning.
-_FROM_ELSEWHERE = frozenset({b"origin", b"forwarded", b"via", b"x-real-ip"})
+_READS = frozenset({"GET", "HEAD", "OPTIONS"})  # no effect, and pages cannot read the answer
+# Headers of browsers and proxies, besides X-Forwarded-*.
+_REMOTE_HEADERS = frozenset({b"origin", b"forwarded", b"via", b"x-real-ip"})
 _HOST = re.compile(r"(?:\[(?P<v6>[0-9a-f:.]+)\]|(?P<name>[^:\[\]@/]+))(?::\d+)?", re.IGNORECASE)
-# Public DNS has no names below these: RFC 6761, 6762, 8375, and ICANN's .internal.
+# Domains outside public DNS: RFC 6761, 6762, 8375, and ICANN's .internal.
 _PRIVATE = (".localhost", ".local", ".internal", ".home.arpa")
-# Schemes of origins that a web page can have; programs with a browser inside have their own.
-_OF_PAGES = ("http://", "https://", "file://")
+# Schemes of the origins of web pages; programs with an embedded browser have others.
+_PAGE_SCHEMES = ("http://", "https://", "file://")
 
 
 def is_admin(path: str) -> bool:
-    """Whether a path is the operator's."""
+    """Return whether a path belongs to /admin."""
     return path == "/admin" or path.startswith("/admin/")
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a text is an address of the machine itself."""
+    """Return whether a text is a loopback address."""
     try:
         address = ip_address(host)
     except ValueError:
@@ -51,10 +51,12 @@ def is_loopback(host: str) -> bool:
 
 
 def check(scope: Scope, server: ServerSpec) -> bytes | None:
-    """Let a request in, or raise Unauthorized or Forbidden; the API key that it came with.
+    """Return the API key of a request; None where no API key is needed.
 
-    The admin key opens /admin and an API key the rest. Where no key is set, a request must not
-    come from a web page of another origin, and for /admin it must come from this machine.
+    /admin needs the admin key, other routes an API key. Without a key in the registry, web
+    pages of other origins have no access, and /admin is for clients on this machine.
+
+    Raises Unauthorized for a missing or wrong key, else Forbidden.
     """
     path = scope["path"]
     if path in _OPEN:
@@ -66,8 +68,8 @@ def check(scope: Scope, server: ServerSpec) -> bytes | None:
         return _check_key(
             headers,
             server.api_keys,
-            "No API key came; send `Authorization: Bearer KEY`.",
-            "The API key is not one of this server's.",
+            "The request has no API key; send `Authorization: Bearer KEY`.",
+            "The API key is not one of server.api_keys.",
         )
     else:
         _check_host(scope, headers.get(b"host", b""), server)
@@ -81,29 +83,32 @@ def _check_operator(scope: Scope, headers: Mapping[bytes, bytes], server: Server
         _check_key(
             headers,
             [server.admin_key],
-            "No admin key came; send `Authorization: Bearer KEY`.",
+            "The request has no admin key; send `Authorization: Bearer KEY`.",
             "The key is not server.admin_key; API keys do not open /admin.",
         )
         return
-    if why := _not_from_here(scope, headers):
+    if reason := _remote_reason(scope, headers):
         raise Forbidden(
-            f"{why}. Without server.admin_key, /admin answers this machine's own clients alone; "
-            "set that key in the registry and send it."
+            f"{reason}. Without server.admin_key, only clients on this machine may use /admin. "
+            "Set server.admin_key in the registry and send it."
         )
     if server.api_keys:  # a proxy that adds no header makes every client local
         _check_key(
             headers,
             server.api_keys,
-            "No key came. Without server.admin_key, /admin needs one of server.api_keys; "
-            "send `Authorization: Bearer KEY`.",
-            "The key is not one of server.api_keys, which open /admin without server.admin_key.",
+            "The request has no key. Without server.admin_key, /admin needs one of "
+            "server.api_keys; send `Authorization: Bearer KEY`.",
+            "The key is not one of server.api_keys, which /admin needs without server.admin_key.",
         )
 
 
 def _check_key(
     headers: Mapping[bytes, bytes], keys: Iterable[SecretStr], missing: str, wrong: str
 ) -> bytes:
-    """The key of `Authorization: Bearer KEY`, or Anthropic's `x-api-key`, if it is one of these."""
+    """Return the key of `Authorization: Bearer KEY` or of Anthropic's `x-api-key`.
+
+    Raises Unauthorized if it is not one of `keys`.
+    """
     scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
     given = token.strip() if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"")
     if not given:
@@ -117,24 +122,24 @@ def _check_key(
 # --- this machine
 
 
-def _not_from_here(scope: Scope, headers: Mapping[bytes, bytes]) -> str | None:
-    """Why a request may come from elsewhere, through a page in a browser or a local proxy.
+def _remote_reason(scope: Scope, headers: Mapping[bytes, bytes]) -> str | None:
+    """Return why a request may be remote, from a web page or through a local proxy; else None.
 
-    A page reaches this machine's ports under its own origin, or, by a DNS name of its owner
-    that leads here, under its own host.
+    A page reaches this machine's ports with its own origin. With a DNS name that resolves to
+    this machine, it sends its own host.
     """
     address = _peer(scope)
     if not is_loopback(address):
-        return f"The client's address, {address}, is not a loopback address"
+        return f"The client address {address} is not a loopback address"
     for name in headers:
-        if name in _FROM_ELSEWHERE or name.startswith(b"x-forwarded-"):
+        if name in _REMOTE_HEADERS or name.startswith(b"x-forwarded-"):
             came = quoted(name.decode("latin-1"))
-            return f"The request has the header {came}, which a web page or a proxy sends"
+            return f"The request has the header {came} of a web page or a proxy"
     if headers.get(b"sec-fetch-site", b"none") != b"none":
         return "A web page sent the request"
     hosts = [value.decode("latin-1") for name, value in scope["headers"] if name == b"host"]
     if not hosts or not all(map(_is_local_host, hosts)):
-        return f"The Host header, {quoted(', '.join(hosts))}, is no name of a loopback address"
+        return f"The Host header {quoted(', '.join(hosts))} is not a loopback address"
     return None
 
 
@@ -151,7 +156,7 @@ def _is_local_host(header: str) -> bool:
 
 
 def _name_of(header: str) -> str:
-    """The host of a Host header, without its port; empty if it is not one."""
+    """Return the host of a Host header without its port; empty if the header is malformed."""
     found = _HOST.fullmatch(header.strip())
     return (found["v6"] or found["name"]).lower() if found else ""
 
@@ -160,21 +165,21 @@ def _name_of(header: str) -> str:
 
 
 def _check_host(scope: Scope, host: bytes, server: ServerSpec) -> None:
-    """Refuse a page that reaches this machine by a DNS name of its own: DNS rebinding."""
+    """Raise Forbidden for a page on a DNS name of this machine: DNS rebinding."""
     if _is_own_host(host) or _is_allowed_host(host, server) or not is_loopback(_peer(scope)):
         return
     raise Forbidden(
-        f"The Host header is {quoted(host.decode('latin-1'))}, which may be a web page's own "
-        "name for this machine. Without server.api_keys, local clients may send localhost, an IP "
-        "address, this machine's name, or the host of one of server.allowed_origins. Add its "
-        "origin there and restart the server, or set server.api_keys.",
+        f"The Host header {quoted(host.decode('latin-1'))} may be the name of a web page. "
+        "Without server.api_keys, local clients must send localhost, an IP address, the name of "
+        "this machine, or the host of one of server.allowed_origins. "
+        "Add the origin to that list and restart the server, or set server.api_keys.",
         code="host_refused",
     )
 
 
 @lru_cache(maxsize=64)
 def _is_own_host(header: bytes) -> bool:
-    """Whether no web page can have this host: an address, or a name that cannot be registered."""
+    """Return whether no web page can have this host: an address or an unregistrable name."""
     if not header:
         return True  # every browser sends one
     name = _name_of(header.decode("latin-1")).rstrip(".")
@@ -195,14 +200,14 @@ def _is_allowed_host(header: bytes, server: ServerSpec) -> bool:
 
 
 def _check_origin(headers: Mapping[bytes, bytes], server: ServerSpec) -> None:
-    """Refuse what a page of another origin sends: browsers name it, pages cannot hide it."""
+    """Raise Forbidden for a page of another origin, which pages cannot hide."""
     if "*" in server.allowed_origins:
         return
     origin = headers.get(b"origin")
     if origin is None:
         if headers.get(b"sec-fetch-site") not in {b"cross-site", b"same-site"}:
             return
-        came = "of another site, without an Origin"
+        came = "of another site without an Origin header"
     else:
         name = origin.decode("latin-1")
         if name in server.allowed_origins or _is_own_origin(name, headers.get(b"host", b"")):
@@ -210,19 +215,19 @@ def _check_origin(headers: Mapping[bytes, bytes], server: ServerSpec) -> None:
         came = f"of the origin {quoted(name)}"
     allowed = ", ".join(map(quoted, server.allowed_origins)) or "empty"
     raise Forbidden(
-        f"A web page {came} sent the request. Without server.api_keys, pages of this server's own "
-        f"origin and of server.allowed_origins may; that list is {allowed}. Add the origin there "
-        "and restart the server, or set server.api_keys.",
+        f"A web page {came} sent the request. Without server.api_keys, only pages of this server "
+        f"and of server.allowed_origins have access; that list is {allowed}. "
+        "Add the origin to the list and restart the server, or set server.api_keys.",
         code="origin_refused",
     )
 
 
 def _is_own_origin(origin: str, host: bytes) -> bool:
-    """Whether a page of this host, or no page at all, sends an origin.
+    """Return whether an origin is of this host or of no web page.
 
-    A proxy may end TLS, so the scheme does not count.
+    The scheme has no influence: a proxy may end TLS.
     """
     origin = origin.lower()
-    if origin != "null" and not origin.startswith(_OF_PAGES):
+    if origin != "null" and not origin.startswith(_PAGE_SCHEMES):
         return "://" in origin  # an extension or a program: app://, vscode-webview://
     return origin.partition("://")[2] == host.decode("latin-1").lower()

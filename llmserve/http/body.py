@@ -1,10 +1,11 @@
-"""A request's body: read, decoded and parsed, each step within a bound."""
+"""The body and the fields of a request: bounded reading, decoding and parsing."""
 
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from pydantic import BaseModel, ValidationError
 from starlette.datastructures import UploadFile
 from starlette.requests import ClientDisconnect, Request
 
@@ -12,36 +13,43 @@ from llmserve.api.body_limits import check_quantities
 from llmserve.api.context import RequestContext
 from llmserve.api.endpoints import parse_object
 from llmserve.api.json_text import is_light
-from llmserve.errors import BodyTooLarge, RequestError
+from llmserve.errors import BodyTooLarge, RequestError, quoted
 from llmserve.http.content_coding import coding_of, decode
 from llmserve.http.schema_limits import check_constraints
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from starlette.types import Message, Receive, Scope
 
     from llmserve.api.body_thread import BodyThread
     from llmserve.api.json_text import Buffer
 
-_FORM_SLICE = 8 * 2**10  # bytes of a form that the loop parses at once
+M = TypeVar("M", bound=BaseModel)
+
+_FORM_SLICE = 8 * 2**10  # bytes of a form that one event-loop iteration parses
 _FORM_FILES, _FORM_FIELDS = 8, 256
 
 
 async def json_object(
     scope: Scope, receive: Receive, limit: int, off_loop: BodyThread
 ) -> dict[str, Any]:
-    """A body as a JSON object; the context of a large one says where to validate it."""
+    """Return a body as a JSON object; the context of a large one gets the body thread."""
     coding = _coding(scope, limit)
     raw = await _read(receive, limit)
     if coding is None and is_light(raw):
-        return _checked(raw)
+        return parse_body(raw)
     RequestContext.of(scope).body_thread = off_loop
     if coding is not None:
         raw = await off_loop.run(decode, coding, raw, limit)
-    return await off_loop.run(_checked, raw)
+    return await off_loop.run(parse_body, raw)
 
 
-def _checked(raw: Buffer) -> dict[str, Any]:
-    """A key that is null is as if it were left out: OpenAI API reference."""
+def parse_body(raw: Buffer) -> dict[str, Any]:
+    """Return the keys that are not null, within their limits.
+
+    Null means absent. Source: OpenAI API reference. Raises RequestError, BodyTooLarge.
+    """
     body = parse_object(raw)
     check_constraints(body)
     check_quantities(body)
@@ -49,26 +57,39 @@ def _checked(raw: Buffer) -> dict[str, Any]:
 
 
 async def form_of(scope: Scope, receive: Receive, limit: int, off_loop: BodyThread) -> Request:
-    """A request whose `form()` is bounded; to be closed, for its uploads' temporary files."""
+    """Return a request with a bounded `form()`; closing it deletes temporary files of uploads."""
     coding = _coding(scope, limit)
     if coding is None:
         return Request(scope, _sliced(receive, limit))
     whole = await off_loop.run(decode, coding, await _read(receive, limit), limit)
-    return Request(scope, _sliced(_again(whole), limit))
+    return Request(scope, _sliced(_receive_from(whole), limit))
 
 
 async def form_fields(request: Request) -> dict[str, Any]:
-    """An upload's fields; a name that ends in [] is a list."""
+    """Return the fields of an upload; a name that ends in [] is a list."""
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
         raise RequestError("Send the audio as multipart/form-data.", param="file")
     form = await request.form(max_files=_FORM_FILES, max_fields=_FORM_FIELDS)
     if "file" in form and not isinstance(form["file"], UploadFile):
-        raise RequestError("`file` must be a file; it is text. Send its name too.", param="file")
+        raise RequestError("`file` must be a file; it is text. Send a file name too.", param="file")
     return {key: form.getlist(key) if key.endswith("[]") else form[key] for key in form}
 
 
+def validate_fields(kind: type[M], values: Mapping[str, Any]) -> M:
+    """Return the fields of a query or an admin body as a `kind`. Raises RequestError."""
+    try:
+        return kind.model_validate(dict(values))
+    except ValidationError as error:
+        problems = [(str(each["loc"][0]), each["msg"]) for each in error.errors()]
+        raise RequestError(
+            "; ".join(f"{quoted(name)}: {message}" for name, message in problems)
+            + f". Allowed: {', '.join(kind.model_fields) or 'no keys'}.",
+            param=problems[0][0],
+        ) from None
+
+
 def _coding(scope: Scope, limit: int) -> str | None:
-    """Raises UnsupportedEncoding or BodyTooLarge before a byte of the body is read."""
+    """Return the coding of a body. Raises UnsupportedEncoding, and BodyTooLarge by its length."""
     coding = coding_of(scope["headers"])
     if (length := _length(scope)) > limit:
         raise BodyTooLarge(
@@ -83,7 +104,7 @@ def _length(scope: Scope) -> int:
 
 
 async def _read(receive: Receive, limit: int) -> Buffer:
-    """Raises BodyTooLarge, or ClientDisconnect if it ends before it is whole."""
+    """Return a whole body. Raises BodyTooLarge, or ClientDisconnect before its end."""
     body, more = await _next(receive, limit, limit)
     if not more:
         return body
@@ -95,7 +116,7 @@ async def _read(receive: Receive, limit: int) -> Buffer:
 
 
 async def _next(receive: Receive, left: int, limit: int) -> tuple[bytes, bool]:
-    """The next of a body of which `left` of `limit` bytes may still come, and whether more do."""
+    """Return the next part, of at most `left` of `limit` bytes, and whether more follow."""
     message = await receive()
     if message["type"] == "http.disconnect":
         raise ClientDisconnect
@@ -108,7 +129,7 @@ async def _next(receive: Receive, left: int, limit: int) -> tuple[bytes, bool]:
 
 
 def _sliced(receive: Receive, limit: int) -> Receive:
-    """`receive` in pieces, between which the loop has a turn."""
+    """Return a `receive` with small parts, one per event-loop iteration."""
     left, body, more = limit, b"", True
 
     async def pieces() -> Message:
@@ -124,7 +145,7 @@ def _sliced(receive: Receive, limit: int) -> Receive:
     return pieces
 
 
-def _again(body: Buffer) -> Receive:
+def _receive_from(body: Buffer) -> Receive:
     async def receive() -> Message:
         return {"type": "http.request", "body": bytes(body), "more_body": False}
 

@@ -1,4 +1,4 @@
-"""The codings of a request body (RFC 9110, 8.4.1), decoded within a bound. Pure."""
+"""Bounded decoding of request bodies (RFC 9110, 8.4.1). Pure."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from llmserve.errors import BodyTooLarge, RequestError, UnsupportedEncoding, quo
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
-_OUTPUT = 256 * 2**10  # bytes that one step gives, at most
-# A zstd decoder has no bound on its output, but a block gives 128 KiB at most and takes 4 bytes.
+_OUTPUT = 256 * 2**10  # bytes of one step, at most
+# A zstd decoder has no limit on its output. A block of 4 bytes has up to 128 KiB of output.
 _ZSTD_INPUT = 256
 _ZSTD_WINDOW = 8 * 2**20  # RFC 9659
 _GZIP_INPUT = 64 * 2**10  # zlib copies what it has not consumed
-_FRAMES = 1000  # gzip members or zstd frames of a body: each has a decoder of its own
+_FRAMES = 1000  # gzip members or zstd frames of a body: each needs a new decoder
 
 
 class _Decoder(Protocol):
-    """What zlib and zstandard have in common."""
+    """The common attributes of zlib's and zstandard's decoders."""
 
     @property
     def eof(self) -> bool: ...
@@ -33,7 +33,7 @@ D = TypeVar("D", bound=_Decoder)
 
 
 def coding_of(headers: Iterable[tuple[bytes, bytes]]) -> str | None:
-    """The coding of a body, None for none. Raises UnsupportedEncoding."""
+    """Return the coding of a body; None for a plain body. Raises UnsupportedEncoding."""
     values = [value for name, value in headers if name == b"content-encoding"]
     if not values:
         return None
@@ -44,14 +44,14 @@ def coding_of(headers: Iterable[tuple[bytes, bytes]]) -> str | None:
     if len(codings) > 1 or codings[0] not in DECODERS:
         raise UnsupportedEncoding(
             f"The Content-Encoding {quoted(', '.join(codings))} is not supported; "
-            f"one of {', '.join(ALLOWED)} or none is. Send the body in one of these.",
+            f"supported: {', '.join(ALLOWED)}. Send the body in one of these or without one.",
             ALLOWED,
         )
     return codings[0]
 
 
 def decode(coding: str, data: bytes | bytearray, limit: int) -> bytearray:
-    """Raises BodyTooLarge beyond `limit` bytes, RequestError for data that is not `coding`."""
+    """Return decoded bytes. Raises BodyTooLarge beyond `limit`, RequestError for bad data."""
     whole = bytearray()
     try:
         for piece in DECODERS[coding](data):
@@ -71,7 +71,7 @@ def _gzip(data: bytes | bytearray) -> Iterator[bytes]:
 
 
 def _deflate(data: bytes | bytearray) -> Iterator[bytes]:
-    """zlib's format, or, as some clients take the name, without its header."""
+    """Decode zlib's format, with or without its header: clients send both."""
     has_header = data[:1] and data[0] & 0x0F == 8 and int.from_bytes(data[:2], "big") % 31 == 0
     return _inflated(data, zlib.MAX_WBITS if has_header else -zlib.MAX_WBITS)
 
@@ -102,7 +102,7 @@ def _zstd(data: bytes | bytearray) -> Iterator[bytes]:
 
 
 class _Frames(Generic[D]):
-    """The decoder of the frame at hand; a new one where a frame follows another."""
+    """Creates a decoder for each frame of a body."""
 
     def __init__(self, make: Callable[[], D], coding: str) -> None:
         self._make, self._coding = make, coding
@@ -132,7 +132,7 @@ def _slices(data: bytes | bytearray, size: int) -> Iterator[bytes]:
 
 def _invalid(what: str, coding: str) -> RequestError:
     return RequestError(
-        f"The body {what}; its Content-Encoding is {coding}. Send a whole {coding} body.",
+        f"The body {what}; its Content-Encoding is {coding}. Send a complete {coding} body.",
         code="invalid_encoding",
     )
 

@@ -1,4 +1,4 @@
-"""A model's work: one ASGI app for each of ENDPOINTS."""
+"""Inference requests: from the body over a lease to the answer."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _TIMEOUT = b"x-request-timeout"
 
 
 class InferenceEndpoint:
-    """Read a body, lease its model, answer."""
+    """The ASGI app of one endpoint: reads the body, leases the model, sends the answer."""
 
     def __init__(self, endpoint: Endpoint) -> None:
         self.endpoint = endpoint
@@ -46,7 +46,7 @@ class InferenceEndpoint:
             try:
                 await self._serve(scope, receive, send, await form_fields(request))
             finally:
-                await request.close()  # an upload's temporary file
+                await request.close()  # deletes temporary files of uploads
         else:
             body = await json_object(scope, receive, limit, services.off_loop)
             await self._serve(scope, receive, send, body)
@@ -54,88 +54,88 @@ class InferenceEndpoint:
     async def _serve(
         self, scope: Scope, receive: Receive, send: Send, body: dict[str, Any]
     ) -> None:
-        """Once more if the engine dies before the answer has begun."""
+        """Answer, with one retry if the engine dies before the first byte."""
         context, pool = RequestContext.of(scope), scope["app"].state.services.pool
         context.body_read_s = time.monotonic()
         name = requested_model(body, pool.registry)
         model = pool.registry.find(name)
-        context.model = model.name  # for the metrics, refused or not
+        context.model = model.name  # for the metrics of refused requests too
         deadline = _deadline(scope, model.spec.timeout)
-        wish = ModelRequest(name, self.endpoint, body, deadline, asyncio.current_task())
-        early = KeepAliveSend(send, self.endpoint.id)
+        wanted = ModelRequest(name, self.endpoint, body, deadline, asyncio.current_task())
+        client = KeepAliveSend(send, self.endpoint.id)
         try:
             try:
-                await self._once(scope, receive, early, wish)
+                await self._attempt(scope, receive, client, wanted)
             except EngineDead:
-                if early.answered:
+                if client.answered:
                     raise
-                await self._once(scope, receive, early, wish.retried())
+                await self._attempt(scope, receive, client, wanted.retried())
         except LLMServeError as error:
             name_as_sent(error, body)
-            if not early.began:
+            if not client.began:
                 raise
-            await early.fail(error)
+            await client.fail(error)
 
-    async def _once(
-        self, scope: Scope, receive: Receive, early: KeepAliveSend, wish: ModelRequest
+    async def _attempt(
+        self, scope: Scope, receive: Receive, client: KeepAliveSend, wanted: ModelRequest
     ) -> None:
         services: Services = scope["app"].state.services
-        lease = services.pool.lease(wish)
+        lease = services.pool.lease(wanted)
         if isinstance(lease, QueuedRequest):
-            entry = services.pool.entry(wish.name)
-            streams = self.endpoint.answer_tokens and wish.body.get("stream") is True
+            model = services.pool.entry(wanted.name)
+            streams = self.endpoint.answer_tokens and wanted.body.get("stream") is True
             comment_s = services.schedule.comment_s if streams else None
-            lease = await self._waited(receive, early, lease, entry, comment_s)
+            lease = await self._wait_in_queue(receive, client, lease, model, comment_s)
         RequestContext.of(scope).leased_s = time.monotonic()
-        answer = await self._answer(scope, receive, wish, lease)
-        await answer(scope, receive, early)
+        answer = await self._create_answer(scope, receive, wanted, lease)
+        await answer(scope, receive, client)
 
-    async def _waited(
+    async def _wait_in_queue(
         self,
         receive: Receive,
-        early: KeepAliveSend,
-        place: QueuedRequest[ModelRequest, Lease],
-        entry: ServedModel,
+        client: KeepAliveSend,
+        queued: QueuedRequest[ModelRequest, Lease],
+        model: ServedModel,
         comment_s: float | None,
     ) -> Lease:
-        """A stream gets a comment each `comment_s` meanwhile.
+        """Return the lease of a queued request; a stream gets a comment each `comment_s`.
 
-        Raises what the queue refuses with, or ClientDisconnect.
+        Raises the error of the queue, or ClientDisconnect.
         """
-        gone = asyncio.ensure_future(_gone(receive))
+        disconnected = asyncio.ensure_future(_disconnected(receive))
         try:
-            while not place.given.done():
-                both: set[asyncio.Future[Any]] = {place.given, gone}
+            while not queued.given.done():
+                both: set[asyncio.Future[Any]] = {queued.given, disconnected}
                 await asyncio.wait(both, timeout=comment_s, return_when="FIRST_COMPLETED")
-                if gone.done():
-                    raise ClientDisconnect  # noqa: TRY301  # what it has joined, it leaves below
-                if not place.given.done():
-                    await early.comment(
-                        f"{entry.name} is {entry.state}, {entry.slots.waiting()} wait"
+                if disconnected.done():
+                    raise ClientDisconnect  # noqa: TRY301  # leaves the queue below
+                if not queued.given.done():
+                    await client.comment(
+                        f"{model.name} is {model.state}, {model.slots.waiting()} queued"
                     )
-            return place.given.result()
+            return queued.given.result()
         except BaseException as error:
-            cut_by = _cut_by(place)
-            place.cancel()
+            cut_by = _cut_by(queued)
+            queued.cancel()
             if cut_by is not None and isinstance(error, asyncio.CancelledError):
                 raise cut_by from None
             raise
         finally:
-            gone.cancel()
+            disconnected.cancel()
 
-    async def _answer(
-        self, scope: Scope, receive: Receive, wish: ModelRequest, lease: Lease
+    async def _create_answer(
+        self, scope: Scope, receive: Receive, wanted: ModelRequest, lease: Lease
     ) -> ASGIApp:
         services: Services = scope["app"].state.services
         try:
             with lease.running.coming():
                 await services.batcher.join()
-                answer = lease.running.express(self.endpoint.id, wish.body, wish.name, scope)
-                await asyncio.sleep(0)  # the rest of its batch is prepared first
+                answer = lease.running.express(self.endpoint.id, wanted.body, wanted.name, scope)
+                await asyncio.sleep(0)  # until its batch is prepared
             if answer is None:
                 request = Request(scope, receive)
-                work = lease.running.call(self.endpoint.id, wish.body, wish.name, request)
-                answer = await _raise_if_gone(receive, work)
+                work = lease.running.call(self.endpoint.id, wanted.body, wanted.name, request)
+                answer = await _until_disconnect(receive, work)
         except BaseException as error:
             lease.release()
             if lease.cut_by is not None and isinstance(error, asyncio.CancelledError):
@@ -144,14 +144,14 @@ class InferenceEndpoint:
         return LeasedResponse(answer, lease)
 
 
-def _cut_by(place: QueuedRequest[ModelRequest, Lease]) -> LLMServeError | None:
-    """Of a lease that was cut before its request could take it from the queue."""
-    given = place.given
+def _cut_by(queued: QueuedRequest[ModelRequest, Lease]) -> LLMServeError | None:
+    """Return the error of a lease that ended before its request took it from the queue."""
+    given = queued.given
     return given.result().cut_by if given.done() and given.exception() is None else None
 
 
 class LeasedResponse:
-    """Gives its lease back when the work is done, also when no byte was sent."""
+    """An answer that releases its lease at the end, also if no byte was sent."""
 
     def __init__(self, answer: ASGIApp, lease: Lease) -> None:
         self._answer = answer
@@ -183,7 +183,7 @@ class LeasedResponse:
 
 
 def _deadline(scope: Scope, timeout_s: float | None) -> Deadline:
-    """The model's timeout, or a shorter one of the request's own."""
+    """Return the shorter timeout of the model and the request."""
     given = next((value for name, value in scope["headers"] if name == _TIMEOUT), None)
     if given is not None:
         try:
@@ -192,29 +192,29 @@ def _deadline(scope: Scope, timeout_s: float | None) -> Deadline:
             own_s = 0.0
         if not 0 < own_s < float("inf"):
             came = quoted(given.decode("latin-1"))
-            raise RequestError(f"x-request-timeout must be seconds, more than 0; it is {came}.")
+            raise RequestError(f"x-request-timeout must be seconds, greater than 0; it is {came}.")
         timeout_s = own_s if timeout_s is None else min(own_s, timeout_s)
     return Deadline(timeout_s)
 
 
-async def _raise_if_gone(receive: Receive, work: Awaitable[ASGIApp]) -> ASGIApp:
-    """Do `work`, but stop it when the client leaves.
+async def _until_disconnect(receive: Receive, work: Awaitable[ASGIApp]) -> ASGIApp:
+    """Return the answer of `work`; cancel it when the client disconnects.
 
-    Starlette watches for that in streams only; a plain answer can take as long.
+    Starlette does that for streams only.
     """
     task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_gone(receive))
+    disconnected = asyncio.ensure_future(_disconnected(receive))
     try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({task, disconnected}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
             raise ClientDisconnect
         return task.result()
     finally:
-        for each in (task, gone):
+        for each in (task, disconnected):
             each.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
+        await asyncio.gather(task, disconnected, return_exceptions=True)
 
 
-async def _gone(receive: Receive) -> None:
+async def _disconnected(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass

@@ -1,4 +1,4 @@
-"""The way to a client while its request waits: an event stream can begin before its answer."""
+"""Comments to a client whose request is queued: its event stream begins before the answer."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 
 class KeepAliveSend:
-    """`send` for an answer that goes on with what may have begun.
+    """`send` for an answer whose stream a comment may have begun.
 
-    One that is a refusal becomes the stream's last event.
+    An error response becomes the last event of that stream.
     """
 
     def __init__(self, send: Send, endpoint: EndpointId) -> None:
@@ -26,10 +26,10 @@ class KeepAliveSend:
         self.answered = False
         self._send = send
         self._endpoint = endpoint
-        self._refused = False
+        self._is_error = False
 
     async def comment(self, text: str) -> None:
-        """Clients of event streams do not see it; proxies and sockets stay open."""
+        """Send a comment: proxies keep the connection, and clients ignore it."""
         if not self.began:
             self.began = True
             await self._send({"type": "http.response.start", "status": 200, "headers": sse.HEADERS})
@@ -41,8 +41,8 @@ class KeepAliveSend:
         if not self.began:
             await self._send(message)
         elif message["type"] == "http.response.start":
-            self._refused = message["status"] != 200
-        elif self._refused:
+            self._is_error = message["status"] != 200
+        elif self._is_error:
             body = endpoints.last_event(self._endpoint, orjson.loads(message["body"]))
             await self._send({**message, "body": body})
         else:

@@ -1,4 +1,4 @@
-"""The end of a file that grows."""
+"""Reading the end of a log file while an engine writes it."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import BinaryIO
 
-BLOCK = 64 * 2**10  # read at once
+BLOCK = 64 * 2**10  # bytes of one read
 
 
 class LogFollower:
-    """A file from its last lines on, also over one that is cut or replaced, as `tail -F` does."""
+    """Reads a file from its last lines on, also a truncated or replaced one, as `tail -F`."""
 
     def __init__(self, path: Path, lines: int) -> None:
         self._path = path
         self._lines = lines
-        self._at: int | None = None  # None: not looked at yet
+        self._at: int | None = None  # None before the first read
         self._file: tuple[int, int] | None = None
 
     def read(self) -> bytes:
-        """What is new, a block at most; nothing while there is nothing, or no file."""
+        """Return new bytes, at most a block; none without a file."""
         try:
             file = self._path.open("rb")
         except FileNotFoundError:
-            self._at = 0  # the one that comes is new from its start
+            self._at = 0  # a later file is read from its start
             return b""
         with file:
             self._at = file.seek(self._next(file))
@@ -44,7 +44,7 @@ class LogFollower:
 
 
 def last_lines(file: BinaryIO, lines: int) -> int:
-    """Where the last lines of a file begin, of which the very last may have no end."""
+    """Return the position of the last lines of a file; the last one may be incomplete."""
     size = file.seek(0, os.SEEK_END)
     if lines == 0:
         return size

@@ -1,4 +1,4 @@
-"""The model that a request names, and what clients read of models."""
+"""The model of a request, and the model list of clients."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 
 def requested_model(body: dict[str, Any], registry: ModelNames) -> str:
-    """The model that a body asks for; a box with a single model needs no name.
+    """Return the model name of a body; it is optional if there is one model.
 
-    Raises RequestError if there is none or it is no string.
+    Raises RequestError if the name is missing or not a string.
     """
     name = body.get("model")
     if isinstance(name, str) and name:
@@ -32,9 +32,9 @@ def requested_model(body: dict[str, Any], registry: ModelNames) -> str:
 
 
 def model_card(name: str, model: Model, created: int, running: Running | None) -> dict[str, Any]:
-    """An entry of GET /v1/models: OpenAI's fields, Anthropic's, and ours.
+    """Return an entry of GET /v1/models: fields of OpenAI, Anthropic and llmserve.
 
-    What the model can do is known once it runs.
+    `endpoints` and `max_model_len` are absent until the model has run.
     """
     card: dict[str, Any] = {
         "id": name,
@@ -55,7 +55,7 @@ def model_card(name: str, model: Model, created: int, running: Running | None) -
 
 
 def model_list(cards: list[dict[str, Any]]) -> dict[str, Any]:
-    """All entries as one page, for OpenAI's clients and for Anthropic's."""
+    """Return all entries as one page, for clients of OpenAI and Anthropic."""
     ids = [card["id"] for card in cards] or [None]
     page = {"first_id": ids[0], "last_id": ids[-1], "has_more": False}
     return {"object": "list", "data": cards, **page}

@@ -1,4 +1,4 @@
-"""GET /openapi.json: our routes with vLLM's request classes."""
+"""The document of GET /openapi.json, with vLLM's request classes."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ _ERROR = {
 
 
 def document(routes: Iterable[Route]) -> dict[str, Any]:
+    """Return the OpenAPI document of the routes."""
     bodies, components = _schemas()
     by_path = {path: endpoint for endpoint in ENDPOINTS for path in endpoint.paths}
     paths: dict[str, Any] = {}
@@ -81,7 +82,7 @@ def _summary(route: Route) -> str:
 
 @cache
 def _schemas() -> tuple[dict[EndpointId, Any], dict[str, Any]]:
-    """Each endpoint's body, and the definitions that they refer to."""
+    """Return the schema of each endpoint's body, and the definitions that they refer to."""
     inputs: list[tuple[EndpointId, Any, TypeAdapter[Any]]] = [
         (each, "validation", handler.request) for each, handler in HANDLERS.items()
     ]

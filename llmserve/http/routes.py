@@ -1,20 +1,20 @@
-"""Every route there is: the models' work, and the server's own."""
+"""The route table, and the routes of the server besides inference and /admin."""
 
 from __future__ import annotations
 
 import asyncio
 from typing import TYPE_CHECKING, Annotated, Any
 
-import orjson
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 from starlette.responses import Response
 from starlette.routing import Route
 
 from llmserve import __version__, metrics
 from llmserve.api.context import RequestContext
-from llmserve.api.endpoints import ENDPOINTS
-from llmserve.errors import RequestError, RouteNotFound, quoted
+from llmserve.api.endpoints import ENDPOINTS, json_response
+from llmserve.errors import RouteNotFound, quoted
 from llmserve.http import admin
+from llmserve.http.body import validate_fields
 from llmserve.http.inference import InferenceEndpoint
 from llmserve.http.models import model_card, model_list
 from llmserve.lifecycle.replica import STARTING
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 
 def table() -> list[Route]:
-    """Every route there is."""
-    served = [
+    """Return all routes."""
+    inference = [
         Route(path, InferenceEndpoint(endpoint), methods=["POST"], name=endpoint.id)
         for endpoint in ENDPOINTS
         for path in endpoint.paths
@@ -39,7 +39,7 @@ def table() -> list[Route]:
         Route("/health", health),
         Route("/ready", ready),
         Route("/version", version),
-        Route("/metrics", figures),
+        Route("/metrics", metrics_page),
         Route("/openapi.json", openapi),
         Route("/v1/models", models),
         Route("/v1/models/{name:path}", model),
@@ -47,7 +47,7 @@ def table() -> list[Route]:
         Route("/v1/responses/{response_id}", delete_response, methods=["DELETE"]),
         Route("/v1/responses/{response_id}/cancel", cancel_response, methods=["POST"]),
         *admin.table(),
-        *served,
+        *inference,
     ]
 
 
@@ -55,33 +55,24 @@ def table() -> list[Route]:
 
 
 async def fetch_response(request: Request) -> Response:
-    """A stored answer of /v1/responses, whichever model gave it, running or not."""
-    query = _Fetch.of(request)
+    """Return a stored answer of /v1/responses, of any model."""
+    query = validate_fields(_Fetch, request.query_params)
     stored, response_id = _stored(request)
     return stored.fetch(response_id, stream=query.stream, starting_after=query.starting_after)
 
 
 class _Fetch(BaseModel):
-    """The query of a stored response."""
+    """The query parameters of a stored response."""
 
     stream: bool = False
     starting_after: Annotated[int, Field(ge=0)] | None = None
 
-    @classmethod
-    def of(cls, request: Request) -> _Fetch:
-        try:
-            return cls.model_validate(dict(request.query_params))
-        except ValidationError as error:
-            first = error.errors()[0]
-            name = str(first["loc"][0])
-            raise RequestError(f"{name}: {first['msg']}", param=name) from None
-
 
 async def delete_response(request: Request) -> Response:
-    """A stored answer is forgotten, and ended if it runs in the background."""
+    """Delete a stored answer, and cancel it if it runs in the background."""
     stored, response_id = _stored(request)
     await stored.delete(response_id)
-    return _json({"id": response_id, "object": "response", "deleted": True})
+    return json_response({"id": response_id, "object": "response", "deleted": True})
 
 
 async def cancel_response(request: Request) -> Response:
@@ -90,50 +81,50 @@ async def cancel_response(request: Request) -> Response:
 
 
 def _stored(request: Request) -> tuple[ResponseStore, str]:
-    """Where the response of the path is. Raises RouteNotFound, also for another key's."""
+    """Return the store and the id of the path. Raises RouteNotFound, also for other owners."""
     response_id = request.path_params["response_id"]
     owner = RequestContext.of(request.scope).owner
-    for entry in _services(request).pool.entries.values():
-        if entry.responses.has(response_id, owner):
-            return entry.responses, response_id
+    for served in _services(request).pool.entries.values():
+        if served.responses.has(response_id, owner):
+            return served.responses, response_id
     raise RouteNotFound(
         f"There is no stored response {quoted(response_id)}.", param="response_id", code="not_found"
     )
 
 
-# --- the server's own
+# --- the server
 
 
 async def health(_: Request) -> Response:
-    """The process answers; says nothing of models."""
-    return _json({"status": "ok"})
+    """Return 200 from a running process, whatever the state of its models."""
+    return json_response({"status": "ok"})
 
 
 async def ready(request: Request) -> Response:
-    """200 while every model answers, or would when it is asked; each model's state either way."""
-    entries = _services(request).pool.entries.values()
-    states = {entry.name: _shown(entry) for entry in entries}
-    all_ready = all(entry.ready or entry.queues_requests for entry in entries)
-    return _json({"ready": all_ready, "models": states}, 200 if all_ready else 503)
+    """Return the state of each model, and 200 if all are ready or start on demand, else 503."""
+    served = _services(request).pool.entries.values()
+    states = {each.name: _model_state(each) for each in served}
+    all_ready = all(each.ready or each.queues_requests for each in served)
+    return json_response({"ready": all_ready, "models": states}, 200 if all_ready else 503)
 
 
-def _shown(entry: ServedModel) -> dict[str, Any]:
-    """A model's state, and, if it has several replicas, the state of each."""
-    replicas = [_state_of(replica) for replica in entry.replicas]
-    return _state_of(entry) | ({"replicas": replicas} if len(replicas) > 1 else {})
+def _model_state(served: ServedModel) -> dict[str, Any]:
+    """Return the state of a model, and of its replicas if there are several."""
+    replicas = [_state_of(replica) for replica in served.replicas]
+    return _state_of(served) | ({"replicas": replicas} if len(replicas) > 1 else {})
 
 
 def _state_of(one: ServedModel | Replica) -> dict[str, str]:
-    """With progress, of a download say; why it failed is for the operator's terminal and log."""
+    """Return the state and the progress of a start. Causes of failures are for the operator."""
     progress = {"note": one.note} if one.note and one.state in STARTING else {}
     return {"state": one.state.value} | progress
 
 
 async def version(_: Request) -> Response:
-    return _json({"version": __version__})
+    return json_response({"version": __version__})
 
 
-async def figures(request: Request) -> Response:
+async def metrics_page(request: Request) -> Response:
     services = _services(request)
     page = services.metrics.page(services.pool.registries())
     return Response(page, media_type=metrics.CONTENT_TYPE)
@@ -142,27 +133,23 @@ async def figures(request: Request) -> Response:
 async def models(request: Request) -> Response:
     services = _services(request)
     names = services.pool.registry.public_names()
-    return _json(model_list([_card(services, name) for name in names]))
+    return json_response(model_list([_card(services, name) for name in names]))
 
 
 async def model(request: Request) -> Response:
-    return _json(_card(_services(request), request.path_params["name"]))
+    return json_response(_card(_services(request), request.path_params["name"]))
 
 
 async def openapi(_: Request) -> Response:
     from llmserve.http.openapi import document  # noqa: PLC0415  # needs vLLM's request classes: seconds
 
-    return _json(await asyncio.to_thread(document, table()))
+    return json_response(await asyncio.to_thread(document, table()))
 
 
 def _card(services: Services, name: str) -> dict[str, Any]:
     found = services.pool.registry.find(name)
     running = services.pool.entries[found.name].running
     return model_card(name, found, services.created, running)
-
-
-def _json(content: dict[str, Any], status: int = 200) -> Response:
-    return Response(orjson.dumps(content), status, media_type="application/json")
 
 
 def _services(request: Request) -> Services:

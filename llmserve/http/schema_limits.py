@@ -1,7 +1,7 @@
-"""Bounds on what a request may ask vLLM to compile. Pure.
+"""Limits of the schemas, patterns and grammars of a request. Pure.
 
-vLLM compiles schemas, patterns and grammars, with memory that grows with the counts in
-them. A check takes NODES_LIMIT steps at most, and its expression does not backtrack.
+vLLM compiles them with memory that grows with their counts. A check has at most NODES_LIMIT
+steps, and its regular expression does not backtrack.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from llmserve.api.json_text import load
 from llmserve.errors import BodyTooLarge, RequestError
 
-# Where a body can hold a JSON schema, a regular expression or a grammar.
+# Keys of a body with JSON schemas, regular expressions or grammars.
 _CONSTRAINTS = (
     "response_format",
     "structured_outputs",
@@ -38,7 +38,7 @@ _SHOWN = 200  # characters of a path
 
 @dataclass(slots=True)
 class ValuePath:
-    """Where a value is. Its path is written out for an error only."""
+    """The path of a value in a body. Only an error needs it as text."""
 
     key: str | int
     parent: ValuePath | None = None
@@ -49,15 +49,15 @@ class ValuePath:
 
     def __str__(self) -> str:
         keys: list[str] = []
-        place: ValuePath | None = self
-        while place is not None:
-            keys.append(str(place.key)[:_SHOWN])
-            place = place.parent
+        step: ValuePath | None = self
+        while step is not None:
+            keys.append(str(step.key)[:_SHOWN])
+            step = step.parent
         return ".".join(reversed(keys))[:_SHOWN]
 
 
 def check_constraints(body: dict[str, Any]) -> None:
-    """Raises RequestError for what exceeds a limit, with its place in the body."""
+    """Raise RequestError with the path of the first value that exceeds a limit."""
     unseen: list[tuple[ValuePath, Any]] = [
         (ValuePath(key), body[key])
         for key in _CONSTRAINTS
@@ -65,39 +65,39 @@ def check_constraints(body: dict[str, Any]) -> None:
     ]
     nodes = 0
     while unseen:
-        place, value = unseen.pop()
+        path, value = unseen.pop()
         nodes += len(value)
-        _check_size(place, nodes)
+        _check_size(path, nodes)
         for key, each in value.items() if isinstance(value, dict) else enumerate(value):
             if isinstance(key, str):
-                _check_value(place, key, each)
+                _check_value(path, key, each)
             inner = _unpacked(key, each)
             if isinstance(inner, list | dict):
-                unseen.append((place.inside(key), inner))
+                unseen.append((path.inside(key), inner))
 
 
-def _check_size(place: ValuePath, nodes: int) -> None:
+def _check_size(path: ValuePath, nodes: int) -> None:
     if nodes > NODES_LIMIT:
-        raise _refused(place, f"{nodes} values in schemas and tools", f"up to {NODES_LIMIT}")
-    if place.depth > DEPTH_LIMIT:
-        raise _refused(place, "deeper nesting", f"up to {DEPTH_LIMIT} levels")
+        raise _refused(path, f"{nodes} values in schemas and tools", f"up to {NODES_LIMIT}")
+    if path.depth > DEPTH_LIMIT:
+        raise _refused(path, "deeper nesting", f"up to {DEPTH_LIMIT} levels")
 
 
-def _check_value(place: ValuePath, key: str, value: Any) -> None:
+def _check_value(path: ValuePath, key: str, value: Any) -> None:
     if key in _COUNTS and isinstance(value, int | float) and value > COUNT_LIMIT:
-        raise _refused(place.inside(key), "a larger count", f"counts up to {COUNT_LIMIT}")
+        raise _refused(path.inside(key), "a larger count", f"counts up to {COUNT_LIMIT}")
     if key not in _PATTERNS or not isinstance(value, str):
         return
     if len(value) > PATTERN_LIMIT:
         came, limit = f"{len(value)} characters", f"up to {PATTERN_LIMIT}"
-        raise _refused(place.inside(key), came, limit)
+        raise _refused(path.inside(key), came, limit)
     pairs = _REPEATED.findall("".join(value.split()))
     if any(len(count) > 9 or int(count or 0) > COUNT_LIMIT for pair in pairs for count in pair):
-        raise _refused(place.inside(key), "a larger count", f"counts up to {COUNT_LIMIT}")
+        raise _refused(path.inside(key), "a larger count", f"counts up to {COUNT_LIMIT}")
 
 
 def _unpacked(key: str | int, value: Any) -> Any:
-    """A schema, or the JSON text of one. What is no JSON is refused by vLLM, in its words."""
+    """Return a value, parsed if it is the JSON text of a schema. vLLM refuses invalid JSON."""
     if key not in _JSON_TEXTS or not isinstance(value, str):
         return value
     try:
@@ -108,8 +108,8 @@ def _unpacked(key: str | int, value: Any) -> Any:
         return None
 
 
-def _refused(place: ValuePath, came: str, allowed: str) -> RequestError:
-    path = str(place)
+def _refused(path: ValuePath, came: str, allowed: str) -> RequestError:
+    name = str(path)
     return RequestError(
-        f"{path} is too large: it has {came}; allowed: {allowed}. Send a smaller one.", param=path
+        f"{name} is too large: it has {came}; allowed: {allowed}. Send a smaller one.", param=name
     )

@@ -1,4 +1,4 @@
-"""What the routes work with."""
+"""The services that routes use."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llmserve.api.schedule import SCHEDULE, Schedule
 from llmserve.http.request_batcher import RequestBatcher
 
 if TYPE_CHECKING:
-    from llmserve.http.admin import Operator
+    from llmserve.lifecycle.operator import ModelOperator
     from llmserve.lifecycle.pool import Pool
     from llmserve.metrics import Metrics
     from llmserve.registry.spec import Config
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 class Services:
     """One per server, in `request.app.state.services`."""
 
-    config: Config  # the one that counts: a reload puts another here
+    config: Config  # a reload replaces it
     pool: Pool
     metrics: Metrics
-    operator: Operator
+    operator: ModelOperator
     schedule: Schedule = SCHEDULE
     batcher: RequestBatcher = field(init=False)
     off_loop: BodyThread = field(default_factory=BodyThread)

@@ -8,7 +8,7 @@ import sys
 import uuid
 from contextlib import asynccontextmanager
 from pathlib import Path
-from subprocess import Popen
+from subprocess import PIPE, Popen
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 MODELS = Path(__file__).parents[2] / "models"
 CHAT = MODELS / "SmolLM2-135M-Instruct"
 EMBED = MODELS / "all-MiniLM-L6-v2"
-FAKE_CORE = Path(__file__).with_name("fake_core.py")
 STEP_S = 0.005  # of the fake core
 
 
@@ -62,7 +61,7 @@ async def on_fake_core(
     names = [f"ipc://@llmserve-test-{uuid.uuid4().hex}" for _ in range(2)]
     addresses = {"input_address": names[0], "output_address": names[1]}
     launcher = Launcher(Path(os.environ[plugin.LOG_DIR]))
-    core = _fake_core(*names, str(step_s), task)
+    core = _fake_core(*names, "--step-ms", str(1000 * step_s), "--task", task)
     try:
         engine = await asyncio.to_thread(launcher.start, spec, number, addresses)
         serving = await ModelHandlers.build(spec, engine)
@@ -71,11 +70,12 @@ async def on_fake_core(
     finally:
         launcher.stop()
         core.kill()
-        core.wait()
+        core.communicate()
 
 
 def _fake_core(*arguments: str) -> Popen[bytes]:
-    return Popen([sys.executable, str(FAKE_CORE), *arguments], env=os.environ)
+    line = [sys.executable, "-m", "tests.contract.fake_core", *arguments]
+    return Popen(line, stdin=PIPE, cwd=MODELS.parent)  # it ends with its stdin
 
 
 class Started(FakeBackend):

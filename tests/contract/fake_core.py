@@ -1,11 +1,10 @@
-"""A stand-in for vLLM's engine core: its ZMQ and msgpack protocol, no model.
+"""A fake engine core whose answers and failures a request scripts.
 
-Run as `python fake_core.py INPUT OUTPUT [STEP_S [TASK]]`. Each request gets one token a step,
-the ids of its own prompt over and over, until its `max_tokens` or one of its
-`stop_token_ids`. Some values of `seed` ask for more: see below. A request with
-`vllm_xargs: {"answer": [...]}` gets these ids instead, and ends as at an end of text.
+    python -m tests.contract.fake_core INPUT OUTPUT [--step-ms 5] [--task embed]
 
-Source: vllm/v1/engine/core.py (EngineCoreProc) and core_client.py (AsyncMPClient).
+Each request gets one token per step, the ids of its own prompt over and over, until its
+`max_tokens` or one of its `stop_token_ids`. Some values of `seed` change that: see below. A
+request with `vllm_xargs: {"answer": [...]}` gets these ids and ends as at an end of text.
 """
 
 from __future__ import annotations
@@ -16,56 +15,34 @@ from dataclasses import dataclass
 from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any
 
-import msgspec
 import numpy as np
-import zmq
 from vllm.v1.engine import (
     EngineCoreEvent,
     EngineCoreEventType,
     EngineCoreOutput,
     EngineCoreOutputs,
-    EngineCoreReadyResponse,
     EngineCoreRequest,
-    EngineCoreRequestType,
     FinishReason,
-    UtilityOutput,
 )
 from vllm.v1.metrics.stats import PrefillStats
 from vllm.v1.outputs import LogprobsLists
-from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder, UtilityResult
+from vllm.v1.serial_utils import MsgpackDecoder
+
+from benchmarks import fake_core
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-STEP_S = 0.005
+    import zmq
+
 DIES_AT_ONCE = 12  # the engine dies instead of its first step
 DIES = 13  # the engine dies at the third token, a while after the second
 FAILS = 14  # the request alone fails at its third token, a while after the second
 TRIPLES = 15  # three tokens a step
 SILENT = 16  # no token ever
 PREEMPTED = 17  # at every second token, and scheduled again
-LATE_S = 0.1  # so that what came before has been written
+LATE_S = 0.1  # after which earlier output has been written
 _DEAD = b"ENGINE_CORE_DEAD"  # vllm/v1/engine/core_client.py
-
-_READY = {
-    "max_model_len": 2048,
-    "num_gpu_blocks": 1000,
-    "block_size": 16,
-    "dp_stats_address": None,
-    "dtype": "bfloat16",
-    "vllm_version": "0.32.0",
-    "world_size": 1,
-    "data_parallel_size": 1,
-    "tensor_parallel_size": 1,
-    "pipeline_parallel_size": 1,
-    "decode_context_parallel_size": 1,
-    "data_parallel_rank": 0,
-    "max_num_seqs": 1024,
-    "max_num_batched_tokens": 8192,
-    "instance_id": "fake",
-    "supports_lora": False,
-    "max_loras": 0,
-}
 
 
 @dataclass
@@ -118,58 +95,41 @@ class Running:
         return ids, FinishReason.LENGTH if self.done >= self.max_tokens else None, None
 
 
-class FakeCore:
-    def __init__(
-        self, inputs: str, outputs: str, step_s: str = str(STEP_S), task: str = "generate"
-    ) -> None:
-        self.step_s, self.task = float(step_s), task
-        context = zmq.Context()
-        self.inputs = context.socket(zmq.DEALER)
-        self.inputs.setsockopt(zmq.IDENTITY, (0).to_bytes(2, "little"))
-        self.inputs.connect(inputs)
-        self.outputs = context.socket(zmq.PUSH)
-        self.outputs.connect(outputs)
-        self.inputs.send(msgspec.msgpack.encode(EngineCoreReadyResponse(**_READY)))
-        self.requests: dict[str, Running] = {}
-        self.aborted = 0
-        self.last: dict[str, Any] = {}
-        self.encode = MsgpackEncoder().encode
-        self.decode_request = MsgpackDecoder(EngineCoreRequest).decode
-        self.decode = MsgpackDecoder().decode
+class ScriptedCore(fake_core.FakeCore):
+    def __init__(self, *arguments: Any) -> None:
+        self._requests: dict[str, Running] = {}
+        self._aborted = 0
+        self._last: dict[str, Any] = {}
+        self._decode_whole = MsgpackDecoder(EngineCoreRequest).decode
+        super().__init__(*arguments)
 
     def run(self) -> None:
         while True:
-            while self.inputs.poll(0 if self.requests else 1000):
-                self.receive()
-            if self.requests:
-                self.step()
-                time.sleep(self.step_s)
+            self._listen(0 if self._requests else 1.0)
+            if self._requests:
+                self._step_once()
+                self._listen_until(time.monotonic() + self._settings.step_s)
 
-    def receive(self) -> None:
-        kind, *frames = self.inputs.recv_multipart(copy=False)
-        match EngineCoreRequestType(bytes(kind.buffer)):
-            case EngineCoreRequestType.ADD:
-                request = self.decode_request(frames)
-                self.add(request)
-            case EngineCoreRequestType.ABORT:
-                for request_id in self.decode(frames):
-                    self.aborted += self.requests.pop(request_id, None) is not None
-            case EngineCoreRequestType.UTILITY:
-                _, call_id, method, _ = self.decode(frames)
-                answers: dict[str, Any] = {
-                    "get_supported_tasks": (self.task,),
-                    "aborted": self.aborted,  # the rest is ours, for tests
-                    "running": len(self.requests),
-                    "last_request": self.last,
-                }
-                result = UtilityOutput(call_id, result=UtilityResult(answers.get(method)))
-                self.send(EngineCoreOutputs(utility_output=result))
+    def _decode_add(self, frames: list[zmq.Frame]) -> Any:
+        return self._decode_whole(frames)
 
-    def add(self, request: EngineCoreRequest) -> None:
+    def _call(self, method: str) -> Any:
+        """Return the result of a utility call; the others are for tests."""
+        answers = {
+            "aborted": self._aborted,
+            "running": len(self._requests),
+            "last_request": self._last,
+        }
+        return answers.get(method, super()._call(method))
+
+    def _abort(self, request_id: str) -> None:
+        self._aborted += self._requests.pop(request_id, None) is not None
+
+    def _add(self, request: Any) -> None:
         params = request.sampling_params
         answer = (params.extra_args or {}).get("answer")
         structured = params.structured_outputs
-        self.last = {
+        self._last = {
             "json": getattr(structured, "json", None),
             "structural_tag": getattr(structured, "structural_tag", None),
             "max_tokens": params.max_tokens,
@@ -179,7 +139,7 @@ class FakeCore:
             "backend": getattr(structured, "_backend", None),
             "prompt_token_ids": list(request.prompt_token_ids),
         }
-        self.requests[request.request_id] = Running(
+        self._requests[request.request_id] = Running(
             cycle(answer or request.prompt_token_ids),
             len(request.prompt_token_ids),
             params.max_tokens,
@@ -190,15 +150,15 @@ class FakeCore:
             len(answer) if answer else None,
         )
 
-    def step(self) -> None:
+    def _step_once(self) -> None:
         outputs = []
-        for request_id, running in list(self.requests.items()):
+        for request_id, running in list(self._requests.items()):
             if running.seed == SILENT:
                 continue
             if running.done == 2 and running.seed in {DIES, FAILS}:
                 time.sleep(LATE_S)
             if running.seed == DIES_AT_ONCE or (running.seed == DIES and running.done == 2):
-                self.outputs.send(_DEAD)
+                self._outputs.send(_DEAD)
                 sys.exit(1)
             start = running.again() if running.done else running.start()
             ids, reason, stop = running.step()
@@ -213,13 +173,10 @@ class FakeCore:
                 )
             )
             if reason is not None:
-                del self.requests[request_id]
+                del self._requests[request_id]
         if outputs:
-            self.send(EngineCoreOutputs(outputs=outputs))
-
-    def send(self, outputs: EngineCoreOutputs) -> None:
-        self.outputs.send_multipart(self.encode(outputs), copy=False)
+            self._send(EngineCoreOutputs(outputs=outputs))
 
 
 if __name__ == "__main__":
-    FakeCore(*sys.argv[1:]).run()
+    fake_core.main(ScriptedCore)

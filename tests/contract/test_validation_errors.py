@@ -23,7 +23,7 @@ from llmserve.engine.handlers import HANDLERS, TOO_LONG, ModelHandlers, _validat
 from llmserve.engine.request_validation import shape_of
 from llmserve.errors import RequestError
 from llmserve.http import app
-from llmserve.http.body import _checked
+from llmserve.http.body import parse_body
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -182,4 +182,4 @@ def test_null_in_any_field_is_as_if_left_out(endpoint: EndpointId) -> None:
     for field in fields_of(endpoint):
         if field not in base and "file" not in base:
             raw = json.dumps(base | {field: None}).encode()
-            _validate(HANDLERS[endpoint], _checked(raw), endpoint)
+            _validate(HANDLERS[endpoint], parse_body(raw), endpoint)

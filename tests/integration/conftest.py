@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -101,7 +102,7 @@ class Server:
         return [each for each in self.family() if self._is_engine(each)]
 
     def _is_engine(self, process: psutil.Process) -> bool:
-        """One that lives: who has ended may not have been reaped."""
+        """Whether a process is an engine that runs; a zombie does not."""
         try:
             is_child = process.ppid() == self.process.pid and "VLLM" in process.name()
             return is_child and process.status() != psutil.STATUS_ZOMBIE
@@ -145,8 +146,31 @@ def write_registry(folder: Path, name: str = "models.yaml", **content: Any) -> P
     return file
 
 
+def rewrite(registry: Path, name: str, **changes: Any) -> None:
+    """Change an entry of a registry on disk."""
+    content = yaml.safe_load(registry.read_text())
+    content["models"][name] |= changes
+    registry.write_text(yaml.safe_dump(content))
+
+
+def write_certificate(folder: Path, *options: str) -> dict[str, str]:
+    """Write `cert.pem` and `key.pem`; return the keys of `server` for them."""
+    line = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-subj", "/CN=localhost", *options]
+    files = ["-keyout", str(folder / "key.pem"), "-out", str(folder / "cert.pem")]
+    subprocess.run([*line, *files], check=True, capture_output=True)
+    return {"ssl_certfile": "cert.pem", "ssl_keyfile": "key.pem"}
+
+
+@pytest.fixture
+def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The temporary folder of servers; short enough for sockets."""
+    with tempfile.TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True) as folder:
+        monkeypatch.setenv("TMPDIR", folder)
+        yield Path(folder)
+
+
 def write_lora(folder: Path) -> str:
-    """An adapter for the demo chat model that changes what it says."""
+    """An adapter for the demo chat model with other answers."""
     import torch
     from safetensors.torch import save_file
 
@@ -173,7 +197,7 @@ def write_lora(folder: Path) -> str:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Both demo models, as a user with a wish list would serve them."""
+    """Both demo models, with aliases, an adapter and a tool parser."""
     folder = tmp_path_factory.mktemp("server")
     registry = write_registry(
         folder,

@@ -1,4 +1,4 @@
-"""Constraints that no compiler can take, sent to a server that serves others meanwhile."""
+"""Constraints that fail to compile, beside other requests."""
 
 from __future__ import annotations
 

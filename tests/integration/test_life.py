@@ -9,7 +9,6 @@ import socket
 import ssl
 import subprocess
 import sys
-import tempfile
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +18,15 @@ import psutil
 import pytest
 
 from llmserve.engine.run_folder import RunFolder
-from tests.integration.conftest import CHAT, EMBED, START_S, Server, until, write_registry
+from tests.integration.conftest import (
+    CHAT,
+    EMBED,
+    START_S,
+    Server,
+    until,
+    write_certificate,
+    write_registry,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,20 +41,12 @@ SMALL = {
 SHARED = Path("/dev/shm")
 
 
-@pytest.fixture
-def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The temporary folder of servers; short enough for sockets."""
-    with tempfile.TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True) as folder:
-        monkeypatch.setenv("TMPDIR", folder)
-        yield Path(folder)
-
-
 def run(registry: Path) -> subprocess.CompletedProcess[str]:
     line = [sys.executable, "-m", "llmserve", "up", str(registry)]
     return subprocess.run(line, capture_output=True, text=True, timeout=120, check=False)
 
 
-def test_a_taken_port_is_told_at_once(tmp_path: Path) -> None:
+def test_taken_port_ends_the_server_before_a_load(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         registry = write_registry(tmp_path, server={"port": port}, models={"chat": SMALL})
@@ -96,7 +95,7 @@ def test_while_models_load_the_port_answers(pair: Server) -> None:
     assert int(refused.headers["retry-after"]) > 0
 
 
-def test_models_that_cannot_start_are_told_in_a_line_and_the_rest_serves(pair: Server) -> None:
+def test_models_that_fail_are_printed_and_the_rest_serves(pair: Server) -> None:
     printed = pair.ready().printed()
     broken = [line for line in printed.splitlines() if line.startswith("broken: failed")]
     empty = [line for line in printed.splitlines() if line.startswith("empty: failed")]
@@ -147,31 +146,13 @@ def write_unknown_model(folder: Path) -> None:
 
 def test_a_required_model_that_cannot_start_ends_the_server(tmp_path: Path) -> None:
     """And until then the port answers, here over TLS."""
-    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
-    line = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost"
-    subprocess.run(
-        [
-            *line.split(),
-            "-addext",
-            "subjectAltName=IP:127.0.0.1",
-            "-keyout",
-            str(key),
-            "-out",
-            str(certificate),
-        ],
-        check=True,
-        capture_output=True,
-    )
+    tls = write_certificate(tmp_path, "-nodes", "-addext", "subjectAltName=IP:127.0.0.1")
     write_unknown_model(tmp_path / "unknown")
-    tls = {"ssl_certfile": "cert.pem", "ssl_keyfile": "key.pem"}
-    models = {
-        "chat": SMALL,
-        "main": {"model": str(tmp_path / "unknown"), "required": True},
-    }
+    models = {"chat": SMALL, "main": {"model": str(tmp_path / "unknown"), "required": True}}
     with Server(write_registry(tmp_path, server=tls, models=models)) as server:
         url = server.url
         assert url.startswith("https://")
-        trust = ssl.create_default_context(cafile=certificate)
+        trust = ssl.create_default_context(cafile=tmp_path / "cert.pem")
         assert httpx.get(f"{url}/health", verify=trust, timeout=20).status_code == 200
         assert server.process.wait(START_S) == 3
         assert "main is required and failed: " in server.printed()

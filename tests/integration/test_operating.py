@@ -1,6 +1,6 @@
-"""A server as its operator steers it: models that come and go, a registry that changes.
+"""Commands of an operator: load, unload, reload.
 
-One server for all, and the tests in this order: each goes on from what the one before has left.
+All tests share one server and run in this order: each continues from the state of the last.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
-import yaml
 
-from tests.integration.conftest import CHAT, EMBED, START_S, Server, until, write_registry
+from tests.integration.conftest import CHAT, EMBED, START_S, Server, rewrite, until, write_registry
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -50,13 +49,6 @@ def pid(server: Server, name: str) -> int | None:
     return found
 
 
-def rewrite(server: Server, name: str, **said: Any) -> None:
-    """Change an entry of the registry on disk."""
-    content = yaml.safe_load(server.registry.read_text())
-    content["models"][name] |= said
-    server.registry.write_text(yaml.safe_dump(content))
-
-
 def stream(server: Server, body: dict[str, Any]) -> Iterator[str]:
     """The lines of an answer that are not empty."""
     body = body | {"stream": True}
@@ -73,7 +65,7 @@ def text_of(lines: list[str]) -> str:
 
 @pytest.fixture(scope="module")
 def box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Two models, neither of which is there before it is asked for."""
+    """Two models that start on demand."""
     small = {"max_model_len": 512, "dtype": "float32"}
     models = {
         "chat": {"model": CHAT, "kv_cache": "256MiB", "engine": small},
@@ -101,12 +93,12 @@ def happened(box: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 
 def steps(happened: Path, name: str) -> list[str]:
-    """Where a model has been since `events` listens."""
+    """The states of a model since `events` began."""
     events = map(json.loads, happened.read_text().splitlines())
     return [event["to"] for event in events if event["model"] == name]
 
 
-def test_a_lazy_model_comes_when_it_is_asked_for(box: Server, happened: Path) -> None:
+def test_lazy_model_starts_on_its_first_request(box: Server, happened: Path) -> None:
     assert (model(box, "chat")["state"], engines(box)) == ("stopped", set())
     lines = list(stream(box, STORY | {"max_tokens": 8}))
     assert lines[0].startswith(": chat is "), "a sign of life before the answer"
@@ -123,11 +115,11 @@ def test_a_reload_loses_no_byte(box: Server) -> None:
     reading.start()
     until(lambda: box.running("chat") == 1)
 
-    rewrite(box, "chat", aliases=["story"], max_in_flight=7)
-    told = llmserve(box, "reload")
-    assert (told.returncode, told.stderr) == (0, "")
-    assert told.stdout.startswith("chat: changed live (")
-    assert "1024 -> 7" in told.stdout
+    rewrite(box.registry, "chat", aliases=["story"], max_in_flight=7)
+    ended = llmserve(box, "reload")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout.startswith("chat: changed live (")
+    assert "1024 -> 7" in ended.stdout
     assert box.running("chat") == 1, "the stream is still running"
 
     reply = box.post("/v1/completions", **STORY | {"model": "story", "max_tokens": 2})
@@ -139,17 +131,17 @@ def test_a_reload_loses_no_byte(box: Server) -> None:
 
 def test_a_registry_with_mistakes_changes_nothing(box: Server) -> None:
     good, before = box.registry.read_text(), model(box, "chat")["aliases"]
-    rewrite(box, "chat", aliases=["tale"], max_in_flihgt=3)
-    told = llmserve(box, "reload")
-    assert (told.returncode, told.stdout) == (2, "")
-    assert "models.chat.max_in_flihgt: unknown key; nearest: max_in_flight" in told.stderr
+    rewrite(box.registry, "chat", aliases=["tale"], max_in_flihgt=3)
+    ended = llmserve(box, "reload")
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert "models.chat.max_in_flihgt: unknown key; nearest: max_in_flight" in ended.stderr
     assert model(box, "chat")["aliases"] == before
     assert box.post("/v1/completions", **STORY | {"max_tokens": 2}).status_code == 200
     box.registry.write_text(good)
     assert llmserve(box, "reload").stdout == "Nothing has changed.\n"
 
 
-def test_load_and_what_operators_see_then(box: Server, happened: Path) -> None:
+def test_load_is_shown_by_ps_events_and_logs(box: Server, happened: Path) -> None:
     loaded = llmserve(box, "load", "embed")
     assert (loaded.returncode, loaded.stderr) == (0, "")
     assert loaded.stdout.startswith("embed: ready ")
@@ -191,8 +183,8 @@ def test_unload_now_ends_a_load(box: Server) -> None:
     assert loads[0].stderr.startswith("The model `chat` is stopped: it was unloaded")
 
 
-def test_a_model_that_nobody_asks_for_stops(box: Server, happened: Path) -> None:
-    rewrite(box, "embed", idle={"stop_after": "2s"})
+def test_idle_model_stops(box: Server, happened: Path) -> None:
+    rewrite(box.registry, "embed", idle={"stop_after": "2s"})
     assert llmserve(box, "reload").returncode == 0
     until(lambda: steps(happened, "embed")[-2:] == ["draining", "stopped"])
     assert (model(box, "embed")["state"], engines(box)) == ("stopped", set())

@@ -1,4 +1,4 @@
-"""Both demo models behind one port, asked as users ask."""
+"""Both demo models on one port, with the clients of users."""
 
 from __future__ import annotations
 
@@ -40,18 +40,13 @@ def client(server: Server) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
 
 
-# --- the first things anyone does
+# --- first steps
 
 
 def test_curl(server: Server) -> None:
-    line = [
-        "curl",
-        "-s",
-        f"{server.url}/v1/chat/completions",
-        "-H",
-        "Content-Type: application/json",
-    ]
-    reply = subprocess.run([*line, "-d", BODY], capture_output=True, text=True, check=True)
+    line = ["curl", "-s", f"{server.url}/v1/chat/completions", "-d", BODY]
+    line += ["-H", "Content-Type: application/json"]
+    reply = subprocess.run(line, capture_output=True, text=True, check=True)
     answered = json.loads(reply.stdout)
     assert answered["choices"] == REPLY["choices"]
     assert answered["usage"] == REPLY["usage"]
@@ -142,20 +137,20 @@ def test_the_list_of_models(client: openai.OpenAI) -> None:
         client.models.retrieve("chad")
 
 
-def test_an_unknown_model_is_told_the_names_there_are(client: openai.OpenAI) -> None:
+def test_unknown_model_is_refused_with_the_nearest_name(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as refused:
         client.chat.completions.create(model="gpt-4o-mimi", messages=FRANCE)
     assert refused.value.code == "model_not_found"
     assert "did you mean `gpt-4o-mini`" in refused.value.message
 
 
-def test_a_model_that_cannot_says_what_it_can(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError, match=r"it does: .*embeddings") as refused:
+def test_unsupported_endpoint_is_refused_with_supported_ones(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match=r"supported: .*embeddings") as refused:
         client.chat.completions.create(model="embed", messages=FRANCE)
     assert refused.value.code == "unsupported_model"
-    with pytest.raises(openai.BadRequestError, match=r"it does: .*chat completions"):
+    with pytest.raises(openai.BadRequestError, match=r"supported: .*chat completions"):
         client.embeddings.create(model="chat", input="hi")
-    with pytest.raises(openai.BadRequestError, match="does not do transcriptions"):
+    with pytest.raises(openai.BadRequestError, match="does not support transcriptions"):
         client.audio.transcriptions.create(model="chat", file=("a.wav", b"RIFF"))
 
 
@@ -276,7 +271,7 @@ async def test_32_streams_over_both_models(server: Server) -> None:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_leaves_frees_its_place(server: Server, stream: bool) -> None:
+def test_disconnect_frees_the_place_in_the_batch(server: Server, stream: bool) -> None:
     body = {"model": "chat", "prompt": "Count:", "max_tokens": 2000, "ignore_eos": True}
     with httpx.Client(timeout=2) as client:
         try:
@@ -323,7 +318,7 @@ def test_one_server_process_and_each_engines_own(server: Server) -> None:
     assert {os.getpgid(p.pid) for p in engines} == {p.pid for p in engines}  # not the terminal's
 
 
-def test_nothing_but_states_was_printed(server: Server) -> None:
+def test_only_states_are_printed(server: Server) -> None:
     first, *lines = server.printed().splitlines()
     assert first.startswith("On the CPU: chat in ")
     assert lines[0].startswith("Listening on http://127.0.0.1:")
@@ -341,7 +336,7 @@ def engine_of(server: Server, model: str) -> psutil.Process:
     return next(engine for engine, file in files.items() if file.name == f"model-{model}.log")
 
 
-def test_a_killed_engine_comes_back_and_the_other_model_loses_nothing(server: Server) -> None:
+def test_killed_engine_restarts_and_other_models_serve(server: Server) -> None:
     over = threading.Event()
     statuses: list[int] = []
     lines: list[str] = []
@@ -384,7 +379,7 @@ def test_a_killed_engine_comes_back_and_the_other_model_loses_nothing(server: Se
 # --- the end: this test is the last that the server sees
 
 
-def test_ctrl_c_lets_requests_finish_and_leaves_nothing_behind(server: Server) -> None:
+def test_ctrl_c_completes_requests_and_ends_all_processes(server: Server) -> None:
     """As a terminal does it: the signal goes to the whole process group."""
     family = server.family()
     body = {

@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,9 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
-import yaml
 
-from tests.integration.conftest import CHAT, until, write_registry
+from tests.integration.conftest import (
+    CHAT,
+    rewrite,
+    until,
+    write_certificate,
+    write_registry,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,12 +30,10 @@ LAZY = {"chat": {"model": CHAT, "start": "lazy"}}
 
 
 @contextmanager
-def up(registry: Path, env: dict[str, str] | None = None, **streams: Any) -> Iterator[Any]:
+def up(registry: Path, **streams: Any) -> Iterator[Any]:
     """`llmserve up`; killed at the end if it still runs."""
     line = [sys.executable, "-m", "llmserve", "up", str(registry)]
-    process = subprocess.Popen(
-        line, env=os.environ | (env or {}), start_new_session=True, **streams
-    )
+    process = subprocess.Popen(line, start_new_session=True, **streams)
     try:
         yield process
     finally:
@@ -56,12 +58,6 @@ def names(port: int) -> list[str]:
     return [card["id"] for card in cards]
 
 
-def alias(registry: Path, name: str) -> None:
-    content = yaml.safe_load(registry.read_text())
-    content["models"]["chat"]["aliases"] = [name]
-    registry.write_text(yaml.safe_dump(content))
-
-
 def test_a_server_whose_readers_have_gone_goes_on(tmp_path: Path) -> None:
     """As `llmserve up | head -1`, or a log daemon that restarts."""
     registry = write_registry(tmp_path, models=LAZY)
@@ -71,7 +67,7 @@ def test_a_server_whose_readers_have_gone_goes_on(tmp_path: Path) -> None:
         process.stdout.close()
         process.stderr.close()
         for name in ("one", "two"):
-            alias(registry, name)
+            rewrite(registry, "chat", aliases=[name])
             process.send_signal(signal.SIGHUP)
             until(lambda: name in names(port), within_s=60)  # noqa: B023  # waited for here
         registry.write_text("models: {}")
@@ -88,7 +84,7 @@ def test_a_server_whose_output_cannot_be_written_goes_on(tmp_path: Path) -> None
     registry = write_registry(tmp_path, models=LAZY)
     with Path("/dev/full").open("w") as full, up(registry, stdout=full, stderr=full) as process:
         port = port_of(registry)
-        alias(registry, "one")
+        rewrite(registry, "chat", aliases=["one"])
         until(lambda: bool(names(port)), within_s=60)
         process.send_signal(signal.SIGHUP)
         until(lambda: "one" in names(port), within_s=60)
@@ -113,7 +109,7 @@ def test_a_server_without_streams_serves(tmp_path: Path) -> None:
         process.wait()
 
 
-def test_a_log_that_is_cut_short_has_no_hole_and_the_one_before_is_kept(tmp_path: Path) -> None:
+def test_truncated_log_has_no_hole_and_the_last_one_is_kept(tmp_path: Path) -> None:
     port = 0
     for run in range(2):
         registry = write_registry(tmp_path, server={"port": port}, models=LAZY)
@@ -141,30 +137,25 @@ def answers(port: int) -> bool:
         return False
 
 
-def test_a_temporary_folder_that_is_not_there_is_told_first(tmp_path: Path) -> None:
+def test_missing_temporary_folder_ends_the_server_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     registry = write_registry(tmp_path, models=LAZY)
     missing = str(tmp_path / "none")
-    with up(
-        registry, {"TMPDIR": missing}, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
-    ) as process:
-        _, told = process.communicate(timeout=120)
+    monkeypatch.setenv("TMPDIR", missing)
+    with up(registry, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
+        _, printed = process.communicate(timeout=120)
     assert process.returncode == 3
-    assert told.decode().startswith(f"TMPDIR is {missing}, where no file can be made: No such file")
+    assert printed.decode().startswith(
+        f"TMPDIR is {missing}, where no file can be made: No such file"
+    )
     assert not (tmp_path / "logs").exists()
 
 
-@pytest.fixture
-def temporary() -> Iterator[Path]:
-    """Short enough for sockets."""
-    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
-        yield Path(folder)
-
-
-def test_what_a_killed_server_left_goes_at_the_next_start(tmp_path: Path, temporary: Path) -> None:
+def test_start_removes_files_of_a_killed_server(tmp_path: Path, temporary: Path) -> None:
     registry = write_registry(tmp_path, models=LAZY)
-    env = {"TMPDIR": str(temporary)}
     for number in (signal.SIGKILL, signal.SIGTERM):
-        with up(registry, env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        with up(registry, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
             listening(process)
             assert len(list(temporary.iterdir())) == 1
             process.send_signal(number)
@@ -172,11 +163,8 @@ def test_what_a_killed_server_left_goes_at_the_next_start(tmp_path: Path, tempor
     assert list(temporary.iterdir()) == []
 
 
-def test_a_key_with_a_pass_phrase_is_refused_and_nobody_asked(tmp_path: Path) -> None:
-    line = "openssl req -x509 -newkey rsa:2048 -passout pass:secret -subj /CN=localhost"
-    files = ["-keyout", str(tmp_path / "key.pem"), "-out", str(tmp_path / "cert.pem")]
-    subprocess.run([*line.split(), *files], check=True, capture_output=True)
-    tls = {"ssl_certfile": "cert.pem", "ssl_keyfile": "key.pem"}
+def test_key_with_a_pass_phrase_is_refused_without_a_prompt(tmp_path: Path) -> None:
+    tls = write_certificate(tmp_path, "-passout", "pass:secret")
     registry = write_registry(tmp_path, server=tls, models=LAZY)
     master, slave = os.openpty()
     shown = bytearray()
@@ -185,7 +173,7 @@ def test_a_key_with_a_pass_phrase_is_refused_and_nobody_asked(tmp_path: Path) ->
         try:
             while part := os.read(master, 1 << 12):
                 shown.extend(part)
-        except OSError:  # nobody has the other end any more
+        except OSError:  # the other end is closed
             pass
 
     reading = threading.Thread(target=read)

@@ -22,17 +22,15 @@ PAGES = ServerSpec(allowed_origins=("https://chat.example", "http://ui.example:3
 
 
 def scope_of(
-    headers: list[tuple[str, str]] | None = None, client: tuple[str, int] | None = ("127.0.0.1", 1)
+    headers: list[tuple[str, str]] | None = None,
+    client: tuple[str, int] | None = ("127.0.0.1", 1),
+    *,
+    method: str = "GET",
+    path: str = "/admin/models",
 ) -> Scope:
     headers = [("host", "127.0.0.1:8000")] if headers is None else headers
     raw = [(name.encode(), value.encode()) for name, value in headers]
-    return {
-        "type": "http",
-        "method": "GET",
-        "path": "/admin/models",
-        "client": client,
-        "headers": raw,
-    }
+    return {"type": "http", "method": method, "path": path, "client": client, "headers": raw}
 
 
 @pytest.mark.parametrize(
@@ -48,7 +46,7 @@ def scope_of(
     ],
 )
 @pytest.mark.parametrize("client", ["127.0.0.1", "127.9.9.9", "::1", "::ffff:127.0.0.1"])
-def test_without_a_key_this_machine_may(host: str, client: str) -> None:
+def test_admin_without_a_key_serves_this_machine(host: str, client: str) -> None:
     auth.check(scope_of([("host", host), ("sec-fetch-site", "none")], (client, 1)), ServerSpec())
 
 
@@ -63,7 +61,7 @@ def test_without_a_key_this_machine_may(host: str, client: str) -> None:
         ("", 0),
     ],
 )
-def test_without_a_key_no_other_machine_may(client: tuple[str, int] | None) -> None:
+def test_admin_without_a_key_refuses_other_machines(client: tuple[str, int] | None) -> None:
     with pytest.raises(Forbidden, match=r"is not a loopback address.*server\.admin_key"):
         auth.check(scope_of(client=client), ServerSpec())
 
@@ -71,23 +69,19 @@ def test_without_a_key_no_other_machine_may(client: tuple[str, int] | None) -> N
 @pytest.mark.parametrize(
     "name",
     [
-        "Origin",
-        "Forwarded",
-        "Via",
-        "X-Forwarded-For",
-        "X-Forwarded-Host",
-        "X-Forwarded-Proto",
-        "X-Real-IP",
+        *("Origin", "Forwarded", "Via", "X-Real-IP"),
+        *("X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Proto"),
     ],
 )
-def test_without_a_key_nothing_from_a_page_or_a_proxy_may(name: str) -> None:
+def test_admin_without_a_key_refuses_pages_and_proxies(name: str) -> None:
     headers = [("host", "localhost"), (name.lower(), "http://localhost")]
-    with pytest.raises(Forbidden, match=rf"(?i)`{name}`.*set that key"):
+    with pytest.raises(Forbidden, match=rf"(?i)`{name}`.*Set server") as refused:
         auth.check(scope_of(headers), ServerSpec())
+    assert refused.value.code == "admin_only"
 
 
 @pytest.mark.parametrize("site", ["cross-site", "same-site", "same-origin"])
-def test_without_a_key_no_image_of_a_page_may(site: str) -> None:
+def test_admin_without_a_key_refuses_images_of_pages(site: str) -> None:
     with pytest.raises(Forbidden, match="A web page"):
         auth.check(scope_of([("host", "localhost"), ("sec-fetch-site", site)]), ServerSpec())
 
@@ -109,19 +103,20 @@ def test_without_a_key_no_image_of_a_page_may(site: str) -> None:
         ["localhost", "evil.example"],
     ],
 )
-def test_without_a_key_no_other_host_may(hosts: list[str]) -> None:
+def test_admin_without_a_key_refuses_other_hosts(hosts: list[str]) -> None:
     with pytest.raises(Forbidden, match="The Host header"):
         auth.check(scope_of([("host", host) for host in hosts]), ServerSpec())
 
 
-@pytest.mark.parametrize("path", ["/admin", "/admin/", "/admin/models"])
-def test_its_paths(path: str) -> None:
-    assert auth.is_admin(path)
-
-
-@pytest.mark.parametrize("path", ["/", "/administer", "/v1/admin/models", "/Admin/models"])
-def test_others_paths(path: str) -> None:
-    assert not auth.is_admin(path)
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        *(("/admin", True), ("/admin/", True), ("/admin/models", True)),
+        *(("/", False), ("/administer", False), ("/v1/admin/models", False), ("/Admin", False)),
+    ],
+)
+def test_is_admin_is_true_below_admin_only(path: str, expected: bool) -> None:
+    assert auth.is_admin(path) is expected
 
 
 def keyed(value: str | None, client: tuple[str, int] = ("127.0.0.1", 1)) -> Scope:
@@ -144,11 +139,29 @@ def test_admin_with_api_keys_alone_stays_local() -> None:
         auth.check(keyed("k-two", FAR), KEYS)
 
 
-def test_admin_with_an_admin_key_takes_no_api_key() -> None:
-    server = ServerSpec(api_keys=("k-one",), admin_key="a-key")
-    auth.check(keyed("a-key", FAR), server)
-    with pytest.raises(Unauthorized, match="API keys do not open /admin"):
-        auth.check(keyed("k-one"), server)
+ADMIN = ServerSpec(api_keys=("k-one",), admin_key="k\u00e9y")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("authorization", "bearer  k\u00e9y"), ("x-api-key", "k\u00e9y")]
+)
+def test_admin_key_opens_admin_from_anywhere(name: str, value: str) -> None:
+    headers = [("host", "box"), ("origin", "http://page.example"), (name, value)]
+    assert auth.check(scope_of(headers, FAR), ADMIN) is None
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        (("accept", "*/*"), "The request has no admin key"),
+        (("authorization", "Basic key"), "The request has no admin key"),
+        (("authorization", "Bearer k-one"), "API keys do not open /admin"),
+        (("x-api-key", "k"), "API keys do not open /admin"),
+    ],
+)
+def test_admin_without_the_admin_key_is_refused(header: tuple[str, str], message: str) -> None:
+    with pytest.raises(Unauthorized, match=message):
+        auth.check(scope_of([("host", "localhost"), header]), ADMIN)
 
 
 # --- the other routes
@@ -162,8 +175,7 @@ def asking(
     client: tuple[str, int] | None = ("127.0.0.1", 1),
 ) -> Scope:
     sent = {"host": "127.0.0.1:8000"} | (headers or {})
-    raw = [(name.encode(), value.encode("latin-1")) for name, value in sent.items()]
-    return {"type": "http", "method": method, "path": path, "client": client, "headers": raw}
+    return scope_of(list(sent.items()), client, method=method, path=path)
 
 
 @pytest.mark.parametrize(
@@ -203,12 +215,12 @@ def test_host_that_no_page_can_have_is_served(host: str) -> None:
 )
 @pytest.mark.parametrize("method", ["GET", "POST"])
 def test_host_of_a_rebinding_page_is_refused(host: str, method: str) -> None:
-    with pytest.raises(Forbidden, match=r"Host header is .*server\.allowed_origins") as refused:
+    with pytest.raises(Forbidden, match=r"Host header .*server\.allowed_origins") as refused:
         auth.check(asking({"host": host}, method=method), ServerSpec())
     assert refused.value.code == "host_refused"
 
 
-def test_host_of_a_network_client_is_its_own_affair() -> None:
+def test_host_of_a_network_client_is_not_checked() -> None:
     """Names of a server in a network cannot be known."""
     auth.check(asking({"host": "gpu.corp.example"}, client=FAR), ServerSpec(host="0.0.0.0"))
 

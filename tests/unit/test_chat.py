@@ -93,7 +93,10 @@ class Server(AppServer):
         body = await request.json()
         name = body["model"]
         if name == "embed":
-            error = {"message": "The model `embed` does not do chat.", "code": "unsupported_model"}
+            error = {
+                "message": "The model `embed` does not support chat.",
+                "code": "unsupported_model",
+            }
             return JSONResponse({"error": error}, 400)
         self.bodies.append(body)
         refusals: dict[str, Response] = {

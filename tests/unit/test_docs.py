@@ -13,6 +13,7 @@ from llmserve.api.schedule import Schedule
 from llmserve.http import routes
 from llmserve.registry.loader import load
 from llmserve.registry.spec import ModelSpec, ServerSpec
+from tests import language
 from tests.readme import ANSWER, README
 
 ROOT = Path(__file__).parents[2]
@@ -23,19 +24,8 @@ PAGES = [
 ]
 LONGEST_WORDS = 30  # of a sentence
 
-# Words that hide who acts, or that the glossary has another word for.
-BANNED = re.compile(
-    r"\b("
-    r"who(m|so)?ever|nobody|somebody|anybody|everybody"
-    r"|tells?|telling|told|says?|saying|said|by way of"
-    r"|(gives?|given|giving|gave) way|com(e|es|ing) back|(is|are) left|once more|anew"
-    r"|(in|the) line for|waits? in( the)? line|(short|long) way|recipes?"
-    r")\b",
-    re.IGNORECASE,
-)
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 _OUTPUT = {"", "json"}  # languages of blocks that quote what a program prints
-_CODE = re.compile(r"`[^`\n]+`")
 _LINK = re.compile(r"\[([^]]*)\]\([^)]*\)")
 _HEADING = re.compile(r"^#.*$", re.MULTILINE)
 _PARTS = re.compile(r"\n\s*\n|\n\s*(?:-|\d+\.) |\|")
@@ -98,14 +88,16 @@ def test_every_route_is_in_the_readme() -> None:
 
 
 def banned_words(text: str) -> list[str]:
-    text = _BLOCK.sub(lambda block: "" if block[1] in _OUTPUT else block[2], text)
-    return [found[0] for found in BANNED.finditer(_CODE.sub("", text))]
+    """Return those of a page: of its prose and of the blocks that are no output."""
+    return language.banned_words(
+        _BLOCK.sub(lambda block: "" if block[1] in _OUTPUT else block[2], text)
+    )
 
 
 def sentences(text: str) -> list[str]:
     """Those of a page: paragraphs, list items and table cells, without blocks of code."""
     text = _HEADING.sub("\n", _BLOCK.sub("\n", text))
-    plain = _LINK.sub(r"\1", _CODE.sub("code", text))
+    plain = _LINK.sub(r"\1", language.CODE_SPAN.sub("code", text))
     return [
         sentence
         for part in _PARTS.split(plain)

@@ -69,7 +69,7 @@ def test_title_that_is_reworded_changes_messages_alone(monkeypatch: pytest.Monke
     error = EngineError("no")
     before = failure(EndpointId.MESSAGES, error)
     monkeypatch.setitem(TITLES, EndpointId.MESSAGES, "Claude's messages")
-    assert "does not do Claude's messages;" in cannot("chat", EndpointId.MESSAGES, ())
+    assert "does not support Claude's messages;" in cannot("chat", EndpointId.MESSAGES, ())
     assert failure(EndpointId.MESSAGES, error) == before
 
 
@@ -195,54 +195,36 @@ def test_any_body_is_an_object_or_a_refusal_in_one_line(body: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    ("body", "known", "expected"),
+    ("body", "expected"),
     [
-        ({"model": "embed"}, ["chat"], "embed"),
-        ({}, ["chat"], "chat"),
-        ({"model": None}, ["chat"], "chat"),
-        ({"model": ""}, ["chat"], "chat"),
+        ({"model": "embed"}, "embed"),
+        ({}, "chat"),
+        ({"model": None}, "chat"),
+        ({"model": ""}, "chat"),
     ],
 )
-def test_requested_model(body: dict[str, Any], known: list[str], expected: str) -> None:
-    assert requested_model(body, registry_of(known)) == expected
+def test_requested_model_defaults_to_the_only_one(body: dict[str, Any], expected: str) -> None:
+    assert requested_model(body, registry_of(["chat"])) == expected
 
 
+@pytest.mark.parametrize("names", [["embed", "chat"], ["chat"]])
 @pytest.mark.parametrize(
-    ("body", "message", "code"),
-    [
-        ({}, "`model` is missing; models here: chat, embed.", "missing_required_parameter"),
-        (
-            {"model": ""},
-            "`model` is missing; models here: chat, embed.",
-            "missing_required_parameter",
-        ),
-        (
-            {"model": 3},
-            "`model` must be a string, not int; models here: chat, embed.",
-            "invalid_type",
-        ),
-        (
-            {"model": ["chat"]},
-            "`model` must be a string, not list; models here: chat, embed.",
-            "invalid_type",
-        ),
-        (
-            {"model": False},
-            "`model` must be a string, not bool; models here: chat, embed.",
-            "invalid_type",
-        ),
-    ],
+    ("value", "kind"), [(3, "int"), (["chat"], "list"), (False, "bool"), ({}, "dict")]
 )
-def test_a_missing_or_ill_typed_model(body: dict[str, Any], message: str, code: str) -> None:
+def test_model_of_another_type_is_refused(value: Any, kind: str, names: list[str]) -> None:
+    known = ", ".join(sorted(names))
+    with pytest.raises(RequestError) as refused:
+        requested_model({"model": value}, registry_of(names))
+    assert refused.value.message == f"`model` must be a string, not {kind}; models here: {known}."
+    assert (refused.value.code, refused.value.param) == ("invalid_type", "model")
+
+
+@pytest.mark.parametrize("body", [{}, {"model": ""}, {"model": None}])
+def test_missing_model_of_several_is_refused(body: dict[str, Any]) -> None:
     with pytest.raises(RequestError) as refused:
         requested_model(body, registry_of(["embed", "chat"]))
-    assert refused.value.message == message
-    assert (refused.value.code, refused.value.param) == (code, "model")
-
-
-def test_an_ill_typed_model_is_refused_where_there_is_only_one() -> None:
-    with pytest.raises(RequestError, match="must be a string, not int"):
-        requested_model({"model": 3}, registry_of(["chat"]))
+    assert refused.value.message == "`model` is missing; models here: chat, embed."
+    assert (refused.value.code, refused.value.param) == ("missing_required_parameter", "model")
 
 
 def test_the_card_of_a_model_and_of_its_adapter() -> None:
@@ -266,12 +248,7 @@ def test_the_card_of_a_model_and_of_its_adapter() -> None:
     assert "max_model_len" not in card
 
 
-def test_what_a_model_cannot_do_and_what_it_can() -> None:
+def test_unsupported_endpoint_lists_supported_ones() -> None:
     assert cannot("chat", EndpointId.SCORES, [EndpointId.RESPONSES, EndpointId.COMPLETIONS]) == (
-        "The model `chat` does not do scores; it does: completions, responses."
+        "The model `chat` does not support scores; supported: completions, responses."
     )
-
-
-def test_a_body_of_a_hundred_thousand_brackets_is_no_json() -> None:
-    with pytest.raises(RequestError):
-        parse_object(b"[" * 100_000)

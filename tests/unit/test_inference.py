@@ -1,4 +1,4 @@
-"""What `llmserve.http.inference` does with answers that need no call of the model's handlers."""
+"""Answers of the fast path, queued requests, retries and deadlines."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from tests.fakes import (
     FakeRunning,
     Gate,
     Plan,
+    error_of,
     failing,
     failure,
     plain,
@@ -32,7 +33,7 @@ from tests.fakes import (
     stream,
     until,
 )
-from tests.unit.test_app import CHAT, HI, Box, asgi, error_of, real
+from tests.unit.test_app import CHAT, HI, Box, asgi, begin, real
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Iterator
@@ -105,7 +106,7 @@ class Talking:
         self.aborts += 1
 
 
-async def test_an_answer_that_is_known_needs_no_call() -> None:
+async def test_fast_path_answer_needs_no_handler() -> None:
     async with box_of(lambda: PlainTextResponse("known")) as box:
         asked = HI | {"model": "gpt-4o"}
         reply = await box.client.post(CHAT, json=asked, headers={"x-request-id": "r1"})
@@ -118,14 +119,14 @@ async def test_an_answer_that_is_known_needs_no_call() -> None:
     assert reply.headers["x-request-id"] == "r1"
 
 
-async def test_an_answer_that_is_not_known_is_the_handlers() -> None:
+async def test_handler_answers_without_a_fast_path() -> None:
     async with box_of(lambda: None) as box:
         reply = await box.client.post(CHAT, json=HI)
         assert len(box.running.calls) == 1
     assert reply.json()["asked"] == "chat"
 
 
-async def test_a_known_answer_holds_its_slot_until_it_is_out() -> None:
+async def test_fast_path_answer_holds_its_slot_until_its_end() -> None:
     gate = Gate()
 
     async def slow(scope: Scope, receive: Receive, send: Send) -> None:
@@ -133,8 +134,7 @@ async def test_a_known_answer_holds_its_slot_until_it_is_out() -> None:
         await PlainTextResponse("known")(scope, receive, send)
 
     async with box_of(lambda: slow) as box:
-        asking = asyncio.ensure_future(box.client.post(CHAT, json=HI))
-        await soon(gate.reached.wait())
+        asking = await begin(box, gate, HI)
         assert box.in_flight == 1
         assert (await box.client.post(CHAT, json=HI)).status_code == 503
         gate.opened.set()
@@ -146,7 +146,7 @@ def _fails() -> ASGIApp:
     raise KeyError("secret")
 
 
-async def test_a_look_for_a_known_answer_that_fails_gives_the_slot_back() -> None:
+async def test_fast_path_that_fails_releases_the_slot() -> None:
     async with box_of(_fails) as box:
         reply = await box.client.post(CHAT, json=HI)
         assert box.in_flight == 0
@@ -165,7 +165,7 @@ async def test_an_answer_that_fails_before_its_first_byte_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "hello"], ids=["before its first byte", "in mid-stream"])
-async def test_a_token_stream_that_outlasts_the_drain_is_told_so(text: str) -> None:
+async def test_token_stream_gets_an_error_after_the_drain(text: str) -> None:
     source = Talking(text)
     async with box_of(source.answer) as box:
         asking = asyncio.ensure_future(box.client.post(CHAT, json=HI))
@@ -180,7 +180,7 @@ async def test_a_token_stream_that_outlasts_the_drain_is_told_so(text: str) -> N
     assert source.aborts == 1
 
 
-async def test_a_client_that_leaves_a_token_stream_aborts_it_and_is_counted() -> None:
+async def test_disconnect_aborts_a_token_stream_and_is_counted() -> None:
     source = Talking("hello")
     async with real() as box:
         running = box.running
@@ -192,7 +192,7 @@ async def test_a_client_that_leaves_a_token_stream_aborts_it_and_is_counted() ->
         await until(lambda: box.disconnects() == 1)
 
 
-async def test_a_request_that_waits_for_its_turn_is_told_when_the_server_ends(
+async def test_request_in_a_batch_gets_an_error_after_the_drain(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     gate = Gate()
@@ -202,8 +202,7 @@ async def test_a_request_that_waits_for_its_turn_is_told_when_the_server_ends(
 
     monkeypatch.setattr(request_batcher.RequestBatcher, "join", join)
     async with box_of(lambda: PlainTextResponse("known")) as box:
-        asking = asyncio.ensure_future(box.client.post(CHAT, json=HI))
-        await soon(gate.reached.wait())
+        asking = await begin(box, gate, HI)
         assert box.in_flight == 1
         assert box.running.on_their_way == 1  # others' text waits for it
         await soon(box.pool.drain(0.05))
@@ -256,16 +255,15 @@ LAZY = (spec("chat", start="lazy"),)
 TALKATIVE = Schedule(comment_s=0.005)
 
 
-async def commented(box: Box, gate: Gate, path: str = CHAT, **more: Any) -> Any:
+async def commented(box: Box, gate: Gate, path: str = CHAT) -> Any:
     """The answer to a streamed request whose model comes after some comments."""
-    asking = asyncio.ensure_future(box.client.post(path, json=STREAMED, **more))
-    await soon(gate.reached.wait())
+    asking = await begin(box, gate, STREAMED, path)
     await asyncio.sleep(0.03)
     gate.opened.set()
     return await soon(asking)
 
 
-async def test_a_stream_is_told_what_it_waits_for_and_then_answered() -> None:
+async def test_queued_stream_gets_comments_then_its_answer() -> None:
     gate = Gate()
     async with asgi(*LAZY, schedule=TALKATIVE, **lazy(gate)) as box:
         reply = await commented(box, gate)
@@ -289,8 +287,7 @@ async def test_a_stream_is_told_what_it_waits_for_and_then_answered() -> None:
 async def test_an_answer_that_is_no_stream_has_no_comments(path: str, body: dict[str, Any]) -> None:
     gate = Gate()
     async with asgi(*LAZY, schedule=TALKATIVE, **lazy(gate, FakeRunning())) as box:
-        asking = asyncio.ensure_future(box.client.post(path, json=body))
-        await soon(gate.reached.wait())
+        asking = await begin(box, gate, body, path)
         await asyncio.sleep(0.02)
         gate.opened.set()
         reply = await soon(asking)
@@ -298,7 +295,7 @@ async def test_an_answer_that_is_no_stream_has_no_comments(path: str, body: dict
     assert reply.json()["asked"] == "chat"
 
 
-async def test_a_model_that_comes_soon_begins_no_stream_early() -> None:
+async def test_short_wait_begins_no_stream_early() -> None:
     gate = Gate()
     async with asgi(*LAZY, **lazy(gate)) as box:
         reply = await commented(box, gate)
@@ -328,7 +325,7 @@ async def test_an_error_after_comments_is_the_last_event(
     assert kind in last
 
 
-async def test_a_refusal_of_the_model_s_after_comments_is_the_last_event() -> None:
+async def test_request_error_after_comments_is_the_last_event() -> None:
     gate = Gate()
     async with asgi(
         *LAZY, schedule=TALKATIVE, **lazy(gate, FakeRunning(failing(RequestError("too long"))))
@@ -343,8 +340,7 @@ async def test_a_refusal_of_the_model_s_after_comments_is_the_last_event() -> No
 async def test_a_token_stream_goes_on_after_comments() -> None:
     gate, source = Gate(), Talking("hello")
     async with asgi(*LAZY, schedule=TALKATIVE, **lazy(gate, Expressed(source.answer))) as box:
-        asking = asyncio.ensure_future(box.client.post(CHAT, json=STREAMED))
-        await soon(gate.reached.wait())
+        asking = await begin(box, gate, STREAMED)
         await asyncio.sleep(0.02)
         gate.opened.set()
         await until(lambda: box.in_flight == 1)
@@ -355,13 +351,12 @@ async def test_a_token_stream_goes_on_after_comments() -> None:
 
 
 @pytest.mark.parametrize("streamed", [True, False])
-async def test_a_client_that_leaves_while_it_waits_leaves_the_line(streamed: bool) -> None:
+async def test_disconnect_removes_the_request_from_the_queue(streamed: bool) -> None:
     gate = Gate()
     async with real(spec("chat", start="lazy"), schedule=TALKATIVE) as box:
         box.backend.plans["chat"] = lazy(gate)["chat"]
         body = HI | {"stream": streamed}
-        asking = asyncio.ensure_future(box.client.post(CHAT, json=body))
-        await soon(gate.reached.wait())
+        asking = await begin(box, gate, body)
         slots = box.pool.entries["chat"].slots
         await until(lambda: slots.waiting() == 1)
         await asyncio.sleep(0.01)
@@ -373,7 +368,7 @@ async def test_a_client_that_leaves_while_it_waits_leaves_the_line(streamed: boo
         assert (box.in_flight, box.running.calls) == (0, [])
 
 
-async def test_those_who_wait_for_a_slot_get_it_in_order() -> None:
+async def test_queued_requests_get_slots_in_order() -> None:
     gate = Gate()
     async with asgi(spec("chat", max_in_flight=1, max_queue=2)) as box:
         box.running.answer = plain(gate=gate)
@@ -404,16 +399,28 @@ def _dying(times: int, then: Answer) -> Answer:
     return answer
 
 
-async def test_a_request_is_tried_once_more_if_the_engine_dies_before_it_is_answered() -> None:
-    async with asgi(chat=Plan(FakeRunning(_dying(1, plain())))) as box:
+@pytest.mark.parametrize(
+    ("answer", "calls", "status", "code"),
+    [
+        (_dying(1, plain()), 2, 200, None),
+        (_dying(2, plain()), 2, 503, "engine_dead"),
+        (failing(EngineError("no")), 1, 500, "engine_error"),
+    ],
+    ids=["one death", "two deaths", "another error"],
+)
+async def test_request_is_retried_once_after_a_death(
+    answer: Answer, calls: int, status: int, code: str | None
+) -> None:
+    async with asgi(chat=Plan(FakeRunning(answer))) as box:
         reply = await box.client.post(CHAT, json=HI)
-        assert len(box.running.calls) == 2
+        assert len(box.running.calls) == calls
         assert box.in_flight == 0
-        assert box.requests(200) == 1
-    assert reply.status_code == 200
+        assert box.requests(status) == 1
+    assert reply.status_code == status
+    assert code is None or error_of(reply)["code"] == code
 
 
-async def test_it_waits_for_the_engine_that_comes_next(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_retry_waits_for_the_restarted_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(restart_backoff, "_FIRST_S", 0.005)
     async with asgi(spec("chat")) as box:
 
@@ -430,22 +437,7 @@ async def test_it_waits_for_the_engine_that_comes_next(monkeypatch: pytest.Monke
     assert box.in_flight == 0
 
 
-async def test_it_is_not_tried_a_third_time() -> None:
-    async with asgi(chat=Plan(FakeRunning(_dying(2, plain())))) as box:
-        reply = await box.client.post(CHAT, json=HI)
-        assert len(box.running.calls) == 2
-        assert box.in_flight == 0
-    assert (reply.status_code, error_of(reply)["code"]) == (503, "engine_dead")
-
-
-async def test_another_error_is_not_tried_again() -> None:
-    async with asgi(chat=Plan(FakeRunning(failing(EngineError("no"))))) as box:
-        reply = await box.client.post(CHAT, json=HI)
-        assert len(box.running.calls) == 1
-    assert (reply.status_code, error_of(reply)["code"]) == (500, "engine_error")
-
-
-async def test_a_stream_that_has_begun_is_not_tried_again() -> None:
+async def test_stream_that_has_begun_is_not_retried() -> None:
     async def breaking() -> AsyncGenerator[bytes, None]:
         yield DATA
         raise EngineDead("The engine has died.")
@@ -460,8 +452,8 @@ async def test_a_stream_that_has_begun_is_not_tried_again() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "hello"], ids=["before its first byte", "in mid-stream"])
-async def test_a_token_stream_is_tried_again_only_before_its_first_byte(text: str) -> None:
-    """Streams whose engine dies, as its output handler says it."""
+async def test_token_stream_is_retried_before_its_first_byte(text: str) -> None:
+    """Streams whose engine dies, as its output handler reports it."""
     streams: list[TokenStream] = []
 
     class Dying(Talking):
@@ -514,7 +506,7 @@ async def test_the_shorter_deadline_ends_a_request(
     assert error_of(reply)["type"] == "timeout_error"
 
 
-@pytest.mark.parametrize("token", [True, False], ids=["short way", "long way"])
+@pytest.mark.parametrize("token", [True, False], ids=["fast path", "handlers"])
 async def test_a_deadline_in_mid_stream_is_the_last_event(token: bool) -> None:
     gate, source = Gate(), Talking("data: 1\n\n")
     running = Expressed(source.answer) if token else FakeRunning(stream(DATA, gate=gate))
@@ -537,12 +529,11 @@ async def test_a_deadline_ends_a_token_stream_before_its_first_byte() -> None:
     assert source.aborts == 1
 
 
-async def test_a_deadline_in_the_line_is_told_and_the_line_goes_on() -> None:
+async def test_deadline_in_the_queue_ends_one_request_only() -> None:
     gate = Gate()
     async with asgi(spec("chat", max_in_flight=1)) as box:
         box.running.answer = plain(gate=gate)
-        first = asyncio.ensure_future(_ask(box, 0))
-        await soon(gate.reached.wait())
+        first = await begin(box, gate, HI | {"n": 0})
         last = asyncio.ensure_future(_ask(box, 2))
         headers = {"x-request-timeout": "0.02"}
         late = await soon(box.client.post(CHAT, json=HI | {"n": 1}, headers=headers))
@@ -556,8 +547,7 @@ async def test_a_deadline_after_comments_is_the_last_event() -> None:
     gate = Gate()
     async with asgi(spec("chat", max_in_flight=1), schedule=TALKATIVE) as box:
         box.running.answer = plain(gate=gate)
-        first = asyncio.ensure_future(_ask(box, 0))
-        await soon(gate.reached.wait())
+        first = await begin(box, gate, HI | {"n": 0})
         headers = {"x-request-timeout": "0.03"}
         late = await soon(box.client.post(CHAT, json=STREAMED, headers=headers))
         gate.opened.set()
@@ -568,7 +558,7 @@ async def test_a_deadline_after_comments_is_the_last_event() -> None:
     assert late.content.endswith(b"data: [DONE]\n\n")
 
 
-async def test_a_request_that_is_answered_in_time_is_left_alone() -> None:
+async def test_deadline_after_the_answer_has_no_effect() -> None:
     async with asgi() as box:
         headers = {"x-request-timeout": "0.02"}
         reply = await box.client.post(CHAT, json=HI, headers=headers)
@@ -578,11 +568,11 @@ async def test_a_request_that_is_answered_in_time_is_left_alone() -> None:
 
 
 @pytest.mark.parametrize("given", ["", "abc", "0", "-1", "nan", "inf", "1e999", "1 s", "0x10"])
-async def test_a_timeout_that_is_none_is_refused(given: str) -> None:
+async def test_invalid_timeout_is_refused(given: str) -> None:
     async with asgi() as box:
         reply = await box.client.post(CHAT, json=HI, headers={"x-request-timeout": given})
         assert box.running.calls == []
     assert (reply.status_code, error_of(reply)["code"]) == (400, "invalid_value")
     assert error_of(reply)["message"] == (
-        f"x-request-timeout must be seconds, more than 0; it is `{given}`."
+        f"x-request-timeout must be seconds, greater than 0; it is `{given}`."
     )

@@ -38,7 +38,7 @@ def body(text: bytes, *, more: bool = False) -> Message:
     return {"type": "http.response.body", "body": text, "more_body": more}
 
 
-async def test_an_answer_that_comes_soon_goes_through_as_it_is() -> None:
+async def test_answer_without_comments_is_sent_unchanged() -> None:
     client = Client()
     for message in (REFUSAL, body(b"no")):
         await client.early(message)
@@ -59,7 +59,7 @@ async def test_a_comment_begins_an_event_stream_once() -> None:
     assert (client.early.began, client.early.answered) == (True, False)
 
 
-async def test_a_stream_goes_on_after_comments() -> None:
+async def test_stream_continues_after_comments() -> None:
     client = Client()
     await client.early.comment("wait")
     for message in (START, body(b"data: 1\n\n", more=True), body(b"data: 2\n\n")):
@@ -71,7 +71,7 @@ async def test_a_stream_goes_on_after_comments() -> None:
 
 
 @pytest.mark.parametrize("endpoint", [EndpointId.CHAT_COMPLETIONS, EndpointId.MESSAGES])
-async def test_a_refusal_after_comments_is_the_last_event(endpoint: EndpointId) -> None:
+async def test_error_response_after_comments_is_the_last_event(endpoint: EndpointId) -> None:
     """In the way of the endpoint, as an error that is raised."""
     error = EngineDead("gone")
     refused, failed = Client(endpoint), Client(endpoint)
@@ -90,7 +90,7 @@ async def test_a_refusal_after_comments_is_the_last_event(endpoint: EndpointId) 
 @pytest.mark.parametrize(
     "endpoint", [EndpointId.COMPLETIONS, EndpointId.MESSAGES, EndpointId.RESPONSES]
 )
-async def test_an_error_after_comments_is_an_event_of_the_endpoint_s_kind(
+async def test_error_after_comments_is_an_event_of_the_endpoint(
     endpoint: EndpointId,
 ) -> None:
     client = Client(endpoint)

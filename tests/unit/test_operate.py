@@ -269,7 +269,7 @@ def test_key_is_sent_and_a_missing_one_is_named(operator: FakeOperator) -> None:
         result = llmserve(server, "ps")
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr == (
-        "No admin key came; send `Authorization: Bearer KEY`. "
+        "The request has no admin key; send `Authorization: Bearer KEY`. "
         "Set the key with --key or LLMSERVE_ADMIN_KEY.\n"
     )
 

@@ -9,22 +9,22 @@ from tests.fakes import soon
 
 
 class Queue:
-    """Requests that take a turn, and the order in which they got it."""
+    """Requests that join batches, and the order of their admission."""
 
     def __init__(self, group: int, largest: int = 0, *, batch_s: float = SCHEDULE.batch_s) -> None:
         schedule = Schedule(first_batch=group, largest_batch=largest or group, batch_s=batch_s)
-        self.turns = RequestBatcher(schedule)
+        self.batcher = RequestBatcher(schedule)
         self.order: list[int] = []
 
     def come(self, *numbers: int) -> list[asyncio.Task[None]]:
         return [asyncio.create_task(self._take(number)) for number in numbers]
 
     async def _take(self, number: int) -> None:
-        await self.turns.join()
+        await self.batcher.join()
         self.order.append(number)
 
     async def until(self, count: int) -> list[int]:
-        """How many were in after each turn of the loop."""
+        """The number of admitted requests after each event-loop iteration."""
         sizes = [len(self.order)]
         while sizes[-1] < count:
             assert len(sizes) < 50
@@ -33,14 +33,14 @@ class Queue:
         return sizes
 
 
-async def test_one_that_comes_alone_waits_a_few_turns_of_the_loop() -> None:
+async def test_single_request_waits_for_few_loop_iterations() -> None:
     queue = Queue(8)
     (task,) = queue.come(0)
     assert len(await queue.until(1)) <= 6
     await task
 
 
-async def test_those_that_come_one_by_one_go_together() -> None:
+async def test_requests_of_successive_iterations_share_a_batch() -> None:
     queue = Queue(8, batch_s=60)
     tasks = []
     for number in range(5):
@@ -52,7 +52,7 @@ async def test_those_that_come_one_by_one_go_together() -> None:
     await soon(asyncio.gather(*tasks))
 
 
-async def test_a_group_does_not_wait_for_ever() -> None:
+async def test_batch_is_admitted_after_its_time() -> None:
     queue = Queue(8, batch_s=0.0)
     tasks = []
     for number in range(5):
@@ -62,7 +62,7 @@ async def test_a_group_does_not_wait_for_ever() -> None:
     await soon(asyncio.gather(*tasks))
 
 
-async def test_more_are_admit_batch_a_group_at_a_time_first_come_first_served() -> None:
+async def test_batches_follow_the_order_of_arrival() -> None:
     queue = Queue(2)
     tasks = queue.come(*range(9))
     sizes = await queue.until(9)
@@ -110,7 +110,7 @@ async def test_the_loop_runs_in_between() -> None:
     assert {1, 2, 3, 4} <= set(seen)
 
 
-async def test_who_comes_later_does_not_overtake() -> None:
+async def test_later_request_does_not_overtake() -> None:
     queue = Queue(1)
     tasks = queue.come(0, 1, 2)
     await queue.until(1)
@@ -119,7 +119,7 @@ async def test_who_comes_later_does_not_overtake() -> None:
     assert queue.order == [0, 1, 2, 3]
 
 
-async def test_who_has_left_takes_nobody_s_place() -> None:
+async def test_cancelled_request_takes_no_place_in_a_batch() -> None:
     queue = Queue(1)
     tasks = queue.come(0, 1, 2, 3, 4)
     await asyncio.sleep(0)
@@ -130,7 +130,7 @@ async def test_who_has_left_takes_nobody_s_place() -> None:
     assert [task.cancelled() for task in tasks] == [False, True, True, True, False]
 
 
-async def test_when_all_that_wait_have_left_the_next_gets_in() -> None:
+async def test_request_after_cancelled_ones_is_admitted() -> None:
     queue = Queue(1)
     tasks = queue.come(0, 1, 2)
     await asyncio.sleep(0)
@@ -141,12 +141,12 @@ async def test_when_all_that_wait_have_left_the_next_gets_in() -> None:
     assert queue.order == [3]
 
 
-async def test_a_quiet_server_looks_for_nobody() -> None:
+async def test_idle_batcher_schedules_no_callback() -> None:
     queue = Queue(2)
     await soon(asyncio.gather(*queue.come(0, 1, 2)))
     for _ in range(3):
         await asyncio.sleep(0)
-    assert not queue.turns._looking
+    assert not queue.batcher._scheduled
     await soon(asyncio.gather(*queue.come(3, 4)))
     assert queue.order == [0, 1, 2, 3, 4]
 
@@ -159,13 +159,13 @@ class Failing(RequestBatcher):
     def _admit_batch(self) -> None:
         if not self.failed:
             self.failed = True
-            raise RuntimeError("no turn")
+            raise RuntimeError("no batch")
         super()._admit_batch()
 
 
-async def test_turns_after_failure_are_given() -> None:
+async def test_batches_after_a_failure_are_admitted() -> None:
     queue = Queue(4)
-    queue.turns = Failing()
+    queue.batcher = Failing()
     seen: list[str] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, what: seen.append(what["message"]))
     taking = queue.come(1, 2, 3)

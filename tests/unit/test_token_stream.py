@@ -139,6 +139,25 @@ class Line:
     async def answer(self) -> None:
         await self.stream(self.scope, self.client.receive, self.client.send)
 
+    async def gives(self, *texts: str) -> None:
+        """Each in an event-loop iteration of its own."""
+        for text in texts:
+            self.engine.gives(text)
+            await next_iteration()
+
+    async def ends(self, reason: str = "stop", stop: str | None = None) -> None:
+        self.engine.ends(reason, stop)
+        await soon(self.answering)
+
+    async def leaves(self) -> None:
+        self.client.leaves()
+        await soon(self.answering)
+
+    async def is_cut(self) -> None:
+        self.answering.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await soon(self.answering)
+
     @property
     def counts(self) -> tuple[int | None, int | None]:
         """Tokens of the prompt and of the answer."""
@@ -161,8 +180,8 @@ async def begun(
     await soon(asyncio.wait({line.answering}))
 
 
-async def turn() -> None:
-    """What is due in the loop is done."""
+async def next_iteration() -> None:
+    """Wait until the callbacks of this event-loop iteration have run."""
     await asyncio.sleep(0)
 
 
@@ -173,35 +192,31 @@ HURRIED = Schedule(tend_s=0.005)  # quiet streams are looked at often
 # --- text
 
 
-async def test_text_leaves_in_the_same_turn_with_the_headers_before_it() -> None:
+async def test_first_text_is_written_in_the_same_iteration() -> None:
     async with begun() as line:
         assert line.client.sent == []
-        line.engine.gives("a")
-        await turn()
+        await line.gives("a")
         assert line.client.sent == [
             {"type": "http.response.start", "status": 200, "headers": HEADERS},
             {"type": "http.response.body", "body": b"first [a]", "more_body": True},
         ]
-        line.engine.gives("b")
-        await turn()
+        await line.gives("b")
         assert line.client.bodies == [b"first [a]", b"[b]"]
 
 
-async def test_what_a_turn_brings_leaves_as_one_event() -> None:
+async def test_text_of_one_iteration_becomes_one_event() -> None:
     async with begun() as line:
         for text in "abc":
             line.engine.gives(text)
-        await turn()
+        await next_iteration()
         assert line.client.bodies == [b"first [abc]"]
 
 
-async def test_the_end_leaves_with_the_last_text_and_the_count_of_tokens() -> None:
+async def test_end_has_the_last_text_and_the_token_counts() -> None:
     async with begun() as line:
-        line.engine.gives("a")
-        await turn()
+        await line.gives("a")
         line.engine.gives("b")
-        line.engine.ends("stop", "x")
-        await soon(line.answering)
+        await line.ends("stop", "x")
     assert line.client.bodies == [b"first [a]", b"[b] stop x 7+2"]
     assert line.counts == (7, 2)
     assert [message["more_body"] for message in line.client.sent[1:]] == [True, False]
@@ -211,27 +226,21 @@ async def test_the_end_leaves_with_the_last_text_and_the_count_of_tokens() -> No
 async def test_an_answer_of_one_event_has_its_first_frame() -> None:
     async with begun() as line:
         line.engine.gives("a")
-        line.engine.ends("length")
-        await soon(line.answering)
+        await line.ends("length")
     assert line.client.bodies == [b"first [a] length None 7+1"]
 
 
 async def test_an_end_without_text_is_an_end() -> None:
     async with begun() as line:
-        line.engine.gives("a")
-        await turn()
-        line.engine.ends("abort")
-        await soon(line.answering)
+        await line.gives("a")
+        await line.ends("abort")
     assert line.client.bodies[-1] == b"[] abort None 7+1"
 
 
 async def test_tokens_without_text_are_counted() -> None:
     async with begun() as line:
-        for text in ("", "", "é"):
-            line.engine.gives(text)
-            await turn()
-        line.engine.ends()
-        await soon(line.answering)
+        await line.gives("", "", "é")
+        await line.ends()
     assert line.client.bodies[-1].endswith(b"7+3")
     assert b"\xc3\xa9" in b"".join(line.client.bodies)
 
@@ -257,25 +266,25 @@ async def several(
     flow = FlushScheduler(lag, schedule)
     engines, clients = [Engine() for _ in range(count)], [Client() for _ in range(count)]
     answering = asked(flow, engines, clients)
-    await turn()
+    await next_iteration()
     for engine in engines:
         engine.gives("a")
-    await turn()
+    await next_iteration()
     yield flow, engines, clients
     for client in clients:
         client.leaves()
     await soon(asyncio.gather(*answering))
 
 
-async def test_streams_of_one_turn_are_all_written_and_tell_the_lag_of_the_oldest() -> None:
+async def test_streams_of_one_iteration_report_the_lag_of_the_oldest() -> None:
     lags: list[float] = []
     flow = FlushScheduler(lags.append)
     engines, clients = [Engine() for _ in range(3)], [Client() for _ in range(3)]
     answering = asked(flow, engines, clients)
-    await turn()
+    await next_iteration()
     for engine in engines:
         engine.gives("a", time.monotonic() - 5)
-    await turn()
+    await next_iteration()
     assert [client.bodies for client in clients] == [[b"first [a]"]] * 3
     (lag,) = lags
     assert 5 <= lag < 10
@@ -288,7 +297,7 @@ def failing(_: bytes) -> bool:
     raise RuntimeError("the transport is closed")
 
 
-async def test_a_stream_that_cannot_be_written_ends_and_the_others_go_on() -> None:
+async def test_failed_write_ends_one_stream_only() -> None:
     flow = FlushScheduler(lambda _: None)
     engines, clients = [Engine() for _ in range(2)], [Client() for _ in range(2)]
     direct = [{WRITE: failing}, {WRITE: clients[1].write}]  # no way to end a connection either
@@ -300,11 +309,11 @@ async def test_a_stream_that_cannot_be_written_ends_and_the_others_go_on() -> No
         )
         for engine, client, extensions in zip(engines, clients, direct, strict=True)
     ]
-    await turn()
+    await next_iteration()
     for text in "ab":
         for engine in engines:
             engine.gives(text)
-        await turn()
+        await next_iteration()
     await soon(answering[0])
     assert engines[0].aborts == 1
     assert clients[1].bodies == [b"first [a]", b"[b]"]
@@ -313,12 +322,10 @@ async def test_a_stream_that_cannot_be_written_ends_and_the_others_go_on() -> No
 
 
 @pytest.mark.parametrize("direct", [False, True], ids=["by send", "by write"])
-async def test_what_there_is_nothing_to_tell_of_is_not_written(direct: bool) -> None:
+async def test_empty_event_is_not_written(direct: bool) -> None:
     """An empty chunk would end an HTTP body."""
     async with begun(direct=direct) as line:
-        for text in ("", "", "a", ""):
-            line.engine.gives(text)
-            await turn()
+        await line.gives("", "", "a", "")
         line.engine.gives("b")
         await until(partial(line.client.has, 3))
         assert line.client.bodies == [b"first ", b"[a]", b"[b]"]
@@ -327,22 +334,20 @@ async def test_what_there_is_nothing_to_tell_of_is_not_written(direct: bool) -> 
 # --- an engine that is ahead
 
 
-async def test_what_a_turn_has_brought_leaves_when_it_is_over() -> None:
+async def test_text_of_a_step_is_flushed_at_its_end() -> None:
     async with begun() as line:
-        line.engine.gives("a")
-        await turn()
+        await line.gives("a")
         line.engine.gives("b")
         await until(partial(line.client.has, 2))  # its own request came long ago
         line.lags.clear()
         for first, last in ("cd", "ef"):
             line.flow.gather()
-            line.engine.gives(first)
-            await turn()
+            await line.gives(first)
             line.engine.gives(last)
-            line.flow.release(more=False)  # no further turn is needed
+            line.flow.release(more=False)  # in the same iteration
         assert line.client.bodies == [b"first [a]", b"[b]", b"[cd]", b"[ef]"]
         assert len(line.lags) == 2
-        await turn()
+        await next_iteration()
         assert len(line.client.bodies) == 4
         assert len(line.lags) == 2
 
@@ -355,12 +360,12 @@ async def test_text_waits_for_a_step_that_is_here_already() -> None:
         assert line.client.bodies == [b"first [a]"]  # a first text never waits
         line.engine.gives("b")
         for _ in range(5):
-            await turn()
+            await next_iteration()
         line.engine.gives("c")
         assert line.client.bodies == [b"first [a]"]
         line.flow.gather()
         line.flow.release(more=False)
-        await turn()
+        await next_iteration()
         assert line.client.bodies == [b"first [a]", b"[bc]"]
 
 
@@ -383,23 +388,23 @@ async def test_text_waits_while_requests_come_in() -> None:
         return asyncio.create_task(answer(http_scope(), clients[n].receive, clients[n].send))
 
     answering = [come(0)]
-    await turn()
+    await next_iteration()
     engines[0].gives("a")
-    await turn()
+    await next_iteration()
     with flow.coming():
-        for _ in range(2 * SCHEDULE.short_iterations):  # short turns while one is here do not count
-            await turn()
+        for _ in range(2 * SCHEDULE.short_iterations):  # iterations during a request do not count
+            await next_iteration()
             engines[0].gives(".")
     for n in (1, 2, 3):
         with flow.coming():
             answering.append(come(n))
-            await turn()
+            await next_iteration()
         engines[0].gives(str(n))
         engines[n].gives("x")
-        await turn()
+        await next_iteration()
     assert clients[0].bodies == [b"first [a]"]
     for _ in range(SCHEDULE.short_iterations):
-        await turn()
+        await next_iteration()
     assert clients[0].bodies == [b"first [a]", b"[........123]"]
     assert [client.bodies for client in clients[1:]] == [[b"first [x]"]] * 3
     for client in clients:
@@ -409,8 +414,7 @@ async def test_text_waits_while_requests_come_in() -> None:
 
 async def test_text_does_not_wait_for_a_request_that_failed() -> None:
     async with begun(schedule=PATIENT) as line:
-        line.engine.gives("a")
-        await turn()
+        await line.gives("a")
         with pytest.raises(KeyError), line.flow.coming():
             raise KeyError
         line.engine.gives("b")
@@ -418,7 +422,7 @@ async def test_text_does_not_wait_for_a_request_that_failed() -> None:
         assert line.client.bodies == [b"first [a]", b"[b]"]
 
 
-async def test_first_texts_go_before_later_text_that_has_not_had_its_share() -> None:
+async def test_first_texts_precede_later_text_without_its_share() -> None:
     one_each = Schedule(flush_s=0)  # iteration writes one of them
     async with several(3, schedule=one_each) as (flow, engines, clients):
         for engine in engines:
@@ -426,18 +430,18 @@ async def test_first_texts_go_before_later_text_that_has_not_had_its_share() -> 
         newest, client = Engine(), Client()
         (answering,) = asked(flow, [newest], [client])
         while not clients[0].has(2):
-            await turn()
+            await next_iteration()
         newest.gives("x")
         assert [len(each.bodies) for each in (*clients, client)] == [2, 1, 1, 0]
-        await turn()
+        await next_iteration()
         assert [len(each.bodies) for each in (*clients, client)] == [2, 2, 1, 1]
-        await turn()
+        await next_iteration()
         assert [each.bodies[-1] for each in clients] == [b"[b]"] * 3
         client.leaves()
         await soon(answering)
 
 
-async def test_an_end_goes_before_the_middles_of_others_which_wait_for_who_may_ask_again() -> None:
+async def test_end_precedes_later_text_of_others() -> None:
     lags: list[float] = []
     async with several(2, lags.append) as (flow, engines, clients):
         lags.clear()
@@ -448,8 +452,8 @@ async def test_an_end_goes_before_the_middles_of_others_which_wait_for_who_may_a
         flow.release(more=False)
         for _ in range(SCHEDULE.short_iterations - 1):
             assert [client.bodies[-1] for client in clients] == [b"first [a]", b"[c] stop None 7+2"]
-            await turn()
-        await turn()
+            await next_iteration()
+        await next_iteration()
         assert clients[0].bodies[-1] == b"[b]"
         assert [round(lag) for lag in lags] == [0, 5]
 
@@ -457,12 +461,12 @@ async def test_an_end_goes_before_the_middles_of_others_which_wait_for_who_may_a
 async def test_ends_hold_up_others_no_longer_than_they_may() -> None:
     async with several(2) as (_, engines, clients):
         engines[1].ends()
-        await turn()
+        await next_iteration()
         engines[0].gives("b")
-        await turn()
+        await next_iteration()
         assert [len(client.bodies) for client in clients] == [1, 2]
-        time.sleep(1.1 * SCHEDULE.collect_s)  # noqa: ASYNC251  # no short turn
-        await turn()
+        time.sleep(1.1 * SCHEDULE.collect_s)  # noqa: ASYNC251  # no short iteration
+        await next_iteration()
         assert clients[0].bodies[-1] == b"[b]"
 
 
@@ -486,8 +490,7 @@ async def test_what_fails_before_the_first_byte_is_raised() -> None:
 
 async def test_what_fails_later_is_the_last_event() -> None:
     async with begun() as line:
-        line.engine.gives("a")
-        await turn()
+        await line.gives("a")
         line.engine.fails(RequestError("no", code="late"))
         await soon(line.answering)
     assert line.client.status == 200
@@ -507,36 +510,34 @@ async def test_what_comes_after_the_end_is_not_written() -> None:
     async with begun() as line:
         line.engine.gives("a")
         line.engine.ends()
-        await turn()
+        await next_iteration()
         line.engine.gives("b")
         line.engine.fails(RequestError("no"))
-        await turn()
+        await next_iteration()
         assert len(line.client.bodies) == 1
 
 
 # --- quiet streams
 
 
-async def test_headers_go_alone_when_the_first_text_takes_long() -> None:
+async def test_headers_are_sent_without_an_early_first_text() -> None:
     async with begun(schedule=replace(HURRIED, headers_s=0.01)) as line:
         await until(lambda: bool(line.client.sent))
         assert line.client.status == 200
         assert b"".join(line.client.bodies) == b""
-        line.engine.gives("a")
-        await turn()
+        await line.gives("a")
         assert line.client.bodies[-1] == b"first [a]"
         line.engine.fails(RequestError("no", code="late"))
         await soon(line.answering)
     assert line.client.bodies[-1] == b"data: late\n\n"
 
 
-async def test_headers_go_alone_also_while_the_engine_takes_the_request() -> None:
+async def test_headers_are_sent_before_the_request_is_accepted() -> None:
     gate = Gate()
     async with begun(Engine(gate=gate), schedule=replace(HURRIED, headers_s=0.01)) as line:
         await until(lambda: bool(line.client.sent))
         gate.opened.set()
-        line.engine.gives("a")
-        await turn()
+        await line.gives("a")
         assert line.client.bodies[-1] == b"first [a]"
 
 
@@ -545,8 +546,7 @@ async def test_a_quiet_stream_gets_a_comment() -> None:
         line.engine.gives("a")
         await until(lambda: len(line.client.bodies) > 2)
         assert line.client.bodies[:3] == [b"first [a]", b": ping\n\n", b": ping\n\n"]
-        line.engine.gives("b")
-        await turn()
+        await line.gives("b")
         assert line.client.bodies[-1] == b"[b]"
 
 
@@ -562,7 +562,7 @@ async def test_an_answer_that_is_out_gets_no_comment() -> None:
     async with begun(schedule=replace(HURRIED, ping_s=0.0)) as line:
         line.engine.gives("a")
         line.engine.ends()
-        await turn()
+        await next_iteration()
         bodies = list(line.client.bodies)
         line.stream.tend(time.monotonic() + 100)
         assert line.client.bodies == bodies
@@ -573,29 +573,24 @@ async def test_an_answer_that_is_out_gets_no_comment() -> None:
 
 async def test_text_for_a_slow_client_becomes_one_event_in_order() -> None:
     async with begun() as line:
-        line.engine.gives("a")
-        await turn()
+        await line.gives("a")
         line.client.stops_reading()
-        for text in "bcd":
-            line.engine.gives(text)
-            await turn()
+        await line.gives("b", "c", "d")
         assert line.client.bodies == [b"first [a]"]
         line.client.reads.set()
         await until(lambda: len(line.client.bodies) == 3)
         assert line.client.bodies == [b"first [a]", b"[b]", b"[cd]"]
-        line.engine.gives("e")
-        await turn()
+        await line.gives("e")
         assert line.client.bodies[-1] == b"[e]"
 
 
 async def test_a_client_may_pause_before_the_headers() -> None:
     async with begun() as line:
         line.client.stops_reading()
-        line.engine.gives("a")
-        await turn()
+        await line.gives("a")
         line.engine.gives("b")
         line.engine.ends()
-        await turn()
+        await next_iteration()
         assert line.client.sent == []
         line.client.reads.set()
         await soon(line.answering)
@@ -608,41 +603,35 @@ async def test_a_client_may_pause_again_and_again() -> None:
         for n in range(5):
             line.client.stops_reading()
             for _ in range(3):
-                line.engine.gives(str(n))
-                await turn()
+                await line.gives(str(n))
             line.client.reads.set()
-            await turn()
-        line.engine.ends()
-        await soon(line.answering)
+            await next_iteration()
+        await line.ends()
     text = b"".join(line.client.bodies).replace(b"][", b"")
     assert text == b"first [000111222333444] stop None 7+15"
 
 
-async def test_a_step_without_text_does_not_stop_the_stream_of_a_slow_client() -> None:
+async def test_step_without_text_keeps_the_stream_of_a_slow_client() -> None:
     async with begun() as line:
-        line.engine.gives("a")
-        await turn()
+        await line.gives("a")
         line.client.stops_reading()
-        line.engine.gives("b")
-        await turn()
+        await line.gives("b")
         line.stream.took(0, time.monotonic())
-        await turn()
+        await next_iteration()
         line.client.reads.set()
         await until(lambda: len(line.client.bodies) == 2)
-        await turn()
+        await next_iteration()
         line.engine.gives("c")
         await until(lambda: b"[c]" in line.client.bodies)
 
 
 async def test_an_end_and_a_failure_wait_for_a_slow_client() -> None:
     async with begun() as line:
-        line.engine.gives("a")
-        await turn()
+        await line.gives("a")
         line.client.stops_reading()
-        line.engine.gives("b")
-        await turn()
+        await line.gives("b")
         line.engine.fails(RequestError("no", code="late"))
-        await turn()
+        await next_iteration()
         line.client.reads.set()
         await soon(line.answering)
     assert line.client.bodies == [b"first [a]", b"[b]", b"data: late\n\n"]
@@ -655,8 +644,7 @@ async def test_a_client_for_which_too_much_waits_is_cut_off(
     monkeypatch.setattr(stream, "HELD_LIMIT", 10)
     async with begun(schedule=HURRIED) as line:
         line.client.stops_reading()
-        line.engine.gives("a")
-        await turn()
+        await line.gives("a")
         line.engine.gives("x" * 11)
         await soon(line.answering)
         line.client.reads.set()
@@ -679,13 +667,11 @@ async def test_a_write_that_breaks_ends_the_connection(
     caplog: pytest.LogCaptureFixture, *, later: bool
 ) -> None:
     async with begun() as line:
-        line.engine.gives("a")
-        await turn()
+        await line.gives("a")
         if later:
             line.client.stops_reading()
         line.client.breaks = OSError("connection lost")
-        line.engine.gives("b")
-        await turn()
+        await line.gives("b")
         line.client.reads.set()
         await soon(line.answering)
     assert line.client.aborts == 1
@@ -696,13 +682,10 @@ async def test_a_write_that_breaks_ends_the_connection(
 # --- a server that writes without being awaited
 
 
-async def test_all_but_the_headers_and_the_last_event_are_written_directly() -> None:
+async def test_direct_write_has_all_but_headers_and_last_event() -> None:
     async with begun(direct=True) as line:
-        for text in "abc":
-            line.engine.gives(text)
-            await turn()
-        line.engine.ends()
-        await soon(line.answering)
+        await line.gives("a", "b", "c")
+        await line.ends()
     assert line.client.written == [b"first [a]", b"[b]", b"[c]"]
     assert line.client.bodies == [b"first [a]", b"[b]", b"[c]", b"[] stop None 7+3"]
 
@@ -720,39 +703,28 @@ async def test_headers_are_held_for_the_first_event() -> None:
     line.extensions[HOLD] = lambda: held.append(len(line.client.sent))
     line.answering = asyncio.create_task(line.answer())
     await soon(line.engine.begun.wait())
-    for text in "ab":
-        line.engine.gives(text)
-        await turn()
+    await line.gives("a", "b")
     assert held == [0]
-    line.client.leaves()
-    await soon(line.answering)
+    await line.leaves()
 
 
-async def test_nothing_overtakes_what_could_not_be_written_directly() -> None:
+async def test_text_after_a_failed_direct_write_keeps_its_order() -> None:
     async with begun(direct=True) as line:
-        line.engine.gives("a")
-        await turn()
+        await line.gives("a")
         line.client.stops_reading()
-        line.engine.gives("b")
-        await turn()
-        line.engine.gives("c")
-        await turn()
+        await line.gives("b", "c")
         line.client.reads.set()
         line.engine.gives("d")
         await until(lambda: len(line.client.bodies) > 2)
-        line.engine.gives("e")
-        await turn()
-        line.engine.ends()
-        await soon(line.answering)
+        await line.gives("e")
+        await line.ends()
     text = b"".join(line.client.bodies).replace(b"][", b"")
     assert text == b"first [abcde] stop None 7+5"
 
 
 async def test_a_stream_that_is_written_directly_is_not_quiet() -> None:
     async with begun(direct=True, schedule=replace(HURRIED, ping_s=1.0)) as line:
-        for text in "ab":
-            line.engine.gives(text)
-            await turn()
+        await line.gives("a", "b")
         line.stream.tend(time.monotonic() + 0.5)
         assert line.client.bodies == [b"first [a]", b"[b]"]
         line.stream.tend(time.monotonic() + 1.5)
@@ -763,76 +735,64 @@ async def test_a_stream_that_is_written_directly_is_not_quiet() -> None:
 
 
 @pytest.mark.parametrize("texts", [0, 2])
-async def test_a_client_that_leaves_aborts_its_request_once(texts: int) -> None:
+async def test_disconnect_aborts_the_request_once(texts: int) -> None:
     async with begun() as line:
         for _ in range(texts):
-            line.engine.gives("a")
-            await turn()
-        line.client.leaves()
-        await soon(line.answering)
+            await line.gives("a")
+        await line.leaves()
         assert line.counts == (7, texts)
-        line.engine.gives("late")
-        await turn()
+        await line.gives("late")
     assert line.engine.aborts == 1
     assert len(line.client.bodies) == texts
 
 
-async def test_a_client_that_leaves_with_text_under_way_aborts_its_request_once() -> None:
+async def test_disconnect_during_a_write_aborts_the_request_once() -> None:
     async with begun() as line:
         line.client.stops_reading()
-        line.engine.gives("a")
-        await turn()
-        line.client.leaves()
-        await soon(line.answering)
+        await line.gives("a")
+        await line.leaves()
         line.client.reads.set()
-        await turn()
+        await next_iteration()
     assert line.engine.aborts == 1
 
 
 async def test_an_answer_that_is_cut_aborts_its_request_once() -> None:
     async with begun() as line:
-        line.engine.gives("a")
-        await turn()
-        line.answering.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await soon(line.answering)
+        await line.gives("a")
+        await line.is_cut()
     assert line.engine.aborts == 1
 
 
-async def test_a_request_that_is_cut_while_the_engine_takes_it_is_aborted() -> None:
+async def test_cancellation_before_acceptance_aborts_the_request() -> None:
     gate = Gate()
     async with begun(Engine(gate=gate)) as line:
         await soon(gate.reached.wait())
-        line.answering.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await soon(line.answering)
+        await line.is_cut()
     assert line.engine.aborts == 1
 
 
-async def test_streams_that_are_over_are_not_looked_after() -> None:
+async def test_streams_that_have_ended_are_unregistered() -> None:
     line = Line(Engine(), HURRIED)
     flow = line.stream._flow
     line.answering = asyncio.create_task(line.answer())
-    await turn()
+    await next_iteration()
     assert flow._streams == {line.stream}
-    line.client.leaves()
-    await soon(line.answering)
+    await line.leaves()
     assert not flow._streams
     await until(lambda: not flow._tending)
 
 
-async def test_text_waits_after_a_request_until_a_turn_is_short() -> None:
+async def test_text_waits_after_a_request_for_short_iterations() -> None:
     async with begun(schedule=PATIENT) as line:
-        line.engine.gives("a")
-        await turn()
+        await line.gives("a")
         with line.flow.coming():
             pass
         line.flow.gather()
         line.engine.gives("b")
         line.flow.release(more=False)
         for _ in range(3):
-            time.sleep(2 * SCHEDULE.short_s)  # noqa: ASYNC251  # something else has the turn
-            await turn()
+            time.sleep(2 * SCHEDULE.short_s)  # noqa: ASYNC251  # another callback takes long
+            await next_iteration()
             assert line.client.bodies == [b"first [a]"]
         await until(partial(line.client.has, 2))
         assert line.client.bodies == [b"first [a]", b"[b]"]
@@ -858,7 +818,7 @@ async def test_each_text_waits_for_itself(monkeypatch: pytest.MonkeyPatch) -> No
             flow.release(more=True)
             clock.now += 0.8 * SCHEDULE.collect_s
         for expected in ([2, 1], [2, 2]):  # 1.6 and 0.8 of what each may wait, then 1.4
-            await turn()
+            await next_iteration()
             assert [len(client.bodies) for client in clients] == expected
             clock.now += 0.6 * SCHEDULE.collect_s
 
@@ -906,7 +866,7 @@ async def test_lag_that_cannot_be_counted_loses_no_text() -> None:
         for text in "bc":
             for engine in engines:
                 engine.gives(text)
-            await turn()
+            await next_iteration()
         for client in clients:
             await until(partial(client.has, 3))
             assert client.bodies == [b"first [a]", b"[b]", b"[c]"]
@@ -917,14 +877,10 @@ async def test_lag_that_cannot_be_counted_loses_no_text() -> None:
 
 async def test_end_early_cuts_off_client_that_does_not_read() -> None:
     async with begun() as line:
-        line.engine.gives("a")
-        await turn()
+        await line.gives("a")
         line.client.stops_reading()
-        line.engine.gives("b")
-        await turn()
-        line.answering.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await soon(line.answering)
+        await line.gives("b")
+        await line.is_cut()
         sent = list(line.client.sent)
         await soon(line.stream.end_early(Overloaded("late", retry_after_s=1)))
         assert line.client.aborts == 1
@@ -932,13 +888,10 @@ async def test_end_early_cuts_off_client_that_does_not_read() -> None:
         line.client.reads.set()
 
 
-async def test_end_early_tells_client_that_reads() -> None:
+async def test_end_early_sends_the_error_to_a_client_that_reads() -> None:
     async with begun() as line:
-        line.engine.gives("a")
-        await turn()
-        line.answering.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await soon(line.answering)
+        await line.gives("a")
+        await line.is_cut()
         await soon(line.stream.end_early(Overloaded("late", retry_after_s=1, code="late")))
         assert line.client.aborts == 0
         assert line.client.bodies == [b"first [a]", b"data: late\n\n"]
