@@ -32,7 +32,8 @@ from llmserve.registry.config import ModelSpec
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from llmserve.engine.engine import Engine, Launcher
+    from llmserve.engine.engine import Engine
+    from llmserve.engine.launcher import Launcher
 
 _ALONE_S = 3.0  # of a stream, to compare with
 
@@ -52,7 +53,7 @@ def main() -> None:
 
 
 async def measure(options: argparse.Namespace, logs: Path) -> None:
-    from llmserve.engine.engine import Launcher  # noqa: PLC0415  # after `prepare`
+    from llmserve.engine.launcher import Launcher  # noqa: PLC0415  # after `prepare`
 
     launcher = Launcher(logs)
     specs = [
@@ -177,7 +178,7 @@ def random_ids(count: int) -> list[int]:
 
 def lines_of_sleep(log: Path) -> list[str]:
     """Seconds of the parts, as llmserve.engine.worker.host_offload writes them; and errors."""
-    shown = ("hostcopy.py", "fall asleep", "wake up tags", "Reloading", "ERROR")
+    shown = ("host_offload.py", "fall asleep", "wake up tags", "Reloading", "ERROR")
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
     return [line for line in lines if any(sign in line for sign in shown)]
 

@@ -19,7 +19,8 @@ from llmserve.lifecycle.lease import Lease
 from llmserve.registry.config import ServerSpec
 from llmserve.server import connection, process
 from tests.contract.fake_core import SILENT
-from tests.contract.test_fast_path import CHATS, COMPLETIONS, EMOJI, Box, boxed, events
+from tests.contract.fast_path_box import EMOJI, Box, boxed
+from tests.contract.support import CHATS, COMPLETIONS, events
 from tests.fakes import soon, until
 
 if TYPE_CHECKING:
@@ -122,8 +123,8 @@ async def whole(box: Box, body: dict[str, Any]) -> str:
 
 def text_of(reply: httpx.Response) -> tuple[str, int]:
     """The text of a stream, and how many tokens it says it has."""
-    *chunks, usage, done = events(reply)
-    assert done == "data: [DONE]"
+    *chunks, usage, done = events(reply.text)
+    assert done == "[DONE]"
     pieces = [chunk["choices"][0]["text"] for chunk in chunks]
     assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
     return "".join(pieces), usage["usage"]["completion_tokens"]
@@ -170,7 +171,7 @@ async def test_a_client_that_pauses_gets_all_of_its_text_in_order(box: Box) -> N
             received = await soon(rest_of(client), 300)
     reply = reply_of(received)
     assert text_of(reply) == (expected, 1200)
-    assert len(events(reply)) < 1200, "what waited came in longer events"
+    assert len(events(reply.text)) < 1200, "what waited came in longer events"
     assert await box.core("aborted") == before
 
 
@@ -232,7 +233,7 @@ async def test_a_client_that_leaves_with_a_second_request_waiting_is_gone(box: B
 
 async def test_headers_alone_leave_a_stream_open(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(box.serving.engine.flow, "schedule", Schedule(headers_s=0.01))
-    for seed in (1, SILENT):  # the second one by recipe
+    for seed in (1, SILENT):  # the second one by template
         body = json.dumps(asking("one", 3) | {"seed": seed}).encode()
         head = f"POST {COMPLETIONS} HTTP/1.1\r\nhost: test\r\ncontent-length: {len(body)}\r\n\r\n"
         async with served(box) as port:
@@ -316,7 +317,7 @@ async def test_an_answer_after_comments_comes_whole(
     body = asking("one two three", 1)
     expected = await box.client.post(COMPLETIONS, json=body)
     async with served(box) as port, httpx.AsyncClient(timeout=5) as client:
-        for _ in range(2):  # the second one by recipe, on the same connection
+        for _ in range(2):  # the second one by template, on the same connection
             reply = await client.post(f"http://127.0.0.1:{port}{COMPLETIONS}", json=body)
             assert reply.text.startswith(": chat is ")
             assert text_of(reply) == text_of(expected)

@@ -149,7 +149,7 @@ def test_a_temporary_folder_that_is_not_there_is_told_first(tmp_path: Path) -> N
     ) as process:
         _, told = process.communicate(timeout=120)
     assert process.returncode == 3
-    assert told.decode().startswith(f"TMPDIR is {missing}, where no file can be made: No such file")
+    assert told.decode().startswith(f"cannot create a file in TMPDIR={missing}: No such file")
     assert not (tmp_path / "logs").exists()
 
 

@@ -1,7 +1,7 @@
-"""The events of a streamed answer, cut from vLLM's own response models.
+"""The events of a streamed answer as bytes, cut from vLLM's response models.
 
-vLLM builds and serializes a model per token. Here one is built per kind of request,
-with markers where the text, the id and the counts go; the rest is the same for all.
+vLLM builds and serializes a model per token. Here a model is built per kind of request, with
+markers in place of the text, the id and the counts.
 
 Source: `chat_completion_stream_generator` and `completion_stream_generator` in
 vllm/entrypoints/openai/{chat_completion,completion}/serving.py.
@@ -34,15 +34,15 @@ _ID = "\N{OBJECT REPLACEMENT CHARACTER}id"
 _TEXT = "\N{OBJECT REPLACEMENT CHARACTER}text"
 _CREATED = 8_888_888_888_888_888
 _COUNTS = (7_777_777_777_777_771, 7_777_777_777_777_772, 7_777_777_777_777_773)
-_ENDS = 64  # ways to end that are remembered
+_ENDS = 64  # cached last events
 
-Lead = tuple[bytes, bytes]  # what differs between two answers: the id, and the time
+Lead = tuple[bytes, bytes]  # the id and the time of an answer
 
 
 class Models(Protocol):
-    """One kind of answer in vLLM's models. A frame each, as bytes."""
+    """The events of one kind of answer, built from vLLM's models."""
 
-    parsed: bool  # by a parser that passes text on, but makes no chunk of none
+    parsed: bool  # by a parser that passes text through, and makes no chunk without text
 
     def first(self, answer_id: str, created: int) -> bytes: ...
 
@@ -59,7 +59,7 @@ class Models(Protocol):
 
 
 class ChatModels:
-    """Chat chunks: the role, then text, then perhaps the usage."""
+    """Chat chunks: the role, text, and the usage if requested."""
 
     def __init__(
         self,
@@ -83,7 +83,7 @@ class ChatModels:
             logprobs=None,
             finish_reason=None,
         )
-        chunk = self._of(answer_id, created, choice)
+        chunk = self._response(answer_id, created, choice)
         chunk.prompt_token_ids = chunk.prompt_text = None
         return _frame(chunk.model_dump_json(exclude_unset=True))
 
@@ -104,7 +104,7 @@ class ChatModels:
         )
         if finish is not None:
             choice.stop_reason = stop
-        chunk = self._of(answer_id, created, choice)
+        chunk = self._response(answer_id, created, choice)
         if finish is not None and not self._include_usage and self._fingerprint is not None:
             chunk.system_fingerprint = self._fingerprint
         return _frame(chunk.model_dump_json(exclude_unset=True))
@@ -121,7 +121,7 @@ class ChatModels:
         )
         return _frame(chunk.model_dump_json(exclude_unset=True, exclude_none=True))
 
-    def _of(
+    def _response(
         self, answer_id: str, created: int, choice: ChatCompletionResponseStreamChoice
     ) -> ChatCompletionStreamResponse:
         return ChatCompletionStreamResponse(
@@ -134,7 +134,7 @@ class ChatModels:
 
 
 class CompletionModels:
-    """Completion chunks: text, then perhaps the usage."""
+    """Completion chunks: text, and the usage if requested."""
 
     parsed = False
 
@@ -187,7 +187,7 @@ class CompletionModels:
 
 
 class ChunkTemplate:
-    """The events of all answers to one kind of request. `prune` removes nulls from a frame."""
+    """The events of all answers to one kind of request. `prune` removes nulls from an event."""
 
     def __init__(
         self, models: Models, prune: Callable[[bytes], bytes], *, include_usage: bool
@@ -200,10 +200,10 @@ class ChunkTemplate:
         head, found, self.tail = prune(models.chunk(_ID, _CREATED, _TEXT)).partition(
             orjson.dumps(_TEXT)
         )
-        assert found  # noqa: S101  # a chunk holds its text
+        assert found  # noqa: S101  # a chunk contains its text
         self._head = _cut(head)
         self._ends: dict[tuple[str, int | str | None, bool], tuple[bytes, ...]] = {}
-        self._usage = self._numbered() if include_usage else ()
+        self._usage = self._usage_parts() if include_usage else ()
 
     def answer(self, answer_id: str) -> Answer:
         return Answer(self, answer_id, int(time.time()))
@@ -212,11 +212,11 @@ class ChunkTemplate:
         return _fill(self._first, lead)
 
     def head(self, lead: Lead) -> bytes:
-        """A middle frame up to its text."""
+        """Return a middle event up to its text."""
         return _fill(self._head, lead)
 
     def end(self, lead: Lead, text: str, finish: str, stop: int | str | None) -> bytes:
-        """The frame with the last of the text, and how it ends."""
+        """Return the event with the last text and the reason of the end."""
         bare = self.parsed and not text
         parts = self._ends.get((finish, stop, bare))
         if parts is None:
@@ -232,7 +232,7 @@ class ChunkTemplate:
         return (*_cut(head), tail)
 
     def usage(self, lead: Lead, prompt_tokens: int, tokens: int) -> bytes:
-        """The frame with the token counts, where it was asked for."""
+        """Return the event with the token counts; empty if not requested."""
         if not self._usage:
             return b""
         *ahead, after = self._usage
@@ -241,14 +241,14 @@ class ChunkTemplate:
             after = after.replace(b"%d" % marker, b"%d" % count, 1)
         return _fill((*ahead, after), lead)
 
-    def _numbered(self) -> tuple[bytes, ...]:
+    def _usage_parts(self) -> tuple[bytes, ...]:
         prompt, completion, total = _COUNTS
         usage = UsageInfo(prompt_tokens=prompt, completion_tokens=completion, total_tokens=total)
         return _cut(self._prune(self._models.usage(_ID, _CREATED, usage)))
 
 
 class Answer:
-    """The events of one answer. `token_stream.StreamFrames`."""
+    """The events of one answer: a `token_stream.StreamFrames`."""
 
     def __init__(self, template: ChunkTemplate, answer_id: str, created: int) -> None:
         self._template = template
@@ -274,7 +274,7 @@ def _frame(json: str) -> bytes:
 
 
 def _cut(frame: bytes) -> tuple[bytes, ...]:
-    """Around the id and the time, which come before anything of a model's or a user's."""
+    """Split at the id and the time, which precede all text of a model or a user."""
     before, _, rest = frame.partition(orjson.dumps(_ID))
     between, found, after = rest.partition(b'"created":%d' % _CREATED)
     assert found  # noqa: S101  # both are in every chunk
