@@ -1,4 +1,4 @@
-"""Which of vLLM's handlers serves each endpoint, and how its answers become JSON."""
+"""vLLM's handler of each endpoint, with its request class and the JSON of its answers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import orjson
+from pydantic import ValidationError
 from starlette.responses import Response
 from vllm.entrypoints.anthropic.protocol import (
     AnthropicCountTokensRequest,
@@ -33,12 +34,18 @@ from vllm.entrypoints.speech_to_text.translation.protocol import (
     TranslationRequest,
     TranslationStreamResponse,
 )
+from vllm.exceptions import VLLMValidationError
 
 from llmserve.api import sse
+from llmserve.api.body_limits import check_choices
 from llmserve.api.endpoint_id import EndpointId
+from llmserve.api.endpoints import TITLES
+from llmserve.api.validation_errors import mistake
 from llmserve.engine import required_keys
+from llmserve.engine.error_mapping import bounded_line
 from llmserve.engine.request_validation import bounded, shape_of
 from llmserve.engine.schema_nulls import schema_of, without_nulls
+from llmserve.errors import RequestError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -176,6 +183,43 @@ HANDLERS: dict[EndpointId, EndpointHandler] = {
         (TranslationStreamResponse,),
     ),
 }
+
+
+def parse(endpoint: EndpointId, body: dict[str, Any]) -> Any:
+    """Return a body as vLLM's request class.
+
+    Raises RequestError with one bounded line about the deepest mistake.
+    """
+    handler = HANDLERS[endpoint]
+    try:
+        parsed = handler.request.validate_python(body)
+    except ValidationError as error:
+        raise mistake(error.errors(include_url=False), body) from None
+    except VLLMValidationError as error:
+        raise RequestError(bounded_line(error.args[0]), param=error.parameter) from None
+    except (TypeError, ValueError, AttributeError, KeyError):
+        # One of vLLM's validators, which read the body before its types are checked.
+        try:
+            handler.shape.validate_python(body)
+        except ValidationError as error:
+            raise mistake(error.errors(include_url=False), body) from None
+        raise RequestError(f"The body is not a valid request for {TITLES[endpoint]}.") from None
+    check_choices("n", getattr(parsed, "n", None) or 1, _count_prompts(parsed))
+    return parsed
+
+
+def _count_prompts(parsed: Any) -> int:
+    prompt = getattr(parsed, "prompt", None)
+    if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
+        return len(prompt)
+    return 1
+
+
+def drop_own_size(request: Any, model_config: Any) -> None:
+    """Unset `dimensions` if it is the model's own size: vLLM refuses it for most models."""
+    dimensions = getattr(request, "dimensions", None)
+    if dimensions is not None and dimensions == model_config.embedding_size:
+        request.dimensions = None
 
 
 def without_usage_nulls(response: Response) -> Response:

@@ -97,11 +97,15 @@ def _frontend_arguments(spec: ModelSpec, engine: Engine) -> Namespace:
     return Namespace(**vars(frontend) | vars(engine.arguments) | names)
 
 
+def _handlers_of(state: State) -> list[Any]:
+    owners = sorted({handler.owner for handler in HANDLERS.values()})
+    return [each for owner in owners if (each := getattr(state, owner, None)) is not None]
+
+
 def _input_processors(state: State) -> list[Any]:
     """Return what prepares the inputs of pooling requests, each in a call of its own."""
-    owners = {handler.owner for handler in HANDLERS.values()}
     found: list[Any] = []
-    for handler in filter(None, (getattr(state, owner, None) for owner in sorted(owners))):
+    for handler in _handlers_of(state):
         found += getattr(handler, "io_processors", {}).values()
         found += filter(None, [getattr(handler, "io_processor", None)])
     return found
@@ -109,12 +113,6 @@ def _input_processors(state: State) -> list[Any]:
 
 def _remove_max_tokens_limit(state: State) -> None:
     """Make a default `max_tokens` a default only; vLLM takes it for a limit as well."""
-    for owner in (
-        "openai_serving_chat",
-        "openai_serving_completion",
-        "openai_serving_responses",
-        "anthropic_serving_messages",
-    ):
-        handler = getattr(state, owner, None)
-        if handler is not None:
+    for handler in _handlers_of(state):
+        if hasattr(handler, "override_max_tokens"):
             handler.override_max_tokens = None

@@ -23,16 +23,24 @@ from llmserve.api.context import RequestContext
 from llmserve.api.endpoint_id import EndpointId
 from llmserve.api.endpoints import BackgroundAnswer, cannot, failure
 from llmserve.engine import gc_policy, required_keys, token_count
-from llmserve.engine.endpoint_handlers import HANDLERS, EndpointHandler, without_usage_nulls
+from llmserve.engine.endpoint_handlers import (
+    HANDLERS,
+    EndpointHandler,
+    drop_own_size,
+    parse,
+    without_usage_nulls,
+)
 from llmserve.engine.engine_arguments import request_defaults
 from llmserve.engine.error_mapping import ErrorMapper
 from llmserve.engine.fastpath import zmq_sockets
-from llmserve.engine.fastpath.captured_calls import CapturedCalls
-from llmserve.engine.fastpath.endpoint_adapters import ChatAdapter, CompletionAdapter
-from llmserve.engine.fastpath.fast_path import FastPath, StreamTerms, encoder_of
+from llmserve.engine.fastpath.endpoint_adapters import (
+    ChatAdapter,
+    CompletionAdapter,
+    EndpointAdapter,
+)
+from llmserve.engine.fastpath.fast_path import CapturedCalls, FastPath, StreamTerms, encoder_of
 from llmserve.engine.handler_state import create_handlers, requested_name
 from llmserve.engine.pacing import PacedRendering
-from llmserve.engine.request_parsing import drop_own_size, parse_beside_loop
 from llmserve.errors import LLMServeError, RequestError, Unsupported, quoted
 from llmserve.lifecycle.response_store import ResponseStore, owned_by
 
@@ -59,7 +67,7 @@ _GENERATING = frozenset(
         EndpointId.MESSAGES,
     }
 )
-_ADAPTERS: dict[EndpointId, type[ChatAdapter | CompletionAdapter]] = {
+_ADAPTERS: dict[EndpointId, type[EndpointAdapter]] = {
     EndpointId.CHAT_COMPLETIONS: ChatAdapter,
     EndpointId.COMPLETIONS: CompletionAdapter,
 }
@@ -208,7 +216,8 @@ class ModelHandlers:
             body = {name: value for name, value in body.items() if name != "request_id"}
         if endpoint in _GENERATING:
             await self.engine.client.check_explicit(body)
-        parsed = await parse_beside_loop(endpoint, body, request.scope)
+        thread = RequestContext.of(request.scope).body_thread  # for large bodies
+        parsed = await thread.run(parse, endpoint, body) if thread else parse(endpoint, body)
         drop_own_size(parsed, self.engine.client.model_config)
         owner = RequestContext.of(request.scope).owner
         self._check_previous(parsed, owner)

@@ -229,22 +229,10 @@ class _Ignored:
 # Fields of SchedulerStats: gauges, of which the last value counts. If another field is set, the
 # step is recorded separately.
 _GAUGES = frozenset(
-    {
-        "num_running_reqs",
-        "num_waiting_reqs",
-        "num_skipped_waiting_reqs",
-        "num_kv_fetch_reqs_by_stage",
-        "step_counter",
-        "current_wave",
-        "kv_cache_usage",
-        "encoder_cache_usage",
-        "waiting_lora_adapters",
-        "running_lora_adapters",
-        "prefix_cache_stats",
-    }
+    {"num_running_reqs", "num_waiting_reqs", "num_skipped_waiting_reqs", "step_counter"}
+    | {"num_kv_fetch_reqs_by_stage", "current_wave", "kv_cache_usage", "encoder_cache_usage"}
+    | {"waiting_lora_adapters", "running_lora_adapters", "prefix_cache_stats"}
 )
-
-
 _OTHERS = tuple(vars(SchedulerStats()).keys() - _GAUGES)
 
 

@@ -34,23 +34,14 @@ _RESPONSE: dict[str, Any] = {
 }
 _FUNCTION: dict[str, Any] = {"description": None, "parameters": None, "strict": None}
 _TEXT: dict[str, Any] = {"annotations": [], "logprobs": []}
-_MESSAGE: dict[str, Any] = {
-    "container": None,
-    "stop_details": None,
-    "stop_reason": None,
-    "stop_sequence": None,
-}
+_MESSAGE: dict[str, Any] = dict.fromkeys(
+    ("container", "stop_details", "stop_reason", "stop_sequence")
+)
 _USAGE: dict[str, Any] = {
-    "cache_creation_input_tokens": 0,
-    "cache_read_input_tokens": 0,
-    "output_tokens_details": None,
-    "server_tool_use": None,
+    **dict.fromkeys(("cache_creation_input_tokens", "cache_read_input_tokens"), 0),
+    **dict.fromkeys(("output_tokens_details", "server_tool_use")),
 }
-_WHOLE_USAGE: dict[str, Any] = _USAGE | {
-    "cache_creation": None,
-    "inference_geo": None,
-    "service_tier": None,
-}
+_WHOLE_USAGE = _USAGE | dict.fromkeys(("cache_creation", "inference_geo", "service_tier"))
 _BLOCKS: dict[str, dict[str, Any]] = {
     "text": {"citations": None},
     "tool_use": {"caller": {"type": "direct"}},

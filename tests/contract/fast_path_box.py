@@ -53,7 +53,7 @@ class Box:
 
     @property
     def written(self) -> float:
-        """Grows with what leaves by the short way."""
+        """Grows with what leaves by the fast path."""
         return self.figures()["llmserve_stream_lag_seconds_count"]
 
     def figures(self) -> dict[str, float]:
@@ -68,7 +68,7 @@ class Box:
         return sums
 
     @contextlib.contextmanager
-    def long_way(self) -> Iterator[None]:
+    def vllm_path(self) -> Iterator[None]:
         with pytest.MonkeyPatch.context() as patch:
             for fast_path in self.serving._fast_paths.values():
                 patch.setattr(fast_path, "open", False)

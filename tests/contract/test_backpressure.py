@@ -131,16 +131,16 @@ def text_of(reply: httpx.Response) -> tuple[str, int]:
 
 
 @pytest.mark.parametrize("path", [CHATS, COMPLETIONS])
-@pytest.mark.parametrize("long_way", [False, True])
+@pytest.mark.parametrize("vllm_path", [False, True])
 async def test_a_client_that_reads_nothing_is_cut_off_and_no_other(
-    box: Box, path: str, long_way: bool
+    box: Box, path: str, vllm_path: bool
 ) -> None:
     before = await box.core("aborted")
     stuck = asking(EMOJI, 1900)
     if path == CHATS:
         stuck["messages"] = [{"role": "user", "content": stuck.pop("prompt")}]
     aborts = 1
-    if long_way:  # vLLM's generators, through EventStream; a request for each choice
+    if vllm_path:  # vLLM's generators, through EventStream; a request for each choice
         stuck["n"] = aborts = 2
     reading = asking(EMOJI, 900)
     expected = await whole(box, reading)

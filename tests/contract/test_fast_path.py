@@ -1,6 +1,6 @@
-"""The short way of streams: what a client gets is what vLLM's own generators give.
+"""The fast path: a client receives what vLLM's own generators write.
 
-Three ways lead to an answer: vLLM's generator (`LONG`), vLLM's handler with our stream
+Three ways lead to an answer: vLLM's generator (`Box.vllm_path`), vLLM's handler with our stream
 (the first request of a kind), and a template with our stream (those after it).
 """
 
@@ -225,10 +225,10 @@ async def test_a_stream_without_tools_is_the_same_where_a_parser_stands_by(
 async def same_on_all_ways(box: Box, case: Case) -> None:
     body = case.body | {"stream": True}
     start = box.written
-    with box.long_way():
+    with box.vllm_path():
         expected = seen(await box.ask(case.path, body))
     asked = await box.core("last_request")
-    assert box.written == start, "the long way is vLLM's alone"
+    assert box.written == start, "vLLM's path is vLLM's alone"
     assert expected.status == 200
     assert case.holds in expected.text
     assert (REPLACEMENT in expected.text) == case.broken
@@ -240,7 +240,7 @@ async def same_on_all_ways(box: Box, case: Case) -> None:
             got = seen(await box.ask(case.path, body))
         assert_same(got, expected)
         assert await box.core("last_request") == asked
-        assert box.written > before, "the short way was not taken"
+        assert box.written > before, "the fast path was not taken"
         assert len(calls) == (0 if known else 1)
 
 
@@ -477,7 +477,7 @@ async def test_billing_header_is_dropped_whatever_is_known(
         messages = [{"role": "system", "content": content}, {"role": "user", "content": FOX}]
         return {"messages": messages, "max_tokens": 2, "stream": True}
 
-    with box.long_way():
+    with box.vllm_path():
         await box.ask(CHATS, body(BILLING + rest))
     expected = await box.core("last_request")
     await box.ask(CHATS, body("known"))
@@ -677,12 +677,12 @@ async def test_prompt_of_template_is_vllms_for_any_conversation(
         known = {n: await template_of(asked, kind) for n, kind in enumerate(KINDS)}
         taken = 0
         for number, messages in enumerate(drawn):
-            kind, template = KINDS[number % len(KINDS)], known[number % len(KINDS)]
-            plain = template.adapter.plain(messages)
+            kind, known_template = KINDS[number % len(KINDS)], known[number % len(KINDS)]
+            plain = known_template.adapter.plain(messages)
             ready = None
             if plain is not None:
                 with contextlib.suppress(ValueError):  # of a text that fastokens refuses
-                    ready = template.request(plain, {"max_tokens": 1}, "id")
+                    ready = known_template.request(plain, {"max_tokens": 1}, "id")
             if ready is not None:
                 taken += 1
                 expected = await rendered(asked, kind | {"messages": messages})
@@ -752,7 +752,7 @@ async def test_what_is_wrong_with_a_body_is_said_alike_whatever_is_known(
 ) -> None:
     path, body = BAD[name]
     body = body | {"stream": True}
-    with box.long_way():
+    with box.vllm_path():
         expected = await box.ask(path, body)
     fresh = await box.ask(path, body)
     box.forget()
@@ -760,8 +760,8 @@ async def test_what_is_wrong_with_a_body_is_said_alike_whatever_is_known(
     for known in ({"max_tokens": 4}, {"max_tokens": 4, "seed": 1}):
         await box.ask(path, good | known)
         assert await asked_by_template(box, path, good | known)
-    with_template = await box.ask(path, body)
-    for got in (fresh, with_template):
+    templated = await box.ask(path, body)
+    for got in (fresh, templated):
         assert got.status_code == expected.status_code, got.text
         if expected.status_code == 200:
             assert_same(seen(got), seen(expected))
@@ -772,7 +772,7 @@ async def test_what_is_wrong_with_a_body_is_said_alike_whatever_is_known(
 
 async def test_a_request_that_fails_in_mid_stream_ends_alike_on_all_ways(box: Box) -> None:
     body = user(FOX) | {"seed": FAILS, "stream": True}
-    with box.long_way():
+    with box.vllm_path():
         *_, expected, end = events((await box.ask(CHATS, body)).text)
     assert end == "[DONE]"
     assert expected["error"]["code"] == "engine_error"
@@ -813,7 +813,7 @@ async def test_an_engine_that_dies_is_an_event_in_mid_stream_and_a_503_before(
             return began, asyncio.create_task(read())
 
         reading = []
-        for way in (box.long_way(), contextlib.nullcontext(), contextlib.nullcontext()):
+        for way in (box.vllm_path(), contextlib.nullcontext(), contextlib.nullcontext()):
             began, task = await ask(way)
             await soon(began.wait(), 60)
             reading.append(task)
@@ -828,14 +828,14 @@ async def test_an_engine_that_dies_is_an_event_in_mid_stream_and_a_503_before(
         # By template, for the first time, and by vLLM's generator.
         later = [await box.ask(COMPLETIONS, long | {"prompt": FOX}) for _ in range(2)]
         later.append(await box.ask(COMPLETIONS, long | {"prompt": FOX, "user": "me"}))
-        with box.long_way():
+        with box.vllm_path():
             later.append(await box.ask(COMPLETIONS, long | {"prompt": FOX}))
         for reply in later:  # it is being started again
             code = reply.json()["error"]["code"]
             assert (reply.status_code, code in {"model_not_ready", "engine_dead"}) == (503, True)
 
 
-# --- what goes the long way
+# --- what goes vLLM's path
 
 LONG: dict[str, tuple[str, dict[str, Any]]] = {
     "two choices": (CHATS, user(FOX) | {"n": 2, "max_tokens": 8}),
@@ -866,7 +866,7 @@ PARSED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", PARSED)
-async def test_what_a_parser_may_change_goes_the_long_way(parsing: Box, name: str) -> None:
+async def test_what_a_parser_may_change_goes_the_vllm_path(parsing: Box, name: str) -> None:
     before = parsing.written
     for _ in range(2):
         reply = await parsing.ask(CHATS, user(FOX) | PARSED[name] | {"stream": True})
@@ -900,7 +900,7 @@ def test_a_parser_passes_text_through_only_if_it_is_vllms_own_way_of_doing_so() 
 
 
 @pytest.mark.parametrize("name", LONG)
-async def test_what_is_more_than_text_goes_the_long_way(box: Box, name: str) -> None:
+async def test_what_is_more_than_text_goes_the_vllm_path(box: Box, name: str) -> None:
     path, body = LONG[name]
     before = box.written
     for _ in range(2):
@@ -922,7 +922,7 @@ async def test_what_is_more_than_text_goes_the_long_way(box: Box, name: str) -> 
     assert box.written == before
 
 
-async def test_what_vllm_adds_on_the_long_way_is_there(box: Box) -> None:
+async def test_what_vllm_adds_on_the_vllm_path_is_there(box: Box) -> None:
     path, body = LONG["usage all the time"]
     *chunks, _ = events((await box.ask(path, body | {"stream": True})).text)
     assert all(chunk["usage"]["total_tokens"] > 0 for chunk in chunks)
@@ -1030,7 +1030,7 @@ async def test_vllms_figures_grow_alike_on_all_ways(box: Box) -> None:
             await box.ask(path, body)
         return counted(before, box.figures())
 
-    with box.long_way(), pytest.MonkeyPatch.context() as patch:
+    with box.vllm_path(), pytest.MonkeyPatch.context() as patch:
         patch.setattr("llmserve.engine.fastpath.output_processor._is_final_only", lambda _: False)
         expected = await growth()
     for name, least in {
@@ -1127,7 +1127,7 @@ async def test_context_counts_the_tokens_of_the_answers_usage(
         context, usage = await context_and_usage(box, path, body)
         assert context == usage
         assert None not in usage
-    with box.long_way():
+    with box.vllm_path():
         context, _ = await context_and_usage(box, path, body)
     assert context == usage
 

@@ -245,7 +245,7 @@ def test_the_kv_cache_of_one_that_sleeps_is_mapped_so_that_it_can_change_hands(
 ) -> None:
     worker.model_config.enable_sleep_mode = True
     worker.vllm_config = SimpleNamespace(kv_transfer_config=transfers)
-    worker._sleep_mode_backend = SimpleNamespace(adopt=worker.asked.append)
+    worker._sleep_mode_backend = SimpleNamespace(remap=worker.asked.append)
     worker.initialize_from_config("kv")
     assert worker.asked[1:] == (["kv"] if transfers else ["kv", "kv_cache"])
 

@@ -179,7 +179,7 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Memory:
 
 
 @pytest.fixture
-def copies(memory: Memory) -> HostCopies:
+def copies(memory: Any) -> HostCopies:
     """Of a model with parameters in all its weights' memory but 100 bytes in the middle."""
     from llmserve.engine.worker.host_offload import HostCopies
 
@@ -268,7 +268,7 @@ def test_preparing_is_done_elsewhere_and_once(memory: Memory, copies: HostCopies
     assert {name[:9] for name in memory.threads} == {"host-copy"}
 
 
-def test_without_parameters_that_stay_all_is_copied_at_each_sleep(memory: Memory) -> None:
+def test_without_parameters_that_stay_all_is_copied_at_each_sleep(memory: Any) -> None:
     from llmserve.engine.worker.host_offload import HostCopies
 
     copies = HostCopies(memory, lambda: ())

@@ -19,9 +19,8 @@ from vllm.renderers.params import TokenizeParams
 from llmserve.api.endpoint_id import EndpointId
 from llmserve.api.endpoints import ENDPOINTS
 from llmserve.engine import token_count
-from llmserve.engine.endpoint_handlers import HANDLERS
+from llmserve.engine.endpoint_handlers import HANDLERS, drop_own_size, parse
 from llmserve.engine.error_mapping import TOO_LONG, ErrorMapper
-from llmserve.engine.request_parsing import drop_own_size, parse
 from llmserve.engine.request_validation import shape_of
 from llmserve.errors import RequestError
 from llmserve.http import app

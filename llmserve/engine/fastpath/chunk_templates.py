@@ -10,7 +10,7 @@ vllm/entrypoints/openai/{chat_completion,completion}/serving.py.
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import orjson
 from vllm.entrypoints.generate.base.protocol import DeltaMessage
@@ -39,27 +39,11 @@ _ENDS = 64  # cached last events
 Lead = tuple[bytes, bytes]  # the id and the time of an answer
 
 
-class Models(Protocol):
-    """The events of one kind of answer, built from vLLM's models."""
-
-    parsed: bool  # by a parser that passes text through, and makes no chunk without text
-
-    def first(self, answer_id: str, created: int) -> bytes: ...
-
-    def chunk(
-        self,
-        answer_id: str,
-        created: int,
-        text: str,
-        finish: str | None = None,
-        stop: int | str | None = None,
-    ) -> bytes: ...
-
-    def usage(self, answer_id: str, created: int, usage: UsageInfo) -> bytes: ...
-
-
 class ChatModels:
-    """Chat chunks: the role, text, and the usage if requested."""
+    """Chat chunks with markers: the role, text, and the usage if requested.
+
+    `parsed`: by a parser that passes text through, and makes no chunk without text.
+    """
 
     def __init__(
         self,
@@ -76,25 +60,18 @@ class ChatModels:
         self._fingerprint = fingerprint
         self._include_usage = include_usage
 
-    def first(self, answer_id: str, created: int) -> bytes:
+    def first(self) -> bytes:
         choice = ChatCompletionResponseStreamChoice(
             index=0,
             delta=DeltaMessage(role=self._role, content=""),
             logprobs=None,
             finish_reason=None,
         )
-        chunk = self._response(answer_id, created, choice)
+        chunk = self._response(choice)
         chunk.prompt_token_ids = chunk.prompt_text = None
         return _frame(chunk.model_dump_json(exclude_unset=True))
 
-    def chunk(
-        self,
-        answer_id: str,
-        created: int,
-        text: str,
-        finish: str | None = None,
-        stop: int | str | None = None,
-    ) -> bytes:
+    def chunk(self, text: str, finish: str | None = None, stop: int | str | None = None) -> bytes:
         choice = ChatCompletionResponseStreamChoice(
             index=0,
             delta=DeltaMessage(content=text) if text or not self.parsed else DeltaMessage(),
@@ -104,16 +81,16 @@ class ChatModels:
         )
         if finish is not None:
             choice.stop_reason = stop
-        chunk = self._response(answer_id, created, choice)
+        chunk = self._response(choice)
         if finish is not None and not self._include_usage and self._fingerprint is not None:
             chunk.system_fingerprint = self._fingerprint
         return _frame(chunk.model_dump_json(exclude_unset=True))
 
-    def usage(self, answer_id: str, created: int, usage: UsageInfo) -> bytes:
+    def usage(self, usage: UsageInfo) -> bytes:
         chunk = ChatCompletionStreamResponse(
-            id=answer_id,
+            id=_ID,
             object="chat.completion.chunk",
-            created=created,
+            created=_CREATED,
             choices=[],
             model=self._model,
             usage=usage,
@@ -121,20 +98,18 @@ class ChatModels:
         )
         return _frame(chunk.model_dump_json(exclude_unset=True, exclude_none=True))
 
-    def _response(
-        self, answer_id: str, created: int, choice: ChatCompletionResponseStreamChoice
-    ) -> ChatCompletionStreamResponse:
+    def _response(self, choice: ChatCompletionResponseStreamChoice) -> ChatCompletionStreamResponse:
         return ChatCompletionStreamResponse(
-            id=answer_id,
+            id=_ID,
             object="chat.completion.chunk",
-            created=created,
+            created=_CREATED,
             choices=[choice],
             model=self._model,
         )
 
 
 class CompletionModels:
-    """Completion chunks: text, and the usage if requested."""
+    """Completion chunks with markers: text, and the usage if requested."""
 
     parsed = False
 
@@ -143,17 +118,10 @@ class CompletionModels:
         self._fingerprint = fingerprint
         self._include_usage = include_usage
 
-    def first(self, answer_id: str, created: int) -> bytes:
+    def first(self) -> bytes:
         return b""
 
-    def chunk(
-        self,
-        answer_id: str,
-        created: int,
-        text: str,
-        finish: str | None = None,
-        stop: int | str | None = None,
-    ) -> bytes:
+    def chunk(self, text: str, finish: str | None = None, stop: int | str | None = None) -> bytes:
         choice = CompletionResponseStreamChoice(
             index=0,
             text=text,
@@ -164,9 +132,9 @@ class CompletionModels:
             token_ids=None,
         )
         chunk = CompletionStreamResponse(
-            id=answer_id,
+            id=_ID,
             object="text_completion",
-            created=created,
+            created=_CREATED,
             model=self._model,
             choices=[choice],
         )
@@ -174,10 +142,10 @@ class CompletionModels:
             chunk.system_fingerprint = self._fingerprint
         return _frame(chunk.model_dump_json(exclude_unset=True))
 
-    def usage(self, answer_id: str, created: int, usage: UsageInfo) -> bytes:
+    def usage(self, usage: UsageInfo) -> bytes:
         chunk = CompletionStreamResponse(
-            id=answer_id,
-            created=created,
+            id=_ID,
+            created=_CREATED,
             model=self._model,
             choices=[],
             usage=usage,
@@ -190,16 +158,18 @@ class ChunkTemplate:
     """The events of all answers to one kind of request. `prune` removes nulls from an event."""
 
     def __init__(
-        self, models: Models, prune: Callable[[bytes], bytes], *, include_usage: bool
+        self,
+        models: ChatModels | CompletionModels,
+        prune: Callable[[bytes], bytes],
+        *,
+        include_usage: bool,
     ) -> None:
         self._models = models
         self._prune = prune
         self.parsed = models.parsed
-        first = models.first(_ID, _CREATED)
+        first = models.first()
         self._first = _cut(prune(first)) if first else ()
-        head, found, self.tail = prune(models.chunk(_ID, _CREATED, _TEXT)).partition(
-            orjson.dumps(_TEXT)
-        )
+        head, found, self.tail = prune(models.chunk(_TEXT)).partition(orjson.dumps(_TEXT))
         assert found  # noqa: S101  # a chunk contains its text
         self._head = _cut(head)
         self._ends: dict[tuple[str, int | str | None, bool], tuple[bytes, ...]] = {}
@@ -227,7 +197,7 @@ class ChunkTemplate:
 
     def _end(self, finish: str, stop: int | str | None, *, bare: bool) -> tuple[bytes, ...]:
         text = "" if bare else _TEXT
-        frame = self._prune(self._models.chunk(_ID, _CREATED, text, finish, stop))
+        frame = self._prune(self._models.chunk(text, finish, stop))
         head, _, tail = (frame, b"", b"") if bare else frame.partition(orjson.dumps(_TEXT))
         return (*_cut(head), tail)
 
@@ -244,7 +214,7 @@ class ChunkTemplate:
     def _usage_parts(self) -> tuple[bytes, ...]:
         prompt, completion, total = _COUNTS
         usage = UsageInfo(prompt_tokens=prompt, completion_tokens=completion, total_tokens=total)
-        return _cut(self._prune(self._models.usage(_ID, _CREATED, usage)))
+        return _cut(self._prune(self._models.usage(usage)))
 
 
 class Answer:

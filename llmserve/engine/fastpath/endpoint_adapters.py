@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from jinja2.runtime import new_context
 from transformers.utils.chat_template_utils import _compile_jinja_template
@@ -27,42 +27,17 @@ _MESSAGES = 256  # of a chat; longer ones are rendered in vLLM's threads
 _ROLES = frozenset({"system", "user", "assistant"})
 
 
-class EndpointAdapter(Protocol):
-    prompt: str  # the key of a body's prompt
-    limits: tuple[str, ...]  # keys for `max_tokens`, the effective one first
-
-    def plain(self, prompt: Any) -> Any:
-        """Return a prompt as `text` accepts it; None if no request template accepts it."""
-        ...
-
-    def can_stream(self, request: Any) -> bool:
-        """Whether the fast path can write the events of this request."""
-        ...
-
-    def chunks(self, request: Any, name: str, prune: Callable[[bytes], bytes]) -> ChunkTemplate: ...
-    def text(self, request: Any) -> Callable[[Any], str]:
-        """Return a function from a plain prompt to the text that is tokenized.
-
-        Raises ValueError for a kind of request without one.
-        """
-        ...
-
-    def answer_id(self, request_id: str) -> str:
-        """Return the answer's id for an id that `generate` received."""
-        ...
-
-    def request_id(self, base: str) -> str: ...
-
-
 class ChatAdapter:
-    prompt = "messages"
-    limits: tuple[str, ...] = ("max_completion_tokens", "max_tokens")
+    prompt = "messages"  # the key of a body's prompt
+    limits: tuple[str, ...] = ("max_completion_tokens", "max_tokens")  # the effective one first
+    prefix, suffix = "chatcmpl-", ""  # of a request's id; an answer's has no suffix
 
     def __init__(self, serving: Any) -> None:
         self._serving = serving
         self._parsed = serving is not None and serving.parser_cls is not None
 
     def plain(self, prompt: Any) -> Any:
+        """Return a prompt as `text` accepts it; None if no request template accepts it."""
         if type(prompt) is not list or not 0 < len(prompt) <= _MESSAGES:
             return None
         messages = [_plain_message(message) for message in prompt]
@@ -72,6 +47,7 @@ class ChatAdapter:
         return messages if short else None
 
     def can_stream(self, request: Any) -> bool:
+        """Whether the fast path can write the events of this request."""
         unparsed = not self._parsed or (request.tool_choice == "none" and request.include_reasoning)
         return not request.return_prompt_text and not request.tools and unparsed
 
@@ -85,7 +61,11 @@ class ChatAdapter:
         return ChunkTemplate(models, prune, include_usage=include_usage)
 
     def text(self, request: Any) -> Callable[[Any], str]:
-        """vLLM's `render_messages` for messages of strings (vllm/renderers/hf.py)."""
+        """Return a function from a plain prompt to the text that is tokenized.
+
+        vLLM's `render_messages` for messages of strings (vllm/renderers/hf.py). Raises ValueError
+        for a kind of request that needs more.
+        """
         renderer = self._serving.online_renderer
         tokenizer = renderer.renderer.tokenizer
         config = renderer.model_config
@@ -119,12 +99,6 @@ class ChatAdapter:
         given = {"tools": None, "documents": None, **tokenizer.special_tokens_map, **known}
         compiled = _compile_jinja_template(template)
         return partial(_rendered, compiled, {**compiled.globals, **given})
-
-    def answer_id(self, request_id: str) -> str:
-        return request_id
-
-    def request_id(self, base: str) -> str:
-        return f"chatcmpl-{base}"
 
 
 def _plain_message(message: Any) -> dict[str, str] | None:
@@ -166,6 +140,7 @@ def _rendered(template: jinja2.Template, given: dict[str, Any], messages: Any) -
 class CompletionAdapter:
     prompt = "prompt"
     limits: tuple[str, ...] = ("max_tokens",)
+    prefix, suffix = "cmpl-", "-0"
 
     def __init__(self, serving: Any) -> None:
         self._serving = serving
@@ -187,8 +162,5 @@ class CompletionAdapter:
             raise ValueError("a suffix or embeddings")
         return str
 
-    def answer_id(self, request_id: str) -> str:
-        return request_id.removesuffix("-0")
 
-    def request_id(self, base: str) -> str:
-        return f"cmpl-{base}-0"
+EndpointAdapter = ChatAdapter | CompletionAdapter

@@ -13,8 +13,9 @@ All other requests, and all errors, take vLLM's path: error messages are vLLM's.
 from __future__ import annotations
 
 import logging
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import orjson
 from vllm.v1.engine.detokenizer import uses_fast_detokenizer
@@ -22,8 +23,7 @@ from vllm.v1.engine.detokenizer import uses_fast_detokenizer
 from llmserve.api.context import RequestContext
 from llmserve.api.token_stream import TokenStream
 from llmserve.engine.fastpath import guards
-from llmserve.engine.fastpath.captured_calls import CapturingEngine
-from llmserve.engine.fastpath.output_processor import EngineStreamSource
+from llmserve.engine.fastpath.output_processor import EngineStreamSource, GenerateCall
 from llmserve.engine.fastpath.request_templates import (
     RequestTemplate,
     RequestTemplates,
@@ -32,16 +32,16 @@ from llmserve.engine.fastpath.request_templates import (
 from llmserve.engine.fastpath.tokenizer import encoder
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncGenerator, Callable
 
     from starlette.types import Scope
     from vllm.v1.engine import EngineCoreRequest
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    from llmserve.api.token_stream import FlushScheduler
+    from llmserve.engine.engine import Engine
     from llmserve.engine.fastpath.chunk_templates import ChunkTemplate
     from llmserve.engine.fastpath.endpoint_adapters import EndpointAdapter
-    from llmserve.engine.fastpath.output_processor import GenerateCall, PreparedRequest
+    from llmserve.engine.fastpath.output_processor import PreparedRequest
     from llmserve.engine.fastpath.tokenizer import Encode
     from llmserve.errors import LLMServeError
 
@@ -52,6 +52,45 @@ _SEED_LIMIT = 2**63
 # Prefixes of the headers that vLLM's handlers read besides the request's id.
 _HEADERS = (b"x-vllm-", b"x-data-parallel-", b"x-session-id", b"traceparent", b"tracestate")
 
+_captured: ContextVar[list[GenerateCall] | None] = ContextVar("captured", default=None)
+
+
+class CapturingEngine:
+    """An engine for vLLM's handlers that captures calls of `generate` inside `CapturedCalls`.
+
+    `AsyncLLM.generate` does nothing before its result is read, so a captured call whose result
+    is never read has no effect.
+    """
+
+    def __init__(self, client: AsyncLLM) -> None:
+        self._client = client
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._client, name)
+
+    def generate(
+        self, prompt: Any, sampling_params: Any, request_id: str, **more: Any
+    ) -> AsyncGenerator[Any, None]:
+        captured = _captured.get()
+        if captured is not None:
+            captured.append(GenerateCall(prompt, sampling_params, request_id, more))
+        result: AsyncGenerator[Any, None] = self._client.generate(
+            prompt, sampling_params, request_id, **more
+        )
+        return result
+
+
+class CapturedCalls:
+    """`with CapturedCalls() as calls`: the calls of `generate` made inside."""
+
+    def __enter__(self) -> list[GenerateCall]:
+        self._calls: list[GenerateCall] = []
+        self._token = _captured.set(self._calls)
+        return self._calls
+
+    def __exit__(self, *_: object) -> None:
+        _captured.reset(self._token)
+
 
 @dataclass(frozen=True)
 class StreamTerms:
@@ -60,13 +99,6 @@ class StreamTerms:
     translate: Callable[[Exception], LLMServeError]
     failure: Callable[[LLMServeError], bytes]
     prune: Callable[[bytes], bytes]
-
-
-class RunningEngine(Protocol):
-    """The part of `engine.Engine` that the fast path uses."""
-
-    client: AsyncLLM
-    flow: FlushScheduler
 
 
 def encoder_of(client: AsyncLLM) -> Encode | None:
@@ -84,7 +116,7 @@ class FastPath:
         self,
         adapter: EndpointAdapter,
         serving: Any,
-        engine: RunningEngine,
+        engine: Engine,
         encode: Encode | None,
         terms: StreamTerms,
     ) -> None:
@@ -171,7 +203,7 @@ class FastPath:
         self, call: GenerateCall | PreparedRequest, chunks: ChunkTemplate
     ) -> TokenStream:
         source = EngineStreamSource(self._client, call, self._terms.translate)
-        frames = chunks.answer(self._adapter.answer_id(call.request_id))
+        frames = chunks.answer(call.request_id.removesuffix(self._adapter.suffix))
         return TokenStream(source, self._flow, frames, self._terms.failure)
 
     # --- templates

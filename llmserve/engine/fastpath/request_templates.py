@@ -59,7 +59,7 @@ class RequestTemplate:
         params.max_tokens = self._max_tokens(limit, len(ids))
         params.seed = body.get("seed", params.seed)
         request = copy.copy(self.first)
-        request.request_id = self.adapter.request_id(base_id)
+        request.request_id = f"{self.adapter.prefix}{base_id}{self.adapter.suffix}"
         request.prompt_token_ids = ids
         request.sampling_params = params
         request.arrival_time = time.time()

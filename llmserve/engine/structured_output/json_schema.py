@@ -34,7 +34,6 @@ from llmserve.engine.structured_output.subschema import (
     Subschema,
     Unsatisfiable,
     Unsupported,
-    constrains,
     dict_of,
     distinct,
     document_of,
@@ -225,7 +224,9 @@ class _Rewriting:
         if constants is not None:
             return enumerated(constants, assertions)
         types = types_of(assertions)
-        if len(types) == len(TYPES) - 1 and not any(constrains(each) for each in assertions):
+        if len(types) == len(TYPES) - 1 and not any(
+            key in KEYWORDS for each in assertions for key in each.schema
+        ):
             return {}
         branches: list[dict[str, Any]] = []
         for kind in (each for each in TYPES if each in types):

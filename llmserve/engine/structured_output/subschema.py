@@ -100,10 +100,6 @@ def has_any(part: Subschema, *keys: str) -> bool:
     return isinstance(part.schema, dict) and any(key in part.schema for key in keys)
 
 
-def constrains(part: Subschema) -> bool:
-    return any(key in KEYWORDS for key in part.schema)
-
-
 def distinct(parts: Iterable[Subschema]) -> list[Subschema]:
     found = {key_of(each): each for each in parts if each.schema is not True and each.schema != {}}
     return list(found.values())

@@ -63,7 +63,7 @@ class GpuWorker(Worker):
     def compile_or_warm_up_model(self) -> Any:
         runner: Any = self.model_runner
         capture = runner.capture_model
-        runner.capture_model = lambda: self._within("graphs", capture)
+        runner.capture_model = self._timed("graphs")(capture)
         with self._timed("warm_up"):
             times = super().compile_or_warm_up_model()
         del runner.capture_model
@@ -77,10 +77,6 @@ class GpuWorker(Worker):
             yield
         finally:
             self._seconds[step] = self._seconds.get(step, 0.0) + time.monotonic() - began
-
-    def _within(self, step: str, work: Any) -> Any:
-        with self._timed(step):
-            return work()
 
     @property
     def sleep_mode_backend(self) -> HostCopies:

@@ -13,16 +13,18 @@ import logging
 import time
 from bisect import bisect_left, bisect_right
 from concurrent.futures import ThreadPoolExecutor, wait
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 from vllm.device_allocator import DEFERRABLE_TAGS
 from vllm.device_allocator.sleep_mode_backend import SleepModeBackend
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from concurrent.futures import Future
 
     from vllm.device_allocator import AllocationData, HandleType
+
+    from llmserve.engine.worker.kv_pages import CudaMemory, Pinned
 
 # A child of vLLM's logger: only these reach the log of an engine's process.
 log = logging.getLogger("vllm.llmserve.host_offload")
@@ -83,55 +85,15 @@ def pieces(spans: Iterable[Span], buffer_bytes: int) -> Iterator[Piece]:
             done += size
 
 
-class Buffer(Protocol):
-    address: int
-
-    def free(self) -> None: ...
-
-
-class Memory(Protocol):
-    """A device's memory, held by vLLM's allocator, and the host's: see `kv_pages.CudaMemory`."""
-
-    @property
-    def allocations(self) -> Mapping[int, AllocationData]:
-        """By address."""
-        ...
-
-    def map(self, handles: Sequence[HandleType]) -> None:
-        """Map all of them, with any contents but NaN. Raises RuntimeError and maps none."""
-        ...
-
-    def unmap(self, handles: Sequence[HandleType]) -> None: ...
-    def pin(self, size: int) -> Buffer:
-        """Return pinned host memory. Raises MemoryError."""
-        ...
-
-    def copy(self, target: int, source: int, size: int) -> None:
-        """Begin a copy. The host's bytes are in one pinned buffer."""
-        ...
-
-    def copied(self) -> None:
-        """Wait for all copies."""
-        ...
-
-    def settle(self) -> None:
-        """Wait for all work of this process on the device."""
-        ...
-
-    def enter(self) -> None:
-        """Let the calling thread use the device."""
-        ...
-
-
 class Copy:
     """Copies of spans of device memory on the host; the spans are sorted and disjoint."""
 
-    def __init__(self, memory: Memory, spans: Sequence[Span]) -> None:
+    def __init__(self, memory: CudaMemory, spans: Sequence[Span]) -> None:
         self.spans = spans
         self.size = sum(stop - start for start, stop in spans)
         self._memory = memory
         self._pieces = list(pieces(spans, BUFFER_BYTES))
-        self._buffers: list[Buffer] = []
+        self._buffers: list[Pinned] = []
 
     def reserve(self) -> None:
         """Pin the host memory, which takes longer than the copy."""
@@ -174,7 +136,7 @@ class HostCopies(SleepModeBackend):
     wake maps their memory, and the worker must reload them.
     """
 
-    def __init__(self, memory: Memory, parameters: Callable[[], Iterable[Span]]) -> None:
+    def __init__(self, memory: CudaMemory, parameters: Callable[[], Iterable[Span]]) -> None:
         super().__init__()
         self.lost = False
         self._memory = memory

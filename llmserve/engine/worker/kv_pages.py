@@ -82,6 +82,7 @@ class CudaMemory:
         return found
 
     def map(self, handles: Sequence[HandleType]) -> None:
+        """Map all of them, with any contents but NaN. Raises RuntimeError and maps none."""
         imported = self._pages.map(handles, self._may_pass)
         try:
             for start, size in imported:
@@ -102,17 +103,21 @@ class CudaMemory:
         return self._exchanges_pages and self.allocations[address].tag == "kv_cache"
 
     def pin(self, size: int) -> Pinned:
+        """Raises MemoryError."""
         return Pinned(self._cudart, size)
 
     def copy(self, target: int, source: int, size: int) -> None:
+        """Begin a copy. The host's bytes are in one pinned buffer."""
         # cudaMemcpyDefault: the addresses determine which side is the host.
         error = self._begin_copy(target, source, size, 4, self._stream.cuda_stream)
         self._cudart.CUDART_CHECK(error)
 
     def copied(self) -> None:
+        """Wait for all copies."""
         self._stream.synchronize()
 
     def enter(self) -> None:
+        """Let the calling thread use the device."""
         torch.cuda.set_device(self._device)
 
 
