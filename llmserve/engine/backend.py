@@ -168,10 +168,7 @@ def _raise_if_flawed(spec: ModelSpec) -> None:
 
 
 def _with_folders(spec: ModelSpec, fetched: Mapping[str, HubFolder]) -> ModelSpec:
-    """Return `spec` with downloaded folders.
-
-    vLLM searches adapters in another cache, and contacts the hub again for a model by name.
-    """
+    """Return `spec` with folders: by names vLLM uses another cache, and contacts the hub again."""
     folders = {repo: each.folder for repo, each in fetched.items()}
     loras = {name: folders.get(source, source) for name, source in spec.loras.items()}
     own = fetched.get(spec.model)

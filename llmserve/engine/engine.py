@@ -18,8 +18,7 @@ from llmserve.errors import EngineError
 from llmserve.lifecycle.placement import Level
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
-    from multiprocessing.process import BaseProcess
+    from collections.abc import AsyncIterator
     from pathlib import Path
 
     from prometheus_client import CollectorRegistry
@@ -219,12 +218,8 @@ class Engine:
     @property
     def pid(self) -> int | None:
         """The process id of its engine core; None if this process did not start it."""
-        return next((process.pid for process in self._processes), None)
-
-    @property
-    def _processes(self) -> Sequence[BaseProcess]:
         manager = self.client.engine_core.resources.engine_manager
-        return () if manager is None else manager.processes
+        return manager.processes[0].pid if manager is not None and manager.processes else None
 
     def kill(self) -> None:
         """End the engine's processes at once; vLLM notices."""

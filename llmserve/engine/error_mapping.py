@@ -41,11 +41,7 @@ _APPENDED = re.compile(r" \((?:parameter|value)=.*$", re.DOTALL)
 _WRONG = re.compile(r"\b([a-z_]+) must be ")
 _PARAMETERS = frozenset({*SamplingParams.__struct_fields__, *PoolingParams.__struct_fields__})
 # Phrases of vLLM's messages about a prompt that does not fit; it has no class for them.
-TOO_LONG = (
-    "maximum context length",
-    "maximum model length",
-    "exceeds the max_model_len",
-)
+TOO_LONG = ("maximum context length", "maximum model length", "exceeds the max_model_len")
 # The beginning of OpenAI's message, by which LiteLLM and other clients recognize this error.
 _CONTEXT = "This model's maximum context length is"
 

@@ -60,12 +60,7 @@ if TYPE_CHECKING:
 
 # Endpoints whose bodies may hold a constraint.
 _GENERATING = frozenset(
-    {
-        EndpointId.CHAT_COMPLETIONS,
-        EndpointId.COMPLETIONS,
-        EndpointId.RESPONSES,
-        EndpointId.MESSAGES,
-    }
+    {EndpointId.CHAT_COMPLETIONS, EndpointId.COMPLETIONS, EndpointId.RESPONSES, EndpointId.MESSAGES}
 )
 _ADAPTERS: dict[EndpointId, type[EndpointAdapter]] = {
     EndpointId.CHAT_COMPLETIONS: ChatAdapter,

@@ -39,10 +39,7 @@ class HangDetector:
         self._half: tuple[float, float] | None = None  # its time, and the CPU time then
 
     def is_hang(self, now_s: float, *, has_output: bool = False) -> bool:
-        """Whether the engine hangs. Blocks.
-
-        `has_output`: since the last call there was output, such as a log line.
-        """
+        """Whether the engine hangs; `has_output`: it had output since the last call. Blocks."""
         if now_s >= self._end_s:
             return True
         if has_output:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vllm import envs
 from vllm.usage.usage_lib import UsageContext
@@ -22,7 +22,7 @@ from llmserve.engine.worker.plugin import instance_of, log_file
 from llmserve.errors import StartupError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
     from pathlib import Path
 
     from llmserve.registry.config import ModelSpec
@@ -108,7 +108,8 @@ class Launcher:
         metrics.take_over(client)
         StreamingOutputProcessor.take_over(client)
         # vLLM reads it for every request, and transformers searches for it each time.
-        client.renderer.get_eos_token_id = _constant(client.renderer.get_eos_token_id())
+        eos_token_id = client.renderer.get_eos_token_id()
+        client.renderer.get_eos_token_id = lambda: eos_token_id
         engine = Engine(client, arguments, metrics, watch, self.log_of(spec, number))
         engine.bounds = self._bounds
         return engine
@@ -144,7 +145,3 @@ class Launcher:
             raise StartupError(
                 "the server is stopping" if self._stopped else "the start was cancelled"
             )
-
-
-def _constant(value: Any) -> Callable[[], Any]:
-    return lambda: value

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from bisect import bisect_left, bisect_right
 from functools import partial
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -173,7 +174,9 @@ class _SummingLogger(PrometheusStatLogger):
         # Observed here: a value of each step, not of a sum of steps.
         vllm: Any = self
         self._step_tokens: dict[int, WeightedHistogram] = vllm.histogram_iteration_tokens
-        vllm.histogram_iteration_tokens = dict.fromkeys(self._step_tokens, _Ignored())
+        vllm.histogram_iteration_tokens = dict.fromkeys(
+            self._step_tokens, SimpleNamespace(observe=lambda _: None)
+        )
         self._histograms = [
             child
             for each in vars(self).values()
@@ -219,11 +222,6 @@ class _SummingLogger(PrometheusStatLogger):
                 super().record(steps.scheduler, steps.iteration, None, engine)
         for histogram in self._histograms:
             histogram.record_pending()
-
-
-class _Ignored:
-    def observe(self, _: float) -> None:
-        pass
 
 
 # Fields of SchedulerStats: gauges, of which the last value counts. If another field is set, the

@@ -76,7 +76,7 @@ def _with_bounds(schema: dict[str, Any]) -> dict[str, Any]:
         schema = {"ge": _INT_MIN, "le": _INT_MAX} | schema
     if schema["type"] in _LISTS:
         items = schema.get("items_schema", {"type": "any"})
-        schema |= {"fail_fast": True, "items_schema": _interruptible(items)}
+        schema |= {"fail_fast": True, "items_schema": _before(_unchanged, items)}
     elif kind == "dict":
         return _before(_few_keys, schema)
     elif kind in _OBJECTS and (names := _optional_not_null(schema["fields"])):
@@ -125,11 +125,6 @@ def _without_nulls(names: frozenset[str], value: Any) -> Any:
     return value
 
 
-def _interruptible(schema: Any) -> dict[str, Any]:
-    """Release the GIL between items: CPython does so at the start of a Python function."""
-    return _before(_unchanged, schema)
-
-
 def _before(function: Callable[[Any], Any], schema: Any) -> dict[str, Any]:
     """Return a schema that applies `function` before `schema`, with the reference of `schema`."""
     inner = dict(schema)
@@ -139,6 +134,7 @@ def _before(function: Callable[[Any], Any], schema: Any) -> dict[str, Any]:
 
 
 def _unchanged(value: Any) -> Any:
+    """Release the GIL between items: CPython does so at the start of a Python function."""
     return value
 
 

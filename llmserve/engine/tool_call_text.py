@@ -78,7 +78,7 @@ class Calls:
         members, self._open = self._open, None
         call.raw = self._text[call.begin : end]
         call.is_complete = members is not None and not members.is_broken
-        if call.arguments is None and members is not None and not members.has_arguments:
+        if call.arguments is None and members is not None and members.argument_span is None:
             call.arguments = "{}"
         call.is_broken = (
             not call.is_complete or not call.name or not isinstance(_loaded(call.arguments), dict)
@@ -103,17 +103,13 @@ class _Members:
         self._string = (0, 0)
         self._key: str | None = None
         self._value = 0  # where the value of `_key` begins
-        self._arguments: tuple[int, int | None] | None = None
-
-    @property
-    def has_arguments(self) -> bool:
-        return self._arguments is not None
+        self.argument_span: tuple[int, int | None] | None = None
 
     def arguments(self, text: str) -> str | None:
         """Return the arguments so far; None before the brace, and for other values."""
-        if self._arguments is None:
+        if self.argument_span is None:
             return None
-        begin, end = self._arguments
+        begin, end = self.argument_span
         value = text[begin:end].lstrip()
         if value.startswith("{"):
             return value if end is None else value.rstrip()
@@ -170,11 +166,11 @@ class _Members:
         begin, end = self._string
         self._key, self._value = text[begin + 1 : end - 1], at + 1
         if self._key == "arguments":
-            self._arguments = (at + 1, None)
+            self.argument_span = (at + 1, None)
 
     def _end_value(self, text: str, at: int) -> None:
         if self._key == "arguments":
-            self._arguments = (self._value, at)
+            self.argument_span = (self._value, at)
         elif self._key == "name":
             name = _loaded(text[self._value : at])
             self.name = name if isinstance(name, str) else None

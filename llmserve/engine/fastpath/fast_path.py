@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
 
     from starlette.types import Scope
-    from vllm.v1.engine import EngineCoreRequest
     from vllm.v1.engine.async_llm import AsyncLLM
 
     from llmserve.engine.engine import Engine
@@ -132,8 +131,6 @@ class FastPath:
         if self.open:
             serving.engine_client = CapturingEngine(client)
 
-    # --- requests
-
     def stream(self, body: dict[str, Any], public_name: str, scope: Scope) -> TokenStream | None:
         """Return the answer to a body that has a request template; None: use vLLM's handler."""
         if not (self.open and self._fits(body, scope)):
@@ -177,8 +174,6 @@ class FastPath:
         except TypeError:
             return b""
 
-    # --- tokens
-
     def carry(
         self,
         request: Any,
@@ -206,8 +201,6 @@ class FastPath:
         frames = chunks.answer(call.request_id.removesuffix(self._adapter.suffix))
         return TokenStream(source, self._flow, frames, self._terms.failure)
 
-    # --- templates
-
     def _learn(
         self,
         request: Any,
@@ -222,10 +215,20 @@ class FastPath:
         if prompt is None or key in self._templates.kept or not 0 < len(key) <= _KEY_LIMIT:
             return
         expected = engine_request(self._client, call)
-        if expected is None or not guards.is_known(expected):
+        if expected is None or self._encode is None or not guards.is_known(expected):
             return
         try:
-            template = self._new_template(request, expected, chunks)
+            template = RequestTemplate(
+                self._adapter,
+                self._client,
+                self._serving,
+                chunks,
+                self._adapter.text(request),
+                self._encode,
+                expected,
+                request.add_special_tokens,
+                request.max_tokens,
+            )
             made = template.request(prompt, body, "")
         except Exception:
             log.info("model=%s no request template for this kind", public_name, exc_info=True)
@@ -240,21 +243,3 @@ class FastPath:
         else:
             log.warning("model=%s a request template differs from vLLM: not used", public_name)
             self._templates.keep(key, None)
-
-    def _new_template(
-        self, request: Any, first: EngineCoreRequest, chunks: ChunkTemplate
-    ) -> RequestTemplate:
-        """Raises ValueError for a kind of request that cannot have a template."""
-        if self._encode is None:
-            raise ValueError("a tokenizer without a fast backend")
-        return RequestTemplate(
-            self._adapter,
-            self._client,
-            self._serving,
-            chunks,
-            self._adapter.text(request),
-            self._encode,
-            first,
-            request.add_special_tokens,
-            request.max_tokens,
-        )

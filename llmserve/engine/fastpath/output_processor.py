@@ -12,6 +12,7 @@ from __future__ import annotations
 import random
 from contextvars import ContextVar
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from vllm.exceptions import GenerationError
@@ -108,7 +109,7 @@ class EngineStreamSource:
         state.stream = stream
         state.source = self
         # vLLM puts an engine's failure into this queue; tokens do not pass through it.
-        state.queue = _FailureQueue(self, stream)
+        state.queue = SimpleNamespace(put=lambda error: stream.failed(self.failure(error)))
 
     def failure(self, error: Exception) -> LLMServeError:
         return self._translate(error)
@@ -120,15 +121,6 @@ class EngineStreamSource:
     @property
     def prompt_tokens(self) -> int:
         return self._added[1] if self._added is not None else 0
-
-
-class _FailureQueue:
-    def __init__(self, source: EngineStreamSource, stream: TokenStream) -> None:
-        self._source = source
-        self._stream = stream
-
-    def put(self, error: Exception) -> None:
-        self._stream.failed(self._source.failure(error))
 
 
 class StreamedRequestState(RequestState):

@@ -56,7 +56,15 @@ class RequestTemplate:
         if not ids or len(ids) + (limit or 1) > self.client.model_config.max_model_len:
             return None
         params = copy.copy(self.first.params)
-        params.max_tokens = self._max_tokens(limit, len(ids))
+        params.max_tokens = int(
+            get_max_tokens(
+                self.client.model_config.max_model_len,
+                limit,
+                len(ids),
+                self.serving.default_sampling_params,
+                self.serving.override_max_tokens,
+            )
+        )
         params.seed = body.get("seed", params.seed)
         request = copy.copy(self.first)
         request.request_id = f"{self.adapter.prefix}{base_id}{self.adapter.suffix}"
@@ -64,17 +72,6 @@ class RequestTemplate:
         request.sampling_params = params
         request.arrival_time = time.time()
         return PreparedRequest(request, request.request_id)
-
-    def _max_tokens(self, limit: int | None, length: int) -> int:
-        return int(
-            get_max_tokens(
-                self.client.model_config.max_model_len,
-                limit,
-                length,
-                self.serving.default_sampling_params,
-                self.serving.override_max_tokens,
-            )
-        )
 
 
 @dataclass

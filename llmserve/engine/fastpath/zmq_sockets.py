@@ -45,7 +45,7 @@ async def take_over(client: AsyncLLM, flow: FlushScheduler) -> None:
     core: Any = client.engine_core
     core.input_socket = EngineSender(core.input_socket, flow.schedule)
     own = core.resources.output_socket
-    handle = StepHandler(client).handle if StepHandler.is_complete(client) else _not_handled
+    handle = StepHandler(client).handle if StepHandler.is_complete(client) else (lambda _: False)
     receiver = EngineReceiver(own, handle, flow)
     core.resources.output_socket = receiver
     try:
@@ -198,10 +198,6 @@ class EngineReceiver:
         self._unhandled.append(message)
         if self._waiting is not None and not self._waiting.done():
             self._waiting.set_result(None)
-
-
-def _not_handled(_: Sequence[Any]) -> bool:
-    return False
 
 
 class _Done:
