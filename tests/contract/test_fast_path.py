@@ -823,7 +823,7 @@ async def test_an_engine_that_dies_is_an_event_in_mid_stream_and_a_503_before(
         texts = [await soon(task, 60) for task in reading]
         for text in texts:
             *_, failure, done = [part for part in text.split("\n\n") if part]
-            assert done == "[DONE]"
+            assert done == "data: [DONE]"
             assert json.loads(failure[6:])["error"]["code"] == "engine_dead"
         # By template, for the first time, and by vLLM's generator.
         later = [await box.ask(COMPLETIONS, long | {"prompt": FOX}) for _ in range(2)]
