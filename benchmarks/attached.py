@@ -46,10 +46,10 @@ class AttachedBackend:
         self, spec: ModelSpec, placement: Placement, _: Callable[[State, str], None]
     ) -> Running:
         # Only now: `up` has prepared the environment.
-        from llmserve.engine.engine import Launcher  # noqa: PLC0415  # imports vLLM
         from llmserve.engine.handlers import ModelHandlers  # noqa: PLC0415  # as above
+        from llmserve.engine.launcher import Launcher  # noqa: PLC0415  # imports vLLM
 
-        gc_policy.keep()
+        gc_policy.freeze()
         launcher = Launcher(self._log_dir)
         number = placement.number
         addresses = self._addresses[spec.name][number]

@@ -42,7 +42,7 @@ def main() -> None:
 
 
 async def measure(options: argparse.Namespace, specs: Any, logs: Path) -> None:
-    from llmserve.engine.engine import Launcher  # noqa: PLC0415  # after `prepare`
+    from llmserve.engine.launcher import Launcher  # noqa: PLC0415  # after `prepare`
 
     launcher = Launcher(logs)
     engines = await asyncio.gather(*(asyncio.to_thread(launcher.start, spec) for spec in specs))

@@ -32,7 +32,8 @@ from llmserve.registry.spec import ModelSpec
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from llmserve.engine.engine import Engine, Launcher
+    from llmserve.engine.engine import Engine
+    from llmserve.engine.launcher import Launcher
 
 _ALONE_S = 3.0  # of a stream, to compare with
 
@@ -52,7 +53,7 @@ def main() -> None:
 
 
 async def measure(options: argparse.Namespace, logs: Path) -> None:
-    from llmserve.engine.engine import Launcher  # noqa: PLC0415  # after `prepare`
+    from llmserve.engine.launcher import Launcher  # noqa: PLC0415  # after `prepare`
 
     launcher = Launcher(logs)
     specs = [

@@ -1,4 +1,4 @@
-"""Starts real engines for the pool; imports vLLM only when the first one starts."""
+"""Starts engines for the pool. The first start imports vLLM."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from llmserve.checkpoint import files as checkpoint
+from llmserve.checkpoint import files
 from llmserve.engine import gc_policy
 from llmserve.engine.hang_detection import HangDetector, cpu_s
 from llmserve.engine.startup_log import StartLog, cause_of
@@ -39,21 +39,21 @@ _STARTS = 64  # at the same time
 
 
 class _Modules(NamedTuple):
-    """What imports vLLM, and so is imported late."""
+    """The modules that import vLLM, imported with the first start."""
 
     handlers: Any
     launcher: Any
 
 
 class _Clock:
-    """The seconds of a start, step by step."""
+    """Seconds of a start, by step."""
 
     def __init__(self) -> None:
         self.took: dict[str, float] = {}
         self._last = time.monotonic()
 
     def lap(self, step: str, inner: Sequence[Mapping[str, float]] = ()) -> None:
-        """What has passed since the last one; `inner` are steps of it, of workers side by side."""
+        """Record the time since the last lap; `inner` are its steps in parallel workers."""
         now = time.monotonic()
         slowest = {name: max(each[name] for each in inner) for name in (inner[0] if inner else ())}
         self.took[step] = max(0.0, now - self._last - sum(slowest.values()))
@@ -63,50 +63,50 @@ class _Clock:
 
 @dataclass(frozen=True)
 class Patience:
-    """How long a start may go on. Its download is not part of it."""
+    """Time limits of a start, without its download."""
 
-    look_s: float = 0.5  # between two looks at its log
-    quiet_s: float = 600.0  # without a line of its log, and without work
+    look_s: float = 0.5  # between two reads of the log
+    quiet_s: float = 600.0  # without a log line and without work
     at_most_s: float = 7200.0
 
 
-_STOP_S = 60.0  # what a killed engine gets to leave this process
-_WORKS = 0.01  # of a core: pages of weights from a slow disk take that
+_STOP_S = 60.0  # for the threads of a killed engine
+_WORKING_SHARE = 0.01  # of a core: reading weights from a slow disk uses that
 
 
 class _Start:
-    """A start in a thread of its own. What it has made ends with it, unless all goes well."""
+    """A start in a thread of its own, with the engine that it owns until it succeeds."""
 
     def __init__(self, modules: _Modules, threads: ThreadPoolExecutor, log: StartLog) -> None:
         self._launcher = modules.launcher
         self._threads = threads
         self._log = log
-        self._tether = modules.launcher.tether()
+        self._watch = modules.launcher.new_watch()
         self._made: Future[Any] | None = None
 
     @contextlib.asynccontextmanager
     async def owned(self) -> AsyncIterator[None]:
-        """Whatever goes wrong, a cancellation too, ends the engine that is made or being made."""
+        """End the engine, started or starting, on any exception, including cancellation."""
         try:
             yield
         except BaseException as error:
-            self._tether.cut()
+            self._watch.kill()
             made, self._made = self._made, None
             stopping = asyncio.wrap_future(self._threads.submit(self._stop, made))
             if not isinstance(error, Exception):
-                raise  # the thread goes on
+                raise  # the thread continues
             await asyncio.wait({stopping}, timeout=_STOP_S)
             if isinstance(error, StartupError):
                 raise
             raise StartupError(cause_of(error, self._log.path)) from error
 
     def _stop(self, made: Future[Any] | None) -> None:
-        """End what of a killed engine is in this process, once its start has come to an end."""
+        """Release what a killed engine has in this process, after its start has ended."""
         try:
             if made is not None and made.exception() is None:
                 made.result().stop()
         except Exception:
-            log.exception("%s: its engine did not stop cleanly", self._log.path)
+            log.exception("%s: the engine did not stop cleanly", self._log.path)
 
     async def engine(
         self,
@@ -118,54 +118,57 @@ class _Start:
         sleeps: bool,
     ) -> Any:
         await asyncio.to_thread(self._log.begin)
-        start = partial(self._launcher.start, spec, number, sleeps=sleeps, tether=self._tether)
+        start = partial(self._launcher.start, spec, number, sleeps=sleeps, watch=self._watch)
         self._made = self._threads.submit(start)
         made = asyncio.wrap_future(self._made)
         made.add_done_callback(_retrieved)
-        silence = HangDetector(
-            time.monotonic(),
-            lambda: cpu_s(self._tether.pids),
+        began = time.monotonic()
+        detector = HangDetector(
+            began,
+            lambda: cpu_s(self._watch.pids),
             quiet_s=patience.quiet_s,
             at_most_s=patience.at_most_s,
-            share=_WORKS,
+            working_share=_WORKING_SHARE,
         )
         while not made.done():
             await asyncio.wait({made}, timeout=patience.look_s)
-            hangs = await asyncio.to_thread(self._hangs, silence)
+            hangs = await asyncio.to_thread(self._hangs, detector)
             if self._log.is_warming:
                 report(State.WARMING, "")
             if hangs and not made.done():
+                if time.monotonic() - began >= patience.at_most_s:
+                    reason = f"not ready after {patience.at_most_s:g} s"
+                else:
+                    reason = f"hung, with no log line and no work for {patience.quiet_s:g} s"
                 raise StartupError(
-                    f"the engine did not start: nothing in its log and no work for "
-                    f"{patience.quiet_s:g} s, or no end after {patience.at_most_s:g} s; "
-                    f"it was killed; its log: {self._log.path}"
+                    f"the engine was killed while it started: {reason}; its log: {self._log.path}"
                 )
         return await made
 
-    def _hangs(self, silence: HangDetector) -> bool:
-        return silence.is_hang(time.monotonic(), heard=self._log.grew())
+    def _hangs(self, detector: HangDetector) -> bool:
+        return detector.is_hang(time.monotonic(), has_output=self._log.read_new())
 
 
 def _retrieved(future: asyncio.Future[Any]) -> None:
-    """Its exception is no surprise where a start is given up before."""
+    """Mark the exception of an abandoned start as retrieved."""
     if not future.cancelled():
         future.exception()
 
 
 def _raise_if_flawed(spec: ModelSpec) -> None:
-    """Raises StartupError for files that vLLM would fail on later, and without their name."""
+    """Raises StartupError for files on which vLLM would fail later, without their names."""
     try:
-        files = checkpoint.of(spec, hub=False)
-        checkpoint.raise_if_flawed(spec, files)
-        files.config()
+        checkpoint = files.of(spec, hub=False)
+        files.raise_if_flawed(spec, checkpoint)
+        checkpoint.config()
     except ModelUnusable as error:
         raise StartupError(error.message) from error
     except ShapeUnknown:
-        return  # vLLM may make something of it
+        return  # vLLM may support it
 
 
 def _with_folders(spec: ModelSpec, fetched: Mapping[str, HubFolder]) -> ModelSpec:
-    """vLLM looks for adapters in another cache, and asks the hub again for a model by its name."""
+    """Return `spec` with folders: by names vLLM uses another cache, and contacts the hub again."""
     folders = {repo: each.folder for repo, each in fetched.items()}
     loras = {name: folders.get(source, source) for name, source in spec.loras.items()}
     own = fetched.get(spec.model)
@@ -174,28 +177,28 @@ def _with_folders(spec: ModelSpec, fetched: Mapping[str, HubFolder]) -> ModelSpe
 
 
 class Memory(MemoryBudget, Protocol):
-    """A budget that starts wait for."""
+    """A memory budget in which starts wait."""
 
     def start(
         self, spec: ModelSpec, placement: Placement
     ) -> AbstractAsyncContextManager[tuple[ModelSpec, Keep]]:
-        """Its entry with all said, while it may start, and where its report goes."""
+        """Yield the spec with its placement, while it may start, and a function for its reports."""
         ...
 
 
 class VllmBackend:
-    """Engines of vLLM's, in the memory that there is: `GpuMemory` or `HostMemory`."""
+    """Starts vLLM engines within a memory budget: `GpuMemory` or `HostMemory`."""
 
     def __init__(self, log_dir: Path, memory: Memory, patience: Patience | None = None) -> None:
         self._log_dir = log_dir
         self._patience = patience or Patience()
         self.memory = memory
-        # A thread for each: an engine's constructor blocks until it is ready.
+        # A thread for each start: an engine's constructor blocks until it is ready.
         self._threads = ThreadPoolExecutor(_STARTS, thread_name_prefix="start")
         self._imported: _Modules | None = None
         self._importing = asyncio.Lock()
-        # Replicas wait for one download, and need no other when started again.
-        self._there: dict[HubRevision, HubFolder] = {}
+        # Replicas share a download, also when they start again.
+        self._downloads: dict[HubRevision, HubFolder] = {}
         self._downloading: defaultdict[HubRevision, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._killed = False
 
@@ -205,7 +208,7 @@ class VllmBackend:
         try:
             return await self._started(spec, placement, report)
         except Exception:
-            gc_policy.look_soon()
+            gc_policy.collect_soon()
             raise
 
     async def _started(
@@ -223,18 +226,18 @@ class VllmBackend:
         async with start.owned():
             async with self.memory.start(spec, placement) as (placed, keep):
                 clock.lap("gpu_wait")
-                async with start.owned():  # its GPUs are given back once it has ended
+                async with start.owned():  # the engine ends before its GPUs are free
                     engine = await start.engine(
                         placed, number, report, self._patience, sleeps=placement.sleeps
                     )
                     reports = await engine.start_reports()
                     keep(reports)
                 clock.lap("engine", [each["seconds"] for each in reports])
-            serving = await modules.handlers.ModelHandlers.build(placed, engine)
-            serving.prepare_constraints()
+            handlers = await modules.handlers.ModelHandlers.build(placed, engine)
+            handlers.prepare_constraints()
         clock.lap("serving")
-        serving.took = clock.took
-        running: Running = serving
+        handlers.took = clock.took
+        running: Running = handlers
         return running
 
     def log_of(self, spec: ModelSpec, number: int) -> Path:
@@ -256,28 +259,30 @@ class VllmBackend:
         fetched: dict[str, HubFolder] = {}
         for wanted in hub.HubRevision.of(spec):
             async with self._downloading[wanted]:
-                there = self._there.get(wanted)
-                if there is None or not await asyncio.to_thread(Path(there.folder).is_dir):
+                found = self._downloads.get(wanted)
+                if found is None or not await asyncio.to_thread(Path(found.folder).is_dir):
                     made: HubFolder = await loop.run_in_executor(
                         self._threads, hub.download, wanted, progress
                     )
-                    there = self._there[wanted] = made
+                    found = self._downloads[wanted] = made
                     if made.warning is not None:
                         log.warning("model=%s %s", spec.name, made.warning)
                         report(State.DOWNLOADING, made.warning)
-            fetched[wanted.repo] = there
+            fetched[wanted.repo] = found
         return _with_folders(spec, fetched)
 
     async def _modules(self) -> _Modules:
-        """The importers of vLLM; the first import takes seconds."""
+        """Import the modules that import vLLM; the first call takes seconds."""
         async with self._importing:
             if self._imported is None:
-                engine = await asyncio.to_thread(importlib.import_module, "llmserve.engine.engine")
+                launcher = await asyncio.to_thread(
+                    importlib.import_module, "llmserve.engine.launcher"
+                )
                 handlers = await asyncio.to_thread(
                     importlib.import_module, "llmserve.engine.handlers"
                 )
-                self._imported = _Modules(handlers, engine.Launcher(self._log_dir))
-                gc_policy.keep()
+                self._imported = _Modules(handlers, launcher.Launcher(self._log_dir))
+                gc_policy.freeze()
                 if self._killed:
                     self._imported.launcher.stop()
         return self._imported

@@ -1,7 +1,6 @@
-"""What must hold in the process environment before vLLM is imported.
+"""Environment variables and limits that vLLM needs before its import.
 
-vLLM reads these when it is imported and when it starts its processes, so they are set
-once, here, and never again.
+vLLM reads the variables at its import and when it starts processes, so they are set once, here.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ from llmserve.engine.worker.plugin import LOG_DIR
 if TYPE_CHECKING:
     from collections.abc import Iterator, MutableMapping
 
-_DESCRIPTORS = 65_536  # as vLLM's own server allows itself; more slows programs that close all
-MEDIA_CONNECTOR = "llmserve"  # what fetches the URLs of images: llmserve.engine.media
+_DESCRIPTORS = 65_536  # as in vLLM's own server; more slows programs that close all
+MEDIA_CONNECTOR = "llmserve"  # the name of `llmserve.engine.media` for vLLM
 
 
 def is_cpu_build() -> bool:
@@ -32,25 +31,25 @@ def is_cpu_build() -> bool:
 
 
 def prepare(engines: int, log_dir: Path, env: MutableMapping[str, str] = os.environ) -> list[str]:
-    """Set up the environment for so many engines; returns what the operator should know."""
+    """Set up the environment for this number of engines; return warnings for the operator."""
     _raise_descriptors()
     env[LOG_DIR] = str(log_dir)
     # A forked child of a process with threads can deadlock; spawned ones start clean.
     env["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
-    # GPUs are planned as the driver counts them; left to itself, CUDA puts the fastest first.
+    # The plan numbers GPUs as the driver does; CUDA's default order begins with the fastest.
     env["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
     env.setdefault("VLLM_NO_USAGE_STATS", "1")
-    # A step's output in one slice: between slices vLLM would let the loop go round.
+    # A step's output in one slice: vLLM would yield to the event loop between slices.
     env.setdefault("VLLM_V1_OUTPUT_PROC_CHUNK_SIZE", "4096")
-    # Answers can be fetched again by id; serving.py bounds how many are kept.
+    # Answers can be fetched by id; `response_store` bounds their number.
     env.setdefault("VLLM_ENABLE_RESPONSES_API_STORE", "1")
-    # vLLM's own ("http") fetches URLs that clients name from any address in the server's reach.
+    # vLLM's own ("http") fetches clients' URLs from any address that the server can reach.
     env.setdefault("VLLM_MEDIA_CONNECTOR", MEDIA_CONNECTOR)
     return list(_prepare_cpu(engines, env)) if is_cpu_build() else []
 
 
 def _raise_descriptors() -> None:
-    """A client takes one, and GPU memory that changes hands one a page."""
+    """Raise the limit of open files: one per client, and one per page of GPU memory."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _DESCRIPTORS if hard == resource.RLIM_INFINITY else min(_DESCRIPTORS, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -59,13 +58,13 @@ def _raise_descriptors() -> None:
 
 def _prepare_cpu(engines: int, env: MutableMapping[str, str]) -> Iterator[str]:
     if env.pop("VLLM_CPU_KVCACHE_SPACE", None) is not None:
-        yield "VLLM_CPU_KVCACHE_SPACE is ignored: it would set every engine's size; use kv_cache"
-    # Left to itself, each engine binds its threads to the same cores.
+        yield "VLLM_CPU_KVCACHE_SPACE is ignored: it applies to all engines; set `kv_cache` instead"
+    # By default all engines bind their threads to the same cores.
     env.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     env.setdefault("OMP_NUM_THREADS", str(max(1, cores() // max(1, engines))))
     openmp = Path(sys.prefix) / "lib" / "libiomp5.so"
     if openmp.exists() and "omp" not in env.get("LD_PRELOAD", ""):
-        # vLLM's own advice for Intel's OpenMP: docs/getting_started/installation/cpu.md
+        # vLLM recommends Intel's OpenMP: docs/getting_started/installation/cpu.md
         env["LD_PRELOAD"] = ":".join(filter(None, (env.get("LD_PRELOAD"), str(openmp))))
         env.setdefault("KMP_BLOCKTIME", "1")  # idle threads sleep: engines share the cores
 

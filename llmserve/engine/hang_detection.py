@@ -1,4 +1,4 @@
-"""An engine from which nothing comes: whether it works or hangs."""
+"""Whether an engine without output works or hangs."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ if TYPE_CHECKING:
 
 
 class HangDetector:
-    """Tells work from a hang by CPU time, which compilers and copies of GPU engines take too.
+    """Distinguishes work from a hang by CPU time, which compilers and GPU copies use too.
 
-    An engine hangs if nothing comes from it for `quiet_s`, in whose second half it takes less
-    than `share` of a core. A GPU that hangs can keep a core busy, so silence of `at_most_s` is
-    a hang in any case. `cpu_s` is asked as seldom as possible: it looks at all processes.
+    An engine hangs if it has no output for `quiet_s` and uses less than `working_share` of a core
+    in the second half of that time. A hung GPU can keep a core busy, so `at_most_s` without a
+    result is a hang in any case. `cpu_s` is called rarely, since it reads all processes.
     """
 
     def __init__(
@@ -26,37 +26,37 @@ class HangDetector:
         *,
         quiet_s: float,
         at_most_s: float,
-        share: float,
+        working_share: float,
     ) -> None:
         self._cpu_s = cpu_s
         self._quiet_s = quiet_s
-        self._share = share
+        self._working_share = working_share
         self._end_s = now_s + at_most_s
         self._restart(now_s)
 
     def _restart(self, now_s: float) -> None:
         self._since_s = now_s
-        self._half: tuple[float, float] | None = None  # when it was over, and the CPU time then
+        self._half: tuple[float, float] | None = None  # its time, and the CPU time then
 
-    def is_hang(self, now_s: float, *, heard: bool = False) -> bool:
-        """`heard`: something has come since the last look, such as a line of its log. Blocks."""
+    def is_hang(self, now_s: float, *, has_output: bool = False) -> bool:
+        """Whether the engine hangs; `has_output`: it had output since the last call. Blocks."""
         if now_s >= self._end_s:
             return True
-        if heard:
+        if has_output:
             self._restart(now_s)
         elif self._half is None:
             if now_s - self._since_s >= self._quiet_s / 2:
                 self._half = now_s, self._cpu_s()
         elif now_s - self._since_s >= self._quiet_s:
             then_s, before_s = self._half
-            if self._cpu_s() - before_s < self._share * (now_s - then_s):
+            if self._cpu_s() - before_s < self._working_share * (now_s - then_s):
                 return True
             self._restart(now_s)
         return False
 
 
 def cpu_s(pids: Iterable[int]) -> float:
-    """CPU time of processes and of all below them, also of those that have ended there."""
+    """Return the CPU time of processes and all their descendants, including ended ones."""
     total = 0.0
     for pid in pids:
         with contextlib.suppress(psutil.Error):

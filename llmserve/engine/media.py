@@ -1,11 +1,11 @@
-"""Images, audio and video that clients name by URL, fetched from public addresses only.
+"""Fetches images, audio and video by URL, from public addresses only.
 
-vLLM fetches any `http(s)` URL from the server's own network: a client could read what only
-the server can reach, such as a cloud's metadata service. Here every address that is about to
-be connected to is looked at, so that DNS names and redirects are covered. Hosts of
-`allowed_media_domains` may have any address: the operator has named them.
+vLLM fetches any `http(s)` URL from the server's network: a client could read what only the server
+can reach, such as a cloud's metadata service. Here each address is checked before a connection,
+including those of DNS names and redirects. Hosts of `allowed_media_domains`, which the operator
+sets, may have any address.
 
-vLLM loads the class by its name (vllm/renderers/chat_utils.py, `_connector`).
+vLLM loads the class by name (vllm/renderers/chat_utils.py, `_connector`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _NAT64 = ipaddress.ip_network("64:ff9b::/96")  # RFC 6052: an IPv4 address in th
 
 @MEDIA_CONNECTOR_REGISTRY.register(MEDIA_CONNECTOR)
 class PublicMedia(MediaConnector):
-    """vLLM's connector over a guarded connection."""
+    """vLLM's connector with a guarded connection."""
 
     def __init__(
         self,
@@ -58,9 +58,9 @@ class GuardedConnection(HTTPConnection):
         self._async_client: aiohttp.ClientSession | None = None
 
     async def get_async_client(self) -> aiohttp.ClientSession:
-        """Without a proxy, which would connect to what cannot be seen here.
+        """Return a session without a proxy, whose connections would be out of sight.
 
-        And without cookies and netrc: one client's URL must not use another's.
+        It has no cookies and no netrc: clients must not share them.
         """
         if self._async_client is None:
             self._async_client = aiohttp.ClientSession(
@@ -71,12 +71,12 @@ class GuardedConnection(HTTPConnection):
         return self._async_client
 
     def get_sync_client(self) -> NoReturn:
-        raise VLLMValidationError("Media is fetched asynchronously only.")
+        raise VLLMValidationError("Media can be fetched asynchronously only.")
 
 
 @cache
 def _connection(domains: frozenset[str]) -> GuardedConnection:
-    """One for all requests: a connection is for many."""
+    """Return the connection of a set of hosts, which all requests share."""
     return GuardedConnection(domains)
 
 
@@ -88,7 +88,7 @@ class _Connector(aiohttp.TCPConnector):
     async def _resolve_host(
         self, host: str, port: int, traces: Sequence[Trace] | None = None
     ) -> list[ResolveResult]:
-        """The addresses that are connected to; also after a redirect, and for an address."""
+        """Return the addresses to connect to. Called for names, addresses and redirects."""
         found: list[ResolveResult] = await super()._resolve_host(host, port, traces)
         if host not in self._domains and not all(is_public(each["host"]) for each in found):
             raise VLLMValidationError(

@@ -1,8 +1,8 @@
-"""vLLM's Prometheus figures of one engine, in a registry of their own.
+"""vLLM's Prometheus metrics of one engine, in a registry of their own.
 
-Left to itself vLLM's logger takes the process-wide registry and removes every other
-engine's collectors from it (vllm/v1/metrics/prometheus.py, unregister_vllm_metrics),
-and it observes the inter-token latency of every token by itself.
+vLLM's logger uses the process-wide registry by default and removes the collectors of other
+engines from it (vllm/v1/metrics/prometheus.py, unregister_vllm_metrics). It also observes the
+inter-token latency of each token separately.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from bisect import bisect_left, bisect_right
 from functools import partial
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -30,24 +31,24 @@ if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.metrics.stats import IterationStats
 
-EVERY_S = 1.0
+RECORD_S = 1.0  # between two updates of the metrics
 _LAG_BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 
 
 class WeightedHistogram(Histogram):
-    """A histogram that is told values and enters them together, or one that came several times.
+    """A histogram that collects values and records them together.
 
-    prometheus_client walks all buckets for each value, with a lock for each count; these are
-    its own fields (metrics.py, Histogram.observe).
+    prometheus_client visits all buckets for each value, with a lock for each count. The private
+    fields used here are those of Histogram.observe (prometheus_client/metrics.py).
     """
 
     def _metric_init(self) -> None:
         super()._metric_init()
-        self._told: list[float] = []
+        self._pending: list[float] = []
 
     def observe(self, amount: float, exemplar: dict[str, str] | None = None) -> None:
         if exemplar is None:
-            self._told.append(amount)
+            self._pending.append(amount)
         else:
             super().observe(amount, exemplar)
 
@@ -55,23 +56,22 @@ class WeightedHistogram(Histogram):
         self._sum.inc(amount * count)
         self._buckets[bisect_left(self._upper_bounds, amount)].inc(count)
 
-    def enter(self) -> None:
-        """What it has been told."""
-        if not self._told:
+    def record_pending(self) -> None:
+        if not self._pending:
             return
-        told, self._told = sorted(self._told), []
-        self._sum.inc(sum(told))
+        values, self._pending = sorted(self._pending), []
+        self._sum.inc(sum(values))
         done = 0
         for bound, bucket in zip(self._upper_bounds, self._buckets, strict=True):
-            if done == len(told):
+            if done == len(values):
                 break
-            upto = bisect_right(told, bound, done)
+            upto = bisect_right(values, bound, done)
             if upto > done:
                 bucket.inc(upto - done)
             done = upto
 
     def _child_samples(self) -> Iterable[Sample]:
-        self.enter()
+        self.record_pending()
         return super()._child_samples()
 
 
@@ -80,24 +80,26 @@ class EngineMetrics:
 
     `cores` are the engine cores of each replica: more than one with data parallelism.
 
-    A step's figures are added up and entered every EVERY_S: entering them costs as much
-    as carrying some dozens of tokens. What cannot be added up is entered at once.
+    The statistics of steps are summed and recorded each RECORD_S: recording a step costs as much
+    as carrying some dozens of tokens. Statistics without a sum are recorded at once.
     """
 
     def __init__(self, model: str, replica: int = 0, cores: int = 1) -> None:
-        self.registry = _Labelled(model, replica * cores)
+        self.registry = _LabelledRegistry(model, replica * cores)
         self._labels = (model, replica)
         self.logger_class = _logger_class(self)
-        self.enter: Callable[[], None] = lambda: None  # what has been added up; the logger's
+        self.record_pending: Callable[[], None] = lambda: None  # set by the logger
 
     def take_over(self, client: AsyncLLM) -> None:
-        """Spare vLLM its loggers of lines: `AsyncLLM.do_log_stats` is what would print them."""
+        """Remove vLLM's loggers of log lines, which only `AsyncLLM.do_log_stats` would write."""
         manager = client.logger_manager
         if manager is not None:
-            manager.stat_loggers = [each for each in manager.stat_loggers if not _of_lines(each)]
+            manager.stat_loggers = [
+                each for each in manager.stat_loggers if not _writes_lines(each)
+            ]
 
     def stream_lag(self) -> Callable[[float], None]:
-        """Takes the seconds from the engine's having a token to our having written it."""
+        """Return a function that observes the seconds from an engine step to the write of its text."""
         histogram = WeightedHistogram(
             "llmserve_stream_lag_seconds",
             "From the engine's step to its last event being written, once per write of a step.",
@@ -108,18 +110,18 @@ class EngineMetrics:
         return partial(histogram.labels(*self._labels).observe_many, count=1)
 
 
-def _of_lines(logger: Any) -> bool:
+def _writes_lines(logger: Any) -> bool:
     if isinstance(logger, PerEngineStatLoggerAdapter):
-        return all(map(_of_lines, logger.per_engine_stat_loggers.values()))
+        return all(map(_writes_lines, logger.per_engine_stat_loggers.values()))
     return isinstance(logger, LoggingStatLogger)
 
 
-class _Labelled(CollectorRegistry):
-    """vLLM's samples with the labels that tell one replica's from another's.
+class _LabelledRegistry(CollectorRegistry):
+    """vLLM's samples with labels that distinguish models and replicas.
 
-    Every AsyncLLM counts its engine cores from 0, and some families name neither the
-    model nor the engine (vllm/v1/metrics/loggers.py: cache_config_info,
-    lora_requests_info). Two samples of one name and the same labels are no valid page.
+    Each AsyncLLM counts its engine cores from 0, and some families have neither a model nor an
+    engine label (vllm/v1/metrics/loggers.py: cache_config_info, lora_requests_info). A page with
+    two samples of the same name and labels is invalid.
     """
 
     def __init__(self, model: str, first_engine: int) -> None:
@@ -140,39 +142,41 @@ class _Labelled(CollectorRegistry):
         return {"model_name": self._model} | sample.labels | {"engine": str(engine)}
 
 
-def _logger_class(figures: EngineMetrics) -> type[PrometheusStatLogger]:
-    """A logger that writes into a registry of its own."""
+def _logger_class(metrics: EngineMetrics) -> type[PrometheusStatLogger]:
+    """Return a logger class that writes into the registry of `metrics`."""
 
     class SpecDecoding(SpecDecodingProm):
-        _counter_cls = staticmethod(partial(Counter, registry=figures.registry))
+        _counter_cls = staticmethod(partial(Counter, registry=metrics.registry))
 
     class Perf(PerfMetricsProm):
-        _counter_cls = staticmethod(partial(Counter, registry=figures.registry))
+        _counter_cls = staticmethod(partial(Counter, registry=metrics.registry))
 
-    class EngineLogger(_Adding):
-        _gauge_cls = staticmethod(partial(Gauge, registry=figures.registry))
-        _counter_cls = staticmethod(partial(Counter, registry=figures.registry))
-        _histogram_cls = staticmethod(partial(WeightedHistogram, registry=figures.registry))
+    class EngineLogger(_SummingLogger):
+        _gauge_cls = staticmethod(partial(Gauge, registry=metrics.registry))
+        _counter_cls = staticmethod(partial(Counter, registry=metrics.registry))
+        _histogram_cls = staticmethod(partial(WeightedHistogram, registry=metrics.registry))
         _spec_decoding_cls = SpecDecoding
         _perf_metrics_cls = Perf
-        _figures = figures
+        _metrics = metrics
 
     return EngineLogger
 
 
-class _Adding(PrometheusStatLogger):
-    """vLLM's Prometheus logger, entering several steps at a time."""
+class _SummingLogger(PrometheusStatLogger):
+    """vLLM's Prometheus logger, recording several steps at a time."""
 
-    _figures: EngineMetrics
+    _metrics: EngineMetrics
 
     def __init__(self, *arguments: Any, **more: Any) -> None:
         super().__init__(*arguments, **more)
-        self._steps: dict[int, _Steps] = {}  # by engine
+        self._steps: dict[int, _StepSum] = {}  # by engine
         self._timer: asyncio.TimerHandle | None = None
-        # Of a step, not of a sum of steps: observed here.
+        # Observed here: a value of each step, not of a sum of steps.
         vllm: Any = self
         self._step_tokens: dict[int, WeightedHistogram] = vllm.histogram_iteration_tokens
-        vllm.histogram_iteration_tokens = dict.fromkeys(self._step_tokens, _Ignored())
+        vllm.histogram_iteration_tokens = dict.fromkeys(
+            self._step_tokens, SimpleNamespace(observe=lambda _: None)
+        )
         self._histograms = [
             child
             for each in vars(self).values()
@@ -180,7 +184,7 @@ class _Adding(PrometheusStatLogger):
             for child in each.values()
             if isinstance(child, WeightedHistogram)
         ]
-        self._figures.enter = self._enter
+        self._metrics.record_pending = self._record_pending
 
     def record(
         self,
@@ -191,25 +195,25 @@ class _Adding(PrometheusStatLogger):
     ) -> None:
         steps = self._steps.get(engine_idx)
         if steps is None:
-            steps = self._steps[engine_idx] = _Steps()
+            steps = self._steps[engine_idx] = _StepSum()
         if iteration_stats is not None:
             steps.note(iteration_stats)
         if mm_cache_stats is None and steps.add(scheduler_stats, iteration_stats):
-            self._enter_soon()
+            self._schedule()
             return
-        self._enter()
+        self._record_pending()
         super().record(scheduler_stats, iteration_stats, mm_cache_stats, engine_idx)
 
-    def _enter_soon(self) -> None:
+    def _schedule(self) -> None:
         if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(EVERY_S, self._enter)
+            self._timer = asyncio.get_running_loop().call_later(RECORD_S, self._record_pending)
 
-    def _enter(self) -> None:
+    def _record_pending(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        entered, self._steps = self._steps, {}
-        for engine, steps in entered.items():
+        pending, self._steps = self._steps, {}
+        for engine, steps in pending.items():
             for tokens in steps.tokens:
                 self._step_tokens[engine].observe(tokens)
             for gap, count in steps.gaps:
@@ -217,52 +221,35 @@ class _Adding(PrometheusStatLogger):
             if steps.scheduler is not None or steps.iteration is not None:
                 super().record(steps.scheduler, steps.iteration, None, engine)
         for histogram in self._histograms:
-            histogram.enter()
+            histogram.record_pending()
 
 
-class _Ignored:
-    def observe(self, _: float) -> None:
-        pass
-
-
-# Of SchedulerStats: gauges, of which the last value counts. All other fields must be as
-# they are in a new object, which is empty, or the step is entered by itself.
+# Fields of SchedulerStats: gauges, of which the last value counts. If another field is set, the
+# step is recorded separately.
 _GAUGES = frozenset(
-    {
-        "num_running_reqs",
-        "num_waiting_reqs",
-        "num_skipped_waiting_reqs",
-        "num_kv_fetch_reqs_by_stage",
-        "step_counter",
-        "current_wave",
-        "kv_cache_usage",
-        "encoder_cache_usage",
-        "waiting_lora_adapters",
-        "running_lora_adapters",
-        "prefix_cache_stats",
-    }
+    {"num_running_reqs", "num_waiting_reqs", "num_skipped_waiting_reqs", "step_counter"}
+    | {"num_kv_fetch_reqs_by_stage", "current_wave", "kv_cache_usage", "encoder_cache_usage"}
+    | {"waiting_lora_adapters", "running_lora_adapters", "prefix_cache_stats"}
 )
-
-
 _OTHERS = tuple(vars(SchedulerStats()).keys() - _GAUGES)
 
 
-class _Steps:
-    """Several steps' figures as one's."""
+class _StepSum:
+    """The sum of several steps' statistics."""
 
     def __init__(self) -> None:
         self.scheduler: SchedulerStats | None = None
         self.iteration: IterationStats | None = None
         self.tokens: list[int] = []  # of each step
-        self.gaps: list[tuple[float, int]] = []  # inter-token latencies, and how many had each
+        self.gaps: list[tuple[float, int]] = []  # inter-token latencies with their counts
 
     def note(self, iteration: IterationStats) -> None:
-        """What is observed of each step, not of a sum of steps."""
+        """Keep the values that are observed per step."""
         self.tokens.append(iteration.prompt_token_stats.computed + iteration.num_generation_tokens)
         self.gaps += iteration.__dict__.pop("gaps", ())
 
     def add(self, scheduler: SchedulerStats | None, iteration: IterationStats | None) -> bool:
-        """False if they cannot be added up."""
+        """Add a step; return False if it has no sum."""
         if scheduler is not None:
             if any(map(vars(scheduler).get, _OTHERS)):
                 return False
@@ -278,7 +265,7 @@ class _Steps:
 
 
 def _add(into: Any, other: Any) -> None:
-    """Numbers and lists of one object to those of another of its class."""
+    """Add numbers and lists of one object to those of another of the same class."""
     mine = vars(into)
     for name, value in vars(other).items():
         if not value:  # most of them, in most steps

@@ -1,4 +1,4 @@
-"""Calls that come at once, spread over iterations of the loop."""
+"""Spreads simultaneous calls over event-loop iterations."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ T = TypeVar("T")
 
 
 class PacedRendering(Generic[P, T]):
-    """An asynchronous function with a bound on the calls that begin in one iteration of the loop.
+    """An asynchronous function with a bound on the calls that begin per event-loop iteration.
 
-    vLLM begins the prompts of one request all in the same iteration.
+    vLLM begins all prompts of a request in the same iteration.
     """
 
     def __init__(
@@ -26,27 +26,27 @@ class PacedRendering(Generic[P, T]):
     ) -> None:
         self._work = work
         self._per_iteration = per_iteration
-        self._left = per_iteration  # calls that may begin in this iteration
+        self._remaining = per_iteration  # calls that may begin in this iteration
         self._waiting: deque[asyncio.Future[None]] = deque()
 
     async def __call__(self, *arguments: P.args, **named: P.kwargs) -> T:
-        if self._left == self._per_iteration:
+        if self._remaining == self._per_iteration:
             asyncio.get_running_loop().call_soon(self._next_iteration)
-        if self._left > 0 and not self._waiting:
-            self._left -= 1
+        if self._remaining > 0 and not self._waiting:
+            self._remaining -= 1
         else:
-            place = asyncio.get_running_loop().create_future()
-            self._waiting.append(place)
-            await place
+            admitted = asyncio.get_running_loop().create_future()
+            self._waiting.append(admitted)
+            await admitted
         return await self._work(*arguments, **named)
 
     def _next_iteration(self) -> None:
-        """Admit calls that wait."""
-        self._left = self._per_iteration
-        while self._waiting and self._left > 0:
-            place = self._waiting.popleft()
-            if not place.done():  # its request has not been cancelled
-                place.set_result(None)
-                self._left -= 1
-        if self._left < self._per_iteration:
+        """Admit waiting calls."""
+        self._remaining = self._per_iteration
+        while self._waiting and self._remaining > 0:
+            admitted = self._waiting.popleft()
+            if not admitted.done():  # its request was not cancelled
+                admitted.set_result(None)
+                self._remaining -= 1
+        if self._remaining < self._per_iteration:
             asyncio.get_running_loop().call_soon(self._next_iteration)

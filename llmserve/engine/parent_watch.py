@@ -1,11 +1,11 @@
-"""The tie between the server and an engine's processes: they end when the server does.
+"""Ends an engine's processes when the server ends.
 
-The tie is a pipe. Its write end is in the server alone, so the kernel closes it however the
-server ends. Each process that is started while `ParentWatch.tying` holds asks the kernel to kill
-its process group at that moment: a loop that holds the interpreter's lock cannot delay it.
+Each engine has a pipe. Its write end is in the server alone, so the kernel closes it however the
+server ends. Each process that starts inside `ParentWatch.watching` asks the kernel to kill its
+process group at that moment: a loop that holds the interpreter's lock cannot delay it.
 
-multiprocessing pickles a process's `_config`, a copy of its parent's, ahead of its target.
-So what is in there runs in the new process before anything of vLLM's is imported.
+multiprocessing pickles a process's `_config`, a copy of its parent's, before its target. So an
+entry of `_config` runs in the new process before vLLM is imported.
 """
 
 from __future__ import annotations
@@ -29,71 +29,71 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _KEY = "llmserve.engine.parent_watch"  # in `_config`
-_tying: ContextVar[ParentWatch | None] = ContextVar("tying", default=None)  # a thread's own
+_active: ContextVar[ParentWatch | None] = ContextVar("active", default=None)  # a thread's own
 
 
 class ParentWatch:
-    """Ties the processes of one engine to their owner, which may `cut` it at any time.
+    """Watches the owner of one engine's processes. The owner may `kill` them at any time.
 
-    A tether that is garbage is cut, so an engine without an owner ends.
+    A garbage-collected watch kills them too, so an engine without an owner ends.
     """
 
     def __init__(self) -> None:
         self._read_end, write_end = os.pipe()
-        # Open as long as a process may be started: its number must not become another file's.
+        # Open while a process may be started: its number must not become another file's.
         weakref.finalize(self, os.close, self._read_end)
         self._close = weakref.finalize(self, os.close, write_end)
         self._started: list[Any] = []  # multiprocessing's Popen objects
 
     @contextlib.contextmanager
-    def tying(self) -> Iterator[None]:
-        """Tie each process that the calling thread starts with multiprocessing."""
-        _config_of(multiprocessing.current_process())[_KEY] = _Knot()
-        token = _tying.set(self)
+    def watching(self) -> Iterator[None]:
+        """Watch each process that the calling thread starts with multiprocessing."""
+        _config_of(multiprocessing.current_process())[_KEY] = _StartHook()
+        token = _active.set(self)
         try:
             yield
         finally:
-            _tying.reset(token)
+            _active.reset(token)
 
-    def cut(self) -> None:
-        """Kill all that is tied, and all that is being started; again is no mistake."""
+    def kill(self) -> None:
+        """Kill all processes, including those that are starting. Idempotent."""
         self._close()
 
     @property
-    def is_cut(self) -> bool:
+    def is_killed(self) -> bool:
         return not self._close.alive
 
     @property
     def pids(self) -> list[int]:
-        """Of the processes that were started here, dead or alive; not of those below them."""
+        """The ids of the processes started here, dead or alive, without their children."""
         return [pid for each in self._started if (pid := getattr(each, "pid", None))]
 
-    def knot(self) -> tuple[Any, ...]:
-        """What the process that is being started calls first."""
-        if self.is_cut:
-            raise RuntimeError("the start was ended")
+    def first_call(self) -> tuple[Any, ...]:
+        """Return the function that the starting process calls first, and its arguments."""
+        if self.is_killed:
+            raise RuntimeError("the start was cancelled")
         self._started.append(get_spawning_popen())
-        return _tie, (reduction.DupFd(self._read_end),)
+        return _join_watch, (reduction.DupFd(self._read_end),)
 
 
-class _Knot:
-    """An entry of `_config`; in the new process it becomes a `_Mark`: workers are not tied again."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        tether = _tying.get()
-        return (type(None), ()) if tether is None else tether.knot()
-
-
-class _Mark:
-    """An entry of `_config` that each process below an engine's marks itself with, as it begins."""
+class _StartHook:
+    """An entry of `_config`. In an engine core it becomes a `_ChildHook`: workers have no watch."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _marked, ()
+        watch = _active.get()
+        return (type(None), ()) if watch is None else watch.first_call()
 
 
-def _marked() -> _Mark:
-    run_folder.mark()
-    return _Mark()
+class _ChildHook:
+    """An entry of `_config` with which each process below an engine core registers itself."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _registered, ()
+
+
+def _registered() -> _ChildHook:
+    run_folder.register_process()
+    return _ChildHook()
 
 
 def _config_of(process: Any) -> dict[str, Any]:
@@ -101,8 +101,8 @@ def _config_of(process: Any) -> dict[str, Any]:
     return config
 
 
-def _tie(passed: Any) -> _Mark:
-    """Runs in the new process: it leads a group, which is killed when the pipe is closed.
+def _join_watch(passed: Any) -> _ChildHook:
+    """Run in the new process: lead a process group that is killed when the pipe is closed.
 
     The terminal's Ctrl-C then reaches the server alone.
     """
@@ -110,15 +110,15 @@ def _tie(passed: Any) -> _Mark:
     with contextlib.suppress(PermissionError):  # it leads its group already
         os.setpgid(0, 0)
     try:
-        _have_group_killed(read_end)
+        _signal_group_at_close(read_end)
     except (AttributeError, OSError):  # not Linux
-        threading.Thread(target=_kill_group_at_end, args=(read_end,), daemon=True).start()
-    return _marked()
+        threading.Thread(target=_kill_group_at_close, args=(read_end,), daemon=True).start()
+    return _registered()
 
 
-def _have_group_killed(read_end: int) -> None:
-    """Have the kernel do it. Nothing is written to the pipe: its one event is its end."""
-    # Opened anew: who gets which signal belongs to the open file, which others share.
+def _signal_group_at_close(read_end: int) -> None:
+    """Have the kernel signal the group. The pipe carries no data: its one event is its end."""
+    # A new open file: the signal's owner and number belong to it, and others share the first one.
     own = os.open(f"/proc/self/fd/{read_end}", os.O_RDONLY | os.O_NONBLOCK)
     fcntl.fcntl(own, fcntl.F_SETOWN, -os.getpgrp())
     fcntl.fcntl(own, fcntl.F_SETSIG, signal.SIGKILL)
@@ -129,6 +129,6 @@ def _have_group_killed(read_end: int) -> None:
         os.killpg(0, signal.SIGKILL)
 
 
-def _kill_group_at_end(read_end: int) -> None:
+def _kill_group_at_close(read_end: int) -> None:
     os.read(read_end, 1)
     os.killpg(0, signal.SIGKILL)

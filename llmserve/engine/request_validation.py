@@ -1,10 +1,10 @@
-"""vLLM's request classes, validated at a cost that their callers bound.
+"""Validators for vLLM's request classes, with bounded cost.
 
-pydantic collects every mistake of a list, of each branch of a union, in one call into C.
-Here a list ends at its first mistake, and a thread gives up the GIL between two items. What
-pydantic would validate as vLLM iterates over it is a list, validated at once.
+pydantic collects each mistake of a list, for each branch of a union, in one call into C. Here a
+list ends at its first mistake, and a thread releases the GIL between two items. A generator, which
+pydantic validates while vLLM iterates over it, is a list here and validated at once.
 
-A null in a field that may be left out, and does not take a null, is as if it were left out.
+A null in an optional field that does not accept null counts as absent.
 """
 
 from __future__ import annotations
@@ -18,68 +18,75 @@ from pydantic_core import PydanticCustomError, SchemaValidator
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-KEYS_LIMIT = 4096  # of an object with free keys: pydantic collects a mistake for each
+KEYS_LIMIT = 4096  # of an object with free keys: pydantic can report a mistake for each
 
-_INT_MIN, _INT_MAX = -(2**63), 2**64 - 1  # as in JSON here; a text may spell more
+_INT_MIN, _INT_MAX = -(2**63), 2**64 - 1  # as orjson; a number in a string can be larger
 _OBJECTS = frozenset({"typed-dict", "model-fields", "dataclass-args"})
 _LISTS = frozenset({"list", "set", "frozenset"})
-# What of a schema is a value or a class, and no further schema.
+# Keys of a schema that hold values or classes instead of schemas.
 _VALUES = frozenset({"metadata", "default", "expected", "serialization", "cls", "config"})
 
 
-def shape_of(adapter: TypeAdapter[Any]) -> SchemaValidator:
-    """The types of a body alone, without vLLM's validators: some read it before that."""
-    return SchemaValidator(_bounded(_bare(adapter.core_schema)), _use_prebuilt=False)
-
-
-def _bare(schema: Any) -> Any:
-    if isinstance(schema, list | tuple):
-        return type(schema)(map(_bare, schema))
-    if not isinstance(schema, dict):
-        return schema
-    kind = schema.get("type")
-    if kind == "function-plain":
-        return {"type": "any"}
-    inner = {key: each if key in _VALUES else _bare(each) for key, each in schema.items()}
-    if isinstance(kind, str) and kind.startswith("function-"):
-        return inner["schema"] | ({"ref": schema["ref"]} if "ref" in schema else {})
-    return inner
-
-
 def bounded(kind: Any) -> TypeAdapter[Any]:
-    """A TypeAdapter for `kind`; values that are valid come out as from any other."""
+    """Return a TypeAdapter for `kind`; a valid value has the same result as without bounds."""
     adapter: TypeAdapter[Any] = TypeAdapter(kind)
-    # Validators that pydantic has built before would stand for parts of this schema.
-    adapter.validator = SchemaValidator(_bounded(adapter.core_schema), _use_prebuilt=False)
+    adapter.validator = _validator(_rebuilt(adapter.core_schema, _with_bounds))
     return adapter
 
 
-def _bounded(schema: Any) -> Any:
+def shape_of(adapter: TypeAdapter[Any]) -> SchemaValidator:
+    """Return a validator of types alone: some of vLLM's validators fail on wrong types."""
+    types_only = _rebuilt(adapter.core_schema, _without_function)
+    return _validator(_rebuilt(types_only, _with_bounds))
+
+
+def _validator(schema: Any) -> SchemaValidator:
+    # With prebuilt validators pydantic would use existing ones for parts of this schema.
+    return SchemaValidator(schema, _use_prebuilt=False)
+
+
+def _rebuilt(schema: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
+    """Return a core schema with `change` applied to each schema in it, inner ones first."""
     if isinstance(schema, list | tuple):
-        return type(schema)(_bounded(each) for each in schema)
+        return type(schema)(_rebuilt(each, change) for each in schema)
     if not isinstance(schema, dict):
         return schema
-    kind = schema.get("type")
-    if not isinstance(kind, str):  # the schemas of fields, by their names
-        return {name: _bounded(each) for name, each in schema.items()}
-    made = {key: each if key in _VALUES else _bounded(each) for key, each in schema.items()}
+    if not isinstance(schema.get("type"), str):  # the schemas of fields, by their names
+        return {name: _rebuilt(each, change) for name, each in schema.items()}
+    return change(
+        {key: each if key in _VALUES else _rebuilt(each, change) for key, each in schema.items()}
+    )
+
+
+def _without_function(schema: dict[str, Any]) -> dict[str, Any]:
+    kind: str = schema["type"]
+    if kind == "function-plain":
+        return {"type": "any"}
+    if kind.startswith("function-"):
+        inner: dict[str, Any] = schema["schema"]
+        return inner | ({"ref": schema["ref"]} if "ref" in schema else {})
+    return schema
+
+
+def _with_bounds(schema: dict[str, Any]) -> dict[str, Any]:
+    kind = schema["type"]
     if kind == "generator":
-        made["type"] = "list"
+        schema["type"] = "list"
     elif kind == "int":
-        made = {"ge": _INT_MIN, "le": _INT_MAX} | made
-    if made["type"] in _LISTS:
-        items = made.get("items_schema", {"type": "any"})
-        made |= {"fail_fast": True, "items_schema": _interruptible(items)}
+        schema = {"ge": _INT_MIN, "le": _INT_MAX} | schema
+    if schema["type"] in _LISTS:
+        items = schema.get("items_schema", {"type": "any"})
+        schema |= {"fail_fast": True, "items_schema": _before(_unchanged, items)}
     elif kind == "dict":
-        return _before(_few_keys, made)
-    elif kind in _OBJECTS and (names := _left_out_as_null(schema["fields"])):
-        return _before(partial(_without_nulls, names), made)
-    return made
+        return _before(_few_keys, schema)
+    elif kind in _OBJECTS and (names := _optional_not_null(schema["fields"])):
+        return _before(partial(_without_nulls, names), schema)
+    return schema
 
 
-def _left_out_as_null(fields: Any) -> frozenset[str]:
-    """The keys of fields that may be left out, but may not be null."""
-    if not isinstance(fields, dict):  # those of a dataclass: none of a request's has such
+def _optional_not_null(fields: Any) -> frozenset[str]:
+    """Return the keys of fields that are optional and do not accept null."""
+    if not isinstance(fields, dict):  # of a dataclass: none in a request has such fields
         return frozenset()
     return frozenset(
         _key_of(name, field)
@@ -108,7 +115,7 @@ def _takes_null(schema: dict[str, Any]) -> bool:
     if kind == "union":
         choices = (each[0] if isinstance(each, tuple) else each for each in schema["choices"])
         return any(map(_takes_null, choices))
-    inner = schema.get("schema")  # of a default, a validator
+    inner = schema.get("schema")  # of a default or a validator
     return kind not in {"model", "dataclass"} and isinstance(inner, dict) and _takes_null(inner)
 
 
@@ -118,13 +125,8 @@ def _without_nulls(names: frozenset[str], value: Any) -> Any:
     return value
 
 
-def _interruptible(schema: Any) -> dict[str, Any]:
-    """CPython gives up the GIL at the start of a Python function."""
-    return _before(_unchanged, schema)
-
-
 def _before(function: Callable[[Any], Any], schema: Any) -> dict[str, Any]:
-    """`schema` for what `function` returns; the whole has its reference."""
+    """Return a schema that applies `function` before `schema`, with the reference of `schema`."""
     inner = dict(schema)
     outer = {"ref": inner.pop("ref")} if "ref" in inner else {}
     called = {"type": "no-info", "function": function}
@@ -132,6 +134,7 @@ def _before(function: Callable[[Any], Any], schema: Any) -> dict[str, Any]:
 
 
 def _unchanged(value: Any) -> Any:
+    """Release the GIL between items: CPython does so at the start of a Python function."""
     return value
 
 
@@ -139,7 +142,7 @@ def _few_keys(value: Any) -> Any:
     if isinstance(value, dict) and len(value) > KEYS_LIMIT:
         raise PydanticCustomError(
             "too_many_keys",
-            "has {came} keys; the limit is {limit}. Send fewer keys.",
-            {"came": len(value), "limit": KEYS_LIMIT},
+            "has {count} keys; the limit is {limit}. Send fewer keys.",
+            {"count": len(value), "limit": KEYS_LIMIT},
         )
     return value

@@ -1,6 +1,6 @@
-"""What a request of /v1/responses goes on from.
+"""The conversation that a request of /v1/responses continues.
 
-vLLM makes messages of the texts of the response before, and loses its tool calls.
+vLLM creates messages from the texts of the previous response, without its tool calls.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 
 
-def keep_calls(handler: OpenAIServingResponses) -> None:
-    """Let this handler take the output of a response as if the client had sent it.
+def keep_tool_calls(handler: OpenAIServingResponses) -> None:
+    """Make the handler treat the output of a previous response as input of the client.
 
-    Harmony's messages, of gpt-oss, have the calls.
+    The Harmony messages of gpt-oss have the calls already.
     """
     if handler.use_harmony:
         return
@@ -25,7 +25,7 @@ def keep_calls(handler: OpenAIServingResponses) -> None:
     async def rendered(request: Any, previous: Any, **more: Any) -> Any:
         if previous is None:
             return await render(request, previous, **more)
-        given = request.input  # a parser may set other fields of the request
+        given = request.input  # restored, while a parser may set other fields
         request.input = [*filter(_is_kept, previous.output), *_items(given)]
         try:
             return await render(request, previous.model_copy(update={"output": []}), **more)
@@ -36,7 +36,7 @@ def keep_calls(handler: OpenAIServingResponses) -> None:
 
 
 def _is_kept(item: Any) -> bool:
-    """Reasoning is left out, as vLLM does, and so is a message without text."""
+    """Whether an output item becomes input: not reasoning, as in vLLM, and no message without text."""
     if isinstance(item, ResponseOutputMessage):
         return bool(item.content)
     return not isinstance(item, ResponseReasoningItem)

@@ -1,7 +1,7 @@
-"""A folder of a server's own for what must end with it: sockets, and marks of its processes.
+"""A server's folder for its sockets and for a file per engine process.
 
-The server holds a lock on it. A folder whose lock is free is a dead server's, and the next
-start removes it, with what that server's processes left in shared memory.
+The server holds a lock on the folder. A folder with a free lock belongs to a dead server: the next
+start removes it and what that server's processes left in shared memory.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from llmserve.errors import StartupError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 
-SOCKETS = "VLLM_RPC_BASE_PATH"  # where vLLM puts its sockets, each with 36 characters
+SOCKETS = "VLLM_RPC_BASE_PATH"  # vLLM's folder for sockets, whose names have 36 characters
 _NAME = "llmserve-"
 _LOCK = "lock"
-_SOCKET_BYTES = 107  # of a path; sockaddr_un has one more for its end
+_SOCKET_BYTES = 107  # of a path in sockaddr_un, without its final zero
 _TEMPORARY = ("TMPDIR", "TEMP", "TMP")  # in the order of Python's tempfile
-_SHARED = Path("/dev/shm")  # noqa: S108  # as POSIX shared memory is named on Linux
+_SHARED = Path("/dev/shm")  # noqa: S108  # POSIX shared memory on Linux
 
 
 class RunFolder:
@@ -38,37 +38,38 @@ class RunFolder:
 
     @classmethod
     def make(cls, env: MutableMapping[str, str] = os.environ) -> RunFolder:
-        """Make one, tell it to vLLM, and remove those of dead servers. Raises StartupError."""
+        """Create a folder, set it for vLLM, and remove those of dead servers. Raises StartupError."""
         _require_temporary(env)
         bases = _bases(env)
         for base in bases:
             _sweep(base)
         for base in bases:
             with contextlib.suppress(OSError):
-                return cls(*_made(base), env)
+                return cls(*_create(base), env)
         raise StartupError(
-            f"no folder for sockets: one of {', '.join(map(str, bases)) or 'TMPDIR, /tmp'} must be "
-            f"writable, and its path have at most {_longest()} bytes; set {SOCKETS} to such a folder"
+            f"no folder for sockets: {', '.join(map(str, bases)) or 'TMPDIR, /tmp'}: not writable or "
+            f"path too long; set {SOCKETS} to a writable folder with a path of at most "
+            f"{_longest()} bytes"
         )
 
     def remove(self) -> None:
-        """At the server's end, once its engines have ended."""
+        """Remove the folder, after the server's engines have ended."""
         del self._env[SOCKETS]
         if self._before is not None:
             self._env[SOCKETS] = self._before
-        _remove(self.path, _marks(self.path))
+        _remove(self.path, _registered(self.path))
         with contextlib.suppress(OSError):
             os.close(self._lock)
 
 
-def mark(env: Mapping[str, str] = os.environ) -> None:
-    """Note this process, one of an engine's, and clear up after those that have ended."""
+def register_process(env: Mapping[str, str] = os.environ) -> None:
+    """Register this engine process, and clean up after those that have ended."""
     folder = Path(env.get(SOCKETS, ""))
     if folder.name.startswith(_NAME) and (folder / _LOCK).exists():
         (folder / str(os.getpid())).touch()
-        for pid in _marks(folder):
-            if not _lives(pid):
-                _clear(pid)
+        for pid in _registered(folder):
+            if not _is_alive(pid):
+                _remove_openmp_file(pid)
                 (folder / str(pid)).unlink(missing_ok=True)
 
 
@@ -81,15 +82,15 @@ def _require_temporary(env: Mapping[str, str]) -> None:
                 pass
         except OSError as error:
             raise StartupError(
-                f"{name} is {env[name]}, where no file can be made: {error.strerror}; "
-                f"make it a writable folder or unset {name}"
+                f"cannot create a file in {name}={env[name]}: {error.strerror}; "
+                f"set {name} to a writable folder or unset it"
             ) from None
 
 
 def _bases(env: Mapping[str, str]) -> list[Path]:
-    """Where a run folder may be: what was asked for first, if a socket's path is short enough."""
+    """Return the candidates for parent folders, explicit ones first, with paths short enough."""
     named = [env.get(name, "") for name in (SOCKETS, *_TEMPORARY, "XDG_RUNTIME_DIR")]
-    usual = ["/tmp", "/var/tmp", str(_SHARED)]  # noqa: S108  # `_made` makes a private folder
+    usual = ["/tmp", "/var/tmp", str(_SHARED)]  # noqa: S108  # `_create` creates a private folder
     bases = [Path(each).absolute() for each in (*named, *usual) if each]
     return [each for each in dict.fromkeys(bases) if len(os.fsencode(each)) <= _longest()]
 
@@ -98,8 +99,8 @@ def _longest() -> int:
     return _SOCKET_BYTES - len(f"/{_NAME}{secrets.token_hex(4)}/") - 36
 
 
-def _made(base: Path) -> tuple[Path, int]:
-    """A private folder, locked before it has the name that others look for. Raises OSError."""
+def _create(base: Path) -> tuple[Path, int]:
+    """Create a private folder, locked before it has its final name. Raises OSError."""
     hidden = Path(tempfile.mkdtemp(prefix=f".{_NAME}", dir=base))
     lock = os.open(hidden / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -113,7 +114,7 @@ def _sweep(base: Path) -> None:
             lock = os.open(folder / _LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                _remove(folder, (pid for pid in _marks(folder) if not _lives(pid)))
+                _remove(folder, (pid for pid in _registered(folder) if not _is_alive(pid)))
             finally:
                 os.close(lock)
 
@@ -126,7 +127,7 @@ def _folders(base: Path) -> Iterator[Path]:
                 yield Path(each.path)
 
 
-def _marks(folder: Path) -> list[int]:
+def _registered(folder: Path) -> list[int]:
     try:
         return [int(each.name) for each in folder.iterdir() if each.name.isdecimal()]
     except OSError:
@@ -135,15 +136,15 @@ def _marks(folder: Path) -> list[int]:
 
 def _remove(folder: Path, ended: Iterable[int]) -> None:
     for pid in ended:
-        _clear(pid)
+        _remove_openmp_file(pid)
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _lives(pid: int) -> bool:
+def _is_alive(pid: int) -> bool:
     return Path(f"/proc/{pid}").exists()
 
 
-def _clear(pid: int) -> None:
-    """Remove what Intel's and LLVM's OpenMP leave of a process that was killed."""
+def _remove_openmp_file(pid: int) -> None:
+    """Remove the file that Intel's and LLVM's OpenMP keep of a killed process."""
     with contextlib.suppress(OSError):
         (_SHARED / f"__KMP_REGISTERED_LIB_{pid}_{os.getuid()}").unlink()

@@ -1,7 +1,7 @@
-"""Nulls that OpenAI's and Anthropic's schemas do not allow, out of vLLM's answers.
+"""Removes nulls that OpenAI's and Anthropic's schemas do not allow from vLLM's answers.
 
-A null is taken from where a response model has a field of its own, never from data: below a
-field of a free type (a tool's input, a JSON schema, metadata) everything stays.
+Only fields of a response model are removed. Data below a field of a free type (a tool's input, a
+JSON schema, metadata) stays unchanged.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ _LISTS = (list, tuple, set, frozenset, Sequence, Iterable)
 
 
 class Schema:
-    """The fields of one or more models in JSON, and what is below each."""
+    """The JSON keys of one or more models, with the schema below each."""
 
     def __init__(self, kinds: frozenset[type[BaseModel]]) -> None:
         self._kinds = kinds
 
     @cached_property
     def fields(self) -> dict[str, Schema | None]:
-        """None: data. A key that several models have is data if it is data in one of them."""
+        """The keys; None for data. A key of several models is data if one of them has data there."""
         found: dict[str, list[Any]] = {}
         for kind in self._kinds:
             for name, field in kind.model_fields.items():
@@ -39,7 +39,7 @@ class Schema:
 
 
 def schema_of(*kinds: type[BaseModel]) -> Schema:
-    """That of an answer of one of these classes."""
+    """Return the schema of an answer of one of these classes."""
     return _schema_of(frozenset(kinds))
 
 
@@ -49,7 +49,7 @@ def _schema_of(kinds: frozenset[type[BaseModel]]) -> Schema:
 
 
 def without_nulls(value: Any, schema: Schema | None, keep: frozenset[str]) -> Any:
-    """`value` without the fields of `schema` that are null and not in `keep`."""
+    """Return `value` without the fields of `schema` that are null and not in `keep`."""
     if schema is None:
         return value
     if isinstance(value, list):
@@ -71,7 +71,7 @@ def _below(annotations: list[Any]) -> Schema | None:
 
 
 def _kinds(annotation: Any) -> Iterator[Any]:
-    """What a value can be, and for lists what an item can be."""
+    """Yield the types of a value; for lists, of an item."""
     origin = get_origin(annotation)
     if origin is Annotated:
         yield from _kinds(get_args(annotation)[0])

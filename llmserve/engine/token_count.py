@@ -1,7 +1,7 @@
-"""How many tokens a prompt has that is too long.
+"""The number of tokens of a prompt that is too long.
 
-vLLM cuts such a prompt just beyond what fits, so its refusal does not know. The tokenizer
-goes through the whole text in any case; here it keeps the ids of up to LIMIT tokens.
+vLLM truncates such a prompt just above the limit, so its error message has no exact count. The
+tokenizer reads the whole text anyway; here it keeps the ids of up to LIMIT tokens.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ LIMIT = 500_000
 _CONTAINS = re.compile(r"contains (?:at least )?(\d+) input tokens")
 
 
-def exact(message: str) -> str:
-    """vLLM's words without the doubt that does not apply, and with the one that does."""
+def corrected(message: str) -> str:
+    """Return vLLM's message with "at least" only where the count is a lower bound."""
     return _CONTAINS.sub(_contains, message)
 
 
 def _contains(found: re.Match[str]) -> str:
-    doubt = "at least " if int(found[1]) > LIMIT else ""
-    return f"contains {doubt}{found[1]} input tokens"
+    bound = "at least " if int(found[1]) > LIMIT else ""
+    return f"contains {bound}{found[1]} input tokens"
 
 
-def _whole(encode_kwargs: Callable[[TokenizeParams], dict[str, Any]]) -> Any:
+def _counting_whole(encode_kwargs: Callable[[TokenizeParams], dict[str, Any]]) -> Any:
     @wraps(encode_kwargs)
     def get_encode_kwargs(self: TokenizeParams) -> dict[str, Any]:
         kwargs = encode_kwargs(self)
@@ -42,6 +42,6 @@ def _whole(encode_kwargs: Callable[[TokenizeParams], dict[str, Any]]) -> Any:
 
 
 def count_whole_prompts() -> None:
-    """For all engines of this process: the class is vLLM's only place for it."""
+    """Count whole prompts in all engines of this process: the method belongs to the class."""
     if not hasattr(TokenizeParams.get_encode_kwargs, "__wrapped__"):
-        TokenizeParams.get_encode_kwargs = _whole(TokenizeParams.get_encode_kwargs)
+        TokenizeParams.get_encode_kwargs = _counting_whole(TokenizeParams.get_encode_kwargs)

@@ -1,4 +1,4 @@
-"""Tool calls in a text: JSON objects between tags, read as the text grows. Pure."""
+"""Tool calls in growing text: JSON objects between tags. Pure."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any
 
 @dataclass
 class Call:
-    """A call as far as it is written. Its arguments are the text of a JSON object."""
+    """A call, possibly incomplete. Its arguments are the text of a JSON object."""
 
     begin: int  # of its tag, in the text
     name: str | None = None
     arguments: str | None = None
     is_complete: bool = False
-    is_broken: bool = False  # no JSON, or no call
+    is_broken: bool = False  # invalid JSON, or not a call
     raw: str = ""  # its text with the tags, once it is complete or broken
 
 
 class Calls:
-    """Reads each character once. A tag inside a string of JSON is text of that string."""
+    """Reads each character once. A tag inside a JSON string belongs to that string."""
 
     def __init__(self, start: str, end: str) -> None:
         self._start = start
@@ -29,21 +29,21 @@ class Calls:
         self._position = 0
         self._open: _Members | None = None
         self.found: list[Call] = []
-        self.content = ""  # what stands before the first call
+        self.content = ""  # the text before the first call
 
     def feed(self, delta: str) -> None:
         self._text += delta
-        while self._outside() if self._open is None else self._inside(self._open):
+        while self._read_outside() if self._open is None else self._read_inside(self._open):
             pass
 
     def finish(self) -> None:
-        """At the end of a text: the last call may lack its end tag."""
+        """End the text, in which the last call may lack its end tag."""
         if self._open is None:
             self.content += "" if self.found else self._text[self._position :]
         elif self._open.is_closed:
             self._close(len(self._text))
 
-    def _outside(self) -> bool:
+    def _read_outside(self) -> bool:
         begin = self._text.find(self._start, self._position)
         until = begin if begin >= 0 else len(self._text) - self._overlap(self._start)
         if not self.found:
@@ -56,7 +56,7 @@ class Calls:
         self._open = _Members()
         return True
 
-    def _inside(self, members: _Members) -> bool:
+    def _read_inside(self, members: _Members) -> bool:
         call = self.found[-1]
         if not members.is_broken:
             self._position = members.read(self._text, self._position)
@@ -78,7 +78,7 @@ class Calls:
         members, self._open = self._open, None
         call.raw = self._text[call.begin : end]
         call.is_complete = members is not None and not members.is_broken
-        if call.arguments is None and members is not None and not members.has_arguments:
+        if call.arguments is None and members is not None and members.argument_span is None:
             call.arguments = "{}"
         call.is_broken = (
             not call.is_complete or not call.name or not isinstance(_loaded(call.arguments), dict)
@@ -86,7 +86,7 @@ class Calls:
         self._position = end
 
     def _overlap(self, tag: str) -> int:
-        """Characters at the end of the text that can be the beginning of a tag."""
+        """Return how many characters at the end of the text can begin a tag."""
         lengths = range(min(len(tag) - 1, len(self._text) - self._position), 0, -1)
         return next((each for each in lengths if self._text.endswith(tag[:each])), 0)
 
@@ -103,27 +103,25 @@ class _Members:
         self._string = (0, 0)
         self._key: str | None = None
         self._value = 0  # where the value of `_key` begins
-        self._arguments: tuple[int, int | None] | None = None
-
-    @property
-    def has_arguments(self) -> bool:
-        return self._arguments is not None
+        self.argument_span: tuple[int, int | None] | None = None
 
     def arguments(self, text: str) -> str | None:
-        """As far as they are written; None before the brace, and for other values."""
-        if self._arguments is None:
+        """Return the arguments so far; None before the brace, and for other values."""
+        if self.argument_span is None:
             return None
-        begin, end = self._arguments
+        begin, end = self.argument_span
         value = text[begin:end].lstrip()
         if value.startswith("{"):
             return value if end is None else value.rstrip()
-        if value.startswith('"') and end is not None:  # some models write JSON in a string
+        if (
+            value.startswith('"') and end is not None
+        ):  # some models write the object as a JSON string
             inner = _loaded(value)
             return inner if isinstance(inner, str) and isinstance(_loaded(inner), dict) else None
         return None
 
     def read(self, text: str, position: int) -> int:
-        """Read on from `position`; where it stopped."""
+        """Read from `position`; return where reading stopped."""
         for at in range(position, len(text)):
             if self.is_closed:
                 return at
@@ -162,17 +160,17 @@ class _Members:
         elif character == '"':
             self._in_string, self._string = False, (self._string[0], at + 1)
         elif character == "\n":
-            self.is_broken = True  # no JSON has it in a string
+            self.is_broken = True  # invalid in a JSON string
 
     def _begin_value(self, text: str, at: int) -> None:
         begin, end = self._string
         self._key, self._value = text[begin + 1 : end - 1], at + 1
         if self._key == "arguments":
-            self._arguments = (at + 1, None)
+            self.argument_span = (at + 1, None)
 
     def _end_value(self, text: str, at: int) -> None:
         if self._key == "arguments":
-            self._arguments = (self._value, at)
+            self.argument_span = (self._value, at)
         elif self._key == "name":
             name = _loaded(text[self._value : at])
             self.name = name if isinstance(name, str) else None

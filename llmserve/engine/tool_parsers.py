@@ -1,7 +1,7 @@
-"""vLLM's tool parsers with arguments that are JSON objects.
+"""vLLM's tool parsers, changed so that arguments are always JSON objects.
 
-The constraint of a forced call holds the arguments to the tool's parameters, also without
-`strict`. A parser of JSON between tags reads calls with `calltext`.
+The constraint of a forced call enforces the tool's parameters, also without `strict`. A parser of
+JSON between tags reads calls with `tool_call_text`.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
-_UNSAYING = frozenset({"type", "title", "description", "$schema"})
+_UNCONSTRAINING = frozenset({"type", "title", "description", "$schema"})
 
 
-def mend_parsers(state: Any) -> None:
-    """Exchange the tool parsers of a model's serving objects."""
+def replace_parsers(state: Any) -> None:
+    """Replace the tool parsers of a model's handlers."""
     for parser in _parsers(state):
         if parser.tool_parser_cls is not None:
-            parser.tool_parser_cls = mended(parser.tool_parser_cls)
+            parser.tool_parser_cls = with_object_arguments(parser.tool_parser_cls)
 
 
 def _parsers(state: Any) -> Iterator[Any]:
@@ -53,8 +53,8 @@ def _parsers(state: Any) -> Iterator[Any]:
                 yield parser
 
 
-def mended(parser: type[ToolParser]) -> type[ToolParser]:
-    """Mistral's parser has a grammar of its own, in which arguments are objects."""
+def with_object_arguments(parser: type[ToolParser]) -> type[ToolParser]:
+    """Return a subclass of a parser; Mistral's parser, with a grammar of its own, is unchanged."""
     if issubclass(parser, ObjectArguments) or is_mistral_tool_parser(parser):
         return parser
     own = (TaggedCalls,) if issubclass(parser, Hermes2ProToolParser) else ()
@@ -65,40 +65,42 @@ def mended(parser: type[ToolParser]) -> type[ToolParser]:
 class ObjectArguments(ToolParser):
     """Constrains the arguments of calls as if each tool were `strict`.
 
-    What of the parameters cannot be honoured is left out for a tool that is not.
+    For a tool that is not strict, unsupported keywords of its parameters are ignored.
     """
 
     def get_structural_tag(self, request: Any, **more: Any) -> Any:
-        tools = [_held(each, is_nested=False) for each in request.tools]
+        tools = [_constrained(each, is_nested=False) for each in request.tools]
         return super().get_structural_tag(request.model_copy(update={"tools": tools}), **more)
 
     def adjust_request(self, request: Any) -> Any:
         given = request.tools
         if given:
-            request.tools = [_held(each, is_nested=True) for each in given]
+            request.tools = [_constrained(each, is_nested=True) for each in given]
         try:
             return super().adjust_request(request)
         finally:
             request.tools = given
 
     def get_remaining_unstreamed_args(self) -> str:
-        """vLLM would add `{}` to a call that is cut off before its arguments."""
+        """Return nothing for a call truncated before its arguments, where vLLM returns `{}`."""
         is_begun = bool(self.prev_tool_call_arr) and "arguments" in self.prev_tool_call_arr[-1]
         return super().get_remaining_unstreamed_args() if is_begun else ""
 
 
-def _held(tool: Any, *, is_nested: bool) -> Any:
-    """A tool whose parameters are a document of their own for `llmserve.engine.structured_output.json_schema`.
+def _constrained(tool: Any, *, is_nested: bool) -> Any:
+    """Return a tool whose parameters are a separate document for `json_schema`.
 
-    vLLM's tags take the parameters as they are; where it puts them into a schema of
-    several tools it would take `$defs` out of them.
+    vLLM's tags contain the parameters unchanged. In a schema of several tools vLLM would move
+    their `$defs`, so there they are nested.
     """
     if isinstance(tool, ChatCompletionToolsParam):
-        return tool.model_copy(update={"function": _held(tool.function, is_nested=is_nested)})
+        return tool.model_copy(
+            update={"function": _constrained(tool.function, is_nested=is_nested)}
+        )
     if not isinstance(tool, FunctionTool) and not hasattr(tool, "parameters"):
         return tool
     own = {"type": "object"} | (tool.parameters or {})
-    if own["type"] == "object" and own.keys() <= _UNSAYING:
+    if own["type"] == "object" and own.keys() <= _UNCONSTRAINING:
         own |= _NO_ARGUMENTS
     own[ARGUMENTS] = tool.strict is True
     parameters = {"type": "object", "allOf": [own]} if is_nested else own
@@ -106,20 +108,20 @@ def _held(tool: Any, *, is_nested: bool) -> Any:
 
 
 class TaggedCalls(Hermes2ProToolParser):
-    """Calls between tags. Streamed arguments are the text that the model wrote."""
+    """Reads calls between tags. Streamed arguments are the model's text."""
 
     def __init__(self, *arguments: Any, **more: Any) -> None:
         super().__init__(*arguments, **more)
-        self._calls = self._reader()
+        self._calls = self._new_reader()
         self._sent = 0  # characters of the content
-        self._tools: dict[int, int] = {}  # the index of each call that was announced
-        self._shown = 0  # calls that are done with
+        self._tools: dict[int, int] = {}  # indices of the calls that were announced
+        self._finished = 0  # calls
 
-    def _reader(self) -> Calls:
+    def _new_reader(self) -> Calls:
         return Calls(self.tool_call_start_token, self.tool_call_end_token)
 
     def extract_tool_calls(self, model_output: str, request: Any) -> ExtractedToolCallInformation:
-        calls = self._reader()
+        calls = self._new_reader()
         calls.feed(model_output)
         calls.finish()
         found = calls.found
@@ -144,20 +146,20 @@ class TaggedCalls(Hermes2ProToolParser):
         content = self._calls.content[self._sent :]
         self._sent = len(self._calls.content)
         deltas: list[DeltaToolCall] = []
-        for number in range(self._shown, len(self._calls.found)):
+        for number in range(self._finished, len(self._calls.found)):
             call = self._calls.found[number]
             if call.is_broken and number not in self._tools:
                 content += call.raw
             elif number in self._tools or _is_certain(call, request):
-                deltas += self._written(number, call)
+                deltas += self._new_deltas(number, call)
             if call.raw:
-                self._shown = number + 1
+                self._finished = number + 1
         if not content and not deltas:
             return None
         return DeltaMessage(content=content or None, tool_calls=deltas)
 
-    def _written(self, number: int, call: Call) -> Iterator[DeltaToolCall]:
-        """What is new of a call."""
+    def _new_deltas(self, number: int, call: Call) -> Iterator[DeltaToolCall]:
+        """Yield the new parts of a call."""
         if number not in self._tools:
             self._tools[number] = index = len(self._tools)
             self.prev_tool_call_arr.append({"name": call.name, "arguments": ""})
@@ -179,6 +181,6 @@ class TaggedCalls(Hermes2ProToolParser):
 
 
 def _is_certain(call: Call, request: Any) -> bool:
-    """Whether a call that begins like this has arguments: a forced one is constrained."""
+    """Whether a call with this beginning has arguments: a forced one is constrained."""
     is_forced = request.tool_choice not in ("auto", "none", None)
     return call.name is not None and (call.arguments is not None or is_forced)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
 # A child of vLLM's logger: in an engine's process no other reaches the log.
-log = logging.getLogger("vllm.llmserve.handover")
+log = logging.getLogger("vllm.llmserve.page_exchange")
 
 PAGE_BYTES = 256 << 20
 ADDRESS = "LLMSERVE_HANDOVER"  # in the environment: where the server listens, and what it asks

@@ -9,7 +9,7 @@ from pydantic import TypeAdapter
 
 from llmserve import __version__
 from llmserve.api.endpoints import ENDPOINTS
-from llmserve.engine.handlers import HANDLERS
+from llmserve.engine.endpoint_handlers import HANDLERS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -1,40 +1,21 @@
-"""Engines inside the test process: a real `AsyncLLM` on a fake core, or on the CPU."""
+"""Fixtures of the contract tests: services over a real `AsyncLLM` on a fake engine core."""
 
 from __future__ import annotations
 
-import asyncio
-import os
-import sys
-import uuid
-from contextlib import asynccontextmanager
-from pathlib import Path
-from subprocess import PIPE, Popen
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import pytest_asyncio
 
 from llmserve.engine import environment
-from llmserve.engine.worker import plugin
-from llmserve.http.services import Services
-from llmserve.lifecycle.operator import ModelOperator
-from llmserve.lifecycle.pool import Pool
-from llmserve.metrics import Metrics
-from llmserve.registry.names import ModelNames
-from llmserve.registry.spec import Config, ModelSpec, ServerSpec
-from tests.fakes import FakeBackend
+from llmserve.registry.spec import ModelSpec
+from tests.contract.support import CHAT, EMBED, on_fake_core, services_of
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator
+    from pathlib import Path
 
-    from llmserve.engine.handlers import ModelHandlers
-    from llmserve.lifecycle.placement import Placement
-    from llmserve.lifecycle.replica import Running, State
-
-MODELS = Path(__file__).parents[2] / "models"
-CHAT = MODELS / "SmolLM2-135M-Instruct"
-EMBED = MODELS / "all-MiniLM-L6-v2"
-STEP_S = 0.005  # of the fake core
+    from llmserve.http.services import Services
 
 
 @pytest.fixture(scope="session")
@@ -48,59 +29,6 @@ def engine_environment(engine_logs: Path) -> None:
     missing = [folder.name for folder in (CHAT, EMBED) if not folder.is_dir()]
     if missing:
         pytest.fail(f"run `make models` first: {', '.join(missing)} missing")
-
-
-@asynccontextmanager
-async def on_fake_core(
-    spec: ModelSpec, step_s: float = STEP_S, number: int = 0, task: str = "generate"
-) -> AsyncIterator[tuple[ModelHandlers, Popen[bytes]]]:
-    """vLLM's front end for a replica of `spec`, attached to a fake engine core."""
-    from llmserve.engine.engine import Launcher
-    from llmserve.engine.handlers import ModelHandlers
-
-    names = [f"ipc://@llmserve-test-{uuid.uuid4().hex}" for _ in range(2)]
-    addresses = {"input_address": names[0], "output_address": names[1]}
-    launcher = Launcher(Path(os.environ[plugin.LOG_DIR]))
-    core = _fake_core(*names, "--step-ms", str(1000 * step_s), "--task", task)
-    try:
-        engine = await asyncio.to_thread(launcher.start, spec, number, addresses)
-        serving = await ModelHandlers.build(spec, engine)
-        yield serving, core
-        await serving.stop()
-    finally:
-        launcher.stop()
-        core.kill()
-        core.communicate()
-
-
-def _fake_core(*arguments: str) -> Popen[bytes]:
-    line = [sys.executable, "-m", "tests.contract.fake_core", *arguments]
-    return Popen(line, stdin=PIPE, cwd=MODELS.parent)  # it ends with its stdin
-
-
-class Started(FakeBackend):
-    """A backend for models that run already, each by its name or, of several, all replicas."""
-
-    def __init__(self, running: dict[str, Any]) -> None:
-        super().__init__()
-        self._running = running
-
-    async def start(
-        self, spec: ModelSpec, placement: Placement, report: Callable[[State, str], None]
-    ) -> Running:
-        found = self._running[spec.name]
-        running: Running = found[placement.number] if spec.replicas > 1 else found
-        return running
-
-
-async def services_of(specs: list[ModelSpec], running: dict[str, Any]) -> Services:
-    metrics = Metrics()
-    backend = Started(running)
-    pool = Pool(ModelNames(specs), backend, metrics)
-    await pool.start()
-    config = Config(file=Path("models.yaml"), server=ServerSpec(), models=tuple(specs))
-    control = ModelOperator(config, pool, backend, lambda: config, lambda _: None)
-    return Services(config, pool, metrics, control)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
@@ -123,4 +51,4 @@ async def calling() -> AsyncIterator[Services]:
     )
     async with on_fake_core(spec) as (serving, _):
         yield await services_of([spec], {"chat": serving})
-        await serving.engine.client._grammars.close()
+        await serving.engine.client._compiler.close()

@@ -20,7 +20,8 @@ from llmserve.registry.spec import ServerSpec
 from llmserve.server import process, response_cycle
 from llmserve.server.limits import Limits
 from tests.contract.fake_core import SILENT
-from tests.contract.test_fast_path import CHATS, COMPLETIONS, EMOJI, Box, boxed, events
+from tests.contract.fast_path_box import EMOJI, Box, boxed
+from tests.contract.support import CHATS, COMPLETIONS, events
 from tests.fakes import soon, until
 
 if TYPE_CHECKING:
@@ -123,24 +124,24 @@ async def whole(box: Box, body: dict[str, Any]) -> str:
 
 def text_of(reply: httpx.Response) -> tuple[str, int]:
     """The text of a stream, and how many tokens it says it has."""
-    *chunks, usage, done = events(reply)
-    assert done == "data: [DONE]"
+    *chunks, usage, done = events(reply.text)
+    assert done == "[DONE]"
     pieces = [chunk["choices"][0]["text"] for chunk in chunks]
     assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
     return "".join(pieces), usage["usage"]["completion_tokens"]
 
 
 @pytest.mark.parametrize("path", [CHATS, COMPLETIONS])
-@pytest.mark.parametrize("long_way", [False, True])
+@pytest.mark.parametrize("vllm_path", [False, True])
 async def test_a_client_that_reads_nothing_is_cut_off_and_no_other(
-    box: Box, path: str, long_way: bool
+    box: Box, path: str, vllm_path: bool
 ) -> None:
     before = await box.core("aborted")
     stuck = asking(EMOJI, 1900)
     if path == CHATS:
         stuck["messages"] = [{"role": "user", "content": stuck.pop("prompt")}]
     aborts = 1
-    if long_way:  # vLLM's generators, through EventStream; a request for each choice
+    if vllm_path:  # vLLM's generators, through EventStream; a request for each choice
         stuck["n"] = aborts = 2
     reading = asking(EMOJI, 900)
     expected = await whole(box, reading)
@@ -171,7 +172,7 @@ async def test_a_client_that_pauses_gets_all_of_its_text_in_order(box: Box) -> N
             received = await soon(rest_of(client), 300)
     reply = reply_of(received)
     assert text_of(reply) == (expected, 1200)
-    assert len(events(reply)) < 1200, "what waited came in longer events"
+    assert len(events(reply.text)) < 1200, "what waited came in longer events"
     assert await box.core("aborted") == before
 
 
@@ -233,7 +234,7 @@ async def test_a_client_that_leaves_with_a_second_request_waiting_is_gone(box: B
 
 async def test_headers_alone_leave_a_stream_open(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(box.serving.engine.flow, "schedule", Schedule(headers_s=0.01))
-    for seed in (1, SILENT):  # the second one by recipe
+    for seed in (1, SILENT):  # the second one by template
         body = json.dumps(asking("one", 3) | {"seed": seed}).encode()
         head = f"POST {COMPLETIONS} HTTP/1.1\r\nhost: test\r\ncontent-length: {len(body)}\r\n\r\n"
         async with served(box) as port:
@@ -317,7 +318,7 @@ async def test_an_answer_after_comments_comes_whole(
     body = asking("one two three", 1)
     expected = await box.client.post(COMPLETIONS, json=body)
     async with served(box) as port, httpx.AsyncClient(timeout=5) as client:
-        for _ in range(2):  # the second one by recipe, on the same connection
+        for _ in range(2):  # the second one by template, on the same connection
             reply = await client.post(f"http://127.0.0.1:{port}{COMPLETIONS}", json=body)
             assert reply.text.startswith(": chat is ")
             assert text_of(reply) == text_of(expected)

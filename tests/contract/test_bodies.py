@@ -14,7 +14,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from llmserve.api.endpoints import ENDPOINTS
-from llmserve.engine.handlers import HANDLERS
+from llmserve.engine.endpoint_handlers import HANDLERS
 from llmserve.engine.pacing import PacedRendering
 from llmserve.engine.request_validation import KEYS_LIMIT, bounded
 from llmserve.http import app

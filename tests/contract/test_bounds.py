@@ -18,8 +18,8 @@ from llmserve.engine.parent_watch import ParentWatch
 from llmserve.errors import EngineError
 from llmserve.lifecycle.placement import Level
 from llmserve.registry.spec import ModelSpec
-from tests import tied
-from tests.contract.conftest import CHAT, on_fake_core
+from tests import watched_server
+from tests.contract.support import CHAT, on_fake_core
 from tests.fakes import soon
 
 if TYPE_CHECKING:
@@ -62,13 +62,13 @@ def engine(client: Hung) -> Iterator[Any]:
 
     arguments = AsyncEngineArgs(model="m", enable_sleep_mode=True)
     hung: Any = client
-    tether = ParentWatch()
-    made = Engine(hung, arguments, EngineMetrics("chat"), tether, Path("model-chat.log"))
+    watch = ParentWatch()
+    made = Engine(hung, arguments, EngineMetrics("chat"), watch, Path("model-chat.log"))
     made.bounds = Bounds(
         answer_s=0.02, silence_s=0.5, stop_s=0.05, copied_per_s=1e12, read_per_s=1e12
     )
     yield made
-    tether.cut()
+    watch.kill()
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def engine(client: Hung) -> Iterator[Any]:
 async def test_engine_hung_in_a_call_is_killed(
     engine: Any, client: Hung, call: Callable[[Any], Awaitable[None]], what: str
 ) -> None:
-    process = tied.start(engine._tether)
+    process = watched_server.start(engine._watch)
     with pytest.raises(EngineError) as raised:
         await soon(call(engine))
     assert raised.value.message == (
@@ -106,15 +106,10 @@ async def test_engine_hung_as_it_wakes_is_killed(engine: Any, level: Level) -> N
 
 
 async def test_engine_cannot_be_built_on_a_hung_one(engine: Any) -> None:
-    from llmserve.engine.handlers import ModelHandlers
-    from llmserve.lifecycle.response_store import ResponseStore
+    from llmserve.engine.handler_state import create_handlers
 
-    with pytest.raises(EngineError, match=r"did not answer its tasks within 0\.02 s"):
-        await soon(
-            ModelHandlers._of(
-                ModelSpec(name="chat", model=str(CHAT)), engine, ResponseStore(), None
-            )
-        )
+    with pytest.raises(EngineError, match=r"did not report its tasks within 0\.02 s"):
+        await soon(create_handlers(ModelSpec(name="chat", model=str(CHAT)), engine))
     assert engine.dead
 
 
@@ -139,7 +134,7 @@ async def test_engine_that_does_not_stop_is_killed(engine: Any, client: Hung) ->
 
 
 async def test_engine_that_stops_leaves_no_process(engine: Any) -> None:
-    process = tied.start(engine._tether)
+    process = watched_server.start(engine._watch)
     await soon(engine.end())
     await asyncio.to_thread(process.join, 60)
     assert process.exitcode == -signal.SIGKILL
@@ -159,7 +154,7 @@ async def test_engine_s_weights_decide_its_bounds(engine: Any, client: Any) -> N
 
     client.collective_rpc = collective_rpc
     await engine.start_reports()
-    assert engine.bounds.read_s(engine._weights) == pytest.approx(0.22)
+    assert engine.bounds.read_s(engine._weight_bytes) == pytest.approx(0.22)
 
 
 # --- whether it works
@@ -168,7 +163,7 @@ async def test_engine_s_weights_decide_its_bounds(engine: Any, client: Any) -> N
 @contextmanager
 def process_of(engine: Any, code: str) -> Iterator[Popen[bytes]]:
     with Popen(["sh", "-c", code]) as process:
-        engine._tether._started.append(SimpleNamespace(pid=process.pid))
+        engine._watch._started.append(SimpleNamespace(pid=process.pid))
         try:
             yield process
         finally:
@@ -216,7 +211,7 @@ async def test_engine_s_handlers_are_built_outside_the_loop(
         threads.append(threading.current_thread())
         await init_app_state(*arguments)
 
-    monkeypatch.setattr("llmserve.engine.handlers.init_app_state", noted)
+    monkeypatch.setattr("llmserve.engine.handler_state.init_app_state", noted)
     spec = ModelSpec(name="chat", model=str(CHAT), engine={"max_model_len": 512})
     async with on_fake_core(spec) as (serving, _):
         changed = await serving.changed(spec.model_copy(update={"tool_call_parser": "hermes"}))

@@ -9,7 +9,7 @@ import pytest
 from vllm.parser import ParserManager
 
 from llmserve.engine.fastpath.chunk_templates import ChatModels, ChunkTemplate
-from tests.contract.conftest import CHAT
+from tests.contract.support import CHAT
 
 
 def template(*, parsed: bool) -> ChunkTemplate:

@@ -17,23 +17,16 @@ from hypothesis import strategies as st
 
 from llmserve.errors import LLMServeError
 from llmserve.http import app
-from tests.contract.test_handlers import HELLO, post
+from tests.contract.support import CHATS, COMPLETIONS, HELLO, post, running
 
 if TYPE_CHECKING:
     from llmserve.engine.structured_output.compiler import ConstraintCompiler
     from llmserve.http.services import Services
 
-CHATS = "/v1/chat/completions"
-COMPLETIONS = "/v1/completions"
-
 
 def grammars_of(serving: Any) -> ConstraintCompiler:
-    grammars: ConstraintCompiler = serving.engine.client._grammars
+    grammars: ConstraintCompiler = serving.engine.client._compiler
     return grammars
-
-
-def running(services: Services) -> Any:
-    return services.pool.entries["chat"].running
 
 
 def own(**constraint: Any) -> dict[str, Any]:

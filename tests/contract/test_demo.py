@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.contract.conftest import CHAT
+from tests.contract.support import CHAT
 from tests.readme import ANSWER, ASKED, REPLY
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from tokenizers.decoders import DecodeStream
 
-from tests.contract.conftest import CHAT, EMBED
+from tests.contract.support import CHAT, EMBED
 
 TEXTS = [
     "The quick brown fox, isn't it? 12,345.67",
@@ -139,7 +139,7 @@ def pieces_of_words() -> Any:
 
 @pytest.mark.parametrize("end", ["", "\N{REPLACEMENT CHARACTER}", "🦩", "half"])
 def test_decode_without_table_is_answer_alone(end: str) -> None:
-    from llmserve.engine.fastpath.detokenizer import start_clean, text_table
+    from llmserve.engine.fastpath.detokenizer import exclude_prompt, text_table
 
     tokens = pieces_of_words()
     assert text_table(tokens, "words") is None
@@ -148,15 +148,15 @@ def test_decode_without_table_is_answer_alone(end: str) -> None:
     prompt = [a, word, *ended]  # a byte's id is its value
     answer = [word, *"🦩".encode(), a]
     detokenizer = detokenizer_of(tokens, prompt)
-    start_clean(detokenizer, prompt)
+    exclude_prompt(detokenizer, prompt)
     assert "".join(detokenizer.decode_next(token) for token in answer) == " word🦩 a"
 
 
-def test_start_clean_prompt_of_whole_text_keeps_stream() -> None:
-    from llmserve.engine.fastpath.detokenizer import start_clean
+def test_exclude_prompt_prompt_of_whole_text_keeps_stream() -> None:
+    from llmserve.engine.fastpath.detokenizer import exclude_prompt
 
     prompt = tokenizer(str(CHAT)).encode("whole")
     detokenizer = detokenizer_of(tokenizer(str(CHAT)), prompt)
     before = detokenizer.stream
-    start_clean(detokenizer, prompt)
+    exclude_prompt(detokenizer, prompt)
     assert detokenizer.stream is before

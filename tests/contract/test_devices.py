@@ -36,7 +36,7 @@ def test_an_engines_gpus_are_numbered_from_0(
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", before or "")
     config = SimpleNamespace(parallel_config=SimpleNamespace(assigned_physical_gpu_ids=ids))
-    plugin._see_only_own_gpus(config)
+    plugin._hide_other_gpus(config)
     interface.set_assigned_physical_gpu_ids(ids)
     ranks = range(len(ids))
     assert [Cuda.logical_device_id_to_visible_device_id(rank) for rank in ranks] == list(ranks)
@@ -47,5 +47,5 @@ def test_an_engines_gpus_are_numbered_from_0(
 def test_without_assigned_gpus_nothing_is_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     config = SimpleNamespace(parallel_config=SimpleNamespace(assigned_physical_gpu_ids=None))
-    plugin._see_only_own_gpus(config)
+    plugin._hide_other_gpus(config)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1"

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from llmserve.engine import run_folder
 from llmserve.errors import StartupError
-from llmserve.registry.spec import ModelSpec, SamplingSpec
-from tests.contract.conftest import CHAT
-
-
-def spec(**said: Any) -> ModelSpec:
-    return ModelSpec(name="chat", model=str(CHAT), **said)
+from llmserve.registry.spec import SamplingSpec
+from tests.contract.support import spec
 
 
 def test_a_registry_entry_in_vllms_terms() -> None:
-    from llmserve.engine.engine import engine_arguments
+    from llmserve.engine.engine_arguments import engine_arguments
 
     arguments = engine_arguments(
         spec(
@@ -42,7 +37,7 @@ def test_a_registry_entry_in_vllms_terms() -> None:
 
 
 def test_on_the_cpu_each_engine_gets_its_own_kv_cache_and_no_compilation() -> None:
-    from llmserve.engine.engine import engine_arguments
+    from llmserve.engine.engine_arguments import engine_arguments
 
     arguments = engine_arguments(spec(devices=(0,)))
     assert arguments.kv_cache_memory_bytes == 2**30
@@ -54,7 +49,7 @@ def test_on_the_cpu_each_engine_gets_its_own_kv_cache_and_no_compilation() -> No
 def test_mappings_become_vllms_config_classes() -> None:
     from vllm.config import StructuredOutputsConfig
 
-    from llmserve.engine.engine import engine_arguments
+    from llmserve.engine.engine_arguments import engine_arguments
 
     arguments = engine_arguments(
         spec(engine={"structured_outputs_config": {"backend": "xgrammar"}})
@@ -64,7 +59,7 @@ def test_mappings_become_vllms_config_classes() -> None:
 
 
 def test_tensor_parallel_engines_do_without_ray() -> None:
-    from llmserve.engine.engine import engine_arguments
+    from llmserve.engine.engine_arguments import engine_arguments
 
     arguments = engine_arguments(spec(tensor_parallel_size=2, devices=(0, 1)))
     assert arguments.tensor_parallel_size == 2
@@ -72,7 +67,7 @@ def test_tensor_parallel_engines_do_without_ray() -> None:
 
 
 def test_each_engine_writes_its_figures_into_a_registry_of_its_own() -> None:
-    from llmserve.engine.engine import engine_arguments
+    from llmserve.engine.engine_arguments import engine_arguments
     from llmserve.engine.metrics import EngineMetrics
 
     each = [EngineMetrics("chat"), EngineMetrics("embed")]
@@ -111,17 +106,17 @@ def test_the_cause_of_a_failed_start_comes_from_the_engines_log(
     assert cause_of(raised, file) == cause
 
 
-def test_engine_cores_are_started_where_they_are_tied() -> None:
+def test_engine_cores_start_where_they_are_watched() -> None:
     """By multiprocessing, in the thread of the start: `llmserve.engine.parent_watch`."""
     from vllm.v1.engine.utils import CoreEngineProcManager
     from vllm.v1.executor import Executor
 
-    from llmserve.engine.engine import engine_arguments
+    from llmserve.engine.engine_arguments import engine_arguments
     from llmserve.engine.parent_watch import ParentWatch
 
     config = engine_arguments(spec()).create_engine_config()
-    tether = ParentWatch()
-    with tether.tying():
+    watch = ParentWatch()
+    with watch.watching():
         manager = CoreEngineProcManager(
             local_engine_count=1,
             start_index=0,
@@ -133,21 +128,21 @@ def test_engine_cores_are_started_where_they_are_tied() -> None:
             log_stats=False,
         )
     (process,) = manager.processes
-    assert tether.pids == [process.pid]
+    assert watch.pids == [process.pid]
     assert process.is_alive()
-    tether.cut()
+    watch.kill()
     process.join(60)
     assert process.exitcode == -signal.SIGKILL
 
 
-def test_launcher_stopped_cuts_all_and_starts_nothing(tmp_path: Path) -> None:
-    from llmserve.engine.engine import Launcher
+def test_launcher_stopped_kills_all_and_starts_nothing(tmp_path: Path) -> None:
+    from llmserve.engine.launcher import Launcher
 
     launcher = Launcher(tmp_path)
-    under_way = [launcher.tether() for _ in range(2)]
+    under_way = [launcher.new_watch() for _ in range(2)]
     launcher.stop()
-    assert all(tether.is_cut for tether in under_way)
-    for start in (launcher.tether, lambda: launcher.start(spec(), tether=under_way[0])):
+    assert all(watch.is_killed for watch in under_way)
+    for start in (launcher.new_watch, lambda: launcher.start(spec(), watch=under_way[0])):
         with pytest.raises(StartupError, match="the server is stopping"):
             start()
 
@@ -157,14 +152,14 @@ def test_launcher_that_fails_after_its_engine_is_made_ends_it(
 ) -> None:
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    from llmserve.engine.engine import Launcher
+    from llmserve.engine.launcher import Launcher
 
     monkeypatch.setattr(AsyncLLM, "from_vllm_config", lambda *_, **__: object())
     launcher = Launcher(tmp_path)
-    tether = launcher.tether()
+    watch = launcher.new_watch()
     with pytest.raises(StartupError, match="AttributeError"):
-        launcher.start(spec(), tether=tether)
-    assert tether.is_cut
+        launcher.start(spec(), watch=watch)
+    assert watch.is_killed
 
 
 def test_sockets_are_where_the_run_folder_is(

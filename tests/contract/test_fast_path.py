@@ -1,7 +1,7 @@
-"""The short way of streams: what a client gets is what vLLM's own generators give.
+"""The fast path: a client receives what vLLM's own generators write.
 
-Three ways lead to an answer: vLLM's generator (`LONG`), vLLM's handler with our stream
-(the first request of a kind), and a recipe with our stream (those after it).
+Three ways lead to an answer: vLLM's generator (`Box.vllm_path`), vLLM's handler with our stream
+(the first request of a kind), and a template with our stream (those after it).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import logging
 import re
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -31,15 +31,24 @@ from vllm.v1.metrics.loggers import StatLoggerManager
 
 from llmserve.api.context import RequestContext
 from llmserve.api.endpoint_id import EndpointId
+from llmserve.engine.endpoint_handlers import HANDLERS
 from llmserve.engine.fastpath.output_processor import StreamingOutputProcessor
-from llmserve.engine.handlers import HANDLERS
 from llmserve.engine.metrics import EngineMetrics
 from llmserve.engine.request_validation import bounded
-from llmserve.http import app
 from llmserve.lifecycle import restart_backoff
 from llmserve.registry.spec import ModelSpec
-from tests.contract.conftest import CHAT, on_fake_core, services_of
 from tests.contract.fake_core import DIES_AT_ONCE, FAILS, PREEMPTED, SILENT, TRIPLES
+from tests.contract.fast_path_box import (
+    EMOJI,
+    FOX,
+    Box,
+    assert_same,
+    boxed,
+    prompt,
+    seen,
+    user,
+)
+from tests.contract.support import CHAT, CHATS, COMPLETIONS, events, services_of
 from tests.fakes import soon, until
 from tests.listening import listening
 
@@ -49,92 +58,14 @@ if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
     from vllm.v1.engine import EngineCoreRequest
 
-    from llmserve.engine.handlers import ModelHandlers
-    from llmserve.http.services import Services
 
-CHATS, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
-STEP_S = 0.001
-
-FOX = "The quick brown fox jumps over the lazy dog."
 FOX_ID = 16438  # " fox"
-EMOJI = "👨‍👩‍👧‍👦 met 🇩🇪🇯🇵 and 👍🏽 at 🏳️‍🌈 🙂🙃"
 CJK = "東京は日本の首都です。你好世界。한국어"
 INDIC = "नमस्ते दुनिया مرحبا بالعالم שלום"
 SPECIAL = "one<|im_end|>\n<|im_start|>two<|endoftext|>three"
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 FAMILY = f"Family: 👨‍👩‍👧 end {REPLACEMENT}"
 QUOTES = 'a "quoted" \\ back\tslash </script> \x7f é'
-
-
-class Box:
-    """A server on a fake core, and the three ways through it."""
-
-    def __init__(self, services: Services, serving: ModelHandlers) -> None:
-        self.services, self.serving = services, serving
-        self.app = app.build(services)
-        transport = httpx.ASGITransport(self.app)
-        self.client = httpx.AsyncClient(transport=transport, base_url="http://test", timeout=60)
-
-    async def ask(self, path: str, body: dict[str, Any]) -> httpx.Response:
-        # The id of an answer is made of the request's.
-        headers = {"x-request-id": "same"}
-        return await self.client.post(path, json={"model": "chat"} | body, headers=headers)
-
-    async def core(self, method: str) -> Any:
-        return await self.serving.engine.client.engine_core.call_utility_async(method)
-
-    def forget(self) -> None:
-        """No recipe is known."""
-        for express in self.serving._express.values():
-            express._recipes.kept.clear()
-
-    @property
-    def written(self) -> float:
-        """Grows with what leaves by the short way."""
-        return self.figures()["llmserve_stream_lag_seconds_count"]
-
-    def figures(self) -> dict[str, float]:
-        """Each sample of the engine's registry, those of one name and reason as one."""
-        sums: dict[str, float] = {}
-        for family in self.serving.registry.collect():
-            for sample in family.samples:
-                reason = sample.labels.get("finished_reason", "")
-                name = f"{sample.name} {reason}".rstrip()
-                if "le" not in sample.labels:
-                    sums[name] = sums.get(name, 0.0) + sample.value
-        return sums
-
-    @contextlib.contextmanager
-    def long_way(self) -> Iterator[None]:
-        with pytest.MonkeyPatch.context() as patch:
-            for express in self.serving._express.values():
-                patch.setattr(express, "open", False)
-            yield
-
-    @contextlib.contextmanager
-    def handler_calls(self) -> Iterator[list[str]]:
-        """The endpoints of requests that went through vLLM's handlers meanwhile."""
-        calls: list[str] = []
-        call = self.serving.call
-
-        async def counted(endpoint: EndpointId, *rest: Any) -> Any:
-            calls.append(endpoint)
-            return await call(endpoint, *rest)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(self.serving, "call", counted)
-            yield calls
-
-
-@asynccontextmanager
-async def boxed(step_s: float = STEP_S, **said: Any) -> AsyncIterator[Box]:
-    spec = ModelSpec(
-        name="chat", model=str(CHAT), aliases=("alias",), engine={"max_model_len": 2048}, **said
-    )
-    async with on_fake_core(spec, step_s) as (serving, _):
-        box = Box(await services_of([spec], {"chat": serving}), serving)
-        async with box.client:
-            yield box
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
@@ -158,66 +89,12 @@ def nothing_is_known(request: pytest.FixtureRequest) -> None:
 
 # --- what a client sees
 
-_TEXT = re.compile(rb'"(content|text)":("(?:[^"\\]|\\.)*")')
-
-
-@dataclass
-class Seen:
-    """An answer, but for its time and where its text is cut into pieces.
-
-    Text may wait for more on any way, at last for the event of the end: a short answer
-    can do without `middles`.
-    """
-
-    status: int
-    headers: dict[str, str]
-    frames: list[bytes]
-    middles: set[bytes] = field(compare=False)
-    text: str
-
-
-def seen(reply: httpx.Response) -> Seen:
-    found = Seen(reply.status_code, dict(reply.headers), [], set(), "")
-    assert reply.content.endswith(b"\n\n"), reply.text
-    for frame in reply.content.removesuffix(b"\n\n").split(b"\n\n"):
-        for _, text in _TEXT.findall(frame):
-            found.text += json.loads(text)
-        masked = re.sub(rb'"created":\d+', b'"created":0', _TEXT.sub(rb'"\1":TEXT', frame))
-        # Through a parser the end of a text that has left before has none.
-        masked = masked.replace(b'"delta":{}', b'"delta":{"content":TEXT}')
-        if b"TEXT" in masked and b'"finish_reason":null' in masked and b'"role"' not in masked:
-            assert b'finish_reason":"' not in b"".join(found.frames), "text after the end"
-            found.middles.add(masked)
-        else:
-            found.frames.append(masked)
-    assert len(found.middles) <= 1, found.middles
-    return found
-
-
-def assert_same(got: Seen, expected: Seen) -> None:
-    assert got == expected
-    assert got.middles == expected.middles or not (got.middles and expected.middles)
-
-
-def events(reply: httpx.Response) -> list[Any]:
-    """The data of each event; [DONE] as it is."""
-    lines = [line for line in reply.text.splitlines() if line.startswith("data: ")]
-    return [line if line == "data: [DONE]" else json.loads(line[6:]) for line in lines]
-
-
-def user(text: str) -> dict[str, Any]:
-    return {"messages": [{"role": "user", "content": text}], "max_tokens": 100}
-
-
-def prompt(text: str) -> dict[str, Any]:
-    return {"prompt": text, "max_tokens": 60}
-
 
 @dataclass
 class Case:
     """What is asked, and what must be in the answer.
 
-    `kept`: whether it leaves a recipe. `broken`: whether its tokens are no UTF-8.
+    `kept`: whether it leaves a template. `broken`: whether its tokens are no UTF-8.
     """
 
     path: str
@@ -348,10 +225,10 @@ async def test_a_stream_without_tools_is_the_same_where_a_parser_stands_by(
 async def same_on_all_ways(box: Box, case: Case) -> None:
     body = case.body | {"stream": True}
     start = box.written
-    with box.long_way():
+    with box.vllm_path():
         expected = seen(await box.ask(case.path, body))
     asked = await box.core("last_request")
-    assert box.written == start, "the long way is vLLM's alone"
+    assert box.written == start, "vLLM's path is vLLM's alone"
     assert expected.status == 200
     assert case.holds in expected.text
     assert (REPLACEMENT in expected.text) == case.broken
@@ -363,7 +240,7 @@ async def same_on_all_ways(box: Box, case: Case) -> None:
             got = seen(await box.ask(case.path, body))
         assert_same(got, expected)
         assert await box.core("last_request") == asked
-        assert box.written > before, "the short way was not taken"
+        assert box.written > before, "the fast path was not taken"
         assert len(calls) == (0 if known else 1)
 
 
@@ -400,7 +277,7 @@ async def test_a_whole_answer_is_the_same_whether_or_not_its_tokens_are_followed
     from llmserve.engine.fastpath import output_processor as outputs
 
     got = (await box.ask(CHATS, WHOLE[name])).json()
-    monkeypatch.setattr(outputs, "_silent", lambda _: False)
+    monkeypatch.setattr(outputs, "_is_final_only", lambda _: False)
     expected = (await box.ask(CHATS, WHOLE[name])).json()
     assert expected["usage"]["completion_tokens"] > 0
     del got["created"], expected["created"]
@@ -443,22 +320,22 @@ def test_a_step_is_told_to_our_logger_alone(box: Box, caplog: pytest.LogCaptureF
     assert isinstance(logger, figures.logger_class)
 
 
-# --- recipes
+# --- request templates
 
 
-async def asked_by_recipe(box: Box, path: str, body: dict[str, Any]) -> bool:
+async def asked_by_template(box: Box, path: str, body: dict[str, Any]) -> bool:
     with box.handler_calls() as calls:
         reply = await box.ask(path, body)
     assert reply.status_code == 200, reply.text
     return not calls
 
 
-async def test_texts_seeds_and_limits_share_a_recipe_and_reach_the_engine(box: Box) -> None:
+async def test_texts_seeds_and_limits_share_a_template_and_reach_the_engine(box: Box) -> None:
     first = user("one") | {"stream": True, "seed": 1, "max_tokens": 2}
-    assert not await asked_by_recipe(box, CHATS, first)
+    assert not await asked_by_template(box, CHATS, first)
     for seed, limit in ((2, 3), (99, 4)):
         body = user(f"text {seed}") | {"stream": True, "seed": seed, "max_tokens": limit}
-        assert await asked_by_recipe(box, CHATS, body)
+        assert await asked_by_template(box, CHATS, body)
         last = await box.core("last_request")
         assert (last["seed"], last["max_tokens"]) == (seed, limit)
 
@@ -477,7 +354,7 @@ async def test_texts_seeds_and_limits_share_a_recipe_and_reach_the_engine(box: B
         (COMPLETIONS, (prompt("one"), prompt(FOX)), {"repetition_penalty": 1.1, "n": 1}),
     ],
 )  # fmt: skip
-async def test_the_engine_gets_by_recipe_what_vllm_gives_it(
+async def test_the_engine_gets_by_template_what_vllm_gives_it(
     box: Box,
     monkeypatch: pytest.MonkeyPatch,
     path: str,
@@ -494,10 +371,10 @@ async def test_the_engine_gets_by_recipe_what_vllm_gives_it(
     monkeypatch.setattr(StreamingOutputProcessor, "add_request", added)
     first, second = ({"max_tokens": 3} | each | more | {"stream": True} for each in prompts)
     box.forget()
-    assert not await asked_by_recipe(box, path, first)
-    assert await asked_by_recipe(box, path, second)
+    assert not await asked_by_template(box, path, first)
+    assert await asked_by_template(box, path, second)
     box.forget()
-    assert not await asked_by_recipe(box, path, second)
+    assert not await asked_by_template(box, path, second)
     _, ours, vllms = given
     for request in (ours, vllms):
         assert request.external_req_id is not None
@@ -520,20 +397,20 @@ async def test_the_engine_gets_by_recipe_what_vllm_gives_it(
         {"chat_template_kwargs": {"x": 1}},
     ],
 )
-async def test_a_body_with_another_field_is_not_served_by_a_recipe(
+async def test_a_body_with_another_field_is_not_served_by_a_template(
     box: Box, other: dict[str, Any]
 ) -> None:
     body = user(FOX) | {"stream": True, "max_tokens": 4}
     await box.ask(CHATS, body)
-    assert await asked_by_recipe(box, CHATS, body)
-    assert not await asked_by_recipe(box, CHATS, body | other)
+    assert await asked_by_template(box, CHATS, body)
+    assert not await asked_by_template(box, CHATS, body | other)
 
 
 @pytest.mark.parametrize("value", [True, 1, 1.0, "1", [1], {"a": 1}])
 async def test_values_that_look_alike_are_different_fields(box: Box, value: Any) -> None:
     body = user(FOX) | {"stream": True, "max_tokens": 2}
     await box.ask(CHATS, body | {"unknown": None})
-    assert not await asked_by_recipe(box, CHATS, body | {"unknown": value})
+    assert not await asked_by_template(box, CHATS, body | {"unknown": value})
 
 
 # A template that tells the order of a document's keys, and of an argument's.
@@ -567,7 +444,7 @@ async def with_template(box: Box, template: str) -> AsyncIterator[Box]:
         {"chat_template_kwargs": {"more": {"a": 1, "b": 2}}},
     ],
 )
-async def test_recipe_of_other_key_order_is_not_shared(box: Box, more: dict[str, Any]) -> None:
+async def test_template_of_other_key_order_is_not_shared(box: Box, more: dict[str, Any]) -> None:
     body = user(FOX) | {"stream": True, "max_tokens": 2}
     ((name, value),) = more.items()
     turned = json.loads(json.dumps(more), object_pairs_hook=lambda pairs: dict(reversed(pairs)))
@@ -580,10 +457,10 @@ async def test_recipe_of_other_key_order_is_not_shared(box: Box, more: dict[str,
             assert prompts[0] != prompts[1]
 
 
-def test_recipe_of_one_adapter_is_not_anothers(box: Box) -> None:
-    for express in box.serving._express.values():
-        prompt = {express._lane.prompt: FOX, "model": "legal"}
-        keys = {express._key(prompt, name) for name in ("legal", "medical", "chat")}
+def test_template_of_one_adapter_is_not_anothers(box: Box) -> None:
+    for fast_path in box.serving._fast_paths.values():
+        prompt = {fast_path._adapter.prompt: FOX, "model": "legal"}
+        keys = {fast_path._key(prompt, name) for name in ("legal", "medical", "chat")}
         assert len(keys) == 3
 
 
@@ -600,12 +477,12 @@ async def test_billing_header_is_dropped_whatever_is_known(
         messages = [{"role": "system", "content": content}, {"role": "user", "content": FOX}]
         return {"messages": messages, "max_tokens": 2, "stream": True}
 
-    with box.long_way():
+    with box.vllm_path():
         await box.ask(CHATS, body(BILLING + rest))
     expected = await box.core("last_request")
     await box.ask(CHATS, body("known"))
-    assert await asked_by_recipe(box, CHATS, body("also " + BILLING))
-    assert not await asked_by_recipe(box, CHATS, body(BILLING + rest))
+    assert await asked_by_template(box, CHATS, body("also " + BILLING))
+    assert not await asked_by_template(box, CHATS, body(BILLING + rest))
     assert await box.core("last_request") == expected
 
 
@@ -617,7 +494,7 @@ async def test_role_that_is_no_string_is_refused(box: Box, role: Any) -> None:
     assert reply.status_code == 400
 
 
-async def test_a_body_with_a_limit_and_one_without_share_no_recipe(box: Box) -> None:
+async def test_a_body_with_a_limit_and_one_without_share_no_template(box: Box) -> None:
     limited = {"prompt": FOX, "max_tokens": 3, "stream": True}
     unlimited = {"prompt": FOX, "stream": True}
     for _ in range(2):
@@ -626,7 +503,7 @@ async def test_a_body_with_a_limit_and_one_without_share_no_recipe(box: Box) -> 
             assert (await box.core("last_request"))["max_tokens"] == limit
 
 
-async def test_a_field_that_means_nothing_to_vllm_means_nothing_to_a_recipe(box: Box) -> None:
+async def test_a_field_that_means_nothing_to_vllm_means_nothing_to_a_template(box: Box) -> None:
     """`max_completion_tokens` is no field of completions, and 16 is their limit anyway."""
     body = {"prompt": FOX, "stream": True}
     await box.ask(COMPLETIONS, body | {"max_completion_tokens": 16})
@@ -642,7 +519,7 @@ async def test_other_roles_and_shapes_of_a_message_are_vllms(box: Box) -> None:
         {"role": "user", "content": "x", "name": "me"},
         {"role": "developer", "content": "x"},
     ):
-        assert not await asked_by_recipe(box, CHATS, body | {"messages": [message]})
+        assert not await asked_by_template(box, CHATS, body | {"messages": [message]})
 
 
 @pytest.mark.parametrize(
@@ -659,17 +536,17 @@ async def test_a_header_that_vllm_reads_is_vllms(box: Box, name: str) -> None:
 async def test_what_a_header_asked_for_is_not_learned(box: Box) -> None:
     body = {"model": "chat", "prompt": FOX, "stream": True, "max_tokens": 2, "top_p": 0.123}
     await box.client.post(COMPLETIONS, json=body, headers={"x-session-id": "mine"})
-    assert not await asked_by_recipe(box, COMPLETIONS, body)
-    assert await asked_by_recipe(box, COMPLETIONS, body)
+    assert not await asked_by_template(box, COMPLETIONS, body)
+    assert await asked_by_template(box, COMPLETIONS, body)
 
 
 async def test_a_long_prompt_says_nothing_of_its_kind(box: Box) -> None:
     body = {"model": "chat", "stream": True, "max_tokens": 2, "top_p": 0.456}
-    assert not await asked_by_recipe(
+    assert not await asked_by_template(
         box, COMPLETIONS, body | {"prompt": "the quick brown fox " * 420}
     )
-    assert not await asked_by_recipe(box, COMPLETIONS, body | {"prompt": FOX})
-    assert await asked_by_recipe(box, COMPLETIONS, body | {"prompt": FOX})
+    assert not await asked_by_template(box, COMPLETIONS, body | {"prompt": FOX})
+    assert await asked_by_template(box, COMPLETIONS, body | {"prompt": FOX})
 
 
 async def test_a_body_that_is_nested_deep_is_answered(box: Box) -> None:
@@ -678,20 +555,20 @@ async def test_a_body_that_is_nested_deep_is_answered(box: Box) -> None:
         deep = [deep]
     body = user("hi") | {"stream": True, "max_tokens": 2, "metadata": deep}
     for _ in range(2):
-        assert not await asked_by_recipe(box, CHATS, body)
+        assert not await asked_by_template(box, CHATS, body)
 
 
 async def test_the_last_kinds_of_requests_are_remembered(
     box: Box, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from llmserve.engine.fastpath import fast_path as express
+    from llmserve.engine.fastpath import request_templates
 
-    monkeypatch.setattr(express, "_RECIPES", 2)
+    monkeypatch.setattr(request_templates, "_TEMPLATES", 2)
     bodies = [{"prompt": "x", "max_tokens": 1, "stream": True, "user": str(n)} for n in range(3)]
     for body in bodies:
         await box.ask(COMPLETIONS, body)
-    assert not await asked_by_recipe(box, COMPLETIONS, bodies[0])
-    assert await asked_by_recipe(box, COMPLETIONS, bodies[2])
+    assert not await asked_by_template(box, COMPLETIONS, bodies[0])
+    assert await asked_by_template(box, COMPLETIONS, bodies[2])
 
 
 # --- what a later vLLM adds
@@ -743,7 +620,7 @@ async def test_chat_of_handler_with_flag_of_later_vllm_goes_vllms_way(
     handler = box.serving._state.openai_serving_chat
     for is_on in (False, True):
         monkeypatch.setattr(handler, "enable_weight_versions", is_on, raising=False)
-        monkeypatch.setitem(box.serving._express, name, box.serving._opened(name, None))
+        monkeypatch.setitem(box.serving._fast_paths, name, box.serving._new_fast_path(name, None))
         assert await leaves_by(box, {}) == [not is_on] * 2
 
 
@@ -784,7 +661,7 @@ LOOPS = (
 
 
 @pytest.mark.parametrize("template", [None, LOOPS], ids=["its own", "another"])
-async def test_prompt_of_recipe_is_vllms_for_any_conversation(
+async def test_prompt_of_template_is_vllms_for_any_conversation(
     box: Box, template: str | None
 ) -> None:
     """Whatever the texts hold: what vLLM looks at in them, too."""
@@ -797,15 +674,15 @@ async def test_prompt_of_recipe_is_vllms_for_any_conversation(
     draw()
     way = contextlib.nullcontext(box) if template is None else with_template(box, template)
     async with way as asked:
-        known = {n: await recipe_of(asked, kind) for n, kind in enumerate(KINDS)}
+        known = {n: await template_of(asked, kind) for n, kind in enumerate(KINDS)}
         taken = 0
         for number, messages in enumerate(drawn):
-            kind, recipe = KINDS[number % len(KINDS)], known[number % len(KINDS)]
-            plain = recipe.lane.plain(messages)
+            kind, known_template = KINDS[number % len(KINDS)], known[number % len(KINDS)]
+            plain = known_template.adapter.plain(messages)
             ready = None
             if plain is not None:
                 with contextlib.suppress(ValueError):  # of a text that fastokens refuses
-                    ready = recipe.request(plain, {"max_tokens": 1}, "id")
+                    ready = known_template.request(plain, {"max_tokens": 1}, "id")
             if ready is not None:
                 taken += 1
                 expected = await rendered(asked, kind | {"messages": messages})
@@ -813,14 +690,16 @@ async def test_prompt_of_recipe_is_vllms_for_any_conversation(
     assert taken > len(drawn) / 3
 
 
-async def recipe_of(box: Box, kind: dict[str, Any]) -> Any:
+async def template_of(box: Box, kind: dict[str, Any]) -> Any:
     await box.ask(CHATS, user(FOX) | kind | {"max_tokens": 1, "stream": True})
-    return next(reversed(box.serving._express[EndpointId.CHAT_COMPLETIONS]._recipes.kept.values()))
+    return next(
+        reversed(box.serving._fast_paths[EndpointId.CHAT_COMPLETIONS]._templates.kept.values())
+    )
 
 
 async def rendered(box: Box, body: dict[str, Any]) -> list[int] | None:
     """The prompt that vLLM makes of a chat; None if it refuses it."""
-    handler = box.serving._express[EndpointId.CHAT_COMPLETIONS]._serving
+    handler = box.serving._fast_paths[EndpointId.CHAT_COMPLETIONS]._serving
     made = await handler.render_chat_request(ChatCompletionRequest(model="chat", **body))
     if not isinstance(made, tuple):
         return None
@@ -873,16 +752,16 @@ async def test_what_is_wrong_with_a_body_is_said_alike_whatever_is_known(
 ) -> None:
     path, body = BAD[name]
     body = body | {"stream": True}
-    with box.long_way():
+    with box.vllm_path():
         expected = await box.ask(path, body)
     fresh = await box.ask(path, body)
     box.forget()
     good = (user(FOX) if path == CHATS else prompt(FOX)) | {"stream": True}
     for known in ({"max_tokens": 4}, {"max_tokens": 4, "seed": 1}):
         await box.ask(path, good | known)
-        assert await asked_by_recipe(box, path, good | known)
-    with_recipe = await box.ask(path, body)
-    for got in (fresh, with_recipe):
+        assert await asked_by_template(box, path, good | known)
+    templated = await box.ask(path, body)
+    for got in (fresh, templated):
         assert got.status_code == expected.status_code, got.text
         if expected.status_code == 200:
             assert_same(seen(got), seen(expected))
@@ -893,14 +772,14 @@ async def test_what_is_wrong_with_a_body_is_said_alike_whatever_is_known(
 
 async def test_a_request_that_fails_in_mid_stream_ends_alike_on_all_ways(box: Box) -> None:
     body = user(FOX) | {"seed": FAILS, "stream": True}
-    with box.long_way():
-        *_, expected, end = events(await box.ask(CHATS, body))
-    assert end == "data: [DONE]"
+    with box.vllm_path():
+        *_, expected, end = events((await box.ask(CHATS, body)).text)
+    assert end == "[DONE]"
     assert expected["error"]["code"] == "engine_error"
     with box.handler_calls() as calls:
         for _ in range(2):
             reply = await box.ask(CHATS, body)
-            first, *_, failure, done = events(reply)
+            first, *_, failure, done = events(reply.text)
             assert reply.status_code == 200
             assert first["choices"][0]["delta"]["role"] == "assistant"
             assert (failure, done) == (expected, end)
@@ -934,7 +813,7 @@ async def test_an_engine_that_dies_is_an_event_in_mid_stream_and_a_503_before(
             return began, asyncio.create_task(read())
 
         reading = []
-        for way in (box.long_way(), contextlib.nullcontext(), contextlib.nullcontext()):
+        for way in (box.vllm_path(), contextlib.nullcontext(), contextlib.nullcontext()):
             began, task = await ask(way)
             await soon(began.wait(), 60)
             reading.append(task)
@@ -946,17 +825,17 @@ async def test_an_engine_that_dies_is_an_event_in_mid_stream_and_a_503_before(
             *_, failure, done = [part for part in text.split("\n\n") if part]
             assert done == "data: [DONE]"
             assert json.loads(failure[6:])["error"]["code"] == "engine_dead"
-        # By recipe, for the first time, and by vLLM's generator.
+        # By template, for the first time, and by vLLM's generator.
         later = [await box.ask(COMPLETIONS, long | {"prompt": FOX}) for _ in range(2)]
         later.append(await box.ask(COMPLETIONS, long | {"prompt": FOX, "user": "me"}))
-        with box.long_way():
+        with box.vllm_path():
             later.append(await box.ask(COMPLETIONS, long | {"prompt": FOX}))
         for reply in later:  # it is being started again
             code = reply.json()["error"]["code"]
             assert (reply.status_code, code in {"model_not_ready", "engine_dead"}) == (503, True)
 
 
-# --- what goes the long way
+# --- what goes vLLM's path
 
 LONG: dict[str, tuple[str, dict[str, Any]]] = {
     "two choices": (CHATS, user(FOX) | {"n": 2, "max_tokens": 8}),
@@ -987,7 +866,7 @@ PARSED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", PARSED)
-async def test_what_a_parser_may_change_goes_the_long_way(parsing: Box, name: str) -> None:
+async def test_what_a_parser_may_change_goes_the_vllm_path(parsing: Box, name: str) -> None:
     before = parsing.written
     for _ in range(2):
         reply = await parsing.ask(CHATS, user(FOX) | PARSED[name] | {"stream": True})
@@ -995,40 +874,40 @@ async def test_what_a_parser_may_change_goes_the_long_way(parsing: Box, name: st
     assert parsing.written == before
 
 
-def test_a_parser_steps_aside_only_if_it_is_vllms_own_way_of_doing_so() -> None:
+def test_a_parser_passes_text_through_only_if_it_is_vllms_own_way_of_doing_so() -> None:
     from vllm.parser import ParserManager
     from vllm.tool_parsers import ToolParserManager
 
-    from llmserve.engine.fastpath.guards import steps_aside
+    from llmserve.engine.fastpath.guards import passes_text_through
 
     def parser(tools: str | None, reasoning: str = "") -> Any:
         return ParserManager.get_parser(tools, reasoning, enable_auto_tools=True)
 
-    assert steps_aside(None)
-    assert steps_aside(parser("hermes"))
-    assert steps_aside(parser("llama3_json"))
-    assert not steps_aside(parser("hermes", "qwen3"))
-    assert not steps_aside(parser(None, "qwen3"))
-    assert not steps_aside(parser("kimi_k3"))
-    assert not steps_aside(parser("hf"))
+    assert passes_text_through(None)
+    assert passes_text_through(parser("hermes"))
+    assert passes_text_through(parser("llama3_json"))
+    assert not passes_text_through(parser("hermes", "qwen3"))
+    assert not passes_text_through(parser(None, "qwen3"))
+    assert not passes_text_through(parser("kimi_k3"))
+    assert not passes_text_through(parser("hf"))
     engine_based = [
         name
         for name in ToolParserManager.list_registered()
         if ToolParserManager.get_tool_parser(name).engine_based_streaming
     ]
     assert engine_based
-    assert not any(steps_aside(parser(name)) for name in engine_based)
+    assert not any(passes_text_through(parser(name)) for name in engine_based)
 
 
 @pytest.mark.parametrize("name", LONG)
-async def test_what_is_more_than_text_goes_the_long_way(box: Box, name: str) -> None:
+async def test_what_is_more_than_text_goes_the_vllm_path(box: Box, name: str) -> None:
     path, body = LONG[name]
     before = box.written
     for _ in range(2):
         reply = await box.ask(path, body | {"stream": True})
         assert reply.status_code == 200, reply.text
-        *chunks, done = events(reply)
-        assert done == "data: [DONE]"
+        *chunks, done = events(reply.text)
+        assert done == "[DONE]"
         texts = dict.fromkeys(range(2), "")
         for chunk in chunks:
             for choice in chunk["choices"]:
@@ -1043,15 +922,15 @@ async def test_what_is_more_than_text_goes_the_long_way(box: Box, name: str) -> 
     assert box.written == before
 
 
-async def test_what_vllm_adds_on_the_long_way_is_there(box: Box) -> None:
+async def test_what_vllm_adds_on_the_vllm_path_is_there(box: Box) -> None:
     path, body = LONG["usage all the time"]
-    *chunks, _ = events(await box.ask(path, body | {"stream": True}))
+    *chunks, _ = events((await box.ask(path, body | {"stream": True})).text)
     assert all(chunk["usage"]["total_tokens"] > 0 for chunk in chunks)
     path, body = LONG["logprobs of a chat"]
-    *chunks, _ = events(await box.ask(path, body | {"stream": True}))
+    *chunks, _ = events((await box.ask(path, body | {"stream": True})).text)
     assert any(chunk["choices"][0]["logprobs"] for chunk in chunks)
     path, body = LONG["token ids"]
-    *chunks, _ = events(await box.ask(path, body | {"stream": True}))
+    *chunks, _ = events((await box.ask(path, body | {"stream": True})).text)
     ids = [token for chunk in chunks for token in chunk["choices"][0]["token_ids"]]
     assert len(ids) == body["max_tokens"]
 
@@ -1059,7 +938,7 @@ async def test_what_vllm_adds_on_the_long_way_is_there(box: Box) -> None:
 # --- clients that leave
 
 
-@pytest.mark.parametrize("known", [False, True], ids=["first", "by recipe"])
+@pytest.mark.parametrize("known", [False, True], ids=["first", "by template"])
 @pytest.mark.parametrize("silent", [False, True], ids=["in mid-stream", "before the first token"])
 async def test_a_client_that_leaves_has_its_request_aborted(
     box: Box, known: bool, silent: bool
@@ -1067,7 +946,7 @@ async def test_a_client_that_leaves_has_its_request_aborted(
     body = {"model": "chat", "prompt": FOX, "max_tokens": 2000, "stream": True, "seed": 1}
     if known:
         await box.ask(COMPLETIONS, body | {"max_tokens": 1})
-        assert await asked_by_recipe(box, COMPLETIONS, body | {"max_tokens": 1})
+        assert await asked_by_template(box, COMPLETIONS, body | {"max_tokens": 1})
     before = await box.core("aborted")
     asking = body | {"seed": SILENT if silent else 1}
     async with listening(box.app) as url, httpx.AsyncClient(timeout=30) as client:
@@ -1151,8 +1030,8 @@ async def test_vllms_figures_grow_alike_on_all_ways(box: Box) -> None:
             await box.ask(path, body)
         return counted(before, box.figures())
 
-    with box.long_way(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("llmserve.engine.fastpath.output_processor._silent", lambda _: False)
+    with box.vllm_path(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("llmserve.engine.fastpath.output_processor._is_final_only", lambda _: False)
         expected = await growth()
     for name, least in {
         "vllm:generation_tokens_total": 300,
@@ -1210,7 +1089,7 @@ async def context_and_usage(box: Box, path: str, body: dict[str, Any]) -> tuple[
         reply = await client.post(path, json={"model": "chat"} | body)
     assert reply.status_code == 200, reply.text
     context = RequestContext.of(scopes[0])
-    usage = _usage_in(events(reply) if body.get("stream") else [reply.json()])
+    usage = _usage_in(events(reply.text) if body.get("stream") else [reply.json()])
     counts = [usage.get(f"{old}_tokens", usage.get(f"{new}_tokens")) for old, new in _NAMES]
     return [context.prompt_tokens, context.generated_tokens], counts
 
@@ -1244,11 +1123,11 @@ async def test_context_counts_the_tokens_of_the_answers_usage(
     body = body | {"stream": streamed}
     if streamed and path in {CHATS, COMPLETIONS}:
         body["stream_options"] = {"include_usage": True}
-    for _ in range(2):  # the second by recipe, where there is one
+    for _ in range(2):  # the second by template, where there is one
         context, usage = await context_and_usage(box, path, body)
         assert context == usage
         assert None not in usage
-    with box.long_way():
+    with box.vllm_path():
         context, _ = await context_and_usage(box, path, body)
     assert context == usage
 
@@ -1323,7 +1202,7 @@ def test_a_histogram_takes_many_as_it_takes_one() -> None:
             theirs.observe(value)
             if n >= len(told):
                 ours.observe(value)
-    assert len(ours._told) == 15
+    assert len(ours._pending) == 15
 
     def samples(registry: CollectorRegistry) -> dict[tuple[str, str], float]:
         return {
@@ -1350,5 +1229,5 @@ async def test_every_histogram_of_the_engine_is_entered_in_time(box: Box) -> Non
     assert len(children) > 10
     assert {c._name for c in children if id(c) not in entered} == told_at_once
     await box.ask(COMPLETIONS, prompt(FOX) | {"stream": True})
-    logger._figures.enter()
-    assert not any(child._told for child in logger._histograms)
+    logger._metrics.record_pending()
+    assert not any(child._pending for child in logger._histograms)

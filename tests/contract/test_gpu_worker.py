@@ -8,17 +8,12 @@ import json
 import os
 import subprocess
 import sys
-import textwrap
-from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
-from tests.contract.test_engine import spec
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+from tests.contract.support import class_of, parameters, source, spec
 
 STEPS = (
     "init_device",
@@ -30,69 +25,17 @@ STEPS = (
 RUNNERS = ("v1/worker/gpu_model_runner.py", "v1/worker/gpu/model_runner.py")
 
 
-def source(name: str) -> str:
-    """A file of vLLM's, which may not be importable without CUDA."""
-    import vllm
-
-    return (Path(vllm.__file__).parent / name).read_text(encoding="utf-8")
-
-
-def tree_of(function: Callable[..., Any]) -> ast.AST:
-    return ast.parse(textwrap.dedent(inspect.getsource(function)))
-
-
-def calls(tree: ast.AST) -> Iterator[ast.Call]:
-    """Those of methods, in the order of the source."""
-    found = [
-        node
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
-    ]
-    return iter(sorted(found, key=lambda call: (call.lineno, call.col_offset)))
-
-
-def called(tree: ast.AST, names: Sequence[str]) -> list[str]:
-    """Which of some methods are called, in the order of the source."""
-    attributes = [call.func.attr for call in calls(tree) if isinstance(call.func, ast.Attribute)]
-    return [name for name in attributes if name in names]
-
-
-def parameters(function: Callable[..., Any]) -> list[tuple[str, Any, Any]]:
-    """Without annotations, which vLLM does not write everywhere."""
-    each = inspect.signature(function).parameters.values()
-    return [(one.name, one.kind, one.default) for one in each]
-
-
-def class_of(file: str, name: str) -> dict[str, ast.FunctionDef]:
-    """The methods of a class, by name."""
-    (found,) = (
-        node
-        for node in ast.parse(source(file)).body
-        if isinstance(node, ast.ClassDef) and node.name == name
-    )
-    return {node.name: node for node in found.body if isinstance(node, ast.FunctionDef)}
-
-
 # --- what is overridden
 
 
-@pytest.mark.parametrize("step", STEPS)
-def test_each_step_of_a_start_is_a_method_of_vllm_s_worker(step: str) -> None:
+@pytest.mark.parametrize("name", [*STEPS, "sleep", "wake_up"])
+def test_overridden_method_has_the_parameters_of_vllm_s(name: str) -> None:
     from vllm.v1.worker.gpu_worker import Worker
 
     from llmserve.engine.worker.gpu_worker import GpuWorker
 
-    assert step in vars(Worker)
-    assert parameters(getattr(GpuWorker, step)) == parameters(getattr(Worker, step))
-
-
-def test_the_steps_are_all_that_is_overridden() -> None:
-    from llmserve.engine.worker.gpu_worker import GpuWorker
-
-    ours = {name for name, value in vars(GpuWorker).items() if inspect.isfunction(value)}
-    sleep = {"sleep", "wake_up", "prepare_sleep", "sleep_prepared", "forget_copies"}
-    own = {"__init__", "start_report", "_timed", "_within", "_unchanging", "_raise_if_read_once"}
-    assert ours == {*STEPS, *sleep, *own}
+    assert name in vars(Worker)
+    assert parameters(getattr(GpuWorker, name)) == parameters(getattr(Worker, name))
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -103,6 +46,8 @@ def test_vllm_s_worker_for_cpus_is_asked_the_same(step: str) -> None:
 
 
 def test_names_of_our_own_are_not_vllm_s() -> None:
+    from llmserve.engine.worker.gpu_worker import GpuWorker
+
     files = ("worker_base.py", "gpu_worker.py", "cpu_worker.py")
     theirs = {
         name
@@ -111,36 +56,17 @@ def test_names_of_our_own_are_not_vllm_s() -> None:
         for name in (getattr(node, "attr", None), getattr(node, "name", None))
     }
     assert {"model_runner", "init_device"} <= theirs
-    ours = {"_seconds", "_activations", "_timed", "_within", "_hands_over", "start_report"}
-    assert not theirs & ours
-
-
-def test_the_available_memory_is_a_number_of_bytes() -> None:
-    for file, name in (("gpu_worker.py", "Worker"), ("cpu_worker.py", "CPUWorker")):
-        returns = class_of(f"v1/worker/{file}", name)["determine_available_memory"].returns
-        assert returns is not None
-        assert ast.unparse(returns) == "int"
+    overridden = {"__init__", *STEPS, "sleep", "wake_up", "sleep_mode_backend"}
+    ours = {
+        name
+        for name, value in vars(GpuWorker).items()
+        if inspect.isfunction(value) or isinstance(value, property)
+    }
+    assert overridden < ours
+    assert not theirs & ((ours - overridden) | {"_seconds", "_activation_bytes"})
 
 
 # --- who asks, and when
-
-
-def test_executors_set_the_device_up_before_they_load() -> None:
-    from vllm.v1.executor.multiproc_executor import WorkerProc
-    from vllm.v1.executor.uniproc_executor import UniProcExecutor
-
-    first = ("init_worker", "init_device", "load_model")
-    for start in (UniProcExecutor._init_executor, WorkerProc.__init__):
-        assert called(tree_of(start), first) == list(first)
-
-
-def test_the_engine_core_measures_then_allocates_then_captures() -> None:
-    from vllm.v1.engine.core import EngineCore
-
-    rest = STEPS[2:]
-    assert called(tree_of(EngineCore._initialize_kv_caches), rest) == list(rest)
-    text = inspect.getsource(EngineCore.__init__)
-    assert text.index("executor_class(vllm_config)") < text.index("self._initialize_kv_caches(")
 
 
 @pytest.mark.parametrize(
@@ -188,14 +114,14 @@ def test_a_worker_gets_its_own_part_of_the_configs(monkeypatch: pytest.MonkeyPat
 def test_the_class_is_found_by_its_name() -> None:
     from vllm.utils.import_utils import resolve_obj_by_qualname
 
-    from llmserve.engine.engine import _WORKERS
+    from llmserve.engine.engine_arguments import _WORKERS
     from llmserve.engine.worker.gpu_worker import GpuWorker
 
     assert resolve_obj_by_qualname(_WORKERS[False]) is GpuWorker
 
 
 def test_our_worker_stays_and_auto_becomes_vllm_s() -> None:
-    from llmserve.engine.engine import engine_arguments
+    from llmserve.engine.engine_arguments import engine_arguments
 
     for said, becomes in (
         ({}, "llmserve.engine.worker.cpu_worker.CpuWorker"),
@@ -319,7 +245,7 @@ def test_the_kv_cache_of_one_that_sleeps_is_mapped_so_that_it_can_change_hands(
 ) -> None:
     worker.model_config.enable_sleep_mode = True
     worker.vllm_config = SimpleNamespace(kv_transfer_config=transfers)
-    worker._sleep_mode_backend = SimpleNamespace(adopt=worker.asked.append)
+    worker._sleep_mode_backend = SimpleNamespace(remap=worker.asked.append)
     worker.initialize_from_config("kv")
     assert worker.asked[1:] == (["kv"] if transfers else ["kv", "kv_cache"])
 

@@ -322,10 +322,10 @@ def test_output_with_field_of_later_vllm_is_vllms_own(monkeypatch: pytest.Monkey
     known = known_fields.KNOWN
     core = Off(output_processor=SimpleNamespace(), renderer=Off(), engine_core=object())
     client: Any = core
-    assert StepHandler.all_there_is(client)
+    assert StepHandler.is_complete(client)
     for kind in (EngineCoreOutput, EngineCoreOutputs):
         monkeypatch.setitem(known, kind, known[kind] - {"stop_reason", "timestamp"})
-    assert not StepHandler.all_there_is(client)
+    assert not StepHandler.is_complete(client)
     StreamingOutputProcessor.take_over(client)
     assert type(client.output_processor) is SimpleNamespace
 
@@ -340,8 +340,8 @@ def test_parser_with_attribute_of_later_vllm_does_not_step_aside() -> None:
         tool_parser_cls = Hermes2ProToolParser
         adds_weight_versions = True
 
-    assert guards.steps_aside(Known)
-    assert not guards.steps_aside(Later)
+    assert guards.passes_text_through(Known)
+    assert not guards.passes_text_through(Later)
 
 
 def test_known_engine_request_has_listed_fields_alone() -> None:

@@ -19,32 +19,21 @@ from llmserve.errors import LLMServeError
 from llmserve.http import app
 from llmserve.lifecycle.health import HealthMonitor
 from llmserve.registry.spec import ModelSpec
-from tests.contract.conftest import CHAT, EMBED, on_fake_core, services_of
 from tests.contract.fake_core import DIES, FAILS
+from tests.contract.support import (
+    CHAT,
+    EMBED,
+    HELLO,
+    events,
+    get,
+    on_fake_core,
+    post,
+    services_of,
+)
 from tests.listening import listening
 
 if TYPE_CHECKING:
     from llmserve.http.services import Services
-
-HELLO = [{"role": "user", "content": "Hello there, how are you?"}]
-
-
-def events(text: str) -> list[Any]:
-    """The data of each event; [DONE] as it is."""
-    data = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
-    return [d if d == "[DONE]" else json.loads(d) for d in data]
-
-
-async def post(services: Services, path: str, **body: Any) -> httpx.Response:
-    transport = httpx.ASGITransport(app.build(services))
-    async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=60) as client:
-        return await client.post(path, json={"model": "chat"} | body)
-
-
-async def get(services: Services, path: str) -> httpx.Response:
-    transport = httpx.ASGITransport(app.build(services))
-    async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=60) as client:
-        return await client.get(path)
 
 
 async def aborted(services: Services) -> int:
@@ -209,7 +198,7 @@ async def test_every_exception_of_vllms_has_a_place(fake: Services) -> None:
     errors = vllm_errors()
     assert len(errors) > 12
     for error in errors:
-        ours = running._translated(error)
+        ours = running.errors.from_exception(error)
         assert isinstance(ours, LLMServeError)
         assert 400 <= ours.status < 600, error
         assert ours.code, error
@@ -218,7 +207,7 @@ async def test_every_exception_of_vllms_has_a_place(fake: Services) -> None:
 
 async def test_what_vllm_did_not_foresee_keeps_its_words(fake: Services) -> None:
     running: Any = fake.pool.entries["chat"].running
-    ours = running._translated(KeyError("internal_name"))
+    ours = running.errors.from_exception(KeyError("internal_name"))
     assert ours.status == 500
     assert "internal_name" not in ours.message
 
@@ -228,7 +217,7 @@ def test_what_vllm_says_of_prompts_that_do_not_fit() -> None:
 
     import vllm
 
-    from llmserve.engine.handlers import TOO_LONG
+    from llmserve.engine.error_mapping import TOO_LONG
 
     root = Path(vllm.__file__).parent
     files = ("renderers/params.py", "v1/engine/input_processor.py", "entrypoints")
@@ -361,7 +350,7 @@ async def test_tool_input_of_a_message_has_any_value(fake: Services, value: Any)
 async def test_tool_input_is_the_same_streamed_and_whole(fake: Services) -> None:
     from vllm.entrypoints.anthropic.protocol import AnthropicDelta, AnthropicStreamEvent
 
-    from llmserve.engine.handlers import HANDLERS
+    from llmserve.engine.endpoint_handlers import HANDLERS
 
     delta = AnthropicDelta(type="input_json_delta", partial_json=json.dumps(WITH_NULLS))
     event = AnthropicStreamEvent(type="content_block_delta", index=0, delta=delta)

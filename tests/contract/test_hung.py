@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 
 from llmserve.registry.spec import ModelSpec
-from tests.contract.conftest import CHAT, on_fake_core
+from tests.contract.support import CHAT, on_fake_core
 
 
 async def test_an_engine_that_is_stopped_does_not_respond_and_one_that_goes_on_does() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,58 +11,18 @@ import xgrammar as xgr
 from jsonschema import Draft202012Validator
 from xgrammar.testing import _is_grammar_accept_string
 
-from llmserve.engine.structured_output.json_schema import honoured
+from llmserve.engine.structured_output.json_schema import rewrite_schema
 from llmserve.engine.structured_output.subschema import Unsupported
+from tests.contract.grammar_texts import texts
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-# One token a character, so that random texts end soon.
-VOCABULARY = [*'{}[]",:\\-+.0159aAbBcgiyokelnrtfsuxX_ \n@é', "</s>"]
-ENDS = frozenset('"}],')
-LENGTH = 300
-
-
-@cache
-def tokenizer() -> xgr.TokenizerInfo:
-    return xgr.TokenizerInfo(
-        [each.encode() for each in VOCABULARY], stop_token_ids=[len(VOCABULARY) - 1]
-    )
-
-
-def texts(schema: Any, count: int, seed: int) -> list[str]:
-    """Some texts that xgrammar allows."""
-    compiled = xgr.GrammarCompiler(tokenizer(), cache_enabled=False).compile_json_schema(
-        json.dumps(schema)
-    )
-    chance = random.Random(seed)
-    found = (text_of(compiled, chance) for _ in range(count))
-    return [text for text in found if text is not None]
-
-
-def text_of(compiled: xgr.CompiledGrammar, chance: random.Random) -> str | None:
-    matcher = xgr.GrammarMatcher(compiled)
-    mask = xgr.allocate_token_bitmask(1, len(VOCABULARY))
-    text = ""
-    for _ in range(LENGTH):
-        matcher.fill_next_token_bitmask(mask)
-        bits = [int(word) & 0xFFFFFFFF for word in mask[0]]
-        allowed = [n for n in range(len(VOCABULARY)) if bits[n // 32] >> n % 32 & 1]
-        if not allowed:
-            return None
-        ends = [n for n in allowed if VOCABULARY[n] in ENDS or n == len(VOCABULARY) - 1]
-        token = chance.choice(ends if ends and chance.random() < 0.5 else allowed)
-        assert matcher.accept_token(token)
-        if matcher.is_terminated():
-            return text
-        text += VOCABULARY[token]
-    return None
 
 
 def wrong(schema: Any, seed: int = 0, count: int = 8) -> list[str]:
     """Texts that are allowed and do not satisfy the schema; none if it is refused."""
     try:
-        rewritten = honoured(schema)
+        rewritten = rewrite_schema(schema)
     except Unsupported:
         return []
     validator = Draft202012Validator(schema)
@@ -185,7 +144,7 @@ def test_many_schemas_are_honoured() -> None:
 
 def is_honoured(schema: Any) -> bool:
     try:
-        honoured(schema)
+        rewrite_schema(schema)
     except Unsupported:
         return False
     return True

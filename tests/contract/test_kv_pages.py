@@ -336,9 +336,9 @@ class Function:
         return self._does(*arguments)
 
 
-@pytest.mark.parametrize("hands_over", [True, False])
+@pytest.mark.parametrize("exchanges_pages", [True, False])
 def test_the_kv_cache_alone_passes_and_is_cleared(
-    driver: Driver, server: PageBroker, monkeypatch: pytest.MonkeyPatch, *, hands_over: bool
+    driver: Driver, server: PageBroker, monkeypatch: pytest.MonkeyPatch, *, exchanges_pages: bool
 ) -> None:
     from vllm.device_allocator import AllocationData
 
@@ -348,15 +348,15 @@ def test_the_kv_cache_alone_passes_and_is_cleared(
         weights.handle[2]: AllocationData(weights.handle, "weights"),
     }
     cudart = Cudart()
-    memory = memory_of(driver, cudart, data, monkeypatch, hands_over=hands_over)
+    memory = memory_of(driver, cudart, data, monkeypatch, exchanges_pages=exchanges_pages)
     handles = [each.handle for each in data.values()]
     memory.map(handles)
     assert not cudart.cleared  # the driver's
     with server.expecting([GPU]):
         memory.unmap(handles)
-        assert server.bytes(GPU) == (3 * PAGE_BYTES if hands_over else 0)
+        assert server.bytes(GPU) == (3 * PAGE_BYTES if exchanges_pages else 0)
         memory.map(handles)
-    assert cudart.cleared == ([(1 << 40, 0, 3 * PAGE_BYTES, 7)] if hands_over else [])
+    assert cudart.cleared == ([(1 << 40, 0, 3 * PAGE_BYTES, 7)] if exchanges_pages else [])
 
 
 def test_memory_that_cannot_be_cleared_is_not_left_mapped(
@@ -367,7 +367,7 @@ def test_memory_that_cannot_be_cleared_is_not_left_mapped(
     cache, weights = Allocation(KV, 1 << 40), Allocation(KV, 2 << 40)
     data = {each.handle[2]: AllocationData(each.handle, "kv_cache") for each in (cache, weights)}
     cudart = Cudart()
-    memory = memory_of(driver, cudart, data, monkeypatch, hands_over=True)
+    memory = memory_of(driver, cudart, data, monkeypatch, exchanges_pages=True)
     handles = [each.handle for each in data.values()]
     memory.map(handles)
     with server.expecting([GPU]):
@@ -388,7 +388,7 @@ def memory_of(
     data: Mapping[int, Any],
     monkeypatch: pytest.MonkeyPatch,
     *,
-    hands_over: bool,
+    exchanges_pages: bool,
 ) -> CudaMemory:
     import torch
     from vllm.device_allocator import cumem
@@ -407,4 +407,4 @@ def memory_of(
     monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
     uuid = GPU.removeprefix("GPU-")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid=uuid))
-    return CudaMemory(hands_over=hands_over)
+    return CudaMemory(exchanges_pages=exchanges_pages)

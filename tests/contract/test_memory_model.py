@@ -11,7 +11,7 @@ from llmserve.engine.startup_log import one_line
 from llmserve.gpus.device import GIB, Gpu, described
 from llmserve.planning import feasibility, memory_model
 from llmserve.registry.spec import ModelSpec
-from tests.contract.conftest import CHAT
+from tests.contract.support import CHAT
 
 
 def gpu(name: str, gib: float) -> Gpu:
@@ -100,19 +100,17 @@ def test_vllm_tells_of_a_small_kv_cache_as_the_start_s_log_reads_it() -> None:
     with pytest.raises(ValueError, match="KV cache") as raised:
         check(GIB, lambda: 2 * GIB, 8192, lambda _: 4096)
     assert one_line("ValueError", str(raised.value)) == (
-        "1.0 GiB of KV cache is less than 8,192 tokens take, 2.0 GiB; "
-        "what would fit: engine: {max_model_len: 4096}"
+        "the KV cache of 1.0 GiB is too small: one request of 8,192 tokens needs 2.0 GiB; "
+        "increase `kv_cache` or set engine: {max_model_len: 4096}"
     )
     with pytest.raises(ValueError, match="cache") as raised:
         check(0, lambda: GIB, 8192, lambda _: 0)
-    assert one_line("ValueError", str(raised.value)).startswith(
-        "no memory is left for the KV cache"
-    )
+    assert one_line("ValueError", str(raised.value)).startswith("no memory for the KV cache")
 
 
 @pytest.mark.skipif(not is_cpu_build(), reason="vLLM's build for CPUs sets it")
 def test_blocks_of_a_kv_cache_on_a_cpu() -> None:
-    from llmserve.engine.engine import engine_arguments
+    from llmserve.engine.engine_arguments import engine_arguments
 
     spec = ModelSpec(name="chat", model=str(CHAT), engine={"max_model_len": 512})
     config = engine_arguments(spec).create_engine_config()

@@ -19,7 +19,7 @@ from starlette.datastructures import State
 from llmserve.engine import required_keys
 from llmserve.http import app
 from llmserve.registry.spec import ModelSpec
-from tests.contract.conftest import CHAT, EMBED, services_of
+from tests.contract.support import CHAT, EMBED, services_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -66,8 +66,8 @@ Pair = tuple[httpx.AsyncClient, httpx.AsyncClient]
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def servers(engine_logs: Path) -> AsyncIterator[dict[str, Pair]]:
     """Ours and stock vLLM's for each model."""
-    from llmserve.engine.engine import Launcher
     from llmserve.engine.handlers import ModelHandlers
+    from llmserve.engine.launcher import Launcher
 
     specs = [
         ModelSpec(
@@ -147,9 +147,9 @@ def content(reply: httpx.Response, whole: Callable[[Any], Any] = lambda value: v
 
 # What published schemas require and vLLM leaves out.
 WHOLE: dict[str, Callable[[Any], Any]] = {
-    "/v1/chat/completions": required_keys.of_chat,
-    "/v1/responses": required_keys.of_response,
-    "/v1/messages": required_keys.of_message,
+    "/v1/chat/completions": required_keys.complete_chat,
+    "/v1/responses": required_keys.complete_response,
+    "/v1/messages": required_keys.complete_message,
 }
 # An answer that is not cut off: vLLM says of one in a stream that it is complete.
 CAPITAL = {

@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from llmserve.engine.worker import plugin
 from llmserve.http import app
 from llmserve.registry.spec import ModelSpec
-from tests.contract.conftest import CHAT, on_fake_core, services_of
+from tests.contract.support import CHAT, on_fake_core, services_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -92,7 +92,7 @@ async def test_the_figures_of_replicas_are_told_apart_on_one_valid_page(services
 
 async def test_models_with_adapters_and_the_same_cache_are_told_apart() -> None:
     """Some families of vLLM's have neither model nor engine among their labels."""
-    from llmserve.engine.engine import engine_arguments
+    from llmserve.engine.engine_arguments import engine_arguments
     from llmserve.engine.metrics import EngineMetrics
     from llmserve.metrics import Metrics
 
@@ -140,7 +140,7 @@ async def test_a_response_is_found_whichever_replica_gave_it(services: Services)
 
 
 def test_replicas_share_what_torch_compile_has_made() -> None:
-    from llmserve.engine.engine import engine_arguments
+    from llmserve.engine.engine_arguments import engine_arguments
 
     config = engine_arguments(twins()).create_engine_config()
     assert plugin._replica_of(config.instance_id) is None
@@ -155,7 +155,7 @@ def test_each_replica_s_engine_core_is_told_its_log(
 ) -> None:
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    from llmserve.engine.engine import Launcher
+    from llmserve.engine.launcher import Launcher
     from llmserve.errors import StartupError
 
     configs: list[Any] = []

@@ -13,22 +13,13 @@ from vllm.v1.engine import EngineCoreOutputs, UtilityOutput
 
 from llmserve.engine.fastpath.step_handler import StepHandler
 from llmserve.engine.fastpath.zmq_sockets import EngineReceiver
-from tests.contract.test_fast_path import (
-    CHATS,
-    COMPLETIONS,
-    FOX,
-    assert_same,
-    boxed,
-    events,
-    prompt,
-    seen,
-    user,
-)
+from tests.contract.fast_path_box import FOX, assert_same, boxed, prompt, seen, user
+from tests.contract.support import CHATS, COMPLETIONS, events
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from tests.contract.test_fast_path import Box
+    from tests.contract.fast_path_box import Box
 
 
 @pytest.fixture
@@ -53,12 +44,12 @@ async def test_no_step_waits_for_a_task(box: Box, monkeypatch: pytest.MonkeyPatc
 async def test_an_engine_whose_steps_are_left_to_vllm_says_the_same(
     box: Box, monkeypatch: pytest.MonkeyPatch, more: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(StepHandler, "all_there_is", staticmethod(lambda _: False))
+    monkeypatch.setattr(StepHandler, "is_complete", staticmethod(lambda _: False))
     body = prompt(FOX) | {"max_tokens": 60, "stream": True} | more
     expected = seen(await box.ask(COMPLETIONS, body))
     async with boxed() as other:
         before = other.written
-        for _ in range(2):  # the second one by recipe
+        for _ in range(2):  # the second one by template
             assert_same(seen(await other.ask(COMPLETIONS, body)), expected)
         assert other.written > before
 
@@ -84,9 +75,9 @@ async def test_a_step_that_cannot_be_handled_ends_the_requests_as_vllm_does(
             await asyncio.sleep(0.01)
     assert client.is_running
     monkeypatch.setattr(client.output_processor, "process_outputs", fails_once)
-    *_, failure, done = events(await asyncio.wait_for(reading, 60))
+    *_, failure, done = events((await asyncio.wait_for(reading, 60)).text)
     assert failure["error"]["code"] == "engine_error"
-    assert done == "data: [DONE]"
+    assert done == "[DONE]"
     assert not client.is_running
     assert len(steps) == 1  # none after the one that failed: a token would be missing
 
@@ -100,7 +91,7 @@ async def test_the_end_of_vllms_task_ends_the_reading(box: Box, end: str) -> Non
     if end == "cancelled":
         core.resources.output_queue_task.cancel()
     else:
-        inbox._leave([SimpleNamespace(buffer=b"ENGINE_CORE_DEAD")])
+        inbox._pass_on([SimpleNamespace(buffer=b"ENGINE_CORE_DEAD")])
     async with asyncio.timeout(60):
         while inbox._fd is not None:
             await asyncio.sleep(0.01)
@@ -128,9 +119,9 @@ def client(core: Any, images: object = None, logger: Any = None) -> Any:
 def test_what_is_no_step_is_left() -> None:
     steps = StepHandler(client(Core()))
     answer = EngineCoreOutputs(utility_output=UtilityOutput(call_id=1))
-    assert not steps.take(msgspec.msgpack.encode(answer))
-    assert steps.take(msgspec.msgpack.encode(EngineCoreOutputs()))
-    assert not steps.take(b"ENGINE_CORE_DEAD")
+    assert not steps.handle(msgspec.msgpack.encode(answer))
+    assert steps.handle(msgspec.msgpack.encode(EngineCoreOutputs()))
+    assert not steps.handle(b"ENGINE_CORE_DEAD")
 
 
 def test_a_step_without_outputs_is_told_to_the_logger_if_it_says_anything() -> None:
@@ -140,7 +131,7 @@ def test_a_step_without_outputs_is_told_to_the_logger_if_it_says_anything() -> N
     logger = SimpleNamespace(record=lambda **said: told.append(said))
     steps = StepHandler(client(Core(), logger=logger))
     for said in (None, SchedulerStats(num_running_reqs=3)):
-        steps._handle(EngineCoreOutputs(engine_index=1, scheduler_stats=said))
+        steps._handle_step(EngineCoreOutputs(engine_index=1, scheduler_stats=said))
     (one,) = told
     assert one["scheduler_stats"].num_running_reqs == 3
     assert (one["engine_idx"], one["iteration_stats"], one["mm_cache_stats"]) == (1, None, None)
@@ -149,6 +140,6 @@ def test_a_step_without_outputs_is_told_to_the_logger_if_it_says_anything() -> N
 def test_engines_with_more_to_do_are_left_to_vllm() -> None:
     from vllm.v1.engine.core_client import AsyncMPClient, DPLBAsyncMPClient
 
-    assert StepHandler.all_there_is(client(object.__new__(AsyncMPClient)))
-    assert not StepHandler.all_there_is(client(object.__new__(AsyncMPClient), images={}))
-    assert not StepHandler.all_there_is(client(object.__new__(DPLBAsyncMPClient)))
+    assert StepHandler.is_complete(client(object.__new__(AsyncMPClient)))
+    assert not StepHandler.is_complete(client(object.__new__(AsyncMPClient), images={}))
+    assert not StepHandler.is_complete(client(object.__new__(DPLBAsyncMPClient)))

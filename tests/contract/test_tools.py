@@ -14,18 +14,17 @@ from transformers import AutoTokenizer
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.parser import ParserManager
 
-from llmserve.engine.structured_output.json_schema import constraints_in, honoured
+from llmserve.engine.structured_output.compiler_process import constraints_of_tag
+from llmserve.engine.structured_output.json_schema import rewrite_schema
 from llmserve.engine.structured_output.subschema import ARGUMENTS
-from llmserve.engine.tool_parsers import mended
-from tests.contract.conftest import CHAT
-from tests.contract.test_compiler import running
-from tests.contract.test_handlers import HELLO, events, post
-from tests.contract.test_json_schema import texts
+from llmserve.engine.tool_parsers import with_object_arguments
+from tests.contract.grammar_texts import texts
+from tests.contract.support import CHAT, CHATS, HELLO, events, post, running
 
 if TYPE_CHECKING:
     from llmserve.http.services import Services
 
-CHATS, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/responses", "/v1/messages"
+RESPONSES, MESSAGES = "/v1/responses", "/v1/messages"
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 
 
@@ -219,7 +218,7 @@ def test_each_parser_constrains_arguments(name: str, choice: Any) -> None:
     parser = ParserManager.get_parser(tool_parser_name=name, enable_auto_tools=True)
     assert parser is not None
     assert parser.tool_parser_cls is not None
-    parser.tool_parser_cls = mended(parser.tool_parser_cls)
+    parser.tool_parser_cls = with_object_arguments(parser.tool_parser_cls)
     made = parser(AutoTokenizer.from_pretrained(str(CHAT)), asked.tools).adjust_request(asked)
     assert asked.model_dump(include={"tools"}) == before
     assert ARGUMENTS in str(made.structured_outputs)
@@ -227,11 +226,11 @@ def test_each_parser_constrains_arguments(name: str, choice: Any) -> None:
     schemas = [schema] if tag is None else _schemas_in(json.loads(tag))
     assert schemas
     for each in schemas:
-        assert "uniqueItems" not in str(honoured(each))
+        assert "uniqueItems" not in str(rewrite_schema(each))
 
 
 def _schemas_in(tag: Any) -> list[Any]:
-    return [holder[key] for holder, key in constraints_in(tag) if key != "pattern"]
+    return [holder[key] for holder, key in constraints_of_tag(tag) if key != "pattern"]
 
 
 # --- what the model wrote

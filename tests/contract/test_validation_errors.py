@@ -19,7 +19,8 @@ from vllm.renderers.params import TokenizeParams
 from llmserve.api.endpoint_id import EndpointId
 from llmserve.api.endpoints import ENDPOINTS
 from llmserve.engine import token_count
-from llmserve.engine.handlers import HANDLERS, TOO_LONG, ModelHandlers, _validate, without_own_size
+from llmserve.engine.endpoint_handlers import HANDLERS, drop_own_size, parse
+from llmserve.engine.error_mapping import TOO_LONG, ErrorMapper
 from llmserve.engine.request_validation import shape_of
 from llmserve.errors import RequestError
 from llmserve.http import app
@@ -107,7 +108,7 @@ def test_wrong_value_in_any_field_is_told_in_plain_words(endpoint: EndpointId) -
         for wrong in WRONG:
             body = {"model": "chat"} | BASE[endpoint] | {field: wrong}
             try:
-                _validate(HANDLERS[endpoint], body, endpoint)
+                parse(endpoint, body)
             except RequestError as error:
                 refused += 1
                 check_error({"message": error.message, "param": error.param}, body, fields)
@@ -138,7 +139,7 @@ def test_shape_of_a_class_takes_what_the_class_takes(endpoint: EndpointId) -> No
 def test_choices_have_a_limit_however_they_are_written(endpoint: EndpointId, n: Any) -> None:
     body = {"model": "m"} | BASE[endpoint] | {"n": n}
     with pytest.raises(RequestError, match="limit is 128"):
-        _validate(HANDLERS[endpoint], body, endpoint)
+        parse(endpoint, body)
 
 
 def test_vllm_cuts_long_prompts_where_tokencount_expects() -> None:
@@ -146,31 +147,33 @@ def test_vllm_cuts_long_prompts_where_tokencount_expects() -> None:
     bare = getattr(whole, "__wrapped__", whole)
     params = TokenizeParams(max_total_tokens=2048)
     assert bare(params)["max_length"] == 2049
-    assert token_count._whole(bare)(params)["max_length"] == token_count.LIMIT + 1
+    assert token_count._counting_whole(bare)(params)["max_length"] == token_count.LIMIT + 1
     cut = TokenizeParams(max_total_tokens=2048, truncate_prompt_tokens=7)
-    assert token_count._whole(bare)(cut) == bare(cut)
+    assert token_count._counting_whole(bare)(cut) == bare(cut)
     with pytest.raises(VLLMValidationError) as caught:
         params.apply_post_tokenization(None, {"prompt_token_ids": [1] * 2049})
     said = "contains at least 2049 input tokens"
     assert said in str(caught.value)
-    assert "contains 2049 input tokens" in token_count.exact(said)
+    assert "contains 2049 input tokens" in token_count.corrected(said)
     more = f"contains {token_count.LIMIT + 1} input tokens"
-    assert token_count.exact(more) == more.replace("contains", "contains at least")
+    assert token_count.corrected(more) == more.replace("contains", "contains at least")
 
 
 @pytest.mark.parametrize("said", TOO_LONG)
 def test_prompt_that_does_not_fit_is_told_in_openai_s_words(said: str) -> None:
     """LiteLLM and others know it by them (`is_error_str_context_window_exceeded`)."""
-    serving: Any = SimpleNamespace(max_model_len=2048)
-    told = ModelHandlers._too_long(serving, f"The prompt {said}.")
+    model_config = SimpleNamespace(max_model_len=2048)
+    engine: Any = SimpleNamespace(client=SimpleNamespace(model_config=model_config))
+    errors = ErrorMapper("chat", engine)
+    told = errors._too_long(f"The prompt {said}.")
     assert told.startswith("This model's maximum context length is 2048 tokens. ")
-    assert ModelHandlers._too_long(serving, told) == told
+    assert errors._too_long(told) == told
 
 
 @pytest.mark.parametrize(("asked", "left"), [(384, None), (100, 100), (None, None)])
 def test_own_dimensions_of_a_model_ask_for_nothing(asked: int | None, left: int | None) -> None:
     request = SimpleNamespace(dimensions=asked)
-    without_own_size(request, SimpleNamespace(embedding_size=384))
+    drop_own_size(request, SimpleNamespace(embedding_size=384))
     assert request.dimensions == left
     assert isinstance(vars(ModelConfig)["embedding_size"], property)
 
@@ -182,4 +185,4 @@ def test_null_in_any_field_is_as_if_left_out(endpoint: EndpointId) -> None:
     for field in fields_of(endpoint):
         if field not in base and "file" not in base:
             raw = json.dumps(base | {field: None}).encode()
-            _validate(HANDLERS[endpoint], parse_body(raw), endpoint)
+            parse(endpoint, parse_body(raw))

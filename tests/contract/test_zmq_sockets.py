@@ -126,7 +126,7 @@ async def test_what_a_closed_socket_does_not_take_is_told(
         for n in range(2):
             await outbox.send_multipart((b"%d" % n,), copy=False)
         await asyncio.sleep(0)
-    assert "2 messages to an engine were not sent: it has ended" in caplog.text
+    assert "2 messages to an engine were not sent: the engine has ended" in caplog.text
 
 
 class Breaking:

@@ -70,7 +70,7 @@ class Device:
         allocator = ModuleType("vllm.device_allocator")
         vars(allocator).update(cumem=cumem)
         sys.modules |= {"vllm": ModuleType("vllm"), "vllm.device_allocator": allocator}
-        return CudaMemory(hands_over=True)
+        return CudaMemory(exchanges_pages=True)
 
     def handle(self, size: int) -> tuple[int, int, int, int]:
         if size not in self._handles:

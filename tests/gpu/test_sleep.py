@@ -84,7 +84,7 @@ def made(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
-    from llmserve.engine.engine import Launcher
+    from llmserve.engine.launcher import Launcher
 
     folder = tmp_path_factory.mktemp("sleep")
     environment.prepare(1, folder)

@@ -131,8 +131,8 @@ class Memory:
 class Engine:
     """An engine's process."""
 
-    def __init__(self, fleet: Fleet, spec: ModelSpec, tether: Tether, *, sleeps: bool) -> None:
-        tether.engine = self
+    def __init__(self, fleet: Fleet, spec: ModelSpec, watch: Watch, *, sleeps: bool) -> None:
+        watch.engine = self
         self.spec = spec
         self.sleeps = sleeps
         self.gpu = _gpu_of(spec)
@@ -208,17 +208,17 @@ class Engine:
         self.dead = True
 
 
-class Tether:
-    """What ends an engine's processes, also while they start."""
+class Watch:
+    """Ends an engine's processes, also while they start."""
 
     pids = ()
 
     def __init__(self) -> None:
         self.engine: Engine | None = None
-        self.is_cut = False
+        self.is_killed = False
 
-    def cut(self) -> None:
-        self.is_cut = True
+    def kill(self) -> None:
+        self.is_killed = True
         if self.engine is not None and self.engine.alive:
             self.engine.die()
 
@@ -351,21 +351,21 @@ class Fleet:
 
     # --- the launcher
 
-    def tether(self) -> Tether:
+    def new_watch(self) -> Watch:
         if self.stopped:
             raise StartupError("the server is stopping")
-        return Tether()
+        return Watch()
 
-    def start(self, spec: ModelSpec, number: int, *, sleeps: bool, tether: Tether) -> Engine:
+    def start(self, spec: ModelSpec, number: int, *, sleeps: bool, watch: Watch) -> Engine:
         """At the end of the seconds that the thread takes."""
         self.memory.starting.pop(Start(spec.name, number, _gpu_of(spec)), None)
-        if self.stopped or tether.is_cut:
+        if self.stopped or watch.is_killed:
             raise StartupError("the server is stopping")
         if self.weather.strikes():
             raise StartupError("no memory left")
         if self.weather.strikes(0.3):
             raise ValueError("unforeseen by the launcher")
-        engine = Engine(self, spec, tether, sleeps=sleeps)
+        engine = Engine(self, spec, watch, sleeps=sleeps)
         self.engines.append(engine)
         self.count()
         return engine

@@ -172,12 +172,12 @@ PATIENCE = Patience(look_s=0.005)
 
 
 @dataclass
-class FakeTether:
+class FakeWatch:
     pids: tuple[int, ...] = ()
-    was_cut: threading.Event = field(default_factory=threading.Event)
+    was_killed: threading.Event = field(default_factory=threading.Event)
 
-    def cut(self) -> None:
-        self.was_cut.set()
+    def kill(self) -> None:
+        self.was_killed.set()
 
 
 @dataclass
@@ -191,20 +191,20 @@ class FakeVllm:
     built: list[ModelSpec] = field(default_factory=list)
 
     building: Callable[[], Awaitable[None]] = turn
-    launching: Callable[[FakeTether], object] = lambda _: None  # what a start does
-    tethers: list[FakeTether] = field(default_factory=list)
+    launching: Callable[[FakeWatch], object] = lambda _: None  # what a start does
+    watches: list[FakeWatch] = field(default_factory=list)
 
     def modules(self) -> _Modules:
-        def start(spec: ModelSpec, number: int, *, sleeps: bool, tether: FakeTether) -> FakeEngine:
+        def start(spec: ModelSpec, number: int, *, sleeps: bool, watch: FakeWatch) -> FakeEngine:
             self.launched.append((spec, number))
             self.sleeping.append(sleeps)
-            self.launching(tether)
+            self.launching(watch)
             self.engine.made += 1
             return self.engine
 
-        def tether() -> FakeTether:
-            self.tethers.append(FakeTether())
-            return self.tethers[-1]
+        def new_watch() -> FakeWatch:
+            self.watches.append(FakeWatch())
+            return self.watches[-1]
 
         async def build(spec: ModelSpec, engine: FakeEngine) -> SimpleNamespace:
             await self.building()
@@ -215,7 +215,7 @@ class FakeVllm:
 
         return _Modules(
             handlers=SimpleNamespace(ModelHandlers=SimpleNamespace(build=build)),
-            launcher=SimpleNamespace(start=start, tether=tether),
+            launcher=SimpleNamespace(start=start, new_watch=new_watch),
         )
 
     def backend(self, folder: Path, memory: Memory) -> VllmBackend:
@@ -361,7 +361,7 @@ async def test_an_engine_that_cannot_be_served_is_ended(tmp_path: Path) -> None:
 
 
 def ended(vllm: FakeVllm) -> bool:
-    cut = all(tether.was_cut.is_set() for tether in vllm.tethers)
+    cut = all(watch.was_killed.is_set() for watch in vllm.watches)
     return cut and vllm.engine.stopped == vllm.engine.made
 
 
@@ -369,9 +369,9 @@ def ended(vllm: FakeVllm) -> bool:
 async def test_a_start_cancelled_leaves_no_engine(tmp_path: Path, at: str) -> None:
     vllm, gate, reached = FakeVllm(), Gate(), threading.Event()
 
-    def launching(tether: FakeTether) -> None:
+    def launching(watch: FakeWatch) -> None:
         reached.set()
-        tether.was_cut.wait(60)
+        watch.was_killed.wait(60)
 
     if at == "launching":
         vllm.launching = launching
@@ -409,8 +409,8 @@ async def test_a_start_cancelled_at_any_turn_leaves_no_engine(tmp_path: Path) ->
 async def test_a_start_whose_report_fails_leaves_no_engine(tmp_path: Path) -> None:
     """Whatever goes wrong while it is looked at."""
     vllm = FakeVllm()
-    vllm.launching = lambda tether: (
-        (tmp_path / "model-chat.log").write_text("Warming up\n") and (tether.was_cut.wait(60))
+    vllm.launching = lambda watch: (
+        (tmp_path / "model-chat.log").write_text("Warming up\n") and (watch.was_killed.wait(60))
     )
 
     def report(state: State, _: str) -> None:
@@ -425,10 +425,10 @@ async def test_a_start_whose_report_fails_leaves_no_engine(tmp_path: Path) -> No
 
 async def test_a_start_without_sign_of_life_is_ended(tmp_path: Path) -> None:
     vllm = FakeVllm()
-    vllm.launching = lambda tether: tether.was_cut.wait(60)
+    vllm.launching = lambda watch: watch.was_killed.wait(60)
     backend = vllm.backend(tmp_path, FakeSpace())
     backend._patience = Patience(look_s=0.005, quiet_s=0.02)
-    with pytest.raises(StartupError, match=r"nothing in its log and no work for 0\.02 s"):
+    with pytest.raises(StartupError, match=r"hung, with no log line and no work for 0\.02 s"):
         await soon(backend.start(spec(), place(0), nothing))
     assert ended(vllm)
 
@@ -437,9 +437,9 @@ async def test_a_start_that_writes_is_not_ended_before_its_bound(tmp_path: Path)
     vllm = FakeVllm()
     lines = 0
 
-    def launching(tether: FakeTether) -> None:
+    def launching(watch: FakeWatch) -> None:
         nonlocal lines
-        while not tether.was_cut.wait(0.002):
+        while not watch.was_killed.wait(0.002):
             lines += 1
             with (tmp_path / "model-chat.log").open("a") as log:
                 log.write("line\n")
@@ -447,7 +447,7 @@ async def test_a_start_that_writes_is_not_ended_before_its_bound(tmp_path: Path)
     vllm.launching = launching
     backend = vllm.backend(tmp_path, FakeSpace())
     backend._patience = Patience(look_s=0.005, quiet_s=0.05, at_most_s=0.4)
-    with pytest.raises(StartupError, match=r"no end after 0\.4 s"):
+    with pytest.raises(StartupError, match=r"not ready after 0\.4 s"):
         await soon(backend.start(spec(), place(0), nothing))
     assert lines > 50
     assert ended(vllm)

@@ -69,8 +69,8 @@ async def until_ended(pid: int) -> None:
     [
         ("spin", "CPU time"),
         ("eat", "MiB"),
-        ("crash", "abnormally"),
-        ("raise", "abnormally"),
+        ("crash", "crashes"),
+        ("raise", "crashes"),
         ("flood", "to compile"),
     ],
 )

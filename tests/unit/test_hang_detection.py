@@ -36,7 +36,7 @@ class Engine:
 
 
 def silence(engine: Engine, at_most_s: float = 1000.0) -> HangDetector:
-    return HangDetector(0.0, engine.cpu_s, quiet_s=45.0, at_most_s=at_most_s, share=0.05)
+    return HangDetector(0.0, engine.cpu_s, quiet_s=45.0, at_most_s=at_most_s, working_share=0.05)
 
 
 @given(LOOKS)
@@ -70,7 +70,7 @@ def test_silence_broken_begins_again() -> None:
     engine = Engine(0.0)
     quiet = silence(engine)
     for now_s in range(0, 900, 40):
-        assert not quiet.is_hang(float(now_s), heard=True)
+        assert not quiet.is_hang(float(now_s), has_output=True)
     assert quiet.is_hang(1000.0)
 
 

@@ -506,7 +506,7 @@ async def test_the_shorter_deadline_ends_a_request(
     assert error_of(reply)["type"] == "timeout_error"
 
 
-@pytest.mark.parametrize("token", [True, False], ids=["fast path", "handlers"])
+@pytest.mark.parametrize("token", [True, False], ids=["fast path", "vLLM"])
 async def test_a_deadline_in_mid_stream_is_the_last_event(token: bool) -> None:
     gate, source = Gate(), Talking("data: 1\n\n")
     running = Expressed(source.answer) if token else FakeRunning(stream(DATA, gate=gate))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from openai.lib._pydantic import to_strict_json_schema
 from pydantic import BaseModel, EmailStr, Field, HttpUrl, JsonValue, TypeAdapter, conint, constr
 
-from llmserve.engine.structured_output.json_schema import honoured
+from llmserve.engine.structured_output.json_schema import rewrite_schema
 from llmserve.engine.structured_output.subschema import ARGUMENTS, IN_PLACE, KEYWORDS, Unsupported
 from llmserve.engine.structured_output.subschema import REFUSED as REFUSED_KEYS
 
@@ -76,7 +76,7 @@ class Everything(BaseModel):
 
 @pytest.mark.parametrize("model", [Address, Tree, Link, Cat, Dog, Everything])
 def test_schema_of_pydantic_is_honoured(model: type[BaseModel]) -> None:
-    made = honoured(model.model_json_schema())
+    made = rewrite_schema(model.model_json_schema())
     assert made["type"] == "object"
     assert list(made["properties"]) == list(model.model_fields)
 
@@ -85,17 +85,17 @@ def test_schema_of_pydantic_is_honoured(model: type[BaseModel]) -> None:
 def test_schema_of_a_type_is_honoured(kind: Any) -> None:
     if kind == (EmailStr | None):
         pytest.importorskip("email_validator")
-    assert honoured(TypeAdapter(kind).json_schema())
+    assert rewrite_schema(TypeAdapter(kind).json_schema())
 
 
 @pytest.mark.parametrize("model", [Address, Tree, Link, Cat])
 def test_strict_schema_of_the_openai_sdk_is_honoured(model: type[BaseModel]) -> None:
-    made = honoured(to_strict_json_schema(model))
+    made = rewrite_schema(to_strict_json_schema(model))
     assert made["required"] == list(model.model_fields)
 
 
 def test_discriminator_is_required() -> None:
-    branches = honoured(Everything.model_json_schema())
+    branches = rewrite_schema(Everything.model_json_schema())
     animal = branches["properties"]["animal"]["anyOf"]
     names = [each["$ref"].rpartition("/")[2] for each in animal]
     assert ["kind" in branches["$defs"][name]["required"] for name in names] == [True, True]
@@ -110,7 +110,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     ),
     "remote": ({"$ref": "http://a/b"}, "`$ref` must be a JSON Pointer"),
     "file": ({"$ref": "b.json#/a"}, "`$ref` must be a JSON Pointer"),
-    "dangling": ({"$ref": "#/$defs/a"}, "`$ref` leads to nothing"),
+    "dangling": ({"$ref": "#/$defs/a"}, "`$ref` has no target"),
     "dynamic": ({"$dynamicRef": "#a"}, "`$dynamicRef`"),
     "inner id": ({"properties": {"a": {"$id": "http://a"}}}, "`$id` at properties.a"),
     "itself": ({"$ref": "#"}, "refers to itself"),
@@ -130,7 +130,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
 def test_schema_refused_has_keyword_and_place(name: str) -> None:
     schema, reason = REFUSED[name]
     with pytest.raises(Unsupported) as refused:
-        honoured(schema)
+        rewrite_schema(schema)
     assert reason in str(refused.value)
 
 
@@ -174,7 +174,7 @@ REWRITTEN: dict[str, tuple[Any, Any]] = {
 @pytest.mark.parametrize("name", REWRITTEN)
 def test_schema_is_rewritten(name: str) -> None:
     schema, expected = REWRITTEN[name]
-    made = honoured(schema)
+    made = rewrite_schema(schema)
     if "$defs" not in expected:
         made.pop("$defs", None)
     else:
@@ -186,15 +186,15 @@ def test_schema_is_rewritten(name: str) -> None:
 
 def test_arguments_leave_out_what_cannot_be_honoured() -> None:
     parameters = {"properties": {"a": {"type": "integer", "multipleOf": 2}}, "not": {}}
-    made = honoured({**parameters, ARGUMENTS: False})
+    made = rewrite_schema({**parameters, ARGUMENTS: False})
     assert made["properties"] == {"a": {"type": "integer"}}
     with pytest.raises(Unsupported):
-        honoured({**parameters, ARGUMENTS: True})
+        rewrite_schema({**parameters, ARGUMENTS: True})
 
 
 def test_arguments_inside_a_schema_are_a_document_of_their_own() -> None:
     parameters = {"properties": {"a": {"$ref": "#/$defs/b"}}, "$defs": {"b": {"const": 1}}}
-    made = honoured({"properties": {"in": {"allOf": [{**parameters, ARGUMENTS: True}]}}})
+    made = rewrite_schema({"properties": {"in": {"allOf": [{**parameters, ARGUMENTS: True}]}}})
     (inner,) = (each for each in made["$defs"].values() if "properties" in each)
     assert "a" in inner["properties"]
 
@@ -206,7 +206,7 @@ def test_schema_that_multiplies_is_refused() -> None:
         for number in range(20)
     ]
     with pytest.raises(Unsupported, match="too large"):
-        honoured({"allOf": choices})
+        rewrite_schema({"allOf": choices})
 
 
 ANY = st.recursive(
@@ -224,4 +224,4 @@ KEYS = st.sampled_from(
 @given(schema=st.dictionaries(KEYS, ANY | st.dictionaries(KEYS, ANY, max_size=4), max_size=4))
 def test_any_schema_is_honoured_or_refused(schema: dict[str, Any]) -> None:
     with contextlib.suppress(Unsupported):
-        honoured(schema)
+        rewrite_schema(schema)

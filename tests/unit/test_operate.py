@@ -99,7 +99,7 @@ def test_a_narrow_terminal_folds_notes_alone() -> None:
     model.states = {"chat": "failed"}
     shown = io.StringIO()
     console = Console(file=shown, width=100, force_terminal=True, color_system=None)
-    note = "the engine's process ended without a message; its log is long"
+    note = "the engine's process ended without an error message; its log is long"
     console.print(operate.table([model._model("chat", [], 1) | {"note": note}]))
     heading, first, *folded = shown.getvalue().splitlines()
     assert heading.split()[-1] == "NOTE"

@@ -20,7 +20,7 @@ HOLD = """
 import os, sys
 from llmserve.engine import run_folder
 folder = run_folder.RunFolder.make()
-run_folder.mark()
+run_folder.register_process()
 print(folder.path, flush=True)
 sys.stdin.read()
 """
@@ -86,8 +86,8 @@ def test_temporary_folder_that_cannot_be_written_is_told(name: str, tmp_path: Pa
         with pytest.raises(StartupError) as refused:
             RunFolder.make({name: place})
         assert refused.value.message == (
-            f"{name} is {place}, where no file can be made: {why}; "
-            f"make it a writable folder or unset {name}"
+            f"cannot create a file in {name}={place}: {why}; "
+            f"set {name} to a writable folder or unset it"
         )
 
 
@@ -100,7 +100,7 @@ def test_temporary_folder_of_others_is_told(tmp_path: Path) -> None:
 
 def test_without_a_folder_for_sockets_nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_folder, "_bases", lambda env: [Path("/proc")])
-    with pytest.raises(StartupError, match="no folder for sockets: one of /proc must be writable"):
+    with pytest.raises(StartupError, match="no folder for sockets: /proc: not writable"):
         RunFolder.make({})
 
 
@@ -144,13 +144,13 @@ def test_engine_process_clears_up_after_those_before_it(base: Path, shared: Path
     ended.wait()
     (folder.path / str(ended.pid)).touch()
     (shared / f"__KMP_REGISTERED_LIB_{ended.pid}_{os.getuid()}").touch()
-    run_folder.mark(env)
+    run_folder.register_process(env)
     assert left(folder.path) == sorted([str(os.getpid()), "lock"])
     assert left(shared) == []
     folder.remove()
 
 
 def test_process_of_no_server_leaves_no_mark(tmp_path: Path) -> None:
-    run_folder.mark({})
-    run_folder.mark({SOCKETS: str(tmp_path)})
+    run_folder.register_process({})
+    run_folder.register_process({SOCKETS: str(tmp_path)})
     assert left(tmp_path) == []

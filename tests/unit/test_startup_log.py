@@ -19,9 +19,9 @@ def path(tmp_path: Path) -> Path:
 
 def test_startlog_without_file_has_nothing(path: Path) -> None:
     log = StartLog(path)
-    assert not log.grew()
+    assert not log.read_new()
     path.mkdir()  # no file
-    assert not log.grew()
+    assert not log.read_new()
     assert not log.is_warming
 
 
@@ -29,9 +29,9 @@ def test_startlog_begin_puts_the_log_before_aside(path: Path) -> None:
     path.write_text("Warming up\n")
     log = StartLog(path)
     log.begin()
-    assert not log.grew()
+    assert not log.read_new()
     path.write_text("Starting\n")
-    assert log.grew()
+    assert log.read_new()
     assert not log.is_warming
     assert path.with_name(f"{path.name}.1").read_text() == "Warming up\n"
 
@@ -40,11 +40,11 @@ def test_startlog_that_is_cut_short_is_read_on(path: Path) -> None:
     """logrotate, `copytruncate`."""
     path.write_text("Starting, with many words\n")
     log = StartLog(path)
-    assert log.grew()
+    assert log.read_new()
     path.write_text("Warming up\n")
-    assert log.grew()
+    assert log.read_new()
     assert log.is_warming
-    assert not log.grew()
+    assert not log.read_new()
 
 
 def test_startlog_sign_cut_between_two_looks_is_found(path: Path) -> None:
@@ -52,9 +52,9 @@ def test_startlog_sign_cut_between_two_looks_is_found(path: Path) -> None:
     text = b"x" * 1000 + b"Model loading took 3 s"
     for size in (900, 1005, 1010, len(text)):
         path.write_bytes(text[:size])
-        assert log.grew()
+        assert log.read_new()
     assert log.is_warming
-    assert not log.grew()
+    assert not log.read_new()
 
 
 def test_startlog_reads_what_is_new_block_by_block(
@@ -63,15 +63,15 @@ def test_startlog_reads_what_is_new_block_by_block(
     monkeypatch.setattr(startup_log, "_BLOCK", 100)
     path.write_bytes(b"x" * 250)
     log = StartLog(path)
-    assert [log.grew() for _ in range(4)] == [True, True, True, False]
+    assert [log.read_new() for _ in range(4)] == [True, True, True, False]
 
 
 def test_startlog_renamed_in_between_has_nothing(path: Path) -> None:
     log = StartLog(path)
     path.write_text("line\n")
-    assert log.grew()
+    assert log.read_new()
     path.rename(path.with_suffix(".1"))
-    assert not log.grew()
+    assert not log.read_new()
 
 
 ECHO = RuntimeError("Engine core initialization failed. See root cause above.")
@@ -84,7 +84,7 @@ def test_cause_is_found_in_the_last_block_of_the_log(path: Path) -> None:
 
 def test_cause_of_an_endless_line_takes_no_time(path: Path) -> None:
     path.write_text("A." * 500_000)  # cut: the pattern would go back and forth in it
-    assert cause_of(ECHO, path).startswith("the engine's process ended without a word")
+    assert cause_of(ECHO, path).startswith("the engine's process ended without an error message")
 
 
 def test_cause_without_a_log_is_the_error_s_own(path: Path) -> None:
@@ -106,8 +106,8 @@ def test_cause_of_our_own_error_is_its_message(path: Path) -> None:
                 "`gpu_memory_utilization` or decreasing `max_model_len`"
             ),
             (
-                "0.5 GiB of KV cache is less than 8,192 tokens take, 1.0 GiB; "
-                "what would fit: engine: {max_model_len: 4080}"
+                "the KV cache of 0.5 GiB is too small: one request of 8,192 tokens needs 1.0 GiB; "
+                "increase `kv_cache` or set engine: {max_model_len: 4080}"
             ),
         ),
         (
@@ -115,11 +115,14 @@ def test_cause_of_our_own_error_is_its_message(path: Path) -> None:
                 "To serve at least one request with the model's max seq len (8192), (1.0 GiB KV cache "
                 "is needed, which is larger than the available KV cache memory (0.01 GiB). Try increasing"
             ),
-            "0.01 GiB of KV cache is less than 8,192 tokens take, 1.0 GiB",
+            (
+                "the KV cache of 0.01 GiB is too small: one request of 8,192 tokens needs 1.0 GiB; "
+                "increase `kv_cache`"
+            ),
         ),
         (
             "No available memory for the cache blocks. Try increasing `gpu_memory_utilization`",
-            "no memory is left for the KV cache; `memory` or `kv_cache` of its entry gives more",
+            "no memory for the KV cache; increase `memory` or `kv_cache` of the model",
         ),
     ],
 )

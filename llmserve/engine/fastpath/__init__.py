@@ -1,4 +1,4 @@
 """Streams of tokens without vLLM's generators.
 
-`guards` says what may go this way; everything else goes vLLM's own. Start with `fast_path`.
+`guards` lists what may take the fast path; all else takes vLLM's path. Start with `fast_path`.
 """

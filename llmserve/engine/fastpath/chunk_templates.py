@@ -1,7 +1,7 @@
-"""The events of a streamed answer, cut from vLLM's own response models.
+"""The events of a streamed answer as bytes, cut from vLLM's response models.
 
-vLLM builds and serializes a model per token. Here one is built per kind of request,
-with markers where the text, the id and the counts go; the rest is the same for all.
+vLLM builds and serializes a model per token. Here a model is built per kind of request, with
+markers in place of the text, the id and the counts.
 
 Source: `chat_completion_stream_generator` and `completion_stream_generator` in
 vllm/entrypoints/openai/{chat_completion,completion}/serving.py.
@@ -10,7 +10,7 @@ vllm/entrypoints/openai/{chat_completion,completion}/serving.py.
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import orjson
 from vllm.entrypoints.generate.base.protocol import DeltaMessage
@@ -34,32 +34,16 @@ _ID = "\N{OBJECT REPLACEMENT CHARACTER}id"
 _TEXT = "\N{OBJECT REPLACEMENT CHARACTER}text"
 _CREATED = 8_888_888_888_888_888
 _COUNTS = (7_777_777_777_777_771, 7_777_777_777_777_772, 7_777_777_777_777_773)
-_ENDS = 64  # ways to end that are remembered
+_ENDS = 64  # cached last events
 
-Lead = tuple[bytes, bytes]  # what differs between two answers: the id, and the time
-
-
-class Models(Protocol):
-    """One kind of answer in vLLM's models. A frame each, as bytes."""
-
-    parsed: bool  # by a parser that passes text on, but makes no chunk of none
-
-    def first(self, answer_id: str, created: int) -> bytes: ...
-
-    def chunk(
-        self,
-        answer_id: str,
-        created: int,
-        text: str,
-        finish: str | None = None,
-        stop: int | str | None = None,
-    ) -> bytes: ...
-
-    def usage(self, answer_id: str, created: int, usage: UsageInfo) -> bytes: ...
+Lead = tuple[bytes, bytes]  # the id and the time of an answer
 
 
 class ChatModels:
-    """Chat chunks: the role, then text, then perhaps the usage."""
+    """Chat chunks with markers: the role, text, and the usage if requested.
+
+    `parsed`: by a parser that passes text through, and makes no chunk without text.
+    """
 
     def __init__(
         self,
@@ -76,25 +60,18 @@ class ChatModels:
         self._fingerprint = fingerprint
         self._include_usage = include_usage
 
-    def first(self, answer_id: str, created: int) -> bytes:
+    def first(self) -> bytes:
         choice = ChatCompletionResponseStreamChoice(
             index=0,
             delta=DeltaMessage(role=self._role, content=""),
             logprobs=None,
             finish_reason=None,
         )
-        chunk = self._of(answer_id, created, choice)
+        chunk = self._response(choice)
         chunk.prompt_token_ids = chunk.prompt_text = None
         return _frame(chunk.model_dump_json(exclude_unset=True))
 
-    def chunk(
-        self,
-        answer_id: str,
-        created: int,
-        text: str,
-        finish: str | None = None,
-        stop: int | str | None = None,
-    ) -> bytes:
+    def chunk(self, text: str, finish: str | None = None, stop: int | str | None = None) -> bytes:
         choice = ChatCompletionResponseStreamChoice(
             index=0,
             delta=DeltaMessage(content=text) if text or not self.parsed else DeltaMessage(),
@@ -104,16 +81,16 @@ class ChatModels:
         )
         if finish is not None:
             choice.stop_reason = stop
-        chunk = self._of(answer_id, created, choice)
+        chunk = self._response(choice)
         if finish is not None and not self._include_usage and self._fingerprint is not None:
             chunk.system_fingerprint = self._fingerprint
         return _frame(chunk.model_dump_json(exclude_unset=True))
 
-    def usage(self, answer_id: str, created: int, usage: UsageInfo) -> bytes:
+    def usage(self, usage: UsageInfo) -> bytes:
         chunk = ChatCompletionStreamResponse(
-            id=answer_id,
+            id=_ID,
             object="chat.completion.chunk",
-            created=created,
+            created=_CREATED,
             choices=[],
             model=self._model,
             usage=usage,
@@ -121,20 +98,18 @@ class ChatModels:
         )
         return _frame(chunk.model_dump_json(exclude_unset=True, exclude_none=True))
 
-    def _of(
-        self, answer_id: str, created: int, choice: ChatCompletionResponseStreamChoice
-    ) -> ChatCompletionStreamResponse:
+    def _response(self, choice: ChatCompletionResponseStreamChoice) -> ChatCompletionStreamResponse:
         return ChatCompletionStreamResponse(
-            id=answer_id,
+            id=_ID,
             object="chat.completion.chunk",
-            created=created,
+            created=_CREATED,
             choices=[choice],
             model=self._model,
         )
 
 
 class CompletionModels:
-    """Completion chunks: text, then perhaps the usage."""
+    """Completion chunks with markers: text, and the usage if requested."""
 
     parsed = False
 
@@ -143,17 +118,10 @@ class CompletionModels:
         self._fingerprint = fingerprint
         self._include_usage = include_usage
 
-    def first(self, answer_id: str, created: int) -> bytes:
+    def first(self) -> bytes:
         return b""
 
-    def chunk(
-        self,
-        answer_id: str,
-        created: int,
-        text: str,
-        finish: str | None = None,
-        stop: int | str | None = None,
-    ) -> bytes:
+    def chunk(self, text: str, finish: str | None = None, stop: int | str | None = None) -> bytes:
         choice = CompletionResponseStreamChoice(
             index=0,
             text=text,
@@ -164,9 +132,9 @@ class CompletionModels:
             token_ids=None,
         )
         chunk = CompletionStreamResponse(
-            id=answer_id,
+            id=_ID,
             object="text_completion",
-            created=created,
+            created=_CREATED,
             model=self._model,
             choices=[choice],
         )
@@ -174,10 +142,10 @@ class CompletionModels:
             chunk.system_fingerprint = self._fingerprint
         return _frame(chunk.model_dump_json(exclude_unset=True))
 
-    def usage(self, answer_id: str, created: int, usage: UsageInfo) -> bytes:
+    def usage(self, usage: UsageInfo) -> bytes:
         chunk = CompletionStreamResponse(
-            id=answer_id,
-            created=created,
+            id=_ID,
+            created=_CREATED,
             model=self._model,
             choices=[],
             usage=usage,
@@ -187,23 +155,25 @@ class CompletionModels:
 
 
 class ChunkTemplate:
-    """The events of all answers to one kind of request. `prune` removes nulls from a frame."""
+    """The events of all answers to one kind of request. `prune` removes nulls from an event."""
 
     def __init__(
-        self, models: Models, prune: Callable[[bytes], bytes], *, include_usage: bool
+        self,
+        models: ChatModels | CompletionModels,
+        prune: Callable[[bytes], bytes],
+        *,
+        include_usage: bool,
     ) -> None:
         self._models = models
         self._prune = prune
         self.parsed = models.parsed
-        first = models.first(_ID, _CREATED)
+        first = models.first()
         self._first = _cut(prune(first)) if first else ()
-        head, found, self.tail = prune(models.chunk(_ID, _CREATED, _TEXT)).partition(
-            orjson.dumps(_TEXT)
-        )
-        assert found  # noqa: S101  # a chunk holds its text
+        head, found, self.tail = prune(models.chunk(_TEXT)).partition(orjson.dumps(_TEXT))
+        assert found  # noqa: S101  # a chunk contains its text
         self._head = _cut(head)
         self._ends: dict[tuple[str, int | str | None, bool], tuple[bytes, ...]] = {}
-        self._usage = self._numbered() if include_usage else ()
+        self._usage = self._usage_parts() if include_usage else ()
 
     def answer(self, answer_id: str) -> Answer:
         return Answer(self, answer_id, int(time.time()))
@@ -212,11 +182,11 @@ class ChunkTemplate:
         return _fill(self._first, lead)
 
     def head(self, lead: Lead) -> bytes:
-        """A middle frame up to its text."""
+        """Return a middle event up to its text."""
         return _fill(self._head, lead)
 
     def end(self, lead: Lead, text: str, finish: str, stop: int | str | None) -> bytes:
-        """The frame with the last of the text, and how it ends."""
+        """Return the event with the last text and the reason of the end."""
         bare = self.parsed and not text
         parts = self._ends.get((finish, stop, bare))
         if parts is None:
@@ -227,12 +197,12 @@ class ChunkTemplate:
 
     def _end(self, finish: str, stop: int | str | None, *, bare: bool) -> tuple[bytes, ...]:
         text = "" if bare else _TEXT
-        frame = self._prune(self._models.chunk(_ID, _CREATED, text, finish, stop))
+        frame = self._prune(self._models.chunk(text, finish, stop))
         head, _, tail = (frame, b"", b"") if bare else frame.partition(orjson.dumps(_TEXT))
         return (*_cut(head), tail)
 
     def usage(self, lead: Lead, prompt_tokens: int, tokens: int) -> bytes:
-        """The frame with the token counts, where it was asked for."""
+        """Return the event with the token counts; empty if not requested."""
         if not self._usage:
             return b""
         *ahead, after = self._usage
@@ -241,14 +211,14 @@ class ChunkTemplate:
             after = after.replace(b"%d" % marker, b"%d" % count, 1)
         return _fill((*ahead, after), lead)
 
-    def _numbered(self) -> tuple[bytes, ...]:
+    def _usage_parts(self) -> tuple[bytes, ...]:
         prompt, completion, total = _COUNTS
         usage = UsageInfo(prompt_tokens=prompt, completion_tokens=completion, total_tokens=total)
-        return _cut(self._prune(self._models.usage(_ID, _CREATED, usage)))
+        return _cut(self._prune(self._models.usage(usage)))
 
 
 class Answer:
-    """The events of one answer. `token_stream.StreamFrames`."""
+    """The events of one answer: a `token_stream.StreamFrames`."""
 
     def __init__(self, template: ChunkTemplate, answer_id: str, created: int) -> None:
         self._template = template
@@ -274,7 +244,7 @@ def _frame(json: str) -> bytes:
 
 
 def _cut(frame: bytes) -> tuple[bytes, ...]:
-    """Around the id and the time, which come before anything of a model's or a user's."""
+    """Split at the id and the time, which precede all text of a model or a user."""
     before, _, rest = frame.partition(orjson.dumps(_ID))
     between, found, after = rest.partition(b'"created":%d' % _CREATED)
     assert found  # noqa: S101  # both are in every chunk

@@ -1,9 +1,9 @@
 """Token ids to text by table, where a token's text does not depend on its neighbours.
 
-vLLM's detokenizer decodes a window of tokens for every new one (`DecodeStream`, Hugging
-Face tokenizers). A byte-level tokenizer only puts bytes together, so the text of a token
-that is whole UTF-8 can be looked up. Tokens that hold part of a character, and what
-follows until it is whole, go through vLLM's detokenizer as before.
+vLLM's detokenizer decodes a window of tokens for every new one (`DecodeStream`, Hugging Face
+tokenizers). A byte-level tokenizer concatenates bytes, so the text of a token that is valid UTF-8
+is in a table. vLLM's detokenizer decodes tokens that hold part of a character, and those after
+them until it is whole.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from vllm.v1.engine.detokenizer import FastIncrementalDetokenizer, uses_fast_det
 
 log = logging.getLogger(__name__)
 
-Table = list[str | None]  # by token id; None: it takes its neighbours to tell
+Table = list[str | None]  # by token id; None: depends on its neighbours
 
-_TRIALS, _LENGTH = 64, 48  # random sequences that the table must decode as DecodeStream does
-_PROMPT = 8  # ids of the prompt before each of them
+_TRIALS, _LENGTH = 64, 48  # random sequences on which table and DecodeStream must agree
+_PROMPT = 8  # ids of the prompt before each
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-_TAIL = 8  # ids at the end of a prompt, enough for a character that is not whole
-_CROPPED = 64  # ids of a prompt's end that may be left out
+_TAIL = 8  # ids at the end of a prompt: enough for a partial character
+_CROPPED = 64  # ids at a prompt's end that may be dropped
 
 
 class TableDetokenizer(FastIncrementalDetokenizer):
-    """`FastIncrementalDetokenizer`, made by vLLM and then given a table."""
+    """vLLM's `FastIncrementalDetokenizer` with a table."""
 
     table: Table
-    partial: bool  # a character has begun and is not whole
+    partial: bool  # the last token ended inside a character
 
     @classmethod
     def take_over(cls, detokenizer: Any, table: Table) -> bool:
-        """Whether it is one that the table stands for.
+        """Add a table; return False for a detokenizer that it does not fit.
 
-        Its stream starts without the prompt, see `start_clean`.
+        The stream starts without the prompt: see `exclude_prompt`.
         """
         if type(detokenizer) is not FastIncrementalDetokenizer:
             return False
@@ -59,13 +59,12 @@ class TableDetokenizer(FastIncrementalDetokenizer):
         return text
 
 
-def start_clean(detokenizer: Any, prompt: list[int] | None) -> None:
+def exclude_prompt(detokenizer: Any, prompt: list[int] | None) -> None:
     """Keep the prompt out of an answer whose tokenizer has no table.
 
-    vLLM primes a `DecodeStream` with the prompt. Its text counts as written only if it does
-    not end in U+FFFD or in part of a character; otherwise the stream's first text holds the
-    whole prompt. Without such an end nothing changes: a token's text may depend on the
-    prompt where the tokenizer is not byte-level.
+    vLLM primes a `DecodeStream` with the prompt. If the prompt ends in U+FFFD or in part of a
+    character, the stream's first text would contain the whole prompt. Other prompts stay: without
+    a byte-level tokenizer a token's text may depend on the prompt.
     """
     if type(detokenizer) is not FastIncrementalDetokenizer or not prompt:
         return
@@ -75,7 +74,7 @@ def start_clean(detokenizer: Any, prompt: list[int] | None) -> None:
 
 
 def _clean_end(detokenizer: Any, prompt: list[int]) -> int:
-    """How many ids of a prompt decode to a text that ends in a whole character."""
+    """Return how many ids of a prompt decode to text that ends in a whole character."""
     for end in range(len(prompt), max(0, len(prompt) - _CROPPED), -1):
         tail = prompt[max(0, end - _TAIL) : end]
         text = detokenizer.tokenizer.decode(
@@ -93,19 +92,19 @@ def _prime(detokenizer: Any, prompt: list[int]) -> None:
 
 
 def text_table(tokenizer: Any, name: str) -> Table | None:
-    """The table of a tokenizer of transformers; None if it has none. `name` is for the log.
+    """Return the table of a tokenizer of transformers; None without one. `name` is logged.
 
     Takes some tenths of a second.
     """
     if not uses_fast_detokenizer(tokenizer):
         return None
-    backend = tokenizer._tokenizer  # noqa: SLF001  # as vLLM's own takes it
+    backend = tokenizer._tokenizer  # noqa: SLF001  # as vLLM does
     if not _is_byte_level(json.loads(backend.to_str())):
         return None
     table = _table(backend)
     if _agrees(backend, table):
         return table
-    log.warning("model=%s its tokens do not decode one by one", name)
+    log.warning("model=%s no token table: tokens do not decode one by one", name)
     return None
 
 
@@ -135,7 +134,7 @@ def _text(token: str | None, alphabet: dict[str, int]) -> str | None:
 
 
 def _alphabet() -> dict[str, int]:
-    """Characters that stand for bytes: GPT-2's `bytes_to_unicode`."""
+    """Return the characters that represent bytes: GPT-2's `bytes_to_unicode`."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {
@@ -144,12 +143,12 @@ def _alphabet() -> dict[str, int]:
 
 
 def _agrees(backend: Any, table: Table) -> bool:
-    """Whether the table gives what a `DecodeStream` gives, whatever the prompt was.
+    """Whether table and `DecodeStream` return the same text after random prompts.
 
-    Left out are prompts that end in part of a character, see `start_clean`, and U+FFFD itself,
-    which a `DecodeStream` takes for part of a character.
+    Excluded are prompts that end in part of a character (`exclude_prompt`), and U+FFFD, which a
+    `DecodeStream` takes for part of a character.
     """
-    chance = random.Random(0)  # noqa: S311  # the same trials every time
+    chance = random.Random(0)  # noqa: S311  # the same trials each time
     ids = [i for i, text in enumerate(table) if _REPLACEMENT not in (text or "")]
     whole = [i for i in ids if table[i]]
     if not whole:
@@ -172,7 +171,7 @@ def _agrees_on(backend: Any, table: Table, prompt: list[int], ids: list[int]) ->
                 text = whole.step(backend, token) or ""
                 partial = not text
         except Exception:
-            return True  # not UTF-8 in any way: vLLM starts a new stream there
+            return True  # never valid UTF-8: vLLM starts a new stream here
         if text != expected:
             return False
     return True

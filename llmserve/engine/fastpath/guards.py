@@ -1,7 +1,7 @@
 """Which engines, requests and sampling parameters may take the fast path.
 
-The rules fail closed: what is set and in no list of `known_fields` sends a request vLLM's
-general way.
+The rules fail closed: a request with a field that is set and in no list of `known_fields` takes
+vLLM's path.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 
 
 def is_open(serving: Any, client: AsyncLLM) -> bool:
-    """Whether this engine and these handlers do nothing that the fast path leaves out."""
+    """Whether this engine and these handlers use nothing that the fast path lacks."""
     if serving is None:
         return False
     found = list(_obstacles(serving, client.vllm_config))
@@ -65,8 +65,8 @@ def _obstacles(serving: Any, config: Any) -> Iterator[str]:
         (model, MODEL),
     )
     for owner, names in parts:
-        yield from _on_beyond(owner, names)
-    if not steps_aside(getattr(serving, "parser_cls", None)):
+        yield from _other_attributes(owner, names)
+    if not passes_text_through(getattr(serving, "parser_cls", None)):
         yield "parser_cls"
     if scheduler.stream_interval != 1:
         yield "stream_interval"
@@ -82,24 +82,24 @@ def knows(kind: type) -> bool:
 
 
 def _fields_of(kind: Any) -> Iterable[str]:
-    """Of a struct or a model."""
+    """Return the field names of a struct or a model."""
     names: Iterable[str] = getattr(kind, "__struct_fields__", None) or kind.model_fields
     return names
 
 
-def _on_beyond(owner: Any, names: Container[str]) -> Iterator[str]:
-    """What else of an object is on: the fields of a config, the attributes of handlers."""
+def _other_attributes(owner: Any, names: Container[str]) -> Iterator[str]:
+    """Yield the true fields of a config, or attributes of a handler, that are not in `names`."""
     found = [each.name for each in fields(owner)] if is_dataclass(owner) else vars(owner)
     for name in found:
         if name not in names and getattr(owner, name):
             yield name
 
 
-def steps_aside(parser: type[Parser] | None) -> bool:
-    """Whether there is no parser, or one that passes text on where a request has no tools.
+def passes_text_through(parser: type[Parser] | None) -> bool:
+    """Whether there is no parser, or one that does not change text for requests without tools.
 
-    That is what `DelegatingParser` does with `tool_choice: none`, if it is not told to parse
-    reasoning and its tool parser is not one that parses everything
+    `DelegatingParser` passes text through with `tool_choice: none`, if it has no reasoning parser
+    and its tool parser is not one that parses everything
     (vllm/parser/abstract_parser.py, `parse_delta` and `_extract_tool_calls_streaming`).
     """
     if parser is None:
@@ -116,7 +116,7 @@ def steps_aside(parser: type[Parser] | None) -> bool:
 
 
 def is_plain(request: Any, params: Any) -> bool:
-    """Whether the stream is text of one choice, in chunks that hold nothing else."""
+    """Whether the stream is the text of one choice, in chunks without further fields."""
     _, continuous = should_include_usage(request.stream_options, False)
     return (
         isinstance(params, SamplingParams)
@@ -130,7 +130,7 @@ def is_plain(request: Any, params: Any) -> bool:
 
 
 def is_repeatable(request: Any, prompt: Any, params: SamplingParams) -> bool:
-    """Whether all that depends on the prompt is the prompt and `max_tokens`."""
+    """Whether only the prompt and `max_tokens` depend on the prompt."""
     return (
         prompt.get("type") == "token"
         and all(prompt[key] is None for key in prompt if key not in PROMPT_KEYS)
@@ -141,43 +141,44 @@ def is_repeatable(request: Any, prompt: Any, params: SamplingParams) -> bool:
 
 
 def is_known(request: EngineCoreRequest) -> bool:
-    """Whether a request to the engine has no more than a request template can repeat."""
+    """Whether a request template can reproduce all fields of an engine request."""
     return _has_defaults(request, ENGINE_FIELDS)
 
 
 def _sets_only(model: BaseModel | None, names: frozenset[str]) -> bool:
     """Whether all other fields of its class are unset, and off by default.
 
-    Fields that vLLM does not have mean nothing to it, and may be set.
+    Fields that the class does not have are ignored by vLLM and may be set.
     """
     if model is None:
         return True
     values, given = vars(model), model.model_fields_set
-    return not any(values.get(name) or name in given for name in _beyond(type(model), names))
+    return not any(values.get(name) or name in given for name in _other_fields(type(model), names))
 
 
 @cache
-def _beyond(kind: Any, names: frozenset[str]) -> tuple[str, ...]:
-    """The other fields of a class, which all requests share."""
+def _other_fields(kind: Any, names: frozenset[str]) -> tuple[str, ...]:
+    """Return the fields of a class that are not in `names`; cached for all requests."""
     return tuple(name for name in _fields_of(kind) if name not in names)
 
 
 def _is_one_of(value: Any, allowed: tuple[Any, ...]) -> bool:
-    """`0` is not `False` here: the number asks for logprobs."""
+    """As `in`, except that `0` is not `False`: the number requests logprobs."""
     return any(type(value) is type(each) and value == each for each in allowed)
 
 
 def _has_defaults(struct: Any, but: frozenset[str]) -> bool:
-    """An empty list is as good as none."""
+    """Whether all fields but those have their default; an empty list equals None."""
     kind: Any = type(struct)
-    bare = _bare(kind)
+    defaults = _default_struct(kind)
     return all(
-        _is_one_of(getattr(struct, name), (getattr(bare, name), [])) for name in _beyond(kind, but)
+        _is_one_of(getattr(struct, name), (getattr(defaults, name), []))
+        for name in _other_fields(kind, but)
     )
 
 
 @cache
-def _bare(kind: Any) -> Any:
-    """A struct with its defaults, and with nothing where it has none."""
+def _default_struct(kind: Any) -> Any:
+    """Return a struct with its defaults, and None in required fields."""
     required = len(kind.__struct_fields__) - len(kind.__struct_defaults__)
     return kind(*(None,) * required)

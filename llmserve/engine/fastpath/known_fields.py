@@ -1,7 +1,7 @@
-"""What of vLLM the fast path knows: fields and attributes by name, in lists of what is allowed.
+"""The fields and attributes of vLLM that the fast path supports, by name.
 
-What a later vLLM adds is in no list, so wherever it is set `guards` sends the request vLLM's
-general way. `tests/contract/test_guards.py` compares the lists with the installed vLLM.
+A field that a later vLLM adds is in no list. Where it is set, `guards` sends the request to vLLM's
+path. `tests/contract/test_guards.py` compares the lists with the installed vLLM.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# Fields of vLLM's chat and completion requests that only decide the prompt, the sampling
-# parameters or the other arguments of `generate`. vLLM's handler makes those.
+# Fields of chat and completion requests that only affect the prompt, the sampling parameters or
+# the other arguments of `generate`, which vLLM's handler creates.
 FREE = _names(
     """
     model messages prompt stream stream_options max_tokens max_completion_tokens seed user
@@ -39,7 +39,7 @@ FREE = _names(
     tool_choice parallel_tool_calls include_reasoning top_logprobs return_tokens_as_token_ids
     """
 )
-# Fields that change the events of a stream, and the values that leave them as they are.
+# Fields that can change the events of a stream, and the values that do not.
 PLAIN: dict[str, tuple[Any, ...]] = {
     "n": (None, 1),
     "logprobs": (None, False),
@@ -56,8 +56,8 @@ PLAIN: dict[str, tuple[Any, ...]] = {
 }
 REQUEST_FIELDS = FREE | frozenset(PLAIN)
 STREAM_OPTIONS = frozenset({"include_usage", "continuous_usage_stats"})
-# Of sampling parameters: those that may have any value in a request template, whatever the
-# prompt is. The rest depends on the prompt, changes the events, or is checked against `max_tokens`.
+# Sampling parameters that may have any value in a request template. The others depend on the
+# prompt, change the events, or are checked against `max_tokens`.
 REPEATED = _names(
     """
     n presence_penalty frequency_penalty repetition_penalty temperature watermarking top_p top_k
@@ -67,20 +67,19 @@ REPEATED = _names(
     allowed_token_ids
     """
 )
-# Those that leave the events of a stream as they are, whatever their value.
+# Sampling parameters that change no event of a stream.
 EVENTLESS = REPEATED | {"min_tokens", "bad_words", "_bad_words_token_ids", "structured_outputs"}
-# Of a request to the engine: what a request template sets, and what it takes from the first
-# request.
+# Fields of an engine request that a request template sets, or copies from the first request.
 ENGINE_FIELDS = _names(
     """
     request_id prompt_token_ids sampling_params arrival_time lora_request cache_salt priority
     external_req_id mm_features pooling_params data_parallel_rank
     """
 )
-# Of a prompt as vLLM's renderer gives it.
+# Keys of a prompt that vLLM's renderer returns.
 PROMPT_KEYS = frozenset({"type", "prompt_token_ids", "prompt", "cache_salt", "arrival_time"})
 
-# Attributes of the handlers that may have any value; all others must be off.
+# Attributes of vLLM's handlers that may have any value; all others must be off.
 HANDLER = _names(
     """
     models model_config engine_client renderer input_processor online_renderer system_fingerprint
@@ -90,7 +89,7 @@ HANDLER = _names(
     return_tokens_as_token_ids
     """
 )
-# The same of an engine's config, and of three of its parts.
+# The same for an engine's config, and for three of its parts.
 CONFIG = _names(
     """
     model_config cache_config parallel_config scheduler_config device_config load_config
@@ -137,8 +136,8 @@ MODEL = _names(
 )
 PARSER = frozenset({"reasoning_parser_cls", "tool_parser_cls", "tool_strict_level"})
 
-# All fields of what an engine sends and of what a stream consists of: one more may have to be
-# carried. A processor of outputs and a handler of steps are vLLM's own where there is one.
+# All fields of an engine's output and of a stream's events. A further field may need handling, so
+# with one vLLM's own output processor and tasks stay.
 KNOWN: dict[type, frozenset[str]] = {
     EngineCoreOutput: _names(
         """

@@ -1,10 +1,10 @@
-"""An engine's output, straight into streams.
+"""Passes an engine's output directly to streams.
 
-vLLM's output loop makes a `RequestOutput` per token and puts it into a queue that wakes
-a task (vllm/v1/engine/output_processor.py). `StreamingOutputProcessor` keeps that loop for all that has
-meaning beyond a token (the first one, the end, stop strings, preemptions, errors, other
-kinds of requests) and takes the rest short: text to its stream, statistics once per step.
-Requests that only answer at the end go short as well.
+vLLM's output loop creates a `RequestOutput` per token and puts it into a queue that wakes a task
+(vllm/v1/engine/output_processor.py). `StreamingOutputProcessor` keeps that loop for first tokens,
+ends, stop strings, preemptions, errors and other kinds of requests. The text of any other token is
+appended to its stream, with statistics once per step. Requests that only answer at the end skip
+vLLM's loop as well.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import random
 from contextvars import ContextVar
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from vllm.exceptions import GenerationError
@@ -22,7 +23,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import OutputProcessor, OutputProcessorOutput, RequestState
 
 from llmserve.engine.fastpath import guards
-from llmserve.engine.fastpath.detokenizer import TableDetokenizer, start_clean, text_table
+from llmserve.engine.fastpath.detokenizer import TableDetokenizer, exclude_prompt, text_table
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -35,9 +36,9 @@ if TYPE_CHECKING:
     from llmserve.engine.fastpath.detokenizer import Table
     from llmserve.errors import LLMServeError
 
-# The request that is being given to the engine, and the stream it is for.
-_beginning: ContextVar[tuple[EngineStreamSource, TokenStream] | None] = ContextVar(
-    "beginning", default=None
+# The source and stream of the request that is being added to the engine.
+_adding: ContextVar[tuple[EngineStreamSource, TokenStream] | None] = ContextVar(
+    "adding", default=None
 )
 
 
@@ -50,19 +51,19 @@ class GenerateCall:
     request_id: str
     more: dict[str, Any]
 
-    async def give(self, client: AsyncLLM) -> None:
+    async def add_to(self, client: AsyncLLM) -> None:
         await client.add_request(self.request_id, self.prompt, self.params, **self.more)
 
 
 @dataclass(frozen=True)
 class PreparedRequest:
-    """A request as vLLM would make it of a call (vllm/v1/engine/input_processor.py)."""
+    """A request as vLLM creates it from a call (vllm/v1/engine/input_processor.py)."""
 
     request: EngineCoreRequest
     request_id: str
 
-    async def give(self, client: AsyncLLM) -> None:
-        """The rest of `AsyncLLM.add_request`, which would prepare and check it once more."""
+    async def add_to(self, client: AsyncLLM) -> None:
+        """The last steps of `AsyncLLM.add_request`; its first ones would prepare the request again."""
         if client.errored:
             raise EngineDeadError
         request = self.request
@@ -73,9 +74,9 @@ class PreparedRequest:
 
 
 class EngineStreamSource:
-    """A request whose answer goes to a stream.
+    """A request whose answer goes to a stream: a `token_stream.StreamSource`.
 
-    `token_stream.StreamSource`. `translate` turns vLLM's exceptions into ours.
+    `translate` maps vLLM's exceptions to errors of ours.
     """
 
     def __init__(
@@ -87,68 +88,59 @@ class EngineStreamSource:
         self._client = client
         self._call = call
         self._translate = translate
-        # Not vLLM's state, which knows this: a cycle for each request would have to be collected.
-        self._begun: tuple[str, int] | None = None  # its id in the engine, tokens of its prompt
+        # Not vLLM's state, which has these: each request would be a reference cycle.
+        self._added: tuple[str, int] | None = None  # id in the engine, tokens of the prompt
 
     async def begin(self, stream: TokenStream) -> None:
-        token = _beginning.set((self, stream))
+        token = _adding.set((self, stream))
         try:
-            await self._call.give(self._client)
+            await self._call.add_to(self._client)
         except Exception as error:
             raise self._translate(error) from error
         finally:
-            _beginning.reset(token)
+            _adding.reset(token)
 
     def is_for(self, request: EngineCoreRequest) -> bool:
-        """A task that vLLM starts while one begins inherits the context: it is for no other."""
-        return self._begun is None and request.external_req_id == self._call.request_id
+        """Whether `request` is this one: tasks that vLLM starts meanwhile inherit the context."""
+        return self._added is None and request.external_req_id == self._call.request_id
 
-    def began(self, state: StreamedRequestState, stream: TokenStream) -> None:
-        self._begun = (state.request_id, state.prompt_len)
+    def attach(self, state: StreamedRequestState, stream: TokenStream) -> None:
+        self._added = (state.request_id, state.prompt_len)
         state.stream = stream
-        state.asked = self
-        # Where vLLM puts an engine's failure; tokens do not come this way.
-        state.queue = _Failures(self, stream)
+        state.source = self
+        # vLLM puts an engine's failure into this queue; tokens do not pass through it.
+        state.queue = SimpleNamespace(put=lambda error: stream.failed(self.failure(error)))
 
     def failure(self, error: Exception) -> LLMServeError:
         return self._translate(error)
 
     async def abort(self) -> None:
-        if self._begun is not None:
-            await self._client.abort(self._begun[0], internal=True)
+        if self._added is not None:
+            await self._client.abort(self._added[0], internal=True)
 
     @property
     def prompt_tokens(self) -> int:
-        return self._begun[1] if self._begun is not None else 0
-
-
-class _Failures:
-    def __init__(self, asked: EngineStreamSource, stream: TokenStream) -> None:
-        self._asked = asked
-        self._stream = stream
-
-    def put(self, error: Exception) -> None:
-        self._stream.failed(self._asked.failure(error))
+        return self._added[1] if self._added is not None else 0
 
 
 class StreamedRequestState(RequestState):
     """A request whose text goes to a stream."""
 
     stream: TokenStream
-    asked: EngineStreamSource
+    source: EngineStreamSource
 
-    def plain(self) -> TokenStream:
-        """Its stream, with all that a token takes: others' objects are in no cache by then."""
-        known, stream = self.detokenizer, self.stream
-        assert known is not None  # noqa: S101  # Asked requests have text
-        stream.decode = known.decode_next
+    def plain_stream(self) -> TokenStream:
+        """Return the stream with all that a token needs: one object stays in the CPU's caches."""
+        detokenizer, stream = self.detokenizer, self.stream
+        assert detokenizer is not None  # noqa: S101  # streamed requests have text
+        stream.decode = detokenizer.decode_next
         stream.table, stream.partial = (), False
-        if isinstance(known, TableDetokenizer):
-            stream.table, stream.partial = known.table, known.partial
+        if isinstance(detokenizer, TableDetokenizer):
+            stream.table, stream.partial = detokenizer.table, detokenizer.partial
         return stream
 
-    def settle(self) -> None:
-        """Enter what its stream has had since vLLM's loop last saw it."""
+    def update_stats(self) -> None:
+        """Record what the stream received since vLLM's loop last handled the request."""
         if self.stats is not None:
             self.stats.num_generation_tokens = self.stream.tokens
             self.stats.last_token_ts = self.stream.last_s
@@ -162,12 +154,12 @@ class StreamedRequestState(RequestState):
         *_: Any,
         **__: Any,
     ) -> None:
-        """Called once a step, after statistics, detokenizer and stop strings."""
+        """Pass a step's text on; vLLM calls this after statistics, detokenizer and stop strings."""
         since_s = self.stats.last_token_ts if self.stats is not None else 0.0
         if finish_reason is FinishReason.ERROR:
-            self.stream.failed(self.asked.failure(GenerationError("Internal server error")))
+            self.stream.failed(self.source.failure(GenerationError("Internal server error")))
             return
-        assert self.detokenizer is not None  # noqa: S101  # Asked requests have text
+        assert self.detokenizer is not None  # noqa: S101  # streamed requests have text
         text = self.detokenizer.get_next_output_text(finish_reason is not None, True)
         if finish_reason is not None:
             self.stream.finished(str(finish_reason), stop_reason, since_s)
@@ -177,20 +169,20 @@ class StreamedRequestState(RequestState):
 
 
 class FinalOnlyRequestState(RequestState):
-    """A request that says nothing before it is finished, and has no stop strings."""
+    """A request without an answer before its end, and without stop strings."""
 
 
 class StreamingOutputProcessor(OutputProcessor):
-    """vLLM's, with a short way for tokens at which nothing else happens."""
+    """vLLM's output processor, which skips its loop for plain tokens."""
 
-    plain: dict[str, TokenStream]  # by request; past their first token, no stop strings
+    plain: dict[str, TokenStream]  # by request: past the first token, without stop strings
     table: Table | None
 
     @classmethod
     def take_over(cls, client: AsyncLLM) -> None:
-        """Become the output processor of a client that has had no request yet.
+        """Become the output processor of a client without requests so far.
 
-        It stays vLLM's own if an engine's output has fields that this one does not know.
+        The client keeps vLLM's own if an engine's output has unknown fields.
         """
         if not guards.knows(EngineCoreOutput):
             return
@@ -205,17 +197,17 @@ class StreamingOutputProcessor(OutputProcessor):
         super().add_request(request, prompt, *rest, **more)
         state: Any = self.request_states.get(request.request_id)
         if state is None or type(state) is not RequestState:
-            return  # more input for a request that is here already
+            return  # more input for an existing request
         if self.table is not None:
             TableDetokenizer.take_over(state.detokenizer, self.table)
         else:
-            start_clean(state.detokenizer, request.prompt_token_ids)
-        beginning = _beginning.get()
-        if beginning is not None and beginning[0].is_for(request):
+            exclude_prompt(state.detokenizer, request.prompt_token_ids)
+        adding = _adding.get()
+        if adding is not None and adding[0].is_for(request):
             state.__class__ = StreamedRequestState
-            asked, stream = beginning
-            asked.began(state, stream)
-        elif _silent(state):
+            source, stream = adding
+            source.attach(state, stream)
+        elif _is_final_only(state):
             state.__class__ = FinalOnlyRequestState
 
     def abort_requests(self, request_ids: Iterable[str], internal: bool) -> list[str]:
@@ -231,12 +223,12 @@ class StreamingOutputProcessor(OutputProcessor):
         iteration_stats: IterationStats | None = None,
         **more: Any,
     ) -> OutputProcessorOutput:
-        """Once per engine step. `engine_core_timestamp` is the engine's `time.monotonic()`."""
+        """Handle one engine step. `engine_core_timestamp` is the engine's `time.monotonic()`."""
         others: list[EngineCoreOutput] = []
         plain = self.plain
         now: float = engine_core_timestamp or 0.0
         tokens = same = 0
-        before = 0.0  # when most requests of this step had their last token
+        before = 0.0  # time of the last token of most requests of this step
         for output in engine_core_outputs:
             stream = plain.get(output.request_id)
             if stream is None or output.finish_reason is not None or output.events is not None:
@@ -246,7 +238,7 @@ class StreamingOutputProcessor(OutputProcessor):
             if not ids:
                 continue
             # One id at a time: `DecodeStream` holds back all of a list that ends inside a
-            # character. What the table has, `TableDetokenizer.decode_next` would look up there as well.
+            # character. The lookup is that of `TableDetokenizer.decode_next`, without the call.
             table = stream.table
             for token in ids:
                 text = table[token] if not stream.partial and token < len(table) else None
@@ -266,21 +258,21 @@ class StreamingOutputProcessor(OutputProcessor):
             note_gap(iteration_stats, now - before, same)
         if not others:
             return OutputProcessorOutput([], [])
-        return self._others(others, engine_core_timestamp, iteration_stats, **more)
+        return self._process_others(others, engine_core_timestamp, iteration_stats, **more)
 
-    def _others(
+    def _process_others(
         self,
         outputs: list[EngineCoreOutput],
         timestamp: float | None,
         stats: IterationStats | None,
         **more: Any,
     ) -> OutputProcessorOutput:
-        """vLLM's own loop. What a stream has had without it is entered first."""
-        left = []
+        """Run vLLM's loop, after recording what streams received without it."""
+        remaining = []
         for output in outputs:
             state: Any = self.request_states.get(output.request_id)
             if type(state) is StreamedRequestState and not state.is_prefilling:
-                state.settle()
+                state.update_stats()
             if (
                 type(state) is FinalOnlyRequestState
                 and not any(more.values())
@@ -289,14 +281,14 @@ class StreamingOutputProcessor(OutputProcessor):
                 self._update_stats_from_output(state, output, timestamp, stats)
                 state.detokenizer.update(output.new_token_ids, False)
             else:
-                left.append(output)
+                remaining.append(output)
             if output.finish_reason is not None:
                 self.plain.pop(output.request_id, None)
-        done = super().process_outputs(left, timestamp, stats, **more)
-        for output in left:
+        done = super().process_outputs(remaining, timestamp, stats, **more)
+        for output in remaining:
             state = self.request_states.get(output.request_id)
-            if type(state) is StreamedRequestState and _unwatched(state):
-                self.plain[output.request_id] = state.plain()
+            if type(state) is StreamedRequestState and _has_no_stop_strings(state):
+                self.plain[output.request_id] = state.plain_stream()
         return done
 
 
@@ -310,10 +302,10 @@ def _only_tokens(state: RequestState, output: EngineCoreOutput) -> bool:
     )
 
 
-def _silent(state: RequestState) -> bool:
-    """Whether it is for one answer at the end, of tokens alone."""
+def _is_final_only(state: RequestState) -> bool:
+    """Whether the request has one answer at its end, of tokens alone."""
     return (
-        _unwatched(state)
+        _has_no_stop_strings(state)
         and state.output_kind is RequestOutputKind.FINAL_ONLY
         and state.parent_req is None
         and not state.streaming_input
@@ -323,14 +315,14 @@ def _silent(state: RequestState) -> bool:
     )
 
 
-def _unwatched(state: RequestState) -> bool:
-    """Whether its text is made token by token and nobody looks for a stop string in it."""
+def _has_no_stop_strings(state: RequestState) -> bool:
+    """Whether text is decoded token by token, without a search for stop strings."""
     detokenizer = state.detokenizer
     return isinstance(detokenizer, FastIncrementalDetokenizer) and not detokenizer.stop
 
 
 def note_gap(stats: IterationStats | None, gap_s: float, count: int) -> None:
-    """An inter-token latency that `count` requests had; a step's streams share one."""
+    """Record the inter-token latency of `count` requests; a step's streams share one."""
     if stats is not None and count:
         gaps: list[tuple[float, int]] = stats.__dict__.setdefault("gaps", [])
         gaps.append((gap_s, count))

@@ -1,8 +1,8 @@
-"""Text to token ids, by the fastest encoder that gives the model's own ids.
+"""Text to token ids, by the fastest encoder that returns the model's own ids.
 
-fastokens reads the same tokenizer.json and keeps the ids of words it has seen: some 50
-times faster on ordinary text. It is compared with the model's tokenizer at start, and
-dropped on any difference.
+fastokens reads the same tokenizer.json and caches the ids of words: it is some 50 times faster on
+ordinary text. It is compared with the model's tokenizer at the start, and not used if any id
+differs.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import copy
 import logging
 from typing import Any, Protocol
 
-_ADDED = 128  # of a model's added tokens, which are compared too
+_ADDED = 128  # compared tokens of those that a model adds
 
 log = logging.getLogger(__name__)
 
-# Letters, digits, scripts, spaces, code, and what tokenizers disagree on.
+# Letters, digits, scripts, spaces, code, and texts on which tokenizers differ.
 _SAMPLES = (
     "The quick brown fox jumps over the lazy dog, isn't it? They'll say: we've 'won'.",
     "  leading, trailing and   inner spaces \t tabs \n\n newlines \r\n ",
@@ -37,8 +37,8 @@ class Encode(Protocol):
 
 
 def encoder(tokenizer: Any, name: str) -> Encode:
-    """For a tokenizer of transformers with a fast backend; `name` is for the log."""
-    # A copy: what the file says of truncation and padding is vLLM's to decide.
+    """Return the encoder of a tokenizer of transformers with a fast backend; `name` is logged."""
+    # A copy: vLLM decides about truncation and padding.
     backend = copy.deepcopy(tokenizer._tokenizer)  # noqa: SLF001  # as vLLM's detokenizer does
     backend.no_truncation()
     backend.no_padding()
@@ -53,13 +53,13 @@ def encoder(tokenizer: Any, name: str) -> Encode:
     different = next((text for text in _texts(backend) if not _same(own, fast, text)), None)
     if different is None:
         return fast
-    log.warning("model=%s fastokens differs on %r and is not used", name, different)
+    log.warning("model=%s fastokens is not used: its ids of %r differ", name, different)
     return own
 
 
 def _fast(backend: Any, name: str) -> Encode | None:
     try:
-        from fastokens import Tokenizer  # noqa: PLC0415  # may be missing or refuse the model
+        from fastokens import Tokenizer  # noqa: PLC0415  # may be absent or refuse the model
 
         fast = Tokenizer.from_json_str(backend.to_str())
     except Exception as error:
@@ -73,7 +73,7 @@ def _fast(backend: Any, name: str) -> Encode | None:
 
 
 def _texts(backend: Any) -> list[str]:
-    """The samples, one that is long, and each token that the model adds, between words."""
+    """Return the samples, a long text, and each token that the model adds, between words."""
     added = [token.content for token in backend.get_added_tokens_decoder().values()]
     between = [f"a{token}b {token} c\n{token}" for token in added[:_ADDED]]
     return [*_SAMPLES, " ".join(_SAMPLES) * 20, *between]

@@ -1,10 +1,10 @@
-"""The two sockets to an engine core, without what zmq.asyncio does around each message.
+"""The two sockets to an engine core, without the overhead of zmq.asyncio.
 
-zmq.asyncio makes futures, timers and several system calls per message, also when it can
-be sent or is here already, and pyzmq's own Socket combines its flags as enums for every
-frame, which takes several times as long as its backend. vLLM only awaits `send_multipart` and
-`recv_multipart` (vllm/v1/engine/core_client.py, AsyncMPClient), so these two offer that. Most of
-what an engine says is a step, which `StepHandler` handles at once.
+zmq.asyncio creates futures and timers and makes several system calls per message, even if the
+message can be sent or has arrived. pyzmq's Socket combines its flags as enums for every frame,
+which takes several times as long as its backend. vLLM awaits `send_multipart` and
+`recv_multipart` only (vllm/v1/engine/core_client.py, AsyncMPClient), so these classes have these
+two. Most messages of an engine are steps, which `StepHandler` handles at once.
 """
 
 from __future__ import annotations
@@ -38,32 +38,31 @@ _EVENTS, _READABLE = int(zmq.EVENTS), int(zmq.POLLIN)
 
 
 async def take_over(client: AsyncLLM, flow: FlushScheduler) -> None:
-    """Replace the sockets of a client that has had no request yet; its streams are in `flow`.
+    """Replace the sockets of a client without requests so far; its streams are in `flow`.
 
-    vLLM's receiving task keeps the socket that it finds when it starts; what vLLM closes in
-    the end is its own.
+    vLLM's receiving task keeps the socket that it finds when it starts. vLLM closes its own.
     """
     core: Any = client.engine_core
     core.input_socket = EngineSender(core.input_socket, flow.schedule)
     own = core.resources.output_socket
-    take = StepHandler(client).take if StepHandler.all_there_is(client) else _nothing
-    inbox = EngineReceiver(own, take, flow)
-    core.resources.output_socket = inbox
+    handle = StepHandler(client).handle if StepHandler.is_complete(client) else (lambda _: False)
+    receiver = EngineReceiver(own, handle, flow)
+    core.resources.output_socket = receiver
     try:
-        await client.get_supported_tasks()  # a first message back and forth starts the task
+        await client.get_supported_tasks()  # the first call starts the task
     finally:
         core.resources.output_socket = own
         task = core.resources.output_queue_task
-        if task is None:  # that engine has died
-            inbox.close()
+        if task is None:  # the engine has died
+            receiver.close()
         else:
-            task.add_done_callback(lambda _: inbox.close())
+            task.add_done_callback(lambda _: receiver.close())
 
 
 class EngineSender:
-    """A socket that sends the messages of one iteration of the loop in one go.
+    """A socket that sends the messages of one event-loop iteration together.
 
-    Each wake-up of ZMQ's thread costs more than a message. Only a full socket waits.
+    A wake-up of ZMQ's thread costs more than a message. Only a full socket makes a sender wait.
     """
 
     def __init__(self, socket: zmq.asyncio.Socket, schedule: Schedule = SCHEDULE) -> None:
@@ -74,7 +73,7 @@ class EngineSender:
         self._queued = 0
 
     def send_multipart(self, message: Sequence[Any], *, copy: bool) -> Awaitable[Any]:
-        if self._queued:  # else it would overtake them
+        if self._queued:  # messages keep their order
             return self._queue(message, copy=copy)
         if not self._held:
             asyncio.get_running_loop().call_soon(self._flush)
@@ -85,14 +84,14 @@ class EngineSender:
 
     def _flush(self) -> None:
         held, self._held = self._held, []
-        if held and self._socket.closed:  # the engine's end; its requests are told by vLLM
-            log.error("%d messages to an engine were not sent: it has ended", len(held))
+        if held and self._socket.closed:  # the engine ended; vLLM fails its requests
+            log.error("%d messages to an engine were not sent: the engine has ended", len(held))
             return
         for message, copy in held:
             try:
                 if self._queued or not self._sent(message, copy=copy):
                     self._queue(message, copy=copy)
-            except Exception:  # this one's; the others are sent
+            except Exception:  # the other messages are sent
                 log.exception("a message to an engine was not sent")
 
     def _sent(self, message: Sequence[Any], *, copy: bool) -> bool:
@@ -101,7 +100,7 @@ class EngineSender:
             for part in message[:-1]:
                 send(part, _MORE, copy)
             send(message[-1], _NOW, copy)
-        except zmq.Again:  # at the first part, if at all
+        except zmq.Again:  # only the first part raises it
             return False
         return True
 
@@ -121,17 +120,16 @@ class EngineSender:
 
 
 class EngineReceiver:
-    """A socket whose messages are handled where they come.
+    """A socket whose messages are handled where they arrive.
 
-    Those that `take` refuses are for the one task that receives. What they brought to `flow`
-    leaves when all that have come are handled, or after `receive_s`, when
-    the loop goes on.
+    The one receiving task gets those for which `handle` returns False. Text in `flow` leaves when
+    all messages that have arrived are handled, or after `receive_s`.
     """
 
     def __init__(
         self,
         socket: zmq.asyncio.Socket,
-        take: Callable[[Sequence[Any]], bool],
+        handle: Callable[[Sequence[Any]], bool],
         flow: FlushScheduler,
     ) -> None:
         self._socket = socket
@@ -139,27 +137,27 @@ class EngineReceiver:
         # A descriptor of our own: vLLM closes the socket before it cancels the task.
         self._fd: int | None = os.dup(socket.FD)
         self._watched = False
-        self._take = take
+        self._handle = handle
         self._flow = flow
-        self._left: deque[Sequence[Any] | Exception] = deque()
+        self._unhandled: deque[Sequence[Any] | Exception] = deque()
         self._waiting: asyncio.Future[None] | None = None
 
     async def recv_multipart(self, *, copy: bool) -> Sequence[Any]:
-        """A message as frames."""
-        assert not copy  # noqa: S101  # as AsyncMPClient asks
+        """Return the frames of a message."""
+        assert not copy  # noqa: S101  # AsyncMPClient passes False
         if not self._watched and self._fd is not None:
             self._watched = True
             asyncio.get_running_loop().add_reader(self._fd, self._receive)
-        while not self._left:
+        while not self._unhandled:
             self._waiting = asyncio.get_running_loop().create_future()
             await self._waiting
-        message = self._left.popleft()
+        message = self._unhandled.popleft()
         if isinstance(message, Exception):
             raise message
         return message
 
     def close(self) -> None:
-        """Nobody receives any more."""
+        """End receiving."""
         if self._fd is not None:
             asyncio.get_running_loop().remove_reader(self._fd)
             os.close(self._fd)
@@ -169,21 +167,21 @@ class EngineReceiver:
     def _receive(self) -> None:
         if self._fd is None:
             return
-        if self._socket.closed:  # the task is about to hear of it
+        if self._socket.closed:  # the task fails next
             self.close()
             return
         more = False
         self._flow.gather()
         try:
             more = self._receive_some()
-        except Exception as error:  # the task is told: vLLM takes the engine for dead
-            self._leave(error)
+        except Exception as error:  # the task raises it, and vLLM marks the engine as dead
+            self._pass_on(error)
         if more:
             asyncio.get_running_loop().call_soon(self._receive)
         self._flow.release(more=more)
 
     def _receive_some(self) -> bool:
-        """Whether there are more."""
+        """Handle messages for at most `receive_s`; return whether there are more."""
         get: Any = self._now.get
         until_s = time.monotonic() + self._flow.schedule.receive_s
         while get(_EVENTS) & _READABLE:  # an exception would cost more than a message
@@ -192,18 +190,14 @@ class EngineReceiver:
             frames = [self._now.recv(_NOW, False)]
             while frames[-1].more:
                 frames.append(self._now.recv(_NOW, False))
-            if not self._take(frames):
-                self._leave(frames)
+            if not self._handle(frames):
+                self._pass_on(frames)
         return False
 
-    def _leave(self, message: Sequence[Any] | Exception) -> None:
-        self._left.append(message)
+    def _pass_on(self, message: Sequence[Any] | Exception) -> None:
+        self._unhandled.append(message)
         if self._waiting is not None and not self._waiting.done():
             self._waiting.set_result(None)
-
-
-def _nothing(_: Sequence[Any]) -> bool:
-    return False
 
 
 class _Done:

@@ -1,4 +1,4 @@
-"""Constraints of an answer: schemas, patterns and grammars, checked before vLLM sees them.
+"""Constraints of an answer: schemas, patterns and grammars, checked before vLLM receives them.
 
-`compiler` runs in the server and imports no vLLM; `compiler_process` runs beside it.
+`compiler` runs in the server and imports no vLLM; `compiler_process` is a process of its own.
 """

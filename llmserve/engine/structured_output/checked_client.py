@@ -1,4 +1,4 @@
-"""vLLM's client of an engine, with the check of every constraint before it."""
+"""vLLM's engine client, with a check of each constraint."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _CONSTRAINTS = (*KINDS, "json_object")
 
 
 class Refused(VLLMValidationError):
-    """A refused constraint, as vLLM's handlers understand it."""
+    """A refused constraint as an exception that vLLM's handlers expect."""
 
     def __init__(self, refusal: RequestError) -> None:
         super().__init__(refusal.message, parameter=refusal.param)
@@ -30,46 +30,46 @@ class Refused(VLLMValidationError):
 
 
 class CheckedLLM(AsyncLLM):
-    """An AsyncLLM that gives its engine only constraints that compiled in the sandbox.
+    """An AsyncLLM that passes on only constraints that compiled in the sandbox.
 
-    Every request of vLLM's handlers passes `add_request`, also with a constraint that a
-    parser derived from `tools`. vLLM's own check is off: it would run on the event loop.
-    A request that went around this one has no backend, and the engine core refuses it.
+    Each request of vLLM's handlers passes `add_request`, also those whose constraint a parser
+    derived from `tools`. vLLM's own check is off: it would run on the event loop. The engine core
+    refuses a request without a check, since it has no backend.
     """
 
-    _grammars: ConstraintCompiler
+    _compiler: ConstraintCompiler
 
-    def check_with(self, grammars: ConstraintCompiler) -> None:
-        self._grammars = grammars
+    def check_with(self, compiler: ConstraintCompiler) -> None:
+        self._compiler = compiler
         self.input_processor.structured_outputs_config = None
 
     def prepare_constraints(self) -> None:
-        """Have the tokenizer loaded where constraints are checked."""
-        self._grammars.prepare(self._checked_model)
+        """Start to load the tokenizer in the process that checks constraints."""
+        self._compiler.prepare(self._checked_model)
 
     async def check_explicit(self, body: Mapping[str, Any]) -> None:
-        """Raises RequestError, with its place, for a constraint in a body that is refused."""
+        """Raises RequestError with the place of a refused constraint in a body."""
         for place, constraint in constraints_of(body):
-            refusal = await self._grammars.refusal_of(self._checked_model, place, constraint)
+            refusal = await self._compiler.refusal_of(self._checked_model, place, constraint)
             if refusal is not None:
                 raise refusal
 
     async def check(self, params: Any) -> None:
-        """Complete the parameters of a request. Raises Refused for what does not compile."""
+        """Complete the parameters of a request. Raises Refused."""
         structured = getattr(params, "structured_outputs", None)
         if structured is None:
             return
         given = {
             kind: value for kind in _CONSTRAINTS if (value := getattr(structured, kind)) is not None
         }
-        verdict = await self._grammars.check(self._checked_model, given)
-        # An explicit constraint was checked at its place; what remains comes from `tools`.
+        verdict = await self._compiler.check(self._checked_model, given)
+        # Explicit constraints were checked at their place; others are derived from `tools`.
         place = "response_format" if "json_object" in given else "tools"
         if (refusal := verdict.refusal(place)) is not None:
             raise Refused(refusal)
         for kind, value in verdict.fields.items():
             setattr(structured, kind, value)
-        structured._backend = verdict.backend  # noqa: SLF001  # what vLLM's own check sets
+        structured._backend = verdict.backend  # noqa: SLF001  # as vLLM's own check does
         structured._backend_was_auto = True  # noqa: SLF001  # likewise
 
     async def add_request(
@@ -80,14 +80,14 @@ class CheckedLLM(AsyncLLM):
 
     @cached_property
     def _checked_model(self) -> Model:
-        """The engine's config, and a key of all in it that decides what compiles."""
+        """The engine's config, and a key of all its settings that affect compilation."""
         config = self.vllm_config
         model = config.model_config
-        decides = (
+        settings = (
             (model.model, model.revision, model.tokenizer, model.tokenizer_revision),
             (model.tokenizer_mode, model.trust_remote_code, model.get_vocab_size()),
             (config.structured_outputs_config, config.num_speculative_tokens),
         )
-        key = hashlib.sha256(repr(decides).encode()).hexdigest()
-        # As vLLM sends it to the engine core, also where the config's class is a model's own.
+        key = hashlib.sha256(repr(settings).encode()).hexdigest()
+        # As vLLM sends it to the engine core, which works for config classes of models too.
         return Model(key, bytes(ForkingPickler.dumps(config)))

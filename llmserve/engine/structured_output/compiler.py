@@ -1,10 +1,9 @@
-"""Constraints, compiled in a sandbox before vLLM sees them.
+"""Compiles constraints in a sandbox before vLLM receives them.
 
-A schema, pattern or grammar of a client goes through native compilers that can take
-unbounded time or memory, or crash. `ConstraintCompiler` owns one process (`llmserve.engine.structured_output.compiler_process`)
-that compiles each constraint as the engine core would, in a fork of its own with limits.
-What does not compile there is refused and never reaches the server's or the engine's
-compiler.
+Native compilers of a client's schema, pattern or grammar can use unbounded time or memory, or
+crash. `ConstraintCompiler` owns one process (`compiler_process`) that compiles each constraint as
+the engine core would, in a fork with limits. A constraint that does not compile there is refused
+and never reaches a compiler in the server or the engine.
 """
 
 from __future__ import annotations
@@ -34,9 +33,9 @@ log = logging.getLogger(__name__)
 
 # Lengths of the JSON and of the pickled engine config that follow.
 HEAD = struct.Struct(">II")
-# Outcomes that the load of the machine can cause: they are found anew.
-_PASSING = frozenset({"wall", "crash"})
-_ANY = orjson.dumps({"regex": "a"})  # what is checked when only the worker matters
+# Outcomes that a busy machine can cause: they are not cached.
+_NOT_CACHED = frozenset({"wall", "crash"})
+_ANY = orjson.dumps({"regex": "a"})  # checked to start the worker
 _COMMAND = (
     sys.executable,
     "-m",
@@ -56,15 +55,15 @@ _ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds of one check, and of the checks that wait or are remembered."""
+    """Limits of one check, of the queue, and of the cache."""
 
     constraint_bytes: int = 512 * 1024
-    memory_bytes: int = 512 << 20  # beyond what the loaded worker holds
+    memory_bytes: int = 512 << 20  # in addition to the loaded worker
     cpu_s: int = 5
-    wall_s: float = 30.0  # for a compiler that waits instead of computing
+    wall_s: float = 30.0  # for a compiler that waits without computing
     start_s: float = 180.0  # the worker's imports and a model's tokenizer
     loop_s: float = 0.05  # CPU time of a parse that vLLM repeats on the event loop
-    step_s: float = 0.05  # CPU time of a mask, which the engine computes at each step
+    step_s: float = 0.05  # CPU time of a mask, which the engine computes in each step
     queue: int = 16
     cached: int = 1024
     cached_bytes: int = 32 << 20
@@ -72,7 +71,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Model:
-    """What a constraint is compiled for: `config` is the engine's pickled VllmConfig."""
+    """The model for which a constraint is compiled; `config` is a pickled VllmConfig."""
 
     key: str
     config: bytes = field(repr=False)
@@ -80,7 +79,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the sandbox found: the constraint as the engine gets it, or why it is refused."""
+    """The result of a check: the constraint for the engine, or the reason of a refusal."""
 
     backend: str = ""
     fields: dict[str, Any] = field(default_factory=dict)
@@ -96,38 +95,38 @@ class Verdict:
 
 
 class ConstraintCompiler:
-    """Checks constraints, one at a time, and remembers what came of them."""
+    """Checks constraints, one at a time, and caches the verdicts."""
 
     def __init__(self, limits: Limits | None = None, command: Sequence[str] = _COMMAND) -> None:
         self.limits = limits or Limits()
         self._command = command
         self.remembered = _Cache(self.limits)
         self._checks: dict[bytes, asyncio.Task[Verdict]] = {}
-        self._turn = asyncio.Lock()
+        self._lock = asyncio.Lock()
         self._process: asyncio.subprocess.Process | None = None
         self._stopped = False
 
     @property
     def pid(self) -> int | None:
-        """Of the worker process; None if none runs."""
+        """The worker's process id; None if it does not run."""
         process = self._process
         return None if process is None or process.returncode is not None else process.pid
 
     async def check(self, model: Model, constraint: Mapping[str, Any]) -> Verdict:
-        """What becomes of `constraint`, keyed as vLLM's StructuredOutputsParams.
+        """Return the verdict on `constraint`, keyed as vLLM's StructuredOutputsParams.
 
-        Raises Overloaded if the queue is full or the worker cannot check.
+        Raises Overloaded if the queue is full or the worker fails.
         """
         try:
             text = orjson.dumps(constraint)  # in the client's order, which the grammar follows
         except TypeError:
             return _too_complex(
-                "is nested too deeply, or its text is no valid Unicode. Use at most 250 levels."
+                "is nested too deeply, or contains invalid Unicode. Use at most 250 levels."
             )
         if len(text) > self.limits.constraint_bytes:
             return _too_complex(
-                f"has {len(text)} bytes of JSON; at most {self.limits.constraint_bytes} are "
-                "allowed. Use a smaller schema or grammar."
+                f"has {len(text)} bytes of JSON; the limit is {self.limits.constraint_bytes}. "
+                "Use a smaller schema or grammar."
             )
         key = hashlib.sha256(model.key.encode() + b"\0" + text).digest()
         if (known := self.remembered.find(key)) is not None:
@@ -137,52 +136,52 @@ class ConstraintCompiler:
     async def refusal_of(
         self, model: Model, place: str, constraint: Mapping[str, Any]
     ) -> RequestError | None:
-        """Why the constraint at `place` of a body is refused; None if it is not.
+        """Return the error of a refused constraint at `place` of a body; None if accepted.
 
-        vLLM's request classes and parsers parse some kinds again on the event loop.
+        It may take little time to parse: vLLM parses some kinds again on the event loop.
         """
         verdict = await self.check(model, constraint)
         limit = self.limits.loop_s
         if not verdict.reason and verdict.parse_s > limit:
             verdict = _too_complex(
-                f"takes {verdict.parse_s:.2f} s to parse; at most {limit:g} s are allowed. "
+                f"takes {verdict.parse_s:.2f} s to parse; the limit is {limit:g} s. "
                 "Use a smaller schema or grammar."
             )
         return verdict.refusal(place)
 
     def prepare(self, model: Model) -> None:
-        """Start the worker and have it load the model's tokenizer, before a client waits for it."""
+        """Start the worker, which loads the model's tokenizer, before the first request."""
         key = hashlib.sha256(model.key.encode()).digest()
         is_known = key in self._checks or self.remembered.find(key) is not None
         if not is_known and len(self._checks) < self.limits.queue:
             self._check_of(key, model, _ANY)
 
     def stop(self) -> None:
-        """`kill`, and start no other worker; checks under way end with Overloaded."""
+        """`kill`, and start no other worker; running checks end with Overloaded."""
         self._stopped = True
         self.kill()
 
     def kill(self) -> None:
-        """End the worker and what it forked, at once; a later check starts another one."""
+        """End the worker and its fork at once; a later check starts another worker."""
         if self.pid is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.pid, signal.SIGKILL)
 
     async def close(self) -> None:
-        """`kill`, and an end to the checks under way."""
+        """`kill`, and cancel the running checks."""
         for check in list(self._checks.values()):
             check.cancel()
         if self._process is not None:
             await self._ended(self._process)
 
     def _check_of(self, key: bytes, model: Model, text: bytes) -> asyncio.Task[Verdict]:
-        """Equal constraints share one check, which outlives a client that leaves."""
+        """Return the check of a constraint, shared by equal ones. It outlives a disconnected client."""
         check = self._checks.get(key)
         if check is None:
             if len(self._checks) >= self.limits.queue:
                 raise Overloaded(
-                    f"{len(self._checks)} constraints wait for their check; at most "
-                    f"{self.limits.queue} may. Send the request again later.",
+                    f"The queue of constraint checks is full: {len(self._checks)} of "
+                    f"{self.limits.queue}. Send the request again later.",
                     retry_after_s=5,
                     code="grammar_queue_full",
                 )
@@ -194,42 +193,42 @@ class ConstraintCompiler:
     def _finished(self, key: bytes, check: asyncio.Task[Verdict]) -> None:
         del self._checks[key]
         if not check.cancelled():
-            check.exception()  # read here: every client may have left
+            check.exception()  # retrieved here: all clients may have disconnected
 
     async def _checked(self, key: bytes, model: Model, text: bytes) -> Verdict:
-        async with self._turn:
-            for _ in range(2):  # a worker that was killed from outside gets one successor
+        async with self._lock:
+            for _ in range(2):  # a worker may be killed from outside once
                 with contextlib.suppress(_WorkerGone):
                     answer = await self._ask(model, text)
                     verdict = _verdict(answer, self.limits)
-                    if answer["outcome"] not in _PASSING:
+                    if answer["outcome"] not in _NOT_CACHED:
                         self.remembered.keep(key, verdict)
                     return verdict
         raise Overloaded(
-            "The process that checks constraints has ended twice. Send the request again later.",
+            "The process that checks constraints ended twice. Send the request again later.",
             retry_after_s=5,
             code="grammar_check_failed",
         )
 
     async def _ask(self, model: Model, text: bytes) -> dict[str, Any]:
-        """Raises _WorkerGone if the worker ends, answers nothing in time or does not start."""
+        """Send a request to the worker. Raises _WorkerGone if it does not start, answer or live."""
         process = await self._running()
         limits = self.limits
-        ask = orjson.dumps(
+        request = orjson.dumps(
             {"model": model.key, "memory_bytes": limits.memory_bytes, "cpu_s": limits.cpu_s}
             | {"wall_s": limits.wall_s, "step_s": limits.step_s, "constraint": text.decode()}
         )
-        to = cast("asyncio.StreamWriter", process.stdin)
+        requests = cast("asyncio.StreamWriter", process.stdin)
         answers = cast("asyncio.StreamReader", process.stdout)
         try:
             async with asyncio.timeout(limits.start_s + limits.wall_s):
-                to.write(HEAD.pack(len(ask), len(model.config)) + ask + model.config)
-                await to.drain()
+                requests.write(HEAD.pack(len(request), len(model.config)) + request + model.config)
+                await requests.drain()
                 length, _ = HEAD.unpack(await answers.readexactly(HEAD.size))
                 answer: dict[str, Any] = orjson.loads(await answers.readexactly(length))
                 return answer
         except (TimeoutError, OSError, EOFError) as error:
-            log.warning("grammar worker pid=%s gone: %r", process.pid, error)
+            log.warning("grammar worker pid=%s ended: %r", process.pid, error)
             await self._ended(process)
             raise _WorkerGone from error
 
@@ -245,7 +244,7 @@ class ConstraintCompiler:
                     stdout=asyncio.subprocess.PIPE,
                     stderr=asyncio.subprocess.DEVNULL,  # compilers print what clients send
                     env=_environment(os.environ),
-                    start_new_session=True,  # Ctrl-C reaches the server alone
+                    start_new_session=True,  # Ctrl-C reaches only the server
                 )
             except OSError as error:
                 log.warning("grammar worker not started: %r", error)
@@ -259,14 +258,14 @@ class ConstraintCompiler:
 
 
 def _environment(own: Mapping[str, str]) -> dict[str, str]:
-    """Without the engines' OpenMP, of which each fork would leave a file in shared memory."""
+    """Return the environment without the engines' OpenMP, which leaves a file for each fork."""
     loaded = own.get("LD_PRELOAD", "").split(":")
     kept = ":".join(each for each in loaded if not each.endswith("/libiomp5.so"))
     return {**own, **_ENVIRONMENT, "LD_PRELOAD": kept}
 
 
 class _WorkerGone(Exception):
-    """The worker ended, or answered nothing in time."""
+    """The worker ended, or did not answer in time."""
 
 
 class _Cache:
@@ -304,7 +303,7 @@ def _too_complex(reason: str) -> Verdict:
 
 
 def _verdict(answer: dict[str, Any], limits: Limits) -> Verdict:
-    """Raises Overloaded if the worker could not check at all."""
+    """Return the verdict of a worker's answer. Raises Overloaded if it could not check."""
     match answer["outcome"]:
         case "compiled":
             return Verdict(answer["backend"], answer["fields"], answer["parse_s"])
@@ -322,7 +321,7 @@ def _verdict(answer: dict[str, Any], limits: Limits) -> Verdict:
                 "wall": f"takes more than {limits.wall_s:g} s to compile",
                 "step": f"takes more than {limits.step_s:g} s of CPU time per token",
                 "memory": f"takes more than {limits.memory_bytes >> 20} MiB to compile",
-            }.get(outcome, "ends the compiler abnormally")
+            }.get(outcome, "crashes the compiler")
             return _too_complex(f"{bound}. Use smaller counts, fewer alternatives or less nesting.")
 
 
@@ -330,31 +329,31 @@ def _verdict(answer: dict[str, Any], limits: Limits) -> Verdict:
 
 
 def constraints_of(body: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each explicit constraint of a body: its place, and the constraint in vLLM's terms.
+    """Yield each explicit constraint of a body: its place, and the constraint in vLLM's terms.
 
-    What vLLM derives from `tools` is no part of the body; the engine's client checks that.
+    Constraints that vLLM derives from `tools` are not included; `CheckedLLM` checks them.
     """
-    yield from _own(body.get("structured_outputs"))
-    yield from _format("response_format", body.get("response_format"))
+    yield from _structured_outputs(body.get("structured_outputs"))
+    yield from _response_format("response_format", body.get("response_format"))
     for owner, key in (("text", "format"), ("output_config", "format")):
         holder = body.get(owner)
         if isinstance(holder, dict):
-            yield from _format(f"{owner}.{key}", holder.get(key))
-    yield from _format("output_format", body.get("output_format"))
+            yield from _response_format(f"{owner}.{key}", holder.get(key))
+    yield from _response_format("output_format", body.get("output_format"))
 
 
 KINDS = ("json", "regex", "choice", "grammar", "structural_tag")
 
 
-def _own(given: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+def _structured_outputs(given: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     if isinstance(given, dict):
         for kind in KINDS:
             if given.get(kind) is not None:
                 yield f"structured_outputs.{kind}", {kind: given[kind]}
 
 
-def _format(place: str, given: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-    """A `response_format`, or the format of another API, which holds its schema directly."""
+def _response_format(place: str, given: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the constraint of a `response_format`, or of another API's format with a schema."""
     if not isinstance(given, dict):
         return
     if given.get("type") == "structural_tag":

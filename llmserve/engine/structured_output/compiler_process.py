@@ -1,8 +1,8 @@
-"""The process that compiles constraints for `llmserve.engine.structured_output.compiler`; `sandbox` runs it.
+"""The process that compiles constraints for `compiler`. `sandbox` starts it.
 
-It imports vLLM once and loads an engine's tokenizer once. Each constraint is compiled in
-a fork with limits (`sandbox`), by vLLM's own validation and structured-output manager, as
-the engine core does it.
+It imports vLLM once and loads each engine's tokenizer once. A constraint is compiled in a fork
+with limits (`sandbox`), by vLLM's own validation and structured-output manager, as in the engine
+core.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
@@ -25,43 +25,46 @@ from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.structured_output.request import StructuredOutputRequest
 
 from llmserve.engine.structured_output.compiler import KINDS
-from llmserve.engine.structured_output.json_schema import constraints_in, honoured
+from llmserve.engine.structured_output.json_schema import rewrite_schema
 from llmserve.engine.structured_output.pattern import check_regex
 from llmserve.engine.structured_output.sandbox import SandboxServer, sandboxed
 from llmserve.engine.structured_output.subschema import ARGUMENTS
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 _MODELS = 8  # tokenizers that stay loaded
-_PROBED = 16  # tokens, after which a mask is computed as in the engine's steps
+_PROBED = 16  # tokens for which a mask is computed, as in the engine's steps
 _REASON = 400  # characters
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model as its engine core sees it when it compiles."""
+    """A model's config and structured-output manager, as in its engine core."""
 
     config: Any
     manager: StructuredOutputManager
 
     @classmethod
-    def of(cls, pickled: bytes) -> Loaded:
-        config = pickle.loads(pickled)  # noqa: S301  # the server's own
+    def from_config(cls, pickled: bytes) -> Loaded:
+        config = pickle.loads(pickled)  # noqa: S301  # from the server
         manager = StructuredOutputManager(config)
-        # In this thread: one of the manager's pool would not survive a fork.
+        # In this thread: the manager's pool would not survive a fork.
         manager._use_async_grammar_compilation = False  # noqa: SLF001  # no public setting
         structured = config.structured_outputs_config
         if structured.backend == "auto":
             structured.backend = fixed_backend(manager.tokenizer)
         loaded = cls(config, manager)
-        # Imports what vLLM imports late and builds the backend, which the forks then share.
+        # Runs vLLM's late imports and creates the backend, which the forks then share.
         _check(loaded, {"regex": "a"}, math.inf)
         return loaded
 
 
 def fixed_backend(tokenizer: Any) -> str:
-    """The backend that `auto` stands for.
+    """Return the backend for `auto`.
 
-    vLLM validates each request for a backend of its own but compiles all with that of the
-    first one (StructuredOutputManager.grammar_init), so one request could decide for all.
+    vLLM validates each request for a backend of its own and compiles all with the first one's
+    (StructuredOutputManager.grammar_init), so one request would decide for all.
     """
     tekken = is_mistral_tokenizer(tokenizer) and tokenizer.is_tekken
     return "guidance" if tekken else "xgrammar"
@@ -73,8 +76,8 @@ def main() -> None:
     for ask, config in server.requests():
         try:
             model = _loaded(models, ask["model"], config)
-        except Exception as error:  # a tokenizer of any kind; the server refuses
-            server.answer({"outcome": "unavailable", "reason": _words(error)})
+        except Exception as error:  # of any tokenizer; the server refuses the request
+            server.answer({"outcome": "unavailable", "reason": _bounded_line(error)})
         else:
             check = partial(_answer, model, ask["constraint"], ask["step_s"])
             server.answer(sandboxed(check, ask))
@@ -82,7 +85,7 @@ def main() -> None:
 
 def _loaded(models: OrderedDict[str, Loaded], key: str, config: bytes) -> Loaded:
     if key not in models:
-        models[key] = Loaded.of(config)
+        models[key] = Loaded.from_config(config)
         if len(models) > _MODELS:
             models.popitem(last=False)
     models.move_to_end(key)
@@ -99,14 +102,14 @@ def _answer(model: Loaded, constraint: str, step_s: float) -> dict[str, Any]:
         return {"outcome": "memory"}
     except _SlowStep:
         return {"outcome": "step"}
-    except Exception as error:  # whatever a compiler raises refuses the request
+    except Exception as error:  # of any compiler; the request is refused
         if "bad_alloc" in str(error):
             return {"outcome": "memory"}
-        return {"outcome": "invalid", "reason": _words(error)}
+        return {"outcome": "invalid", "reason": _bounded_line(error)}
 
 
 def _check(model: Loaded, constraint: dict[str, Any], step_s: float) -> dict[str, Any]:
-    structured = StructuredOutputsParams(**_honoured(model, constraint))
+    structured = StructuredOutputsParams(**_rewritten(model, constraint))
     params = SamplingParams(structured_outputs=structured)
     began = time.process_time()
     params._validate_structured_outputs(  # noqa: SLF001  # as SamplingParams.verify does
@@ -129,32 +132,48 @@ def _check(model: Loaded, constraint: dict[str, Any], step_s: float) -> dict[str
     }
 
 
-def _honoured(model: Loaded, constraint: dict[str, Any]) -> dict[str, Any]:
-    """A constraint of which the backend ignores nothing. Raises ValueError.
+def _rewritten(model: Loaded, constraint: dict[str, Any]) -> dict[str, Any]:
+    """Return a constraint of which the backend ignores nothing. Raises ValueError.
 
-    llguidance refuses by itself what it does not honour, but does not know our keyword.
+    llguidance refuses unsupported keywords itself, but does not know llmserve's keyword.
     """
     is_guidance = model.config.structured_outputs_config.backend == "guidance"
-    made = dict(constraint)
+    rewritten = dict(constraint)
     given, tag, pattern = (constraint.get(kind) for kind in ("json", "structural_tag", "regex"))
     if given is not None and not (is_guidance and ARGUMENTS not in json.dumps(given)):
-        made["json"] = json.dumps(honoured(_parsed(given)), ensure_ascii=False)
+        rewritten["json"] = json.dumps(rewrite_schema(_parsed(given)), ensure_ascii=False)
     if isinstance(pattern, str) and not is_guidance:
-        _require_honoured(pattern)
+        _check_regex(pattern)
     if tag is not None:
         tag = copy.deepcopy(_parsed(tag))
-        for holder, key in [] if is_guidance else constraints_in(tag):
+        for holder, key in [] if is_guidance else constraints_of_tag(tag):
             if key == "pattern":
-                _require_honoured(holder[key])
+                _check_regex(holder[key])
             else:
-                holder[key] = honoured(holder[key])
-        made["structural_tag"] = json.dumps(tag, ensure_ascii=False)
-    return made
+                holder[key] = rewrite_schema(holder[key])
+        rewritten["structural_tag"] = json.dumps(tag, ensure_ascii=False)
+    return rewritten
 
 
-def _require_honoured(pattern: Any) -> None:
+def constraints_of_tag(tag: Any) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield the schemas and expressions of a structural tag: the object, and its key."""
+    unseen = [tag]
+    while unseen:
+        value = unseen.pop()
+        if isinstance(value, list):
+            unseen += value
+        elif isinstance(value, dict):
+            for key, each in value.items():
+                is_expression = (key, value.get("type")) == ("pattern", "regex")
+                if is_expression or key in {"json_schema", "schema"}:
+                    yield value, key
+                else:
+                    unseen.append(each)
+
+
+def _check_regex(pattern: Any) -> None:
     if isinstance(pattern, str) and (reason := check_regex(pattern)):
-        raise ValueError(f"the expression {reason}")
+        raise ValueError(f"the regular expression {reason}")
 
 
 def _parsed(given: Any) -> Any:
@@ -162,18 +181,18 @@ def _parsed(given: Any) -> Any:
 
 
 def _compiled(model: Loaded, params: SamplingParams) -> Any:
-    """As EngineCore.preprocess_add_request has it compiled."""
+    """Compile as EngineCore.preprocess_add_request does."""
     wanted = StructuredOutputRequest.from_sampling_params(params)
     request = SimpleNamespace(
         request_id="check", sampling_params=params, structured_output_request=wanted
     )
     model.manager.grammar_init(request)
-    pending = wanted._grammar  # noqa: SLF001  # the property waits for nothing
+    pending = wanted._grammar  # noqa: SLF001  # its property does not wait
     return pending.result() if hasattr(pending, "result") else pending
 
 
 class _SlowStep(Exception):
-    """A mask of this constraint would hold the engine's steps up."""
+    """A mask of this constraint takes too long for an engine's step."""
 
 
 def _probe(model: Loaded, grammar: Any, step_s: float) -> None:
@@ -196,7 +215,7 @@ def _probe(model: Loaded, grammar: Any, step_s: float) -> None:
         if not len(allowed):
             if position:
                 return
-            raise ValueError("no text satisfies it")
+            raise ValueError("no text satisfies the constraint")
         word = int(allowed[0])
         bits = int(mask[0, word]) & 0xFFFFFFFF
         if not grammar.accept_tokens("check", [word * 32 + (bits & -bits).bit_length() - 1]):
@@ -204,13 +223,13 @@ def _probe(model: Loaded, grammar: Any, step_s: float) -> None:
 
 
 def _require_no_error(grammar: Any) -> None:
-    """Raises ValueError for an error that llguidance keeps; its mask then ends the answer."""
+    """Raises ValueError for an error in llguidance, whose mask would then end the answer."""
     matcher = getattr(grammar, "ll_matcher", None)
     if matcher is not None and (error := matcher.get_error()):
         raise ValueError(error)
 
 
-def _words(error: BaseException) -> str:
-    """An exception and its cause in one bounded line."""
+def _bounded_line(error: BaseException) -> str:
+    """Return an exception and its cause in one bounded line."""
     texts = [str(each) for each in (error, error.__cause__) if each is not None]
     return " ".join(": ".join(dict.fromkeys(texts)).split())[:_REASON] or type(error).__name__

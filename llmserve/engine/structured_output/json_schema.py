@@ -1,10 +1,9 @@
-"""JSON schemas in the terms that xgrammar honours. Pure.
+"""Rewrites JSON schemas into schemas that xgrammar honours. Pure.
 
-xgrammar 0.2.8 ignores some keywords, and many next to others, without an error: its
-grammar then allows answers that the schema forbids. `honoured` rewrites a schema so that
-each text of xgrammar's grammar satisfies it, or raises Unsupported. It may allow less than
-the schema does: an object with `properties` and no `additionalProperties` is closed, for
-example, and a schema whose keywords are those of one type has that type.
+xgrammar 0.2.8 ignores some keywords, and many next to others, without an error: its grammar then
+allows answers that the schema forbids. Each text of the grammar of a rewritten schema satisfies
+the original schema. It may allow less: an object with `properties` and no `additionalProperties`
+is closed, for example, and a schema whose keywords are those of one type has that type.
 
 Keywords that JSON Schema does not define, `format` and the annotations constrain nothing.
 """
@@ -12,17 +11,17 @@ Keywords that JSON Schema does not define, `format` and the annotations constrai
 from __future__ import annotations
 
 from itertools import combinations
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import unquote
 
+from llmserve.engine.structured_output.schema_containers import rewrite_array, rewrite_object
 from llmserve.engine.structured_output.schema_types import (
-    Facts,
+    BranchFacts,
     constants_of,
     enumerated,
     explicit_types,
-    is_honoured,
-    number_of,
-    string_of,
+    rewrite_number,
+    rewrite_string,
     types_of,
 )
 from llmserve.engine.structured_output.subschema import (
@@ -32,31 +31,24 @@ from llmserve.engine.structured_output.subschema import (
     KEYWORDS,
     REFUSED,
     TYPES,
-    Never,
-    Part,
+    Subschema,
+    Unsatisfiable,
     Unsupported,
-    applies,
-    constrains,
     dict_of,
     distinct,
     document_of,
+    has_any,
     key_of,
-    list_of,
-    parts_of,
-    range_of,
-    require_order,
+    subschemas_of,
 )
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
 _NODES = 20_000  # subschemas of a result
-_BRANCHES = 200  # of a `oneOf`, which are compared with each other
+_BRANCHES = 200  # of a `oneOf`, which are compared in pairs
 
 
-def honoured(schema: Any, place: str = "") -> Any:
-    """A schema for xgrammar, each of whose values satisfies `schema`. Raises Unsupported."""
-    return _Rewriting().result(Part(schema, place, document_of(schema, place)))
+def rewrite_schema(schema: Any, place: str = "") -> Any:
+    """Return a schema for xgrammar whose values all satisfy `schema`. Raises Unsupported."""
+    return _Rewriting().result(Subschema(schema, place, document_of(schema, place)))
 
 
 class _Rewriting:
@@ -65,102 +57,104 @@ class _Rewriting:
         self._defs: dict[str, Any] = {}
         self._nodes = 0
 
-    def result(self, part: Part) -> Any:
+    def result(self, root: Subschema) -> Any:
         try:
-            root = self._inline([part])
-        except Never:
-            raise Unsupported("no value satisfies it") from None
+            rewritten = self._inline([root])
+        except Unsatisfiable:
+            raise Unsupported("no value satisfies the schema") from None
         except RecursionError:
-            raise Unsupported("it is nested too deeply, or refers to itself") from None
-        if not _is_finite(root, self._defs):
-            raise Unsupported("only an endless text satisfies it")
-        return {**root, "$defs": self._defs} if self._defs else root
+            raise Unsupported("the schema is nested too deeply, or refers to itself") from None
+        if not _has_finite_text(rewritten, self._defs):
+            raise Unsupported("only endless text satisfies the schema")
+        return {**rewritten, "$defs": self._defs} if self._defs else rewritten
 
     # --- conjunctions
 
-    def _lower(self, parts: list[Part]) -> Any:
-        """The conjunction of `parts` for xgrammar; False if no value satisfies it."""
+    def _rewrite(self, parts: list[Subschema]) -> Any:
+        """Return the conjunction of `parts` for xgrammar; False if no value satisfies it."""
         parts = distinct(parts)
-        is_simple = len(parts) < 2 and not any(applies(each, "$ref", "allOf") for each in parts)
+        is_simple = len(parts) < 2 and not any(has_any(each, "$ref", "allOf") for each in parts)
         try:
-            return self._inline(parts) if is_simple else self._named(parts)
-        except Never:
+            return self._inline(parts) if is_simple else self._definition(parts)
+        except Unsatisfiable:
             return False
 
-    def _named(self, parts: list[Part]) -> Any:
-        """A conjunction that can contain itself becomes a definition."""
+    def _definition(self, parts: list[Subschema]) -> Any:
+        """Return a reference to a definition of the conjunction, which can contain itself."""
         key = "\n".join(sorted(key_of(each) for each in parts))
         name = self._names.get(key)
         if name is None:
             name = self._names[key] = f"d{len(self._names)}"
-            self._defs[name] = True  # it can refer to itself
+            self._defs[name] = True  # while it is rewritten, it can refer to itself
             try:
                 self._defs[name] = self._inline(parts)
-            except Never:
+            except Unsatisfiable:
                 self._defs[name] = False
         return self._defs[name] and {"$ref": f"#/$defs/{name}"}
 
-    def _inline(self, parts: list[Part]) -> dict[str, Any]:
-        """Raises Never."""
+    def _inline(self, parts: list[Subschema]) -> dict[str, Any]:
+        """Return the conjunction itself. Raises Unsatisfiable."""
         self._nodes += 1
         if self._nodes > _NODES:
-            raise Unsupported("it is too large with its references and `allOf` resolved")
-        atoms: list[Part] = []
-        choices: list[list[Part]] = []
+            raise Unsupported("the schema is too large after resolving references and `allOf`")
+        assertions: list[Subschema] = []
+        choices: list[list[Subschema]] = []
         for part in parts:
-            self._flatten(part, atoms, choices, frozenset(), alone=len(parts) == 1)
+            self._flatten(part, assertions, choices, frozenset(), alone=len(parts) == 1)
         if not choices:
-            return self._values(atoms)
+            return self._rewrite_values(assertions)
         first, *others = choices
-        atoms += [each[0].like({"anyOf": [part.schema for part in each]}) for each in others]
-        branches = [self._lower([*atoms, each]) for each in first]
+        assertions += [
+            each[0].with_schema({"anyOf": [part.schema for part in each]}) for each in others
+        ]
+        branches = [self._rewrite([*assertions, each]) for each in first]
         branches = [each for each in branches if each is not False]
         if not branches:
-            raise Never
+            raise Unsatisfiable
         return {"anyOf": branches}
 
     def _flatten(
         self,
-        part: Part,
-        atoms: list[Part],
-        choices: list[list[Part]],
+        part: Subschema,
+        assertions: list[Subschema],
+        choices: list[list[Subschema]],
         through: frozenset[str],
         *,
         alone: bool,
     ) -> None:
-        """Sort a subschema into assertions and alternatives. Raises Never."""
+        """Split a subschema into assertions and alternatives. Raises Unsatisfiable."""
         schema = part.schema
         if schema is False:
-            raise Never
+            raise Unsatisfiable
         if not isinstance(schema, dict):
             if schema is not True:
                 part.refuse("schema", "must be an object or a boolean")
             return
         if ARGUMENTS in schema:
-            part = _arguments(part)
-            atoms.append(part.like({"type": "object"}))
+            part = _as_document(part)
+            assertions.append(part.with_schema({"type": "object"}))
         self._refuse_keywords(part)
-        if "$ref" in schema and (found := self._target(part)) is not None:
-            if found.place in through:
+        if "$ref" in schema and (target := self._target(part)) is not None:
+            if target.place in through:
                 raise Unsupported(f"`$ref` at {part.place or 'the root'} refers to itself")
-            self._flatten(found, atoms, choices, through | {found.place}, alone=False)
-        for each in parts_of(part, "allOf"):
-            self._flatten(each, atoms, choices, through, alone=False)
-        choices += filter(None, (parts_of(part, "anyOf"), self._exclusive(part)))
+            self._flatten(target, assertions, choices, through | {target.place}, alone=False)
+        for each in subschemas_of(part, "allOf"):
+            self._flatten(each, assertions, choices, through, alone=False)
+        choices += filter(None, (subschemas_of(part, "anyOf"), self._exclusive(part)))
         own = {key: value for key, value in schema.items() if key not in IN_PLACE}
         if any(map(_asserts, own)):
-            atoms.append(part.like(_without_unevaluated(part, own, alone=alone)))
+            assertions.append(part.with_schema(_without_unevaluated(part, own, alone=alone)))
 
-    def _refuse_keywords(self, part: Part) -> None:
+    def _refuse_keywords(self, part: Subschema) -> None:
         schema = part.schema
         for key in REFUSED:
             if key in schema and not (key == "if" and not {"then", "else"} & schema.keys()):
-                part.refuse(key, "is not supported. Leave it out, or say the same with `anyOf`.")
+                part.refuse(key, "is not supported. Remove it, or use `anyOf` instead.")
         if "$id" in schema and schema is not part.document.root:
-            part.refuse("$id", "is supported at the root alone")
+            part.refuse("$id", "is supported only at the root")
 
-    def _target(self, part: Part) -> Part | None:
-        """Where a `$ref` leads to: a JSON Pointer into the same document."""
+    def _target(self, part: Subschema) -> Subschema | None:
+        """Return the target of a `$ref`: a JSON Pointer into the same document."""
         ref, document = part.schema["$ref"], part.document
         if isinstance(ref, str):
             own = document.root.get("$id") if isinstance(document.root, dict) else None
@@ -168,22 +162,22 @@ class _Rewriting:
             if pointer == "#" or pointer.startswith("#/"):
                 try:
                     found = document.target(pointer)
-                    return Part(found, document.place + pointer, document)
+                    return Subschema(found, document.place + pointer, document)
                 except (LookupError, ValueError, TypeError):
-                    part.refuse("$ref", "leads to nothing in this schema")
+                    part.refuse("$ref", "has no target in this schema")
                     return None
         part.refuse("$ref", "must be a JSON Pointer into the same schema, such as `#/$defs/name`")
         return None
 
     # --- oneOf
 
-    def _exclusive(self, part: Part) -> list[Part]:
-        """The branches of a `oneOf` as those of an `anyOf`, of which one at most is satisfied."""
-        branches = parts_of(part, "oneOf")
+    def _exclusive(self, part: Subschema) -> list[Subschema]:
+        """Return the branches of a `oneOf` as branches of an `anyOf` that exclude each other."""
+        branches = subschemas_of(part, "oneOf")
         if len(branches) > _BRANCHES:
             raise Unsupported(f"`oneOf` has {len(branches)} branches; at most {_BRANCHES}")
         facts = [self._facts(each) for each in branches]
-        needed: list[set[str]] = [set() for _ in branches]
+        required: list[set[str]] = [set() for _ in branches]
         for one, other in combinations(range(len(branches)), 2):
             tags = facts[one].tags(facts[other])
             if tags is None:
@@ -195,275 +189,81 @@ class _Rewriting:
                     "constant in each. Use `anyOf`, or add such a property.",
                 )
                 continue
-            needed[one].add(tags[0])
-            needed[other].add(tags[0])
+            required[one].add(tags[0])
+            required[other].add(tags[0])
         return [
-            each.like({"type": "object", "required": sorted(names), "allOf": [each.schema]})
+            each.with_schema({"type": "object", "required": sorted(names), "allOf": [each.schema]})
             if names
             else each
-            for each, names in zip(branches, needed, strict=True)
+            for each, names in zip(branches, required, strict=True)
         ]
 
-    def _facts(self, part: Part) -> Facts:
-        atoms: list[Part] = []
+    def _facts(self, part: Subschema) -> BranchFacts:
+        assertions: list[Subschema] = []
         try:
-            self._flatten(part, atoms, [], frozenset(), alone=False)
-            types = explicit_types(atoms) or set(TYPES)
-            constants = constants_of(atoms)
+            self._flatten(part, assertions, [], frozenset(), alone=False)
+            types = explicit_types(assertions) or set(TYPES)
+            constants = constants_of(assertions)
             properties: dict[str, set[str]] = {}
-            for atom in atoms:
-                for name in dict_of(atom, "properties"):
-                    inner: list[Part] = []
-                    found = atom.inside("properties", name)
-                    self._flatten(found, inner, [], frozenset(), alone=False)
+            for assertion in assertions:
+                for name in dict_of(assertion, "properties"):
+                    inner: list[Subschema] = []
+                    child = assertion.child("properties", name)
+                    self._flatten(child, inner, [], frozenset(), alone=False)
                     if (values := constants_of(inner)) is not None:
                         properties[name] = set(values)
-        except Never:
-            return Facts(set(), set(), {})
-        return Facts(types, None if constants is None else set(constants), properties)
+        except Unsatisfiable:
+            return BranchFacts(set(), set(), {})
+        return BranchFacts(types, None if constants is None else set(constants), properties)
 
     # --- values
 
-    def _values(self, atoms: list[Part]) -> dict[str, Any]:
-        """Raises Never."""
-        constants = constants_of(atoms)
+    def _rewrite_values(self, assertions: list[Subschema]) -> dict[str, Any]:
+        """Raises Unsatisfiable."""
+        constants = constants_of(assertions)
         if constants is not None:
-            return enumerated(constants, atoms)
-        types = types_of(atoms)
-        if len(types) == len(TYPES) - 1 and not any(constrains(atom) for atom in atoms):
+            return enumerated(constants, assertions)
+        types = types_of(assertions)
+        if len(types) == len(TYPES) - 1 and not any(
+            key in KEYWORDS for each in assertions for key in each.schema
+        ):
             return {}
-        found: list[dict[str, Any]] = []
+        branches: list[dict[str, Any]] = []
         for kind in (each for each in TYPES if each in types):
             try:
-                found.append(self._typed(kind, atoms))
-            except Never:
+                branches.append(self._rewrite_type(kind, assertions))
+            except Unsatisfiable:
                 continue
-        if not found:
-            raise Never
-        return found[0] if len(found) == 1 else {"anyOf": found}
+        if not branches:
+            raise Unsatisfiable
+        return branches[0] if len(branches) == 1 else {"anyOf": branches}
 
-    def _typed(self, kind: str, atoms: list[Part]) -> dict[str, Any]:
+    def _rewrite_type(self, kind: str, assertions: list[Subschema]) -> dict[str, Any]:
         match kind:
             case "string":
-                return string_of(atoms)
+                return rewrite_string(assertions)
             case "integer" | "number":
-                return number_of(kind, atoms)
+                return rewrite_number(kind, assertions)
             case "array":
-                return self._array(atoms)
+                return rewrite_array(assertions, self._rewrite)
             case "object":
-                return self._object(atoms)
+                return rewrite_object(assertions, self._rewrite)
         return {"type": kind}
 
-    def _array(self, atoms: list[Part]) -> dict[str, Any]:
-        least, most = range_of(atoms, "minItems", "maxItems")
-        _refuse_sets(atoms, most)
-        prefix, rest = _items(atoms)
-        lowered: list[Any] = []
-        for parts in prefix[:most]:
-            item = self._lower(parts)
-            if item is False:
-                most = len(lowered)
-                break
-            lowered.append(item)
-        items = self._lower(rest)
-        is_tuple = bool(lowered) and not rest and least <= len(lowered)
-        if items is False or is_tuple or (most is not None and most <= len(lowered)):
-            items, most = False, len(lowered)
-        require_order(least, most)
-        made: dict[str, Any] = {"type": "array", "items": items}
-        if lowered:
-            made["prefixItems"] = lowered
-        if lowered or items is not False:
-            made["minItems"] = least
-        if items is not False and most is not None:
-            made["maxItems"] = most
-        return made
 
-    def _object(self, atoms: list[Part]) -> dict[str, Any]:
-        least, most = range_of(atoms, "minProperties", "maxProperties")
-        required = _required(atoms)
-        additional = [
-            each.inside("additionalProperties")
-            for each in atoms
-            if "additionalProperties" in each.schema
-        ]
-        properties = self._properties(atoms, required, additional)
-        made: dict[str, Any] = {"type": "object"}
-        rest = self._additional(atoms, properties, additional, least)
-        if len(properties) < least and rest.get("additionalProperties") is False:
-            raise Never
-        require_order(max(len(required), least), most)
-        if properties:
-            made["properties"] = properties
-        if required:
-            made["required"] = [name for name in properties if name in required]
-        made |= rest
-        if least > len(required):
-            made["minProperties"] = least
-        if most is not None:
-            made["maxProperties"] = most
-        return made
-
-    def _properties(
-        self, atoms: list[Part], required: set[str], additional: list[Part]
-    ) -> dict[str, Any]:
-        names = [name for each in atoms for name in dict_of(each, "properties")]
-        made: dict[str, Any] = {}
-        for name in dict.fromkeys([*names, *sorted(required)]):
-            parts = []
-            for each in atoms:
-                if name in dict_of(each, "properties"):
-                    parts.append(each.inside("properties", name))
-                elif "additionalProperties" in each.schema:
-                    parts.append(each.inside("additionalProperties"))
-            lowered = self._lower(parts)
-            if lowered is not False:
-                made[name] = lowered
-            elif name in required:
-                raise Never
-            elif additional:
-                _forbid(atoms, name, additional)
-        return made
-
-    def _additional(
-        self,
-        atoms: list[Part],
-        properties: dict[str, Any],
-        additional: list[Part],
-        least: int,
-    ) -> dict[str, Any]:
-        """What is said of properties without a name of their own. Raises Never."""
-        patterns = [(each, name) for each in atoms for name in dict_of(each, "patternProperties")]
-        names = [each.inside("propertyNames") for each in atoms if _limits_names(each.schema)]
-        has_names = bool(properties) or any(dict_of(each, "properties") for each in atoms)
-        if (names or patterns) and (has_names or len(patterns) > 1 or (names and patterns)):
-            owner, key = (
-                (patterns[0][0], "patternProperties") if patterns else (names[0], "propertyNames")
-            )
-            owner.refuse(key, "is supported without other names or patterns of properties alone")
-            return {"additionalProperties": not has_names}
-        if patterns:
-            return self._patterned(atoms, *patterns[0], least)
-        value = self._lower(additional)
-        is_closed = properties or any(
-            "properties" in each.schema or each.schema.get("unevaluatedProperties") is False
-            for each in atoms
-        )
-        if value is False or (not additional and is_closed) or 1 < least <= len(properties):
-            return {"additionalProperties": False}
-        if atoms:
-            _refuse_distinct(atoms[0], least)
-        made = {"additionalProperties": value or True}
-        if names:
-            name = self._lower([*names, names[0].like({"type": "string"})])
-            made = (
-                {"additionalProperties": False} if name is False else {"propertyNames": name} | made
-            )
-        return made
-
-    def _patterned(
-        self, atoms: list[Part], owner: Part, pattern: str, least: int
-    ) -> dict[str, Any]:
-        """Names by one pattern. xgrammar allows no others then."""
-        if not is_honoured(owner.inside("patternProperties", pattern), pattern):
-            return {"additionalProperties": True}
-        _refuse_distinct(owner, least)
-        others = [
-            each.inside("additionalProperties")
-            for each in atoms
-            if each is not owner and "additionalProperties" in each.schema
-        ]
-        value = self._lower([owner.inside("patternProperties", pattern), *others])
-        if value is False:
-            return {"additionalProperties": False}
-        return {"patternProperties": {pattern: value}}
-
-
-def _arguments(part: Part) -> Part:
-    """A tool's parameters, as a document of their own."""
+def _as_document(part: Subschema) -> Subschema:
+    """Return a tool's parameters as a document of their own."""
     if part.schema is part.document.root:
         return part
-    return Part(part.schema, part.place, document_of(part.schema, part.place))
+    return Subschema(part.schema, part.place, document_of(part.schema, part.place))
 
 
 def _asserts(key: str) -> bool:
     return key in KEYWORDS or key in {"type", "enum", "const", "format"}
 
 
-def _refuse_sets(atoms: list[Part], most: int | None) -> None:
-    for each in atoms:
-        if each.schema.get("uniqueItems") and (most is None or most > 1):
-            each.refuse("uniqueItems", "is not supported")
-        if "contains" in each.schema and each.schema.get("minContains") != 0:
-            each.refuse("contains", "is not supported")
-        elif "maxContains" in each.schema and "contains" in each.schema:
-            each.refuse("maxContains", "is not supported")
-
-
-def _items(atoms: list[Part]) -> tuple[list[list[Part]], list[Part]]:
-    """The first items, and what all others are."""
-    prefix: list[list[Part]] = []
-    rest: list[Part] = []
-    for each in atoms:
-        is_old = isinstance(each.schema.get("items"), list)  # of drafts before 2020-12
-        key = "items" if is_old else "prefixItems"
-        tail = "additionalItems" if is_old else "items"
-        own = parts_of(each, key)
-        if own and (prefix or rest):
-            each.refuse(key, "is not supported together with other items")
-            continue
-        if tail in each.schema:
-            if prefix:
-                each.refuse(tail, "is not supported together with other items")
-                continue
-            rest.append(each.inside(tail))
-        prefix += [[item] for item in own]
-    return prefix, rest
-
-
-def _required(atoms: list[Part]) -> set[str]:
-    names: set[str] = set()
-    for each in atoms:
-        given = list_of(each, "required")
-        if not all(isinstance(name, str) for name in given):
-            each.refuse("required", "must be a list of names")
-        names |= {name for name in given if isinstance(name, str)}
-        for key in ("dependentRequired", "dependentSchemas", "dependencies"):
-            if each.schema.get(key):
-                each.refuse(key, "is not supported")
-    return names
-
-
-def _limits_names(schema: dict[str, Any]) -> bool:
-    """Whether `propertyNames` says more than that names are strings."""
-    given = schema.get("propertyNames", True)
-    return not (
-        given is True
-        or (
-            (isinstance(given, dict) and given.get("type", "string") == "string")
-            and not any(
-                key in KEYWORDS or key in APPLICATORS or key in {"enum", "const", *REFUSED}
-                for key in given
-            )
-        )
-    )
-
-
-def _forbid(atoms: list[Part], name: str, additional: list[Part]) -> None:
-    """Refuse a property that is false where others are free: xgrammar would allow it."""
-    if all(each.schema is False for each in additional):
-        return
-    owner = next(each for each in atoms if name in dict_of(each, "properties"))
-    owner.refuse("properties", f"forbids {name!r}, which is supported in a closed object alone")
-
-
-def _refuse_distinct(part: Part, least: int) -> None:
-    if least > 1:
-        part.refuse("minProperties", "above 1 is supported for properties with names alone")
-
-
-def _without_unevaluated(part: Part, own: dict[str, Any], *, alone: bool) -> dict[str, Any]:
-    """`unevaluatedProperties` and `unevaluatedItems` as what they come to."""
+def _without_unevaluated(part: Subschema, own: dict[str, Any], *, alone: bool) -> dict[str, Any]:
+    """Replace `unevaluatedProperties` and `unevaluatedItems` by equivalent keywords."""
     for key, plain in (
         ("unevaluatedProperties", "additionalProperties"),
         ("unevaluatedItems", "items"),
@@ -475,49 +275,28 @@ def _without_unevaluated(part: Part, own: dict[str, Any], *, alone: bool) -> dic
         if not applied:
             own = {plain: own[key]} | {each: own[each] for each in own if each != key}
         elif not closes or applied & {"anyOf", "oneOf"}:
-            part.refuse(key, "is not supported beside `$ref`, `allOf`, `anyOf` or `oneOf` here")
+            part.refuse(key, "is not supported next to `$ref`, `allOf`, `anyOf` or `oneOf` here")
     return own
 
 
-def _is_finite(root: Any, defs: dict[str, Any]) -> bool:
-    """Whether some text of a result ends: each recursion has a way out."""
-    ending: set[str] = set()
+def _has_finite_text(root: Any, defs: dict[str, Any]) -> bool:
+    """Whether some text of a rewritten schema ends: each recursion has an exit."""
+    finite: set[str] = set()
 
-    def ends(schema: Any) -> bool:
+    def is_finite(schema: Any) -> bool:
         if not isinstance(schema, dict):
             return bool(schema)
         if "$ref" in schema:
-            return schema["$ref"].rpartition("/")[2] in ending
+            return schema["$ref"].rpartition("/")[2] in finite
         if "anyOf" in schema:
-            return any(map(ends, schema["anyOf"]))
+            return any(map(is_finite, schema["anyOf"]))
         needed = [schema["properties"][name] for name in schema.get("required", ())]
         least = schema.get("minItems", 0)
         needed += schema.get("prefixItems", [])[:least]
         if least > len(schema.get("prefixItems", ())):
             needed.append(schema["items"])
-        return all(map(ends, needed))
+        return all(map(is_finite, needed))
 
-    grown = True
-    while grown:
-        found = {name for name, each in defs.items() if name not in ending and ends(each)}
-        ending |= found
-        grown = bool(found)
-    return ends(root)
-
-
-def constraints_in(tag: Any) -> Iterator[tuple[dict[str, Any], str]]:
-    """Where a structural tag holds schemas and expressions: the object, and its key."""
-    unseen = [tag]
-    while unseen:
-        value = unseen.pop()
-        if isinstance(value, list):
-            unseen += value
-        elif isinstance(value, dict):
-            for key, each in value.items():
-                if key in {"json_schema", "schema"} or (key, value.get("type")) == _EXPRESSION:
-                    yield value, key
-                else:
-                    unseen.append(each)
-
-
-_EXPRESSION = ("pattern", "regex")
+    while found := {name for name, each in defs.items() if name not in finite and is_finite(each)}:
+        finite |= found
+    return is_finite(root)

@@ -1,7 +1,7 @@
-"""A worker's requests from the server, and each answer made in a fork with limits.
+"""A worker process that answers the server's requests, each in a fork with limits.
 
-The fork ends with its check, so a crash, a leak or a loop costs that check alone. The
-worker ends when the server has ended, and takes a fork under way with it.
+A fork ends with its check, so a crash, a leak or a loop affects that check only. The worker and
+its fork end when the server ends.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ _PR_SET_PDEATHSIG = 1
 
 
 class SandboxServer:
-    """The server's end of the pipes: its requests in, answers out."""
+    """The pipes to the server: its requests, and the answers."""
 
     def __init__(self) -> None:
         self._requests: BinaryIO = os.fdopen(os.dup(0), "rb", buffering=0)
         self._answers = os.fdopen(os.dup(1), "wb")
-        os.dup2(2, 1)  # what compilers print is no answer
+        os.dup2(2, 1)  # compilers print to stdout
 
     def requests(self) -> Iterator[tuple[dict[str, Any], bytes]]:
-        """Each request and the engine config with it, until the server has ended."""
+        """Yield each request with its engine config, until the server ends."""
         while (head := self._exactly(HEAD.size)) is not None:
             parts = [self._exactly(length) for length in HEAD.unpack(head)]
             if parts[0] is None or parts[1] is None:
@@ -61,7 +61,7 @@ class SandboxServer:
 
 
 def sandboxed(check: Callable[[], dict[str, Any]], limits: dict[str, Any]) -> dict[str, Any]:
-    """The answer of `check`, made in a fork within `limits`; else which of them it exceeded."""
+    """Return the answer of `check`, run in a fork, or the limit that it exceeded."""
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -91,15 +91,15 @@ def _check_in_fork(
         with os.fdopen(writing, "wb") as out:
             out.write(json.dumps(check()).encode())
     finally:
-        os._exit(0)  # whatever was raised: the worker goes on in its own process alone
+        os._exit(0)  # on any exception: only the parent continues as the worker
 
 
 def _limit(limits: dict[str, Any]) -> None:
-    """For this process: what a check may take, and an end with its parent."""
+    """Set the limits of this process, which also ends with its parent."""
     _end_with_parent()
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
-    space = pages * resource.getpagesize() + limits["memory_bytes"]
-    resource.setrlimit(resource.RLIMIT_AS, (space, space))
+    address_space = pages * resource.getpagesize() + limits["memory_bytes"]
+    resource.setrlimit(resource.RLIMIT_AS, (address_space, address_space))
     resource.setrlimit(resource.RLIMIT_CPU, (limits["cpu_s"], limits["cpu_s"] + 1))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
@@ -109,22 +109,22 @@ def _end_with_parent() -> None:
 
 
 def _end_with_server() -> None:
-    """Before the imports of a worker, which take seconds and read no pipe."""
+    """Set up before the worker's imports, which take seconds without reading a pipe."""
     _end_with_parent()
     poll = select.poll()
     poll.register(0, 0)
-    if poll.poll(0):  # a hang-up: the server ended before that
+    if poll.poll(0):  # a hang-up: the server has ended
         sys.exit()
 
 
 def _read_until(pipe: int, deadline_s: float) -> bytes | None:
-    """What a fork writes until it ends; None if it does not end in time or writes too much."""
+    """Return what a fork writes until its end; None if it takes too long or writes too much."""
     poll = select.poll()
     poll.register(pipe, select.POLLIN)
-    poll.register(0, 0)  # only a hang-up is reported: the server has ended
+    poll.register(0, 0)  # reports only a hang-up: the server has ended
     text = bytearray()
-    while (left_s := deadline_s - time.monotonic()) > 0 and len(text) <= _ANSWER_BYTES:
-        for descriptor, _ in poll.poll(left_s * 1000):
+    while (remaining_s := deadline_s - time.monotonic()) > 0 and len(text) <= _ANSWER_BYTES:
+        for descriptor, _ in poll.poll(remaining_s * 1000):
             if descriptor == 0:
                 sys.exit()
             part = os.read(pipe, 1 << 16)

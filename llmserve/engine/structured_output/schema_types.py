@@ -1,4 +1,4 @@
-"""Types, constants, strings and numbers in the terms that xgrammar honours. Pure."""
+"""Types, constants, strings and numbers in terms that xgrammar honours. Pure."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from llmserve.engine.structured_output.subschema import (
     KEYWORDS,
     NUMBERS,
     TYPES,
-    Never,
-    Part,
+    Subschema,
+    Unsatisfiable,
     has_number,
     is_number,
     list_of,
@@ -24,15 +24,15 @@ from llmserve.engine.structured_output.subschema import (
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What tells the branches of a `oneOf` apart. None: any value."""
+class BranchFacts:
+    """Facts that distinguish the branches of a `oneOf`. None: any value."""
 
     types: set[str]
     constants: set[str] | None
     properties: dict[str, set[str]]
 
-    def tags(self, other: Facts) -> list[str] | None:
-        """Properties that, where both have them, differ; None if the values differ anyway."""
+    def tags(self, other: BranchFacts) -> list[str] | None:
+        """Return the properties by which both differ; None if all their values differ anyway."""
         if not common(self.types, other.types):
             return None
         if self.constants is not None and other.constants is not None:
@@ -48,23 +48,23 @@ def common(one: set[str], other: set[str]) -> set[str]:
     return both
 
 
-def types_of(atoms: list[Part]) -> set[str]:
-    """The types that are allowed. Raises Never.
+def types_of(assertions: list[Subschema]) -> set[str]:
+    """Return the allowed types. Raises Unsatisfiable.
 
-    Without a `type`, keywords that constrain one type stand for it.
+    Without a `type`, keywords that constrain one type imply it.
     """
-    types = explicit_types(atoms)
+    types = explicit_types(assertions)
     if types is None:
-        keywords = (key for each in atoms for key in each.schema)
+        keywords = (key for each in assertions for key in each.schema)
         families = {KEYWORDS[key][0] for key in keywords if key in KEYWORDS}
         types = families or set(TYPES) - {"integer"}
     return types - {"integer"} if "number" in types else types
 
 
-def explicit_types(atoms: list[Part]) -> set[str] | None:
-    """What `type` leaves; None for any. Raises Never."""
+def explicit_types(assertions: list[Subschema]) -> set[str] | None:
+    """Return the types that `type` allows; None for any. Raises Unsatisfiable."""
     types: set[str] | None = None
-    for each in atoms:
+    for each in assertions:
         if "type" not in each.schema:
             continue
         given = each.schema["type"]
@@ -74,7 +74,7 @@ def explicit_types(atoms: list[Part]) -> set[str] | None:
             continue
         types = set(names) if types is None else common(types, set(names))
     if types is not None and not types:
-        raise Never
+        raise Unsatisfiable
     return types
 
 
@@ -93,20 +93,20 @@ def _type_of(value: Any) -> str:
     return "object"
 
 
-def constants_of(atoms: list[Part]) -> dict[str, Any] | None:
-    """The values that `enum` and `const` leave, by their canonical text; None for any."""
-    left: dict[str, Any] | None = None
-    for each in atoms:
+def constants_of(assertions: list[Subschema]) -> dict[str, Any] | None:
+    """Return the values that `enum` and `const` allow, by canonical text; None for any."""
+    allowed: dict[str, Any] | None = None
+    for each in assertions:
         sets = [list_of(each, "enum")] if "enum" in each.schema else []
         sets += [[each.schema["const"]]] if "const" in each.schema else []
         for values in sets:
             given = {_canonical(value): value for value in values}
-            left = given if left is None else {k: v for k, v in left.items() if k in given}
-    return left
+            allowed = given if allowed is None else {k: allowed[k] for k in allowed if k in given}
+    return allowed
 
 
 def _canonical(value: Any) -> str:
-    """Equal for what JSON Schema holds equal: 1 and 1.0, objects in any order."""
+    """Return a text that is equal for equal values: 1 and 1.0, objects in any order."""
 
     def plain(each: Any) -> Any:
         if isinstance(each, float) and each.is_integer():
@@ -120,18 +120,18 @@ def _canonical(value: Any) -> str:
     return json.dumps(plain(value), sort_keys=True)
 
 
-def enumerated(constants: dict[str, Any], atoms: list[Part]) -> dict[str, Any]:
-    """Raises Never."""
-    types = explicit_types(atoms) or set(TYPES)
+def enumerated(constants: dict[str, Any], assertions: list[Subschema]) -> dict[str, Any]:
+    """Raises Unsatisfiable."""
+    types = explicit_types(assertions) or set(TYPES)
     values = [value for value in constants.values() if common({_type_of(value)}, types)]
-    for each in atoms:
+    for each in assertions:
         values = [value for value in values if _satisfies(value, each)]
     if not values:
-        raise Never
+        raise Unsatisfiable
     return {"enum": values}
 
 
-def _satisfies(value: Any, part: Part) -> bool:
+def _satisfies(value: Any, part: Subschema) -> bool:
     """Whether a value of an `enum` satisfies the keywords beside it."""
     schema = part.schema
     kind = _type_of(value)
@@ -141,7 +141,7 @@ def _satisfies(value: Any, part: Part) -> bool:
     if kind in NUMBERS and "multipleOf" not in keys:
         return all(_holds(key, value, schema[key]) for key in keys)
     for key in keys:
-        part.refuse(key, "is not supported beside `enum` or `const`")
+        part.refuse(key, "is not supported next to `enum` or `const`")
     return True
 
 
@@ -153,63 +153,63 @@ def _holds(key: str, size: float, bound: Any) -> bool:
     return bool(size >= bound if key.startswith("min") else size <= bound)
 
 
-def string_of(atoms: list[Part]) -> dict[str, Any]:
-    least, most = range_of(atoms, "minLength", "maxLength")
+def rewrite_string(assertions: list[Subschema]) -> dict[str, Any]:
+    least, most = range_of(assertions, "minLength", "maxLength")
     require_order(least, most)
-    made: dict[str, Any] = {"type": "string"}
+    result: dict[str, Any] = {"type": "string"}
     patterns = {}
-    for each in atoms:
+    for each in assertions:
         pattern = each.schema.get("pattern")
-        if pattern is not None and is_honoured(each, pattern):
+        if pattern is not None and check_supported_pattern(each, pattern):
             patterns[pattern] = each
     if len(patterns) > 1:
-        [*patterns.values()][1].refuse("pattern", "is supported once for a string")
+        [*patterns.values()][1].refuse("pattern", "is supported only once per string")
     for pattern, each in patterns.items():
         if not least and most is None:
-            return made | {"pattern": pattern}
-        each.refuse("pattern", "is not supported beside `minLength` or `maxLength`")
+            return result | {"pattern": pattern}
+        each.refuse("pattern", "is not supported next to `minLength` or `maxLength`")
     if least or most is not None:
-        return made | {"minLength": least} | ({} if most is None else {"maxLength": most})
-    formats = [each.schema.get("format") for each in atoms]
+        return result | {"minLength": least} | ({} if most is None else {"maxLength": most})
+    formats = [each.schema.get("format") for each in assertions]
     known = [each for each in formats if isinstance(each, str) and each in FORMATS]
-    return made | {"format": known[0]} if known else made
+    return result | {"format": known[0]} if known else result
 
 
-def is_honoured(part: Part, pattern: Any) -> bool:
-    """Raises Unsupported for a pattern that xgrammar does not honour in a JSON string."""
+def check_supported_pattern(part: Subschema, pattern: Any) -> bool:
+    """Return whether xgrammar honours a pattern in a JSON string. Raises Unsupported."""
     reason = "must be a string" if not isinstance(pattern, str) else check_pattern(pattern)
     if reason:
         part.refuse("pattern", reason)
     return not reason
 
 
-def number_of(kind: str, atoms: list[Part]) -> dict[str, Any]:
-    made: dict[str, Any] = {"type": kind}
+def rewrite_number(kind: str, assertions: list[Subschema]) -> dict[str, Any]:
+    result: dict[str, Any] = {"type": kind}
     for key in ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"):
-        bounds = [each.schema[key] for each in atoms if has_number(each, key)]
+        bounds = [each.schema[key] for each in assertions if has_number(each, key)]
         if bounds:
-            made[key] = max(bounds) if key.endswith("inimum") else min(bounds)
-    for each in atoms:
+            result[key] = max(bounds) if key.endswith("inimum") else min(bounds)
+    for each in assertions:
         divisor = each.schema.get("multipleOf", 1)
         if "multipleOf" in each.schema and not (kind == "integer" and divisor == 1):
             each.refuse("multipleOf", "is not supported")
     if kind == "integer":
-        return _whole(made)
-    least = max(made.get("minimum", -math.inf), made.get("exclusiveMinimum", -math.inf))
-    most = min(made.get("maximum", math.inf), made.get("exclusiveMaximum", math.inf))
-    is_open = made.get("exclusiveMinimum") == least or made.get("exclusiveMaximum") == most
+        return _integer_bounds(result)
+    least = max(result.get("minimum", -math.inf), result.get("exclusiveMinimum", -math.inf))
+    most = min(result.get("maximum", math.inf), result.get("exclusiveMaximum", math.inf))
+    is_open = result.get("exclusiveMinimum") == least or result.get("exclusiveMaximum") == most
     if least > most or (least == most and is_open):
-        raise Never
-    return made
+        raise Unsatisfiable
+    return result
 
 
-def _whole(made: dict[str, Any]) -> dict[str, Any]:
-    """Bounds of integers as integers. Raises Never."""
-    least = [math.ceil(made["minimum"])] if "minimum" in made else []
-    least += [math.floor(made["exclusiveMinimum"]) + 1] if "exclusiveMinimum" in made else []
-    most = [math.floor(made["maximum"])] if "maximum" in made else []
-    most += [math.ceil(made["exclusiveMaximum"]) - 1] if "exclusiveMaximum" in made else []
+def _integer_bounds(given: dict[str, Any]) -> dict[str, Any]:
+    """Return the bounds of integers as integers. Raises Unsatisfiable."""
+    least = [math.ceil(given["minimum"])] if "minimum" in given else []
+    least += [math.floor(given["exclusiveMinimum"]) + 1] if "exclusiveMinimum" in given else []
+    most = [math.floor(given["maximum"])] if "maximum" in given else []
+    most += [math.ceil(given["exclusiveMaximum"]) - 1] if "exclusiveMaximum" in given else []
     if least and most and max(least) > min(most):
-        raise Never
+        raise Unsatisfiable
     bounds = {"minimum": max(least)} if least else {}
     return {"type": "integer"} | bounds | ({"maximum": min(most)} if most else {})

@@ -1,4 +1,4 @@
-"""Subschemas of a JSON schema, where they stand, and the values of their keywords. Pure."""
+"""Subschemas of a JSON schema with their places, and the values of their keywords. Pure."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-# A keyword of our own, at the root of a tool's parameters. They are a document of their own,
-# wherever they stand. True: as `strict`; False: what cannot be honoured is left out.
+# llmserve's own keyword, at the root of a tool's parameters, which are a document of their own.
+# True: as `strict`; False: keywords that cannot be honoured are ignored.
 ARGUMENTS = "x-llmserve-arguments"
 
 TYPES = ("string", "integer", "number", "boolean", "null", "array", "object")
-# Formats that xgrammar knows (vllm/v1/structured_output/backend_xgrammar.py).
+# Formats that xgrammar supports (vllm/v1/structured_output/backend_xgrammar.py).
 FORMATS = frozenset(
     {"email", "date", "time", "date-time", "duration", "ipv4", "ipv6", "hostname", "uuid", "uri"}
     | {"uri-reference", "uri-template", "json-pointer", "relative-json-pointer"}
@@ -35,28 +35,28 @@ KEYWORDS: dict[str, tuple[str, ...]] = {
 }
 APPLICATORS = ("$ref", "allOf", "anyOf", "oneOf")
 IN_PLACE = {*APPLICATORS, ARGUMENTS}
-# Keywords that no rewriting makes xgrammar honour, whatever the type.
+# Keywords without a form that xgrammar honours, for any type.
 REFUSED = ("not", "if", "$dynamicRef", "$recursiveRef")
 
 
 class Unsupported(ValueError):
-    """What of a schema cannot be honoured, with its place."""
+    """A keyword that cannot be honoured, with its place."""
 
 
-class Never(Exception):
+class Unsatisfiable(Exception):
     """No value satisfies a subschema."""
 
 
 @dataclass(frozen=True)
 class Document:
-    """What a `$ref` starts from."""
+    """The schema in which a `$ref` is resolved."""
 
     root: Any
     place: str
-    relaxed: bool = False
+    relaxed: bool = False  # unsupported keywords are ignored
 
     def target(self, pointer: str) -> Any:
-        """Raises LookupError, ValueError or TypeError if there is no such value."""
+        """Return the value at a JSON Pointer. Raises LookupError, ValueError or TypeError."""
         found = self.root
         for step in pointer.split("/")[1:]:
             key = step.replace("~1", "/").replace("~0", "~")
@@ -65,25 +65,25 @@ class Document:
 
 
 @dataclass(frozen=True)
-class Part:
-    """A subschema, where it was found. Several of them are a conjunction."""
+class Subschema:
+    """A subschema with its place. A list of them is a conjunction."""
 
     schema: Any
     place: str
     document: Document
 
-    def inside(self, *keys: Any) -> Part:
+    def child(self, *keys: Any) -> Subschema:
         schema = self.schema
         for key in keys:
             schema = schema[key]
         place = ".".join(map(str, (self.place, *keys) if self.place else keys))
-        return Part(schema, place, self.document)
+        return Subschema(schema, place, self.document)
 
-    def like(self, schema: Any) -> Part:
-        return Part(schema, self.place, self.document)
+    def with_schema(self, schema: Any) -> Subschema:
+        return Subschema(schema, self.place, self.document)
 
     def refuse(self, key: str, reason: str) -> None:
-        """Raises Unsupported, unless what cannot be honoured is to be left out."""
+        """Raises Unsupported, unless unsupported keywords of the document are ignored."""
         if not self.document.relaxed:
             place = f" at {self.place[:200]}" if self.place else ""
             raise Unsupported(f"`{key}`{place} {reason}")
@@ -96,25 +96,21 @@ def document_of(root: Any, place: str) -> Document:
 # --- the values of keywords
 
 
-def applies(part: Part, *keys: str) -> bool:
+def has_any(part: Subschema, *keys: str) -> bool:
     return isinstance(part.schema, dict) and any(key in part.schema for key in keys)
 
 
-def constrains(part: Part) -> bool:
-    return any(key in KEYWORDS for key in part.schema)
-
-
-def distinct(parts: Iterable[Part]) -> list[Part]:
+def distinct(parts: Iterable[Subschema]) -> list[Subschema]:
     found = {key_of(each): each for each in parts if each.schema is not True and each.schema != {}}
     return list(found.values())
 
 
-def key_of(part: Part) -> str:
-    """Equal for parts that mean the same: in another document a reference does not."""
+def key_of(part: Subschema) -> str:
+    """Return a key that is equal for equal subschemas of the same document."""
     return f"{part.document.place} {json.dumps(part.schema)}"
 
 
-def list_of(part: Part, key: str) -> list[Any]:
+def list_of(part: Subschema, key: str) -> list[Any]:
     given = part.schema.get(key, [])
     if isinstance(given, list):
         return given
@@ -122,15 +118,15 @@ def list_of(part: Part, key: str) -> list[Any]:
     return []
 
 
-def parts_of(part: Part, key: str) -> list[Part]:
-    """The subschemas in a list."""
+def subschemas_of(part: Subschema, key: str) -> list[Subschema]:
+    """Return the subschemas in a list."""
     given = list_of(part, key)
     if key in part.schema and not given and key in APPLICATORS:
         part.refuse(key, "must not be empty")
-    return [part.inside(key, number) for number in range(len(given))]
+    return [part.child(key, number) for number in range(len(given))]
 
 
-def dict_of(part: Part, key: str) -> dict[str, Any]:
+def dict_of(part: Subschema, key: str) -> dict[str, Any]:
     given = part.schema.get(key, {})
     if isinstance(given, dict):
         return given
@@ -142,7 +138,7 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
 
 
-def has_number(part: Part, key: str) -> bool:
+def has_number(part: Subschema, key: str) -> bool:
     if key not in part.schema:
         return False
     if not is_number(part.schema[key]):
@@ -151,12 +147,12 @@ def has_number(part: Part, key: str) -> bool:
     return True
 
 
-def range_of(atoms: list[Part], low: str, high: str) -> tuple[int, int | None]:
-    least = [each.schema[low] for each in atoms if has_number(each, low)]
-    most = [each.schema[high] for each in atoms if has_number(each, high)]
+def range_of(assertions: list[Subschema], low: str, high: str) -> tuple[int, int | None]:
+    least = [each.schema[low] for each in assertions if has_number(each, low)]
+    most = [each.schema[high] for each in assertions if has_number(each, high)]
     return math.ceil(max([0, *least])), math.floor(min(most)) if most else None
 
 
 def require_order(least: int, most: int | None) -> None:
     if most is not None and most < least:
-        raise Never
+        raise Unsatisfiable

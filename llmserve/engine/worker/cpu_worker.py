@@ -1,6 +1,6 @@
-"""The same for engines on a CPU.
+"""`GpuWorker` for engines on a CPU.
 
-Apart from `worker`: importing vLLM's CPU worker replaces torch's CUDA events with stand-ins.
+A separate module: the import of vLLM's CPU worker replaces torch's CUDA events.
 """
 
 from __future__ import annotations

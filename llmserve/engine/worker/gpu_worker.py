@@ -1,7 +1,7 @@
-"""vLLM's worker, which also tells what a start took, and sleeps with `hostcopy`.
+"""vLLM's worker, with times and bytes of its start, and sleep through `host_offload`.
 
-Named to vLLM as `worker_cls`, so it runs in the process that holds the model
-(vllm/v1/worker/gpu_worker.py); the server asks it with `collective_rpc`.
+vLLM loads it as `worker_cls` in the process that holds the model (vllm/v1/worker/gpu_worker.py).
+The server calls it with `collective_rpc`.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ _IMPORTED = time.time()
 
 
 class GpuWorker(Worker):
-    """The steps of a start in the order in which vLLM's executor asks for them; sleep and wake."""
+    """The steps of a start in the order in which vLLM's executor calls them; sleep and wake."""
 
-    _sleep_mode_backend: HostCopies | None  # vLLM's, made when it is first asked for
+    _sleep_mode_backend: HostCopies | None  # vLLM's attribute, set at the first use
 
     def __init__(self, *arguments: Any, **more: Any) -> None:
         self._seconds = {"imports": _IMPORTED - psutil.Process().create_time()}
-        self._activations = 0
+        self._activation_bytes = 0
         super().__init__(*arguments, **more)
 
     def init_device(self) -> None:
@@ -47,23 +47,23 @@ class GpuWorker(Worker):
             super().load_model(load_dummy_weights=load_dummy_weights)
 
     def determine_available_memory(self) -> int:
-        """A forward pass over as many tokens as a step can have; compiles the model."""
-        before = _peak_from_now()
+        """Profile: a forward pass with the tokens of a full step, which compiles the model."""
+        before = _reset_peak()
         with self._timed("compile"):
             available: int = super().determine_available_memory()
-        self._activations = _peak() - before
+        self._activation_bytes = _peak() - before
         return available
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
         with self._timed("kv_cache"):
             super().initialize_from_config(kv_cache_config)
-            if self.model_config.enable_sleep_mode and self._hands_over:
-                self.sleep_mode_backend.adopt("kv_cache")
+            if self.model_config.enable_sleep_mode and self._exchanges_pages:
+                self.sleep_mode_backend.remap("kv_cache")
 
     def compile_or_warm_up_model(self) -> Any:
         runner: Any = self.model_runner
         capture = runner.capture_model
-        runner.capture_model = lambda: self._within("graphs", capture)
+        runner.capture_model = self._timed("graphs")(capture)
         with self._timed("warm_up"):
             times = super().compile_or_warm_up_model()
         del runner.capture_model
@@ -78,25 +78,21 @@ class GpuWorker(Worker):
         finally:
             self._seconds[step] = self._seconds.get(step, 0.0) + time.monotonic() - began
 
-    def _within(self, step: str, work: Any) -> Any:
-        with self._timed(step):
-            return work()
-
     @property
     def sleep_mode_backend(self) -> HostCopies:
-        """Ours whatever the config names: vLLM 0.32 has no engine argument for it."""
+        """Always llmserve's: vLLM 0.32 has no engine argument for it."""
         if self._sleep_mode_backend is None:
-            memory = CudaMemory(hands_over=self._hands_over)
-            self._sleep_mode_backend = HostCopies(memory, self._unchanging)
+            memory = CudaMemory(exchanges_pages=self._exchanges_pages)
+            self._sleep_mode_backend = HostCopies(memory, self._parameter_spans)
         return self._sleep_mode_backend
 
     @property
-    def _hands_over(self) -> bool:
-        """Whether the memory of its KV cache may change: a connector knows it by address."""
+    def _exchanges_pages(self) -> bool:
+        """Whether the KV cache's memory may change: a connector registers it by address."""
         return self.vllm_config.kv_transfer_config is None
 
-    def _unchanging(self) -> Iterator[Span]:
-        """The model's parameters, where nothing moves or replaces them while it serves."""
+    def _parameter_spans(self) -> Iterator[Span]:
+        """Yield the model's parameters, if nothing moves or replaces them while it serves."""
         config = self.vllm_config
         if config.parallel_config.enable_eplb or config.weight_transfer_config is not None:
             return
@@ -107,36 +103,36 @@ class GpuWorker(Worker):
             yield start, min(end, storage.data_ptr() + storage.nbytes())
 
     def prepare_sleep(self) -> None:
-        """Begins the copy that makes the first sleep as short as all others."""
+        """Begin the copy without which the first sleep takes longer than later ones."""
         self.sleep_mode_backend.prepare()
 
     def sleep_prepared(self) -> bool:
         return self.sleep_mode_backend.prepared()
 
     def sleep(self, level: int = 1) -> None:
-        """As vLLM's, which asserts of the whole device that its free memory did not shrink."""
+        """Sleep without vLLM's assertion that the whole device's free memory did not shrink."""
         if not self.model_config.enable_sleep_mode:
-            super().sleep(level)  # on a CPU: says that it does nothing
+            super().sleep(level)  # on a CPU it only logs that it does nothing
             return
         if level == 2:
-            self._raise_if_read_once()
+            self._require_reloadable()
         self.sleep_mode_backend.suspend(level)
         if self.model_config.enable_nccl_comm_suspend:
             suspend_device_comms()
 
     def forget_copies(self) -> None:
-        """From level 1 to level 2, asleep: gives the host's memory back."""
-        self._raise_if_read_once()
+        """Lower a sleeping worker from level 1 to level 2: free the host's memory."""
+        self._require_reloadable()
         self.sleep_mode_backend.forget()
 
-    def _raise_if_read_once(self) -> None:
-        """Raises ValueError unless it is known that weights are the same when read again.
+    def _require_reloadable(self) -> None:
+        """Raises ValueError for a model whose weights may differ after a reload.
 
-        vLLM reads them into the loaded model layer by layer, and only warns of those that it
-        does not find (model_loader/reload). tests/gpu/test_sleep.py shows it for dense models.
+        vLLM reads weights into the loaded model layer by layer, and only logs a warning for
+        missing ones (model_loader/reload). tests/gpu/test_sleep.py covers dense models.
         """
         model, config = self.model_config, self.vllm_config
-        unknown = {
+        unsupported = {
             f"load_format {self.load_config.load_format}": not hasattr(
                 get_model_loader(self.load_config), "get_all_weights"
             ),
@@ -152,10 +148,10 @@ class GpuWorker(Worker):
             "speculative decoding": config.speculative_config is not None,
             f"runner {model.runner_type}": model.runner_type != "generate",
         }
-        if found := ", ".join(what for what, is_so in unknown.items() if is_so):
+        if found := ", ".join(feature for feature, is_set in unsupported.items() if is_set):
             raise ValueError(
-                f"weights of a model with {found} are not read again into a loaded model; let it "
-                "sleep in host memory, or stop it"
+                f"the weights of a model with {found} cannot be reloaded; put it to sleep in host "
+                "memory, or stop it"
             )
 
     def wake_up(self, tags: list[str] | None = None) -> None:
@@ -163,14 +159,14 @@ class GpuWorker(Worker):
         backend = self._sleep_mode_backend
         if backend is not None and backend.lost and (tags is None or "weights" in tags):
             self.reload_weights()
-            torch.cuda.empty_cache()  # what loading took: the KV cache comes next
+            torch.cuda.empty_cache()  # of the reload: the KV cache needs the memory
             backend.lost = False
 
     def start_report(self) -> dict[str, Any]:
-        """What the start took: seconds by step; bytes of this worker on its device.
+        """Return the seconds of the start by step, and this worker's bytes on its device.
 
-        `weights` as loaded, `reserved` and `allocated` as torch counts them (KV cache
-        included), `activations` the most that the profiling pass took beside the weights.
+        `reserved` and `allocated` are torch's counts, with the KV cache. `activations` is the
+        peak of the profiling pass besides the weights.
         """
         report: dict[str, Any] = {"seconds": self._seconds}
         if current_platform.is_cuda_alike():
@@ -178,13 +174,13 @@ class GpuWorker(Worker):
                 "weights": int(self.model_runner.model_memory_usage),
                 "reserved": torch.cuda.memory_reserved() - trimmed_bytes(),
                 "allocated": torch.cuda.memory_allocated(),
-                "activations": self._activations,
+                "activations": self._activation_bytes,
             }
         return report
 
 
-def _peak_from_now() -> int:
-    """Starts counting the peak anew; bytes allocated now."""
+def _reset_peak() -> int:
+    """Reset the peak of allocated bytes; return the bytes allocated now."""
     if not current_platform.is_cuda_alike():
         return 0
     torch.cuda.reset_peak_memory_stats()

@@ -1,9 +1,9 @@
-"""Weights in pinned host memory, copied once: sleep is an unmap, and waking one copy back.
+"""Weights in pinned host memory, copied once: a sleep is an unmap, and a wake is one copy.
 
-vLLM's own way (vllm/device_allocator/cumem.py) pins and copies anew at each sleep. Here
-the copy of what does not change while a model serves, its parameters, is made ahead and
-kept. All else that sleep has to keep (buffers, counters of kernels, LoRA stacks, what
-belongs to the KV cache) may change at any step, so that is copied when nothing runs.
+vLLM (vllm/device_allocator/cumem.py) pins and copies at each sleep. Here the parameters, which do
+not change while a model serves, are copied while it serves, and the copy is kept. Other memory
+that sleep must keep (buffers, counters of kernels, LoRA stacks, metadata of the KV cache) may
+change at any step, so each sleep copies it.
 """
 
 from __future__ import annotations
@@ -13,29 +13,31 @@ import logging
 import time
 from bisect import bisect_left, bisect_right
 from concurrent.futures import ThreadPoolExecutor, wait
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 from vllm.device_allocator import DEFERRABLE_TAGS
 from vllm.device_allocator.sleep_mode_backend import SleepModeBackend
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from concurrent.futures import Future
 
     from vllm.device_allocator import AllocationData, HandleType
 
-# A child of vLLM's logger: in an engine's process no other reaches the log.
-log = logging.getLogger("vllm.llmserve.hostcopy")
+    from llmserve.engine.worker.kv_pages import CudaMemory, Pinned
 
-# What is pinned at once: a stream stalls meanwhile (benchmarks/sleep.py).
+# A child of vLLM's logger: only these reach the log of an engine's process.
+log = logging.getLogger("vllm.llmserve.host_offload")
+
+# Pinned at once, while streams stall (benchmarks/sleep.py).
 BUFFER_BYTES = 64 << 20
-_KEPT = ("weights", "runtime", "cudagraph")  # as vLLM's own backend; the rest is scratch
+_KEPT = ("weights", "runtime", "cudagraph")  # as in vLLM's own backend; the rest is scratch
 
 Span = tuple[int, int]  # addresses: the first byte, and the one after the last
 
 
 def merged(spans: Iterable[Span]) -> list[Span]:
-    """In order and apart."""
+    """Return the spans sorted and disjoint."""
     united: list[Span] = []
     for start, stop in sorted(spans):
         if united and start <= united[-1][1]:
@@ -46,23 +48,23 @@ def merged(spans: Iterable[Span]) -> list[Span]:
 
 
 def without(spans: Iterable[Span], holes: Sequence[Span]) -> list[Span]:
-    """What of each span no hole covers; the holes are in order and apart."""
-    left: list[Span] = []
+    """Return the parts of the spans outside the holes, which are sorted and disjoint."""
+    rest: list[Span] = []
     for first, stop in spans:
         start = first
         for i in range(bisect_right(holes, start, key=lambda hole: hole[1]), len(holes)):
             if holes[i][0] >= stop:
                 break
             if holes[i][0] > start:
-                left.append((start, holes[i][0]))
+                rest.append((start, holes[i][0]))
             start = min(holes[i][1], stop)
         if start < stop:
-            left.append((start, stop))
-    return left
+            rest.append((start, stop))
+    return rest
 
 
 class Piece(NamedTuple):
-    """Bytes that lie together on the device and in one host buffer."""
+    """Bytes that are contiguous on the device and in one host buffer."""
 
     device: int
     size: int
@@ -71,7 +73,7 @@ class Piece(NamedTuple):
 
 
 def pieces(spans: Iterable[Span], buffer_bytes: int) -> Iterator[Piece]:
-    """The spans one after another in buffers of one size."""
+    """Yield the spans, one after another, as pieces of buffers of one size."""
     done = 0
     for first, stop in spans:
         start = first
@@ -83,68 +85,28 @@ def pieces(spans: Iterable[Span], buffer_bytes: int) -> Iterator[Piece]:
             done += size
 
 
-class Buffer(Protocol):
-    address: int
-
-    def free(self) -> None: ...
-
-
-class Memory(Protocol):
-    """A device's memory as vLLM's allocator holds it, and the host's: `devicememory`."""
-
-    @property
-    def allocations(self) -> Mapping[int, AllocationData]:
-        """By address."""
-        ...
-
-    def map(self, handles: Sequence[HandleType]) -> None:
-        """All of them; the contents are anything but NaN. Raises RuntimeError and maps none."""
-        ...
-
-    def unmap(self, handles: Sequence[HandleType]) -> None: ...
-    def pin(self, size: int) -> Buffer:
-        """Raises MemoryError if the host cannot."""
-        ...
-
-    def copy(self, target: int, source: int, size: int) -> None:
-        """Begin to copy; a host address is in one pinned buffer."""
-        ...
-
-    def copied(self) -> None:
-        """Wait for all copies."""
-        ...
-
-    def settle(self) -> None:
-        """Wait for all that this process has the device do."""
-        ...
-
-    def enter(self) -> None:
-        """Let the calling thread use it."""
-        ...
-
-
 class Copy:
-    """Spans of the device's memory on the host, in order and apart."""
+    """Copies of spans of device memory on the host; the spans are sorted and disjoint."""
 
-    def __init__(self, memory: Memory, spans: Sequence[Span]) -> None:
+    def __init__(self, memory: CudaMemory, spans: Sequence[Span]) -> None:
         self.spans = spans
         self.size = sum(stop - start for start, stop in spans)
         self._memory = memory
         self._pieces = list(pieces(spans, BUFFER_BYTES))
-        self._buffers: list[Buffer] = []
+        self._buffers: list[Pinned] = []
 
     def reserve(self) -> None:
-        """Pin what is needed, which takes longer than to copy."""
+        """Pin the host memory, which takes longer than the copy."""
         for piece in self._pieces:
             self._pin(piece)
 
     def _pin(self, piece: Piece) -> None:
         if piece.buffer == len(self._buffers):
-            left = self.size - piece.buffer * BUFFER_BYTES
-            self._buffers.append(self._memory.pin(min(left, BUFFER_BYTES)))
+            unpinned = self.size - piece.buffer * BUFFER_BYTES
+            self._buffers.append(self._memory.pin(min(unpinned, BUFFER_BYTES)))
 
     def save(self) -> None:
-        """From the device. The first time pins, buffer by buffer, so that others get turns."""
+        """Copy from the device. The first call pins buffer by buffer: steps run in between."""
         try:
             for piece in self._pieces:
                 self._pin(piece)
@@ -153,7 +115,7 @@ class Copy:
             self._memory.copied()
 
     def restore(self, start: int, stop: int) -> None:
-        """Begin to copy back what lies between these addresses, which cut no span."""
+        """Begin to copy back all spans between two addresses, which are not inside a span."""
         at = bisect_left(self._pieces, start, key=lambda piece: piece.device)
         end = bisect_left(self._pieces, stop, key=lambda piece: piece.device)
         for piece in self._pieces[at:end]:
@@ -168,19 +130,19 @@ class Copy:
 
 
 class HostCopies(SleepModeBackend):
-    """How a worker sleeps.
+    """Puts a worker to sleep and wakes it.
 
-    `parameters` gives the spans of what does not change while the model serves. Once they
-    are `lost`, waking maps their memory and leaves it to the worker to read them again.
+    `parameters` yields the spans that do not change while the model serves. If they are `lost`, a
+    wake maps their memory, and the worker must reload them.
     """
 
-    def __init__(self, memory: Memory, parameters: Callable[[], Iterable[Span]]) -> None:
+    def __init__(self, memory: CudaMemory, parameters: Callable[[], Iterable[Span]]) -> None:
         super().__init__()
         self.lost = False
         self._memory = memory
         self._parameters = parameters
-        self._fixed: Future[Copy] | None = None  # the parameters
-        self._loose: Copy | None = None  # the rest of what is kept
+        self._parameter_copy: Future[Copy] | None = None
+        self._changing_copy: Copy | None = None  # other memory that is kept
         self._thread = ThreadPoolExecutor(1, "host-copy")
 
     @classmethod
@@ -189,9 +151,9 @@ class HostCopies(SleepModeBackend):
 
     # --- ahead of time
 
-    def adopt(self, tag: str) -> None:
-        """Map what has no contents yet anew, so that its memory can change hands later."""
-        self._memory.settle()  # it may still be being zeroed
+    def remap(self, tag: str) -> None:
+        """Map memory without contents again, as pages that other engines can receive."""
+        self._memory.settle()  # the device may still be zeroing it
         found = [data.handle for data in self._memory.allocations.values() if data.tag == tag]
         self._memory.unmap(found)
         self._memory.map(found)
@@ -199,93 +161,96 @@ class HostCopies(SleepModeBackend):
 
     def prepare(self) -> None:
         """Begin to copy the parameters, which are on the device, while the model serves."""
-        self._begun()
+        self._start_copy()
 
-    def _begun(self) -> Future[Copy]:
-        if self._fixed is None or (self._fixed.done() and self._fixed.exception()):
+    def _start_copy(self) -> Future[Copy]:
+        copy = self._parameter_copy
+        if copy is None or (copy.done() and copy.exception()):
             self._memory.settle()
-            fixed = self._unchanging()
-            loose = self._room_for(without(self._kept(), fixed))
-            self._fixed = self._thread.submit(self._saved, fixed, loose)
-        return self._fixed
+            parameters = self._parameter_spans()
+            changing = self._changing_copy_of(without(self._kept(), parameters))
+            copy = self._parameter_copy = self._thread.submit(self._copied, parameters, changing)
+        return copy
 
-    def _room_for(self, spans: Sequence[Span]) -> Copy:
-        """For the rest of what is kept: the same room as long as that lies where it lay."""
-        if self._loose is None or self._loose.spans != spans:
-            if self._loose is not None:
-                self._loose.free()
-            self._loose = Copy(self._memory, spans)
-        return self._loose
+    def _changing_copy_of(self, spans: Sequence[Span]) -> Copy:
+        """Return the copy for changing memory; its buffers are reused while the spans are equal."""
+        if self._changing_copy is None or self._changing_copy.spans != spans:
+            if self._changing_copy is not None:
+                self._changing_copy.free()
+            self._changing_copy = Copy(self._memory, spans)
+        return self._changing_copy
 
     def prepared(self) -> bool:
-        """Whether the copy is made. Raises what kept it from being made."""
-        if self._fixed is None or not self._fixed.done():
+        """Whether the copy of the parameters is complete. Raises the exception of its thread."""
+        if self._parameter_copy is None or not self._parameter_copy.done():
             return False
-        self._fixed.result()
+        self._parameter_copy.result()
         return True
 
-    def _saved(self, fixed: Sequence[Span], loose: Copy) -> Copy:
-        """The copy of what is fixed; the rest, which is copied at each sleep, gets its room."""
+    def _copied(self, parameters: Sequence[Span], changing: Copy) -> Copy:
+        """Return a copy of the parameters, and reserve the memory for `changing`."""
         began = time.monotonic()
         self._memory.enter()
-        copy = Copy(self._memory, fixed)
+        copy = Copy(self._memory, parameters)
         try:
             copy.save()
-            loose.reserve()
+            changing.reserve()
         except BaseException:
-            loose.free()
+            changing.free()
             copy.free()
             raise
-        log.info("copied to the host: %s s=%.3f", _gib(copy.size), time.monotonic() - began)
+        log.info("copied to host: bytes=%s s=%.3f", _gib(copy.size), time.monotonic() - began)
         return copy
 
     def _kept(self) -> list[Span]:
         allocations = self._memory.allocations.values()
         return sorted(_span(data) for data in allocations if data.tag in _KEPT)
 
-    def _unchanging(self) -> list[Span]:
+    def _parameter_spans(self) -> list[Span]:
         kept = self._kept()
         return without(kept, without(kept, merged(self._parameters())))
 
     # --- down
 
     def suspend(self, level: int = 1) -> None:
-        """Give the device's memory back; at level 2 the parameters are lost.
+        """Free the device's memory; at level 2 the parameters are lost.
 
-        Nothing is running, and all that is kept is on the device. Raises MemoryError, and
-        leaves it there, if the host has no room for it.
+        No step may run, and all kept memory must be on the device. Raises MemoryError if the host
+        has too little memory; then the device's memory is unchanged.
         """
         laps = _Laps()
         self._memory.settle()
         laps.lap("settle")
-        fixed = self._begun().result().spans if level == 1 else self._spans_to_lose()
+        parameters = self._start_copy().result().spans if level == 1 else self._spans_to_lose()
         laps.lap("parameters")
-        loose = self._room_for(without(self._kept(), fixed))
-        loose.save()
+        changing = self._changing_copy_of(without(self._kept(), parameters))
+        changing.save()
         laps.lap("rest")
         if level != 1:
-            self._lose(fixed)
-        # torch keeps what activations took: it is at hand when the model wakes.
+            self._lose(parameters)
+        # torch keeps the memory of activations, which the model needs after its wake.
         size = self._unmap(self._awake())
         self._state = "SUSPENDED"
         laps.lap("unmap")
-        log.info("slept: level=%d freed=%s rest=%s %s", level, _gib(size), _gib(loose.size), laps)
+        log.info(
+            "slept: level=%d freed=%s rest=%s %s", level, _gib(size), _gib(changing.size), laps
+        )
 
     def _spans_to_lose(self) -> list[Span]:
-        if self._fixed is not None:
-            wait((self._fixed,))  # it pins the room of the rest
-        return self._unchanging()
+        if self._parameter_copy is not None:
+            wait((self._parameter_copy,))  # its thread pins memory
+        return self._parameter_spans()
 
-    def _lose(self, fixed: Sequence[Span]) -> None:
-        made, self._fixed = self._fixed, None
-        if made is not None and not made.exception():
-            made.result().free()
-        self.lost = bool(fixed)
+    def _lose(self, parameters: Sequence[Span]) -> None:
+        copy, self._parameter_copy = self._parameter_copy, None
+        if copy is not None and not copy.exception():
+            copy.result().free()
+        self.lost = bool(parameters)
 
     def forget(self) -> None:
-        """From level 1 to level 2, asleep."""
-        if self._fixed is not None:
-            self._lose(self._fixed.result().spans)
+        """Lower a sleeping worker from level 1 to level 2."""
+        if self._parameter_copy is not None:
+            self._lose(self._parameter_copy.result().spans)
 
     def discard(self, tags: tuple[str, ...]) -> None:
         laps = _Laps()
@@ -300,36 +265,36 @@ class HostCopies(SleepModeBackend):
         return [data for data in self._memory.allocations.values() if not data.is_asleep]
 
     def _unmap(self, allocations: Iterable[AllocationData]) -> int:
-        gone = list(allocations)
-        self._memory.unmap([data.handle for data in gone])
-        for data in gone:
+        unmapped = list(allocations)
+        self._memory.unmap([data.handle for data in unmapped])
+        for data in unmapped:
             data.is_asleep = True
-        return _size(gone)
+        return _size(unmapped)
 
     # --- up
 
     def resume(self, tags: list[str] | None = None) -> None:
-        """Map what was given back, all or the tags, and fill it; `lost` parameters stay empty.
+        """Map and fill the freed memory, all or that of `tags`; `lost` parameters stay empty.
 
-        Raises RuntimeError if the device has no room; what was asleep then still is.
+        Raises RuntimeError if the device has too little memory; the worker then stays asleep.
         """
         laps = _Laps()
         self._state = "RESUMING"
         kept, scratch = self._asleep(tags)
         handles = [data.handle for data in (*scratch, *kept)]
         try:
-            # Before any copy begins: beside one, it takes longer (docs/performance.md).
+            # Before the copies: during a copy, mapping takes longer (docs/performance.md).
             self._memory.map(handles)
         except RuntimeError as error:
             self._state = "SUSPENDED"
-            raise RuntimeError(_no_room(_size([*kept, *scratch]), error)) from error
+            raise RuntimeError(_out_of_memory(_size([*kept, *scratch]), error)) from error
         laps.lap("map")
         try:
             for data in kept:
-                self._begin_to_fill(data)
+                self._begin_restore(data)
             self._memory.copied()
         except BaseException:
-            self._give_up(handles)
+            self._roll_back(handles)
             raise
         laps.lap("copy")
         for data in (*kept, *scratch):
@@ -337,15 +302,15 @@ class HostCopies(SleepModeBackend):
         self._state = "RUNNING"
         log.info("woke: kept=%s scratch=%s %s", _gib(_size(kept)), _gib(_size(scratch)), laps)
 
-    def _give_up(self, handles: Sequence[HandleType]) -> None:
-        """Unmap what was mapped and not filled: it sleeps on, and nothing is mapped twice."""
+    def _roll_back(self, handles: Sequence[HandleType]) -> None:
+        """Unmap memory that was mapped and not filled: a later wake maps it again."""
         self._state = "SUSPENDED"
-        with contextlib.suppress(Exception):  # copies that have begun end before their memory goes
+        with contextlib.suppress(Exception):  # copies end before their memory is unmapped
             self._memory.copied()
         self._memory.unmap(handles)
 
     def _asleep(self, tags: list[str] | None) -> tuple[list[AllocationData], list[AllocationData]]:
-        """Those to wake: what is kept, and what has no contents."""
+        """Return the allocations to wake: kept ones, and those without contents."""
         parts: tuple[list[AllocationData], list[AllocationData]] = ([], [])
         for data in self._memory.allocations.values():
             wanted = tags is None or data.tag in tags or data.tag not in DEFERRABLE_TAGS
@@ -353,11 +318,11 @@ class HostCopies(SleepModeBackend):
                 parts[data.tag not in _KEPT].append(data)
         return parts
 
-    def _begin_to_fill(self, data: AllocationData) -> None:
-        if self._fixed is not None:
-            self._fixed.result().restore(*_span(data))
-        if self._loose is not None:
-            self._loose.restore(*_span(data))
+    def _begin_restore(self, data: AllocationData) -> None:
+        if self._parameter_copy is not None:
+            self._parameter_copy.result().restore(*_span(data))
+        if self._changing_copy is not None:
+            self._changing_copy.restore(*_span(data))
 
 
 def _span(data: AllocationData) -> Span:
@@ -369,10 +334,10 @@ def _size(allocations: Iterable[AllocationData]) -> int:
     return sum(data.handle[1] for data in allocations)
 
 
-def _no_room(size: int, error: RuntimeError) -> str:
+def _out_of_memory(size: int, error: RuntimeError) -> str:
     return (
-        f"waking needs {_gib(size)} of the GPU ({error}); it sleeps on: free GPU memory, then "
-        "wake it again"
+        f"too little GPU memory to wake: {_gib(size)} needed ({error}); the model stays asleep; "
+        "free GPU memory and wake it again"
     )
 
 
@@ -381,7 +346,7 @@ def _gib(size: int) -> str:
 
 
 class _Laps:
-    """Seconds of each part."""
+    """Seconds of each part, for the log."""
 
     def __init__(self) -> None:
         self._at = time.monotonic()

@@ -1,7 +1,7 @@
-"""What an engine's worker has on its GPU, under the addresses that vLLM's allocator reserved.
+"""An engine worker's memory on its GPU, at the addresses that vLLM's allocator reserved.
 
-The KV cache consists of pages that can be handed over to another engine
-(`llmserve.gpus.page_exchange`); vLLM makes each allocation of one piece (csrc/cumem_allocator.cpp).
+The KV cache consists of pages that can pass to another engine (`llmserve.gpus.page_exchange`).
+In vLLM each allocation is one piece (csrc/cumem_allocator.cpp).
 """
 
 from __future__ import annotations
@@ -25,42 +25,42 @@ if TYPE_CHECKING:
 
 
 class Pinned:
-    """Anonymous memory of the host that the device copies from and to by itself.
+    """Pinned anonymous memory of the host.
 
-    torch's own pinned memory is rounded up to a power of two and never given back.
+    torch rounds its pinned memory up to a power of two and never frees it.
     """
 
     def __init__(self, cudart: Any, size: int) -> None:
         area = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with contextlib.suppress(OSError):  # a kernel without them; pinning takes longer there
+        with contextlib.suppress(OSError):  # a kernel without huge pages; pinning takes longer
             area.madvise(mmap.MADV_HUGEPAGE)
-        self._first = ctypes.c_char.from_buffer(area)  # keeps the area
+        self._first = ctypes.c_char.from_buffer(area)  # keeps the area alive
         self._cudart = cudart
         self.address = ctypes.addressof(self._first)
         if error := cudart.cudaHostRegister(self.address, size):
-            cudart.cudaGetLastError()  # else the next kernel is blamed for it
+            cudart.cudaGetLastError()  # clears the error, which the next kernel would report
             raise MemoryError(
-                f"{size / 2**30:.2f}GiB more of host memory could not be pinned "
-                f"({cudart.cudaGetErrorString(error)}); lower `host_memory`, or stop what else "
-                "takes the host's memory"
+                f"pinning {size / 2**30:.2f}GiB of host memory failed "
+                f"({cudart.cudaGetErrorString(error)}); lower `host_memory`, or stop other "
+                "programs that use host memory"
             )
 
     def free(self) -> None:
         if error := self._cudart.cudaHostUnregister(self.address):
             self._cudart.cudaGetLastError()  # as above
-            why = self._cudart.cudaGetErrorString(error)
-            raise RuntimeError(f"host memory could not be unpinned ({why})")
+            reason = self._cudart.cudaGetErrorString(error)
+            raise RuntimeError(f"unpinning host memory failed ({reason})")
         del self._first
 
 
 class CudaMemory:
-    """What the calling process has on its current CUDA device.
+    """The calling process's memory on its current CUDA device.
 
-    `hands_over`: whether its KV cache may consist of pages.
+    `exchanges_pages`: whether its KV cache may consist of pages.
     """
 
-    def __init__(self, *, hands_over: bool) -> None:
-        from vllm.device_allocator import cumem  # noqa: PLC0415  # looks for CUDA
+    def __init__(self, *, exchanges_pages: bool) -> None:
+        from vllm.device_allocator import cumem  # noqa: PLC0415  # needs CUDA
 
         self.settle = torch.cuda.synchronize
         self._allocator = cumem.CuMemAllocator.get_instance()
@@ -70,11 +70,11 @@ class CudaMemory:
         pointer, number, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t
         self._begin_copy = self._cudart.lib.cudaMemcpyAsync
         self._begin_copy.argtypes = [pointer, pointer, size, number, pointer]
-        self._begin_to_clear = self._cudart.lib.cudaMemsetAsync
-        self._begin_to_clear.argtypes = [pointer, number, size, pointer]
+        self._begin_clear = self._cudart.lib.cudaMemsetAsync
+        self._begin_clear.argtypes = [pointer, number, size, pointer]
         gpu = f"GPU-{torch.cuda.get_device_properties(self._device).uuid}"
         self._pages = Pages(self._device, gpu, cumem.create_and_map, cumem.unmap_and_release)
-        self._hands_over = hands_over
+        self._exchanges_pages = exchanges_pages
 
     @property
     def allocations(self) -> Mapping[int, AllocationData]:
@@ -82,14 +82,15 @@ class CudaMemory:
         return found
 
     def map(self, handles: Sequence[HandleType]) -> None:
+        """Map all of them, with any contents but NaN. Raises RuntimeError and maps none."""
         imported = self._pages.map(handles, self._may_pass)
         try:
             for start, size in imported:
-                # Another model's cache could be NaN to this one.
-                error = self._begin_to_clear(start, 0, size, self._stream.cuda_stream)
+                # Another model's cache can contain NaN for this one.
+                error = self._begin_clear(start, 0, size, self._stream.cuda_stream)
                 self._cudart.CUDART_CHECK(error)
         except BaseException:
-            with contextlib.suppress(RuntimeError):  # what is being cleared stays mapped so long
+            with contextlib.suppress(RuntimeError):  # memory stays mapped while it is cleared
                 self.copied()
             self.unmap(handles)
             raise
@@ -98,31 +99,34 @@ class CudaMemory:
         self._pages.unmap(handles)
 
     def _may_pass(self, address: int) -> bool:
-        """Nothing that vLLM frees while the engine lives: it knows of no descriptors."""
-        return self._hands_over and self.allocations[address].tag == "kv_cache"
+        """Whether memory may pass to other engines: none that vLLM frees, without its descriptors."""
+        return self._exchanges_pages and self.allocations[address].tag == "kv_cache"
 
     def pin(self, size: int) -> Pinned:
+        """Raises MemoryError."""
         return Pinned(self._cudart, size)
 
     def copy(self, target: int, source: int, size: int) -> None:
-        # cudaMemcpyDefault: which side is the host is told by the addresses.
+        """Begin a copy. The host's bytes are in one pinned buffer."""
+        # cudaMemcpyDefault: the addresses determine which side is the host.
         error = self._begin_copy(target, source, size, 4, self._stream.cuda_stream)
         self._cudart.CUDART_CHECK(error)
 
     def copied(self) -> None:
+        """Wait for all copies."""
         self._stream.synchronize()
 
     def enter(self) -> None:
+        """Let the calling thread use the device."""
         torch.cuda.set_device(self._device)
 
 
 class Pages:
-    """Memory of a device, some of it mapped in pages of `handover.PAGE_BYTES`.
+    """Memory of a device, some of it mapped in pages of `page_exchange.PAGE_BYTES`.
 
     `create_and_map` and `unmap_and_release` are vLLM's, for one piece. A handle's last entry
-    points to CUDA's handle of the memory, here that of the first page, so that
-    `unmap_and_release` is right for both. The pages' other handles are released at once: what
-    is mapped stays.
+    points to CUDA's handle of the memory, here that of the first page, so `unmap_and_release` is
+    correct for both. The other pages' handles are released at once: mapped memory stays.
     """
 
     def __init__(self, device: int, gpu: str, create_and_map: Any, unmap_and_release: Any) -> None:
@@ -136,10 +140,10 @@ class Pages:
     def map(
         self, handles: Sequence[HandleType], may_pass: Callable[[int], bool]
     ) -> list[tuple[int, int]]:
-        """All of them, or none; where another's pages lie, and how many bytes of them.
+        """Map all handles or none; return address and size of memory from other engines' pages.
 
-        `may_pass` says of an address whether what lies there may go to another engine. Raises
-        RuntimeError.
+        `may_pass` is called with an address: whether its memory may pass to another engine.
+        Raises RuntimeError.
         """
         in_pages = {address for _, _, address, _ in handles if self._in_pages and may_pass(address)}
         wanted = sum(size // PAGE_BYTES for _, size, at, _ in handles if at in in_pages)
@@ -163,7 +167,7 @@ class Pages:
         return [(start, size) for start, size in imported if size]
 
     def _map_pages(self, handle: HandleType, taken: list[int]) -> int:
-        """How many bytes, from the first on, are in pages of another: those are used first."""
+        """Map one handle; return how many of its first bytes are pages of other engines."""
         _, size, address, pointer = handle
         pages: list[int] = []
         mapped = imported = 0
@@ -197,9 +201,9 @@ class Pages:
         return imported
 
     def _imported(self, taken: list[int], pages: list[int]) -> int | None:
-        """A handle of one of the pages taken, whose descriptor goes to `pages`."""
+        """Return a handle of one of the pages taken, and move its descriptor to `pages`."""
         while taken:
-            with contextlib.suppress(RuntimeError):  # it is not to be had any more
+            with contextlib.suppress(RuntimeError):  # the page no longer exists
                 page = self._driver.of(taken[-1])
                 pages.append(taken.pop())
                 return page
@@ -207,11 +211,11 @@ class Pages:
         return None
 
     def _created(self, length: int, pages: list[int]) -> int:
-        """A handle of new memory; its descriptor goes to `pages` if it is a whole page."""
+        """Return a handle of new memory; a whole page's descriptor is added to `pages`."""
         if length < PAGE_BYTES:
             return self._driver.create(length, shared=False)
         page = self._driver.create(length, shared=True)
-        with contextlib.suppress(RuntimeError):  # then it stays here
+        with contextlib.suppress(RuntimeError):  # then the page cannot pass to another engine
             pages.append(self._driver.descriptor(page))
         return page
 
@@ -226,8 +230,8 @@ class Pages:
 
 
 def trimmed_bytes() -> int:
-    """What torch still counts as reserved, and vLLM's allocator has given back."""
-    from vllm.device_allocator.cumem import CuMemAllocator  # noqa: PLC0415  # looks for CUDA
+    """Return the bytes that torch counts as reserved and vLLM's allocator has freed."""
+    from vllm.device_allocator.cumem import CuMemAllocator  # noqa: PLC0415  # needs CUDA
 
     allocator = CuMemAllocator.instance
     if allocator is None:

@@ -1,7 +1,7 @@
-"""Runs first in every process that vLLM starts (entry point `vllm.general_plugins`).
+"""Runs first in each process that vLLM starts (entry point `vllm.general_plugins`).
 
 An engine core and its workers write into their model's log file, and see their own GPUs only.
-That they end with the server is `llmserve.engine.parent_watch`'s, which comes before this.
+`llmserve.engine.parent_watch`, which runs earlier, ends them with the server.
 """
 
 from __future__ import annotations
@@ -17,28 +17,27 @@ from urllib.parse import quote
 if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
 
-LOG_DIR = "LLMSERVE_LOG_DIR"  # the variable that names the folder of log files
-_NAME_LIMIT = 160  # of a model in a file's name, which can have 255 bytes
+LOG_DIR = "LLMSERVE_LOG_DIR"  # the variable with the folder of log files
+_NAME_LIMIT = 160  # characters of a model in a file's name, which can have 255 bytes
 
 
 def enter() -> None:
     config = _config_of(multiprocessing.current_process())
     if config is None or LOG_DIR not in os.environ:
         return  # the server itself
-    _see_only_own_gpus(config)
+    _hide_other_gpus(config)
     replica = _replica_of(config.instance_id)
     file = log_file(Path(os.environ[LOG_DIR]), config.model_config.served_model_name, replica)
     _write_to(file)
-    _log_again(config)
+    _enable_logging(config)
 
 
-def _see_only_own_gpus(config: Any) -> None:
-    """Number the engine's GPUs from 0, before CUDA looks.
+def _hide_other_gpus(config: Any) -> None:
+    """Number the engine's GPUs from 0, before CUDA is initialized.
 
-    torch.compile writes the device's number into what it caches, and vLLM's key of that
-    cache leaves it out: what was compiled on one GPU fails on another with "invalid
-    argument". vLLM maps its physical ids through this variable itself
-    (vllm/platforms/interface.py, logical_device_id_to_visible_device_id).
+    torch.compile caches code that contains the device's number, and vLLM's cache key does not:
+    code compiled on one GPU fails on another with "invalid argument". vLLM maps its physical ids
+    through this variable (vllm/platforms/interface.py, logical_device_id_to_visible_device_id).
     """
     ids = config.parallel_config.assigned_physical_gpu_ids
     if ids is not None:
@@ -46,9 +45,9 @@ def _see_only_own_gpus(config: Any) -> None:
 
 
 def log_file(folder: Path, model: str, replica: int | None = None) -> Path:
-    """Where the output of an engine goes; `server.log` beside it is the server's own.
+    """Return the log file of an engine; `server.log` in the same folder is the server's.
 
-    `replica` is its number where its model has several.
+    `replica` is its number if the model has several.
     """
     number = "" if replica is None else f"+{replica}"  # `quote` leaves no + and no = in a name
     name = quote(model, safe="@ ")
@@ -58,11 +57,11 @@ def log_file(folder: Path, model: str, replica: int | None = None) -> Path:
 
 
 def instance_of(replica: int, own: str) -> str:
-    """What tells an engine core that it is one of several replicas.
+    """Return an `instance_id` by which an engine core knows its replica's number.
 
-    A VllmConfig's `instance_id` is free text that names things of the host, so vLLM's
-    own, which differs from any other, stays in it. It does not enter the config's hash:
-    replicas share what torch.compile has made.
+    `instance_id` of a VllmConfig is free text that names things on the host, so vLLM's own
+    unique one stays in it. It is not part of the config's hash: replicas share the cache of
+    torch.compile.
     """
     return f"{replica}-{own}"
 
@@ -73,16 +72,16 @@ def _replica_of(instance: str) -> int | None:
 
 
 def _config_of(process: BaseProcess) -> Any:
-    """The VllmConfig that an engine core process was started with, else None.
+    """Return the VllmConfig of an engine core process; None in other processes.
 
-    vLLM hands it to the process as a keyword argument (vllm/v1/engine/utils.py,
-    CoreEngineProcManager), and plugins get no arguments.
+    vLLM passes it to the process as a keyword argument (vllm/v1/engine/utils.py,
+    CoreEngineProcManager), and calls plugins without arguments.
     """
     return getattr(process, "_kwargs", {}).get("vllm_config")
 
 
-def _log_again(config: Any) -> None:
-    """The server starts engines with logging off, since it shares its own process's loggers."""
+def _enable_logging(config: Any) -> None:
+    """Turn vLLM's logging on, which the server turns off for its own process."""
     if not config.logging_config.configure_logging:
         from vllm.logger import configure_logging  # noqa: PLC0415  # not in the server
 

@@ -1,7 +1,7 @@
-"""A server with engines that do nothing, each with a worker: run as a process of its own.
+"""A server with idle engines, each with a worker: run as a process of its own.
 
 Prints the pids of an engine and its worker once they run. `slow` engines hang while their
-target is imported, before any code of theirs; their pid alone is printed.
+target is imported, before any code of theirs; only their pid is printed.
 """
 
 from __future__ import annotations
@@ -37,26 +37,26 @@ def sleeper() -> None:
     time.sleep(FOREVER_S)
 
 
-def start(tether: ParentWatch, *arguments: Any) -> Any:
-    with tether.tying():
+def start(watch: ParentWatch, *arguments: Any) -> Any:
+    with watch.watching():
         process = spawn.Process(target=engine, args=arguments)
         process.start()
     return process
 
 
-def serve(kind: str, tethers: list[ParentWatch]) -> None:
-    for tether in tethers:
+def serve(kind: str, watches: list[ParentWatch]) -> None:
+    for watch in watches:
         if kind == "slow":
-            print(start(tether, Slow()).pid, flush=True)
+            print(start(watch, Slow()).pid, flush=True)
         else:
-            start(tether)
+            start(watch)
 
 
 if __name__ == "__main__":
-    tethers = [ParentWatch(), ParentWatch()]
-    # A tie does not depend on the thread that made it.
-    thread = Thread(target=serve, args=(sys.argv[1], tethers))
+    watches = [ParentWatch(), ParentWatch()]
+    # A watch does not depend on the thread that started its processes.
+    thread = Thread(target=serve, args=(sys.argv[1], watches))
     thread.start()
     thread.join()
-    subprocess.Popen(["sleep", str(FOREVER_S)])  # of the server's own: keeps no tie open
+    subprocess.Popen(["sleep", str(FOREVER_S)])  # the server's own: holds no pipe open
     time.sleep(FOREVER_S)
