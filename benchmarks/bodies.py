@@ -138,7 +138,7 @@ CASES: tuple[Case, ...] = (
     Case(_CHAT, "100 images, 60 MiB", text('{"messages":[{"role":"user","content":[', _IMAGE, 100, "]}]}")),
     Case(_CHAT, "gzip of 2 GiB", lambda: gzip.compress(bytes(64 * MIB)) * 32, content_encoding="gzip"),
     listed(_COMPLETIONS, "prompt", "100,000 prompts", '"a"', 100_000),
-    listed(_COMPLETIONS, "prompt", "512 prompts", '"a"', 512),
+    listed(_COMPLETIONS, "prompt", "256 prompts", '"a"', 256),
     listed(_COMPLETIONS, "prompt", "390,000 ids", "50", 390_000),
     listed(_RESPONSES, "input", '`{"role":1}`, 64 KiB', '{"role":1}', 5900),
     listed(_RESPONSES, "input", "10,000 items", '{"role":"user","content":"a"}', 10_000),

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 ITEMS: Mapping[str, int] = {
     "messages": 2048,
     "input": 2048,
-    "prompt": 512,
+    "prompt": 256,
     "documents": 2048,
     "queries": 2048,
     "text_1": 2048,

@@ -14,7 +14,7 @@ from vllm.entrypoints.openai.models.protocol import LoRAModulePath
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 
 import llmserve.engine.media  # noqa: F401  # registers the connector for media URLs
-from llmserve.engine import response_history
+from llmserve.engine import detokenization, response_history
 from llmserve.engine.cli_args import FrontendArgs
 from llmserve.engine.endpoint_handlers import HANDLERS
 from llmserve.engine.pacing import PacedRendering
@@ -51,6 +51,8 @@ async def create_handlers(spec: ModelSpec, engine: Engine) -> State:
     responses = getattr(state, "openai_serving_responses", None)  # absent in models that embed
     if responses is not None:
         response_history.keep_tool_calls(responses)
+    if (tokenization := getattr(state, "serving_tokenization", None)) is not None:
+        detokenization.release_gil(tokenization.renderer)
     if spec.sampling.max_tokens is not None:
         _remove_max_tokens_limit(state)
     for processor in _input_processors(state):

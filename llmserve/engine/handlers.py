@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.types import ASGIApp, Scope
 
+    from llmserve.api.body_thread import BodyThread
     from llmserve.engine.engine import Engine
     from llmserve.engine.fastpath.tokenizer import Encode
     from llmserve.lifecycle.placement import Level
@@ -232,7 +233,7 @@ class ModelHandlers:
                 return stream
         count = partial(_count_tokens, request)
         count(result)
-        response = await self._respond(result, endpoint, count)
+        response = await self._respond(result, endpoint, count, thread)
         task = self._stored.task(getattr(parsed, "request_id", ""))
         return response if task is None else BackgroundAnswer(response, task)
 
@@ -255,8 +256,13 @@ class ModelHandlers:
         return await method(*upload, parsed, request)
 
     async def _respond(
-        self, result: Any, endpoint: EndpointId, count: Callable[[Any], None]
+        self,
+        result: Any,
+        endpoint: EndpointId,
+        count: Callable[[Any], None],
+        thread: BodyThread | None,
     ) -> Response:
+        """Return the response; `thread` writes the one to a large body."""
         handler = HANDLERS[endpoint]
         if isinstance(result, ErrorResponse):
             raise self.errors.from_info(result.error)
@@ -270,7 +276,10 @@ class ModelHandlers:
             await frames.begin(self.engine.flow.schedule.headers_s)
             return sse.EventStream(frames)
         if isinstance(result, BaseModel):
-            return Response(handler.content(result), media_type="application/json")
+            content = (
+                await thread.run(handler.content, result) if thread else handler.content(result)
+            )
+            return Response(content, media_type="application/json")
         return Response(str(result), media_type="text/plain")  # a transcript as text, srt or vtt
 
     async def _frames(

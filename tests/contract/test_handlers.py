@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import json
 import re
 from http import HTTPStatus
@@ -13,8 +14,10 @@ import httpx
 import pytest
 from openai.types.responses import Response, ResponseFunctionToolCall, ResponseStreamEvent
 from pydantic import TypeAdapter
+from transformers import AutoTokenizer
 
 from llmserve.api.endpoint_id import EndpointId
+from llmserve.engine.detokenization import BatchDecoder
 from llmserve.errors import LLMServeError
 from llmserve.http import app
 from llmserve.lifecycle.health import HealthMonitor
@@ -28,11 +31,15 @@ from tests.contract.support import (
     get,
     on_fake_core,
     post,
+    running,
     services_of,
 )
 from tests.listening import listening
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
     from llmserve.http.services import Services
 
 
@@ -61,6 +68,35 @@ async def test_a_model_that_embeds_has_no_routes_of_text() -> None:
         reply = await post(services, "/v1/responses", model="embed", input="Hello")
     assert reply.status_code == HTTPStatus.BAD_REQUEST
     assert "embed" in reply.json()["error"]["message"]
+
+
+async def test_detokenize_releases_the_gil(fake: Services, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The text is that of the tokenizer's own `decode`, which holds the GIL."""
+    tokenizer = running(fake).engine.client.get_tokenizer()
+    ids = [*range(1000), *tokenizer.encode("Größe, it 's   don't 🙂 <|im_end|>")]
+    calls: list[int] = []
+    decode = BatchDecoder.decode
+
+    def counted(self: BatchDecoder, ids: Sequence[int], **options: bool) -> str:
+        calls.append(len(ids))
+        return decode(self, ids, **options)
+
+    monkeypatch.setattr(BatchDecoder, "decode", counted)
+    reply = await post(fake, "/detokenize", tokens=ids)
+    assert reply.json() == {"prompt": tokenizer.decode(ids)}
+    assert calls == [len(ids)]
+
+
+@pytest.mark.parametrize("folder", [CHAT, EMBED], ids=["BPE", "WordPiece"])
+def test_batch_decoder_leaves_texts_as_they_are(folder: Path) -> None:
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    shared = copy.copy(tokenizer)
+    shared._tokenizer = BatchDecoder(tokenizer._tokenizer)
+    ids = tokenizer.encode("It 's a test , isn't it ? Größe 🙂 . \n\n yes !") * 2
+    assert shared.decode(ids) == tokenizer.decode(ids)
+    assert shared.decode(ids, skip_special_tokens=True) == tokenizer.decode(
+        ids, skip_special_tokens=True
+    )
 
 
 async def test_concurrent_requests_get_their_own_names_and_texts(fake: Services) -> None:
