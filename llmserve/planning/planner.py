@@ -10,7 +10,8 @@ from llmserve.checkpoint.shape import UnknownShape
 from llmserve.gpus.device import gib, listed
 from llmserve.planning import feasibility, memory_model, suggestions
 from llmserve.planning.measurements import fingerprint
-from llmserve.planning.placement import Demand, Option, place
+from llmserve.planning.packing import Demand, Option
+from llmserve.planning.placement import place
 from llmserve.planning.plan import Plan, PlannedReplica, Problem
 from llmserve.planning.size import ReplicaFootprint
 
