@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from llmserve.gpus.device import Box, Gpu
 
 _START = ""  # the scene of the start, before a replica displaces others
-_LIMIT = -1  # instead of a GPU: the scene of what a replica can use at most
 _LESSER = 1024  # bytes of replicas at the start weigh as much as one of a replica on demand
 
-Scene = tuple[int, str]  # a GPU, and the replica that displaces the others there
+# A GPU and the replica that displaces the others there; None and a replica for its own limit.
+Scene = tuple[int | None, str]
 
 
 @dataclass(frozen=True)
@@ -271,6 +271,6 @@ def _scenes(
     for demand, one in there:
         if demand.at_most is not None:  # a share may have given some of it
             takes = max(one.option.on(gpus[index]) for index in one.devices)
-            room[_LIMIT, demand.name] = one.option.needs + demand.at_most - takes
-            scenes[demand.name].append((_LIMIT, demand.name))
+            room[None, demand.name] = one.option.needs + demand.at_most - takes
+            scenes[demand.name].append((None, demand.name))
     return room, scenes
