@@ -58,9 +58,9 @@ class Measured:
 
 
 def cache_folder() -> Path:
-    said = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     try:
-        return said.expanduser() / "llmserve"
+        return folder.expanduser() / "llmserve"
     except RuntimeError:  # a user without a home
         return Path(tempfile.gettempdir()) / "llmserve"
 

@@ -1,7 +1,7 @@
 """Replicas on the GPUs of a box, and the search for good places. Pure.
 
 `pack` places replicas greedily, the largest first (longest processing time; Graham 1969). Local
-search improves the result: it empties a few GPUs and packs their replicas anew (large
+search improves the result: it empties a few GPUs and repacks their replicas (large
 neighbourhood search; Shaw 1998). Branch and bound finds the cheapest such packing (Land and Doig
 1960). Effort is a count of steps, so every machine finds the same places.
 """
@@ -34,10 +34,10 @@ _GAIN = 1e-7  # smaller differences are rounding errors
 # Effort, in groups that are weighed: some microseconds each.
 _PACK = 20_000  # to place all
 _EVEN = 40_000  # to even out
-_REPACK = 1_000  # to pack a few GPUs anew
+_REPACK = 1_000  # to repack a few GPUs
 _SETUP = 15  # to begin with that
 _STARTS = 16  # greedy packings
-_SMALL = 8  # GPUs of a box that is also packed anew as a whole
+_SMALL = 8  # GPUs of a box that is also repacked as a whole
 _GROUPS = 32  # groups of one size among some GPUs; if there are more, only neighbours
 _LEFT = 12  # demands for which room is made
 
@@ -373,7 +373,7 @@ def _greedy(
 
 
 def _squeezed(packing: Packing, demand: Demand, end: int) -> bool:
-    """Place one more, with some GPUs packed anew; return whether that was possible."""
+    """Place one more, with some GPUs repacked; return whether that was possible."""
     least = packing.topology.least(demand)
     return any(
         _Repacking(packing, some, demand).found
@@ -396,7 +396,7 @@ def _roomiest(packing: Packing, option: Option) -> Iterator[Group]:
 
 
 def even_out(packing: Packing) -> None:
-    """Pack a few GPUs anew at a time until all are used evenly and no change helps."""
+    """Repack a few GPUs at a time until all are used evenly and no change helps."""
     end = packing.steps + _PACK
     while any(_Repacking(packing, some).found for some in _widest(packing) if packing.steps < end):
         pass
