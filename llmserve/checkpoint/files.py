@@ -1,7 +1,4 @@
-"""A model's files, in a folder or on the hub: its config.json and which tensors it holds.
-
-Of weights only the headers are read.
-"""
+"""A model's files in a folder or on the hub: config.json and the headers of its tensors."""
 
 from __future__ import annotations
 
@@ -32,12 +29,17 @@ if TYPE_CHECKING:
 
 _HUB_TIMEOUT_S = 10
 _HUB_THREADS = 8
-_HEADER_LIMIT = 100_000_000  # bytes; the format's own
-_FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # bytes; what is loaded in the model's dtype
+_HEADER_LIMIT = 100_000_000  # bytes; the limit of the safetensors format
+_FLOATS = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+}  # bytes; these types are loaded in the model's dtype
 _KINDS = (".safetensors", ".bin", ".pt")  # in vLLM's order of preference
 _ADAPTER = "adapter_config.json"
 _POINTER = b"version https://git-lfs"
-_POINTER_BYTES = 1024  # at most, of a pointer
+_POINTER_BYTES = 1024  # the largest size of a pointer
 _INDEX = "model.safetensors.index.json"
 _NO_WEIGHTS = ("adapter_", "optimizer", "scaler", "scheduler", "training_args")
 _TEXT = ("thinker_config", "text_config", "llm_config", "language_config")
@@ -46,7 +48,7 @@ _TEXT = ("thinker_config", "text_config", "llm_config", "language_config")
 @dataclass(frozen=True)
 class Tensor:
     name: str
-    dtype: str  # as safetensors calls it: "BF16"
+    dtype: str  # of safetensors: "BF16"
     shape: tuple[int, ...]
     stored: int  # bytes
 
@@ -55,53 +57,55 @@ class Tensor:
         return math.prod(self.shape)
 
     def loaded(self, float_bytes: int) -> int:
-        """Bytes in an engine whose model dtype takes `float_bytes`.
+        """Return the bytes in an engine whose model dtype takes `float_bytes`.
 
-        Packed integers and 8-bit floats stay as they are, and so do the scales beside them.
+        Packed integers, 8-bit floats and their scales keep their size.
         """
         cast = self.dtype in _FLOATS and "scale" not in self.name
         return self.count * float_bytes if cast else self.stored
 
 
 class ModelConfig:
-    """config.json, with what transformers fills in for the keys that it leaves out."""
+    """config.json, with transformers' defaults for missing keys."""
 
-    def __init__(self, said: dict[str, Any], where: str) -> None:
-        self.said = said
+    def __init__(self, values: dict[str, Any], where: str) -> None:
+        self.values = values
         self.where = where  # for messages
-        self.model_type = str(said.get("model_type") or "")
+        self.model_type = str(values.get("model_type") or "")
 
     def get(self, *keys: str) -> Any:
-        """The first of `keys` that has a value; null in the file is none."""
+        """Return the value of the first of `keys` that is not null."""
         values = (self._value(key) for key in keys)
         return next((value for value in values if value is not None), None)
 
     def number(self, *keys: str) -> int:
-        """Raises ShapeUnknown without one."""
+        """Return the first integer of `keys`. Raises ShapeUnknown without one."""
         value = self.get(*keys)
         if not isinstance(value, int):
-            raise ShapeUnknown(f"{self.where} does not say {keys[0]}")
+            raise ShapeUnknown(f"{self.where} has no number {keys[0]}")
         return value
 
     def _value(self, key: str) -> Any:
-        defaults, aliases = _filled_in(self.model_type)
+        defaults, aliases = _class_defaults(self.model_type)
         for name in (key, aliases.get(key)):
-            if name in self.said:
-                return self.said[name]
+            if name in self.values:
+                return self.values[name]
         return defaults.get(key, defaults.get(aliases.get(key, key)))
 
     def part(self, key: str) -> ModelConfig | None:
-        value = self.said.get(key)
+        value = self.values.get(key)
         return ModelConfig(value, f"{self.where}: {key}") if isinstance(value, dict) else None
 
     @property
     def text(self) -> ModelConfig:
-        """The language model's part of a multimodal model, else the whole."""
+        """Return the language model's part of a multimodal model, else the whole."""
         parts = (self.part(key) for key in _TEXT)
         return next((part.text for part in parts if part), self)
 
 
 class Checkpoint(ABC):
+    """The files of a model at one place."""
+
     def __init__(self, name: str, sizes: Mapping[str, int]) -> None:
         self.name = name
         self.sizes = sizes  # of the files at the top, bytes
@@ -113,7 +117,7 @@ class Checkpoint(ABC):
     def headers(self, files: Sequence[str]) -> list[Tensor]: ...
 
     def json(self, file: str) -> dict[str, Any]:
-        """A JSON file; empty if there is none. Raises ModelUnusable if it is none."""
+        """Return a JSON file, {} without one. Raises ModelUnusable for anything but an object."""
         if file not in self.sizes:
             return {}
         try:
@@ -121,36 +125,33 @@ class Checkpoint(ABC):
         except ValueError:
             value = None
         if not isinstance(value, dict):
-            raise ModelUnusable(f"{self.name}: {file} is no JSON object")
+            raise ModelUnusable(f"{self.name}: {file} is not a JSON object")
         return value
 
     def config(self, overrides: Any = None) -> ModelConfig:
-        """Raises ModelUnusable if there is none."""
+        """Return config.json. Raises ModelUnusable or ShapeUnknown without one."""
         if "config.json" not in self.sizes:
-            if "params.json" in self.sizes:  # Mistral's own layout, which vLLM knows
+            if "params.json" in self.sizes:  # Mistral's own layout, which vLLM supports
                 raise ShapeUnknown(f"{self.name} has params.json and no config.json")
-            raise ModelUnusable(f"{self.name} {self._is_instead()}")
-        said = self.json("config.json")
-        return ModelConfig(
-            _merged(said, overrides if isinstance(overrides, dict) else {}),
-            f"{self.name}: config.json",
-        )
+            raise ModelUnusable(f"{self.name} {self._without_config()}")
+        values = _merged(self.json("config.json"), overrides if isinstance(overrides, dict) else {})
+        return ModelConfig(values, f"{self.name}: config.json")
 
-    def _is_instead(self) -> str:
-        """What a folder without config.json is."""
+    def _without_config(self) -> str:
+        """Return why a folder has no config.json."""
         if _ADAPTER in self.sizes:
-            return "is an adapter, no model: list it in `loras` of the model that it adapts"
+            return "is an adapter and not a model; list it in `loras` of its base model"
         if any(file.endswith(".gguf") for file in self.sizes):
-            return "has no config.json, and GGUF files only; safetensors files are needed"
+            return "has no config.json and only GGUF files; safetensors files are needed"
         return "has no config.json"
 
     def flaw(self) -> str | None:
-        """What of its files is missing, cut short or a stand-in; not known of the hub's."""
+        """Return which local file is missing, truncated or a pointer; None if all are whole."""
         return None
 
     @cached_property
     def weights(self) -> tuple[str, ...]:
-        """The files that vLLM loads: one kind, no second copy, no adapter, no training state."""
+        """Return the weight files that vLLM loads: one kind, without copies and adapters."""
         for kind in _KINDS:
             files = sorted(
                 file
@@ -171,22 +172,24 @@ class Checkpoint(ABC):
 
     @property
     def missing(self) -> list[str]:
-        """Files of weights that the index names and that are not there."""
+        """Return the missing weight files of the index."""
         return [file for file in self.weights if file not in self.sizes]
 
     def tensors(self) -> list[Tensor]:
-        """Every tensor of the safetensors files; none where there are no such files."""
+        """Return every tensor of the safetensors files; [] without such files."""
         if not self.weights or not self.weights[0].endswith(".safetensors"):
             return []
         if self.missing:
-            raise ModelUnusable(f"{self.name}: {_INDEX} names {self.missing[0]}, which is missing")
+            raise ModelUnusable(f"{self.name}: {_INDEX} lists {self.missing[0]}, which is missing")
         return self.headers(self.weights)
 
 
 class Folder(Checkpoint):
+    """A model or adapter in a folder of this machine."""
+
     def __init__(self, path: Path, name: str | None = None) -> None:
         if not path.is_dir():
-            raise ModelUnusable(f"there is no folder {path}")
+            raise ModelUnusable(f"folder {path} does not exist")
         name = name or str(path)
         with _readable(name):
             sizes = {file.name: file.stat().st_size for file in path.iterdir() if file.is_file()}
@@ -205,10 +208,10 @@ class Folder(Checkpoint):
             _, header = self._read_header(file)
             return [_tensor(name, **entry) for name, entry in header.items()]
         except (struct.error, ValueError, TypeError, AttributeError):
-            raise ModelUnusable(f"{self.name}: {file} is no whole safetensors file") from None
+            raise ModelUnusable(f"{self.name}: {file} is not a complete safetensors file") from None
 
     def _read_header(self, file: str) -> tuple[int, dict[str, Any]]:
-        """Where its data begins, and what it says of each tensor."""
+        """Return the offset of the data and the entries of all tensors."""
         with _readable(f"{self.name}: {file}"), (self.path / file).open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
             header = json.loads(stream.read(length) if length < _HEADER_LIMIT else b"")
@@ -219,18 +222,18 @@ class Folder(Checkpoint):
         return next(filter(None, self._flaws(self.weights, _INDEX)), None)
 
     def adapter_flaw(self) -> str | None:
-        """The same of a folder that is to be an adapter."""
+        """Return what is wrong with the folder as an adapter; None if nothing is."""
         weights = [f"adapter_model{kind}" for kind in _KINDS]
         there = [file for file in weights if file in self.sizes]
         if _ADAPTER not in self.sizes:
             what = "a model" if "config.json" in self.sizes else "a folder"
-            return f"has no {_ADAPTER}: it is {what}, no adapter"
+            return f"has no {_ADAPTER}; it is {what} and not an adapter"
         if not there:
             return f"has none of {', '.join(weights)}"
         return next(filter(None, self._flaws(there[:1], "")), None)
 
     def lacks(self) -> str | None:
-        """What a download that broke off has not brought, of a model or an adapter."""
+        """Return what an incomplete download of a model or an adapter lacks; None: nothing."""
         if _ADAPTER in self.sizes and "config.json" not in self.sizes:
             return self.adapter_flaw()
         if not {"config.json", "params.json"} & self.sizes.keys():
@@ -238,17 +241,17 @@ class Folder(Checkpoint):
         return self.flaw() if self.weights else "the weights are missing"
 
     def _flaws(self, weights: Sequence[str], index: str) -> Iterator[str | None]:
-        yield from (self._stand_in(file) for file in self.sizes)
+        yield from (self._pointer_flaw(file) for file in self.sizes)
         missing = [file for file in weights if file not in self.sizes]
         if missing:
-            yield f"{index} names {missing[0]}, which is missing"
+            yield f"{index} lists {missing[0]}, which is missing"
         elif weights and weights[0].endswith(".safetensors"):
             yield from (self._flaw_of(file) for file in weights)
 
-    def _stand_in(self, file: str) -> str | None:
+    def _pointer_flaw(self, file: str) -> str | None:
         if self.sizes[file] > _POINTER_BYTES or not self.content(file).startswith(_POINTER):
             return None
-        return f"{file} is a Git LFS pointer in place of the file; fetch it with `git lfs pull`"
+        return f"{file} is a Git LFS pointer; fetch the file with `git lfs pull`"
 
     def _flaw_of(self, file: str) -> str | None:
         there = self.sizes[file]
@@ -256,12 +259,12 @@ class Folder(Checkpoint):
             begin, header = self._read_header(file)
             size = begin + max((entry["data_offsets"][1] for entry in header.values()), default=0)
         except (struct.error, ValueError, TypeError, AttributeError, KeyError, LookupError):
-            return f"{file} is no whole safetensors file ({there:,} bytes)"
-        return None if there >= size else f"{file} is cut short: {there:,} of {size:,} bytes"
+            return f"{file} is not a complete safetensors file ({there:,} bytes)"
+        return None if there >= size else f"{file} is truncated: {there:,} of {size:,} bytes"
 
 
 class Repository(Checkpoint):
-    """A model on the hub; config files come into the cache, weights stay there."""
+    """A model on the hub. Config files are downloaded to the cache; weights are not."""
 
     def __init__(self, repo: str, engine: Mapping[str, Any]) -> None:
         self.api = huggingface_hub.HfApi(token=engine.get("hf_token"))
@@ -298,10 +301,10 @@ class Repository(Checkpoint):
 
 
 def of(spec: ModelSpec, *, hub: bool = True) -> Checkpoint:
-    """A model's files: the folder, the hub's cache, or the hub.
+    """Return a model's files: the folder, the hub's cache, or (with `hub`) the hub.
 
-    Blocks. `download_dir`, `revision` and `hf_token` of `engine:` hold as in vLLM. Raises
-    ModelUnusable, or ModelOutOfReach; without `hub` that is not asked.
+    Blocks. `download_dir`, `revision` and `hf_token` of `engine:` apply as in vLLM. Raises
+    ModelUnusable or ModelOutOfReach.
     """
     if Path(spec.model).is_absolute():
         return Folder(Path(spec.model))
@@ -315,7 +318,7 @@ def of(spec: ModelSpec, *, hub: bool = True) -> Checkpoint:
 
 
 def raise_if_flawed(spec: ModelSpec, files: Checkpoint) -> None:
-    """Raises ModelUnusable for files, adapters' too, that no engine could load. Blocks."""
+    """Raise ModelUnusable for files of the model or its adapters that cannot be loaded. Blocks."""
     if spec.engine.get("load_format", "auto") in ("auto", "safetensors") and (flaw := files.flaw()):
         raise ModelUnusable(f"{files.name}: {flaw}")
     for name, source in spec.loras.items():
@@ -324,7 +327,7 @@ def raise_if_flawed(spec: ModelSpec, files: Checkpoint) -> None:
 
 
 def cached(repo: str, revision: str | None, cache_dir: str | None) -> Folder | None:
-    """What the hub's cache has of a repository, be it whole or not."""
+    """Return the folder of a repository in the hub's cache, complete or not."""
     try:
         path = huggingface_hub.snapshot_download(
             repo, revision=revision, cache_dir=cache_dir, local_files_only=True
@@ -351,9 +354,9 @@ def _readable(what: str) -> Iterator[None]:
         raise ModelUnusable(f"{what} cannot be read: {error.strerror}") from None
 
 
-def _merged(said: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
-    """`hf_overrides` as vLLM applies them: parts are merged, all else is replaced."""
-    merged = dict(said)
+def _merged(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """Apply `hf_overrides` as vLLM does: nested objects are merged, others replaced."""
+    merged = dict(values)
     for key, value in overrides.items():
         old: Any = merged.get(key)
         parts = isinstance(old, dict) and isinstance(value, dict)
@@ -362,11 +365,11 @@ def _merged(said: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
 
 
 @cache
-def _filled_in(model_type: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """Defaults of a model type's keys, and the file's names of keys that have another one.
+def _class_defaults(model_type: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the defaults of a model type's keys and the aliases of keys.
 
-    From the source of transformers' config classes, since importing them takes seconds;
-    nothing where transformers or the model type is missing.
+    They are read from the source of transformers' config classes, because an import takes seconds.
+    Both are empty without transformers or for an unknown model type.
     """
     spec = importlib.util.find_spec("transformers")  # finds without importing
     if not spec or not spec.origin or not re.fullmatch(r"[\w-]+", model_type):
@@ -384,7 +387,7 @@ def _filled_in(model_type: str) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def _class_values(node: ast.ClassDef) -> dict[str, Any]:
-    """What the body of a class assigns, where it is a literal."""
+    """Return the literal values that the body of a class assigns."""
     values = {}
     for statement in node.body:
         if isinstance(statement, ast.Assign):

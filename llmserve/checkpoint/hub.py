@@ -1,4 +1,4 @@
-"""Models from the Hugging Face hub, downloaded before their engine starts, with progress."""
+"""Downloads of models from the Hugging Face hub before their engine starts, with progress."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from llmserve.registry.spec import ModelSpec
 
 _HUB_TIMEOUT_S = 10
-# Everything that vLLM may read besides weights.
+# All files that vLLM may read besides weights.
 _BESIDE_WEIGHTS = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken")
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt")  # in vLLM's order of preference
 
 
 class HubRevision(NamedTuple):
-    """A repository of the hub, and all that decides which folder it becomes."""
+    """A repository of the hub, and all that determines its folder in the cache."""
 
     repo: str
     revision: str | None
@@ -33,9 +33,9 @@ class HubRevision(NamedTuple):
 
     @classmethod
     def of(cls, spec: ModelSpec) -> tuple[HubRevision, ...]:
-        """The model and its adapters, as far as they are on the hub.
+        """Return the model and its adapters that are on the hub.
 
-        `download_dir`, `revision` and `hf_token` of `engine:` hold as in vLLM.
+        `download_dir`, `revision` and `hf_token` of `engine:` apply as in vLLM.
         """
         engine = spec.engine
         return tuple(
@@ -50,17 +50,17 @@ class HubRevision(NamedTuple):
 
 
 class HubFolder(NamedTuple):
-    """Where a repository lies in the cache, and why the hub did not have its say."""
+    """The folder of a repository in the cache, and why the hub was not used."""
 
     folder: str
     warning: str | None = None
 
 
 def download(wanted: HubRevision, progress: Callable[[int, int], None]) -> HubFolder:
-    """Bring a repository into the cache that vLLM reads. Blocks.
+    """Download a repository to the cache that vLLM reads. Blocks.
 
-    `progress` gets bytes done and bytes in all. HF_TOKEN, HF_HOME and HF_HUB_OFFLINE hold
-    as in vLLM. Whatever keeps the hub from giving it, what is whole in the cache will do.
+    `progress` receives the bytes so far and the total. HF_TOKEN, HF_HOME and HF_HUB_OFFLINE apply as
+    in vLLM. If the hub fails, a complete copy in the cache is used.
 
     Raises StartupError with the cause in one line.
     """
@@ -73,13 +73,19 @@ def download(wanted: HubRevision, progress: Callable[[int, int], None]) -> HubFo
 
 
 def _from_cache(wanted: HubRevision, error: StartupError) -> HubFolder:
-    """Raises StartupError if it is not there, or not whole."""
+    """Return the cached copy. Raises StartupError if it is missing or incomplete."""
     folder = checkpoint.cached(wanted.repo, wanted.revision, wanted.cache_dir)
     if folder is None:
-        raise StartupError(f"{error.message}; it is not in the cache either") from error
+        raise StartupError(f"{error.message}; the cache has no copy") from error
     if (lacks := folder.lacks()) is not None:
-        raise StartupError(f"{error.message}; the cache has a part of it: {lacks}") from error
-    warned = None if huggingface_hub.is_offline_mode() else f"{error.message}; the cache has it"
+        raise StartupError(
+            f"{error.message}; the copy in the cache is incomplete: {lacks}"
+        ) from error
+    warned = (
+        None
+        if huggingface_hub.is_offline_mode()
+        else f"{error.message}; the copy in the cache is used"
+    )
     return HubFolder(str(folder.path), warned)
 
 
@@ -101,7 +107,7 @@ def _fetch(wanted: HubRevision, progress: Callable[[int, int], None]) -> str:
 
 
 def _weights_of(files: Iterable[str]) -> str:
-    """The pattern of the one kind of weights that vLLM will load."""
+    """Return the pattern of the kind of weights that vLLM loads."""
     for pattern in _WEIGHTS:
         if any(file.endswith(pattern[1:]) for file in files):
             return pattern
@@ -110,7 +116,7 @@ def _weights_of(files: Iterable[str]) -> str:
 
 def _reporting(progress: Callable[[int, int], None]) -> type[tqdm[Any]]:
     class Reporting(tqdm):
-        """Draws nothing; passes the bytes on."""
+        """A progress bar that reports bytes and draws nothing."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             self.in_bytes = kwargs.get("unit") == "B"

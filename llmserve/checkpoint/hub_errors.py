@@ -1,4 +1,4 @@
-"""What the hub's library raises, as errors of ours with the cause in one line."""
+"""The errors of the hub's library as errors of llmserve, with the cause in one line."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from llmserve.errors import LLMServeError
 
-# The hub's library has its own errors derive from those of the HTTP client it uses.
+# The errors of the hub's library derive from those of its HTTP client.
 TRANSPORT = errors.HfHubHTTPError.__mro__[1]
 _AWAY = (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, TRANSPORT)
 
@@ -21,22 +21,22 @@ _AWAY = (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, TRANSPORT)
 def translated(
     repo: str, revision: str | None, raised: Callable[[str], LLMServeError]
 ) -> Iterator[None]:
-    """Raises one of ours in place of an error of the hub's."""
+    """Raise `raised` in place of an error of the hub's library."""
     try:
         yield
     except errors.GatedRepoError:
-        cause = "is gated on the hub: accept its terms, set HF_TOKEN"
+        cause = "is gated on the hub; accept its terms and set HF_TOKEN"
     except errors.RevisionNotFoundError:
         cause = f"has no revision {revision} on the hub"
     except errors.RepositoryNotFoundError:
-        cause = "is neither a folder here nor a model on the hub (if it is private, set HF_TOKEN)"
+        cause = "is not a local folder and not a model on the hub; for a private model set HF_TOKEN"
     except errors.HFValidationError:
-        cause = "is neither a folder here nor a name the hub allows"
+        cause = "is not a local folder and not a valid name on the hub"
     except errors.SafetensorsParsingError:
         cause = "has a broken safetensors file on the hub"
     except errors.HfHubHTTPError as error:
         status = getattr(error.response, "status_code", "no status")
-        cause = f"could not be downloaded: the hub said {status}"
+        cause = f"could not be downloaded: the hub answered {status}"
     except _AWAY:
         cause = "could not be downloaded: the hub is not reachable"
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What of a model decides how much memory it takes."""
+"""The properties of a model that determine its memory."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _EMBEDDING = re.compile(
 )
 _NOT_LINEAR = re.compile(r"embed|norm|conv|router|rotary|\bwpe\b|\bgate\.|shared_expert_gate")
 _HEAD = re.compile(r"(^|\.)lm_head\.")
-_MTP = re.compile(r"^(model\.)?mtp(_layers)?\.")  # predicts further tokens: loaded as a draft only
+_MTP = re.compile(r"^(model\.)?mtp(_layers)?\.")  # predicts further tokens; loaded as a draft only
 _LAYER = re.compile(r"^(?:(?:model|language_model)\.)*layers\.(\d+)\.")
 
 _GENERATES = ("ForCausalLM", "ForConditionalGeneration", "ChatModel", "LMHeadModel")
@@ -51,7 +51,7 @@ _KV_HEADS = (
     "n_head_kv", "num_kv_heads", "num_key_value_heads", "multi_query_group_num", "num_attention_groups",
 )  # fmt: skip
 _DEPTH = ("num_hidden_layers", "n_layer", "num_layers")
-# Keys of models whose layers differ, or have more than attention and an MLP.
+# Keys of models with different layers, or with more than attention and an MLP.
 _UNUSUAL = (
     "audio_config", "block_configs", "compress_ratios", "global_head_dim",
     "hidden_size_per_layer_input",
@@ -62,7 +62,7 @@ _UNUSUAL = (
 class Shape:
     """Counts and bytes of one model, before any parallelism.
 
-    `weights` is what is loaded in the model's own data type; `embeddings` (input and
+    `weights` is the size in the model's own data type; `embeddings` (input and
     output) and `linear` (matrices that online quantization shrinks) are parts of it.
     """
 
@@ -71,27 +71,27 @@ class Shape:
     embeddings: int  # bytes
     linear: int  # bytes
     layers: int
-    attention_layers: int  # that keep keys and values; 0: an encoder, which keeps none
+    attention_layers: int  # with keys and values; 0: an encoder
     hidden_size: int
     intermediate_size: int
     heads: int
     kv_heads: int
     head_dim: int
     vocab_size: int
-    context: int  # longest prompt and answer together, tokens
+    context: int  # tokens of prompt and answer together, at most
     dtype: str  # "bfloat16", as loaded
     quantization: str | None = None  # of the stored weights: "fp8", "awq", "gptq", ...
-    latent_dim: int | None = None  # MLA: values a token and layer, kept on every device
+    latent_dim: int | None = None  # MLA: values per token and layer, stored on every device
     approximate: bool = False  # sliding windows, state-space layers: KV cache is an upper bound
 
 
 @dataclass(frozen=True)
 class UnknownShape:
-    """Why a shape is not known."""
+    """Why a shape is unknown."""
 
     why: str
-    usable: bool = True  # False: no engine could load the model's files
-    reachable: bool = True  # False: it is not here, and the hub does not give it
+    usable: bool = True  # False: no engine can load the model's files
+    reachable: bool = True  # False: no local copy, and the hub does not provide it
 
     @classmethod
     def of(cls, error: LLMServeError) -> UnknownShape:
@@ -103,27 +103,26 @@ class UnknownShape:
 
 
 def read(spec: ModelSpec, *, hub: bool = True) -> Shape:
-    """The shape of a model in a folder or on the hub, without its weights.
+    """Return the shape of a model in a folder or on the hub, without its weights.
 
-    From the headers of its safetensors files; without such files, by the size of its
-    weights' files. Blocks: milliseconds for a folder, requests for a model on the hub that
-    is not in the cache, if `hub`.
+    It comes from the headers of safetensors files, else from the size of the weight files. Blocks:
+    milliseconds for a folder; HTTP requests for a model that is not in the cache, with `hub`.
 
-    Raises ShapeUnknown with one line that says what is missing.
+    Raises ShapeUnknown with what is missing, in one line.
     """
     files = checkpoint.of(spec, hub=hub)
     checkpoint.raise_if_flawed(spec, files)
     config = files.config(spec.engine.get("hf_overrides"))
     if config.get("is_encoder_decoder"):
-        raise ShapeUnknown(
-            f"{config.where}: what an encoder-decoder keeps a request is not known beforehand"
-        )
+        raise ShapeUnknown(f"{config.where}: the KV cache of an encoder-decoder cannot be computed")
     model = _Model(config, files.json("hf_quant_config.json"))
     tensors = [tensor for tensor in files.tensors() if model.loads(tensor)]
     dtype = _dtype(spec, model, tensors)
     attention = [kind for kind in model.layer_kinds() if kind != "state"]
     if not attention and not model.encodes:
-        raise ShapeUnknown(f"{config.where}: what layers of states alone keep is not known here")
+        raise ShapeUnknown(
+            f"{config.where}: the state of a model without attention cannot be computed"
+        )
     return Shape(
         architecture=model.architecture,
         **_bytes_of(files, model, tensors, dtype),
@@ -144,7 +143,7 @@ def read(spec: ModelSpec, *, hub: bool = True) -> Shape:
 
 
 class _Model:
-    """What config.json says of a model, under one name for what has many."""
+    """The values of config.json, with one name for keys of many names."""
 
     def __init__(self, config: ModelConfig, hf_quant_config: dict[str, Any]) -> None:
         self.config = config
@@ -170,7 +169,7 @@ class _Model:
 
     @property
     def inner(self) -> int:
-        """Width of the MLP."""
+        """Return the width of the MLP."""
         return self.text.get(*_INNER) or 4 * self.hidden_size
 
     @property
@@ -189,29 +188,29 @@ class _Model:
     def head_dim(self) -> int:
         if nope := self.text.get("qk_nope_head_dim"):
             return int(nope + self.text.number("qk_rope_head_dim"))
-        said = self.text.get("head_dim", "hidden_size_per_head", "attention_head_dim")
-        dim = said or (self.hidden_size // self.heads if self.heads else 0)
+        explicit = self.text.get("head_dim", "hidden_size_per_head", "attention_head_dim")
+        dim = explicit or (self.hidden_size // self.heads if self.heads else 0)
         return max(dim, self.text.get("global_head_dim") or 0)
 
     @property
     def latent_dim(self) -> int | None:
         rank = self.text.get("kv_lora_rank")
-        if not rank or self.text.model_type == "minicpm3":  # which vLLM runs without MLA
+        if not rank or self.text.model_type == "minicpm3":  # vLLM runs it without MLA
             return None
-        indexer = self.text.get("index_head_dim") or 0  # DeepSeek V3.2 finds its tokens by it
+        indexer = self.text.get("index_head_dim") or 0  # of DeepSeek V3.2
         return int(rank + self.text.number("qk_rope_head_dim") + indexer)
 
     @cached_property
     def tied(self) -> bool:
-        """Whether the output embedding is the input embedding."""
+        """Return whether the output embedding is the input embedding."""
         for part in (self.text, self.config):
-            if "tie_word_embeddings" in part.said:
-                return bool(part.said["tie_word_embeddings"])
+            if "tie_word_embeddings" in part.values:
+                return bool(part.values["tie_word_embeddings"])
         return bool(self.text.get("tie_word_embeddings"))
 
     @property
     def encodes(self) -> bool:
-        """Whether each token sees all others, so that nothing is kept."""
+        """Return whether each token attends to all others, so there is no KV cache."""
         text = self.text
         if text.get("is_causal") is False or text.get("use_bidirectional_attention") is True:
             return True
@@ -221,7 +220,10 @@ class _Model:
 
     @property
     def quantization(self) -> str | None:
-        """Source: vllm/transformers_utils/model_arch_config_convertor.py."""
+        """Return the format of quantized weights.
+
+        Source: vllm/transformers_utils/model_arch_config_convertor.py.
+        """
         method = self.quantized.get("quant_method")
         inner = self.quantized.get("quantization")
         if not method and isinstance(inner, dict):  # ModelOpt's own file
@@ -234,7 +236,7 @@ class _Model:
         )
 
     def layer_kinds(self) -> list[str]:
-        """Of each layer, what it keeps: "full", a "window" of keys and values, or a "state"."""
+        """Return for each layer "full" or "window" keys and values, or "state"."""
         depth, text = self.layers, self.text
         if listed := text.get("layer_types", "layers_block_type"):
             return [_kind(name) for name in listed][
@@ -250,7 +252,7 @@ class _Model:
         return ["window" if window or text.get("attention_chunk_size") else "full"] * depth
 
     def _attention_indices(self) -> Sequence[int] | None:
-        """The layers of attention among layers that keep a state."""
+        """Return the attention layers of a model that also has state layers."""
         text, depth = self.text, range(self.layers)
         if listed := text.get("attn_layer_indices"):  # Bamba
             return list(listed)
@@ -266,17 +268,17 @@ class _Model:
 
     @property
     def keeps_less(self) -> bool:
-        """Whether KV cache of all attention layers in full is more than what is kept."""
+        """Return whether the KV cache is smaller than full attention in all layers needs."""
         return (
             set(self.layer_kinds()) != {"full"}
             or any(self.text.get(key) for key in ("index_head_dim", *_UNUSUAL))
-            or any(key.startswith("mamba_") for key in self.text.said)
+            or any(key.startswith("mamba_") for key in self.text.values)
         )
 
     def loads(self, tensor: Tensor) -> bool:
-        """Whether an engine loads a tensor that is stored."""
-        if "thinker_config" in self.config.said and not tensor.name.startswith("thinker."):
-            return False  # the parts of an omni model that speak
+        """Return whether an engine loads a stored tensor."""
+        if "thinker_config" in self.config.values and not tensor.name.startswith("thinker."):
+            return False  # the speech parts of an omni model
         if _MTP.search(tensor.name) or (self.tied and _HEAD.search(tensor.name)):
             return False
         layer = _LAYER.search(tensor.name) if self._predicts_further else None
@@ -284,7 +286,7 @@ class _Model:
 
     @cached_property
     def _predicts_further(self) -> bool:
-        """Whether layers that do so follow the others."""
+        """Return whether layers that predict further tokens follow the others."""
         return bool(self.text.get("num_nextn_predict_layers"))
 
 
@@ -295,15 +297,15 @@ def _kind(name: str) -> str:
 
 
 def _bytes_of(files: Checkpoint, model: _Model, stored: list[Tensor], dtype: str) -> dict[str, int]:
-    """`weights`, `embeddings` and `linear` of a Shape."""
+    """Return `weights`, `embeddings` and `linear` of a Shape."""
     width = _BYTES[dtype]
     if not files.weights:
         if any(file.endswith(".gguf") for file in files.sizes):
-            raise ModelUnusable(f"{files.name} holds GGUF files only; safetensors files are needed")
+            raise ModelUnusable(f"{files.name} has only GGUF files; safetensors files are needed")
         raise ShapeUnknown(f"{files.name} has no weights; its safetensors files are needed")
     if not stored:  # .bin, .pt: no headers
         size = sum(files.sizes[file] for file in files.weights)
-        weights = size * width // _BYTES.get(_said_dtype(model) or "float32", 4)
+        weights = size * width // _BYTES.get(_config_dtype(model) or "float32", 4)
         embeddings = model.text.number("vocab_size") * model.hidden_size * width
         embeddings *= 1 if model.tied or model.encodes else 2
         return {"weights": weights, "embeddings": embeddings, "linear": weights - embeddings}
@@ -319,16 +321,16 @@ def _bytes_of(files: Checkpoint, model: _Model, stored: list[Tensor], dtype: str
 
 
 def _dtype(spec: ModelSpec, model: _Model, tensors: list[Tensor]) -> str:
-    """What floating point weights are loaded as.
+    """Return the data type of loaded floating point weights.
 
-    Source: vllm/config/model.py, _get_and_verify_dtype, for a GPU that knows bfloat16.
+    Source: vllm/config/model.py, _get_and_verify_dtype, for a GPU that supports bfloat16.
     """
     asked = str(spec.engine.get("dtype") or "auto").removeprefix("torch.")
     asked = _OTHER_NAMES.get(asked, asked)
     if asked in _BYTES:
         return asked
     floats = {tensor.dtype for tensor in tensors if tensor.dtype in ("F32", "F16", "BF16")}
-    stored = _said_dtype(model) or (_STORED.get(floats.pop()) if len(floats) == 1 else None)
+    stored = _config_dtype(model) or (_STORED.get(floats.pop()) if len(floats) == 1 else None)
     if stored in ("bfloat16", "float16"):
         return stored
     runner, convert = spec.engine.get("runner"), spec.engine.get("convert")
@@ -336,22 +338,21 @@ def _dtype(spec: ModelSpec, model: _Model, tensors: list[Tensor]) -> str:
     return "float16" if pools or not model.architecture.endswith(_GENERATES) else "bfloat16"
 
 
-def _said_dtype(model: _Model) -> str | None:
+def _config_dtype(model: _Model) -> str | None:
     parts = (model.config, model.text, model.config.part("vision_config"))
-    said = next(
-        (value for part in parts if part and (value := part.get("dtype", "torch_dtype"))), None
-    )
-    return str(said).removeprefix("torch.") if said else None
+    values = (part.get("dtype", "torch_dtype") for part in parts if part)
+    dtype = next(filter(None, values), None)
+    return str(dtype).removeprefix("torch.") if dtype else None
 
 
 def _context(files: Checkpoint, model: _Model) -> int:
-    """vLLM's max_model_len where the registry says none.
+    """Return vLLM's default max_model_len.
 
     Source: vllm/config/model.py, _get_and_verify_max_len.
     """
     text = model.text
-    said = [value for key in _LENGTHS if (value := text.get(key)) is not None]
-    length = text.get("model_max_length") or min(said, default=None)
+    lengths = [value for key in _LENGTHS if (value := text.get(key)) is not None]
+    length = text.get("model_max_length") or min(lengths, default=None)
     if (
         not model.architecture.endswith(_GENERATES)
         and text.get("position_embedding_type") == "absolute"
@@ -368,10 +369,10 @@ def _context(files: Checkpoint, model: _Model) -> int:
 
 
 def _ropes(text: ModelConfig) -> list[dict[str, Any]]:
-    """Rope parameters, of each kind of layer if they differ."""
-    said = text.get("rope_scaling") or text.get("rope_parameters") or {}
-    nested = [value for value in said.values() if isinstance(value, dict)]
-    return nested or [said]
+    """Return the rope parameters, of each kind of layer if they differ."""
+    values = text.get("rope_scaling") or text.get("rope_parameters") or {}
+    nested = [value for value in values.values() if isinstance(value, dict)]
+    return nested or [values]
 
 
 def _rope_factor(text: ModelConfig) -> float:

@@ -1,7 +1,7 @@
-"""Who may start, sleep or wake on which GPUs at the same time.
+"""Claims: the right to start, sleep or wake on certain GPUs.
 
-Engines whose memory is known start side by side. One that is measured, sleeps or wakes
-has its GPUs for itself, since vLLM and we read the free memory of the whole device then.
+Engines of known memory start side by side. One that is measured, sleeps or wakes has its GPUs
+alone, because vLLM and llmserve then read the free memory of the whole device.
 """
 
 from __future__ import annotations
@@ -25,33 +25,33 @@ class _Claim:
 
 
 class GpuClaims:
-    """First come, first served; claims on different GPUs do not wait for each other."""
+    """Claims in order of arrival; claims on different GPUs do not wait for each other."""
 
     def __init__(self) -> None:
-        self._claims: list[_Claim] = []  # held and waiting, in the order of their coming
+        self._claims: list[_Claim] = []  # held and waiting, in order of arrival
         self._changed = asyncio.Condition()
 
     @contextlib.asynccontextmanager
     async def hold(self, places: Collection[Hashable], *, alone: bool) -> AsyncIterator[None]:
-        """Wait for the GPUs; `alone` shuts out everybody else meanwhile."""
+        """Wait for the GPUs; `alone` excludes all other claims on them."""
         claim = _Claim(frozenset(places), alone)
         async with self._changed:
             self._claims.append(claim)
             try:
                 await self._changed.wait_for(lambda: self._is_next(claim))
             except BaseException:
-                self._leave(claim)
+                self._remove(claim)
                 raise
         try:
             yield
         finally:
             async with self._changed:
-                self._leave(claim)
+                self._remove(claim)
 
     def _is_next(self, claim: _Claim) -> bool:
         before = self._claims[: self._claims.index(claim)]
         return not any(claim.excludes(earlier) for earlier in before)
 
-    def _leave(self, claim: _Claim) -> None:
+    def _remove(self, claim: _Claim) -> None:
         self._claims.remove(claim)
         self._changed.notify_all()

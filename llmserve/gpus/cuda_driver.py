@@ -1,4 +1,8 @@
-"""CUDA's virtual memory management, as much of it as pages that change hands need."""
+"""CUDA's virtual memory management, for pages that pass between processes.
+
+These are ctypes and not cuda-bindings: the eight calls have a stable ABI, and that import has no
+types and delays each worker by tenths of a second.
+"""
 
 from __future__ import annotations
 
@@ -29,9 +33,9 @@ class _Access(ctypes.Structure):
 
 
 class Driver:
-    """Of one device (CUDA driver API, 6.14). Sizes are bytes, in multiples of 2 MiB.
+    """The memory of one device (CUDA driver API, 6.14). Sizes are multiples of 2 MiB, in bytes.
 
-    Each raises RuntimeError with CUDA's number for what went wrong; 2 is "out of memory".
+    All methods raise RuntimeError with the call and CUDA's error.
     """
 
     _DEVICE = _PINNED = _DESCRIPTOR = 1  # CU_MEM_LOCATION_TYPE_, _ALLOCATION_TYPE_, _HANDLE_TYPE_
@@ -64,7 +68,7 @@ class Driver:
             raise RuntimeError(f"CUDA: {why} from {name}")
 
     def create(self, size: int, *, shared: bool) -> int:
-        """A handle of new memory; `shared`: it can have a descriptor."""
+        """Return a handle of new memory; with `shared` it can have a descriptor."""
         handle = ctypes.c_ulonglong()
         kind = self._DESCRIPTOR if shared else 0
         properties = _Properties(self._PINNED, kind, self._location)
@@ -72,13 +76,14 @@ class Driver:
         return handle.value
 
     def of(self, descriptor: int) -> int:
-        """A handle of the memory that a descriptor stands for, which stays open."""
+        """Return a handle of a descriptor's memory; the descriptor stays open."""
         handle = ctypes.c_ulonglong()
         name = "cuMemImportFromShareableHandle"
         self._call(name, ctypes.byref(handle), descriptor, self._DESCRIPTOR)
         return handle.value
 
     def descriptor(self, handle: int) -> int:
+        """Return a new file descriptor of a handle's memory."""
         found = ctypes.c_int()
         name = "cuMemExportToShareableHandle"
         self._call(name, ctypes.byref(found), handle, self._DESCRIPTOR, 0)
@@ -88,7 +93,7 @@ class Driver:
         self._call("cuMemMap", address, size, 0, handle, 0)
 
     def allow(self, address: int, size: int) -> None:
-        """Reading and writing."""
+        """Allow reading and writing."""
         access = _Access(self._location, self._READ_AND_WRITE)
         self._call("cuMemSetAccess", address, size, ctypes.byref(access), 1)
 

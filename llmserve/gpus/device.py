@@ -1,4 +1,4 @@
-"""GPUs as facts: of this machine, or of one that is described. Nothing here touches one."""
+"""GPUs as values: detected on this machine, or described. Nothing here uses a GPU."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ GPU_LIMIT = 1024  # in one box
 @dataclass(frozen=True)
 class Gpu:
     index: int  # as CUDA counts, within CUDA_VISIBLE_DEVICES
-    name: str  # as the driver says it: "NVIDIA H100 80GB HBM3"
+    name: str  # as the driver reports it: "NVIDIA H100 80GB HBM3"
     memory: int  # bytes in all
     capability: tuple[int, int] | None = None  # CUDA compute capability, (9, 0)
-    uuid: str | None = None  # None: described, not seen
+    uuid: str | None = None  # None: described, not detected
     island: int = 0  # GPUs of one island are linked to each other (NVLink)
 
     @property
     def kind(self) -> tuple[str, int, tuple[int, int] | None]:
-        """What GPUs of one tensor parallel group must have in common."""
+        """Return what the GPUs of one tensor parallel group have in common."""
         return self.name, self.memory, self.capability
 
 
@@ -43,7 +43,7 @@ Box = tuple[Gpu, ...]
 
 @dataclass(frozen=True)
 class _Model:
-    """A GPU as NVML tells it. Capabilities: developer.nvidia.com/cuda/gpus."""
+    """A GPU as NVML reports it. Source of capabilities: developer.nvidia.com/cuda/gpus."""
 
     name: str
     mib: int
@@ -79,17 +79,17 @@ _SIZED = re.compile(r"(?P<name>.+?)-(?P<size>\d+(?:\.\d+)?)(?:G|GB|GiB)$", re.IG
 
 
 def described(text: str) -> Box:
-    """The GPUs of `8xH100-80G` or `4xA100-40G,2xL40S`.
+    """Return the GPUs of `8xH100-80G` or `4xA100-40G,2xL40S`.
 
-    A known name has the memory that its driver reports; any other name says its own,
-    `2xMINE-24G`, and nothing is known of what it can compute. Raises ConfigError.
+    A known name has the memory that its driver reports. Any other name contains its memory, as in
+    `2xMINE-24G`, and its compute capability is unknown. Raises ConfigError.
     """
     gpus: list[Gpu] = []
     for island, term in enumerate(text.split(",")):
         found = _TERM.match(term.strip())
         if found is None:
             raise ConfigError(
-                [f"{term.strip() or 'an empty term'} is no GPU; as in 8xH100-80G,2xL4"]
+                [f"invalid GPU {term.strip()!r}; expected a list such as 8xH100-80G,2xL4"]
             )
         for _ in range(_counted(int(found["count"] or 1), len(gpus))):
             gpus.append(_gpu(found["name"], None, len(gpus), island))
@@ -98,12 +98,12 @@ def described(text: str) -> Box:
 
 def _counted(count: int, before: int) -> int:
     if not 0 < count + before <= GPU_LIMIT or not count:
-        raise ConfigError([f"{count} GPUs; a box has 1 to {GPU_LIMIT}"])
+        raise ConfigError([f"invalid number of GPUs {count}; a box has 1 to {GPU_LIMIT}"])
     return count
 
 
 def _gpu(name: str, memory: int | None, index: int, island: int) -> Gpu:
-    """A GPU by its name; islands are counted so that unlinked GPUs have one each."""
+    """Return a GPU by its name; unlinked GPUs have an island each. Raises ConfigError."""
     model = _KNOWN.get(name.upper().replace(" ", ""))
     if model is not None:
         alone = island if model.linked else GPU_LIMIT + index
@@ -114,16 +114,16 @@ def _gpu(name: str, memory: int | None, index: int, island: int) -> Gpu:
         near = nearest(name, _KNOWN)
         raise ConfigError(
             [
-                f"{name} is no GPU that is known here"
+                f"unknown GPU {name}"
                 + (f"; nearest: {near}" if near else "")
-                + f"; give its memory, as in {name}-24G"
+                + f"; add its memory, as in {name}-24G"
             ]
         )
     return Gpu(index, name, size, island=GPU_LIMIT + index)
 
 
 def _own_size(name: str) -> int | None:
-    """The bytes that a name such as MINE-24G says."""
+    """Return the bytes in a name such as MINE-24G."""
     sized = _SIZED.match(name)
     return int(float(sized["size"]) * GIB) if sized else None
 
@@ -136,7 +136,7 @@ class _Described(BaseModel):
     name: str
     count: Annotated[int, Field(strict=True, ge=1, le=GPU_LIMIT)] = 1
     memory: ByteSize | None = None
-    linked: bool | None = None  # omitted: as such GPUs usually are
+    linked: bool | None = None  # None: as this kind of GPU usually is
 
 
 class _BoxFile(BaseModel):
@@ -146,7 +146,7 @@ class _BoxFile(BaseModel):
 
 
 def from_file(file: Path) -> Box:
-    """The GPUs of a YAML file: `gpus: [{name: H100, count: 4, memory: 80GiB, linked: true}]`.
+    """Return the GPUs of a YAML file: `gpus: [{name: H100, count: 4, memory: 80GiB, linked: true}]`.
 
     Raises ConfigError with every problem of the file.
     """
@@ -168,7 +168,7 @@ def from_file(file: Path) -> Box:
 
 
 def _plain(detail: ErrorDetails) -> str:
-    """One finding of pydantic in words."""
+    """Return the message of a pydantic error."""
     if detail["type"] != "extra_forbidden":
         return detail["msg"][:1].lower() + detail["msg"][1:]
     known = _Described.model_fields if len(detail["loc"]) > 1 else _BoxFile.model_fields
@@ -188,12 +188,12 @@ def _laid_out(lines: Sequence[_Described]) -> Iterable[Gpu]:
 
 
 def short_name(name: str) -> str:
-    """Without the maker: "H100 80GB HBM3"."""
+    """Return the name without the vendor: "H100 80GB HBM3"."""
     return name.removeprefix("NVIDIA ").removeprefix("GeForce ").removeprefix("Tesla ")
 
 
 def listed(box: Box) -> str:
-    """The GPUs in a few words: "4 x H100 80GB HBM3, 2 x L4"."""
+    """Return a short list of the GPUs: "4 x H100 80GB HBM3, 2 x L4"."""
     counts: dict[str, int] = {}
     for gpu in box:
         counts[short_name(gpu.name)] = counts.get(short_name(gpu.name), 0) + 1
@@ -201,7 +201,7 @@ def listed(box: Box) -> str:
 
 
 def find(box: Box, device: int | str) -> Gpu | None:
-    """The GPU of an id or UUID, as a registry names it; a UUID's beginning will do."""
+    """Return the GPU of an index, a UUID or the beginning of a UUID."""
     for gpu in box:
         if gpu.index == device or (
             isinstance(device, str) and gpu.uuid is not None and gpu.uuid.startswith(device)
@@ -215,12 +215,12 @@ def gib(size: float, digits: int = 1) -> str:
 
 
 def apart(one: int, other: int) -> tuple[str, str]:
-    """Two sizes that differ, with as many digits as show it."""
+    """Return two different sizes with enough digits to show the difference."""
     shown = [(gib(one, digits), gib(other, digits)) for digits in range(1, 7)]
     return next((pair for pair in shown if pair[0] != pair[1]), shown[-1])
 
 
 def amount(size: int) -> tuple[str, int]:
-    """Rounded up to a tenth of a GiB, in the registry's words and in bytes."""
+    """Return a size, rounded up to a tenth of a GiB, as text of the registry and in bytes."""
     tenths = math.ceil(size * 10 / GIB)
     return f"{tenths / 10:g}GiB", tenths * GIB // 10 + 1

@@ -1,4 +1,4 @@
-"""This machine's GPUs, as the driver tells of them (NVML). No CUDA context is made."""
+"""This machine's GPUs as the driver reports them (NVML), without a CUDA context."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ class Holder:
 
     pid: int
     name: str
-    bytes: int | None  # None: the driver does not say (a container of its own)
+    bytes: int | None  # None: unknown to the driver (another container)
 
 
 def visible(env: Mapping[str, str] = os.environ) -> Box:
-    """The GPUs that CUDA programs see here, in CUDA's order; none without a driver."""
+    """Return the GPUs that CUDA programs see, in CUDA's order; none without a driver."""
     with _driver() as running:
-        return tuple(_seen(env)) if running else ()
+        return tuple(_detected(env)) if running else ()
 
 
 def used_bytes(gpu: Gpu) -> int:
-    """What is taken on a GPU, by whomever, the driver's own part included."""
+    """Return the used bytes of a GPU, of all processes and the driver."""
     with _driver():
         memory = pynvml.nvmlDeviceGetMemoryInfo(_handle(gpu))
         return int(memory.total) - int(memory.free)
 
 
 def holders(gpu: Gpu) -> list[Holder]:
-    """Who holds memory of a GPU, most first, as far as the driver can see."""
+    """Return the processes that hold memory of a GPU, the largest first."""
     with _driver():
         processes = pynvml.nvmlDeviceGetComputeRunningProcesses(_handle(gpu))
     found = [Holder(p.pid, _name_of(p.pid), p.usedGpuMemory) for p in processes]
@@ -70,8 +70,8 @@ def _name_of(pid: int) -> str:
         return "of another container"
 
 
-def _seen(env: Mapping[str, str]) -> Iterator[Gpu]:
-    """NVML counts in PCI order; CUDA too, by the CUDA_DEVICE_ORDER that `environment` sets."""
+def _detected(env: Mapping[str, str]) -> Iterator[Gpu]:
+    """Return the GPUs; NVML uses PCI order, as CUDA does with `environment`'s CUDA_DEVICE_ORDER."""
     handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
     uuids = [pynvml.nvmlDeviceGetUUID(handle) for handle in handles]
     islands = _islands(handles)
@@ -88,26 +88,26 @@ def _seen(env: Mapping[str, str]) -> Iterator[Gpu]:
 
 
 def _order(chosen: str | None, uuids: list[str]) -> list[int]:
-    """Which GPUs CUDA_VISIBLE_DEVICES leaves.
+    """Return the GPUs of CUDA_VISIBLE_DEVICES.
 
-    As in CUDA, it ends at the first unknown one, and leaves none if one is named twice.
+    As in CUDA, the list ends at the first unknown GPU, and a GPU that occurs twice hides all.
     """
     if chosen is None:
         return list(range(len(uuids)))
-    left: list[int] = []
+    order: list[int] = []
     for term in (part.strip() for part in chosen.split(",")):
         by_uuid = [i for i, uuid in enumerate(uuids) if term and uuid.startswith(term)]
         if term.isdigit() and int(term) < len(uuids):
-            left.append(int(term))
+            order.append(int(term))
         elif len(by_uuid) == 1:
-            left += by_uuid
+            order += by_uuid
         else:
             break
-    return left if len(set(left)) == len(left) else []
+    return order if len(set(order)) == len(order) else []
 
 
 def _islands(handles: list[Any]) -> list[int]:
-    """GPUs that reach each other by NVLink get one number; a GPU without link one of its own."""
+    """Return a number for each GPU; GPUs that NVLink connects share one."""
     islands = list(range(len(handles)))
     for i, one in enumerate(handles):
         for j in range(i):

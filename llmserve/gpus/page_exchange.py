@@ -1,10 +1,10 @@
-"""GPU memory that passes from an engine that falls asleep to one that wakes.
+"""GPU memory that passes from an engine that falls asleep to an engine that wakes.
 
-By way of the driver that takes a quarter of a second for 36 GiB (docs/performance.md). Here
-physical memory changes hands instead, in pages that are file descriptors (CUDA driver API,
-cuMemExportToShareableHandle): a worker offers what it unmaps, the server keeps it while
-somebody is expected on that GPU, and whoever wakes takes what it can use. A page that nobody maps, and to which no descriptor is left, is
-the driver's again, so whatever goes wrong on the way costs time and no memory.
+The driver needs a quarter of a second to free and allocate 36 GiB (docs/performance.md). Here
+physical memory changes its owner instead, in pages that are file descriptors (CUDA driver API,
+cuMemExportToShareableHandle). A worker offers the pages that it unmaps; the server keeps them while
+another engine is about to wake on that GPU; the waking worker takes what it can use. A page without
+a mapping and a descriptor returns to the driver, so a failure costs time and no memory.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-# A child of vLLM's logger: in an engine's process no other reaches the log.
+# A child of vLLM's logger: in an engine's process only that logger writes to the log.
 log = logging.getLogger("vllm.llmserve.page_exchange")
 
 PAGE_BYTES = 256 << 20
-ADDRESS = "LLMSERVE_HANDOVER"  # in the environment: where the server listens, and what it asks
+ADDRESS = "LLMSERVE_HANDOVER"  # environment variable: the name of the socket and the secret
 _PER_MESSAGE = 250  # descriptors; Linux takes 253 (SCM_MAX_FD)
 _MESSAGE_BYTES = 4096
-_PATIENCE_S = 5.0  # with the other end
-_PAUSE_S = 0.1  # after a connection that could not be accepted
+_TIMEOUT_S = 5.0  # for the other end of a connection
+_PAUSE_S = 0.1  # after a connection that cannot be accepted
 
 
 class PageBroker:
-    """The server's end: the pages between two engines, by GPU (UUID)."""
+    """The server's part: the pages between two engines, by GPU (UUID)."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._expected: Counter[str] = Counter()
         self._pages: defaultdict[str, list[int]] = defaultdict(list)
-        # An abstract name: nothing is left when the server ends, however that happens.
+        # An abstract name disappears with the server.
         name = f"llmserve-{os.getpid()}-{secrets.token_hex(8)}"
         self._secret = secrets.token_hex()  # the name can be seen in /proc/net/unix
         self._listening = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -53,7 +53,7 @@ class PageBroker:
 
     @contextlib.contextmanager
     def expecting(self, gpus: Sequence[str]) -> Iterator[None]:
-        """Keep what is offered on these GPUs for somebody who is about to wake there."""
+        """Keep pages that are offered on these GPUs for an engine that wakes there."""
         with self._lock:
             self._expected.update(gpus)
         try:
@@ -65,14 +65,14 @@ class PageBroker:
             self.drop(unexpected)
 
     def drop(self, gpus: Iterable[str]) -> None:
-        """Back to the driver, some moments later: that takes as long as it has to clear."""
+        """Return the pages to the driver in a thread, since the driver clears them."""
         with self._lock:
             pages = [page for gpu in gpus for page in self._pages.pop(gpu, ())]
         if pages:
             threading.Thread(target=_close, args=(pages,), name="handover-drop").start()
 
     def bytes(self, gpu: str) -> int:
-        """Between two engines at this moment."""
+        """Return the bytes of the pages that the server keeps now."""
         with self._lock:
             return len(self._pages.get(gpu, ())) * PAGE_BYTES
 
@@ -80,43 +80,45 @@ class PageBroker:
         while True:
             try:
                 connection, _ = self._listening.accept()
-            except OSError as error:  # no descriptor is left
-                log.warning("memory goes by way of the driver: %s", error)
+            except OSError as error:  # out of file descriptors
+                log.warning(
+                    "cannot accept a page exchange; memory returns to the driver: %s", error
+                )
                 time.sleep(_PAUSE_S)
                 continue
-            threading.Thread(target=self._meet, args=(connection,), daemon=True).start()
+            threading.Thread(target=self._serve_connection, args=(connection,), daemon=True).start()
 
-    def _meet(self, connection: socket.socket) -> None:
+    def _serve_connection(self, connection: socket.socket) -> None:
         with connection:
             try:
-                connection.settimeout(_PATIENCE_S)
+                connection.settimeout(_TIMEOUT_S)
                 self._answer(connection, json.loads(connection.recv(_MESSAGE_BYTES)))
             except Exception as error:
-                log.warning("a handover was broken off: %s: %s", type(error).__name__, error)
+                log.warning("a page exchange failed: %s: %s", type(error).__name__, error)
 
-    def _answer(self, connection: socket.socket, asked: dict[str, Any]) -> None:
-        """Raises whatever is wrong with what is asked."""
-        if not hmac.compare_digest(asked["secret"], self._secret):
-            raise PermissionError("by somebody who does not know the secret")
-        gpu = str(asked["gpu"])
-        if "take" in asked:
-            _send(connection, self._taken(gpu, int(asked["take"])))
+    def _answer(self, connection: socket.socket, request: dict[str, Any]) -> None:
+        """Serve one request. Raises an exception for an invalid one."""
+        if not hmac.compare_digest(request["secret"], self._secret):
+            raise PermissionError("wrong secret")
+        gpu = str(request["gpu"])
+        if "take" in request:
+            _send(connection, self._take(gpu, int(request["take"])))
             return
         with self._lock:
             wanted = self._expected[gpu] > 0
         connection.send(json.dumps(wanted).encode())
         if not wanted:
             return
-        pages = _received(connection)
+        pages = _receive(connection)
         with self._lock:
             if self._expected[gpu] > 0:
                 self._pages[gpu] += pages
                 pages = []
         _close(pages)
-        connection.send(b"true")  # so that the giver knows where its memory is
+        connection.send(b"true")  # the giver waits until its memory has an owner
 
-    def _taken(self, gpu: str, count: int) -> list[int]:
-        """So many at the most; what is left goes back to the driver."""
+    def _take(self, gpu: str, count: int) -> list[int]:
+        """Return at most `count` pages; the others return to the driver."""
         with self._lock:
             pages = self._pages.pop(gpu, [])
         _close(pages[count:])
@@ -126,44 +128,44 @@ class PageBroker:
 def give(gpu: str, pages: Sequence[int]) -> None:
     """Offer pages of a GPU, and close them."""
     try:
-        if pages and (connection := _asking({"gpu": gpu})) is not None:
+        if pages and (connection := _connect({"gpu": gpu})) is not None:
             with connection:
                 if json.loads(connection.recv(_MESSAGE_BYTES)):
                     _send(connection, pages, close=False)
                     connection.recv(_MESSAGE_BYTES)
     except (OSError, ValueError) as error:
-        log.warning("memory goes back to the driver: %s", error)
+        log.warning("cannot offer pages; memory returns to the driver: %s", error)
     finally:
         _close(pages)
 
 
 def take(gpu: str, count: int) -> list[int]:
-    """As many pages of a GPU as there are, `count` at the most. Nobody else gets the rest."""
+    """Return at most `count` pages of a GPU; the server drops the others."""
     try:
-        if (connection := _asking({"gpu": gpu, "take": count})) is None:
+        if (connection := _connect({"gpu": gpu, "take": count})) is None:
             return []
         with connection:
-            return _received(connection)
+            return _receive(connection)
     except OSError as error:
-        log.warning("memory comes from the driver: %s", error)
+        log.warning("cannot take pages; memory comes from the driver: %s", error)
         return []
 
 
 def offered() -> bool:
-    """Whether there is a server to hand pages over to."""
+    """Return whether a server accepts pages."""
     return ADDRESS in os.environ
 
 
-def _asking(asked: dict[str, Any]) -> socket.socket | None:
-    """A connection to the server, on which this has been asked."""
+def _connect(request: dict[str, Any]) -> socket.socket | None:
+    """Return a connection to the server with a request sent on it; None without a server."""
     name, _, secret = os.environ.get(ADDRESS, "").partition(" ")
     if not name:
         return None
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    connection.settimeout(_PATIENCE_S)
+    connection.settimeout(_TIMEOUT_S)
     try:
         connection.connect(f"\0{name}")
-        connection.send(json.dumps({"secret": secret, **asked}).encode())
+        connection.send(json.dumps({"secret": secret, **request}).encode())
     except OSError:
         connection.close()
         raise
@@ -180,7 +182,7 @@ def _send(connection: socket.socket, pages: Sequence[int], *, close: bool = True
             _close(pages)
 
 
-def _received(connection: socket.socket) -> list[int]:
+def _receive(connection: socket.socket) -> list[int]:
     pages: list[int] = []
     try:
         while True:

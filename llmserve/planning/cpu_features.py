@@ -1,4 +1,4 @@
-"""Which data types the CPU of this machine computes in, with instructions of its own."""
+"""The data types that the CPU of this machine computes in hardware."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from llmserve.checkpoint.shape import Shape
 
 _CPUINFO = Path("/proc/cpuinfo")
-# As Linux calls the instructions, on x86 and on Arm.
+# Linux names of the instructions, on x86 and on Arm.
 _NEEDS: Mapping[str, frozenset[str]] = {
     "bfloat16": frozenset({"avx512_bf16", "amx_bf16", "bf16"}),
     "float16": frozenset({"avx512_fp16", "amx_fp16", "asimdhp"}),
@@ -19,10 +19,10 @@ _NEEDS: Mapping[str, frozenset[str]] = {
 
 
 def dtype_for(shape: Shape, cpuinfo: Path = _CPUINFO) -> str:
-    """What a model is computed in where its entry does not say.
+    """Return the default data type of a model on this CPU.
 
-    Its own data type, or float32 where the CPU would compute that one in software: that is
-    slower, and rounds more. Quantized weights have kernels for their own alone.
+    It is the model's own, or float32 if the CPU computes that type in software only: that is
+    slower and rounds more. Quantized weights have kernels for their own type only.
     """
     known = features(cpuinfo)
     native = not known or not _NEEDS.get(shape.dtype, known).isdisjoint(known)
@@ -30,7 +30,7 @@ def dtype_for(shape: Shape, cpuinfo: Path = _CPUINFO) -> str:
 
 
 def features(cpuinfo: Path = _CPUINFO) -> frozenset[str]:
-    """Names of the instructions that the CPU has; none where Linux does not list them."""
+    """Return the names of the CPU's instructions; empty if Linux does not list them."""
     try:
         lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""What the files and an entry alone tell, and what a box cannot do for a model. Pure."""
+"""Checks of a model before placement: its files, its registry entry, the GPUs of a box. Pure."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ QUANTIZATION_NEEDS = {
 }
 _BFLOAT16_NEEDS = 80
 _CPU = Gpu(0, "CPU", 0)
-_AS_FITS = -1  # max_model_len that vLLM finds itself
+_AUTO_CONTEXT = -1  # max_model_len that vLLM computes
 _CPU_BLOCK_TOKENS = 128  # of a KV cache. Source: vllm/platforms/cpu.py; a contract test compares
 
 
 def of_files(spec: ModelSpec, shape: Shape | UnknownShape) -> list[Problem]:
-    """What is wrong wherever the model is to run."""
+    """Return the problems that no GPU can solve."""
     if not isinstance(shape, UnknownShape):
         return list(_of_context(spec, shape))
     return (
@@ -54,21 +54,20 @@ def of_files(spec: ModelSpec, shape: Shape | UnknownShape) -> list[Problem]:
 
 
 def anywhere(spec: ModelSpec, shape: Shape | UnknownShape) -> list[Problem]:
-    """The same, and a KV cache that is too small on however many devices."""
+    """Return the same, and a KV cache that is too small on any number of devices."""
     found = of_files(spec, shape)
     if found or isinstance(shape, UnknownShape) or spec.kv_cache is None:
         return found
-    said = spec.tensor_parallel_size or spec.engine.get("tensor_parallel_size")
-    most = said or (1 if spec.devices is not None else max(1, shape.kv_heads))
+    explicit = spec.tensor_parallel_size or spec.engine.get("tensor_parallel_size")
+    most = explicit or (1 if spec.devices is not None else max(1, shape.kv_heads))
     if not _short_of_kv(spec, shape, int(spec.kv_cache), most):
         return []
-    return _short_of_kv(
-        spec, shape, int(spec.kv_cache), said or 1
-    )  # for the fewest devices that are possible
+    fewest = explicit or 1
+    return _short_of_kv(spec, shape, int(spec.kv_cache), fewest)
 
 
 def on_cpu(spec: ModelSpec, shape: Shape | UnknownShape, kv_cache: int) -> list[Problem]:
-    """What is wrong where the model is to run on the CPU, with so much KV cache."""
+    """Return the problems of a model on the CPU with `kv_cache` bytes of KV cache."""
     found = of_files(spec, shape)
     if found or isinstance(shape, UnknownShape):
         return found
@@ -80,7 +79,7 @@ def on_cpu(spec: ModelSpec, shape: Shape | UnknownShape, kv_cache: int) -> list[
 def _short_of_kv(spec: ModelSpec, shape: Shape, kv_cache: int, tp: int) -> list[Problem]:
     settings = memory_model.Settings.of(spec, shape, tp, _CPU)
     least = memory_model.kv_bytes(shape, settings, spec.concurrency)
-    fits = spec.engine.get("max_model_len") == _AS_FITS or shape.approximate
+    fits = spec.engine.get("max_model_len") == _AUTO_CONTEXT or shape.approximate
     if fits or kv_cache >= least:
         return []
     text, _ = amount(least)
@@ -89,22 +88,24 @@ def _short_of_kv(spec: ModelSpec, shape: Shape, kv_cache: int, tp: int) -> list[
 
 
 def short_of_kv(spec: ModelSpec, kv_cache: int, context: int, least: int) -> str:
-    """A KV cache that holds no request; `least` is what would."""
-    asked = f"{spec.concurrency} x " if spec.concurrency > 1 else ""
-    there, needed = apart(kv_cache, least)
-    return f"{there} of KV cache is less than {asked}{context:,} tokens take, {needed}"
+    """Return the message of a KV cache that is smaller than the `least` bytes."""
+    times = f"{spec.concurrency} x " if spec.concurrency > 1 else ""
+    configured, needed = apart(kv_cache, least)
+    return f"a KV cache of {configured} is too small; {times}{context:,} tokens need {needed}"
 
 
 def flaws(spec: ModelSpec, shape: Shape | UnknownShape, box: Box) -> list[Problem]:
-    """Everything about an entry that no placement can mend; for a shape, why it is not known."""
-    told = _unknown(spec, shape) if isinstance(shape, UnknownShape) else _of_shape(spec, shape, box)
-    return [*_of_devices(spec, box), *of_files(spec, shape), *told]
+    """Return every problem that no placement can solve."""
+    of_shape = (
+        _unknown(spec, shape) if isinstance(shape, UnknownShape) else _of_shape(spec, shape, box)
+    )
+    return [*_of_devices(spec, box), *of_files(spec, shape), *of_shape]
 
 
 def tensor_parallel_sizes(spec: ModelSpec, shape: Shape, box: Box) -> list[int]:
-    """The degrees that may be tried: what the entry says, else powers of two that divide."""
-    said = spec.tensor_parallel_size or spec.engine.get("tensor_parallel_size")
-    if said or spec.devices is not None:
+    """Return the explicit degree, else the powers of two that divide the heads."""
+    explicit = spec.tensor_parallel_size or spec.engine.get("tensor_parallel_size")
+    if explicit or spec.devices is not None:
         return [spec.parallel_sizes["tensor_parallel_size"]]
     others = math.prod(spec.parallel_sizes.values())
     tried = (2**power for power in range(11))
@@ -112,7 +113,7 @@ def tensor_parallel_sizes(spec: ModelSpec, shape: Shape, box: Box) -> list[int]:
 
 
 def divides(tensor_parallel_size: int, shape: Shape) -> bool:
-    """Whether so many devices can share the model's heads.
+    """Return whether this number of devices can share the model's heads.
 
     Source: vllm/config/model.py, verify_with_parallel_config.
     """
@@ -122,7 +123,7 @@ def divides(tensor_parallel_size: int, shape: Shape) -> bool:
 
 
 def groups(spec: ModelSpec, box: Box) -> list[tuple[Gpu, ...]]:
-    """The GPUs of each replica, as the entry names them; only where all are there."""
+    """Return the explicit GPUs of each replica, as far as the box has them."""
     found = [find(box, device) for device in spec.devices or ()]
     size = math.prod(spec.parallel_sizes.values())
     there = [gpu for gpu in found if gpu is not None]
@@ -137,16 +138,16 @@ def _of_devices(spec: ModelSpec, box: Box) -> Iterator[Problem]:
         return
     missing = [device for device in spec.devices or () if find(box, device) is None]
     if missing:
-        said = ", ".join(str(device) for device in missing)
-        there = f"0 to {len(box) - 1}" if len(box) > 1 else "0"
-        message = f"GPU {said} is not there; this box has {there} ({listed(box)})"
+        unknown = ", ".join(str(device) for device in missing)
+        there = f"GPUs 0 to {len(box) - 1}" if len(box) > 1 else "GPU 0"
+        message = f"GPU {unknown} does not exist; this box has {there} ({listed(box)})"
         yield Problem(spec.name, message, key="devices")
         return
     for group in groups(spec, box):
         kinds = {gpu.kind for gpu in group}
         if len(kinds) > 1:
-            said = ", ".join(f"{gpu.index} is {short_name(gpu.name)}" for gpu in group)
-            message = f"GPUs of different kinds share a replica: {said}; take GPUs of one kind"
+            names = ", ".join(f"GPU {gpu.index} is {short_name(gpu.name)}" for gpu in group)
+            message = f"the GPUs of a replica must be of one kind; {names}"
             yield Problem(spec.name, message, key="devices")
 
 
@@ -159,9 +160,8 @@ def _of_shape(spec: ModelSpec, shape: Shape, box: Box) -> Iterator[Problem]:
     tp = spec.parallel_sizes["tensor_parallel_size"]
     if not divides(tp, shape):
         possible = [n for n in range(1, len(box) + 1) if divides(n, shape)]
-        message = (
-            f"{tp} devices cannot share {shape.heads} attention heads ({shape.kv_heads} for keys)"
-        )
+        heads = f"{shape.heads} attention heads ({shape.kv_heads} key-value heads)"
+        message = f"{tp} GPUs cannot share {heads}"
         remedy = "tensor_parallel_size: " + " or ".join(str(n) for n in possible)
         yield Problem(spec.name, message, remedy, "tensor_parallel_size")
     yield from _of_kinds(spec, shape, box)
@@ -170,12 +170,12 @@ def _of_shape(spec: ModelSpec, shape: Shape, box: Box) -> Iterator[Problem]:
 def _of_context(spec: ModelSpec, shape: Shape) -> Iterator[Problem]:
     asked = spec.engine.get("max_model_len")
     if asked and asked > shape.context and not spec.engine.get("hf_overrides"):
-        message = f"max_model_len {asked:,} is longer than the model's context, {shape.context:,}"
+        message = f"max_model_len {asked:,} exceeds the model's context of {shape.context:,} tokens"
         yield Problem(spec.name, message, key="engine")
 
 
 def _of_kinds(spec: ModelSpec, shape: Shape, box: Box) -> Iterator[Problem]:
-    """What the GPUs that it may get cannot compute."""
+    """Return the formats that the GPUs of a model cannot compute."""
     chosen = [gpu for group in groups(spec, box) for gpu in group]
     capable = [gpu for gpu in chosen or box if gpu.capability is not None]
     if not capable:
@@ -189,17 +189,17 @@ def _of_kinds(spec: ModelSpec, shape: Shape, box: Box) -> Iterator[Problem]:
         message = (
             f"{quantization} weights need compute capability {needs // 10}.{needs % 10}; {has}"
         )
-        yield Problem(spec.name, message, "weights of another format, or a newer GPU", "engine")
+        yield Problem(spec.name, message, "weights in another format, or a newer GPU", "engine")
     if spec.engine.get("dtype") == "bfloat16" and major * 10 + minor < _BFLOAT16_NEEDS:
         message = f"bfloat16 needs compute capability 8.0; {has}"
         yield Problem(spec.name, message, "dtype: float16", "engine")
 
 
 def _unknown(spec: ModelSpec, shape: UnknownShape) -> Iterator[Problem]:
-    """Of a model of unknown size, only what the entry says is known."""
-    said = spec.devices is not None and (spec.memory or spec.gpu_memory_utilization)
-    if shape.usable and not said:
-        message = f"cannot be placed, since its size is not known: {shape.why}"
-        # Where the hub does not give it, saying its size would not bring it.
-        remedy = "`devices` and `memory` in its entry" if shape.reachable else None
+    """Return the problem of a model of unknown size without explicit devices and memory."""
+    explicit = spec.devices is not None and (spec.memory or spec.gpu_memory_utilization)
+    if shape.usable and not explicit:
+        message = f"cannot be placed, its size is unknown: {shape.why}"
+        # An explicit size does not help if the hub does not provide the model.
+        remedy = "`devices` and `memory` of the model" if shape.reachable else None
         yield Problem(spec.name, message, remedy, "model")

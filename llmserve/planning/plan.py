@@ -1,4 +1,4 @@
-"""The memory plan of a registry on a box: which GPUs each replica has, and what lies on them."""
+"""The memory plan of a registry on a box: the GPUs and bytes of every replica."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from llmserve.gpus.device import Box
     from llmserve.registry.spec import Config, ModelSpec
 
-_KEPT = 1 << 20  # bytes; vLLM takes 0 bytes of KV cache for "not said"
+_LEAST_KV = 1 << 20  # bytes; vLLM reads 0 bytes of KV cache as "not set"
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class PlannedReplica:
 
     model: str
     number: int  # of this model's replicas, from 0
-    of: int  # so many replicas
+    of: int  # replicas of this model
     devices: tuple[int, ...]  # indices of GPUs
     tensor_parallel_size: int
     pipeline_parallel_size: int
@@ -30,15 +30,15 @@ class PlannedReplica:
     kv: int  # KV cache
     tokens: int  # that the KV cache holds, in all; 0: an encoder
     context: int  # max_model_len
-    measured: bool  # overhead as an earlier start left it, else an estimate
+    measured: bool  # False: `overhead` is an estimate
     approximate: bool = False  # `tokens` is a lower bound
     fingerprint: str = ""  # of what the overhead depends on
-    known: bool = True  # False: nothing is known of the model but its share
+    known: bool = True  # False: only the share of the model is known
     on_demand: bool = False  # it is loaded later, or sleeps at first
     pinned: bool = False  # it never sleeps
-    displaces: bool = False  # while it is awake, those on its GPUs that sleep do so
+    displaces: bool = False  # while it is awake, the others on its GPUs that can sleep do so
     sleeps: bool = False  # it may be put to sleep
-    host: int = 0  # bytes of host memory that its weights take asleep, of all its GPUs
+    host: int = 0  # bytes of host memory for the weights of all its GPUs while it sleeps
 
     @property
     def name(self) -> str:
@@ -54,12 +54,12 @@ class PlannedReplica:
 
     @property
     def resident(self) -> int:
-        """At the start: asleep if it displaces others, else whole, be it loaded or not."""
+        """Return the bytes at the start: asleep if it displaces others, else all."""
         return self.asleep if self.displaces else self.bytes
 
     @property
     def stays(self) -> bool:
-        """Whether it keeps its memory: pinned, or nobody knows what it would hold asleep."""
+        """Return whether it keeps its memory: it is pinned, or of unknown size."""
         return self.pinned or not self.known
 
 
@@ -69,14 +69,14 @@ class Problem:
 
     model: str
     message: str  # what it needs and what there is
-    remedy: str | None = None  # "max_model_len: 8192"; None: none was found
+    remedy: str | None = None  # "max_model_len: 8192"; None: no change was found
     key: str = ""  # of the model's entry that it is about
 
     def describe(self) -> str:
         return self.message + (f"; what would fit: {self.remedy}" if self.remedy else "")
 
     def within(self, config: Config) -> str:
-        """With its line in the file."""
+        """Return the description with its line in the file."""
         return config.problem(
             ("models", self.model, *([self.key] if self.key else [])), self.describe()
         )
@@ -90,15 +90,15 @@ class Plan:
     problems: tuple[Problem, ...] = ()
 
     def on(self, index: int) -> list[PlannedReplica]:
-        """The replicas that use a GPU, in the order of the registry."""
+        """Return the replicas that use a GPU, in the order of the registry."""
         return [replica for replica in self.replicas if index in replica.devices]
 
     def used(self, index: int) -> int:
-        """Bytes that are taken or promised at the start."""
+        """Return the bytes that are reserved at the start."""
         return sum(replica.resident for replica in self.on(index))
 
     def peak(self, index: int) -> int:
-        """Bytes that are taken at most: at the start, or while one displaces others."""
+        """Return the largest use in bytes: at the start, or while one displaces others."""
         on = self.on(index)
         asleep = sum(replica.bytes if replica.stays else replica.asleep for replica in on)
         woken = max((one.bytes - one.asleep for one in on if one.displaces), default=0)
@@ -108,20 +108,20 @@ class Plan:
         return next(r for r in self.replicas if (r.model, r.number) == (model, number))
 
     def spec_of(self, spec: ModelSpec, replica: PlannedReplica) -> ModelSpec:
-        """A replica's entry with everything said: GPUs, parallelism, bytes of KV cache."""
+        """Return a replica's entry with explicit GPUs, parallelism and bytes of KV cache."""
         smallest = min(self.box[index].memory for index in replica.devices)
-        said: dict[str, Any] = {
+        explicit: dict[str, Any] = {
             "devices": replica.devices,
             "tensor_parallel_size": replica.tensor_parallel_size,
             "memory": None,
-            # Only a lower bound for vLLM, which looks at the free memory as it starts.
+            # A lower bound: vLLM compares it with the free memory at its start.
             "gpu_memory_utilization": _floor((replica.weights + replica.kv) / smallest),
         }
         if replica.known:
-            said["kv_cache"] = max(replica.kv, _KEPT)
+            explicit["kv_cache"] = max(replica.kv, _LEAST_KV)
         else:
-            said["gpu_memory_utilization"] = replica.bytes / smallest
-        return spec.model_copy(update=said)
+            explicit["gpu_memory_utilization"] = replica.bytes / smallest
+        return spec.model_copy(update=explicit)
 
     def raise_if_infeasible(self, config: Config) -> Plan:
         """Raises PlacementError with all problems, each with its line in the file."""
@@ -131,5 +131,5 @@ class Plan:
 
 
 def _floor(share: float) -> float:
-    """Rounded down, so that vLLM does not ask for more than there is."""
+    """Round down, so that vLLM does not request more than there is."""
     return max(0.001, math.floor(share * 1000) / 1000)

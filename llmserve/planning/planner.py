@@ -1,4 +1,4 @@
-"""Plans a registry on a box: sizes every replica, places it, and says what would fit. Pure."""
+"""The plan of a registry on a box: sizes, places and suggestions. Pure."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from llmserve.checkpoint.shape import UnknownShape
 from llmserve.gpus.device import gib, listed
 from llmserve.planning import feasibility, memory_model, suggestions
 from llmserve.planning.measurements import fingerprint
-from llmserve.planning.placement import Demand, Option, place
+from llmserve.planning.packing import Demand, Option
+from llmserve.planning.placement import place
 from llmserve.planning.plan import Plan, PlannedReplica, Problem
 from llmserve.planning.size import ReplicaFootprint
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class ModelDemand:
-    """An entry of the registry as the GPUs see it."""
+    """A model as demands on GPU memory."""
 
     def __init__(
         self, spec: ModelSpec, shape: Shape | None, sizes: Sequence[ReplicaFootprint], box: Box
@@ -43,7 +44,7 @@ class ModelDemand:
 
     @property
     def names(self) -> list[str]:
-        """Of its replicas."""
+        """Return the names of its replicas."""
         many = self.spec.replicas > 1
         return [
             f"{self.spec.name}/{n}" if many else self.spec.name for n in range(self.spec.replicas)
@@ -51,7 +52,7 @@ class ModelDemand:
 
     @property
     def least(self) -> ReplicaFootprint | None:
-        """On as few GPUs as possible; None if its shape is unknown."""
+        """Return the size on the fewest GPUs; None if its shape is unknown."""
         return next(iter(self.sizes.values()), None)
 
     @property
@@ -72,24 +73,24 @@ class ModelDemand:
 
     @property
     def _widest(self) -> Gpu:
-        """The GPU that matters for its budget: the smallest of its own, or the largest of all."""
+        """Return the GPU that bounds its budget: its smallest explicit one, or the largest."""
         own = [gpu for group in self._groups for gpu in group]
         return min(own, key=_memory) if own else max(self._box, key=_memory)
 
     def _budget(self, gpu: Gpu) -> int | None:
-        """What it may take of a GPU; None if the entry does not say."""
+        """Return the explicit bytes on a GPU; None without `memory` and a share."""
         if self.spec.memory is not None:
             return int(self.spec.memory)
         share = self.spec.gpu_memory_utilization
         return None if share is None else int(share * gpu.memory)
 
     def _exceeds(self, size: ReplicaFootprint, gpu: Gpu) -> bool:
-        """Whether a size needs more than the entry gives it; a KV cache that is said wins."""
+        """Return whether a size exceeds the budget; an explicit KV cache overrides that."""
         budget = None if self.spec.kv_cache is not None else self._budget(gpu)
         return budget is not None and size.needs > budget
 
     def too_small(self) -> Problem | None:
-        """A KV cache or budget in which the model cannot answer one request."""
+        """Return the problem of a KV cache or budget that is too small for one request."""
         size = min(self.sizes.values(), key=lambda size: size.needs, default=None)
         if size is None:
             return None
@@ -101,7 +102,7 @@ class ModelDemand:
         return self._short(size, self._widest)
 
     def short_on(self, placed: Placed) -> Problem | None:
-        """A share of a GPU, small among others, in which it cannot answer one request."""
+        """Return the problem of a share that is too small on the GPUs of its place."""
         size = self.sizes.get(placed.option)
         return None if size is None else self._short(size, self._smallest(placed))
 
@@ -110,8 +111,8 @@ class ModelDemand:
             return None
         key = "memory" if self.spec.memory is not None else "gpu_memory_utilization"
         return self._problem(
-            f"{gib(self._budget(gpu) or 0)} of {gib(gpu.memory)} is less than the "
-            f"{size.describe(self.spec.concurrency)} that it needs on each GPU",
+            f"{gib(self._budget(gpu) or 0)} of {gib(gpu.memory)} is too small; each GPU needs "
+            f"{size.describe(self.spec.concurrency)}",
             key,
         )
 
@@ -119,27 +120,24 @@ class ModelDemand:
         return min((self._box[index] for index in placed.devices), key=_memory)
 
     def no_room(self, misfit: Misfit, headroom: float) -> Problem:
+        """Return the problem of a replica without a place: its need, and what is free."""
         size = self.least
         option = misfit.demand.options[0]
-        on = self.spec.devices
-        needs = (
-            f"needs {size.describe(self.spec.concurrency)}"
-            if size
-            else f"wants {gib(option.needs)}"
-        )
-        wanted = max(option.needs, *(int(option.share * gpu.memory) for gpu in self._box))
-        if size and wanted > size.needs:
-            needs = f"wants {gib(wanted)}"
+        most = max(option.on(gpu) for gpu in self._box)
+        if size and most <= size.needs:
+            needs = f"needs {size.describe(self.spec.concurrency)}"
+        else:
+            needs = f"is configured for {gib(most)}"
         each = f" on each of {option.devices} GPUs" if option.devices > 1 else ""
         free = ", ".join(f"GPU {index} {gib(size)}" for index, size in self._free(misfit))
-        less = "" if on else f", less the {headroom:.0%} of server.gpu_headroom"
-        less += ", while all others sleep that may" if misfit.demand.on_demand else ""
-        return self._problem(
-            f"{needs}{each}; free of {listed(self._box)}{less}: {free}", "devices" if on else ""
-        )
+        explicit = self.spec.devices is not None
+        but = "" if explicit else f" without the {headroom:.0%} of server.gpu_headroom"
+        but += ", with the other models asleep" if misfit.demand.on_demand else ""
+        message = f"{needs}{each}; free on {listed(self._box)}{but}: {free}"
+        return self._problem(message, "devices" if explicit else "")
 
     def _free(self, misfit: Misfit) -> list[tuple[int, int]]:
-        """Those of the GPUs that matter: its own, or the four with most room."""
+        """Return the free bytes of its explicit GPUs, or of the four GPUs with most room."""
         free = dict(enumerate(misfit.free))
         if misfit.demand.devices is not None:
             return [(index, free[index]) for index in misfit.demand.devices]
@@ -148,9 +146,9 @@ class ModelDemand:
     def demands(self) -> Iterator[Demand]:
         options = tuple(self.sizes) or (self._option(None),)
         least = self.least
-        said = self.spec.kv_cache or self.spec.memory or self.spec.gpu_memory_utilization
-        grows = least.least if least and not said else 0
-        # What a model of unknown size holds asleep is not known either.
+        explicit = self.spec.kv_cache or self.spec.memory or self.spec.gpu_memory_utilization
+        grows = least.least if least and not explicit else 0
+        # The memory of a sleeping model of unknown size is also unknown.
         stays = self.spec.pinned or least is None
         for number, name in enumerate(self.names):
             group = self._groups[number] if self._groups else None
@@ -204,7 +202,7 @@ class ModelDemand:
         )
 
     def _kv(self, size: ReplicaFootprint, gpu: Gpu, extra: int) -> int:
-        """Bytes of KV cache on each device: what the entry says, or the rest of its budget."""
+        """Return the bytes of KV cache on each device: explicit, or the rest of the budget."""
         if not size.least:
             return 0
         if self.spec.kv_cache is not None:
@@ -217,9 +215,9 @@ class ModelDemand:
 
 
 class Planner:
-    """Of each model its shape, or why that is not known.
+    """Plans models from their shapes.
 
-    `overhead_of` gives what a start was measured to take besides, by fingerprint.
+    `overhead_of` returns the measured overhead of a fingerprint.
     """
 
     def __init__(
@@ -236,28 +234,28 @@ class Planner:
         self._overheads: dict[str, int | None] = {}
 
     def plan(self, specs: Sequence[ModelSpec]) -> Plan:
-        """Where every replica goes; what does not fit is among the problems and nowhere else."""
-        plan = self._laid_out(specs)
+        """Return the places of all replicas that fit, and a problem for each other model."""
+        plan = self._layout(specs)
         return replace(
             plan, problems=tuple(self._with_remedy(p, specs, plan) for p in plan.problems)
         )
 
-    def _laid_out(self, specs: Sequence[ModelSpec], *, finish: bool = True) -> Plan:
+    def _layout(self, specs: Sequence[ModelSpec], *, finish: bool = True) -> Plan:
         problems: list[Problem] = []
-        wanted: list[ModelDemand] = []
+        fitting: list[ModelDemand] = []
         for spec in specs:
             found = feasibility.flaws(spec, self._shapes[spec.name], self._box)
-            each = None if found else self._wanted(spec)
+            each = None if found else self._demand_of(spec)
             if each is not None and (small := each.too_small()) is not None:
                 found = [small]
             problems += found
             if each is not None and not found:
-                wanted.append(each)
-        demands = [demand for each in wanted for demand in each.demands()]
+                fitting.append(each)
+        demands = [demand for each in fitting for demand in each.demands()]
         placement = place(demands, self._box, self._headroom, finish=finish)
         misfits = {misfit.demand.name: misfit for misfit in placement.left}
         replicas: list[PlannedReplica] = []
-        for each in wanted:
+        for each in fitting:
             left = [misfits[name] for name in each.names if name in misfits]
             if left:
                 problems.append(each.no_room(left[0], self._headroom))
@@ -271,7 +269,7 @@ class Planner:
         sleeping = tuple(_with_sleep(replicas, specs))
         return Plan(self._box, self._headroom, sleeping, tuple(problems))
 
-    def _wanted(self, spec: ModelSpec) -> ModelDemand:
+    def _demand_of(self, spec: ModelSpec) -> ModelDemand:
         shape = self._shapes[spec.name]
         if isinstance(shape, UnknownShape):
             return ModelDemand(spec, None, (), self._box)
@@ -297,33 +295,33 @@ class Planner:
             measured=known is not None,
         )
 
-    # --- what would fit
-
     def _with_remedy(self, problem: Problem, specs: Sequence[ModelSpec], plan: Plan) -> Problem:
         shape = self._shapes[problem.model]
         if problem.remedy is not None or isinstance(shape, UnknownShape):
             return problem
         spec = next(spec for spec in specs if spec.name == problem.model)
         failed = {each.model for each in plan.problems} - {spec.name}
-        for remedy in suggestions.of(spec, shape, self._wanted(spec).least, plan, specs):
-            changed = remedy.applied(specs)
-            tried = self._laid_out(changed, finish=False)
-            if {each.model for each in tried.problems} <= failed:
-                told = remedy.describe(self._laid_out(changed))
-                if told:
-                    return replace(problem, remedy=told)
+        for suggestion in suggestions.suggest(
+            spec, shape, self._demand_of(spec).least, plan, specs
+        ):
+            changed = suggestion.applied(specs)
+            tried = self._layout(changed, finish=False)
+            if not {each.model for each in tried.problems} <= failed:
+                continue
+            if words := suggestion.describe(self._layout(changed)):
+                return replace(problem, remedy=words)
         return problem
 
 
 def _with_sleep(
     replicas: Sequence[PlannedReplica], specs: Sequence[ModelSpec]
 ) -> Iterator[PlannedReplica]:
-    """Who may be put to sleep, and the host memory that this takes."""
+    """Return the replicas with `sleeps`, and the host memory that sleep takes."""
     idle = {spec.name for spec in specs if spec.idle.sleep_after is not None}
     shared = {index for one in replicas if one.on_demand and not one.stays for index in one.devices}
     for one in replicas:
-        wanted = one.on_demand or one.model in idle or not shared.isdisjoint(one.devices)
-        sleeps = wanted and not one.stays
+        uses_sleep = one.on_demand or one.model in idle or not shared.isdisjoint(one.devices)
+        sleeps = uses_sleep and not one.stays
         yield replace(one, sleeps=sleeps, host=one.weights * len(one.devices) * sleeps)
 
 

@@ -1,4 +1,4 @@
-"""What a replica takes of each GPU, by its degree of tensor parallelism."""
+"""The bytes of a replica on each GPU, by its degree of tensor parallelism."""
 
 from __future__ import annotations
 

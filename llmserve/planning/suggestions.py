@@ -1,4 +1,4 @@
-"""Changes of an entry that may make it fit, cheapest for its users first. Pure."""
+"""Changes of the registry that may make a model fit, the cheapest for its users first. Pure."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
     from llmserve.planning.size import ReplicaFootprint
     from llmserve.registry.spec import ModelSpec
 
-_SHORTEST = 2048  # tokens; a context below is no help to anyone
+_SHORTEST = 2048  # tokens; the shortest useful context
 _FP8_NEEDS = feasibility.QUANTIZATION_NEEDS["fp8"]
 
 
 @dataclass(frozen=True)
 class Suggestion:
-    """An entry instead of another; none instead of one leaves it out."""
+    """A changed entry of the registry; without `instead`, the model is removed."""
 
     model: str
-    words: str  # empty: where the plan puts it
+    words: str  # empty: the plan shows the change
     instead: ModelSpec | None
     before: ModelSpec | None = None
 
@@ -36,7 +36,7 @@ class Suggestion:
         return [spec for spec in changed if spec is not None]
 
     def describe(self, plan: Plan) -> str:
-        """In the registry's words; empty if nothing would change."""
+        """Return the change as text of the registry; empty if nothing changes."""
         return self.words or (self._placed(plan, self.before) if self.before else "")
 
     @staticmethod
@@ -51,40 +51,40 @@ class Suggestion:
         return ", ".join(words)
 
 
-def of(
+def suggest(
     spec: ModelSpec,
     shape: Shape,
     size: ReplicaFootprint | None,
     plan: Plan,
     specs: Sequence[ModelSpec],
 ) -> Iterator[Suggestion]:
-    """What to try, in order; whether it fits is the planner's to see."""
+    """Return what to try, in order. The planner finds out which of them fits."""
     if spec.devices is not None:
         elsewhere = spec.parallel_sizes["tensor_parallel_size"]
-        yield _remedy(spec, "", devices=None, tensor_parallel_size=elsewhere)
+        yield _changed(spec, "", devices=None, tensor_parallel_size=elsewhere)
     if size is not None:
         yield from _budgets(spec, plan.box, size, plan.headroom)
     if spec.concurrency > 1:
-        yield _remedy(spec, "concurrency: 1", concurrency=1)
+        yield _changed(spec, "concurrency: 1", concurrency=1)
     if spec.devices is not None or spec.tensor_parallel_size is not None:
-        yield _remedy(spec, "", devices=None, tensor_parallel_size=None)
+        yield _changed(spec, "", devices=None, tensor_parallel_size=None)
     yield from _smaller(spec, shape, plan.box)
     others = sorted({r.model for r in plan.replicas}, key=lambda name: _taken(plan, name))
     yield from _on_demand(spec, others, plan, specs)
     for other in others:
-        yield Suggestion(other, f"leaving {other} out", None)
+        yield Suggestion(other, f"removing {other}", None)
 
 
 def _budgets(
     spec: ModelSpec, box: Box, size: ReplicaFootprint, headroom: float
 ) -> Iterator[Suggestion]:
-    """The most that may be given away, where it asks for more; the least that holds it."""
+    """Return the largest budget that the headroom allows, and the least that suffices."""
     if spec.kv_cache is not None and size.least:
         text, needed = amount(size.least)
-        yield _remedy(spec, f"kv_cache: {text}", kv_cache=needed)
+        yield _changed(spec, f"kv_cache: {text}", kv_cache=needed)
     elif spec.memory is not None:
         text, needed = amount(size.needs)
-        yield _remedy(spec, f"memory: {text}", memory=needed)
+        yield _changed(spec, f"memory: {text}", memory=needed)
     elif spec.gpu_memory_utilization is not None:
         gpus = [gpu for group in feasibility.groups(spec, box) for gpu in group] or box
         most = math.floor(100 * (1 - headroom) + 1e-6) / 100
@@ -92,11 +92,11 @@ def _budgets(
         for share in (most, least):
             if share < spec.gpu_memory_utilization or (share == least and share <= 1):
                 words = f"gpu_memory_utilization: {share:g}"
-                yield _remedy(spec, words, gpu_memory_utilization=share)
+                yield _changed(spec, words, gpu_memory_utilization=share)
 
 
 def _smaller(spec: ModelSpec, shape: Shape, box: Box) -> Iterator[Suggestion]:
-    """A shorter context, 8-bit weights, both."""
+    """Return a shorter context, 8-bit weights, and both."""
     asked = max(0, spec.engine.get("max_model_len") or 0) or shape.context
     longest = min(asked, shape.context)
     shorter: list[dict[str, Any]] = []
@@ -111,22 +111,22 @@ def _smaller(spec: ModelSpec, shape: Shape, box: Box) -> Iterator[Suggestion]:
     both = [fp8 | short for fp8 in eight_bit for short in shorter]
     for change in (*shorter, *eight_bit, *both):
         words = ", ".join(f"{key}: {value}" for key, value in change.items())
-        yield _remedy(spec, f"engine: {{{words}}}", engine=spec.engine | change)
+        yield _changed(spec, f"engine: {{{words}}}", engine=spec.engine | change)
 
 
 def _on_demand(
     spec: ModelSpec, others: Iterable[str], plan: Plan, specs: Iterable[ModelSpec]
 ) -> Iterator[Suggestion]:
-    """It sleeps until it is asked for, or one of the others does."""
+    """Return that the model, or another one, sleeps until its first request."""
     if spec.start != "eager":
         return
     if not spec.pinned:
-        yield _remedy(spec, "start: sleeping", start="sleeping")
+        yield _changed(spec, "start: sleeping", start="sleeping")
     stay = {replica.model for replica in plan.replicas if replica.stays or replica.on_demand}
     entries = {each.name: each for each in specs}
     for other in others:
         if other not in stay:
-            yield _remedy(entries[other], f"{other} with start: sleeping", start="sleeping")
+            yield _changed(entries[other], f"start: sleeping for {other}", start="sleeping")
 
 
 def _may_be_fp8(spec: ModelSpec, shape: Shape, box: Box) -> bool:
@@ -142,5 +142,5 @@ def _taken(plan: Plan, model: str) -> tuple[int, str]:
     return sum(r.bytes * len(r.devices) for r in plan.replicas if r.model == model), model
 
 
-def _remedy(spec: ModelSpec, words: str, **changed: Any) -> Suggestion:
+def _changed(spec: ModelSpec, words: str, **changed: Any) -> Suggestion:
     return Suggestion(spec.name, words, spec.model_copy(update=changed), spec)

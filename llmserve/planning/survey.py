@@ -1,4 +1,4 @@
-"""The plan of a registry on this machine or on one that is described, with what was measured."""
+"""The plan of a registry on a detected or described box, with measured overheads."""
 
 from __future__ import annotations
 
@@ -27,28 +27,28 @@ _READERS = 16  # of headers at a time; most of it is waiting for a disk or the h
 
 
 def plan(config: Config, box: Box, kept: Measured | None = None) -> Plan:
-    """Reads every model's config and headers, or asks the hub for them. Blocks."""
+    """Return the plan from every model's config and headers. Blocks; may ask the hub."""
     overhead_of = (kept or Measured()).overhead
     planner = Planner(box, config.server.gpu_headroom, shapes(config.models), overhead_of)
     return planner.plan(config.models)
 
 
 def mistakes(config: Config) -> list[str]:
-    """Whatever the files on this machine tell of the entries, with lines. Blocks; asks no hub."""
+    """Return the mistakes that local files show, with lines. Blocks; does not ask the hub."""
     read = shapes(config.models, hub=False)
     found = [feasibility.anywhere(spec, read[spec.name]) for spec in config.models]
     return [problem.within(config) for problems in found for problem in problems]
 
 
 def shapes(specs: Sequence[ModelSpec], *, hub: bool = True) -> dict[str, Shape | UnknownShape]:
-    """Of every model, by name. Blocks; without `hub` only what is here is read."""
+    """Return the shape of every model by name. Blocks; without `hub` only local files count."""
     with ThreadPoolExecutor(_READERS) as readers:
         read = readers.map(partial(shape_of, hub=hub), specs)
         return {spec.name: each for spec, each in zip(specs, read, strict=True)}
 
 
-def _whole(read: Shape) -> Shape:
-    """Raises TypeError for a list or a text where a number should be, as some configs have."""
+def _require_scalars(read: Shape) -> Shape:
+    """Raise TypeError for a list or text in place of a number, as some configs have."""
     for name, value in vars(read).items():
         if not isinstance(value, str | int | None):
             raise TypeError(f"{name} is {value!r}")
@@ -58,9 +58,10 @@ def _whole(read: Shape) -> Shape:
 
 
 def shape_of(spec: ModelSpec, *, hub: bool = True) -> Shape | UnknownShape:
+    """Return the shape of a model, or why it is unknown."""
     try:
-        return _whole(shape.read(spec, hub=hub))
+        return _require_scalars(shape.read(spec, hub=hub))
     except LLMServeError as error:
         return UnknownShape.of(error)
     except (TypeError, ValueError, AttributeError, KeyError) as error:
-        return UnknownShape(f"its config.json is not understood: {error}")
+        return UnknownShape(f"invalid config.json: {error}")

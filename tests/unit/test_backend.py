@@ -91,7 +91,9 @@ async def test_a_model_from_the_cache_alone_is_a_folder_to_vllm_and_told(
     caplog.set_level("WARNING")  # whatever other tests have left
     notes: list[str] = []
     backend, wanted = VllmBackend(tmp_path, FakeSpace()), spec(model="org/m")
-    fake_hub.warning = "org/m could not be downloaded: the hub said 504; the cache has it"
+    fake_hub.warning = (
+        "org/m could not be downloaded: the hub answered 504; the copy in the cache is used"
+    )
     placed = await soon(backend._downloaded(wanted, lambda _, note: notes.append(note)))
     assert placed.model == str(fake_hub.there("org/m"))
     assert notes == ["", fake_hub.warning]
@@ -471,8 +473,8 @@ async def test_a_start_again_is_not_warming_at_once(tmp_path: Path) -> None:
     ("files", "flaw"),
     [
         ({}, "has no config.json"),
-        ({"adapter_config.json": b"{}"}, "is an adapter, no model"),
-        ({"config.json": b"{}", "model.safetensors": b"x"}, "is no whole safetensors file"),
+        ({"adapter_config.json": b"{}"}, "is an adapter and not a model"),
+        ({"config.json": b"{}", "model.safetensors": b"x"}, "is not a complete safetensors file"),
     ],
 )
 def test_files_that_no_engine_could_load_are_told_before_one_starts(

@@ -37,14 +37,14 @@ def test_an_unknown_gpu_says_its_memory() -> None:
     ("text", "told"),
     [
         ("8xH1000", "nearest: H100"),
-        ("8xMINE", "give its memory, as in MINE-24G"),
-        ("0xH100", "0 GPUs"),
+        ("8xMINE", "add its memory, as in MINE-24G"),
+        ("0xH100", "number of GPUs 0"),
         ("2000xH100", "1 to 1024"),
-        ("MINE-0G", "give its memory"),
-        ("8x", "is no GPU"),
-        ("", "an empty term"),
-        ("H100,,", "an empty term"),
-        ("8 H100 80G", "is no GPU"),
+        ("MINE-0G", "add its memory"),
+        ("8x", "invalid GPU"),
+        ("", "invalid GPU ''"),
+        ("H100,,", "invalid GPU ''"),
+        ("8 H100 80G", "invalid GPU"),
     ],
 )
 def test_what_is_no_box_is_told(text: str, told: str) -> None:
@@ -76,7 +76,7 @@ def test_a_box_in_a_file(tmp_path: Path) -> None:
         ),
         ("gpus: []\n", "box.yaml:1: gpus"),
         ("- H100\n", "box.yaml"),
-        ("gpus:\n- {name: Mine}\n", "box.yaml:2: gpus.0.name: Mine is no GPU that is known here"),
+        ("gpus:\n- {name: Mine}\n", "box.yaml:2: gpus.0.name: unknown GPU Mine"),
         ("gpus: [\n", "box.yaml"),
     ],
 )

@@ -68,11 +68,11 @@ def test_gpus_that_are_not_there_are_told() -> None:
     assert told("2xH100", devices=(1, 2, 5), replicas=3) == [
         (
             "devices",
-            "GPU 2, 5 is not there; this box has 0 to 1 (2 x H100 80GB HBM3)",
+            "GPU 2, 5 does not exist; this box has GPUs 0 to 1 (2 x H100 80GB HBM3)",
         )
     ]
     assert told("L4", devices=("GPU-1",)) == [
-        ("devices", "GPU GPU-1 is not there; this box has 0 (1 x L4)")
+        ("devices", "GPU GPU-1 does not exist; this box has GPU 0 (1 x L4)")
     ]
 
 
@@ -107,7 +107,7 @@ def test_what_a_gpu_cannot_compute_is_told_with_what_it_is() -> None:
     assert flaw.message == (
         "mxfp4 weights need compute capability 8.0; T4 has compute capability 7.5"
     )
-    assert flaw.remedy == "weights of another format, or a newer GPU"
+    assert flaw.remedy == "weights in another format, or a newer GPU"
 
 
 def test_of_a_mixed_box_the_best_gpu_counts_unless_others_are_named() -> None:
@@ -125,7 +125,7 @@ def test_of_an_unknown_gpu_nothing_is_claimed() -> None:
 def test_a_context_beyond_the_model_s_is_a_flaw_unless_it_is_stretched() -> None:
     assert told("H100", engine={"max_model_len": 8192}) == []
     assert told("H100", engine={"max_model_len": 8193}) == [
-        ("engine", "max_model_len 8,193 is longer than the model's context, 8,192")
+        ("engine", "max_model_len 8,193 exceeds the model's context of 8,192 tokens")
     ]
     stretched = {"max_model_len": 16384, "hf_overrides": {"rope_scaling": {}}}
     assert told("H100", engine=stretched) == []
@@ -145,7 +145,7 @@ def test_a_context_beyond_the_model_s_is_a_flaw_unless_it_is_stretched() -> None
 def test_a_model_of_unknown_shape_must_say_where_and_how_much(
     entry: dict[str, Any], placed: bool
 ) -> None:
-    message = "cannot be placed, since its size is not known: it is odd"
+    message = "cannot be placed, its size is unknown: it is odd"
     assert told("H100", UnknownShape("it is odd"), **entry) == (
         [] if placed else [("model", message)]
     )
@@ -157,13 +157,13 @@ SAID: dict[str, Any] = {"devices": (0,), "memory": "20GiB"}
 def test_what_the_hub_does_not_give_is_told_without_a_remedy() -> None:
     away = UnknownShape("the hub is away", reachable=False)
     (flaw,) = feasibility.flaws(spec(), away, described("H100"))
-    assert flaw.message == "cannot be placed, since its size is not known: the hub is away"
+    assert flaw.message == "cannot be placed, its size is unknown: the hub is away"
     assert flaw.remedy is None
     assert told("H100", away, **SAID) == []  # it may be there again when the model starts
 
 
 def test_files_that_no_engine_could_load_are_told_whatever_is_said() -> None:
-    broken = UnknownShape("m: model.safetensors is cut short", usable=False)
+    broken = UnknownShape("m: model.safetensors is truncated", usable=False)
     for entry in ({}, SAID):
         (flaw,) = feasibility.flaws(spec(**entry), broken, described("H100"))
         assert flaw.message == f"cannot be loaded: {broken.why}"
@@ -190,7 +190,7 @@ def test_a_kv_cache_too_small_anywhere_is_told_without_a_box(
     assert all(problem.remedy == "kv_cache: 1.1GiB" for problem in found)  # on one device
     if entry.get("devices") and short:
         assert found[0].message == (
-            "1.000 GiB of KV cache is less than 8,192 tokens take, 1.002 GiB"
+            "a KV cache of 1.000 GiB is too small; 8,192 tokens need 1.002 GiB"
         )
         assert found[0].remedy == "kv_cache: 1.1GiB"
 

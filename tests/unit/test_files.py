@@ -83,7 +83,7 @@ def test_a_part_that_is_missing(tmp_path: Path) -> None:
     index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     write_tensors(tmp_path / "model-1.safetensors", {"a": ("BF16", (2, 2))})
-    with pytest.raises(ShapeUnknown, match=r"names model-2\.safetensors, which is missing"):
+    with pytest.raises(ShapeUnknown, match=r"lists model-2\.safetensors, which is missing"):
         Folder(tmp_path).tensors()
 
 
@@ -99,7 +99,9 @@ def test_a_part_that_is_missing(tmp_path: Path) -> None:
 )
 def test_a_file_that_is_no_safetensors_file(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "model.safetensors").write_bytes(content)
-    with pytest.raises(ShapeUnknown, match=r"model\.safetensors is no whole safetensors file"):
+    with pytest.raises(
+        ShapeUnknown, match=r"model\.safetensors is not a complete safetensors file"
+    ):
         Folder(tmp_path).tensors()
 
 
@@ -116,12 +118,12 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 def test_folders_without_a_model(tmp_path: Path) -> None:
-    with pytest.raises(ShapeUnknown, match="there is no folder"):
+    with pytest.raises(ShapeUnknown, match="does not exist"):
         checkpoint.of(spec(model=str(tmp_path / "none")))
     with pytest.raises(ShapeUnknown, match=r"has no config\.json"):
         checkpoint.of(spec(model=str(tmp_path))).config()
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ShapeUnknown, match=r"config\.json is no JSON object"):
+    with pytest.raises(ShapeUnknown, match=r"config\.json is not a JSON object"):
         Folder(tmp_path).config()
 
 
@@ -138,7 +140,7 @@ def test_keys_under_the_names_that_transformers_gives_them() -> None:
 def test_overrides_reach_into_parts(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"a": 1, "text_config": {"b": 2, "c": 3}}')
     config = Folder(tmp_path).config({"a": 4, "text_config": {"b": 5}})
-    assert (config.get("a"), config.text.said) == (4, {"b": 5, "c": 3})
+    assert (config.get("a"), config.text.values) == (4, {"b": 5, "c": 3})
 
 
 # --- the hub
@@ -204,10 +206,10 @@ def test_what_is_in_the_cache_is_read_there(hub: Hub, tmp_path: Path) -> None:
         (
             401,
             "RepoNotFound",
-            "org/m is neither a folder here nor a model on the hub (if it is pri",
+            "org/m is not a local folder and not a model on the hub; for a pri",
         ),
-        (403, "GatedRepo", "org/m is gated on the hub: accept its terms, set HF_TOKEN"),
-        (400, "", "org/m could not be downloaded: the hub said 400"),
+        (403, "GatedRepo", "org/m is gated on the hub; accept its terms and set HF_TOKEN"),
+        (400, "", "org/m could not be downloaded: the hub answered 400"),
     ],
 )
 def test_what_the_hub_refuses_is_told_in_one_line(
@@ -224,7 +226,7 @@ def test_names_and_revisions_that_are_not_there(hub: Hub) -> None:
     assert hub.repos
     with pytest.raises(ShapeUnknown, match="org/m has no revision no-such on the hub"):
         checkpoint.of(spec(model="org/m", engine={"revision": "no-such"}))
-    with pytest.raises(ShapeUnknown, match=r"SmolLM2 135M is neither .* nor a name the hub allows"):
+    with pytest.raises(ShapeUnknown, match=r"SmolLM2 135M is not .* not a valid name on the hub"):
         checkpoint.of(spec(model="SmolLM2 135M"))
 
 
@@ -252,17 +254,19 @@ def test_weights_that_are_cut_short_are_told_with_their_bytes(tmp_path: Path) ->
     whole = (tmp_path / "model.safetensors").stat().st_size
     assert Folder(tmp_path).flaw() is None
     _safetensors(tmp_path / "model.safetensors", cut=3)
-    told = f"model.safetensors is cut short: {whole - 3:,} of {whole:,} bytes"
+    told = f"model.safetensors is truncated: {whole - 3:,} of {whole:,} bytes"
     assert Folder(tmp_path).flaw() == told
     (tmp_path / "model.safetensors").write_bytes(b"abc")
-    assert Folder(tmp_path).flaw() == "model.safetensors is no whole safetensors file (3 bytes)"
+    assert (
+        Folder(tmp_path).flaw() == "model.safetensors is not a complete safetensors file (3 bytes)"
+    )
 
 
 def test_weights_that_the_index_names_have_to_be_there(tmp_path: Path) -> None:
     _safetensors(tmp_path / "model-1.safetensors")
     index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    flaw = "model.safetensors.index.json names model-2.safetensors, which is missing"
+    flaw = "model.safetensors.index.json lists model-2.safetensors, which is missing"
     assert Folder(tmp_path).flaw() == flaw
 
 
@@ -281,16 +285,16 @@ def test_a_pointer_in_place_of_a_file_is_told(tmp_path: Path, file: str) -> None
     _safetensors(tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / file).write_bytes(POINTER)
-    flaw = f"{file} is a Git LFS pointer in place of the file; fetch it with `git lfs pull`"
+    flaw = f"{file} is a Git LFS pointer; fetch the file with `git lfs pull`"
     assert Folder(tmp_path).flaw() == flaw
 
 
 def test_what_a_folder_without_a_config_is(tmp_path: Path) -> None:
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
-    with pytest.raises(ModelUnusable, match="GGUF files only; safetensors files are needed"):
+    with pytest.raises(ModelUnusable, match="only GGUF files; safetensors files are needed"):
         Folder(tmp_path).config()
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(ModelUnusable, match="is an adapter, no model: list it in `loras`"):
+    with pytest.raises(ModelUnusable, match="is an adapter and not a model; list it in `loras`"):
         Folder(tmp_path).config()
     (tmp_path / "params.json").write_text("{}")
     with pytest.raises(ShapeUnknown, match=r"params\.json") as unknown:
@@ -300,16 +304,18 @@ def test_what_a_folder_without_a_config_is(tmp_path: Path) -> None:
 
 def test_what_is_no_adapter(tmp_path: Path) -> None:
     assert (
-        Folder(tmp_path).adapter_flaw() == "has no adapter_config.json: it is a folder, no adapter"
+        Folder(tmp_path).adapter_flaw()
+        == "has no adapter_config.json; it is a folder and not an adapter"
     )
     (tmp_path / "config.json").write_text("{}")
     assert (
-        Folder(tmp_path).adapter_flaw() == "has no adapter_config.json: it is a model, no adapter"
+        Folder(tmp_path).adapter_flaw()
+        == "has no adapter_config.json; it is a model and not an adapter"
     )
     (tmp_path / "adapter_config.json").write_text("{}")
     assert str(Folder(tmp_path).adapter_flaw()).startswith("has none of adapter_model.safetensors")
     _safetensors(tmp_path / "adapter_model.safetensors", cut=1)
-    assert str(Folder(tmp_path).adapter_flaw()).startswith("adapter_model.safetensors is cut short")
+    assert str(Folder(tmp_path).adapter_flaw()).startswith("adapter_model.safetensors is truncated")
     _safetensors(tmp_path / "adapter_model.safetensors")
     assert Folder(tmp_path).adapter_flaw() is None
 
@@ -320,7 +326,7 @@ def test_flaws_count_where_the_weights_are_read(
 ) -> None:
     _safetensors(tmp_path / "model.safetensors", cut=1)
     entry = spec(model=str(tmp_path), engine={"load_format": load_format})
-    with pytest.raises(ModelUnusable, match="cut short") if raises else nullcontext():
+    with pytest.raises(ModelUnusable, match="truncated") if raises else nullcontext():
         checkpoint.raise_if_flawed(entry, checkpoint.of(entry))
 
 

@@ -230,12 +230,12 @@ async def test_a_model_that_came_from_the_hub_is_looked_at_when_it_starts(
 
 def test_a_context_beyond_the_models_own_starts_nothing() -> None:
     (told,) = problems(spec(engine={"max_model_len": 4097}), memory="100GiB")
-    assert told.endswith("max_model_len 4,097 is longer than the model's context, 4,096")
+    assert told.endswith("max_model_len 4,097 exceeds the model's context of 4,096 tokens")
 
 
 def test_a_kv_cache_too_small_is_told_with_one_that_would_do() -> None:
     (told,) = problems(spec(kv_cache="256MiB"), memory="100GiB")
-    short = "0.2 GiB of KV cache is less than 4,096 tokens take, 0.5 GiB"
+    short = "a KV cache of 0.2 GiB is too small; 4,096 tokens need 0.5 GiB"
     assert told.endswith(f"chat.kv_cache: {short}; what would fit: kv_cache: 0.6GiB")
     (told,) = problems(spec(kv_cache="256MiB"), memory="17.3GiB")
     assert told.endswith(short)  # a larger one would not fit beside the weights

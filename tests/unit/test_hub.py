@@ -208,15 +208,15 @@ def test_a_folder_needs_no_hub(box: Hub) -> None:
         (
             404,
             "RepoNotFound",
-            "org/m is neither a folder here nor a model on the hub (if it is private, set HF_TOKEN)",
+            "org/m is not a local folder and not a model on the hub; for a private model set HF_TOKEN",
         ),
         (
             401,
             "RepoNotFound",
-            "org/m is neither a folder here nor a model on the hub (if it is private, set HF_TOKEN)",
+            "org/m is not a local folder and not a model on the hub; for a private model set HF_TOKEN",
         ),
-        (403, "GatedRepo", "org/m is gated on the hub: accept its terms, set HF_TOKEN"),
-        (401, "GatedRepo", "org/m is gated on the hub: accept its terms, set HF_TOKEN"),
+        (403, "GatedRepo", "org/m is gated on the hub; accept its terms and set HF_TOKEN"),
+        (401, "GatedRepo", "org/m is gated on the hub; accept its terms and set HF_TOKEN"),
         (400, "", "org/m could not be downloaded: "),
         (401, "", "org/m could not be downloaded: "),
     ],
@@ -260,7 +260,7 @@ def waits(box: Hub, monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def test_a_hub_that_does_not_answer(waits: list[float]) -> None:
     with pytest.raises(StartupError) as refused:
         download()
-    assert refused.value.message == f"{AWAY}; it is not in the cache either"
+    assert refused.value.message == f"{AWAY}; the cache has no copy"
     assert sum(waits) < 60
 
 
@@ -270,7 +270,7 @@ def test_what_is_in_the_cache_is_enough_when_the_hub_does_not_answer(
     download()
     box.fetched.clear()
     waits = request.getfixturevalue("waits")
-    assert warned() == f"{AWAY}; the cache has it"
+    assert warned() == f"{AWAY}; the copy in the cache is used"
     assert box.fetched == []
     assert sum(waits) <= 5
 
@@ -278,7 +278,7 @@ def test_what_is_in_the_cache_is_enough_when_the_hub_does_not_answer(
 def test_a_name_that_leads_to_no_hub(box: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     download()
     monkeypatch.setattr(constants, "ENDPOINT", "http://hub.invalid")
-    assert warned() == f"{AWAY}; the cache has it"
+    assert warned() == f"{AWAY}; the copy in the cache is used"
 
 
 def test_a_hub_that_says_nothing_in_time(box: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -286,7 +286,7 @@ def test_a_hub_that_says_nothing_in_time(box: Hub, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(hub, "_HUB_TIMEOUT_S", 0.05)
     box.silent = True
     try:
-        assert warned() == f"{AWAY}; the cache has it"
+        assert warned() == f"{AWAY}; the copy in the cache is used"
     finally:
         box.silent = False
 
@@ -325,7 +325,7 @@ def test_a_hub_that_refuses_does_not_keep_what_is_in_the_cache(
     fetched = hub.download(wanted, lambda done, total: None)
     assert fetched.folder == str(tmp_path / "hub" / "models--org--m" / "snapshots" / SHA)
     assert fetched.warning is not None
-    assert fetched.warning.endswith("; the cache has it")
+    assert fetched.warning.endswith("; the copy in the cache is used")
     assert isinstance(checkpoint.of(spec(model="org/m")), checkpoint.Folder)  # as the plan reads it
 
 
@@ -343,7 +343,7 @@ def test_a_part_in_the_cache_is_not_enough(box: Hub, tmp_path: Path, gone: str, 
     with pytest.raises(StartupError) as refused:
         download()
     assert refused.value.message == (
-        f"org/m could not be downloaded: the hub said 504; the cache has a part of it: {lacks}"
+        f"org/m could not be downloaded: the hub answered 504; the copy in the cache is incomplete: {lacks}"
     )
 
 
@@ -352,7 +352,7 @@ def test_weights_cut_short_in_the_cache_are_not_enough(box: Hub, tmp_path: Path)
     file = tmp_path / "hub" / "models--org--m" / "snapshots" / SHA / "model.safetensors"
     file.write_bytes(WEIGHTS[:-1])
     box.refused["org/m"] = (500, "")
-    with pytest.raises(StartupError, match=r"a part of it: model\.safetensors is cut short"):
+    with pytest.raises(StartupError, match=r"is incomplete: model\.safetensors is truncated"):
         download()
 
 

@@ -72,10 +72,10 @@ def test_check_lists_problems_of_model_files(tmp_path: Path) -> None:
     assert result.exit_code == 2
     lines = result.stderr.replace(f"{tmp_path}/", "").splitlines()
     assert lines == [
-        "models.yaml:3: models.long.engine: max_model_len 200,000 is longer than the model's context, 131,072",
-        "models.yaml:4: models.small.kv_cache: 0.0 GiB of KV cache is less than 131,072 tokens take, 16.0 GiB; what would fit: kv_cache: 16.1GiB",
-        "models.yaml:5: models.lora.model: cannot be loaded: lora is an adapter, no model: list it in `loras` of the model that it adapts",
-        "models.yaml:6: models.tuned.model: cannot be loaded: adapter sql: empty: has no adapter_config.json: it is a folder, no adapter",
+        "models.yaml:3: models.long.engine: max_model_len 200,000 exceeds the model's context of 131,072 tokens",
+        "models.yaml:4: models.small.kv_cache: a KV cache of 0.0 GiB is too small; 131,072 tokens need 16.0 GiB; what would fit: kv_cache: 16.1GiB",
+        "models.yaml:5: models.lora.model: cannot be loaded: lora is an adapter and not a model; list it in `loras` of its base model",
+        "models.yaml:6: models.tuned.model: cannot be loaded: adapter sql: empty: has no adapter_config.json; it is a folder and not an adapter",
     ]
 
 
@@ -225,7 +225,7 @@ def test_a_plan_is_drawn_as_well(models: Path, tmp_path: Path) -> None:
 def test_a_plan_with_problems_is_shown_and_ends_with_2(models: Path, as_json: bool) -> None:
     result = llmserve("plan", models, "--gpus", "H100", *(["--json"] if as_json else []))
     assert result.exit_code == 2
-    assert "GPU 1 is not there" in result.stdout
+    assert "GPU 1 does not exist" in result.stdout
     if as_json:
         plan = json.loads(result.stdout)
         assert [problem["model"] for problem in plan["problems"]] == ["odd"]
@@ -275,7 +275,7 @@ def test_up_of_models_that_do_not_fit_ends_with_2_and_their_lines(
     see(monkeypatch, described("H100"))
     result = llmserve("up", models, "--port", 0)
     assert result.exit_code == 2
-    assert result.stderr.startswith("models.yaml:4: models.odd.devices: GPU 1 is not there; ")
+    assert result.stderr.startswith("models.yaml:4: models.odd.devices: GPU 1 does not exist; ")
 
 
 def test_up_on_used_gpus_ends_with_3_and_names_the_processes(

@@ -6,9 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmserve.gpus.device import GIB, Box, Gpu
-from llmserve.planning.packing import Effort, Item, Packing, Topology, even_out, pack
-
-EFFORT = 20_000
+from llmserve.planning.packing import Demand, Option, Packing, Topology, even_out, pack
 
 
 def box_of(count: int, *, gib: int = 80, linked: int = 64) -> Box:
@@ -17,39 +15,36 @@ def box_of(count: int, *, gib: int = 80, linked: int = 64) -> Box:
 
 
 def empty(box: Box) -> Packing:
-    return Packing(box, [gpu.memory for gpu in box])
+    return Packing(Topology(box), [gpu.memory for gpu in box])
 
 
-def item(name: str, gib: float, box: Box, devices: int = 1, model: str = "") -> Item:
-    return Item(name, model or name, devices, (int(gib * GIB),) * len(box))
+def demand(name: str, gib: float, devices: int = 1) -> Demand:
+    return Demand(name, (Option(devices, int(gib * GIB)),))
+
+
+def put(packing: Packing, name: str, gib: float, g: int) -> None:
+    one = demand(name, gib)
+    packing.put(one, one.options[0], (g,))
 
 
 def packed(sizes: list[float], box: Box) -> Packing:
-    items = [item(f"m{k}", gib, box) for k, gib in enumerate(sizes)]
-    return pack(items, empty(box), Effort(EFFORT))
+    packing = empty(box)
+    pack([demand(f"m{k}", gib) for k, gib in enumerate(sizes)], packing)
+    return packing
 
 
-def test_groups_are_of_linked_gpus_where_there_are_enough() -> None:
-    topology = Topology(box_of(4, linked=2), linked=True)
-    assert topology.among((0, 1, 2, 3), 2) == [(0, 1), (2, 3)]
-    assert topology.pools(4) == [(0, 1, 2, 3)]
-    assert len(topology.unlinked().among((0, 1, 2, 3), 2)) == 6
-
-
-def test_of_many_gpus_only_neighbours_make_groups() -> None:
+def test_among_many_gpus_only_neighbours_make_groups() -> None:
     """Of 64 GPUs there are 635,376 groups of four."""
-    box = box_of(64)
-    groups = Topology(box, linked=True).among(tuple(range(64)), 4)
+    groups = Topology(box_of(64)).among(tuple(range(64)), 4)
     assert len(groups) == 61
     assert all(group[-1] - group[0] == 3 for group in groups)
 
 
 def test_flaws_of_a_group() -> None:
-    topology = Topology(box_of(4, linked=2), linked=True)
+    topology = Topology(box_of(4, linked=2))
     single, aligned, crooked = map(topology.flaws, ((1,), (2, 3), (1, 2)))
     assert single == aligned == 0
-    assert crooked > 1  # and not linked
-    assert 0 < Topology(box_of(4), linked=True).flaws((1, 2)) < 1
+    assert crooked > Topology(box_of(4)).flaws((1, 2)) > 0  # and not linked
 
 
 def test_evening_out_mends_what_greedy_leaves() -> None:
@@ -64,29 +59,28 @@ def test_evening_out_mends_what_greedy_leaves() -> None:
 def test_room_is_made_for_what_is_left() -> None:
     """Largest first ends with 70 and 75 GiB, and no room for 15 GiB."""
     packing = packed([45, 30, 25, 25, 20, 15], box_of(2))
-    assert not packing.left
+    assert len(packing.where) == 6
     assert packing.loads == [80 * GIB, 80 * GIB]
 
 
-def test_what_is_fixed_stays() -> None:
-    box = box_of(2)
-    packing = empty(box)
-    packing.fix(item("fixed", 60, box), (1,))
-    packing = pack([item(f"m{k}", 20, box) for k in range(3)], packing, Effort(EFFORT))
+def test_what_is_reserved_stays() -> None:
+    packing = empty(box_of(2))
+    fixed = demand("fixed", 60)
+    packing.reserve(fixed, fixed.options[0], (1,))
+    pack([demand(f"m{k}", 20) for k in range(3)], packing)
     even_out(packing)
     assert packing.loads == [60 * GIB, 60 * GIB]
-    assert "fixed" not in {one.name for one in packing.where}
+    assert fixed not in packing.where
 
 
 def test_replicas_that_are_together_are_parted() -> None:
-    box = box_of(2)
-    packing = empty(box)
+    packing = empty(box_of(2))
     for number in range(2):
-        packing.put(item(f"chat/{number}", 10, box, model="chat"), (0,))
-        packing.put(item(f"m{number}", 10, box), (1,))
-    assert packing.crowded() == [0]
+        put(packing, f"chat/{number}", 10, 0)
+        put(packing, f"m{number}", 10, 1)
+    assert together(packing) == 1
     even_out(packing)
-    assert packing.crowded() == []
+    assert together(packing) == 0
     assert packing.is_even()
 
 
@@ -96,15 +90,14 @@ def test_evening_out_loses_nothing_and_brings_no_replicas_together(
     count: int, many: int, seed: int
 ) -> None:
     random_ = random.Random(seed)
-    box = box_of(count, linked=4)
-    items = [
-        item(f"m{k}", random_.uniform(1, 60), box, random_.choice([1, 1, 2]), f"m{k // 2}")
+    packing = empty(box_of(count, linked=4))
+    demands = [
+        demand(f"m{k // 2}/{k % 2}", random_.uniform(1, 60), random_.choice([1, 1, 2]))
         for k in range(many)
     ]
-    packing = pack(items, empty(box), Effort(EFFORT))
+    pack(demands, packing)
     before = set(packing.where)
-    assert before.isdisjoint(packing.left)
-    assert before.union(packing.left) == set(items)
+    assert before <= set(demands)
     pairs = together(packing)
     even_out(packing)
     assert set(packing.where) == before
@@ -114,11 +107,11 @@ def test_evening_out_loses_nothing_and_brings_no_replicas_together(
 
 
 def loads(packing: Packing) -> list[int]:
-    """Bytes on each GPU, added up anew."""
+    """Bytes on each GPU, as the sum of what is there."""
     taken = [0] * len(packing.loads)
-    for one, group in packing.where.items():
+    for option, group in packing.where.values():
         for g in group:
-            taken[g] += one.takes[g]
+            taken[g] += option.needs
     return taken
 
 

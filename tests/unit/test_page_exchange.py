@@ -183,7 +183,7 @@ def test_whoever_does_not_know_the_secret_gets_nothing(server: PageBroker, secre
 def test_whoever_says_nothing_holds_nobody_up(
     server: PageBroker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(page_exchange, "_PATIENCE_S", 600.0)
+    monkeypatch.setattr(page_exchange, "_TIMEOUT_S", 600.0)
     with connected(), server.expecting(["a"]):
         began = time.monotonic()
         page_exchange.give("a", made(b"one"))
@@ -194,7 +194,7 @@ def test_whoever_says_nothing_holds_nobody_up(
 def test_without_a_descriptor_for_a_connection_it_goes_on(
     server: PageBroker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(page_exchange, "_PATIENCE_S", 3.0)
+    monkeypatch.setattr(page_exchange, "_TIMEOUT_S", 3.0)
     name = os.environ[ADDRESS].split()[0]
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
@@ -221,7 +221,7 @@ def test_a_page_is_not_passed_on_to_programs_that_are_started(server: PageBroker
 def test_a_giver_that_ends_on_the_way_costs_nothing(
     server: PageBroker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(page_exchange, "_PATIENCE_S", 0.1)
+    monkeypatch.setattr(page_exchange, "_TIMEOUT_S", 0.1)
     before = descriptors()
     with server.expecting(["a"]):
         with connected() as (connection, secret):

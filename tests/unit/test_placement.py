@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmserve.gpus.device import GIB, Box, Gpu
-from llmserve.planning.packing import BALANCE
-from llmserve.planning.placement import Demand, Option, Placed, Placement, capacity, fill, place
+from llmserve.planning.packing import BALANCE, Demand, Option
+from llmserve.planning.placement import Placed, Placement, capacity, fill, place
 from tests.unit.effort import calls
 
 HEADROOM = 0.1

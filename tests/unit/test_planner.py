@@ -177,7 +177,7 @@ def test_a_model_of_which_nothing_is_known_gets_its_share_alone() -> None:
         (
             "4xH100",
             {"devices": [5]},
-            "GPU 5 is not there; this box has 0 to 3",
+            "GPU 5 does not exist; this box has GPUs 0 to 3",
             "devices: [0]",
             "devices",
         ),
@@ -191,35 +191,35 @@ def test_a_model_of_which_nothing_is_known_gets_its_share_alone() -> None:
         (
             "4xH100",
             {"tensor_parallel_size": 3},
-            "3 devices cannot share 32 attention heads",
+            "3 GPUs cannot share 32 attention heads",
             "tensor_parallel_size: 1 or 2 or 4",
             "tensor_parallel_size",
         ),
         (
             "H100,L40S",
             {"devices": [0, 1], "tensor_parallel_size": 2},
-            "different kinds share a replica: 0 is H100 80GB HBM3, 1 is L40S",
+            "the GPUs of a replica must be of one kind; GPU 0 is H100 80GB HBM3, GPU 1 is L40S",
             "tensor_parallel_size: 1, devices: [0]",
             "devices",
         ),
         (
             "H100",
             {"devices": [0], "gpu_memory_utilization": 0.1},
-            "8.0 GiB of 79.6 GiB is less than the",
+            "8.0 GiB of 79.6 GiB is too small; each GPU needs",
             "gpu_memory_utilization: 0.24",
             "gpu_memory_utilization",
         ),
         (
             "H100",
             {"memory": "16GiB"},
-            "16.0 GiB of 79.6 GiB is less than the",
+            "16.0 GiB of 79.6 GiB is too small; each GPU needs",
             "memory: 18.9GiB",
             "memory",
         ),
         (
             "H100",
             {"kv_cache": "512MiB"},
-            "0.5 GiB of KV cache is less than 8,192 tokens take, 1.0 GiB",
+            "a KV cache of 0.5 GiB is too small; 8,192 tokens need 1.0 GiB",
             "kv_cache: 1.1GiB",
             "kv_cache",
         ),
@@ -247,14 +247,14 @@ def test_a_model_of_which_nothing_is_known_gets_its_share_alone() -> None:
         (
             "H100",
             {"engine": {"max_model_len": 100_000}},
-            "max_model_len 100,000 is longer than the model's context, 8,192",
+            "max_model_len 100,000 exceeds the model's context of 8,192 tokens",
             "engine: {max_model_len: 8192}",
             "engine",
         ),
         (
             "L4",
             {"engine": {"max_model_len": 100_000}, "kv_cache": "600MiB"},
-            "max_model_len 100,000 is longer than the model's context, 8,192",
+            "max_model_len 100,000 exceeds the model's context of 8,192 tokens",
             "engine: {max_model_len: 4096}",  # a whole context has no room
             "engine",
         ),
@@ -262,8 +262,8 @@ def test_a_model_of_which_nothing_is_known_gets_its_share_alone() -> None:
         (
             "H100",
             {"model": "elsewhere"},
-            "its size is not known: it is an odd one",
-            "`devices` and `memory` in its entry",
+            "its size is unknown: it is an odd one",
+            "`devices` and `memory` of the model",
             "model",
         ),
     ],
@@ -293,7 +293,7 @@ def test_shares_that_are_more_than_a_gpu_are_told_with_what_is_free() -> None:
     )
     (found,) = plan.problems
     assert found.model == "b"
-    assert "wants 47.8 GiB; free of 1 x H100 80GB HBM3: GPU 0 31.9 GiB" in found.message
+    assert "is configured for 47.8 GiB; free on 1 x H100 80GB HBM3: GPU 0 31.9 GiB" in found.message
     assert found.remedy == "gpu_memory_utilization: 0.24"
     assert [replica.model for replica in plan.replicas] == ["a"]
 
@@ -303,14 +303,14 @@ def test_eight_bit_weights_are_offered_where_nothing_milder_fits() -> None:
     assert found.remedy == "engine: {quantization: fp8}"
 
 
-def test_leaving_another_model_out_comes_last() -> None:
+def test_removing_another_model_comes_last() -> None:
     entry = {"model": "8b", "memory": "20GiB", "pinned": True}
     (found,) = planned("RTX4090", {"a": entry, "b": entry}).problems
-    assert found.remedy == "leaving a out"
+    assert found.remedy == "removing a"
     late = {"model": "8b", "memory": "20GiB", "start": "lazy"}
     (found,) = planned("RTX4090", {"a": entry, "b": late}).problems
-    assert found.remedy == "leaving a out"
-    assert "server.gpu_headroom, while all others sleep that may: GPU 0 2.1 GiB" in found.message
+    assert found.remedy == "removing a"
+    assert "server.gpu_headroom, with the other models asleep: GPU 0 2.1 GiB" in found.message
 
 
 def test_turns_are_offered_before_that() -> None:
@@ -320,7 +320,7 @@ def test_turns_are_offered_before_that() -> None:
     assert (found.model, found.remedy) == ("c", "start: sleeping")
     models["c"]["pinned"] = True
     (found,) = planned("H100", models).problems
-    assert (found.model, found.remedy) == ("c", "a with start: sleeping")
+    assert (found.model, found.remedy) == ("c", "start: sleeping for a")
     models["a"] = models["a"] | {"start": "sleeping"}
     assert not planned("H100", models).problems
 
@@ -398,7 +398,7 @@ def test_a_kv_cache_that_is_said_holds_a_request_on_the_gpus_that_it_gets() -> N
 def test_a_share_above_the_headroom_is_offered_all_below_it() -> None:
     found = problem("H100", gpu_memory_utilization=0.95)
     assert (
-        "wants 75.7 GiB; free of 1 x H100 80GB HBM3, less the 8% of server.gpu_headroom"
+        "is configured for 75.7 GiB; free on 1 x H100 80GB HBM3 without the 8% of server.gpu_headroom"
         in found.message
     )
     assert found.remedy == "gpu_memory_utilization: 0.92"
@@ -482,8 +482,8 @@ def test_of_unknown_size_on_demand_keeps_its_place() -> None:
 def test_what_fits_nowhere_on_demand_is_told() -> None:
     (found,) = planned("RTX4090", {"a": {"model": "8b"}, "b": LATE | {"memory": "25GiB"}}).problems
     assert found.message == (
-        "wants 25.0 GiB; free of 1 x RTX 4090, less the 8% of server.gpu_headroom, while all "
-        "others sleep that may: GPU 0 20.3 GiB"
+        "is configured for 25.0 GiB; free on 1 x RTX 4090 without the 8% of "
+        "server.gpu_headroom, with the other models asleep: GPU 0 20.3 GiB"
     )
     assert found.remedy == "memory: 17.8GiB"
 
