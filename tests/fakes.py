@@ -20,6 +20,7 @@ from llmserve.api.sse import EventStream, PeekableStream
 from llmserve.errors import LLMServeError, StartupError
 from llmserve.lifecycle.admission import Releasable
 from llmserve.lifecycle.placement import Level, Placement
+from llmserve.lifecycle.served_model import ServedModel
 from llmserve.registry.config import ModelSpec
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
     from llmserve.lifecycle.admission import QueuedRequest
     from llmserve.lifecycle.placement import Takes
-    from llmserve.lifecycle.replica import MemoryBudget, Running, State
+    from llmserve.lifecycle.replica import MemoryBudget, Replica, Running, State
     from llmserve.lifecycle.response_store import ResponseStore
     from llmserve.registry.config import Config
 
@@ -211,7 +212,7 @@ class Plan:
 class FakeBackend:
     """Starts the replicas of its plans; one without a plan is ready at once. Its own memory.
 
-    Their names are those of `pool.Replica`.
+    Their names are those of `Replica`.
     """
 
     def __init__(self, **plans: Plan) -> None:
@@ -282,6 +283,11 @@ def broken(cause: str = "ValueError: no memory left") -> Plan:
 
 def spec(name: str = "chat", **more: Any) -> ModelSpec:
     return ModelSpec(name=name, **({"model": f"/models/{name}"} | more))
+
+
+def replica(model: ModelSpec, number: int = 0) -> Replica:
+    """A replica without an engine."""
+    return ServedModel(model, [Placement(number, {})]).replicas[0]
 
 
 def http_scope(

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
     from starlette.requests import Request
 
+    from llmserve.registry.config import ServerSpec
+
 _BODY_LIMIT = 64 * 2**10
 _LINES_LIMIT = 100_000
 _LOOK_S = 0.25  # how often a log is looked at for more
@@ -35,6 +37,11 @@ _LOOK_S = 0.25  # how often a log is looked at for more
 
 class Operator(Protocol):
     """What can be seen and done. Whatever takes a model's name raises ModelNotFound."""
+
+    @property
+    def server(self) -> ServerSpec:
+        """The `server` section in force."""
+        ...
 
     def models(self) -> list[dict[str, Any]]:
         """A dictionary for each model, fit for JSON.

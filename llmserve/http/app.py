@@ -57,7 +57,7 @@ def build(services: Services) -> ASGIApp:
     app.router.redirect_slashes = False  # a 404 that says what was meant
     app.state.services = services
     answering = _Answering(_Access(_Dispatch(app), services))
-    return _WithContext(_Cors.of(answering, services.config.server), services)
+    return _WithContext(_Cors.of(answering, services.operator.server), services)
 
 
 class _Dispatch:
@@ -240,7 +240,7 @@ class _Access:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            key = auth.check(scope, self._services.config.server)
+            key = auth.check(scope, self._services.operator.server)
             if key is not None:
                 RequestContext.of(scope).owner = hashlib.sha256(key).hexdigest()
         await self._app(scope, receive, send)

@@ -93,7 +93,7 @@ def _stored(request: Request) -> tuple[ResponseStore, str]:
     """Where the response of the path is. Raises RouteNotFound, also for another key's."""
     response_id = request.path_params["response_id"]
     owner = RequestContext.of(request.scope).owner
-    for entry in _services(request).pool.entries.values():
+    for entry in _services(request).pool.models.values():
         if entry.responses.has(response_id, owner):
             return entry.responses, response_id
     raise RouteNotFound(
@@ -111,7 +111,7 @@ async def health(_: Request) -> Response:
 
 async def ready(request: Request) -> Response:
     """200 while every model answers, or would when it is asked; each model's state either way."""
-    entries = _services(request).pool.entries.values()
+    entries = _services(request).pool.models.values()
     states = {entry.name: _shown(entry) for entry in entries}
     all_ready = all(entry.ready or entry.queues_requests for entry in entries)
     return _json({"ready": all_ready, "models": states}, 200 if all_ready else 503)
@@ -135,7 +135,7 @@ async def version(_: Request) -> Response:
 
 async def figures(request: Request) -> Response:
     services = _services(request)
-    page = services.metrics.page(services.pool.registries())
+    page = services.metrics.page(services.pool.collectors())
     return Response(page, media_type=metrics.CONTENT_TYPE)
 
 
@@ -157,7 +157,7 @@ async def openapi(_: Request) -> Response:
 
 def _card(services: Services, name: str) -> dict[str, Any]:
     found = services.pool.registry.find(name)
-    running = services.pool.entries[found.name].running
+    running = services.pool.models[found.name].running
     return model_card(name, found, services.created, running)
 
 

@@ -14,14 +14,12 @@ if TYPE_CHECKING:
     from llmserve.http.admin import Operator
     from llmserve.lifecycle.pool import Pool
     from llmserve.metrics import Metrics
-    from llmserve.registry.config import Config
 
 
 @dataclass
 class Services:
     """One per server, in `request.app.state.services`."""
 
-    config: Config  # the one that counts: a reload puts another here
     pool: Pool
     metrics: Metrics
     operator: Operator

@@ -57,7 +57,7 @@ class DispatchRequest(NamedTuple):
     tokens: int  # an estimate of prompt and answer
 
     @classmethod
-    def of(cls, model: str, body: dict[str, Any], answer: int) -> DispatchRequest:
+    def from_body(cls, model: str, body: dict[str, Any], answer: int) -> DispatchRequest:
         """Each answer counts as `answer` tokens, whatever it may take; 0: it writes no text.
 
         How long it gets is not known, and what it takes of a replica is a place in the batch:
@@ -221,7 +221,7 @@ def _beginning(texts: list[Text]) -> Text:
     return "\n".join([text[:longest] for text in texts if type(text) is str])
 
 
-def policy_of(spec: ModelSpec) -> Policy | None:
+def policy_from_spec(spec: ModelSpec) -> Policy | None:
     """None where there is nothing to choose."""
     if spec.replicas == 1:
         return None

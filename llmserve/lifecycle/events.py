@@ -21,7 +21,7 @@ class Events:
     def __init__(self) -> None:
         self._listeners: set[_Listener] = set()
 
-    def tell(self, replica: Replica, before: State) -> None:
+    def publish(self, replica: Replica, before: State) -> None:
         event = {
             "at": time.time(),
             "model": replica.model.name,

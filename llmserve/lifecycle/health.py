@@ -45,7 +45,7 @@ class HealthMonitor:
             await asyncio.sleep(_LOOK_S)
             for replica in self._pool.replicas:
                 try:
-                    if not self._pool.handle_death(replica):
+                    if not self._pool.supervisor.handle_death(replica):
                         self._rest_if_idle(replica)
                 except Exception:  # of this one; the others are looked after
                     log.exception("model=%s unforeseen", replica.name)

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from llmserve.lifecycle.placement import Placement, Takes
     from llmserve.lifecycle.response_store import ResponseStore
     from llmserve.registry.config import Config, ModelSpec
-    from llmserve.registry.names import Model
 
 
 class State(StrEnum):
@@ -173,44 +172,67 @@ class Backend(Protocol):
         ...
 
 
-class Replica:
-    """One engine of a model and where it is in its life."""
+class ReplicaModel(Protocol):
+    """The model of a replica, which owns its spec."""
 
-    def __init__(self, model: Model, placement: Placement) -> None:
+    @property
+    def spec(self) -> ModelSpec: ...
+    @property
+    def name(self) -> str: ...
+    def serve_queue(self) -> None:
+        """Admit or refuse queued requests, as the replicas allow now."""
+        ...
+
+    def record_change(self, replica: Replica, before: State) -> None:
+        """Record that a replica changed its state, from `before`, or its note."""
+        ...
+
+
+class Replica:
+    """One engine of a model: its state, level, placement and load.
+
+    Only `transitions` changes its state and level.
+    """
+
+    def __init__(self, model: ReplicaModel, placement: Placement) -> None:
+        lazy = model.spec.start == "lazy"
         self.model = model
-        self.placement = placement  # of its engine, also while that starts
-        self.next_placement = placement  # of an engine that is started later
-        self.state = State.STOPPED if model.spec.start == "lazy" else State.WAITING
+        self.placement = placement  # of its engine, from the start of that engine on
+        self.next_placement = placement  # of an engine that starts later
+        self.state = State.STOPPED if lazy else State.WAITING
         self.level = Level.STOPPED
-        self.note = ""  # progress, or why it failed
+        self.note = ""  # progress, or the cause of a failure
         self.running: Running | None = None
-        self.started = time.monotonic()  # or when it will be; with the wait for room
-        self.began = self.started  # without it
-        self.seconds = 0.0  # what the start took
-        self.cost_s: dict[Level, float] = {}  # what it last took to be ready, by where from
-        self.since = time.monotonic()  # its state
-        self.used = time.monotonic()  # when a request last came or went
-        self.leaves = False  # its model has left, and its memory is free soon
-        self.retired = False  # it ends with its requests, and does not start again
-        self.queues_requests = (
-            model.spec.start == "lazy"
-        )  # requests wait for it while it is on its way
+        self.started = time.monotonic()  # beginning of the start, with the wait for memory
+        self.began = self.started  # beginning of the start, without that wait
+        self.seconds = 0.0  # duration of the last start
+        self.cost_s: dict[Level, float] = {}  # last load time, by the level before it
+        self.since = time.monotonic()  # beginning of its state
+        self.used = time.monotonic()  # end of its last request
+        self.leaves = False  # its model has left the pool, so its memory is free soon
+        self.retired = False  # it stops after its requests, and does not start again
+        self.queues_requests = lazy  # requests may wait while it starts
         self.deaths = RestartBackoff()
-        self.failures = RestartBackoff()  # of starts that requests asked for
-        self.again_at = math.inf  # when they may once more
-        self.gave_way = 0  # times
+        self.failures = RestartBackoff()  # failed starts
+        self.again_at = math.inf  # earliest time at which a request may start it after a failure
+        self.gave_way = 0  # evictions
         self.load = Load()
         self.unused = asyncio.Event()  # set when its last request has ended
         self.transition_lock = asyncio.Lock()  # one transition at a time
 
     @property
     def number(self) -> int:
-        """Of the model's replicas, from 0."""
+        """The number of the replica in its model, from 0."""
         return self.placement.number
 
     @property
+    def name(self) -> str:
+        several = self.model.spec.replicas > 1
+        return f"{self.model.name}/{self.number}" if several else self.model.name
+
+    @property
     def holds(self) -> Mapping[Level, Takes]:
-        """Bytes at each level that it can be at besides STOPPED."""
+        """Bytes at each level of its placement besides STOPPED."""
         return self.placement.holds
 
     @property
@@ -220,7 +242,7 @@ class Replica:
 
     @property
     def ready_in_s(self) -> float | None:
-        """An estimate while it is not ready; None: it has never been."""
+        """The expected seconds until it is ready; None if it has never been ready."""
         cost_s = self.cost_s.get(self.level, self.cost_s.get(Level.STOPPED))
         if cost_s is None:
             return None
@@ -229,7 +251,7 @@ class Replica:
 
     @property
     def can_start(self) -> bool:
-        """Whether requests can have it brought."""
+        """Whether a request may start or wake it now."""
         if self.retired:
             return False
         if self.state is State.FAILED:
@@ -241,10 +263,10 @@ class Replica:
         return self.model.spec.pinned and not self.leaves
 
     @property
-    def idle_s(self) -> float:
-        return 0.0 if self.load.requests else time.monotonic() - self.used
+    def is_dead(self) -> bool:
+        """Whether it has an engine, which has died."""
+        return self.running is not None and self.running.dead
 
     @property
-    def name(self) -> str:
-        several = self.model.spec.replicas > 1
-        return f"{self.model.name}/{self.number}" if several else self.model.name
+    def idle_s(self) -> float:
+        return 0.0 if self.load.requests else time.monotonic() - self.used

@@ -71,7 +71,7 @@ class Archive:
         self._limit_bytes = limit_bytes
         self._models: WeakSet[ResponseStore] = WeakSet()
 
-    def of_model(self, limit: int = LIMIT) -> ResponseStore:
+    def new_store(self, limit: int = LIMIT) -> ResponseStore:
         made = ResponseStore(limit, self.trim)
         self._models.add(made)
         return made

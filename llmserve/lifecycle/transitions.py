@@ -42,15 +42,10 @@ _WAKE_S = 0.5  # of a sleeper that has never been awakened
 
 
 class ReplicaLifecycle:
-    """`changed` is told of every change, with the state before it."""
-
-    def __init__(
-        self, backend: Backend, metrics: Metrics, changed: Callable[[Replica, State], None]
-    ) -> None:
+    def __init__(self, backend: Backend, metrics: Metrics) -> None:
         self._backend = backend
         self._memory = backend.memory
         self._metrics = metrics
-        self._changed = changed
         self._booked: dict[Replica, Level] = {}  # what of the memory each may have
         self._order = GpuClaims()  # of those who want room, first come, first served
 
@@ -232,7 +227,7 @@ class ReplicaLifecycle:
 
     def restart_dead(self, replica: Replica, note: str, lived_s: float) -> bool:
         """Whether a dead replica is started again, which it then waits for."""
-        self._metrics.deaths.labels(replica.model.name, replica.number).inc()
+        self.count_death(replica)
         pause_s = replica.deaths.pause_s(lived_s)
         if pause_s is None:
             times = replica.deaths.in_a_row
@@ -244,7 +239,15 @@ class ReplicaLifecycle:
         self.change(replica, State.WAITING, f"{note}; again in {pause_s:g} s")
         return True
 
+    def count_death(self, replica: Replica) -> None:
+        self._metrics.deaths.labels(replica.model.name, replica.number).inc()
+
     # --- what a request or a reload asks
+
+    def forget_failures(self, replica: Replica) -> None:
+        """Let a replica start again that failed too often."""
+        replica.deaths.forget()
+        replica.failures.forget()
 
     def queue_requests(self, replica: Replica) -> None:
         """Let requests wait for a replica while it is on its way."""
@@ -282,7 +285,7 @@ class ReplicaLifecycle:
         replica.state, replica.note = state, note
         if state is not before:
             replica.since = time.monotonic()
-        self._changed(replica, before)
+        replica.model.record_change(replica, before)
 
     # --- room
 

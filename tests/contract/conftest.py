@@ -21,7 +21,6 @@ from llmserve.lifecycle.operator import ModelOperator
 from llmserve.lifecycle.pool import Pool
 from llmserve.metrics import Metrics
 from llmserve.registry.config import Config, ModelSpec, ServerSpec
-from llmserve.registry.names import ModelNames
 from tests.fakes import FakeBackend
 
 if TYPE_CHECKING:
@@ -96,11 +95,11 @@ class Started(FakeBackend):
 async def services_of(specs: list[ModelSpec], running: dict[str, Any]) -> Services:
     metrics = Metrics()
     backend = Started(running)
-    pool = Pool(ModelNames(specs), backend, metrics)
+    pool = Pool(specs, backend, metrics)
     await pool.start()
     config = Config(file=Path("models.yaml"), server=ServerSpec(), models=tuple(specs))
-    control = ModelOperator(config, pool, backend, lambda: config, lambda _: None)
-    return Services(config, pool, metrics, control)
+    control = ModelOperator(config.server, pool, backend, lambda: config)
+    return Services(pool, metrics, control)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")

@@ -33,7 +33,7 @@ def grammars_of(serving: Any) -> ConstraintCompiler:
 
 
 def running(services: Services) -> Any:
-    return services.pool.entries["chat"].running
+    return services.pool.models["chat"].running
 
 
 def own(**constraint: Any) -> dict[str, Any]:

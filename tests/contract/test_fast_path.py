@@ -1087,7 +1087,7 @@ async def test_a_client_that_leaves_has_its_request_aborted(
     assert await box.core("aborted") == before + 1
     assert await box.core("running") == 0
     assert not box.serving.engine.client.output_processor.request_states
-    await until(lambda: box.services.pool.entries["chat"].slots.in_flight == 0)
+    await until(lambda: box.services.pool.models["chat"].slots.in_flight == 0)
 
 
 async def test_a_request_that_ended_is_not_aborted(box: Box) -> None:

@@ -25,7 +25,6 @@ from llmserve.lifecycle.pool import Pool
 from llmserve.lifecycle.replica import State
 from llmserve.metrics import Metrics
 from llmserve.registry.config import Config, IdleSpec, ModelSpec, SamplingSpec, ServerSpec
-from llmserve.registry.names import ModelNames
 from tests.simulator.engines import Fleet, Memory, Weather
 from tests.simulator.loop import SimulatedLoop, SimulatedThreads, Stuck, virtual_time
 
@@ -167,17 +166,14 @@ class World:
         fleet: Any = self.fleet
         backend._imported = _Modules(fleet, fleet)
         backend._threads = cast("ThreadPoolExecutor", SimulatedThreads(self.loop))
-        self.pool = Pool(ModelNames(self.config.models), backend, metrics, self._on_change)
-        self.control = ModelOperator(self.config, self.pool, backend, self._changed, self._adopted)
-        self.services = Services(self.config, self.pool, metrics, self.control)
+        self.pool = Pool(self.config.models, backend, metrics, self._on_change)
+        self.control = ModelOperator(self.config.server, self.pool, backend, self._changed)
+        self.services = Services(self.pool, metrics, self.control)
         self.app = app.build(self.services)
         self.exchanges: list[Exchange] = []
         self.serving: set[asyncio.Task[None]] = set()
         self.operating: set[asyncio.Task[None]] = set()
         self.accepts = True
-
-    def _adopted(self, config: Config) -> None:
-        self.services.config = config
 
     def _model(self, name: str, size: int) -> ModelSpec:
         chance = self.chance
@@ -207,7 +203,7 @@ class World:
     def _changed(self) -> Config:
         """The registry as an operator has edited it."""
         chance = self.chance
-        models = list(self.services.config.models)
+        models = list(self.config.models)
         number = chance.randrange(len(models))
         spec = models[number]
         match chance.choice(("live", "live", "dispatch", "rebuild", "resize", "restart", "new")):
@@ -231,7 +227,8 @@ class World:
                 else:
                     free = [name for name in NAMES if name not in {each.name for each in models}]
                     models += [self._model(name, 20) for name in free[:1]]
-        return self.services.config.model_copy(update={"models": tuple(models)})
+        self.config = self.config.model_copy(update={"models": tuple(models)})
+        return self.config
 
     def _thread_s(self, func: Any) -> float:
         call = func
@@ -390,7 +387,7 @@ class World:
 
     async def _unload_now(self, name: str) -> None:
         """It ends a start that is under way, and does not wait for it."""
-        starts = all(each.state in _STARTS for each in self.pool.entry(name).replicas)
+        starts = all(each.state in _STARTS for each in self.pool.find(name).replicas)
         began = self.loop.time()
         await self.control.unload(name, drain=False)
         if starts and self.loop.time() - began > _AT_ONCE_S:
@@ -432,7 +429,7 @@ class World:
         self.ending = True  # a start that was given up may end in its thread
         self.accepts = False
         starting.cancel()
-        await self.pool.drain(self.services.config.server.drain_timeout)
+        await self.pool.drain(self.control.server.drain_timeout)
         await self._let_clients_go()
         watch.cancel()
         await self.pool.stop()
@@ -469,7 +466,7 @@ class World:
         self.steps += 1
         if self.over or not hasattr(self, "accepts"):
             return
-        for entry in self.pool.entries.values():
+        for entry in self.pool.models.values():
             slots = entry.slots
             if (
                 slots._queue
@@ -487,9 +484,9 @@ class World:
             )
 
     def _check_idle(self) -> None:
-        if self.pool.leases:
-            self.violate(f"leases are left: {self.pool.leases}")
-        for entry in self.pool._all():
+        if self.pool.router.leases:
+            self.violate(f"leases are left: {self.pool.router.leases}")
+        for entry in self.pool._all:
             if entry.slots.in_flight or entry.slots.waiting():
                 self.violate(f"{entry.name}: {self._standing()}")
             for replica in entry.replicas:
@@ -520,7 +517,7 @@ class World:
             f"{entry.name}: {entry.state}, {entry.slots.in_flight} of {entry.slots.limit} in flight, "
             f"{entry.slots.waiting()} wait, replicas "
             + ", ".join(f"{each.state} ({each.note})" for each in entry.replicas)
-            for entry in self.pool._all()
+            for entry in self.pool._all
         )
 
     # --- telling

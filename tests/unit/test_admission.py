@@ -39,7 +39,7 @@ class Leave:
     """What somebody in the line is given."""
 
     def __init__(self, wish: str, slot: Slot) -> None:
-        self.wish = wish
+        self.request = wish
         self.slot = slot
         self.released = 0
 
@@ -77,19 +77,19 @@ class Line:
 def test_there_are_as_many_slots_as_the_limit() -> None:
     slots: AdmissionQueue[str, Leave] = AdmissionQueue("chat", 2, 0)
     held = [slots.take() for _ in range(2)]
-    assert (slots.count(), slots.free) == (2, False)
+    assert (slots.in_flight, slots.free) == (2, False)
     held[0].release()
-    assert (slots.count(), slots.free) == (1, True)
+    assert (slots.in_flight, slots.free) == (1, True)
 
 
 def test_a_slot_left_twice_is_given_back_once() -> None:
     slots: AdmissionQueue[str, Leave] = AdmissionQueue("chat", 2, 0)
     slots.take()
     slot = slots.take()
-    assert slots.count() == 2
+    assert slots.in_flight == 2
     slot.release()
     slot.release()
-    assert slots.count() == 1
+    assert slots.in_flight == 1
 
 
 @given(limit=st.integers(1, 5), steps=st.lists(st.integers(-1, 9), max_size=60))
@@ -109,7 +109,7 @@ def test_in_flight_stays_between_zero_and_the_limit(limit: int, steps: list[int]
         else:
             with pytest.raises(Overloaded):
                 slots.raise_if_full(Deadline(), 0)
-        assert slots.count() == len(held)
+        assert slots.in_flight == len(held)
         assert slots.free == (len(held) < limit)
 
 
@@ -123,7 +123,7 @@ async def test_whoever_comes_while_others_wait_does_not_pass_them() -> None:
     held[0].release()
     assert not line.slots.free  # the slot is the first one's
     line.advance()
-    assert (await soon(waiting)).wish == "first"
+    assert (await soon(waiting)).request == "first"
     held[1].release()
     assert line.slots.free
 
@@ -138,7 +138,7 @@ async def test_those_who_wait_are_let_in_as_they_came() -> None:
         (await soon(each)).release()
         line.advance()
     assert line.let_in == ["a", "b", "c"]
-    assert (line.slots.waiting(), line.slots.count()) == (0, 0)
+    assert (line.slots.waiting(), line.slots.in_flight) == (0, 0)
 
 
 async def test_as_many_are_let_in_as_there_are_slots() -> None:
@@ -148,7 +148,7 @@ async def test_as_many_are_let_in_as_there_are_slots() -> None:
         await line.stand(name)
     line.advance()
     assert line.let_in == ["a", "b"]
-    assert line.slots.count() == 3
+    assert line.slots.in_flight == 3
     line.advance()
     assert line.let_in == ["a", "b"]
     held.release()
@@ -206,8 +206,8 @@ async def test_a_wish_that_cannot_be_granted_fails_alone() -> None:
     line.slots.advance(enter)
     with pytest.raises(EngineDead, match="gone"):
         await soon(waiting[0])
-    assert (await soon(waiting[1])).wish == "b"
-    assert line.slots.count() == 1
+    assert (await soon(waiting[1])).request == "b"
+    assert line.slots.in_flight == 1
 
 
 async def test_a_line_that_is_sent_away_is_told_why() -> None:
@@ -224,7 +224,7 @@ async def test_a_line_that_is_sent_away_is_told_why() -> None:
         with pytest.raises(EngineDead, match="gone"):
             await soon(each)
     assert len(made) == 2  # one for each: an error that is raised holds its traceback
-    assert (line.slots.waiting(), line.slots.count()) == (0, 0)
+    assert (line.slots.waiting(), line.slots.in_flight) == (0, 0)
 
 
 # --- those who leave
@@ -237,7 +237,7 @@ async def test_whoever_leaves_the_line_is_not_let_in() -> None:
     await asyncio.wait(waiting[:1])
     assert line.slots.waiting() == 1
     line.advance()
-    assert (await soon(waiting[1])).wish == "b"
+    assert (await soon(waiting[1])).request == "b"
     assert line.let_in == ["b"]
 
 
@@ -251,7 +251,7 @@ async def test_whoever_is_let_in_as_he_leaves_keeps_nothing(timeout_s: float | N
     if not waiting.cancelled():  # `wait_for` gives what is there all the same
         waiting.result().release()
     assert line.given[0].released == 1
-    assert line.slots.count() == 0
+    assert line.slots.in_flight == 0
 
 
 async def test_the_slot_of_one_who_left_unseen_goes_to_the_next() -> None:
@@ -261,8 +261,8 @@ async def test_the_slot_of_one_who_left_unseen_goes_to_the_next() -> None:
     line.advance()
     await asyncio.wait(waiting[:1])
     line.advance()
-    assert (await soon(waiting[1])).wish == "b"
-    assert line.slots.count() == 1
+    assert (await soon(waiting[1])).request == "b"
+    assert line.slots.in_flight == 1
 
 
 # --- a line that is full
@@ -277,7 +277,7 @@ async def test_a_full_line_refuses_and_says_its_limits() -> None:
     with pytest.raises(Overloaded) as refused:
         line.slots.raise_if_full(Deadline(), 0)
     assert refused.value.message == (
-        "The model `chat` has 2 requests in flight and 1 that wait, its max_in_flight and "
+        "The model `chat` has 2 requests in flight and 1 in its queue, its max_in_flight and "
         "max_queue; try again."
     )
     assert refused.value.code == "overloaded"
@@ -304,21 +304,21 @@ async def test_how_soon_to_try_again_is_told_by_the_pace(clock: Clock) -> None:
 
 def test_a_few_requests_tell_no_pace(clock: Clock) -> None:
     pace = ServiceRate()
-    pace.begins()
+    pace.begin()
     for _ in range(admission._ENOUGH - 1):
-        pace.ended()
+        pace.record_completion()
         clock.now += 1.0
     assert pace.seconds(5) is None
-    pace.ended()
+    pace.record_completion()
     assert pace.seconds(8) == pytest.approx(7.0)
 
 
 def test_the_pace_is_that_of_the_last_requests_and_slows_down_in_a_halt(clock: Clock) -> None:
     pace = ServiceRate()
-    pace.begins()
+    pace.begin()
     for gap_s in [100.0] * 10 + [1.0] * admission._RECENT:
         clock.now += gap_s
-        pace.ended()
+        pace.record_completion()
     assert pace.seconds(64) == pytest.approx(63.0)
     clock.now += 63.0
     assert pace.seconds(64) == pytest.approx(126.0)
@@ -332,7 +332,9 @@ async def test_one_that_cannot_be_reached_is_told_at_once(clock: Clock) -> None:
     with pytest.raises(Overloaded) as refused:
         slots.raise_if_full(Deadline(3.0), 4.5)
     assert refused.value.code == "deadline_unreachable"
-    assert re.search(r"in 4\.5 s, later than the 3\.0 s that it has left", refused.value.message)
+    assert re.search(
+        r"needs 4\.5 s .* more than the 3\.0 s until its deadline", refused.value.message
+    )
     assert refused.value.retry_after_s == 5
     slots.raise_if_full(Deadline(4.5), 4.5)
     slots.raise_if_full(Deadline(), 1e9)
@@ -348,7 +350,7 @@ async def test_those_in_the_line_count_for_the_deadline(clock: Clock) -> None:
     needs_s = 3 * 7 / 8 * admission._MARGIN  # one in flight, one in the line, and this one
     await line.stand("a")
     line.slots.raise_if_full(Deadline(needs_s + 0.01), 0)
-    with pytest.raises(Overloaded, match=r"would be done with this request in 2\.9 s"):
+    with pytest.raises(Overloaded, match=r"needs 2\.9 s for this request"):
         line.slots.raise_if_full(Deadline(needs_s - 0.01), 0)
     clock.now += 100
     held.release(whole=False)
@@ -366,8 +368,8 @@ async def test_one_that_passes_in_the_line_ends_the_wait() -> None:
     assert (ended.value.status, ended.value.code) == (504, "deadline_exceeded")
     assert line.slots.waiting() == 1
     line.advance()
-    assert (await soon(patient)).wish == "patient"
-    assert line.slots.count() == 1
+    assert (await soon(patient)).request == "patient"
+    assert line.slots.in_flight == 1
 
 
 async def test_one_that_has_passed_does_not_wait_at_all() -> None:

@@ -28,7 +28,6 @@ from llmserve.metrics import Metrics
 from llmserve.planning.measurements import Measured
 from llmserve.planning.planner import Planner
 from llmserve.registry.config import Config, ModelSpec
-from llmserve.registry.names import ModelNames
 from tests import fakes
 from tests.fakes import FakeBackend, FakeRunning, Gate, soon
 from tests.unit.shapes import LLAMA_8B
@@ -628,10 +627,8 @@ class Moving:
         plan = planned(self.kept, *self.read.models, box="2xH100")
         self.memory = GpuMemory(plan, self.kept, host_memory=100 * GIB)
         self.backend = FakeEngines(self.memory)
-        self.pool = Pool(ModelNames((spec,)), self.backend, Metrics())
-        self.operator = ModelOperator(
-            self.read, self.pool, self.backend, lambda: self.read, lambda _: None
-        )
+        self.pool = Pool((spec,), self.backend, Metrics())
+        self.operator = ModelOperator(self.read.server, self.pool, self.backend, lambda: self.read)
 
     def _on(self, gpu: int) -> Config:
         return config(self.folder, *sleeping("m", kv_cache="20GiB", devices=[gpu]))
@@ -688,7 +685,7 @@ async def test_the_engine_before_starts_again_where_it_was(moving: Moving) -> No
     old = await moving.ready()
     moving.comes(error=StartupError("no memory left"))
     told = await moving.reload(1)
-    assert "the engine before it goes on" in told["lines"][-1]
+    assert "the old engine continues" in told["lines"][-1]
     await soon(moving.pool.life.lower(old, Level.STOPPED))
     moving.comes()
     await soon(moving.pool.life.to_ready(old))

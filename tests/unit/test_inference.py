@@ -362,13 +362,13 @@ async def test_a_client_that_leaves_while_it_waits_leaves_the_line(streamed: boo
         body = HI | {"stream": streamed}
         asking = asyncio.ensure_future(box.client.post(CHAT, json=body))
         await soon(gate.reached.wait())
-        slots = box.pool.entries["chat"].slots
+        slots = box.pool.models["chat"].slots
         await until(lambda: slots.waiting() == 1)
         await asyncio.sleep(0.01)
         asking.cancel()
         await until(lambda: slots.waiting() == 0)
         gate.opened.set()
-        await until(lambda: box.pool.entries["chat"].state is State.READY)
+        await until(lambda: box.pool.models["chat"].state is State.READY)
         await until(lambda: box.disconnects() == 1)
         assert (box.in_flight, box.running.calls) == (0, [])
 
@@ -378,7 +378,7 @@ async def test_those_who_wait_for_a_slot_get_it_in_order() -> None:
     async with asgi(spec("chat", max_in_flight=1, max_queue=2)) as box:
         box.running.answer = plain(gate=gate)
         asking = [asyncio.ensure_future(_ask(box, number)) for number in range(3)]
-        await until(lambda: box.pool.entries["chat"].slots.waiting() == 2)
+        await until(lambda: box.pool.models["chat"].slots.waiting() == 2)
         refused = await _ask(box, 3)
         assert (refused.status_code, error_of(refused)["code"]) == (503, "overloaded")
         gate.opened.set()

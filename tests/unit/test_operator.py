@@ -28,7 +28,7 @@ from llmserve.errors import (
     RequestError,
     StartupError,
 )
-from llmserve.lifecycle import health, pool, restart_backoff, transitions
+from llmserve.lifecycle import health, restart_backoff, transitions
 from llmserve.lifecycle.admission import Deadline
 from llmserve.lifecycle.health import HealthMonitor
 from llmserve.lifecycle.lease import Lease, ModelRequest
@@ -38,7 +38,6 @@ from llmserve.lifecycle.pool import Pool
 from llmserve.lifecycle.replica import Replica, State
 from llmserve.metrics import Metrics
 from llmserve.registry import config
-from llmserve.registry.names import ModelNames
 from tests.fakes import FakeBackend, FakeRunning, Gate, Plan, broken, let_in, soon, until
 
 if TYPE_CHECKING:
@@ -60,7 +59,6 @@ def _hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transitions, "_TURN", 0.0)
     monkeypatch.setattr(transitions, "_TURN_S", (0.0, 0.0))
     monkeypatch.setattr(health, "_LOOK_S", 0.002)
-    monkeypatch.setattr(pool, "_DRAIN_LOOK_S", 0.001)
     monkeypatch.setattr(restart_backoff, "_FIRST_S", 0.001)
 
 
@@ -128,12 +126,9 @@ class Box:
         self.backend = Engines()
         self.metrics = Metrics()
         self.config = config.load(file)
-        self.pool = Pool(ModelNames(self.config.models), self.backend, self.metrics)
+        self.pool = Pool(self.config.models, self.backend, self.metrics)
         read = partial(config.load, file)
-        self.control = ModelOperator(self.config, self.pool, self.backend, read, self._adopt)
-
-    def _adopt(self, config: Config) -> None:
-        self.config = config
+        self.control = ModelOperator(self.config.server, self.pool, self.backend, read)
 
     def write(self, models: Entries, server: dict[str, Any] | None = None) -> None:
         entries = {name: {"model": "org/model"} | said for name, said in models.items()}
@@ -160,11 +155,11 @@ class Box:
         return reloading
 
     def replica(self, name: str, number: int = 0) -> Replica:
-        return self.pool.entries[name].replicas[number]
+        return self.pool.models[name].replicas[number]
 
     def places(self, *names: str) -> dict[str, list[Placement]]:
         """Where the engines of these models are."""
-        entries = [self.pool.entries[name] for name in names]
+        entries = [self.pool.models[name] for name in names]
         return {each.name: [replica.placement for replica in each.replicas] for each in entries}
 
     def engine(self, name: str) -> Engine:
@@ -205,7 +200,7 @@ class Box:
 
     async def asking(self, name: str) -> asyncio.Task[Lease]:
         """A request that waits now."""
-        slots = self.pool.entry(name).slots
+        slots = self.pool.find(name).slots
         before = slots.waiting()
         task = asyncio.create_task(self.ask(name))
         await until(lambda: slots.waiting() == before + 1)
@@ -213,19 +208,19 @@ class Box:
 
     def settled(self) -> None:
         """Nothing is held by what is not there, and nothing is there that nobody knows."""
-        here = {each for entry in self.pool.entries.values() for each in entry.replicas}
-        assert self.pool.leases == {}
-        assert set(self.pool._owner) == here
-        assert self.pool._comings == {}
-        assert set(self.pool._dispatched) <= here
+        here = {each for entry in self.pool.models.values() for each in entry.replicas}
+        assert self.pool.router.leases == {}
+        assert set(self.pool.replicas) == here
+        assert self.pool.supervisor._tasks == {}
+        assert set(self.pool._gauges._dispatched) <= here
         assert {each for each, level in self.pool.life._booked.items() if level} == {
             each for each in here if each.level
         }
         alive = {each.running for each in here if each.running is not None}
         all_engines = {each for engines in self.backend.engines.values() for each in engines}
         assert {each for each in all_engines if not each.stopped} == alive
-        assert all(entry.slots.in_flight == 0 for entry in self.pool.entries.values())
-        assert [model.name for model in self.pool.registry.models] == list(self.pool.entries)
+        assert all(entry.slots.in_flight == 0 for entry in self.pool.models.values())
+        assert [model.name for model in self.pool.registry.models] == list(self.pool.models)
 
 
 class Boxes(Protocol):
@@ -348,7 +343,7 @@ async def test_swaps_and_deaths_are_added_up(up: Boxes) -> None:
 async def test_a_log_is_where_the_running_engine_writes(up: Boxes) -> None:
     """Also if the model has another number of replicas by now, and its file another name."""
     box = await up({"a": {"replicas": 2, "aliases": ["x"]}})
-    running: Any = box.pool.entries["a"].replicas[1].running
+    running: Any = box.pool.models["a"].replicas[1].running
     running.log = Path("/logs/as-it-was-started")
     assert box.control.log_of("x", 1) == running.log
     assert box.control.log_of("x", 2) == Path("/logs/a+2")
@@ -553,7 +548,7 @@ async def test_unload_now_of_a_model_that_waits_to_be_started_again_ends_it(
     monkeypatch.setattr(restart_backoff, "_FIRST_S", 60.0)
     box = await up({"a": {}})
     box.engine("a").dead = True
-    assert box.pool.handle_death(box.replica("a"))
+    assert box.pool.supervisor.handle_death(box.replica("a"))
     assert box.states() == {"a": "waiting"}
     await soon(box.control.unload("a", drain=False))
     assert box.states() == {"a": "stopped"}
@@ -581,7 +576,7 @@ async def test_unload_of_a_model_that_waits_to_be_started_again_ends_it_for_good
     monkeypatch.setattr(restart_backoff, "_FIRST_S", 0.02)
     box = await up({"a": {}})
     box.engine("a").dead = True
-    assert box.pool.handle_death(box.replica("a"))
+    assert box.pool.supervisor.handle_death(box.replica("a"))
     assert box.states() == {"a": "waiting"}
     await soon(box.control.unload("a", drain=True))
     await asyncio.sleep(0.03)
@@ -637,15 +632,15 @@ async def test_unload_ends_a_sleeper(up: Boxes) -> None:
 
 async def test_a_file_with_mistakes_changes_nothing(up: Boxes) -> None:
     box = await up({"a": {}, "b": {}})
-    was = box.config
+    was = box.control.server
     box.write({"a": {"max_in_flight": 7, "aliases": ["x"]}, "c": {"replicas": "many"}})
     with pytest.raises(ConfigError, match="replicas"):
         await box.reload()
     with pytest.raises(ModelNotFound):
-        box.pool.entry("x")
-    assert box.config is was
-    assert box.pool.entries["a"].slots.limit == 1024
-    assert (list(box.pool.entries), box.backend.adopted) == (["a", "b"], [])
+        box.pool.find("x")
+    assert box.control.server is was
+    assert box.pool.models["a"].slots.limit == 1024
+    assert (list(box.pool.models), box.backend.adopted) == (["a", "b"], [])
     assert await box.reload({"a": {}, "b": {}}) == []
 
 
@@ -659,13 +654,13 @@ async def test_a_file_that_is_gone_changes_nothing(up: Boxes) -> None:
 
 async def test_models_that_do_not_fit_change_nothing(up: Boxes) -> None:
     box = await up({"a": {}, "b": {}})
-    was = box.config
+    was = box.control.server
     box.backend.plan_error = PlacementError(["models.c: needs 80 GiB"])
     with pytest.raises(ConfigError, match="needs 80 GiB"):
         await box.reload({"a": {"max_in_flight": 7}, "c": {"memory": 1}})
-    assert box.config is was
-    assert box.pool.entries["a"].slots.limit == 1024
-    assert list(box.pool.entries) == ["a", "b"]
+    assert box.control.server is was
+    assert box.pool.models["a"].slots.limit == 1024
+    assert list(box.pool.models) == ["a", "b"]
     box.backend.plan_error = None
     assert await box.reload() == [
         "b: removed",
@@ -676,7 +671,7 @@ async def test_models_that_do_not_fit_change_nothing(up: Boxes) -> None:
 
 async def test_a_dry_run_changes_nothing(up: Boxes) -> None:
     box = await up({"a": {}, "b": {}, "c": {}})
-    was, entries = box.config, dict(box.pool.entries)
+    was, entries = box.control.server, dict(box.pool.models)
     box.write(
         {"a": {"memory": 10}, "b": {"priority": 2, "aliases": ["x"]}, "d": {"memory": 1}},
         {"drain_timeout": 5, "port": 9},
@@ -693,8 +688,8 @@ async def test_a_dry_run_changes_nothing(up: Boxes) -> None:
             "server.port: needs a restart of the server; left as it is",
         ]
         orjson.dumps(told)
-    assert box.config is was
-    assert box.pool.entries == entries
+    assert box.control.server is was
+    assert box.pool.models == entries
     assert box.backend.adopted == []
     assert box.backend.plans_made == [box.places("b")] * 2
     assert sorted(box.backend.started) == ["a", "b", "c"]
@@ -702,10 +697,10 @@ async def test_a_dry_run_changes_nothing(up: Boxes) -> None:
 
 async def test_a_file_that_is_the_same_changes_nothing(up: Boxes) -> None:
     box = await up({"a": {}, "b": {"replicas": 2}})
-    entries = dict(box.pool.entries)
+    entries = dict(box.pool.models)
     told = await soon(box.control.reload(dry_run=False))
     assert (told["changed"], told["lines"], told["unchanged"]) == (False, [], ["a", "b"])
-    assert box.pool.entries == entries
+    assert box.pool.models == entries
     assert box.backend.plans_made == [box.places("a", "b")]
 
 
@@ -779,14 +774,14 @@ async def test_a_model_whose_change_goes_wrong_goes_on_as_before_and_the_others_
         "e": {"memory": 10},
     }
     lines = await box.reload(after)
-    assert lines[-1] == "b: the template is none; it goes on as before"
+    assert lines[-1] == "b: the template is none; the model continues unchanged"
     await box.use("x", "b", "d", "e")
     with pytest.raises(ModelNotFound):
         await box.ask("y")
     assert box.shown("b")["priority"] == 0
-    assert list(box.pool.entries) == ["a", "b", "d", "e"]
+    assert list(box.pool.models) == ["a", "b", "d", "e"]
     box.engine("b").change_error = ValueError("still")
-    assert (await box.reload())[-1] == "b: ValueError: still; it goes on as before"
+    assert (await box.reload())[-1] == "b: ValueError: still; the model continues unchanged"
     box.engine("b").change_error = None
     assert await box.reload() == [
         'b: changed live (aliases [] -> ["y"], priority 0 -> 1)',
@@ -807,7 +802,7 @@ async def test_what_of_the_server_can_change_does_and_the_rest_is_told_each_time
     up: Boxes,
 ) -> None:
     box = await up({"a": {}}, drain_timeout=3)
-    port = box.config.server.port
+    port = box.control.server.port
     for changed in (["server.drain_timeout: changed live (3.0 -> 5.0)"], []):
         lines = await box.reload({"a": {}}, {"drain_timeout": 5, "port": 9, "gpu_headroom": 0.5})
         assert lines == [
@@ -815,9 +810,9 @@ async def test_what_of_the_server_can_change_does_and_the_rest_is_told_each_time
             "server.port: needs a restart of the server; left as it is",
             "server.gpu_headroom: needs a restart of the server; left as it is",
         ]
-        assert box.config.server.drain_timeout == 5
-        assert (box.config.server.port, box.config.server.gpu_headroom) == (port, 0.08)
-        assert box.backend.adopted[-1].server == box.config.server
+        assert box.control.server.drain_timeout == 5
+        assert (box.control.server.port, box.control.server.gpu_headroom) == (port, 0.08)
+        assert box.backend.adopted[-1].server == box.control.server
 
 
 # --- models that leave and come
@@ -890,7 +885,7 @@ async def test_a_removed_model_that_waits_for_memory_is_gone_all_the_same(up: Bo
     held.release()
     await soon(reloading)
     await some_ms()
-    assert list(box.pool.entries) == ["a"]
+    assert list(box.pool.models) == ["a"]
 
 
 async def test_a_removed_model_that_waits_to_be_started_again_is_gone_all_the_same(
@@ -899,7 +894,7 @@ async def test_a_removed_model_that_waits_to_be_started_again_is_gone_all_the_sa
     monkeypatch.setattr(restart_backoff, "_FIRST_S", 0.05)
     box = await up({"a": {}, "b": {"memory": 1}})
     box.engine("a").dead = True
-    assert box.pool.handle_death(box.replica("a"))
+    assert box.pool.supervisor.handle_death(box.replica("a"))
     await box.reload({"b": {"memory": 1}})
     await asyncio.sleep(0.06)
     assert box.states() == {"b": "ready"}
@@ -963,7 +958,7 @@ async def test_everything_at_once_in_the_order_of_the_file(up: Boxes) -> None:
         "c: changed live",
         "new: added",
     ]
-    assert list(box.pool.entries) == ["new", "e", "d", "c", "a"]
+    assert list(box.pool.models) == ["new", "e", "d", "c", "a"]
     assert [model["name"] for model in box.control.models()] == ["new", "e", "d", "c", "a"]
     assert [each.name for each in box.pool.replicas] == ["new", "e", "d/0", "d/1", "c", "a"]
     assert box.pool.registry.public_names() == ["new", "e", "d", "c", "x", "a"]
@@ -1040,7 +1035,7 @@ async def test_a_new_engine_that_fails_beside_the_old_one_leaves_all_as_it_was(u
     box.backend.coming["a"] = broken("no such weights")
     after: Entries = {"a": {"memory": 50, "aliases": ["y"], "priority": 1}, "b": {"priority": 2}}
     lines = await box.reload(after)
-    assert lines[-1] == "a: no such weights; the engine before it goes on"
+    assert lines[-1] == "a: no such weights; the old engine continues"
     assert await box.use("a", "x") == [old, old]
     with pytest.raises(ModelNotFound):
         await box.ask("y")
@@ -1177,7 +1172,7 @@ async def test_resized_engines_answer_under_new_aliases_too(up: Boxes) -> None:
     assert set(await box.use("x", "x")) == {first, box.engine("a/1")}
     first.change_error = EngineError("no")
     lines = await box.reload({"a": {"memory": 30, "aliases": ["y"]}})
-    assert lines[-1] == "a: no; it goes on as before"
+    assert lines[-1] == "a: no; the model continues unchanged"
     assert [each["state"] for each in box.shown("a")["replicas"]] == ["ready", "ready"]
     await box.use("x")
 
@@ -1224,7 +1219,7 @@ async def test_two_reloads_at_the_same_time_are_one_after_the_other(up: Boxes) -
     box.write({"a": {"memory": 10}, "c": {"memory": 20}})
     second = asyncio.create_task(box.reload())
     await some_ms()
-    assert list(box.pool.entries) == ["a", "b"]
+    assert list(box.pool.models) == ["a", "b"]
     gate.opened.set()
     assert await soon(first) == ["b: added"]
     assert await soon(second) == ["b: removed", "c: added"]
@@ -1261,7 +1256,7 @@ async def test_a_reload_while_a_model_starts_with_the_server(up: Boxes, after: s
     gate.opened.set()
     await soon(reloading)
     await soon(starting)
-    assert list(box.pool.entries) == list(AFTER[after])
+    assert list(box.pool.models) == list(AFTER[after])
     names = [name for model in box.pool.registry.models for name in model.names]
     assert all(await box.use(*names))
     if after == "changed":
@@ -1309,7 +1304,7 @@ async def failed(box: Box) -> AsyncIterator[None]:
 async def dead(box: Box) -> AsyncIterator[None]:
     """And soon started again."""
     box.engine("a").dead = True
-    assert box.pool.handle_death(box.replica("a"))
+    assert box.pool.supervisor.handle_death(box.replica("a"))
     yield
 
 
@@ -1338,7 +1333,7 @@ async def test_a_reload_in_any_state(
         reloading = asyncio.create_task(box.reload(models))
         await some_ms()
     await soon(reloading)
-    assert list(box.pool.entries) == list(models)
+    assert list(box.pool.models) == list(models)
     for name in models:
         await soon(box.control.load(name))
         await box.use(name)
@@ -1365,7 +1360,7 @@ async def test_a_dead_engine_is_not_asked_to_change(up: Boxes) -> None:
     box.engine("a").dead = True
     box.engine("a").change_error = EngineError("dead")
     assert await box.reload({"a": {"aliases": ["x"]}}) == ['a: changed live (aliases [] -> ["x"])']
-    assert box.pool.handle_death(box.replica("a"))
+    assert box.pool.supervisor.handle_death(box.replica("a"))
     await until(lambda: box.states() == {"a": "ready"})
     await box.use("x")
 
@@ -1464,11 +1459,11 @@ async def test_no_request_is_lost_in_any_sequence_of_reloads(up: Boxes, seed: in
     for _ in range(8):
         entries = shuffled(entries, chance)
         lines = await soon(box.reload(entries | steady), 60)
-        assert not any("goes on" in line for line in lines)
-        assert list(box.pool.entries) == [*entries, "steady"]
+        assert not any("continues" in line for line in lines)
+        assert list(box.pool.models) == [*entries, "steady"]
         await asyncio.sleep(chance.random() * 0.01)
     await clients.stop()
-    await until(lambda: not box.pool._comings)
+    await until(lambda: not box.pool.supervisor._tasks)
     assert {"steady", "always"} < clients.answered
     for name, error in clients.refused:
         assert name in "abcd"

@@ -17,7 +17,6 @@ from llmserve.lifecycle.lease import Lease, ModelRequest
 from llmserve.lifecycle.pool import Pool
 from llmserve.lifecycle.replica import Replica, State
 from llmserve.metrics import Metrics
-from llmserve.registry.names import ModelNames
 from tests.fakes import FakeBackend, Gate, Plan, broken, let_in, soon, spec, until
 
 if TYPE_CHECKING:
@@ -55,7 +54,7 @@ class Box:
         self.backend = FakeBackend(**plans)
         self.metrics = Metrics()
         self.seen: list[tuple[str, State, str]] = []
-        self.pool = Pool(ModelNames(specs), self.backend, self.metrics, self._changed)
+        self.pool = Pool(specs, self.backend, self.metrics, self._changed)
 
     def _changed(self, replica: Replica) -> None:
         self.seen.append((replica.name, replica.state, replica.note))
@@ -66,7 +65,7 @@ class Box:
         return lease
 
     def states(self) -> dict[str, str]:
-        return {name: entry.state.value for name, entry in self.pool.entries.items()}
+        return {name: entry.state.value for name, entry in self.pool.models.items()}
 
     def shown_states(self) -> dict[str, str]:
         """The states that the metrics show; of one of several replicas by `MODEL/NUMBER`."""
@@ -128,7 +127,7 @@ async def test_one_that_fails_in_an_unforeseen_way_does_not_stop_the_others() ->
     box = Box(embed=Plan(error=RuntimeError("boom")))
     await box.pool.start()
     assert box.states() == {"chat": "ready", "embed": "failed", "draft": "ready"}
-    assert "boom" in box.pool.entries["embed"].note
+    assert "boom" in box.pool.models["embed"].note
 
 
 async def test_a_required_one_that_fails_ends_the_start_at_once() -> None:
@@ -198,7 +197,7 @@ async def test_a_model_that_is_not_ready_yet_says_when_to_come_back(state: State
     assert refused.value.message == f"The model `chat` is {state}; try again."
     assert refused.value.code == "model_not_ready"
     assert refused.value.headers() == {"retry-after": "5"}
-    assert box.pool.entries["chat"].slots.in_flight == 0
+    assert box.pool.models["chat"].slots.in_flight == 0
     gate.opened.set()
     await soon(starting)
     box.lease("chat").release()
@@ -263,7 +262,7 @@ async def test_an_engine_that_dies_is_started_again_and_the_others_serve_on() ->
     async with watched(box):
         box.backend.running("chat").dead = True
         await until(lambda: box.states()["chat"] == "waiting")
-        assert box.pool.entries["chat"].note == "its engine died; again in 1 s"
+        assert box.pool.models["chat"].note == "its engine died; again in 1 s"
         with pytest.raises(Overloaded, match="The model `chat` is waiting") as refused:
             box.lease("chat")
         assert refused.value.code == "model_not_ready"
@@ -298,7 +297,7 @@ async def test_an_engine_that_dies_again_and_again_is_left() -> None:
             await until(lambda: box.states()["chat"] == "ready")
         box.backend.running("chat").dead = True
         await until(lambda: box.states()["chat"] == "failed")
-    assert box.pool.entries["chat"].note == "its engine died; 5 times, not started again"
+    assert box.pool.models["chat"].note == "its engine died; 5 times, not started again"
     with pytest.raises(EngineDead, match="The engine of `chat` died 5 times") as refused:
         box.lease("chat")
     assert refused.value.code == "engine_dead"
@@ -313,8 +312,8 @@ async def test_a_start_that_fails_after_a_death_counts_as_one() -> None:
     box.backend.plans["chat"].error = StartupError("no memory left")
     async with watched(box):
         box.backend.running("chat").dead = True
-        await until(lambda: "5 times" in box.pool.entries["chat"].note)
-    assert box.pool.entries["chat"].note == "no memory left; 5 times, not started again"
+        await until(lambda: "5 times" in box.pool.models["chat"].note)
+    assert box.pool.models["chat"].note == "no memory left; 5 times, not started again"
     assert box.backend.started.count("chat") == restart_backoff.GIVE_UP
 
 
@@ -461,10 +460,10 @@ async def test_states_are_in_the_metrics() -> None:
 
 async def test_the_figures_of_running_engines_are_collected() -> None:
     box = Box(embed=broken())
-    assert list(box.pool.registries()) == []
+    assert list(box.pool.collectors()) == []
     await box.pool.start()
     running = [box.backend.running(name).registry for name in ("chat", "draft")]
-    assert list(box.pool.registries()) == running
+    assert list(box.pool.collectors()) == running
 
 
 # --- replicas
@@ -536,7 +535,7 @@ def test_a_model_is_where_its_furthest_replica_is(
     box = Box(twins())
     for replica, state in zip(box.pool.replicas, states, strict=True):
         box.pool.life.change(replica, state)
-    entry = box.pool.entries["chat"]
+    entry = box.pool.models["chat"]
     assert entry.state is model
     assert box.pool.ready() == ([entry] if model is State.READY else [])
 
@@ -659,7 +658,7 @@ async def test_every_replica_stops_and_shows_its_figures() -> None:
     box = Box(twins())
     await box.pool.start()
     running = [box.backend.running(f"chat/{number}") for number in (0, 1)]
-    assert list(box.pool.registries()) == [each.registry for each in running]
+    assert list(box.pool.collectors()) == [each.registry for each in running]
     await box.pool.stop()
     assert [each.stopped for each in running] == [1, 1]
 
@@ -705,7 +704,7 @@ async def test_watch_that_is_cancelled_leaves_no_task(monkeypatch: pytest.Monkey
 async def test_model_that_leaves_while_it_is_asked_for_again_serves_its_queue() -> None:
     box = Box(spec("chat", start="lazy", max_in_flight=1, max_queue=8))
     await soon(box.pool.start())
-    entry = box.pool.entries["chat"]
+    entry = box.pool.models["chat"]
     (replica,) = entry.replicas
     box.pool.life.change(replica, State.FAILED)
     replica.again_at = 0.0
@@ -727,7 +726,7 @@ async def test_model_that_leaves_while_it_is_asked_for_again_serves_its_queue() 
 async def test_queue_of_a_model_that_has_left_is_refused_when_nothing_comes() -> None:
     box = Box(spec("chat", start="lazy", max_in_flight=1, max_queue=8), chat=broken("no weights"))
     await soon(box.pool.start())
-    entry = box.pool.entries["chat"]
+    entry = box.pool.models["chat"]
     place = box.pool.lease(wish("chat"))
     assert isinstance(place, QueuedRequest)
     box.pool.remove(entry)

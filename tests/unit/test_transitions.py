@@ -21,7 +21,6 @@ from llmserve.lifecycle.placement import HOST_MEMORY, Level, Place
 from llmserve.lifecycle.pool import Pool
 from llmserve.lifecycle.replica import Replica, State
 from llmserve.metrics import Metrics
-from llmserve.registry.names import ModelNames
 from tests.fakes import FakeBackend, FakeRunning, Gate, Plan, broken, let_in, soon, spec, until
 
 if TYPE_CHECKING:
@@ -82,22 +81,22 @@ class Box:
             plan.running.sleeps = able
         self.metrics = Metrics()
         self.seen: list[tuple[str, State, str]] = []
-        self.pool = Pool(ModelNames(specs), self.backend, self.metrics, self._changed)
+        self.pool = Pool(specs, self.backend, self.metrics, self._changed)
 
     def _changed(self, replica: Replica) -> None:
         self.seen.append((replica.name, replica.state, replica.note))
 
     def replica(self, name: str) -> Replica:
-        return self.pool.entries[name].replicas[0]
+        return self.pool.models[name].replicas[0]
 
     def running(self, name: str) -> FakeRunning:
         return self.backend.running(name)
 
     def states(self) -> dict[str, str]:
-        return {name: entry.state.value for name, entry in self.pool.entries.items()}
+        return {name: entry.state.value for name, entry in self.pool.models.items()}
 
     def levels(self) -> dict[str, Level]:
-        return {name: entry.replicas[0].level for name, entry in self.pool.entries.items()}
+        return {name: entry.replicas[0].level for name, entry in self.pool.models.items()}
 
     def trail(self, name: str) -> list[str]:
         """The states that a model went through."""
@@ -119,9 +118,9 @@ class Box:
 
     async def asking(self, name: str, deadline: Deadline | None = None) -> asyncio.Task[Lease]:
         """A request that waits now."""
-        before = self.pool.entries[name].slots.waiting()
+        before = self.pool.models[name].slots.waiting()
         task = asyncio.create_task(self.ask(name, deadline))
-        await until(lambda: self.pool.entries[name].slots.waiting() == before + 1)
+        await until(lambda: self.pool.models[name].slots.waiting() == before + 1)
         return task
 
 
@@ -857,7 +856,7 @@ async def test_a_death_that_several_notice_is_one() -> None:
     box.running("a").dead = True
     replica = box.replica("a")
     for _ in range(3):  # a request, and whoever watches, in one turn of the loop
-        box.pool.handle_death(replica)
+        box.pool.supervisor.handle_death(replica)
     assert replica.deaths.in_a_row == 1
     assert box.figure("engine_deaths_total", model="a", replica="0") == 1
 
@@ -1008,7 +1007,7 @@ async def test_death_in_a_transition_is_left_to_its_end() -> None:
     replica = box.replica("a")
     box.running("a").dead = True
     async with replica.transition_lock:
-        assert not box.pool.handle_death(replica)
+        assert not box.pool.supervisor.handle_death(replica)
         assert replica.state is State.READY
-    assert box.pool.handle_death(replica)
+    assert box.pool.supervisor.handle_death(replica)
     assert box.figure("engine_deaths_total", model="a", replica="0") == 1
