@@ -22,6 +22,7 @@ from llmserve.gpus import nvml
 from llmserve.gpus.claims import GpuClaims
 from llmserve.gpus.device import gib, short_name
 from llmserve.lifecycle.placement import Level, Place, Placement
+from llmserve.lifecycle.timings import LifecycleTimings
 from llmserve.planning import survey
 from llmserve.planning.measurements import Measured
 from llmserve.planning.placement import capacity
@@ -40,8 +41,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 Keep = Callable[[Sequence[Mapping[str, Any]]], None]  # takes what the workers report
 
-_RELEASE_S = 15.0  # what a dead engine's memory gets to come back
-_LOOK_S = 0.02
 _HOST_SHARE = 0.5  # of the host's memory, for weights of sleepers, unless the registry says
 
 
@@ -54,10 +53,12 @@ class GpuMemory:
         kept: Measured | None = None,
         host_memory: int | None = None,
         handover: PageBroker | None = None,
+        timings: LifecycleTimings | None = None,
     ) -> None:
         self.apply_plan(plan, host_memory)
         self._kept = kept or Measured()
         self._handover = handover
+        self._timings = timings or LifecycleTimings()
         self._locks = GpuClaims()
         self._seen: set[str] = set()  # fingerprints measured since the start
         self._kinds: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
@@ -159,11 +160,11 @@ class GpuMemory:
         Raises StartupError if others hold it.
         """
         needs = [(self.plan.box[index], size) for index, size in wanted.items()]
-        end = time.monotonic() + _RELEASE_S
+        end = time.monotonic() + self._timings.release_s
         while short := await asyncio.to_thread(_short, replica.name, needs):
             if time.monotonic() >= end:
                 raise StartupError("; ".join(short))
-            await asyncio.sleep(_LOOK_S)
+            await asyncio.sleep(self._timings.release_check_s)
 
     @contextlib.asynccontextmanager
     async def start(

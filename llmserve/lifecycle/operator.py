@@ -118,6 +118,7 @@ class ModelOperator:
             lines = diff.told(changes)
             if not dry_run:
                 apply_plan()
+                self._pool.life.check_memory()
                 self.server = server
                 lines += await self._apply(config, changes)
             return diff.document(changes) | {"changed": bool(diff.told(changes)), "lines": lines}
@@ -249,7 +250,7 @@ def _document(model: ServedModel) -> dict[str, Any]:
         "in_flight": model.slots.in_flight,
         "queued": model.slots.waiting(),
         "idle_s": round(min(replica.idle_s for replica in model.replicas), 1),
-        "swaps": sum(replica.gave_way for replica in model.replicas),
+        "swaps": sum(replica.evictions for replica in model.replicas),
         "deaths": sum(replica.deaths.total for replica in model.replicas),
         "note": model.note,
         "replicas": [_replica_document(replica) for replica in model.replicas],
@@ -257,7 +258,7 @@ def _document(model: ServedModel) -> dict[str, Any]:
 
 
 def _replica_document(replica: Replica) -> dict[str, Any]:
-    held = replica.holds.get(replica.level, {})
+    held = replica.bytes_at(replica.level)
     gpus = [size for place, size in held.items() if place != HOST_MEMORY]
     places = set().union(*replica.holds.values())
     wakes_s = [seconds for level, seconds in replica.cost_s.items() if level]

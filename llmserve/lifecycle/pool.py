@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from llmserve.lifecycle.lease import Lease, ModelRequest
     from llmserve.lifecycle.placement import Placement
     from llmserve.lifecycle.replica import Backend
+    from llmserve.lifecycle.timings import LifecycleTimings
     from llmserve.metrics import Metrics
     from llmserve.registry.config import ModelSpec
 
@@ -42,13 +43,14 @@ class Pool:
         backend: Backend,
         metrics: Metrics,
         on_change: Callable[[Replica], None] = lambda _: None,
+        timings: LifecycleTimings | None = None,
     ) -> None:
         self.models: dict[str, ServedModel] = {}  # that requests can name
         self.events = Events()
-        self.life = ReplicaLifecycle(backend, metrics)
+        self.life = ReplicaLifecycle(backend, metrics, timings)
         self.supervisor = Supervisor(self.life)
         self._gauges = PoolGauges(metrics)
-        self.router = Router(self.supervisor, self._gauges)
+        self.router = Router(self.life, self.supervisor, self._gauges)
         self._archive = Archive()
         self._backend = backend
         self._on_change = on_change
@@ -99,6 +101,7 @@ class Pool:
     def apply_spec(self, model: ServedModel, spec: ModelSpec) -> None:
         """Continue with a changed spec or plan, in which the model keeps its engines."""
         model.apply_spec(spec, self._placements(spec))
+        self.life.check_memory()
 
     def add(self, model: ServedModel) -> None:
         """Let a model enter the pool; it replaces the model of its name and takes its queue."""
@@ -210,7 +213,7 @@ class Pool:
             self._backend.kill()
         await self.supervisor.cancel_all()
         running = [replica for replica in self.replicas if replica.running is not None]
-        await asyncio.gather(*(self.life.end(replica) for replica in running))
+        await asyncio.gather(*(self.life.end_engine(replica) for replica in running))
         for replica in running:
             self.life.change(replica, State.STOPPED)
 

@@ -215,7 +215,7 @@ class Replica:
         self.deaths = RestartBackoff()
         self.failures = RestartBackoff()  # failed starts
         self.again_at = math.inf  # earliest time at which a request may start it after a failure
-        self.gave_way = 0  # evictions
+        self.evictions = 0
         self.load = Load()
         self.unused = asyncio.Event()  # set when its last request has ended
         self.transition_lock = asyncio.Lock()  # one transition at a time
@@ -234,6 +234,9 @@ class Replica:
     def holds(self) -> Mapping[Level, Takes]:
         """Bytes at each level of its placement besides STOPPED."""
         return self.placement.holds
+
+    def bytes_at(self, level: Level) -> Takes:
+        return self.holds.get(level, {})
 
     @property
     def took(self) -> Mapping[str, float]:

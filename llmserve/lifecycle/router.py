@@ -19,13 +19,15 @@ if TYPE_CHECKING:
     from llmserve.lifecycle.replica import Replica
     from llmserve.lifecycle.served_model import ServedModel
     from llmserve.lifecycle.supervisor import Supervisor
+    from llmserve.lifecycle.transitions import ReplicaLifecycle
 
 
 class Router:
     """Admits requests to models, in order of arrival, while the server is not closed."""
 
-    def __init__(self, supervisor: Supervisor, gauges: PoolGauges) -> None:
+    def __init__(self, life: ReplicaLifecycle, supervisor: Supervisor, gauges: PoolGauges) -> None:
         self.leases: dict[Lease, None] = {}  # in order of their creation
+        self._life = life
         self._supervisor = supervisor
         self._gauges = gauges
 
@@ -64,8 +66,14 @@ class Router:
         if replica.running is None:
             raise _not_ready(model)
         slot = model.slots.take()
-        held = (slot, tokens, self.leases, request.deadline, request.task)
-        return Lease(replica, replica.running, *held)
+        lease = Lease(replica, replica.running, request, slot, tokens, self._release)
+        self.leases[lease] = None
+        return lease
+
+    def _release(self, lease: Lease) -> None:
+        del self.leases[lease]
+        if not lease.replica.load.requests:
+            self._life.record_idle(lease.replica)
 
     def _living_replicas(self, model: ServedModel) -> Sequence[Replica]:
         """The ready replicas whose engines live.

@@ -69,7 +69,7 @@ class Supervisor:
         for replica in model.replicas:
             if replica.can_start:
                 self._life.queue_requests(replica)
-                self.begin(replica, self._life.to_ready)
+                self.begin(replica, self._life.make_ready)
 
     async def ensure_started(self, model: ServedModel) -> None:
         """Start or wake each replica; return when each is ready or has failed.
@@ -83,7 +83,7 @@ class Supervisor:
         for replica in model.replicas:
             if replica.state in AT_REST or replica.state is State.FAILED:
                 self._life.queue_requests(replica)
-                self.begin(replica, self._life.to_ready)
+                self.begin(replica, self._life.make_ready)
         await self.wait_started(model)
 
     async def start_stopped(self, model: ServedModel) -> None:
@@ -156,8 +156,10 @@ class Supervisor:
             self._life.count_death(replica)
             lower = partial(self._life.lower, level=Level.STOPPED)
             self.begin(replica, lower, discards=True)
-        elif self._life.restart_dead(replica, "its engine died", time.monotonic() - replica.since):
-            self.begin(replica, self._life.revive)
+        elif self._life.schedule_restart(
+            replica, "its engine died", time.monotonic() - replica.since
+        ):
+            self.begin(replica, self._life.restart)
         else:
             self.begin(replica, self._life.discard, discards=True)
         return True

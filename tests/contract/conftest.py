@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from llmserve.engine.handlers import ModelHandlers
     from llmserve.lifecycle.placement import Placement
     from llmserve.lifecycle.replica import Running, State
+    from llmserve.lifecycle.timings import LifecycleTimings
 
 MODELS = Path(__file__).parents[2] / "models"
 CHAT = MODELS / "SmolLM2-135M-Instruct"
@@ -92,10 +93,12 @@ class Started(FakeBackend):
         return running
 
 
-async def services_of(specs: list[ModelSpec], running: dict[str, Any]) -> Services:
+async def services_of(
+    specs: list[ModelSpec], running: dict[str, Any], timings: LifecycleTimings | None = None
+) -> Services:
     metrics = Metrics()
     backend = Started(running)
-    pool = Pool(specs, backend, metrics)
+    pool = Pool(specs, backend, metrics, timings=timings)
     await pool.start()
     config = Config(file=Path("models.yaml"), server=ServerSpec(), models=tuple(specs))
     control = ModelOperator(config.server, pool, backend, lambda: config)

@@ -36,7 +36,7 @@ from llmserve.engine.handlers import HANDLERS
 from llmserve.engine.metrics import EngineMetrics
 from llmserve.engine.request_validation import bounded
 from llmserve.http import app
-from llmserve.lifecycle import restart_backoff
+from llmserve.lifecycle.timings import LifecycleTimings
 from llmserve.registry.config import ModelSpec
 from tests.contract.conftest import CHAT, on_fake_core, services_of
 from tests.contract.fake_core import DIES_AT_ONCE, FAILS, PREEMPTED, SILENT, TRIPLES
@@ -127,12 +127,14 @@ class Box:
 
 
 @asynccontextmanager
-async def boxed(step_s: float = STEP_S, **said: Any) -> AsyncIterator[Box]:
+async def boxed(
+    step_s: float = STEP_S, timings: LifecycleTimings | None = None, **said: Any
+) -> AsyncIterator[Box]:
     spec = ModelSpec(
         name="chat", model=str(CHAT), aliases=("alias",), engine={"max_model_len": 2048}, **said
     )
     async with on_fake_core(spec, step_s) as (serving, _):
-        box = Box(await services_of([spec], {"chat": serving}), serving)
+        box = Box(await services_of([spec], {"chat": serving}, timings), serving)
         async with box.client:
             yield box
 
@@ -908,13 +910,15 @@ async def test_a_request_that_fails_in_mid_stream_ends_alike_on_all_ways(box: Bo
     assert await box.core("running") == 0
 
 
-async def test_an_engine_that_dies_is_an_event_in_mid_stream_and_a_503_before(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(restart_backoff, "_FIRST_S", 0.01)  # each new start finds it dead
+async def test_an_engine_that_dies_is_an_event_in_mid_stream_and_a_503_before() -> None:
+    restarts = LifecycleTimings(first_restart_s=0.01)  # each new start finds it dead
     long = {"model": "chat", "max_tokens": 1900, "stream": True}
     killing = {"model": "chat", "prompt": "die", "seed": DIES_AT_ONCE, "stream": True}
-    async with boxed() as box, listening(box.app) as url, httpx.AsyncClient(timeout=30) as client:
+    async with (
+        boxed(timings=restarts) as box,
+        listening(box.app) as url,
+        httpx.AsyncClient(timeout=30) as client,
+    ):
 
         async def ask(way: Any) -> tuple[asyncio.Event, asyncio.Task[str]]:
             began = asyncio.Event()

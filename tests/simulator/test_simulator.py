@@ -100,8 +100,8 @@ def test_a_death_in_the_step_that_ends_a_start_is_found(monkeypatch: pytest.Monk
             life.change(replica, State.FAILED, "its engine died")
         elif replica.state is State.SLEEPING:
             supervisor.begin(replica, partial(life.lower, level=Level.STOPPED))
-        elif life.restart_dead(replica, "its engine died", 0.0):
-            supervisor.begin(replica, life.revive)
+        elif life.schedule_restart(replica, "its engine died", 0.0):
+            supervisor.begin(replica, life.restart)
         else:
             supervisor.begin(replica, life.discard)
         return True

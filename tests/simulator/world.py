@@ -23,6 +23,7 @@ from llmserve.lifecycle.operator import ModelOperator
 from llmserve.lifecycle.placement import Level, Place
 from llmserve.lifecycle.pool import Pool
 from llmserve.lifecycle.replica import State
+from llmserve.lifecycle.timings import LifecycleTimings
 from llmserve.metrics import Metrics
 from llmserve.registry.config import Config, IdleSpec, ModelSpec, SamplingSpec, ServerSpec
 from tests.simulator.engines import Fleet, Memory, Weather
@@ -38,6 +39,7 @@ NAMES = ("a", "b", "c")
 _FOLDER = Path(__file__).with_name("model")  # files that a start takes
 _SETTLED = (State.READY, State.SLEEPING, State.STOPPED, State.FAILED)
 _STARTS = (State.DOWNLOADING, State.LOADING, State.WARMING)
+_TIMINGS = LifecycleTimings(health_check_s=1.6)  # rarer, since each check takes real time
 _AT_ONCE_S = 1.0  # virtual
 _PATIENCE_S = 4 * 3600.0  # virtual; longer than anything takes that ends by itself
 _STUCK_S = 60.0  # after which the connection of a client that does not read is ended
@@ -290,7 +292,7 @@ class World:
     async def _live(self) -> None:
         self._build()
         starting = self._spawn(self._start())
-        watch = asyncio.create_task(HealthMonitor(self.pool).run())
+        watch = asyncio.create_task(HealthMonitor(self.pool, _TIMINGS).run())
         busy_s = self.chance.choice((5.0, 20.0, 60.0))
         self._plan(busy_s)
         await asyncio.sleep(self.chance.random() * busy_s)
@@ -495,7 +497,7 @@ class World:
 
     def _check_bookings(self) -> None:
         booked: Counter[Place] = Counter()
-        for replica, level in self.pool.life._booked.items():
+        for replica, level in self.pool.life._reserved.items():
             booked.update(replica.holds.get(level, {}))
             if replica not in self.pool.replicas:
                 self.violate(f"{replica.name} has left and has memory booked")
@@ -507,7 +509,7 @@ class World:
         missing = [
             each.name
             for each in self.pool.replicas
-            if each.level is not Level.STOPPED and each not in self.pool.life._booked
+            if each.level is not Level.STOPPED and each not in self.pool.life._reserved
         ]
         if missing:
             self.violate(f"{missing} hold memory that is not booked")

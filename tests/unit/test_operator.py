@@ -6,6 +6,7 @@ import asyncio
 import random
 from collections import defaultdict
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -28,38 +29,35 @@ from llmserve.errors import (
     RequestError,
     StartupError,
 )
-from llmserve.lifecycle import health, restart_backoff, transitions
-from llmserve.lifecycle.admission import Deadline
-from llmserve.lifecycle.health import HealthMonitor
-from llmserve.lifecycle.lease import Lease, ModelRequest
+from llmserve.lifecycle import restart_backoff
 from llmserve.lifecycle.operator import ModelOperator
 from llmserve.lifecycle.placement import HOST_MEMORY, Level, Place, Placement
-from llmserve.lifecycle.pool import Pool
-from llmserve.lifecycle.replica import Replica, State
-from llmserve.metrics import Metrics
+from llmserve.lifecycle.replica import State
 from llmserve.registry import config
-from tests.fakes import FakeBackend, FakeRunning, Gate, Plan, broken, let_in, soon, until
+from tests.fakes import (
+    FAST,
+    FakeBackend,
+    FakeRunning,
+    Gate,
+    Plan,
+    PoolBox,
+    broken,
+    soon,
+    until,
+)
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
     from contextlib import AbstractAsyncContextManager
 
+    from llmserve.lifecycle.lease import Lease
     from llmserve.lifecycle.replica import Running
+    from llmserve.lifecycle.timings import LifecycleTimings
     from llmserve.registry.config import Config, ModelSpec
 
 CHAT = next(endpoint for endpoint in ENDPOINTS if endpoint.id is EndpointId.CHAT_COMPLETIONS)
 GPU = Place(0)
 Entries = dict[str, dict[str, Any]]
-
-
-@pytest.fixture(autouse=True)
-def _hurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody has to have stayed, and all is looked at every few milliseconds."""
-    monkeypatch.setattr(transitions, "_LOOK_S", 0.001)
-    monkeypatch.setattr(transitions, "_TURN", 0.0)
-    monkeypatch.setattr(transitions, "_TURN_S", (0.0, 0.0))
-    monkeypatch.setattr(health, "_LOOK_S", 0.002)
-    monkeypatch.setattr(restart_backoff, "_FIRST_S", 0.001)
 
 
 class Engine(FakeRunning):
@@ -117,18 +115,19 @@ class Engines(FakeBackend):
         return running
 
 
-class Box:
+class Box(PoolBox):
     """A server without engines and routes, and its registry's file."""
 
-    def __init__(self, file: Path, models: Entries, server: dict[str, Any]) -> None:
+    def __init__(
+        self, file: Path, models: Entries, server: dict[str, Any], timings: LifecycleTimings
+    ) -> None:
         self.file = file
         self.write(models, server)
         self.backend = Engines()
-        self.metrics = Metrics()
-        self.config = config.load(file)
-        self.pool = Pool(self.config.models, self.backend, self.metrics)
         read = partial(config.load, file)
-        self.control = ModelOperator(self.config.server, self.pool, self.backend, read)
+        loaded = read()
+        super().__init__(loaded.models, self.backend, timings)
+        self.control = ModelOperator(loaded.server, self.pool, self.backend, read)
 
     def write(self, models: Entries, server: dict[str, Any] | None = None) -> None:
         entries = {name: {"model": "org/model"} | said for name, said in models.items()}
@@ -154,9 +153,6 @@ class Box:
         assert not reloading.done()
         return reloading
 
-    def replica(self, name: str, number: int = 0) -> Replica:
-        return self.pool.models[name].replicas[number]
-
     def places(self, *names: str) -> dict[str, list[Placement]]:
         """Where the engines of these models are."""
         entries = [self.pool.models[name] for name in names]
@@ -165,9 +161,6 @@ class Box:
     def engine(self, name: str) -> Engine:
         """The one that was started last."""
         return self.backend.engines[name][-1]
-
-    def states(self) -> dict[str, str]:
-        return {model["name"]: model["state"] for model in self.control.models()}
 
     def shown(self, name: str) -> dict[str, Any]:
         return next(model for model in self.control.models() if model["name"] == name)
@@ -181,31 +174,6 @@ class Box:
             if f'model="{model}"' in line and "_total{" not in line and "_created{" not in line
         }
 
-    def figure(self, name: str, **labels: str) -> float | None:
-        return self.metrics.registry.get_sample_value(f"llmserve_{name}", labels)
-
-    async def ask(self, name: str, task: asyncio.Task[None] | None = None) -> Lease:
-        """As a request does: it waits if it has to."""
-        wish = ModelRequest(name, CHAT, {}, Deadline(), task)
-        lease = self.pool.lease(wish)
-        return lease if isinstance(lease, Lease) else await let_in(lease)
-
-    async def use(self, *names: str) -> list[Running]:
-        used: list[Running] = []
-        for name in names:
-            lease = await soon(self.ask(name))
-            lease.release()
-            used.append(lease.running)
-        return used
-
-    async def asking(self, name: str) -> asyncio.Task[Lease]:
-        """A request that waits now."""
-        slots = self.pool.find(name).slots
-        before = slots.waiting()
-        task = asyncio.create_task(self.ask(name))
-        await until(lambda: slots.waiting() == before + 1)
-        return task
-
     def settled(self) -> None:
         """Nothing is held by what is not there, and nothing is there that nobody knows."""
         here = {each for entry in self.pool.models.values() for each in entry.replicas}
@@ -213,7 +181,7 @@ class Box:
         assert set(self.pool.replicas) == here
         assert self.pool.supervisor._tasks == {}
         assert set(self.pool._gauges._dispatched) <= here
-        assert {each for each, level in self.pool.life._booked.items() if level} == {
+        assert {each for each, level in self.pool.life._reserved.items() if level} == {
             each for each in here if each.level
         }
         alive = {each.running for each in here if each.running is not None}
@@ -225,7 +193,12 @@ class Box:
 
 class Boxes(Protocol):
     def __call__(
-        self, models: Entries, *, started: bool = True, **server: Any
+        self,
+        models: Entries,
+        *,
+        started: bool = True,
+        timings: LifecycleTimings = FAST,
+        **server: Any,
     ) -> Awaitable[Box]: ...
 
 
@@ -234,8 +207,14 @@ async def up(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> AsyncIterator[
     """A server with these models, which has started; at the end it holds what it should."""
     boxes: list[Box] = []
 
-    async def up(models: Entries, *, started: bool = True, **server: Any) -> Box:
-        box = Box(tmp_path / "models.yaml", models, server)
+    async def up(
+        models: Entries,
+        *,
+        started: bool = True,
+        timings: LifecycleTimings = FAST,
+        **server: Any,
+    ) -> Box:
+        box = Box(tmp_path / "models.yaml", models, server, timings)
         boxes.append(box)
         if started:
             await soon(box.pool.start())
@@ -334,10 +313,9 @@ async def test_swaps_and_deaths_are_added_up(up: Boxes) -> None:
     box = await up({"a": {"memory": 60, "start": "lazy"}, "b": {"memory": 60, "start": "lazy"}})
     await box.use("a", "b", "a")
     assert [box.shown(name)["swaps"] for name in "ab"] == [1, 1]
-    watching = asyncio.ensure_future(HealthMonitor(box.pool).run())
-    box.engine("a").dead = True
-    await until(lambda: box.shown("a")["deaths"] == 1 and box.states()["a"] == "ready")
-    watching.cancel()
+    async with box.watched():
+        box.engine("a").dead = True
+        await box.until(lambda: box.shown("a")["deaths"] == 1 and box.states()["a"] == "ready")
 
 
 async def test_a_log_is_where_the_running_engine_writes(up: Boxes) -> None:
@@ -424,20 +402,19 @@ async def test_load_is_enough_if_one_replica_comes(up: Boxes) -> None:
 
 async def test_load_tries_a_model_again_that_died_too_often(up: Boxes) -> None:
     box = await up({"a": {}})
-    watching = asyncio.ensure_future(HealthMonitor(box.pool).run())
-    for number in range(restart_backoff.GIVE_UP):
-        box.engine("a").dead = True
-        await until(lambda: box.shown("a")["deaths"] == number + 1)  # noqa: B023  # waited for here
-        await until(lambda: box.states()["a"] in {"ready", "failed"})
-    assert box.states() == {"a": "failed"}
-    with pytest.raises(EngineDead):
-        await soon(box.ask("a"))
-    await soon(box.control.load("a"))
-    await box.use("a")
-    box.engine("a").dead = True  # the first in a row again
-    await until(lambda: box.shown("a")["deaths"] == restart_backoff.GIVE_UP + 1)
-    await until(lambda: box.states()["a"] == "ready")
-    watching.cancel()
+    async with box.watched():
+        for number in range(restart_backoff.GIVE_UP):
+            box.engine("a").dead = True
+            await until(lambda: box.shown("a")["deaths"] == number + 1)  # noqa: B023  # waited for here
+            await box.until(lambda: box.states()["a"] in {"ready", "failed"})
+        assert box.states() == {"a": "failed"}
+        with pytest.raises(EngineDead):
+            await soon(box.ask("a"))
+        await soon(box.control.load("a"))
+        await box.use("a")
+        box.engine("a").dead = True  # the first in a row again
+        await box.until(lambda: box.shown("a")["deaths"] == restart_backoff.GIVE_UP + 1)
+        await box.until(lambda: box.states()["a"] == "ready")
 
 
 async def test_unload_lets_requests_end_and_sends_the_line_away(up: Boxes) -> None:
@@ -464,7 +441,7 @@ async def test_unload_without_drain_cuts_requests_of_this_model_alone(up: Boxes)
     held: dict[str, Lease] = {}
 
     async def request(name: str) -> None:
-        held[name] = await box.ask(name, asyncio.current_task())
+        held[name] = await box.ask(name, task=asyncio.current_task())
         try:
             await asyncio.Event().wait()
         finally:
@@ -519,7 +496,7 @@ async def test_unload_now_of_a_model_that_is_coming_ends_its_start(up: Boxes) ->
     await soon(box.control.unload("a", drain=False))
     assert gate.cancelled
     assert box.states() == {"a": "stopped"}
-    assert not box.pool.life._booked
+    assert not box.pool.life._reserved
     with pytest.raises(Overloaded):
         await soon(waiting)
     with pytest.raises(Overloaded, match="`a` is stopped"):
@@ -542,11 +519,8 @@ async def test_unload_now_of_a_model_that_wakes_ends_its_engine(up: Boxes) -> No
         await soon(loading)
 
 
-async def test_unload_now_of_a_model_that_waits_to_be_started_again_ends_it(
-    up: Boxes, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(restart_backoff, "_FIRST_S", 60.0)
-    box = await up({"a": {}})
+async def test_unload_now_of_a_model_that_waits_to_be_started_again_ends_it(up: Boxes) -> None:
+    box = await up({"a": {}}, timings=replace(FAST, first_restart_s=60.0))
     box.engine("a").dead = True
     assert box.pool.supervisor.handle_death(box.replica("a"))
     assert box.states() == {"a": "waiting"}
@@ -570,11 +544,8 @@ async def test_requests_that_come_while_a_start_is_broken_off_bring_it_again(up:
     assert box.states() == {"a": "ready"}
 
 
-async def test_unload_of_a_model_that_waits_to_be_started_again_ends_it_for_good(
-    up: Boxes, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(restart_backoff, "_FIRST_S", 0.02)
-    box = await up({"a": {}})
+async def test_unload_of_a_model_that_waits_to_be_started_again_ends_it_for_good(up: Boxes) -> None:
+    box = await up({"a": {}}, timings=replace(FAST, first_restart_s=0.02))
     box.engine("a").dead = True
     assert box.pool.supervisor.handle_death(box.replica("a"))
     assert box.states() == {"a": "waiting"}
@@ -729,10 +700,9 @@ async def test_limits_count_from_now_on(up: Boxes) -> None:
 
 async def test_idle_times_count_from_now_on(up: Boxes) -> None:
     box = await up({"a": {}})
-    watching = asyncio.ensure_future(HealthMonitor(box.pool).run())
-    await box.reload({"a": {"idle": {"stop_after": 0.001}}})
-    await until(lambda: box.states() == {"a": "stopped"})
-    watching.cancel()
+    async with box.watched():
+        await box.reload({"a": {"idle": {"stop_after": 0.001}}})
+        await box.until(lambda: box.states() == {"a": "stopped"})
 
 
 async def test_an_alias_is_for_the_engine_that_runs(up: Boxes) -> None:
@@ -879,7 +849,7 @@ async def test_a_removed_model_that_waits_for_memory_is_gone_all_the_same(up: Bo
     box = await up({"a": {"memory": 60}, "b": {"memory": 60, "start": "lazy"}})
     held = await soon(box.ask("a"))
     waiting = await box.asking("b")
-    await until(lambda: box.states()["a"] == "draining")
+    await box.until(lambda: box.states()["a"] == "draining")
     waiting.cancel()
     reloading = await box.reloading({"a": {"memory": 60}})
     held.release()
@@ -889,10 +859,9 @@ async def test_a_removed_model_that_waits_for_memory_is_gone_all_the_same(up: Bo
 
 
 async def test_a_removed_model_that_waits_to_be_started_again_is_gone_all_the_same(
-    up: Boxes, monkeypatch: pytest.MonkeyPatch
+    up: Boxes,
 ) -> None:
-    monkeypatch.setattr(restart_backoff, "_FIRST_S", 0.05)
-    box = await up({"a": {}, "b": {"memory": 1}})
+    box = await up({"a": {}, "b": {"memory": 1}}, timings=replace(FAST, first_restart_s=0.05))
     box.engine("a").dead = True
     assert box.pool.supervisor.handle_death(box.replica("a"))
     await box.reload({"b": {"memory": 1}})
@@ -979,7 +948,7 @@ async def test_with_room_for_both_the_old_one_serves_until_the_new_one_can(up: B
     with pytest.raises(ModelNotFound):
         await box.ask("y")
     gate.opened.set()
-    await until(lambda: box.replica("a").running is not old)
+    await box.until(lambda: box.replica("a").running is not old)
     new = box.engine("a")
     assert await box.use("a", "y") == [new, new]
     await some_ms()
@@ -1279,7 +1248,7 @@ async def waking(box: Box) -> AsyncIterator[None]:
 async def draining(box: Box) -> AsyncIterator[None]:
     held = await soon(box.ask("a"))
     unloading = asyncio.create_task(box.control.unload("a", drain=True))
-    await until(lambda: box.states()["a"] == "draining")
+    await box.until(lambda: box.states()["a"] == "draining")
     yield
     held.release()
     await soon(unloading)
@@ -1314,7 +1283,7 @@ async def short_of_memory(box: Box) -> AsyncIterator[None]:
     box.backend.capacity = {GPU: 25}
     held = await soon(box.ask("b"))
     waiting = await box.asking("a")
-    await until(lambda: box.states()["b"] == "draining")
+    await box.until(lambda: box.states()["b"] == "draining")
     box.backend.capacity = {GPU: 100}
     yield
     held.release()
@@ -1361,7 +1330,7 @@ async def test_a_dead_engine_is_not_asked_to_change(up: Boxes) -> None:
     box.engine("a").change_error = EngineError("dead")
     assert await box.reload({"a": {"aliases": ["x"]}}) == ['a: changed live (aliases [] -> ["x"])']
     assert box.pool.supervisor.handle_death(box.replica("a"))
-    await until(lambda: box.states() == {"a": "ready"})
+    await box.until(lambda: box.states() == {"a": "ready"})
     await box.use("x")
 
 
@@ -1463,7 +1432,7 @@ async def test_no_request_is_lost_in_any_sequence_of_reloads(up: Boxes, seed: in
         assert list(box.pool.models) == [*entries, "steady"]
         await asyncio.sleep(chance.random() * 0.01)
     await clients.stop()
-    await until(lambda: not box.pool.supervisor._tasks)
+    await box.until(lambda: not box.pool.supervisor._tasks)
     assert {"steady", "always"} < clients.answered
     for name, error in clients.refused:
         assert name in "abcd"
