@@ -301,7 +301,7 @@ class PoolBox:
         self,
         specs: Iterable[ModelSpec],
         backend: FakeBackend,
-        timings: LifecycleTimings | None = FAST,
+        timings: LifecycleTimings = FAST,
     ) -> None:
         self.timings = timings
         self.metrics = Metrics()

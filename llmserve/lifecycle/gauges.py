@@ -52,23 +52,16 @@ class PoolGauges:
 
     def remove(self, model: ServedModel) -> None:
         """Remove the gauges of a model that leaves the pool."""
-        for gauge in (self._metrics.in_flight, self._metrics.queued):
-            gauge.remove(model.name)
-        for replica in model.replicas:
-            self._remove_replica(replica)
-
-    def _remove_replica(self, replica: Replica) -> None:
-        own = {"model": replica.model.name, "replica": str(replica.number)}
         metrics = self._metrics
         for gauge in (
+            metrics.in_flight,
+            metrics.queued,
             metrics.state,
             metrics.ready_seconds,
             metrics.start_step_seconds,
             metrics.tokens_in_flight,
         ):
-            samples = [sample for family in gauge.collect() for sample in family.samples]
-            for labels in (each.labels for each in samples if own.items() <= each.labels.items()):
-                gauge.remove(*labels.values())
+            gauge.remove_by_labels({"model": model.name})
 
     def forget(self, replica: Replica) -> None:
         """Forget a replica that has ended."""

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llmserve.lifecycle.placement import Level
 from llmserve.lifecycle.replica import State
-from llmserve.lifecycle.timings import LifecycleTimings
+from llmserve.lifecycle.timings import TIMINGS, LifecycleTimings
 
 if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
     from llmserve.lifecycle.lease import Task
     from llmserve.lifecycle.pool import Pool
     from llmserve.lifecycle.replica import Replica
@@ -25,9 +27,9 @@ _ASKED = frozenset({State.READY, State.DRAINING, State.SLEEPING})
 class HealthMonitor:
     """Handles dead engines, lowers idle replicas, and kills engines that hang."""
 
-    def __init__(self, pool: Pool, timings: LifecycleTimings | None = None) -> None:
+    def __init__(self, pool: Pool, timings: LifecycleTimings = TIMINGS) -> None:
         self._pool = pool
-        self._timings = timings or LifecycleTimings()
+        self._timings = timings
         self._lowered: dict[Replica, Task] = {}  # idle replicas
         self._asked: dict[Replica, Task] = {}  # whether they hang
 
@@ -55,27 +57,26 @@ class HealthMonitor:
             return
         level = _level_for_idle(replica)
         if replica.state in (State.READY, State.SLEEPING) and replica.level > level:
-            still = partial(_is_idle_for, replica, level)
-            task = asyncio.create_task(self._pool.life.lower(replica, level, still))
-            self._lowered[replica] = task
-            task.add_done_callback(partial(self._finish_lowering, replica))
-
-    def _finish_lowering(self, replica: Replica, task: Task) -> None:
-        del self._lowered[replica]
-        if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("model=%s unforeseen", replica.name, exc_info=error)
+            life, still = self._pool.life, partial(_is_idle_for, replica, level)
+            self._begin(self._lowered, replica, life.lower(replica, level, still))
 
     async def _check_for_hangs(self) -> None:
         while True:
             await asyncio.sleep(self._timings.hang_check_s)
             for replica in self._pool.replicas:
                 if replica not in self._asked and replica.state in _ASKED:
-                    task = asyncio.create_task(self._kill_if_hung(replica))
-                    self._asked[replica] = task
-                    task.add_done_callback(partial(self._finish_question, replica))
+                    self._begin(self._asked, replica, self._kill_if_hung(replica))
 
-    def _finish_question(self, replica: Replica, _: Task) -> None:
-        del self._asked[replica]
+    def _begin(
+        self, tasks: dict[Replica, Task], replica: Replica, work: Coroutine[Any, Any, None]
+    ) -> None:
+        tasks[replica] = asyncio.create_task(work)
+        tasks[replica].add_done_callback(partial(self._finish, tasks, replica))
+
+    def _finish(self, tasks: dict[Replica, Task], replica: Replica, task: Task) -> None:
+        del tasks[replica]
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("model=%s unforeseen", replica.name, exc_info=error)
 
     async def _kill_if_hung(self, replica: Replica) -> None:
         running, hang_s = replica.running, self._timings.hang_s

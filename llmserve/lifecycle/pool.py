@@ -15,6 +15,7 @@ from llmserve.lifecycle.response_store import Archive
 from llmserve.lifecycle.router import Router
 from llmserve.lifecycle.served_model import ServedModel
 from llmserve.lifecycle.supervisor import Supervisor, server_stopping
+from llmserve.lifecycle.timings import TIMINGS, LifecycleTimings
 from llmserve.lifecycle.transitions import ReplicaLifecycle
 from llmserve.registry.names import ModelNames
 
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from llmserve.lifecycle.lease import Lease, ModelRequest
     from llmserve.lifecycle.placement import Placement
     from llmserve.lifecycle.replica import Backend
-    from llmserve.lifecycle.timings import LifecycleTimings
     from llmserve.metrics import Metrics
     from llmserve.registry.config import ModelSpec
 
@@ -43,7 +43,7 @@ class Pool:
         backend: Backend,
         metrics: Metrics,
         on_change: Callable[[Replica], None] = lambda _: None,
-        timings: LifecycleTimings | None = None,
+        timings: LifecycleTimings = TIMINGS,
     ) -> None:
         self.models: dict[str, ServedModel] = {}  # that requests can name
         self.events = Events()

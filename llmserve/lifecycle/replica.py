@@ -1,4 +1,4 @@
-"""One engine of a model: its state, what it holds, and what it can be asked."""
+"""A replica of a model, and the protocols of engines and of their memory."""
 
 from __future__ import annotations
 
@@ -40,32 +40,29 @@ class State(StrEnum):
     FAILED = "failed"
 
 
-# What a start consists of, and a way up from sleep.
+# The states of a start and of a wake.
 STARTING = frozenset({State.WAITING, State.DOWNLOADING, State.LOADING, State.WARMING, State.WAKING})
-# Those that become ready when they are asked.
+# The states from which a request starts or wakes a replica.
 AT_REST = frozenset({State.DRAINING, State.SLEEPING, State.STOPPED})
 
 
 class Running(Protocol):
-    """A replica that answers."""
+    """A started engine with its request handlers."""
 
     able: frozenset[EndpointId]
     took: Mapping[str, float]  # seconds of its start, by step
 
     @property
     def sleeps(self) -> bool:
-        """Whether it can do without its GPU memory for a while."""
-        ...
+        """Whether it was started with sleep mode."""
 
     @property
     def pid(self) -> int | None:
-        """Of its engine's process."""
-        ...
+        """The engine's process."""
 
     @property
     def log(self) -> Path:
-        """Where its engine writes, whatever its model is called now."""
-        ...
+        """The file that its engine writes."""
 
     @property
     def max_model_len(self) -> int: ...
@@ -74,82 +71,68 @@ class Running(Protocol):
     @property
     def registry(self) -> CollectorRegistry: ...
     def coming(self) -> AbstractContextManager[None]:
-        """While a request is being prepared; text of running answers may wait for that."""
-        ...
+        """Entered while a request is prepared; the text of running answers may wait meanwhile."""
 
     def express(
         self, endpoint: EndpointId, body: dict[str, Any], asked: str, scope: Scope
     ) -> ASGIApp | None:
-        """The answer to a request like an earlier one; None if it needs `call`."""
-        ...
+        """The answer on the fast path; None if the request needs `call`."""
 
     async def call(
         self, endpoint: EndpointId, body: dict[str, Any], asked: str, request: Request
     ) -> ASGIApp: ...
     def share(self, stored: ResponseStore) -> None:
-        """Store answers of /v1/responses there; before its first request."""
-        ...
+        """Use this store for answers of /v1/responses; called before the first request."""
 
     async def responds(self, within_s: float) -> bool:
-        """Whether its engine answers a question that it can answer between two steps."""
-        ...
+        """Whether its engine answers within that time a question between two steps."""
 
     async def prepare_sleep(self) -> None:
-        """What a first sleep would take long for, done ahead while it serves."""
-        ...
+        """Do the slow part of the first sleep ahead, while the engine serves."""
 
     async def sleep(self, level: Level) -> None:
-        """Down to a level between STOPPED and READY; nothing is running. Raises EngineError."""
-        ...
+        """Lower to a level between STOPPED and READY; no request runs. Raises EngineError."""
 
     async def wake(self) -> None:
-        """Up to READY. Raises EngineError."""
-        ...
+        """Return to READY. Raises EngineError."""
 
     async def changed(self, spec: ModelSpec) -> Running:
-        """The same engine, answering as its changed entry says."""
-        ...
+        """The same engine, with handlers of the changed spec."""
 
     def kill(self) -> None:
-        """End its engine's processes now, hung or not; `dead` tells when it is noticed."""
-        ...
+        """End its engine's processes, even hung ones; `dead` becomes true later."""
 
     async def stop(self) -> None: ...
 
 
 class MemoryBudget(Protocol):
-    """Memory that engines share: where each has its place, and when it may move there."""
+    """The memory that engines share: their placements, and the order of their moves."""
 
     @property
     def capacity(self) -> Takes:
-        """Bytes that all replicas may hold together, by place; nothing: no bound."""
-        ...
+        """Bytes that all replicas together may hold, by place; places that it lacks are unbounded."""
 
     def place(self, spec: ModelSpec, number: int) -> Placement:
-        """The place of one of the model's replicas, numbered from 0, by the plan in force."""
-        ...
+        """The placement of a replica, numbered from 0, in the plan in force."""
 
     def expecting(self, placement: Placement) -> AbstractContextManager[None]:
-        """While a sleeper is about to wake: it may have at once what others give up for it."""
-        ...
+        """Entered while a replica waits to wake; memory freed for it passes directly to it."""
 
     def moves(
         self, placement: Placement, wakes_from: Level | None = None
     ) -> AbstractAsyncContextManager[None]:
-        """While it falls asleep or wakes: waits until that disturbs no start on its GPUs.
+        """Entered to sleep or wake; waits until no start on its GPUs is measured.
 
-        Then for what it needs to wake. Raises StartupError if others hold that.
+        A wake also waits for its memory. Raises StartupError if other processes hold it.
         """
-        ...
 
     def planned(
         self, config: Config, kept: Mapping[str, Sequence[Placement]]
     ) -> Callable[[], None]:
-        """Plan another registry, and go by it once the result is called. Blocks.
+        """Plan another registry; the result applies the plan. Blocks.
 
-        Engines of `kept`, by their model's name there, stay where they are. Raises ConfigError.
+        The engines of `kept`, by model name, keep their placements. Raises ConfigError.
         """
-        ...
 
 
 class Backend(Protocol):
@@ -160,16 +143,11 @@ class Backend(Protocol):
     async def start(
         self, spec: ModelSpec, placement: Placement, report: Callable[[State, str], None]
     ) -> Running:
-        """Start one of the model's replicas there.
-
-        Raises StartupError with the cause in one line.
-        """
-        ...
+        """Start a replica. Raises StartupError with the cause in one line."""
 
     def log_of(self, spec: ModelSpec, number: int) -> Path: ...
     def kill(self) -> None:
-        """End every engine process at once, those of starts under way too."""
-        ...
+        """End all engine processes at once, including those that start."""
 
 
 class ReplicaModel(Protocol):
@@ -181,11 +159,9 @@ class ReplicaModel(Protocol):
     def name(self) -> str: ...
     def serve_queue(self) -> None:
         """Admit or refuse queued requests, as the replicas allow now."""
-        ...
 
     def record_change(self, replica: Replica, before: State) -> None:
         """Record that a replica changed its state, from `before`, or its note."""
-        ...
 
 
 class Replica:

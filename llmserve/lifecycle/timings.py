@@ -19,3 +19,6 @@ class LifecycleTimings:
     stable_s: float = 120.0  # after which a death is the first in a row; more than `hang_s`
     release_s: float = 15.0  # within which the driver frees the memory of a dead engine
     release_check_s: float = 0.02  # between two looks at that memory
+
+
+TIMINGS = LifecycleTimings()

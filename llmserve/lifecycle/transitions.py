@@ -16,11 +16,10 @@ from llmserve.gpus.device import gib
 from llmserve.lifecycle.eviction import Resident, plan_eviction
 from llmserve.lifecycle.placement import HOST_MEMORY, Level
 from llmserve.lifecycle.replica import STARTING, State
-from llmserve.lifecycle.timings import LifecycleTimings
+from llmserve.lifecycle.timings import TIMINGS, LifecycleTimings
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable
-    from contextlib import AbstractContextManager
 
     from llmserve.lifecycle.eviction import Steps
     from llmserve.lifecycle.placement import Place, Takes
@@ -41,12 +40,12 @@ class ReplicaLifecycle:
     """
 
     def __init__(
-        self, backend: Backend, metrics: Metrics, timings: LifecycleTimings | None = None
+        self, backend: Backend, metrics: Metrics, timings: LifecycleTimings = TIMINGS
     ) -> None:
         self._backend = backend
         self._memory = backend.memory
         self._metrics = metrics
-        self._timings = timings or LifecycleTimings()
+        self._timings = timings
         self._reserved: dict[Replica, Level] = {}
         self._queue = GpuClaims()  # of replicas that wait for memory, in order of arrival
         self._memory_changed = asyncio.Event()
@@ -63,7 +62,8 @@ class ReplicaLifecycle:
         """From any state to READY or FAILED."""
         replica.started = time.monotonic()
         try:
-            with self._expecting(replica):
+            expecting = self._memory.expecting(replica.placement)
+            with expecting if replica.level else contextlib.nullcontext():
                 while self._may_be_ready(replica) or await self._reserve_ready(replica):
                     async with self._transition(replica):
                         if self._may_be_ready(replica):  # not evicted before it had the lock
@@ -74,11 +74,6 @@ class ReplicaLifecycle:
             if replica.state is not State.WAKING:  # a waking engine holds all of it until it ends
                 self._reserve(replica, replica.level)
             raise
-
-    def _expecting(self, replica: Replica) -> AbstractContextManager[None]:
-        if not replica.level:
-            return contextlib.nullcontext()
-        return self._memory.expecting(replica.placement)
 
     def _may_be_ready(self, replica: Replica) -> bool:
         return self._reserved.get(replica) is Level.READY
@@ -377,7 +372,7 @@ class ReplicaLifecycle:
                     level is other.level
                     and other.model is not replica.model
                     and not self._evictable_in_s(other, busy=busy),
-                    self._value(other),
+                    (other.model.spec.priority, self._recency(other)),
                 )
                 for other, level in self._reserved.items()
                 if other is not replica
@@ -387,9 +382,9 @@ class ReplicaLifecycle:
                 return steps
         return None
 
-    def _value(self, replica: Replica) -> tuple[float, ...]:
-        idle_s = replica.idle_s / max(self._load_time_s(replica), _SHORTEST_S)
-        return replica.model.spec.priority, -idle_s
+    def _recency(self, replica: Replica) -> float:
+        """The less, the longer it has been idle, in load times."""
+        return -replica.idle_s / max(self._load_time_s(replica), _SHORTEST_S)
 
     def fits(self, replicas: Iterable[Replica]) -> bool:
         """Whether they fit beside all others, of which at most sleepers are evicted."""

@@ -103,7 +103,7 @@ def _memory(config: Config) -> Memory:
     Raises PlacementError if the models do not fit, StartupError if others hold the memory.
     """
     if environment.is_cpu_build():
-        return HostMemory.of(config)
+        return HostMemory.from_config(config)
     box = nvml.visible()
     if not box:
         raise StartupError(

@@ -19,6 +19,7 @@ from llmserve.engine.worker import plugin
 from llmserve.http.services import Services
 from llmserve.lifecycle.operator import ModelOperator
 from llmserve.lifecycle.pool import Pool
+from llmserve.lifecycle.timings import TIMINGS, LifecycleTimings
 from llmserve.metrics import Metrics
 from llmserve.registry.config import Config, ModelSpec, ServerSpec
 from tests.fakes import FakeBackend
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from llmserve.engine.handlers import ModelHandlers
     from llmserve.lifecycle.placement import Placement
     from llmserve.lifecycle.replica import Running, State
-    from llmserve.lifecycle.timings import LifecycleTimings
 
 MODELS = Path(__file__).parents[2] / "models"
 CHAT = MODELS / "SmolLM2-135M-Instruct"
@@ -94,7 +94,7 @@ class Started(FakeBackend):
 
 
 async def services_of(
-    specs: list[ModelSpec], running: dict[str, Any], timings: LifecycleTimings | None = None
+    specs: list[ModelSpec], running: dict[str, Any], timings: LifecycleTimings = TIMINGS
 ) -> Services:
     metrics = Metrics()
     backend = Started(running)

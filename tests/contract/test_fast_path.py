@@ -36,7 +36,7 @@ from llmserve.engine.handlers import HANDLERS
 from llmserve.engine.metrics import EngineMetrics
 from llmserve.engine.request_validation import bounded
 from llmserve.http import app
-from llmserve.lifecycle.timings import LifecycleTimings
+from llmserve.lifecycle.timings import TIMINGS, LifecycleTimings
 from llmserve.registry.config import ModelSpec
 from tests.contract.conftest import CHAT, on_fake_core, services_of
 from tests.contract.fake_core import DIES_AT_ONCE, FAILS, PREEMPTED, SILENT, TRIPLES
@@ -128,7 +128,7 @@ class Box:
 
 @asynccontextmanager
 async def boxed(
-    step_s: float = STEP_S, timings: LifecycleTimings | None = None, **said: Any
+    step_s: float = STEP_S, timings: LifecycleTimings = TIMINGS, **said: Any
 ) -> AsyncIterator[Box]:
     spec = ModelSpec(
         name="chat", model=str(CHAT), aliases=("alias",), engine={"max_model_len": 2048}, **said

@@ -169,7 +169,7 @@ def test_whoever_holds_the_memory_is_told(gpus: Gpus, tmp_path: Path) -> None:
     assert taken.value.message == (
         "GPU 1 (H100 80GB HBM3): the plan needs 40.0 GiB, 29.6 GiB of 79.6 GiB are free; "
         "held by pid 7 python 48.5 GiB, pid 9 of another container; "
-        "end them, or give the models less"
+        "end them, or reduce the memory of the models"
     )
 
 
@@ -182,7 +182,7 @@ def test_every_taken_gpu_is_told_also_where_the_driver_names_nobody(
         GpuMemory(plan, Measured(tmp_path)).raise_if_taken()
     first, second = taken.value.message.splitlines()
     assert first.startswith("GPU 0 ")
-    assert "59.6 GiB of 79.6 GiB are free; held by nobody whom the driver names; " in first
+    assert "59.6 GiB of 79.6 GiB are free; held by processes unknown to the driver; " in first
     assert second.startswith("GPU 1 ")
 
 

@@ -13,10 +13,10 @@ from llmserve.lifecycle import restart_backoff
 from llmserve.lifecycle.admission import Deadline, QueuedRequest
 from llmserve.lifecycle.lease import Lease, ModelRequest
 from llmserve.lifecycle.replica import Replica, State
+from llmserve.lifecycle.timings import TIMINGS, LifecycleTimings
 from tests.fakes import FAST, FakeBackend, Gate, Plan, PoolBox, broken, let_in, soon, spec, until
 
 if TYPE_CHECKING:
-    from llmserve.lifecycle.timings import LifecycleTimings
     from llmserve.registry.config import ModelSpec
 
 CHAT, EMBED = (
@@ -38,7 +38,7 @@ class Box(PoolBox):
         required: bool = False,
         max_in_flight: int = 2,
         max_queue: int = 0,
-        timings: LifecycleTimings | None = None,
+        timings: LifecycleTimings = TIMINGS,
         **plans: Plan,
     ) -> None:
         limits = {"max_in_flight": max_in_flight, "max_queue": max_queue}

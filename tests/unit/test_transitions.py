@@ -17,7 +17,7 @@ from llmserve.lifecycle.admission import Deadline, QueuedRequest
 from llmserve.lifecycle.lease import ModelRequest
 from llmserve.lifecycle.placement import HOST_MEMORY, Level, Place
 from llmserve.lifecycle.replica import State
-from llmserve.lifecycle.timings import LifecycleTimings
+from llmserve.lifecycle.timings import TIMINGS, LifecycleTimings
 from tests.fakes import (
     FAST,
     FakeBackend,
@@ -466,7 +466,7 @@ async def test_idle_time_is_weighed_by_what_coming_back_takes(
 async def test_a_model_stays_for_a_while_that_follows_what_its_coming_took(
     busy: bool,
 ) -> None:
-    box = Box(lazy("a"), lazy("b"), sizes={"a": 60, "b": 60}, timings=LifecycleTimings())
+    box = Box(lazy("a"), lazy("b"), sizes={"a": 60, "b": 60}, timings=TIMINGS)
     a = box.replica("a")
     held = await soon(box.ask("a"))
     if not busy:
@@ -497,7 +497,7 @@ async def test_a_model_stays_for_a_while_that_follows_what_its_coming_took(
     ],
 )
 def test_how_long_a_model_stays(busy: bool, cost_s: float, stays_s: float) -> None:
-    box = Box(lazy("a"), sizes={"a": 60}, timings=LifecycleTimings())
+    box = Box(lazy("a"), sizes={"a": 60}, timings=TIMINGS)
     replica, evictable_in_s = box.replica("a"), box.pool.life._evictable_in_s
     replica.state = State.READY
     replica.cost_s = {Level.STOPPED: cost_s}
