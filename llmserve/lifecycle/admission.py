@@ -8,7 +8,7 @@ import itertools
 import math
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from llmserve.errors import DeadlineExceeded, Overloaded, quoted
 
@@ -172,12 +172,11 @@ class AdmissionQueue(Generic[W, T]):
         self.limit, self.longest = limit, longest
         self.changed()
 
-    def take(self) -> Slot:
+    def take_slot(self) -> None:
         self._rate.begin()
         self.in_flight += 1
-        return Slot(self)
 
-    def release_slot(self, *, whole: bool) -> None:
+    def release_slot(self, *, whole: bool = True) -> None:
         """`whole`: the request was completed; only such requests count for the rate."""
         self.in_flight -= 1
         if whole:
@@ -240,18 +239,6 @@ class AdmissionQueue(Generic[W, T]):
         """Refuse all queued requests, each with an error of its own."""
         while self._queue:
             self._queue[0].refuse(error())
-
-
-class Slot:
-    """The right of one request to use a model; a second release has no effect."""
-
-    def __init__(self, queue: AdmissionQueue[Any, Any]) -> None:
-        self._queue: AdmissionQueue[Any, Any] | None = queue
-
-    def release(self, *, whole: bool = True) -> None:
-        if self._queue is not None:
-            queue, self._queue = self._queue, None
-            queue.release_slot(whole=whole)
 
 
 def _whole(seconds: float) -> int:

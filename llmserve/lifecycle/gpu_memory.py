@@ -69,7 +69,6 @@ class GpuMemory:
     def planned(
         self, config: Config, kept: Mapping[str, Sequence[Placement]]
     ) -> Callable[[], None]:
-        """Plan another registry around the engines of `kept`. Raises PlacementError."""
         models = tuple(
             self._fixed(spec, kept[spec.name]) if spec.name in kept else spec
             for spec in config.models
@@ -102,7 +101,6 @@ class GpuMemory:
         }
 
     def place(self, spec: ModelSpec, number: int) -> Placement:
-        """The placement of a replica in the plan in force."""
         replica = self.plan.replica(spec.name, number)
         sizes = {Level.READY: replica.bytes}
         if replica.sleeps:
@@ -113,7 +111,6 @@ class GpuMemory:
         return Placement(number, holds, replica)
 
     def expecting(self, placement: Placement) -> AbstractContextManager[None]:
-        """While the replica waits to wake, memory freed on its GPUs passes directly to it."""
         if self._handover is None:
             return contextlib.nullcontext()
         return self._handover.expecting(self._uuids(_planned(placement)))
@@ -125,10 +122,6 @@ class GpuMemory:
     async def moves(
         self, placement: Placement, wakes_from: Level | None = None
     ) -> AsyncIterator[None]:
-        """Hold the GPUs of a replica that sleeps or wakes, while no start is measured there.
-
-        A wake first waits for its memory. Raises StartupError if other processes hold it.
-        """
         replica = _planned(placement)
         async with self._locks.hold(replica.devices, alone=False):
             if wakes_from is not None:

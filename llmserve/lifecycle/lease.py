@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from llmserve.api.endpoints import Endpoint
     from llmserve.errors import LLMServeError
-    from llmserve.lifecycle.admission import Deadline, Slot
+    from llmserve.lifecycle.admission import AdmissionQueue, Deadline
     from llmserve.lifecycle.replica import Replica, Running
 
 Task = asyncio.Task[None]
@@ -43,7 +43,7 @@ class Lease:
     replica: Replica
     running: Running
     _request: ModelRequest
-    _slot: Slot
+    _queue: AdmissionQueue[ModelRequest, Lease]
     _tokens: int
     _released: Callable[[Lease], None]
     cut_by: LLMServeError | None = None  # why the server cancelled the request
@@ -51,6 +51,7 @@ class Lease:
     _timer: asyncio.TimerHandle | None = None
 
     def __post_init__(self) -> None:
+        self._queue.take_slot()
         self.replica.load.add(self._tokens)
         deadline = self._request.deadline
         if deadline.timeout_s is not None:
@@ -70,7 +71,7 @@ class Lease:
             self._released(self)
             if self._timer is not None:
                 self._timer.cancel()
-            self._slot.release(whole=self.cut_by is None)
+            self._queue.release_slot(whole=self.cut_by is None)
 
     def cut(self, error: LLMServeError) -> None:
         """Cancel the request, once; its task answers with the error."""

@@ -157,10 +157,7 @@ class Pool:
     # --- requests
 
     def lease(self, request: ModelRequest) -> Lease | QueuedRequest[ModelRequest, Lease]:
-        """Return a lease for a request, or its place in the queue.
-
-        Raises ModelNotFound, and what `Router.lease` raises.
-        """
+        """As `Router.lease`; also raises ModelNotFound."""
         return self.router.lease(self.find(request.name), request)
 
     # --- the server

@@ -34,12 +34,11 @@ class Router:
     def lease(
         self, model: ServedModel, request: ModelRequest
     ) -> Lease | QueuedRequest[ModelRequest, Lease]:
-        """Return a lease for the request, or its place in the queue.
+        """Return a lease for the request, or its place in the queue, in one synchronous step.
 
-        The decision and the queueing are one synchronous step. A queued request starts a model
-        that is stopped or asleep. Raises Overloaded if the server stops, the queue is full or too
-        long, or the model starts without requests in its queue. Such a model queues a retried
-        request. Raises EngineDead if the model has failed.
+        Joining the queue starts a model that is stopped or asleep. Raises EngineDead if the model
+        has failed, and Overloaded if the server stops, the queue is full or too long, or the
+        model starts and does not queue requests; a retried request is queued even then.
         """
         if self._supervisor.is_closed:
             raise server_stopping()
@@ -65,8 +64,7 @@ class Router:
             self._gauges.count_dispatch(replica)
         if replica.running is None:
             raise _not_ready(model)
-        slot = model.slots.take()
-        lease = Lease(replica, replica.running, request, slot, tokens, self._release)
+        lease = Lease(replica, replica.running, request, model.slots, tokens, self._release)
         self.leases[lease] = None
         return lease
 
@@ -98,7 +96,7 @@ class Router:
         elif self._supervisor.is_closed:
             model.slots.refuse(server_stopping)
         elif self._supervisor.may_become_ready(model):
-            self._supervisor.start_on_demand(model)
+            self._supervisor.start_on_demand(each for each in model.replicas if each.can_start)
         else:
             model.slots.refuse(lambda: _not_ready(model))
 

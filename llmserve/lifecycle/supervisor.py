@@ -13,7 +13,7 @@ from llmserve.lifecycle.placement import Level
 from llmserve.lifecycle.replica import AT_REST, State
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Sequence
+    from collections.abc import Callable, Coroutine, Iterable, Sequence
 
     from llmserve.lifecycle.lease import Task
     from llmserve.lifecycle.replica import Replica
@@ -64,12 +64,11 @@ class Supervisor:
 
     # --- starts
 
-    def start_on_demand(self, model: ServedModel) -> None:
-        """Begin to start or wake each replica that a request may start."""
-        for replica in model.replicas:
-            if replica.can_start:
-                self._life.queue_requests(replica)
-                self.begin(replica, self._life.make_ready)
+    def start_on_demand(self, replicas: Iterable[Replica]) -> None:
+        """Begin to start or wake replicas, and let requests wait for them."""
+        for replica in replicas:
+            self._life.queue_requests(replica)
+            self.begin(replica, self._life.make_ready)
 
     async def ensure_started(self, model: ServedModel) -> None:
         """Start or wake each replica; return when each is ready or has failed.
@@ -80,10 +79,8 @@ class Supervisor:
             raise server_stopping()
         if not await self.wait_started(model):
             return
-        for replica in model.replicas:
-            if replica.state in AT_REST or replica.state is State.FAILED:
-                self._life.queue_requests(replica)
-                self.begin(replica, self._life.make_ready)
+        startable = AT_REST | {State.FAILED}
+        self.start_on_demand(each for each in model.replicas if each.state in startable)
         await self.wait_started(model)
 
     async def start_stopped(self, model: ServedModel) -> None:
