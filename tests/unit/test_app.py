@@ -25,6 +25,7 @@ from llmserve.lifecycle.placement import Level
 from llmserve.lifecycle.pool import Pool
 from llmserve.lifecycle.replica import State
 from llmserve.lifecycle.response_store import owned_by
+from llmserve.lifecycle.timings import TIMINGS, LifecycleTimings
 from llmserve.metrics import Metrics
 from llmserve.registry.config import Config, ModelSpec, ServerSpec
 from llmserve.server import process as server
@@ -63,6 +64,7 @@ class Box:
         *specs: ModelSpec,
         server: ServerSpec | None = None,
         schedule: Schedule = SCHEDULE,
+        timings: LifecycleTimings = TIMINGS,
         **plans: Plan,
     ) -> None:
         models = specs or (
@@ -73,7 +75,7 @@ class Box:
         config = Config(file="models.yaml", server=self.server, models=models)
         self.backend = FakeBackend(**plans)
         self.metrics = Metrics()
-        self.pool = Pool(models, self.backend, self.metrics)
+        self.pool = Pool(models, self.backend, self.metrics, timings=timings)
         self.control = ModelOperator(self.server, self.pool, self.backend, lambda: config)
         services = Services(self.pool, self.metrics, self.control, schedule)
         self.app: ASGIApp = app.build(services)
@@ -106,10 +108,11 @@ async def asgi(
     *specs: ModelSpec,
     server: ServerSpec | None = None,
     schedule: Schedule = SCHEDULE,
+    timings: LifecycleTimings = TIMINGS,
     **plans: Plan,
 ) -> AsyncIterator[Box]:
     """Without a socket: for answers that come whole."""
-    box = Box(*specs, server=server, schedule=schedule, **plans)
+    box = Box(*specs, server=server, schedule=schedule, timings=timings, **plans)
     await box.pool.start()
     transport = httpx.ASGITransport(box.app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://box") as box.client:

@@ -16,9 +16,9 @@ from llmserve.api.sse import EventStream, PeekableStream
 from llmserve.api.token_stream import FlushScheduler, TokenStream
 from llmserve.errors import EngineDead, EngineError, LLMServeError, RequestError, StartupError
 from llmserve.http import request_batcher
-from llmserve.lifecycle import restart_backoff
 from llmserve.lifecycle.replica import State
 from tests.fakes import (
+    FAST,
     Answer,
     Call,
     FakeRunning,
@@ -413,9 +413,8 @@ async def test_a_request_is_tried_once_more_if_the_engine_dies_before_it_is_answ
     assert reply.status_code == 200
 
 
-async def test_it_waits_for_the_engine_that_comes_next(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(restart_backoff, "_FIRST_S", 0.005)
-    async with asgi(spec("chat")) as box:
+async def test_it_waits_for_the_engine_that_comes_next() -> None:
+    async with asgi(spec("chat"), timings=FAST) as box:
 
         async def dies(call: Call) -> Response:
             if len(box.running.calls) == 1:
