@@ -38,10 +38,7 @@ _LOOK_S = 0.25  # how often a log is looked at for more
 class Operator(Protocol):
     """What can be seen and done. Whatever takes a model's name raises ModelNotFound."""
 
-    @property
-    def server(self) -> ServerSpec:
-        """The `server` section in force."""
-        ...
+    server: ServerSpec  # the section in force
 
     def models(self) -> list[dict[str, Any]]:
         """A dictionary for each model, fit for JSON.

@@ -157,11 +157,8 @@ class ReplicaModel(Protocol):
     def spec(self) -> ModelSpec: ...
     @property
     def name(self) -> str: ...
-    def serve_queue(self) -> None:
-        """Admit or refuse queued requests, as the replicas allow now."""
-
-    def record_change(self, replica: Replica, before: State) -> None:
-        """Record that a replica changed its state, from `before`, or its note."""
+    def serve_queue(self) -> None: ...
+    def record_change(self, replica: Replica, before: State) -> None: ...
 
 
 class Replica:

@@ -519,14 +519,17 @@ async def test_unload_now_of_a_model_that_wakes_ends_its_engine(up: Boxes) -> No
         await soon(loading)
 
 
-async def test_unload_now_of_a_model_that_waits_to_be_started_again_ends_it(up: Boxes) -> None:
-    box = await up({"a": {}}, timings=replace(FAST, first_restart_s=60.0))
+@pytest.mark.parametrize("drain", [False, True])
+async def test_unload_of_a_model_that_waits_for_its_restart_ends_it(up: Boxes, drain: bool) -> None:
+    """At once, or after the restart."""
+    pause_s = 0.02 if drain else 60.0
+    box = await up({"a": {}}, timings=replace(FAST, first_restart_s=pause_s))
     box.engine("a").dead = True
     assert box.pool.supervisor.handle_death(box.replica("a"))
     assert box.states() == {"a": "waiting"}
-    await soon(box.control.unload("a", drain=False))
+    await soon(box.control.unload("a", drain=drain))
     assert box.states() == {"a": "stopped"}
-    assert box.backend.started == ["a"]
+    assert box.backend.started == ["a"] * (2 if drain else 1)
 
 
 async def test_requests_that_come_while_a_start_is_broken_off_bring_it_again(up: Boxes) -> None:
@@ -542,16 +545,6 @@ async def test_requests_that_come_while_a_start_is_broken_off_bring_it_again(up:
     await box.use("a")
     await soon(unloading)
     assert box.states() == {"a": "ready"}
-
-
-async def test_unload_of_a_model_that_waits_to_be_started_again_ends_it_for_good(up: Boxes) -> None:
-    box = await up({"a": {}}, timings=replace(FAST, first_restart_s=0.02))
-    box.engine("a").dead = True
-    assert box.pool.supervisor.handle_death(box.replica("a"))
-    assert box.states() == {"a": "waiting"}
-    await soon(box.control.unload("a", drain=True))
-    await asyncio.sleep(0.03)
-    assert box.states() == {"a": "stopped"}
 
 
 async def test_a_server_that_ends_loads_nothing(up: Boxes) -> None:

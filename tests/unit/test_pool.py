@@ -102,19 +102,19 @@ async def test_a_model_serves_while_another_still_starts() -> None:
     await soon(starting)
 
 
-async def test_one_that_fails_does_not_stop_the_others() -> None:
-    box = Box(embed=broken("OSError: no space left"))
+@pytest.mark.parametrize(
+    ("error", "note"),
+    [
+        (StartupError("OSError: no space left"), "OSError: no space left"),
+        (RuntimeError("boom"), "RuntimeError: boom"),  # unforeseen
+    ],
+)
+async def test_a_failed_start_does_not_stop_the_others(error: Exception, note: str) -> None:
+    box = Box(embed=Plan(error=error))
     await box.pool.start()
     assert box.states() == {"chat": "ready", "embed": "failed", "draft": "ready"}
-    assert ("embed", State.FAILED, "OSError: no space left") in box.seen
-    assert [entry.name for entry in box.pool.ready()] == ["chat", "draft"]
-
-
-async def test_one_that_fails_in_an_unforeseen_way_does_not_stop_the_others() -> None:
-    box = Box(embed=Plan(error=RuntimeError("boom")))
-    await box.pool.start()
-    assert box.states() == {"chat": "ready", "embed": "failed", "draft": "ready"}
-    assert "boom" in box.pool.models["embed"].note
+    assert ("embed", State.FAILED, note) in box.seen
+    assert [model.name for model in box.pool.ready()] == ["chat", "draft"]
 
 
 async def test_a_required_one_that_fails_ends_the_start_at_once() -> None:
