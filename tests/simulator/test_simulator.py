@@ -74,7 +74,7 @@ def test_a_request_that_queues_a_step_late_is_found(monkeypatch: pytest.MonkeyPa
         return queued
 
     monkeypatch.setattr(AdmissionQueue, "join", join_late)
-    with pytest.raises(Violation, match=r"wait for ever|a request waits, a slot is free"):
+    with pytest.raises(Violation, match=r"wait forever|a request waits, a slot is free"):
         run(range(50), harsh=True)
 
 
@@ -112,7 +112,7 @@ def test_a_death_in_the_step_that_ends_a_start_is_found(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(Supervisor, "handle_death", handle_death)
     monkeypatch.setattr(Supervisor, "_finish", finish)
-    with pytest.raises(Violation, match=r"stays waiting|wait for ever"):
+    with pytest.raises(Violation, match=r"stays waiting|wait forever"):
         run(range(_SEEDS), harsh=True)
 
 

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -20,7 +19,7 @@ from llmserve.http import app
 from llmserve.http.services import Services
 from llmserve.lifecycle.health import HealthMonitor
 from llmserve.lifecycle.operator import ModelOperator
-from llmserve.lifecycle.placement import Level, Place
+from llmserve.lifecycle.placement import Level
 from llmserve.lifecycle.pool import Pool
 from llmserve.lifecycle.replica import State
 from llmserve.lifecycle.timings import LifecycleTimings
@@ -60,7 +59,7 @@ class Exchange:
         self.model = model
         self.status: int | None = None
         self.whole = False
-        self.over = False  # the application is through with it
+        self.over = False  # the application has returned
         self.left = asyncio.Event()
         self.reads = True
         self._world = world
@@ -411,7 +410,7 @@ class World:
         tasks = {starting, *self.serving, *self.operating}
         _, late = await asyncio.wait(tasks, timeout=_PATIENCE_S)
         if late:
-            self.violate(f"{len(late)} requests or commands wait for ever: {self._standing()}")
+            self.violate(f"{len(late)} requests or commands wait forever: {self._standing()}")
         await asyncio.sleep(150)  # restarts, idle times and minimal stays are over
         for replica in self.pool.replicas:
             if replica.state not in _SETTLED or replica.transition_lock.locked():
@@ -423,7 +422,7 @@ class World:
         owned = [each.running.engine for each in self.pool.replicas if each.running]  # type: ignore[attr-defined]
         if orphans := [each for each in self.fleet.alive() if each not in owned]:
             self.violate(f"{len(orphans)} engines have no owner")
-        self._check_bookings()
+        self._check_reservations()
 
     async def _end(self, starting: asyncio.Task[None], watch: asyncio.Task[None]) -> None:
         """As `server._Process` ends."""
@@ -495,14 +494,12 @@ class World:
                 if replica.load.requests or replica.load.tokens:
                     self.violate(f"{replica.name} has a load of {replica.load}")
 
-    def _check_bookings(self) -> None:
-        booked: Counter[Place] = Counter()
+    def _check_reservations(self) -> None:
         for replica, level in self.pool.life._reserved.items():
-            booked.update(replica.holds.get(level, {}))
             if replica not in self.pool.replicas:
-                self.violate(f"{replica.name} has left and has memory booked")
+                self.violate(f"{replica.name} has left and has memory reserved")
             if level is not replica.level:
-                self.violate(f"{replica.name} is at {replica.level!r} and has {level!r} booked")
+                self.violate(f"{replica.name} is at {replica.level!r} and has {level!r} reserved")
             engine = replica.running.engine if replica.running else None  # type: ignore[attr-defined]
             if engine is not None and engine.gpu not in replica.holds[Level.READY]:
                 self.violate(f"{replica.name} runs on {engine.gpu}, and is placed elsewhere")
@@ -512,7 +509,7 @@ class World:
             if each.level is not Level.STOPPED and each not in self.pool.life._reserved
         ]
         if missing:
-            self.violate(f"{missing} hold memory that is not booked")
+            self.violate(f"{missing} hold memory that is not reserved")
 
     def _standing(self) -> str:
         return "; ".join(
