@@ -266,7 +266,6 @@ async def _app(model: str) -> Any:
     from llmserve.lifecycle.operator import ModelOperator  # noqa: PLC0415
     from llmserve.lifecycle.pool import Pool  # noqa: PLC0415
     from llmserve.metrics import Metrics  # noqa: PLC0415
-    from llmserve.registry.names import ModelNames  # noqa: PLC0415
     from llmserve.registry.spec import Config, ModelSpec, ServerSpec  # noqa: PLC0415
 
     spec = ModelSpec(name=model, model=str(MODELS / FOLDERS[model]))
@@ -275,13 +274,13 @@ async def _app(model: str) -> Any:
         addresses = {model: [{"input_address": names[0], "output_address": names[1]}]}
         backend = AttachedBackend(addresses, Path(logs))
         metrics = Metrics()
-        pool = Pool(ModelNames([spec]), backend, metrics)
+        pool = Pool([spec], backend, metrics)
         await pool.start()
-        while not pool.entries[model].running:  # noqa: ASYNC110  # a benchmark may look
+        while not pool.models[model].running:  # noqa: ASYNC110  # a benchmark may look
             await asyncio.sleep(0.05)
         config = Config(file=Path("models.yaml"), server=ServerSpec(), models=(spec,))
-        control = ModelOperator(config, pool, backend, lambda: config, lambda _: None)
-        yield app.build(Services(config, pool, metrics, control))
+        control = ModelOperator(config.server, pool, backend, lambda: config)
+        yield app.build(Services(pool, metrics, control))
 
 
 def _forget_peak() -> None:

@@ -16,14 +16,21 @@ from starlette.responses import Response
 
 from llmserve.api.context import RequestContext
 from llmserve.api.endpoint_id import EndpointId
+from llmserve.api.endpoints import ENDPOINTS
 from llmserve.api.sse import EventStream, PeekableStream
 from llmserve.errors import LLMServeError, StartupError
-from llmserve.lifecycle.admission import Releasable
+from llmserve.lifecycle.admission import Deadline, Releasable
+from llmserve.lifecycle.health import HealthMonitor
+from llmserve.lifecycle.lease import Lease, ModelRequest
 from llmserve.lifecycle.placement import Level, Placement
+from llmserve.lifecycle.pool import Pool
+from llmserve.lifecycle.served_model import ServedModel
+from llmserve.lifecycle.timings import LifecycleTimings
+from llmserve.metrics import Metrics
 from llmserve.registry.spec import ModelSpec
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+    from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator
     from contextlib import AbstractContextManager
 
     import httpx
@@ -32,7 +39,7 @@ if TYPE_CHECKING:
 
     from llmserve.lifecycle.admission import QueuedRequest
     from llmserve.lifecycle.placement import Takes
-    from llmserve.lifecycle.replica import MemoryBudget, Running, State
+    from llmserve.lifecycle.replica import MemoryBudget, Replica, Running, State
     from llmserve.lifecycle.response_store import ResponseStore
     from llmserve.registry.spec import Config
 
@@ -212,7 +219,7 @@ class Plan:
 class FakeBackend:
     """Starts the replicas of its plans; one without a plan is ready at once. Its own memory.
 
-    Their names are those of `pool.Replica`.
+    Their names are those of `Replica`.
     """
 
     def __init__(self, **plans: Plan) -> None:
@@ -277,12 +284,98 @@ class FakeBackend:
         self.killed += 1
 
 
+# Without a residency time, and with short pauses.
+FAST = LifecycleTimings(
+    health_check_s=0.002,
+    busy_residency=0.0,
+    min_busy_residency_s=0.0,
+    max_residency_s=0.0,
+    first_restart_s=0.001,
+)
+_CHAT = next(endpoint for endpoint in ENDPOINTS if endpoint.id is EndpointId.CHAT_COMPLETIONS)
+
+
+class PoolBox:
+    """A pool without a server, and what its metrics and requests show."""
+
+    def __init__(
+        self,
+        specs: Iterable[ModelSpec],
+        backend: FakeBackend,
+        timings: LifecycleTimings = FAST,
+    ) -> None:
+        self.timings = timings
+        self.metrics = Metrics()
+        self.seen: list[tuple[str, State, str]] = []
+        self._has_changed = asyncio.Event()
+        self.pool = Pool(specs, backend, self.metrics, self._record, timings)
+
+    def _record(self, replica: Replica) -> None:
+        self.seen.append((replica.name, replica.state, replica.note))
+        self._has_changed.set()
+
+    async def until(self, holds: Callable[[], bool]) -> None:
+        """Wait until `holds`, which is checked after each change of a replica."""
+        async with asyncio.timeout(60):
+            while not holds():
+                self._has_changed.clear()
+                await self._has_changed.wait()
+
+    @asynccontextmanager
+    async def watched(self) -> AsyncIterator[None]:
+        """While a health monitor runs."""
+        watching = asyncio.create_task(HealthMonitor(self.pool, self.timings).run())
+        try:
+            yield
+        finally:
+            watching.cancel()
+            await asyncio.wait({watching})
+
+    def replica(self, name: str, number: int = 0) -> Replica:
+        return self.pool.models[name].replicas[number]
+
+    def states(self) -> dict[str, str]:
+        return {name: model.state.value for name, model in self.pool.models.items()}
+
+    def figure(self, name: str, **labels: str) -> float | None:
+        return self.metrics.registry.get_sample_value(f"llmserve_{name}", labels)
+
+    async def ask(
+        self, name: str, deadline: Deadline | None = None, task: asyncio.Task[None] | None = None
+    ) -> Lease:
+        """As a request does: it waits if it has to."""
+        lease = self.pool.lease(ModelRequest(name, _CHAT, {}, deadline or Deadline(), task))
+        return lease if isinstance(lease, Lease) else await let_in(lease)
+
+    async def asking(self, name: str, deadline: Deadline | None = None) -> asyncio.Task[Lease]:
+        """A request that waits now."""
+        queued = self.pool.lease(ModelRequest(name, _CHAT, {}, deadline or Deadline()))
+        assert not isinstance(queued, Lease)
+        task = asyncio.create_task(let_in(queued))
+        await asyncio.sleep(0)
+        return task
+
+    async def use(self, *names: str) -> list[Running]:
+        """A request to each, one after the other."""
+        used: list[Running] = []
+        for name in names:
+            lease = await soon(self.ask(name))
+            lease.release()
+            used.append(lease.running)
+        return used
+
+
 def broken(cause: str = "ValueError: no memory left") -> Plan:
     return Plan(error=StartupError(cause))
 
 
 def spec(name: str = "chat", **more: Any) -> ModelSpec:
     return ModelSpec(name=name, **({"model": f"/models/{name}"} | more))
+
+
+def replica(model: ModelSpec, number: int = 0) -> Replica:
+    """A replica without an engine."""
+    return ServedModel(model, [Placement(number, {})]).replicas[0]
 
 
 def http_scope(

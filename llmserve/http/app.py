@@ -57,7 +57,7 @@ def build(services: Services) -> ASGIApp:
     app.router.redirect_slashes = False  # a 404 with the nearest route instead
     app.state.services = services
     handler = _ErrorHandler(_Access(_Dispatch(app), services))
-    return _WithContext(_Cors.from_spec(handler, services.config.server), services)
+    return _WithContext(_Cors.from_spec(handler, services.operator.server), services)
 
 
 class _Dispatch:
@@ -241,7 +241,7 @@ class _Access:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            key = auth.check(scope, self._services.config.server)
+            key = auth.check(scope, self._services.operator.server)
             if key is not None:
                 RequestContext.of(scope).owner = hashlib.sha256(key).hexdigest()
         await self._app(scope, receive, send)

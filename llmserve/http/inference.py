@@ -40,7 +40,7 @@ class InferenceEndpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         services: Services = scope["app"].state.services
-        limit = services.config.server.max_body
+        limit = services.operator.server.max_body
         if self.endpoint.multipart:
             request = await form_of(scope, receive, limit, services.off_loop)
             try:
@@ -82,7 +82,7 @@ class InferenceEndpoint:
         services: Services = scope["app"].state.services
         lease = services.pool.lease(wanted)
         if isinstance(lease, QueuedRequest):
-            model = services.pool.entry(wanted.name)
+            model = services.pool.find(wanted.name)
             streams = self.endpoint.answer_tokens and wanted.body.get("stream") is True
             comment_s = services.schedule.comment_s if streams else None
             lease = await self._wait_in_queue(receive, client, lease, model, comment_s)

@@ -84,7 +84,7 @@ def _stored(request: Request) -> tuple[ResponseStore, str]:
     """Return the store and the id of the path. Raises RouteNotFound, also for other owners."""
     response_id = request.path_params["response_id"]
     owner = RequestContext.of(request.scope).owner
-    for served in _services(request).pool.entries.values():
+    for served in _services(request).pool.models.values():
         if served.responses.has(response_id, owner):
             return served.responses, response_id
     raise RouteNotFound(
@@ -102,7 +102,7 @@ async def health(_: Request) -> Response:
 
 async def ready(request: Request) -> Response:
     """Return the state of each model, and 200 if all are ready or start on demand, else 503."""
-    served = _services(request).pool.entries.values()
+    served = _services(request).pool.models.values()
     states = {each.name: _model_state(each) for each in served}
     all_ready = all(each.ready or each.queues_requests for each in served)
     return json_response({"ready": all_ready, "models": states}, 200 if all_ready else 503)
@@ -126,7 +126,7 @@ async def version(_: Request) -> Response:
 
 async def metrics_page(request: Request) -> Response:
     services = _services(request)
-    page = services.metrics.page(services.pool.registries())
+    page = services.metrics.page(services.pool.collectors())
     return Response(page, media_type=metrics.CONTENT_TYPE)
 
 
@@ -148,7 +148,7 @@ async def openapi(_: Request) -> Response:
 
 def _card(services: Services, name: str) -> dict[str, Any]:
     found = services.pool.registry.find(name)
-    running = services.pool.entries[found.name].running
+    running = services.pool.models[found.name].running
     return model_card(name, found, services.created, running)
 
 

@@ -14,14 +14,12 @@ if TYPE_CHECKING:
     from llmserve.lifecycle.operator import ModelOperator
     from llmserve.lifecycle.pool import Pool
     from llmserve.metrics import Metrics
-    from llmserve.registry.spec import Config
 
 
 @dataclass
 class Services:
     """One per server, in `request.app.state.services`."""
 
-    config: Config  # a reload replaces it
     pool: Pool
     metrics: Metrics
     operator: ModelOperator

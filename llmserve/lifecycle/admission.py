@@ -8,7 +8,7 @@ import itertools
 import math
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from llmserve.errors import DeadlineExceeded, Overloaded, quoted
 
@@ -25,56 +25,53 @@ class Releasable(Protocol):
 T = TypeVar("T", bound=Releasable)
 W = TypeVar("W")
 
-_RECENT = 64  # requests by which the pace is told
-_ENOUGH = 8  # of them before it is
-_MARGIN = 1.1  # of what a request will take, for those that are longer than others
-_LONGEST_S = 600.0  # that anybody is told to wait
+_RECENT = 64  # requests that determine the completion rate
+_ENOUGH = 8  # of them, before there is a rate
+_MARGIN = 1.1  # on the expected duration of a request, for those that are longer than others
+_LONGEST_S = 600.0  # of a Retry-After
 _NUMBERS = itertools.count()
 
 
 class ServiceRate:
-    """How fast a model gets through its requests, by those that ended last.
-
-    Time without requests does not count.
-    """
+    """The completion rate of a model over its last requests; time without requests is left out."""
 
     def __init__(self) -> None:
         self._ends: deque[float] = deque(maxlen=_RECENT)
         self._idle_s = 0.0
-        self._rests_since: float | None = time.monotonic()
+        self._idle_since: float | None = time.monotonic()
 
     def _now(self) -> float:
-        now = time.monotonic() if self._rests_since is None else self._rests_since
+        now = time.monotonic() if self._idle_since is None else self._idle_since
         return now - self._idle_s
 
-    def begins(self) -> None:
-        """There are requests again."""
-        if self._rests_since is not None:
-            self._idle_s += time.monotonic() - self._rests_since
-            self._rests_since = None
+    def begin(self) -> None:
+        """Record that a request runs."""
+        if self._idle_since is not None:
+            self._idle_s += time.monotonic() - self._idle_since
+            self._idle_since = None
 
-    def rests(self) -> None:
-        """There are none."""
-        self._rests_since = time.monotonic()
+    def pause(self) -> None:
+        """Record that no request runs."""
+        self._idle_since = time.monotonic()
 
-    def ended(self) -> None:
+    def record_completion(self) -> None:
         self._ends.append(self._now())
 
     def seconds(self, requests: int) -> float | None:
-        """What so many will take; None: too few have ended to tell."""
+        """The expected seconds for so many requests; None if too few have ended."""
         if len(self._ends) < _ENOUGH:
             return None
-        # Up to now: a model that has come to a halt has not kept its pace.
+        # Up to now, so that the rate of a model that has halted falls.
         return requests * (self._now() - self._ends[0]) / len(self._ends)
 
 
 class Deadline:
-    """When a request must be done; `timeout_s` of None: never."""
+    """The arrival number of a request and the time when it must be done; None: no limit."""
 
     def __init__(self, timeout_s: float | None = None) -> None:
         self.timeout_s = timeout_s
         self.at = math.inf if timeout_s is None else time.monotonic() + timeout_s
-        self.number = next(_NUMBERS)  # of its arrival
+        self.number = next(_NUMBERS)
 
     @property
     def left_s(self) -> float:
@@ -85,29 +82,25 @@ class Deadline:
 
 
 class QueuedRequest(Generic[W, T]):
-    """A request in the queue, until `given` is done: what it waits for, or why it gets nothing.
+    """A request in the queue, until `given` has its lease or the error that refuses it.
 
-    Its deadline is a timer here, whatever the request's task does meanwhile.
+    Its deadline is a timer here, independent of the task of the request.
     """
 
-    def __init__(self, deadline: Deadline, wish: W) -> None:
+    def __init__(self, deadline: Deadline, request: W) -> None:
         loop = asyncio.get_running_loop()
         self.number = deadline.number
-        self.wish = wish
+        self.request = request
         self.given: asyncio.Future[T] = loop.create_future()
-        self._queue: list[QueuedRequest[W, T]] = []
+        self.queue: AdmissionQueue[W, T] | None = None
         self._timer: asyncio.TimerHandle | None = None
         if deadline.timeout_s is not None:
             self._timer = loop.call_later(deadline.left_s, lambda: self.refuse(deadline.exceeded()))
 
-    def join(self, queue: list[QueuedRequest[W, T]]) -> None:
-        self._queue = queue
-        bisect.insort(queue, self, key=lambda each: each.number)
-
-    def give(self, enter: Callable[[W], T]) -> None:
-        """`enter` makes what it waits for, or raises why it gets nothing."""
+    def admit(self, lease: Callable[[W], T]) -> None:
+        """`lease` creates the lease of the request, or raises the error that refuses it."""
         try:
-            given = enter(self.wish)
+            given = lease(self.request)
         except Exception as error:
             self.refuse(error)
         else:
@@ -119,23 +112,23 @@ class QueuedRequest(Generic[W, T]):
         self.given.set_exception(error)
 
     def cancel(self) -> None:
-        """What was given in the moment of leaving goes back."""
+        """Leave the queue; release a lease that was given meanwhile."""
         self._leave_queue()
         if not self.given.cancel() and self.given.exception() is None:
             self.given.result().release()
 
     def _leave_queue(self) -> None:
-        if self in self._queue:
-            self._queue.remove(self)
+        if self.queue is not None:
+            self.queue.remove(self)
         if self._timer is not None:
             self._timer.cancel()
 
 
 class AdmissionQueue(Generic[W, T]):
-    """The requests a model has in flight, at most `limit`, and the queue for its slots.
+    """The requests of a model in flight, at most `limit`, and the queue for its slots.
 
-    `changed` is called in the same step as whatever may let a request in, and advances the
-    queue: a place was taken, a slot given back, the limit raised.
+    `changed` is called in the step that may admit a request: it joined the queue, a slot was
+    released, or the limit was raised. It advances the queue.
     """
 
     def __init__(
@@ -145,92 +138,107 @@ class AdmissionQueue(Generic[W, T]):
         self.limit = limit
         self.longest = longest  # queue
         self.in_flight = 0
-        self.pace = ServiceRate()
-        self._queue: list[QueuedRequest[W, T]] = []
         self.changed = changed
-
-    def count(self) -> int:
-        return self.in_flight
+        self._rate = ServiceRate()
+        self._queue: list[QueuedRequest[W, T]] = []
+        self._emptied = asyncio.Event()  # set when the queue or the slots become empty
 
     def waiting(self) -> int:
         return len(self._queue)
 
     @property
     def free(self) -> bool:
-        """Whether a request that comes now need not wait."""
+        """Whether a new request can be admitted at once."""
         return self.in_flight < self.limit and not self._queue
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether requests wait or run."""
+        return bool(self._queue or self.in_flight)
+
+    async def wait_empty(self) -> None:
+        """Return when no request waits."""
+        while self._queue:
+            self._emptied.clear()
+            await self._emptied.wait()
+
+    async def wait_idle(self) -> None:
+        """Return when no request waits or runs."""
+        while self.is_busy:
+            self._emptied.clear()
+            await self._emptied.wait()
 
     def resize(self, limit: int, longest: int) -> None:
         self.limit, self.longest = limit, longest
         self.changed()
 
-    def take(self) -> Slot:
-        self.pace.begins()
+    def take_slot(self) -> None:
+        self._rate.begin()
         self.in_flight += 1
-        return Slot(self)
 
-    def left(self, *, whole: bool) -> None:
+    def release_slot(self, *, whole: bool = True) -> None:
+        """`whole`: the request was completed; only such requests count for the rate."""
         self.in_flight -= 1
-        if whole:  # one that was cut off says nothing of the pace
-            self.pace.ended()
+        if whole:
+            self._rate.record_completion()
         if not self.in_flight:
-            self.pace.rests()
+            self._rate.pause()
+            self._emptied.set()
         self.changed()
 
     def raise_if_full(self, deadline: Deadline, ready_in_s: float) -> None:
         """Raises Overloaded if the queue is full, or too long for the request's deadline."""
-        wait_s = ready_in_s + (self.pace.seconds(len(self._queue) + 1) or 0.0)
-        everybody = len(self._queue) + self.in_flight + 1
-        done_s = ready_in_s + (self.pace.seconds(everybody) or 0.0) * _MARGIN
-        if len(self._queue) >= self.longest:
+        queued = len(self._queue)
+        wait_s = ready_in_s + (self._rate.seconds(queued + 1) or 0.0)
+        done_s = ready_in_s + (self._rate.seconds(queued + self.in_flight + 1) or 0.0) * _MARGIN
+        if queued >= self.longest:
             raise Overloaded(
                 f"The model {quoted(self.model)} has {self.in_flight} requests in flight and "
-                f"{len(self._queue)} that wait, its max_in_flight and max_queue; try again.",
+                f"{queued} in its queue, its max_in_flight and max_queue; try again.",
                 retry_after_s=_whole(wait_s),
             )
         if done_s > deadline.left_s:
             raise Overloaded(
-                f"The model {quoted(self.model)} would be done with this request in {done_s:.1f} s, "
-                f"later than the {deadline.left_s:.1f} s that it has left; try again.",
+                f"The model {quoted(self.model)} needs {done_s:.1f} s for this request, more than "
+                f"the {deadline.left_s:.1f} s until its deadline; try again.",
                 retry_after_s=_whole(wait_s),
                 code="deadline_unreachable",
             )
 
-    def join(self, deadline: Deadline, wish: W) -> QueuedRequest[W, T]:
-        """A place in the queue, in order of arrival."""
-        place: QueuedRequest[W, T] = QueuedRequest(deadline, wish)
-        place.join(self._queue)
+    def join(self, deadline: Deadline, request: W) -> QueuedRequest[W, T]:
+        """Queue a request, in order of arrival."""
+        queued: QueuedRequest[W, T] = QueuedRequest(deadline, request)
+        self.insert(queued)
         self.changed()
-        return place
+        return queued
+
+    def insert(self, queued: QueuedRequest[W, T]) -> None:
+        queued.queue = self
+        bisect.insort(self._queue, queued, key=lambda each: each.number)
+
+    def remove(self, queued: QueuedRequest[W, T]) -> None:
+        queued.queue = None
+        self._queue.remove(queued)
+        if not self._queue:
+            self._emptied.set()
 
     def move_to(self, other: AdmissionQueue[W, T]) -> None:
-        """The whole queue goes over, and waits there in order of arrival."""
+        """Move the whole queue to another one, in order of arrival."""
         queue, self._queue = self._queue, []
-        for place in queue:
-            place.join(other._queue)
+        for queued in queue:
+            other.insert(queued)
+        self._emptied.set()
         other.changed()
 
-    def advance(self, enter: Callable[[W], T]) -> None:
-        """Let in the first in the queue, as long as there are slots."""
+    def advance(self, lease: Callable[[W], T]) -> None:
+        """Admit queued requests, the first ones first, as long as there are slots."""
         while self._queue and self.in_flight < self.limit:
-            self._queue[0].give(enter)
+            self._queue[0].admit(lease)
 
     def refuse(self, error: Callable[[], LLMServeError]) -> None:
-        """Send the whole queue away."""
+        """Refuse all queued requests, each with an error of its own."""
         while self._queue:
             self._queue[0].refuse(error())
-
-
-class Slot:
-    """A place that is given back once, however often it is left."""
-
-    def __init__(self, slots: AdmissionQueue[Any, Any]) -> None:
-        self._slots: AdmissionQueue[Any, Any] | None = slots
-
-    def release(self, *, whole: bool = True) -> None:
-        if self._slots is not None:
-            slots, self._slots = self._slots, None
-            slots.left(whole=whole)
 
 
 def _whole(seconds: float) -> int:

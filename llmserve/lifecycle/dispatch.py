@@ -1,4 +1,4 @@
-"""Which replica of a model gets a request. Pure: replicas and their loads in, a replica out."""
+"""The choice of a replica for a request. Pure: replicas and their loads in, a replica out."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
 _CHARACTERS = 4  # of text in a token, about
 _PROMPTS = ("system", "instructions", "messages", "prompt", "input")  # as engines read them
 
-_BLOCK_TOKENS = 128  # a prefix is known in steps of so many
-_DEEPEST = 64  # blocks of a prefix that are looked at
+_BLOCK_TOKENS = 128  # the unit of a prefix
+_DEEPEST = 64  # blocks of a prefix that are compared
 _KEPT_BLOCKS = 8192
-_UNEVEN_TOKENS = 8192  # a known prefix may cost so many tokens more in flight,
+_UNEVEN_TOKENS = 8192  # so many more tokens in flight are accepted for a known prefix,
 _UNEVEN_RATIO = 1.5  # or this many times as many
 
 
 @dataclass(slots=True)
 class Load:
-    """What a replica was given and has not finished."""
+    """The requests and estimated tokens that a replica has not finished."""
 
     requests: int = 0
     tokens: int = 0
@@ -50,19 +50,18 @@ Text = str | list[int]  # what a client wrote, or the ids of its tokens
 
 
 class DispatchRequest(NamedTuple):
-    """What of a request matters here."""
+    """The part of a request that determines its replica."""
 
     model: str  # the public name: an adapter has a KV cache of its own
     texts: list[Text]
     tokens: int  # an estimate of prompt and answer
 
     @classmethod
-    def of(cls, model: str, body: dict[str, Any], answer: int) -> DispatchRequest:
-        """Each answer counts as `answer` tokens, whatever it may take; 0: it writes no text.
+    def from_body(cls, model: str, body: dict[str, Any], answer: int) -> DispatchRequest:
+        """Each answer counts as `answer` tokens; 0: the request writes no text.
 
-        How long it gets is not known, and what it takes of a replica is a place in the batch:
-        with `max_tokens` in its stead, one that may be long keeps a dozen short requests from
-        a replica that has room for them.
+        The length of an answer is unknown, and `max_tokens` would overestimate it: one request
+        with a high limit would keep a dozen short ones from a replica that can take them.
         """
         texts = _texts(body)
         tokens = answer * (_count(body.get("n")) or 1)
@@ -72,9 +71,9 @@ class DispatchRequest(NamedTuple):
 
 
 def _texts(body: dict[str, Any]) -> list[Text]:
-    """The texts of a body in the order in which an engine reads them.
+    """The texts of a body, in the order in which an engine reads them.
 
-    A body has not been validated when it comes here: what is no text is passed over.
+    The body has not been validated; values that are no texts are skipped.
     """
     texts: list[Text] = []
     left = [body[key] for key in _PROMPTS if key in body]
@@ -85,11 +84,11 @@ def _texts(body: dict[str, Any]) -> list[Text]:
         if kind is str:
             texts.append(value)
         elif kind is dict:  # a message, or a part of one
-            said = value.get("content") or value.get("text") or value.get("output")
-            if type(said) is str:
-                texts.append(said)
+            text = value.get("content") or value.get("text") or value.get("output")
+            if type(text) is str:
+                texts.append(text)
             else:
-                left.append(said)
+                left.append(text)
         elif kind is list and value:
             if type(value[0]) is int:
                 texts.append(value)
@@ -104,16 +103,16 @@ def _count(value: object) -> int:
 
 class Policy(Protocol):
     def choose(self, ready: Sequence[T], ask: DispatchRequest) -> T:
-        """One of the replicas that are ready, of which there is at least one."""
+        """Choose one of the ready replicas; there is at least one."""
         ...
 
     def forget(self, number: int) -> None:
-        """A replica has gone, and with it all that it had seen."""
+        """Forget a replica whose engine, and so its KV cache, has ended."""
         ...
 
 
 class Lottery:
-    """Shares by weight, in the long run."""
+    """A random choice by weight."""
 
     def __init__(self, weights: Sequence[float], chance: random.Random) -> None:
         self._weights = weights
@@ -127,7 +126,7 @@ class Lottery:
 
 
 class ShortestQueue:
-    """The fewest tokens in flight, then the fewest requests, then in turn."""
+    """The fewest tokens in flight, then the fewest requests, then round robin."""
 
     def __init__(self) -> None:
         self._last = -1
@@ -145,13 +144,12 @@ class ShortestQueue:
 
 
 class PrefixAffinity:
-    """A replica that has seen how a request begins, unless that makes load uneven.
+    """A replica that has seen the prefix of the request, unless that makes the load uneven.
 
-    What a replica has seen stands for what is in its KV cache. A beginning is known by
-    the hashes of its blocks, each with all before it, so that the longest known one is
-    found block by block; several replicas can have seen it, and the shortest queue of
-    those is taken. One that has seen it may be behind the shortest queue of all by the
-    prefill that it saves, and by a margin: _UNEVEN_TOKENS or _UNEVEN_RATIO.
+    The prefixes that a replica has seen stand for its KV cache. Each block of a prefix has a
+    hash that includes all blocks before it, so the longest known prefix is found block by
+    block. Of several holders, the one with the shortest queue is chosen. Its queue may exceed
+    the shortest one by the prefill that it saves and a margin: _UNEVEN_TOKENS or _UNEVEN_RATIO.
     """
 
     def __init__(self, kept_blocks: int = _KEPT_BLOCKS) -> None:
@@ -169,10 +167,10 @@ class PrefixAffinity:
         return chosen
 
     def _holders(self, ready: Sequence[T], blocks: list[int]) -> tuple[list[T], int]:
-        """Who has seen the longest known beginning, and how many blocks that has."""
+        """The replicas that have seen the longest known prefix, and its blocks."""
         here = sum(1 << replica.number for replica in ready)
         bits = known = 0
-        # Whoever has seen a block has seen those before it.
+        # A replica that has seen a block has seen those before it.
         for block in blocks:
             seen = self._seen.get(block, 0) & here
             if not seen:
@@ -182,7 +180,7 @@ class PrefixAffinity:
 
     def _note(self, blocks: list[int], bit: int) -> None:
         seen = self._seen
-        # The last block first: of a beginning, its end is forgotten first.
+        # The last block first, so that the end of a prefix is forgotten first.
         for block in reversed(blocks):
             seen[block] = seen.get(block, 0) | bit
             seen.move_to_end(block)
@@ -201,28 +199,28 @@ def _uneven(chosen: Target, ready: Sequence[Target], saved: int) -> bool:
 
 
 def _blocks(ask: DispatchRequest) -> list[int]:
-    """A hash for each whole block of a request's beginning, with all that is before it."""
-    beginning = _beginning(ask.texts)
-    size = _BLOCK_TOKENS * (_CHARACTERS if type(beginning) is str else 1)
+    """A hash for each whole block of the prefix, which includes the blocks before it."""
+    prefix = _prefix(ask.texts)
+    size = _BLOCK_TOKENS * (_CHARACTERS if type(prefix) is str else 1)
     blocks: list[int] = []
     before = hash(ask.model)
-    for end in range(size, min(len(beginning), _DEEPEST * size) + 1, size):
-        block = beginning[end - size : end]
+    for end in range(size, min(len(prefix), _DEEPEST * size) + 1, size):
+        block = prefix[end - size : end]
         before = hash((before, block if type(block) is str else repr(block)))
         blocks.append(before)
     return blocks
 
 
-def _beginning(texts: list[Text]) -> Text:
-    """Texts as one, as far as they matter; token ids are a prompt by themselves."""
+def _prefix(texts: list[Text]) -> Text:
+    """The texts as one, up to the longest prefix; token ids are a prompt by themselves."""
     if texts and type(texts[0]) is list:
         return texts[0]
     longest = _DEEPEST * _BLOCK_TOKENS * _CHARACTERS
     return "\n".join([text[:longest] for text in texts if type(text) is str])
 
 
-def policy_of(spec: ModelSpec) -> Policy | None:
-    """None where there is nothing to choose."""
+def policy_from_spec(spec: ModelSpec) -> Policy | None:
+    """The dispatch policy of a model; None if it has one replica."""
     if spec.replicas == 1:
         return None
     match spec.dispatch:

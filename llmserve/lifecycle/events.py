@@ -1,4 +1,4 @@
-"""Events of replicas, for every listener."""
+"""State changes of replicas as events, for any number of listeners."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ if TYPE_CHECKING:
 
     from llmserve.lifecycle.replica import Replica, State
 
-_KEPT = 1000  # events for one who is slow to take them
+_KEPT = 1000  # events of a slow listener
 Event = dict[str, Any]
 
 
 class Events:
-    """A slow listener loses the oldest, and is told how many."""
+    """A slow listener loses its oldest events; `lost` has their number."""
 
     def __init__(self) -> None:
         self._listeners: set[_Listener] = set()
 
-    def tell(self, replica: Replica, before: State) -> None:
+    def publish(self, replica: Replica, before: State) -> None:
         event = {
             "at": time.time(),
             "model": replica.model.name,
@@ -31,10 +31,10 @@ class Events:
             "note": replica.note,
         }
         for listener in self._listeners:
-            listener.take(event)
+            listener.put(event)
 
     async def listen(self) -> AsyncIterator[Event]:
-        """From now on; never ends by itself."""
+        """Events from now on, without end."""
         listener = _Listener()
         self._listeners.add(listener)
         try:
@@ -49,7 +49,7 @@ class _Listener:
         self._events: asyncio.Queue[Event] = asyncio.Queue(_KEPT)
         self._lost = 0
 
-    def take(self, event: Event) -> None:
+    def put(self, event: Event) -> None:
         if self._events.full():
             self._events.get_nowait()
             self._lost += 1

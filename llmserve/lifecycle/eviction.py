@@ -1,4 +1,4 @@
-"""Which models are evicted, and how far down, so that another fits. Pure."""
+"""Which replicas are evicted, and to which level, so that another fits. Pure."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ K = TypeVar("K")
 
 @dataclass(frozen=True)
 class Resident(Generic[K]):
-    """Somebody who holds memory."""
+    """A holder of memory."""
 
     key: K
     level: Level
-    holds: Mapping[Level, Takes]  # at each level that it can be at; none at STOPPED
-    gives_way: bool
-    worth: tuple[float, ...] = ()  # of staying: the lowest gives way first
+    holds: Mapping[Level, Takes]  # at each level besides STOPPED
+    evictable: bool
+    value: tuple[float, ...] = ()  # of its memory: the lowest is evicted first
 
     def at(self, level: Level) -> Takes:
         return self.holds.get(level, {})
@@ -32,35 +32,37 @@ class Resident(Generic[K]):
 Steps = list[tuple[K, Level]]
 
 
-def room(wanted: Takes, capacity: Takes, residents: Sequence[Resident[K]]) -> Steps[K] | None:
-    """Who goes down to which level so that `wanted` fits; None if nobody who may makes it fit.
+def plan_eviction(
+    needed: Takes, capacity: Takes, residents: Sequence[Resident[K]]
+) -> Steps[K] | None:
+    """The residents to lower, with their levels, so that `needed` fits; None if it cannot fit.
 
-    Those worth least go first, none further than it must, and none that need not. Places
-    without a capacity are not bounded.
+    The least valuable residents are lowered first. None is lowered further than necessary.
+    Places without a capacity are not bounded.
     """
-    box = _Box(wanted, capacity, residents)
-    order = [i for i, one in enumerate(residents) if one.gives_way]
-    order.sort(key=lambda i: residents[i].worth)
+    trial = _Trial(needed, capacity, residents)
+    order = [i for i, one in enumerate(residents) if one.evictable]
+    order.sort(key=lambda i: residents[i].value)
     for i in order:
-        if not box.excess():
+        if not trial.excess():
             break
-        box.lower(i)
-    if box.excess():
+        trial.lower(i)
+    if trial.excess():
         return None
     before: list[Level] = []
-    while before != box.levels:  # what one gives back may be what another lacked
-        before = box.levels.copy()
+    while before != trial.levels:  # memory that one resident frees may be enough for another
+        before = trial.levels.copy()
         for i in reversed(order):
-            box.lift(i)
-    changed = zip(residents, box.levels, strict=True)
+            trial.lift(i)
+    changed = zip(residents, trial.levels, strict=True)
     return [(one.key, level) for one, level in changed if level is not one.level]
 
 
-class _Box(Generic[K]):
-    """Levels under trial."""
+class _Trial(Generic[K]):
+    """Levels of the residents under trial."""
 
-    def __init__(self, wanted: Takes, capacity: Takes, residents: Sequence[Resident[K]]) -> None:
-        self._wanted = wanted
+    def __init__(self, needed: Takes, capacity: Takes, residents: Sequence[Resident[K]]) -> None:
+        self._needed = needed
         self._capacity = capacity
         self._residents = residents
         self.levels = [one.level for one in residents]
@@ -71,24 +73,25 @@ class _Box(Generic[K]):
 
     def _excess_at(self, place: Place) -> int:
         pairs = zip(self._residents, self.levels, strict=True)
-        taken = sum(one.at(level).get(place, 0) for one, level in pairs)
-        return max(0, taken + self._wanted.get(place, 0) - self._capacity[place])
+        held = sum(one.at(level).get(place, 0) for one, level in pairs)
+        return max(0, held + self._needed.get(place, 0) - self._capacity[place])
 
-    def _with(self, i: int, level: Level) -> int:
+    def _excess_with(self, i: int, level: Level) -> int:
         before, self.levels[i] = self.levels[i], level
         excess = self.excess()
         self.levels[i] = before
         return excess
 
     def _levels_of(self, i: int) -> list[Level]:
-        """Those it may go to, highest first."""
+        """Its present level and those below, highest first."""
         one = self._residents[i]
         return sorted({level for level in (Level.STOPPED, *one.holds) if level <= one.level})[::-1]
 
     def lower(self, i: int) -> None:
-        """To the highest level with which all fits, or that with which the least is too much."""
-        self.levels[i] = min(self._levels_of(i), key=lambda level: self._with(i, level))
+        """Lower it to the highest level at which all fits, or else at which the excess is least."""
+        self.levels[i] = min(self._levels_of(i), key=lambda level: self._excess_with(i, level))
 
     def lift(self, i: int) -> None:
-        """As high as all still fits."""
-        self.levels[i] = next(level for level in self._levels_of(i) if not self._with(i, level))
+        """Raise it as far as all still fits."""
+        levels = self._levels_of(i)
+        self.levels[i] = next(level for level in levels if not self._excess_with(i, level))

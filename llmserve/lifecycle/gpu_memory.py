@@ -1,7 +1,4 @@
-"""The GPUs of a running server: what the plan gives each engine, and who starts when.
-
-The one place that reads how full a GPU is.
-"""
+"""The memory budget of GPUs: the plan in force, and the order of starts, sleeps and wakes."""
 
 from __future__ import annotations
 
@@ -22,6 +19,7 @@ from llmserve.gpus import nvml
 from llmserve.gpus.claims import GpuClaims
 from llmserve.gpus.device import gib, short_name
 from llmserve.lifecycle.placement import Level, Place, Placement
+from llmserve.lifecycle.timings import TIMINGS, LifecycleTimings
 from llmserve.planning import survey
 from llmserve.planning.measurements import Measured
 from llmserve.planning.placement import capacity
@@ -38,15 +36,13 @@ if TYPE_CHECKING:
     from llmserve.registry.spec import Config, ModelSpec
 
 log = logging.getLogger(__name__)
-Keep = Callable[[Sequence[Mapping[str, Any]]], None]  # takes what the workers report
+Keep = Callable[[Sequence[Mapping[str, Any]]], None]  # records what the workers report
 
-_RELEASE_S = 15.0  # what a dead engine's memory gets to come back
-_LOOK_S = 0.02
-_HOST_SHARE = 0.5  # of the host's memory, for weights of sleepers, unless the registry says
+_HOST_SHARE = 0.5  # of the host's memory, for weights of sleepers, by default
 
 
 class GpuMemory:
-    """What the plan says, carried out."""
+    """Carries out a plan. No other class reads how full a GPU is."""
 
     def __init__(
         self,
@@ -54,24 +50,25 @@ class GpuMemory:
         kept: Measured | None = None,
         host_memory: int | None = None,
         handover: PageBroker | None = None,
+        timings: LifecycleTimings = TIMINGS,
     ) -> None:
         self.apply_plan(plan, host_memory)
         self._kept = kept or Measured()
         self._handover = handover
+        self._timings = timings
         self._locks = GpuClaims()
         self._seen: set[str] = set()  # fingerprints measured since the start
-        self._kinds: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._fingerprints: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     def apply_plan(self, plan: Plan, host_memory: int | None) -> None:
-        """Go by this plan from now on."""
+        """Use this plan from now on."""
         self.plan = plan
         share = int(psutil.virtual_memory().total * _HOST_SHARE)
-        self._near = _near(plan, share if host_memory is None else host_memory)
+        self._near = _kept_in_host_memory(plan, share if host_memory is None else host_memory)
 
     def planned(
         self, config: Config, kept: Mapping[str, Sequence[Placement]]
     ) -> Callable[[], None]:
-        """Plan another registry; engines of `kept` stay. Raises PlacementError."""
         models = tuple(
             self._fixed(spec, kept[spec.name]) if spec.name in kept else spec
             for spec in config.models
@@ -81,30 +78,29 @@ class GpuMemory:
         return partial(self.apply_plan, plan, config.server.host_memory)
 
     def _fixed(self, spec: ModelSpec, kept: Sequence[Placement]) -> ModelSpec:
-        """An entry whose engines run, with all said that they have."""
+        """The spec of running engines, with their placement and sizes as explicit values."""
         replicas = [_planned(placement) for placement in kept]
-        said: dict[str, Any] = {
+        explicit: dict[str, Any] = {
             "devices": tuple(index for replica in replicas for index in replica.devices),
             "tensor_parallel_size": replicas[0].tensor_parallel_size,
         }
         if replicas[0].known and replicas[0].kv:
-            said |= {
+            explicit |= {
                 "kv_cache": min(replica.kv for replica in replicas),
                 "memory": None,
                 "gpu_memory_utilization": None,
             }
-        return spec.model_copy(update=said)
+        return spec.model_copy(update=explicit)
 
     @property
     def capacity(self) -> Takes:
-        """Bytes of each GPU that may be held: what is planned at the least."""
+        """Bytes of each GPU that replicas may hold: at least the planned bytes."""
         return {
             Place(gpu.index): max(self.plan.peak(gpu.index), capacity(gpu, self.plan.headroom))
             for gpu in self.plan.box
         }
 
     def place(self, spec: ModelSpec, number: int) -> Placement:
-        """The place of a model's replica in the plan in force."""
         replica = self.plan.replica(spec.name, number)
         sizes = {Level.READY: replica.bytes}
         if replica.sleeps:
@@ -115,7 +111,6 @@ class GpuMemory:
         return Placement(number, holds, replica)
 
     def expecting(self, placement: Placement) -> AbstractContextManager[None]:
-        """While it is about to wake: what others give up on its GPUs goes straight to it."""
         if self._handover is None:
             return contextlib.nullcontext()
         return self._handover.expecting(self._uuids(_planned(placement)))
@@ -127,52 +122,48 @@ class GpuMemory:
     async def moves(
         self, placement: Placement, wakes_from: Level | None = None
     ) -> AsyncIterator[None]:
-        """While nobody is measured on its GPUs; a sleeper first waits for what it needs.
-
-        Raises StartupError if others hold that.
-        """
         replica = _planned(placement)
         async with self._locks.hold(replica.devices, alone=False):
             if wakes_from is not None:
                 held = placement.holds[wakes_from]
                 needs = {
-                    i: replica.bytes - held.get(Place(i), 0) - self._changing_hands(i)
+                    i: replica.bytes - held.get(Place(i), 0) - self._passing_bytes(i)
                     for i in replica.devices
                 }
-                await self._room(replica, needs)
+                await self._wait_for_memory(replica, needs)
             yield
 
-    def _changing_hands(self, index: int) -> int:
-        """Bytes of a GPU that are nobody's, and not free."""
+    def _passing_bytes(self, index: int) -> int:
+        """Bytes of a GPU that pass between engines, and so are not free."""
         uuid = self.plan.box[index].uuid
         return self._handover.bytes(uuid) if self._handover and uuid else 0
 
     def raise_if_taken(self) -> None:
-        """Raises StartupError if others hold memory that the plan needs, with their names."""
+        """Raises StartupError with the processes that hold memory of the plan."""
         needs = [(gpu, self.plan.used(gpu.index)) for gpu in self.plan.box]
-        if short := _short("the plan", needs):
+        if short := _shortages("the plan", needs):
             raise StartupError("\n".join(short))
 
-    async def _room(self, replica: PlannedReplica, wanted: Mapping[int, int]) -> None:
-        """Wait for what a dead engine held, which the driver gives back some moments later.
+    async def _wait_for_memory(self, replica: PlannedReplica, wanted: Mapping[int, int]) -> None:
+        """Wait for free memory: the driver frees that of a dead engine with a delay, without event.
 
-        Raises StartupError if others hold it.
+        Raises StartupError if other processes hold it.
         """
         needs = [(self.plan.box[index], size) for index, size in wanted.items()]
-        end = time.monotonic() + _RELEASE_S
-        while short := await asyncio.to_thread(_short, replica.name, needs):
+        end = time.monotonic() + self._timings.release_s
+        while short := await asyncio.to_thread(_shortages, replica.name, needs):
             if time.monotonic() >= end:
                 raise StartupError("; ".join(short))
-            await asyncio.sleep(_LOOK_S)
+            await asyncio.sleep(self._timings.release_check_s)
 
     @contextlib.asynccontextmanager
     async def start(
         self, spec: ModelSpec, placement: Placement
     ) -> AsyncIterator[tuple[ModelSpec, Keep]]:
-        """Wait for the replica's GPUs; its entry with all said, and where its report goes.
+        """Wait for the replica's GPUs; return its spec with explicit sizes, and a recorder.
 
-        A replica whose overhead nobody has measured has its GPUs for itself, so that the
-        difference of the device's memory is its own.
+        A start that is measured excludes all others on its GPUs, so that the growth of the
+        device's used memory is its own.
         """
         replica = _planned(placement)
         async with (
@@ -181,7 +172,7 @@ class GpuMemory:
         ):
             if self._handover is not None:
                 self._handover.drop(self._uuids(replica))
-            await self._room(replica, dict.fromkeys(replica.devices, replica.bytes))
+            await self._wait_for_memory(replica, dict.fromkeys(replica.devices, replica.bytes))
             before = await asyncio.to_thread(self._used, replica)
             yield (
                 self.plan.spec_of(spec, replica),
@@ -190,9 +181,9 @@ class GpuMemory:
 
     @contextlib.asynccontextmanager
     async def _measuring(self, replica: PlannedReplica) -> AsyncIterator[bool]:
-        """Whether this start is measured: one of a kind is, and the others wait for it."""
+        """Whether this start is measured; others with the same fingerprint wait for it."""
         if not replica.measured:
-            async with self._kinds[replica.fingerprint or replica.name]:
+            async with self._fingerprints[replica.fingerprint or replica.name]:
                 if replica.fingerprint not in self._seen:
                     yield True
                     return
@@ -217,8 +208,8 @@ class GpuMemory:
             each <= report["bytes"]["reserved"]
             for each, report in zip(grown, reports, strict=False)
         ):
-            # A CUDA context is never free: somebody else's memory came back meanwhile.
-            log.warning("model=%s could not be measured: memory came back", replica.name)
+            # A CUDA context takes memory, so another process freed some meanwhile.
+            log.warning("model=%s was not measured: another process freed memory", replica.name)
             return
         log.info(
             "model=%s overhead planned=%s measured=%s grown=%s",
@@ -240,42 +231,42 @@ def _planned(placement: Placement) -> PlannedReplica:
     return placement.planned
 
 
-def _near(plan: Plan, host_memory: int) -> frozenset[str]:
-    """The sleepers whose weights have a place in host memory, which is given in order."""
-    near: list[str] = []
+def _kept_in_host_memory(plan: Plan, host_memory: int) -> frozenset[str]:
+    """The sleepers whose weights fit into host memory, in the order of the plan."""
+    names: list[str] = []
     for replica in plan.replicas:
         if replica.sleeps and replica.host <= host_memory:
             host_memory -= replica.host
-            near.append(replica.name)
-    return frozenset(near)
+            names.append(replica.name)
+    return frozenset(names)
 
 
-def _short(who: str, needs: Iterable[tuple[Gpu, int]]) -> list[str]:
-    """A line for each GPU that has too little free memory, with who holds it."""
+def _shortages(name: str, needs: Iterable[tuple[Gpu, int]]) -> list[str]:
+    """A line for each GPU that has too little free memory, with the processes that hold it."""
     lines: list[str] = []
     for gpu, needed in needs:
         free = gpu.memory - nvml.used_bytes(gpu) if needed else 0
         if needed > free:
-            held = ", ".join(map(_told, nvml.holders(gpu)))
+            held = ", ".join(map(_described, nvml.holders(gpu)))
             lines.append(
-                f"GPU {gpu.index} ({short_name(gpu.name)}): {who} needs {gib(needed)}, {gib(free)} "
-                f"of {gib(gpu.memory)} are free; held by {held or 'nobody whom the driver names'}; "
-                "end them, or give the models less"
+                f"GPU {gpu.index} ({short_name(gpu.name)}): {name} needs {gib(needed)}, {gib(free)} "
+                f"of {gib(gpu.memory)} are free; held by {held or 'processes unknown to the driver'}; "
+                "end them, or reduce the memory of the models"
             )
     return lines
 
 
-def _told(holder: Holder) -> str:
+def _described(holder: Holder) -> str:
     size = "" if holder.bytes is None else f" {gib(holder.bytes)}"
     return f"pid {holder.pid} {holder.name}{size}"
 
 
 def overhead_bytes(grown: int, worker: Mapping[str, int], planned: int) -> int:
-    """What a worker needs on its device besides the weights and KV cache that were planned.
+    """The bytes that a worker needs on its device besides the planned weights and KV cache.
 
-    `grown` is by how much the device's used memory grew: what torch has reserved, and CUDA's
-    context, modules and graphs beside it. A step of full size may need more than what torch
-    has reserved at the end of the start: all that is allocated then, and the activations.
+    `grown` is the growth of the device's used memory: what torch has reserved, and CUDA's
+    context, modules and graphs beside it. A full step may need more than torch has reserved at
+    the end of the start: the memory allocated then, and the activations.
     """
     beside = grown - worker["reserved"]
     at_most = max(worker["reserved"], worker["allocated"] + worker["activations"])

@@ -1,4 +1,4 @@
-"""The memory of engines on a machine without GPUs: that of the host, within a stated budget."""
+"""The memory budget of engines on a machine without GPUs: the host's memory."""
 
 from __future__ import annotations
 
@@ -28,15 +28,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_BESIDE = 2 << 30  # of an engine besides weights and KV cache: two processes with their libraries
-_KV_CACHE = 1 << 30  # of 16-bit values, where a registry says nothing; as `engine` does
+_OVERHEAD = 2 << 30  # of an engine besides weights and KV cache: two processes with libraries
+_KV_CACHE = 1 << 30  # of 16-bit values, where the registry has none; as in `engine`
 
 
 class HostMemory:
-    """No model sleeps here, since a sleeper would give nothing back.
+    """The budget of engines on a CPU. No model sleeps: that would free nothing.
 
-    `weights` and `dtypes` are what is known of the models: their bytes, and what they are computed
-    in.
+    `weights` and `dtypes` are the bytes and data types of the models, by name, where known.
     """
 
     def __init__(
@@ -46,17 +45,19 @@ class HostMemory:
         dtypes: Mapping[str, str],
         dtype_for: Callable[[Shape], str] = cpu_features.dtype_for,
     ) -> None:
+        self._dtype_for = dtype_for
+        self._apply(config, weights, dtypes)
+
+    def _apply(self, config: Config, weights: Mapping[str, int], dtypes: Mapping[str, str]) -> None:
         budget = config.server.host_memory
         self.capacity: Takes = {} if budget is None else {HOST_MEMORY: int(budget)}
-        self.dtypes = dtypes
-        self._weights = weights
-        self._dtype_for = dtype_for
+        self.dtypes, self.weights = dtypes, weights
 
     @classmethod
-    def of(
+    def from_config(
         cls, config: Config, dtype_for: Callable[[Shape], str] = cpu_features.dtype_for
     ) -> HostMemory:
-        """Checked: raises ConfigError for what cannot run, alone or with the others. Blocks."""
+        """Read the models' files. Raises ConfigError for models that cannot run. Blocks."""
         hub = config.server.host_memory is not None
         stored = survey.shapes(config.models, hub=hub)
         specs = [_computed(spec, stored[spec.name], dtype_for) for spec in config.models]
@@ -67,20 +68,20 @@ class HostMemory:
         known = {name: each for name, each in shapes.items() if not isinstance(each, UnknownShape)}
         weights = {name: each.weights for name, each in known.items()}
         dtypes = {name: each.dtype for name, each in known.items()}
-        space = cls(config, weights, dtypes, dtype_for)
-        space._raise_if_wrong(config, known)
-        return space
+        memory = cls(config, weights, dtypes, dtype_for)
+        memory._raise_if_infeasible(config, known)
+        return memory
 
     def place(self, spec: ModelSpec, number: int) -> Placement:
         return Placement(number, {Level.READY: {HOST_MEMORY: self._size(spec)}})
 
     def _size(self, spec: ModelSpec) -> int:
-        """Bytes of one replica; they are alike."""
+        """Bytes of one replica."""
         kv_cache = _kv_cache(spec, self.dtypes.get(spec.name))
-        return int(spec.memory or self._weights.get(spec.name, 0) + kv_cache + _BESIDE)
+        return int(spec.memory or self.weights.get(spec.name, 0) + kv_cache + _OVERHEAD)
 
-    def _raise_if_wrong(self, config: Config, shapes: Mapping[str, Shape]) -> None:
-        """A model whose files are broken fails alone, later."""
+    def _raise_if_infeasible(self, config: Config, shapes: Mapping[str, Shape]) -> None:
+        """A model with broken files is not checked: it fails alone, when it starts."""
         found = [
             problem
             for spec in config.models
@@ -89,28 +90,27 @@ class HostMemory:
                 spec, shapes[spec.name], _kv_cache(spec, self.dtypes[spec.name])
             )
         ]
-        problems = [self._tried(problem, config).within(config) for problem in found]
+        problems = [self._with_tried_remedy(problem, config).within(config) for problem in found]
         if self.capacity:
             problems += self._problems(config)
         if problems:
             raise ConfigError(problems)
 
     def _problems(self, config: Config) -> Iterator[str]:
-        """Of those that run at once, who is too much; of the others, who finds no place."""
+        """Eager models must fit together, each other model beside the pinned ones."""
+        budget = free = self.capacity[HOST_MEMORY]
         pinned = sum(self._needs(spec) for spec in config.models if spec.pinned)
-        free = self.capacity[HOST_MEMORY]
         for spec in config.models:
+            needs = self._needs(spec)
             if spec.start == "eager":
-                left, free = free, free - self._needs(spec)
+                left, free = free, free - needs
             else:
-                left = (
-                    self.capacity[HOST_MEMORY] - pinned + (self._needs(spec) if spec.pinned else 0)
-                )
-            if self._needs(spec) > left:
+                left = budget - pinned + (needs if spec.pinned else 0)
+            if needs > left:
                 yield config.problem(
                     ("models", spec.name),
-                    f"needs {gib(self._needs(spec))}, and of server.host_memory "
-                    f"{gib(self.capacity[HOST_MEMORY])} are left {gib(max(0, left))}; what would fit: "
+                    f"needs {gib(needs)}, but only {gib(max(0, left))} of {gib(budget)} of "
+                    "server.host_memory are free; what would fit: "
                     + " or ".join(self._remedies(spec, left, pinned)),
                 )
 
@@ -120,8 +120,8 @@ class HostMemory:
             yield "`start: lazy`"
         yield f"server.host_memory: {amount(budget + needs - left)[0]}"
 
-    def _tried(self, problem: Problem, config: Config) -> Problem:
-        """Without its remedy, a larger KV cache, where the budget has no room for that."""
+    def _with_tried_remedy(self, problem: Problem, config: Config) -> Problem:
+        """The problem without its remedy, a larger KV cache, if the budget is too small for that."""
         if problem.remedy is None or not self.capacity:
             return problem
         larger = TypeAdapter(ByteSize).validate_python(problem.remedy.removeprefix("kv_cache: "))
@@ -138,10 +138,10 @@ class HostMemory:
     def planned(
         self, config: Config, kept: Mapping[str, Sequence[Placement]]
     ) -> Callable[[], None]:
-        """The budget of another registry. Raises ConfigError."""
-        del kept  # they hold what they hold
-        other = HostMemory.of(config, self._dtype_for)
-        return lambda: vars(self).update(vars(other))
+        """Check another registry; the result applies it. Raises ConfigError."""
+        del kept  # their placements do not change
+        other = HostMemory.from_config(config, self._dtype_for)
+        return lambda: self._apply(config, other.weights, other.dtypes)
 
     @contextlib.asynccontextmanager
     async def start(
@@ -166,18 +166,18 @@ class HostMemory:
 
 
 def _kv_cache(spec: ModelSpec, dtype: str | None) -> int:
-    """As many tokens in either width, where the entry does not say."""
+    """Bytes for as many tokens in either width, unless the spec has a size."""
     return int(spec.kv_cache or (2 if dtype == "float32" else 1) * _KV_CACHE)
 
 
 def _computed(
     spec: ModelSpec, shape: Shape | UnknownShape, dtype_for: Callable[[Shape], str]
 ) -> ModelSpec:
-    """An entry with what it leaves to the CPU: its data type, and the KV cache in that."""
+    """The spec with the data type that the CPU computes in, and the KV cache in that type."""
     if isinstance(shape, UnknownShape):
         return spec
-    said = spec.engine.get("dtype", "auto") != "auto" or spec.engine.get("quantization")
-    dtype = shape.dtype if said else dtype_for(shape)
+    explicit = spec.engine.get("dtype", "auto") != "auto" or spec.engine.get("quantization")
+    dtype = shape.dtype if explicit else dtype_for(shape)
     engine = spec.engine if dtype == shape.dtype else spec.engine | {"dtype": dtype}
     kv_cache = ByteSize(_kv_cache(spec, dtype))
     return spec.model_copy(update={"engine": engine, "kv_cache": kv_cache})

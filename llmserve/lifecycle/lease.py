@@ -1,4 +1,4 @@
-"""What a request asks for, and what it holds of its model until it is answered."""
+"""A request for a model, and its lease on a replica until it is answered."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from llmserve.api.endpoints import Endpoint
     from llmserve.errors import LLMServeError
-    from llmserve.lifecycle.admission import Deadline, Slot
+    from llmserve.lifecycle.admission import AdmissionQueue, Deadline
     from llmserve.lifecycle.replica import Replica, Running
 
 Task = asyncio.Task[None]
@@ -25,7 +27,7 @@ class ModelRequest:
     body: dict[str, Any]
     deadline: Deadline
     task: Task | None = None
-    before: bool = False  # an engine died over it
+    before: bool = False  # it was leased before, to an engine that died
 
     def retried(self) -> ModelRequest:
         return replace(self, before=True)
@@ -33,47 +35,47 @@ class ModelRequest:
 
 @dataclass(eq=False, slots=True)
 class Lease:
-    """A running replica and a slot of its model, until released; cut at its deadline."""
+    """A running replica and a slot of its model, until released; cut at its deadline.
+
+    `_released` is called once, with the lease.
+    """
 
     replica: Replica
     running: Running
-    _slot: Slot
+    _request: ModelRequest
+    _queue: AdmissionQueue[ModelRequest, Lease]
     _tokens: int
-    _leases: dict[Lease, None]
-    _deadline: Deadline
-    _task: Task | None
-    cut_by: LLMServeError | None = None  # why its request was ended from here
+    _released: Callable[[Lease], None]
+    cut_by: LLMServeError | None = None  # why the server cancelled the request
+    _is_held: bool = True
     _timer: asyncio.TimerHandle | None = None
 
     def __post_init__(self) -> None:
+        self._queue.take_slot()
         self.replica.load.add(self._tokens)
-        self._leases[self] = None
-        if self._deadline.timeout_s is not None:
+        deadline = self._request.deadline
+        if deadline.timeout_s is not None:
             loop = asyncio.get_running_loop()
-            self._timer = loop.call_later(self._deadline.left_s, self._exceed)
+            self._timer = loop.call_later(deadline.left_s, lambda: self.cut(deadline.exceeded()))
 
     @property
     def model(self) -> str:
         return self.replica.model.name
 
     def release(self) -> None:
-        """Give back what it holds; again is no mistake."""
-        if self in self._leases:
-            del self._leases[self]
+        """Release what it holds; a second call has no effect."""
+        if self._is_held:
+            self._is_held = False
             self.replica.load.remove(self._tokens)
             self.replica.used = time.monotonic()
-            if not self.replica.load.requests:
-                self.replica.unused.set()
+            self._released(self)
             if self._timer is not None:
                 self._timer.cancel()
-            self._slot.release(whole=self.cut_by is None)
+            self._queue.release_slot(whole=self.cut_by is None)
 
     def cut(self, error: LLMServeError) -> None:
         """Cancel the request, once; its task answers with the error."""
-        if self.cut_by is None and self in self._leases:
+        if self.cut_by is None and self._is_held:
             self.cut_by = error
-            if self._task is not None:
-                self._task.cancel()
-
-    def _exceed(self) -> None:
-        self.cut(self._deadline.exceeded())
+            if self._request.task is not None:
+                self._request.task.cancel()

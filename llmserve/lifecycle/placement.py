@@ -1,4 +1,4 @@
-"""Where a replica runs, and how much memory it takes there at each level. Values only."""
+"""The GPUs of a replica, and its memory there at each level. Values only."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
 
 class Level(IntEnum):
-    """Steps of a ladder: the higher, the sooner it answers and the more it holds."""
+    """The higher the level, the sooner a replica is ready and the more memory it holds."""
 
     STOPPED = 0  # no engine
-    DISK = 1  # an engine without weights, which are read again (vLLM's sleep level 2)
+    DISK = 1  # an engine without weights; a wake reads them again (vLLM's sleep level 2)
     HOST = 2  # weights in host memory (level 1)
     KV_RELEASED = 3  # all but the KV cache is on the GPU
     READY = 4
@@ -36,13 +36,13 @@ Takes: TypeAlias = Mapping[Place, int]  # bytes
 
 @dataclass(frozen=True)
 class Placement:
-    """The place of one replica, as a memory budget assigned it.
+    """The placement of one replica, as a memory budget assigned it.
 
-    A replica keeps its placement as long as its engine lives, whatever a later plan says.
+    A replica keeps it as long as its engine lives, independently of later plans.
     """
 
     number: int  # of the model's replicas, from 0
-    holds: Mapping[Level, Takes]  # at each level that it can be at besides STOPPED
+    holds: Mapping[Level, Takes]  # at each of its levels besides STOPPED
     planned: PlannedReplica | None = None  # None: no GPU was planned
 
     @property

@@ -1,4 +1,4 @@
-"""One engine of a model: its state, what it holds, and what it can be asked."""
+"""A replica of a model, and the protocols of engines and of their memory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from llmserve.api.endpoint_id import EndpointId
     from llmserve.lifecycle.placement import Placement, Takes
     from llmserve.lifecycle.response_store import ResponseStore
-    from llmserve.registry.names import Model
     from llmserve.registry.spec import Config, ModelSpec
 
 
@@ -41,32 +40,29 @@ class State(StrEnum):
     FAILED = "failed"
 
 
-# What a start consists of, and a way up from sleep.
+# The states of a start and of a wake.
 STARTING = frozenset({State.WAITING, State.DOWNLOADING, State.LOADING, State.WARMING, State.WAKING})
-# Those that become ready when they are asked.
+# The states from which a request starts or wakes a replica.
 AT_REST = frozenset({State.DRAINING, State.SLEEPING, State.STOPPED})
 
 
 class Running(Protocol):
-    """A replica that answers."""
+    """A started engine with its request handlers."""
 
     able: frozenset[EndpointId]
     took: Mapping[str, float]  # seconds of its start, by step
 
     @property
     def sleeps(self) -> bool:
-        """Whether it can do without its GPU memory for a while."""
-        ...
+        """Whether it was started with sleep mode."""
 
     @property
     def pid(self) -> int | None:
-        """Of its engine's process."""
-        ...
+        """The engine's process."""
 
     @property
     def log(self) -> Path:
-        """Where its engine writes, whatever its model is called now."""
-        ...
+        """The file that its engine writes."""
 
     @property
     def max_model_len(self) -> int: ...
@@ -75,82 +71,68 @@ class Running(Protocol):
     @property
     def registry(self) -> CollectorRegistry: ...
     def coming(self) -> AbstractContextManager[None]:
-        """While a request is being prepared; text of running answers may wait for that."""
-        ...
+        """Entered while a request is prepared; the text of running answers may wait meanwhile."""
 
     def express(
         self, endpoint: EndpointId, body: dict[str, Any], asked: str, scope: Scope
     ) -> ASGIApp | None:
-        """The answer to a request like an earlier one; None if it needs `call`."""
-        ...
+        """The answer on the fast path; None if the request needs `call`."""
 
     async def call(
         self, endpoint: EndpointId, body: dict[str, Any], asked: str, request: Request
     ) -> ASGIApp: ...
     def share(self, stored: ResponseStore) -> None:
-        """Store answers of /v1/responses there; before its first request."""
-        ...
+        """Use this store for answers of /v1/responses; called before the first request."""
 
     async def responds(self, within_s: float) -> bool:
-        """Whether its engine answers a question that it can answer between two steps."""
-        ...
+        """Whether its engine answers within that time a question between two steps."""
 
     async def prepare_sleep(self) -> None:
-        """What a first sleep would take long for, done ahead while it serves."""
-        ...
+        """Do the slow part of the first sleep ahead, while the engine serves."""
 
     async def sleep(self, level: Level) -> None:
-        """Down to a level between STOPPED and READY; nothing is running. Raises EngineError."""
-        ...
+        """Lower to a level between STOPPED and READY; no request runs. Raises EngineError."""
 
     async def wake(self) -> None:
-        """Up to READY. Raises EngineError."""
-        ...
+        """Return to READY. Raises EngineError."""
 
     async def changed(self, spec: ModelSpec) -> Running:
-        """The same engine, answering as its changed entry says."""
-        ...
+        """The same engine, with handlers of the changed spec."""
 
     def kill(self) -> None:
-        """End its engine's processes now, hung or not; `dead` tells when it is noticed."""
-        ...
+        """End its engine's processes, even hung ones; `dead` becomes true later."""
 
     async def stop(self) -> None: ...
 
 
 class MemoryBudget(Protocol):
-    """Memory that engines share: where each has its place, and when it may move there."""
+    """The memory that engines share: their placements, and the order of their moves."""
 
     @property
     def capacity(self) -> Takes:
-        """Bytes that all replicas may hold together, by place; nothing: no bound."""
-        ...
+        """Bytes that all replicas together may hold, by place; places that it lacks are unbounded."""
 
     def place(self, spec: ModelSpec, number: int) -> Placement:
-        """The place of one of the model's replicas, numbered from 0, by the plan in force."""
-        ...
+        """The placement of a replica, numbered from 0, in the plan in force."""
 
     def expecting(self, placement: Placement) -> AbstractContextManager[None]:
-        """While a sleeper is about to wake: it may have at once what others give up for it."""
-        ...
+        """Entered while a replica waits to wake; memory freed for it passes directly to it."""
 
     def moves(
         self, placement: Placement, wakes_from: Level | None = None
     ) -> AbstractAsyncContextManager[None]:
-        """While it falls asleep or wakes: waits until that disturbs no start on its GPUs.
+        """Entered to sleep or wake; waits until no start on its GPUs is measured.
 
-        Then for what it needs to wake. Raises StartupError if others hold that.
+        A wake also waits for its memory. Raises StartupError if other processes hold it.
         """
-        ...
 
     def planned(
         self, config: Config, kept: Mapping[str, Sequence[Placement]]
     ) -> Callable[[], None]:
-        """Plan another registry, and go by it once the result is called. Blocks.
+        """Plan another registry; the result applies the plan. Blocks.
 
-        Engines of `kept`, by their model's name there, stay where they are. Raises ConfigError.
+        The engines of `kept`, by model name, keep their placements. Raises ConfigError.
         """
-        ...
 
 
 class Backend(Protocol):
@@ -161,57 +143,73 @@ class Backend(Protocol):
     async def start(
         self, spec: ModelSpec, placement: Placement, report: Callable[[State, str], None]
     ) -> Running:
-        """Start one of the model's replicas there.
-
-        Raises StartupError with the cause in one line.
-        """
-        ...
+        """Start a replica. Raises StartupError with the cause in one line."""
 
     def log_of(self, spec: ModelSpec, number: int) -> Path: ...
     def kill(self) -> None:
-        """End every engine process at once, those of starts under way too."""
-        ...
+        """End all engine processes at once, including those that start."""
+
+
+class ReplicaModel(Protocol):
+    """The model of a replica, which owns its spec."""
+
+    @property
+    def spec(self) -> ModelSpec: ...
+    @property
+    def name(self) -> str: ...
+    def serve_queue(self) -> None: ...
+    def record_change(self, replica: Replica, before: State) -> None: ...
 
 
 class Replica:
-    """One engine of a model and where it is in its life."""
+    """One engine of a model: its state, level, placement and load.
 
-    def __init__(self, model: Model, placement: Placement) -> None:
+    Only `transitions` changes its state and level.
+    """
+
+    def __init__(self, model: ReplicaModel, placement: Placement) -> None:
+        lazy = model.spec.start == "lazy"
         self.model = model
-        self.placement = placement  # of its engine, also while that starts
-        self.next_placement = placement  # of an engine that is started later
-        self.state = State.STOPPED if model.spec.start == "lazy" else State.WAITING
+        self.placement = placement  # of its engine, from the start of that engine on
+        self.next_placement = placement  # of an engine that starts later
+        self.state = State.STOPPED if lazy else State.WAITING
         self.level = Level.STOPPED
-        self.note = ""  # progress, or why it failed
+        self.note = ""  # progress, or the cause of a failure
         self.running: Running | None = None
-        self.started = time.monotonic()  # or when it will be; with the wait for room
-        self.began = self.started  # without it
-        self.seconds = 0.0  # what the start took
-        self.cost_s: dict[Level, float] = {}  # what it last took to be ready, by where from
-        self.since = time.monotonic()  # its state
-        self.used = time.monotonic()  # when a request last came or went
-        self.leaves = False  # its model has left, and its memory is free soon
-        self.retired = False  # it ends with its requests, and does not start again
-        self.queues_requests = (
-            model.spec.start == "lazy"
-        )  # requests wait for it while it is on its way
+        self.started = time.monotonic()  # beginning of the start, with the wait for memory
+        self.began = self.started  # beginning of the start, without that wait
+        self.seconds = 0.0  # duration of the last start
+        self.cost_s: dict[Level, float] = {}  # last load time, by the level before it
+        self.since = time.monotonic()  # beginning of its state
+        self.used = time.monotonic()  # end of its last request
+        self.leaves = False  # its model has left the pool, so its memory is free soon
+        self.retired = False  # it stops after its requests, and does not start again
+        self.queues_requests = lazy  # requests may wait while it starts
         self.deaths = RestartBackoff()
-        self.failures = RestartBackoff()  # of starts that requests asked for
-        self.again_at = math.inf  # when they may once more
-        self.gave_way = 0  # times
+        self.failures = RestartBackoff()  # failed starts
+        self.again_at = math.inf  # earliest time at which a request may start it after a failure
+        self.evictions = 0
         self.load = Load()
         self.unused = asyncio.Event()  # set when its last request has ended
         self.transition_lock = asyncio.Lock()  # one transition at a time
 
     @property
     def number(self) -> int:
-        """Of the model's replicas, from 0."""
+        """The number of the replica in its model, from 0."""
         return self.placement.number
 
     @property
+    def name(self) -> str:
+        several = self.model.spec.replicas > 1
+        return f"{self.model.name}/{self.number}" if several else self.model.name
+
+    @property
     def holds(self) -> Mapping[Level, Takes]:
-        """Bytes at each level that it can be at besides STOPPED."""
+        """Bytes at each level of its placement besides STOPPED."""
         return self.placement.holds
+
+    def bytes_at(self, level: Level) -> Takes:
+        return self.holds.get(level, {})
 
     @property
     def took(self) -> Mapping[str, float]:
@@ -220,7 +218,7 @@ class Replica:
 
     @property
     def ready_in_s(self) -> float | None:
-        """An estimate while it is not ready; None: it has never been."""
+        """The expected seconds until it is ready; None if it has never been ready."""
         cost_s = self.cost_s.get(self.level, self.cost_s.get(Level.STOPPED))
         if cost_s is None:
             return None
@@ -229,7 +227,7 @@ class Replica:
 
     @property
     def can_start(self) -> bool:
-        """Whether requests can have it brought."""
+        """Whether a request may start or wake it now."""
         if self.retired:
             return False
         if self.state is State.FAILED:
@@ -241,10 +239,10 @@ class Replica:
         return self.model.spec.pinned and not self.leaves
 
     @property
-    def idle_s(self) -> float:
-        return 0.0 if self.load.requests else time.monotonic() - self.used
+    def is_dead(self) -> bool:
+        """Whether it has an engine, which has died."""
+        return self.running is not None and self.running.dead
 
     @property
-    def name(self) -> str:
-        several = self.model.spec.replicas > 1
-        return f"{self.model.name}/{self.number}" if several else self.model.name
+    def idle_s(self) -> float:
+        return 0.0 if self.load.requests else time.monotonic() - self.used

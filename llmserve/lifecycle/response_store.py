@@ -1,9 +1,9 @@
-"""A model's answers of /v1/responses: who may see them, and how much memory they take.
+"""The stored answers of /v1/responses: their owners and their memory.
 
-vLLM keeps each engine's for ever, in dictionaries of its handler. `ResponseStore` stands for
-these dictionaries. It belongs to a model, so its replicas share it and it outlives their
-engines; `Archive` bounds the bytes of all models. What belongs together is evicted together,
-oldest first; a response that still runs is never evicted.
+vLLM keeps the answers of an engine without limit, in dictionaries of its handler.
+`ResponseStore` replaces these dictionaries. It belongs to a model, so replicas share it and it
+outlives engines; `Archive` bounds the bytes of all models. A response is evicted with its
+messages and events, oldest first, and never while it runs.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ log = logging.getLogger(__name__)
 
 LIMIT = 1000  # responses of a model
 LIMIT_BYTES = 1 << 30  # of all models
-EVENT_BYTES = 2048  # of a streamed event, which may hold little text
+EVENT_BYTES = 2048  # of a streamed event, however short its text
 _PENDING = frozenset({"queued", "in_progress"})
 
-# Whose request is running: what it stores belongs to the same API key.
+# The API key, as a hash, that owns the responses which the running request stores.
 _owner: ContextVar[str] = ContextVar("owner", default="")
 
 
@@ -49,7 +49,7 @@ def owned_by(owner: str) -> Iterator[None]:
 
 @dataclass
 class Record:
-    """A response, its messages and its events, as far as vLLM has stored them."""
+    """A response with the messages and events that vLLM has stored for it."""
 
     owner: str
     since_s: float
@@ -65,19 +65,19 @@ class Record:
 
 
 class Archive:
-    """What all models may store together."""
+    """Bounds the bytes that all models store together."""
 
     def __init__(self, limit_bytes: int = LIMIT_BYTES) -> None:
         self._limit_bytes = limit_bytes
         self._models: WeakSet[ResponseStore] = WeakSet()
 
-    def of_model(self, limit: int = LIMIT) -> ResponseStore:
-        made = ResponseStore(limit, self.trim)
-        self._models.add(made)
-        return made
+    def new_store(self, limit: int = LIMIT) -> ResponseStore:
+        store = ResponseStore(limit, self.trim)
+        self._models.add(store)
+        return store
 
     def trim(self) -> None:
-        """Evict the oldest, of whichever model, until the rest fits."""
+        """Evict the oldest responses of all models until the rest fits."""
         over = sum(each.size for each in self._models) - self._limit_bytes
         while over > 0:
             holders = [(first.since_s, each) for each in self._models if (first := each.oldest)]
@@ -88,7 +88,7 @@ class Archive:
 
 
 class ResponseStore:
-    """Those of one model. `grown` is called when more is stored."""
+    """The responses of one model. `grown` is called when their memory has grown."""
 
     def __init__(self, limit: int = LIMIT, grown: Callable[[], None] = lambda: None) -> None:
         self._limit = limit
@@ -107,10 +107,10 @@ class ResponseStore:
         written: Callable[[Any], Response],
         whole: Callable[[Any], None] = lambda _: None,
     ) -> None:
-        """Be the stores of an OpenAIServingResponses that has had no request yet.
+        """Replace the stores of an OpenAIServingResponses before its first request.
 
-        `written` makes an answer of a response, or of an async generator of events; `whole`
-        adds to a response what vLLM leaves out.
+        `written` returns the HTTP answer for a response or an async generator of events;
+        `whole` adds to a response the fields that vLLM omits.
         """
         self._written = written
         self._whole = whole
@@ -146,12 +146,12 @@ class ResponseStore:
 
     @property
     def oldest(self) -> Record | None:
-        """The first that can be evicted."""
+        """The oldest record that can be evicted."""
         found = self._evictable()
         return None if found is None else self._records[found]
 
     def evict(self) -> int:
-        """Forget the oldest; returns its bytes."""
+        """Evict the oldest record; return its bytes."""
         found = self._evictable()
         return 0 if found is None else self._records.pop(found).size
 
@@ -161,16 +161,16 @@ class ResponseStore:
     # --- clients
 
     def task(self, response_id: str) -> asyncio.Task[Any] | None:
-        """What still works on a response in the background."""
+        """The background task of a response that still runs."""
         return self._running.get(response_id)
 
     def has(self, response_id: str, owner: str) -> bool:
-        """Whether this owner has that response here."""
+        """Whether the store has the response, and it has this owner."""
         record = self._records.get(response_id)
         return record is not None and record.owner == owner and "response" in record.parts
 
     def fetch(self, response_id: str, *, stream: bool, starting_after: int | None) -> Response:
-        """One that this `has`. Raises RequestError if it was not streamed."""
+        """The HTTP answer for a stored response. Raises RequestError if it was not streamed."""
         if not stream:
             return self._written(self.part(response_id, "response"))
         if self.part(response_id, "events") is None:
@@ -178,7 +178,7 @@ class ResponseStore:
         return self._written(self.replay(response_id, starting_after))
 
     async def cancel(self, response_id: str) -> Response:
-        """One that this `has`; a second time is no mistake. Raises RequestError."""
+        """Cancel a stored response, if it is not cancelled yet. Raises RequestError."""
         response = self.part(response_id, "response")
         if response.status in _PENDING:
             response.status = "cancelled"
@@ -188,7 +188,7 @@ class ResponseStore:
         return self._written(response)
 
     async def delete(self, response_id: str) -> None:
-        """Forget one that this `has`, and end it if it runs."""
+        """Delete a stored response; cancel it if it runs."""
         await self._end(response_id)
         self._records.pop(response_id, None)
 
@@ -200,9 +200,9 @@ class ResponseStore:
     async def replay(
         self, response_id: str, starting_after: int | None = None
     ) -> AsyncGenerator[Any, None]:
-        """The events of a response in the background, as they come, to the last one.
+        """The events of a background response, to the last one.
 
-        vLLM's own generator waits for ever for the end of a response that fails or is cancelled.
+        vLLM's own generator does not end for a response that fails or is cancelled.
         """
         task = self._running.get(response_id)
         if task is not None:
@@ -224,7 +224,7 @@ class ResponseStore:
             raise EngineError("The response failed.")
 
     def _ended(self, response_id: str, task: asyncio.Task[Any]) -> None:
-        """vLLM leaves a response as it was when its task fails."""
+        """Set the status of a response whose task failed: vLLM does not."""
         if self._status(response_id) in _PENDING:
             self.part(response_id, "response").status = "failed"
         if _failed(task):
@@ -248,7 +248,7 @@ def _not_streamed() -> RequestError:
 
 
 class _Part:
-    """One of vLLM's dictionaries: as much of one as its handler uses."""
+    """Replaces one of vLLM's dictionaries, with the methods that its handler uses."""
 
     def __init__(self, responses: ResponseStore, name: str) -> None:
         self._responses = responses
@@ -271,7 +271,7 @@ class _Part:
 
 
 class _Running(dict[str, "asyncio.Task[Any]"]):
-    """Tasks of responses in the background; `ended` is called when one is over."""
+    """The background tasks by response; `ended` is called at the end of each."""
 
     def __init__(self, ended: Callable[[str, asyncio.Task[Any]], None]) -> None:
         super().__init__()
@@ -283,7 +283,7 @@ class _Running(dict[str, "asyncio.Task[Any]"]):
 
 
 def size_of(value: Any) -> int:
-    """The bytes of a value with all that is in it; what is in it twice counts once."""
+    """The bytes of a value and of all objects in it, each counted once."""
     total, seen, left = 0, set[int](), [value]
     while left:
         each = left.pop()

@@ -1,4 +1,4 @@
-"""A model: its replicas, and what they share."""
+"""A model of the pool: its spec, and what its replicas share."""
 
 from __future__ import annotations
 
@@ -6,21 +6,20 @@ import math
 from typing import TYPE_CHECKING
 
 from llmserve.lifecycle.admission import AdmissionQueue
-from llmserve.lifecycle.dispatch import policy_of
+from llmserve.lifecycle.dispatch import policy_from_spec
 from llmserve.lifecycle.replica import STARTING, Replica, State
 from llmserve.lifecycle.response_store import ResponseStore
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
-    from llmserve.lifecycle.dispatch import Policy
     from llmserve.lifecycle.lease import Lease, ModelRequest
     from llmserve.lifecycle.placement import Placement
     from llmserve.lifecycle.replica import Running
-    from llmserve.registry.names import Model
+    from llmserve.registry.spec import ModelSpec
 
-_LOADING_RETRY_S = 5  # of a model that has never been ready
-# A model's state is that of its replica which comes first here.
+_LOADING_RETRY_S = 5  # for a model that has never been ready
+# A model has the state of its replica that comes first in this order.
 _FURTHEST = (
     State.READY,
     State.WAKING,
@@ -36,47 +35,77 @@ _FURTHEST = (
 
 
 class ServedModel:
-    """`changed` is called with it whenever a request in its queue may have to be let in."""
+    """A model: the owner of its spec, its replicas, its queue and its stored responses.
+
+    `serve_queue` is called with it when a queued request may be admitted or refused, and
+    `changed` with a replica and the state before when a replica changes its state or note.
+    `kept` are replicas of the same model before a reload, whose engines continue.
+    """
 
     def __init__(
-        self, model: Model, replicas: Iterable[Replica], changed: Callable[[ServedModel], None]
+        self,
+        spec: ModelSpec,
+        placements: Sequence[Placement],
+        serve_queue: Callable[[ServedModel], None] = lambda _: None,
+        changed: Callable[[ServedModel, Replica, State], None] = lambda *_: None,
+        kept: Iterable[Replica] = (),
     ) -> None:
-        self.model = model
-        self.replicas = tuple(replicas)
-        self.ready: tuple[Replica, ...] = ()
-        self.changed = lambda: changed(self)
+        self.spec = spec
+        self.responses = ResponseStore()  # can be fetched while no engine runs, too
+        self.policy = policy_from_spec(spec)  # None: there is one replica
+        self._serve_queue, self._changed = serve_queue, changed
         self.slots: AdmissionQueue[ModelRequest, Lease] = AdmissionQueue(
-            model.name, model.spec.max_in_flight, model.spec.max_queue, self.changed
+            spec.name, spec.max_in_flight, spec.max_queue, self.serve_queue
         )
-        self.responses = ResponseStore()  # that can be fetched again, also while no engine runs
-        self.policy: Policy | None = policy_of(model.spec)  # None: there is one replica
-
-    def apply_spec(self, model: Model, placements: Iterable[Placement]) -> None:
-        """Go on by a changed entry of the registry, with the same engines.
-
-        An engine that is started from now on goes to its place of `placements`.
-        """
-        before, self.model = self.model.spec, model
-        if (before.dispatch, before.weights) != (model.spec.dispatch, model.spec.weights):
-            self.policy = policy_of(model.spec)
+        running = {replica.number: replica for replica in kept}
+        self.replicas = tuple(running.get(p.number) or Replica(self, p) for p in placements)
         for replica, placement in zip(self.replicas, placements, strict=True):
-            replica.model, replica.next_placement = model, placement
-        self.slots.resize(model.spec.max_in_flight, model.spec.max_queue)
+            replica.model, replica.next_placement = self, placement
+        self.ready = self._ready_replicas()
+
+    def apply_spec(self, spec: ModelSpec, placements: Sequence[Placement]) -> None:
+        """Continue with a changed spec and the same engines.
+
+        An engine that starts later uses its placement in `placements`.
+        """
+        before, self.spec = self.spec, spec
+        if (before.dispatch, before.weights) != (spec.dispatch, spec.weights):
+            self.policy = policy_from_spec(spec)
+        for replica, placement in zip(self.replicas, placements, strict=True):
+            replica.next_placement = placement
+        self.slots.resize(spec.max_in_flight, spec.max_queue)
 
     def inherit(self, before: ServedModel) -> None:
-        """Take the slots of an entry whose engines go on here, with what holds and awaits them."""
+        """Take over the queue and the requests in flight of a model whose engines continue here."""
         self.slots, before.slots = before.slots, self.slots
-        for entry in (self, before):
-            entry.slots.changed = entry.changed
+        for model in (self, before):
+            model.slots.changed = model.serve_queue
         self.slots.limit, self.slots.longest = before.slots.limit, before.slots.longest
+
+    def serve_queue(self) -> None:
+        """Admit or refuse queued requests, as the replicas allow now."""
+        self._serve_queue(self)
+
+    def record_change(self, replica: Replica, before: State) -> None:
+        """Record that a replica changed its state, from `before`, or its note."""
+        if replica.state is not before:
+            self.ready = self._ready_replicas()
+            if before is State.READY and self.policy is not None:
+                self.policy.forget(replica.number)
+            if replica.state is State.READY and replica.running is not None:
+                replica.running.share(self.responses)
+        self._changed(self, replica, before)
+
+    def _ready_replicas(self) -> tuple[Replica, ...]:
+        return tuple(each for each in self.replicas if each.state is State.READY)
 
     @property
     def name(self) -> str:
-        return self.model.name
+        return self.spec.name
 
     @property
     def furthest(self) -> Replica:
-        """The replica by which the model is judged."""
+        """The replica that determines the state of the model."""
         if self.ready:
             return self.ready[0]
         return min(self.replicas, key=lambda replica: _FURTHEST.index(replica.state))
@@ -95,7 +124,7 @@ class ServedModel:
 
     @property
     def is_usable(self) -> bool:
-        """Whether a replica is ready, on its way, or can be."""
+        """Whether a replica is ready, starts, or can start."""
         return any(
             replica.state is State.READY or not (replica.retired or replica.state is State.FAILED)
             for replica in self.replicas
@@ -103,12 +132,12 @@ class ServedModel:
 
     @property
     def is_idle_on_demand(self) -> bool:
-        """Whether it is not ready, but would be if it were asked."""
+        """Whether no replica is ready, and a request would start one."""
         return not self.ready and any(replica.can_start for replica in self.replicas)
 
     @property
     def queues_requests(self) -> bool:
-        """Whether requests wait for it while it is not ready."""
+        """Whether requests may wait for it while it is not ready."""
         return any(
             replica.can_start or (replica.state in STARTING and replica.queues_requests)
             for replica in self.replicas
@@ -116,6 +145,6 @@ class ServedModel:
 
     @property
     def retry_after_s(self) -> int:
-        """When it is worth another try."""
+        """Seconds after which a client may try again."""
         ready_in_s = self.furthest.ready_in_s
         return _LOADING_RETRY_S if ready_in_s is None else max(1, math.ceil(ready_in_s))

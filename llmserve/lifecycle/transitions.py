@@ -1,8 +1,4 @@
-"""How replicas get from one state to another: the one owner of these transitions.
-
-Start, sleep, wake, stop, and a new start after a death; and room for whoever comes, which
-others make by going down the ladder of levels.
-"""
+"""How replicas change their state and level: start, sleep, wake, stop, restart, eviction."""
 
 from __future__ import annotations
 
@@ -17,13 +13,13 @@ from typing import TYPE_CHECKING
 from llmserve.errors import LLMServeError, StartupError
 from llmserve.gpus.claims import GpuClaims
 from llmserve.gpus.device import gib
-from llmserve.lifecycle.eviction import Resident, room
+from llmserve.lifecycle.eviction import Resident, plan_eviction
 from llmserve.lifecycle.placement import HOST_MEMORY, Level
 from llmserve.lifecycle.replica import STARTING, State
+from llmserve.lifecycle.timings import TIMINGS, LifecycleTimings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
-    from contextlib import AbstractContextManager
+    from collections.abc import AsyncIterator, Callable, Iterable
 
     from llmserve.lifecycle.eviction import Steps
     from llmserve.lifecycle.placement import Place, Takes
@@ -33,90 +29,94 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_LOOK_S = 0.02  # whether somebody has room to give by now
-# How long a replica that is asked for keeps its place when others want it, in times of what
-# its coming cost; one that is idle keeps it for once that.
-_TURN = 5.0
-_TURN_S = (2.0, 60.0)  # not shorter, not longer
-_WAKE_S = 0.5  # of a sleeper that has never been awakened
+_SHORTEST_S = 0.02  # of a load time and of a wait for the end of a residency
 
 
 class ReplicaLifecycle:
-    """`changed` is told of every change, with the state before it."""
+    """The only writer of a replica's state and level, and of the memory reserved for it.
+
+    A replica queues for the memory of its GPUs first and takes its transition lock later; the
+    locks of the memory budget and of the backend are below.
+    """
 
     def __init__(
-        self, backend: Backend, metrics: Metrics, changed: Callable[[Replica, State], None]
+        self, backend: Backend, metrics: Metrics, timings: LifecycleTimings = TIMINGS
     ) -> None:
         self._backend = backend
         self._memory = backend.memory
         self._metrics = metrics
-        self._changed = changed
-        self._booked: dict[Replica, Level] = {}  # what of the memory each may have
-        self._order = GpuClaims()  # of those who want room, first come, first served
+        self._timings = timings
+        self._reserved: dict[Replica, Level] = {}
+        self._queue = GpuClaims()  # of replicas that wait for memory, in order of arrival
+        self._memory_changed = asyncio.Event()
 
     # --- up
 
     async def start(self, replica: Replica) -> None:
-        """To READY or FAILED, and then down again if it is to start asleep."""
-        await self.to_ready(replica)
+        """To READY or FAILED; then to sleep if the model starts asleep."""
+        await self.make_ready(replica)
         if replica.state is State.READY and replica.model.spec.start == "sleeping":
-            await self.lower(replica, Level.KV_RELEASED)  # others may send it further down
+            await self.lower(replica, Level.KV_RELEASED)  # an eviction may lower it further
 
-    async def to_ready(self, replica: Replica) -> None:
-        """To READY or FAILED from wherever it is."""
+    async def make_ready(self, replica: Replica) -> None:
+        """From any state to READY or FAILED."""
         replica.started = time.monotonic()
         try:
-            with self._expecting(replica):
-                while self._has_room(replica) or await self._wait_for_room(replica):
-                    async with replica.transition_lock:
-                        if self._has_room(replica):  # nothing has taken it down meanwhile
+            expecting = self._memory.expecting(replica.placement)
+            with expecting if replica.level else contextlib.nullcontext():
+                while self._may_be_ready(replica) or await self._reserve_ready(replica):
+                    async with self._transition(replica):
+                        if self._may_be_ready(replica):  # not evicted before it had the lock
                             if replica.state is not State.READY:
                                 await self._start_or_wake(replica)
                             return
-        except BaseException:  # cancelled: what it does not use is not kept for it
-            if replica.state is not State.WAKING:  # its engine holds all until it has ended
+        except BaseException:  # a cancellation: free the memory that it does not use
+            if replica.state is not State.WAKING:  # a waking engine holds all of it until it ends
                 self._reserve(replica, replica.level)
             raise
 
-    def _expecting(self, replica: Replica) -> AbstractContextManager[None]:
-        if not replica.level:
-            return contextlib.nullcontext()
-        return self._memory.expecting(replica.placement)
+    def _may_be_ready(self, replica: Replica) -> bool:
+        return self._reserved.get(replica) is Level.READY
 
-    def _has_room(self, replica: Replica) -> bool:
-        return self._booked.get(replica) is Level.READY
+    @contextlib.asynccontextmanager
+    async def _transition(self, replica: Replica) -> AsyncIterator[None]:
+        """Hold the transition lock, which protects a replica from eviction."""
+        try:
+            async with replica.transition_lock:
+                yield
+        finally:
+            self.check_memory()
 
     async def _start_or_wake(self, replica: Replica) -> None:
         replica.began = time.monotonic()
         try:
             if not await self._wake(replica):
-                await self._started(replica)
+                await self._start_engine(replica)
         except StartupError as error:
-            await self._failed(replica, error.message)
-        except Exception as error:
-            # Whatever it is, it is this replica's: the others go on.
+            await self._fail(replica, error.message)
+        except Exception as error:  # of this replica; the others continue
             log.exception("model=%s unforeseen", replica.name)
-            await self._failed(replica, f"{type(error).__name__}: {error}")
+            await self._fail(replica, f"{type(error).__name__}: {error}")
 
-    async def _failed(self, replica: Replica, note: str) -> None:
-        await self.end(replica)
+    async def _fail(self, replica: Replica, note: str) -> None:
+        await self.end_engine(replica)
         self._reserve(replica, Level.STOPPED)
-        pause_s = replica.failures.pause_s(0.0)
+        pause_s = replica.failures.pause_s(self._timings.first_restart_s)
         replica.again_at = math.inf if pause_s is None else time.monotonic() + pause_s
         self.change(replica, State.FAILED, note)
 
-    async def _started(self, replica: Replica) -> None:
-        await self.end(replica)  # what could not wake
+    async def _start_engine(self, replica: Replica) -> None:
+        await self.end_engine(replica)  # one that did not wake
         replica.running = await self._backend.start(
             replica.model.spec,
             replica.placement,
             lambda state, note: self.change(replica, state, note),
         )
         self._record_ready(replica)
-        await self._prepared(replica, replica.running)
+        await self._prepare_sleep(replica, replica.running)
 
-    async def _prepared(self, replica: Replica, running: Running) -> None:
-        """Nobody wants its place before that is done: its first sleep is short then."""
+    async def _prepare_sleep(self, replica: Replica, running: Running) -> None:
+        """Under the transition lock, so that an eviction finds an engine whose sleep is short."""
         if running.sleeps and Level.HOST in replica.holds:
             try:
                 await running.prepare_sleep()
@@ -124,7 +124,7 @@ class ReplicaLifecycle:
                 log.error("model=%s: %s", replica.name, error.message)  # noqa: TRY400
 
     async def _wake(self, replica: Replica) -> bool:
-        """False if there is no sleeper, or one that has to be started anew."""
+        """Return whether the replica woke; if not, its engine must start again."""
         if replica.running is None or replica.running.dead:
             return False
         self.change(replica, State.WAKING)
@@ -149,20 +149,14 @@ class ReplicaLifecycle:
     async def lower(
         self, replica: Replica, level: Level, still: Callable[[], bool] = lambda: True
     ) -> None:
-        """Down to a level that it has, or the next below, once its requests have ended.
+        """Lower a replica after its requests, to a level that it has or to the next one below.
 
-        It stays if the reason for it does not `still` hold when its turn comes.
+        Nothing happens if `still` is false once no other transition runs.
         """
         level = max(each for each in (Level.STOPPED, *replica.holds) if each <= level)
-        async with replica.transition_lock:
+        async with self._transition(replica):
             if replica.level > level and still():
                 await self._lower(replica, level)
-
-    async def stop(self, replica: Replica) -> None:
-        """End a replica whose way was cancelled, wherever on it that was."""
-        async with replica.transition_lock:
-            await self.end(replica)
-            self._settle(replica, Level.STOPPED, State.STOPPED, "it was unloaded")
 
     async def _lower(self, replica: Replica, level: Level) -> None:
         if replica.state is State.READY:
@@ -177,11 +171,11 @@ class ReplicaLifecycle:
             else:
                 self._settle(replica, level, State.SLEEPING)
                 return
-        await self.end(replica)
+        await self.end_engine(replica)
         self._settle(replica, Level.STOPPED, State.STOPPED)
 
     async def _drain(self, replica: Replica) -> None:
-        """Until its requests have ended; it gets no more. Cancelled, it serves on."""
+        """Wait for its requests; it gets no new ones. If cancelled, it serves again."""
         self.change(replica, State.DRAINING)
         try:
             while replica.load.requests:
@@ -191,12 +185,18 @@ class ReplicaLifecycle:
             self.change(replica, State.READY)
             raise
 
+    async def stop(self, replica: Replica) -> None:
+        """Stop a replica whose transition was cancelled at any step."""
+        async with self._transition(replica):
+            await self.end_engine(replica)
+            self._settle(replica, Level.STOPPED, State.STOPPED, "it was unloaded")
+
     def _settle(self, replica: Replica, level: Level, state: State, note: str = "") -> None:
         replica.level = level
         self._reserve(replica, level)
         self.change(replica, state, note)
 
-    async def end(self, replica: Replica) -> None:
+    async def end_engine(self, replica: Replica) -> None:
         """End an engine, dead or alive, and forget it.
 
         The end is awaited also when the caller is cancelled: until then the engine holds memory.
@@ -215,33 +215,32 @@ class ReplicaLifecycle:
         if cancelled is not None:
             raise cancelled
 
-    # --- death
+    # --- deaths
 
-    async def revive(self, replica: Replica) -> None:
-        """End what is left of a dead engine and start another, later each time.
-
-        It keeps its place for the first time.
-        """
+    async def restart(self, replica: Replica) -> None:
+        """Replace a dead engine, with a longer pause each time; its memory stays reserved once."""
         again = True
         while again:
-            async with replica.transition_lock:
-                await self.end(replica)
+            async with self._transition(replica):
+                await self.end_engine(replica)
             await asyncio.sleep(replica.started - time.monotonic())
-            await self.to_ready(replica)
-            again = replica.state is not State.READY and self.restart_dead(
+            await self.make_ready(replica)
+            again = replica.state is not State.READY and self.schedule_restart(
                 replica, replica.note, 0.0
             )
 
     async def discard(self, replica: Replica) -> None:
-        """End what is left of a dead engine that is not started again."""
-        async with replica.transition_lock:
-            await self.end(replica)
+        """End a dead engine that is not started again."""
+        async with self._transition(replica):
+            await self.end_engine(replica)
             self._reserve(replica, Level.STOPPED)
 
-    def restart_dead(self, replica: Replica, note: str, lived_s: float) -> bool:
-        """Whether a dead replica is started again, which it then waits for."""
-        self._metrics.deaths.labels(replica.model.name, replica.number).inc()
-        pause_s = replica.deaths.pause_s(lived_s)
+    def schedule_restart(self, replica: Replica, note: str, lived_s: float) -> bool:
+        """Count a death; return whether the replica waits for a restart, or else has failed."""
+        self.count_death(replica)
+        timings = self._timings
+        stable = lived_s >= timings.stable_s
+        pause_s = replica.deaths.pause_s(timings.first_restart_s, stable=stable)
         if pause_s is None:
             times = replica.deaths.in_a_row
             replica.again_at = math.inf
@@ -252,28 +251,42 @@ class ReplicaLifecycle:
         self.change(replica, State.WAITING, f"{note}; again in {pause_s:g} s")
         return True
 
-    # --- what a request or a reload asks
+    def count_death(self, replica: Replica) -> None:
+        self._metrics.deaths.labels(replica.model.name, replica.number).inc()
+
+    # --- requests and reloads
 
     def queue_requests(self, replica: Replica) -> None:
-        """Let requests wait for a replica while it is on its way."""
+        """Let requests wait for a replica that starts."""
         replica.queues_requests = True
 
+    def record_idle(self, replica: Replica) -> None:
+        """Record that the last request of a replica has ended."""
+        replica.unused.set()
+        self.check_memory()
+
+    def forget_failures(self, replica: Replica) -> None:
+        """Let a replica start again that failed too often."""
+        replica.deaths.forget()
+        replica.failures.forget()
+
     def leave(self, replica: Replica) -> None:
-        """Let others have the memory of a replica whose model has left."""
+        """Allow the eviction of a replica whose model has left the pool."""
         replica.leaves = True
+        self.check_memory()
 
     def retire(self, replica: Replica) -> None:
-        """Start a replica no more; it ends with its requests."""
+        """Let a replica stop after its requests and not start again."""
         replica.retired = True
 
     async def rebuild(self, replicas: Iterable[Replica], spec: ModelSpec) -> None:
-        """Give engines that go on the handlers of a changed entry: all of them, or none.
+        """Give running engines the handlers of a changed spec: all of them, or none.
 
         Raises what the first failure raises.
         """
         async with contextlib.AsyncExitStack() as locks:  # none starts or ends meanwhile
             for replica in replicas:
-                await locks.enter_async_context(replica.transition_lock)
+                await locks.enter_async_context(self._transition(replica))
             living = [
                 (each, each.running) for each in replicas if each.running and not each.running.dead
             ]
@@ -290,61 +303,74 @@ class ReplicaLifecycle:
         replica.state, replica.note = state, note
         if state is not before:
             replica.since = time.monotonic()
-        self._changed(replica, before)
+            self.check_memory()
+        replica.model.record_change(replica, before)
 
-    # --- room
+    # --- memory
 
-    async def _wait_for_room(self, replica: Replica) -> bool:
-        """Keep room for a replica, once others have made it; it fails if there can be none."""
-        if replica.level is Level.STOPPED:
-            replica.placement = replica.next_placement
-        takes = self._takes(replica, Level.READY)
-        places = takes.keys() - {HOST_MEMORY} or takes.keys()
-        async with self._order.hold(places, alone=True):
-            async with replica.transition_lock:  # a transition downward is over
-                pass
-            try:
-                await self._make_room(replica, takes)
-            except StartupError as error:
-                async with replica.transition_lock:
-                    await self._failed(replica, error.message)
-                return False
-            self._booked[replica] = Level.READY
-            return True
+    def check_memory(self) -> None:
+        """Let waiting replicas look again whether they fit or may evict others."""
+        self._memory_changed.set()
 
     def _reserve(self, replica: Replica, level: Level) -> None:
         if level:
-            self._booked[replica] = level
+            self._reserved[replica] = level
         else:
-            self._booked.pop(replica, None)
+            self._reserved.pop(replica, None)
+        self.check_memory()
 
-    def _takes(self, replica: Replica, level: Level) -> Takes:
-        return replica.holds.get(level, {})
+    async def _reserve_ready(self, replica: Replica) -> bool:
+        """Reserve the memory of READY, once others have freed it; False: the replica failed."""
+        if replica.level is Level.STOPPED:
+            replica.placement = replica.next_placement
+        needed = replica.bytes_at(Level.READY)
+        places = needed.keys() - {HOST_MEMORY} or needed.keys()
+        async with self._queue.hold(places, alone=True):
+            async with replica.transition_lock:  # a transition downward has ended
+                pass
+            try:
+                await self._evict_others(replica, needed)
+            except StartupError as error:
+                async with self._transition(replica):
+                    await self._fail(replica, error.message)
+                return False
+            self._reserved[replica] = Level.READY
+            return True
 
-    async def _make_room(self, replica: Replica, takes: Takes) -> None:
-        """Until there is room. Raises StartupError if there can be none."""
-        self._raise_if_hopeless(replica, takes)
-        while (steps := self._eviction_steps(replica, takes)) != []:
+    async def _evict_others(self, replica: Replica, needed: Takes) -> None:
+        """Evict others until `needed` fits. Raises StartupError if it cannot fit."""
+        self._raise_if_too_large(replica, needed)
+        while True:
+            self._memory_changed.clear()  # before the look, so that no change is missed
+            steps = self._eviction_steps(replica, needed)
             if steps is None:
                 await self._wait_for_memory(replica)
-                continue
-            await asyncio.gather(*(self._evict(*step, replica) for step in steps))
+            elif steps:
+                await asyncio.gather(*(self._evict(*step, replica) for step in steps))
+            else:
+                return
 
-    async def _evict(self, replica: Replica, level: Level, comer: Replica) -> None:
+    async def _evict(self, replica: Replica, level: Level, other: Replica) -> None:
         to = level.name.lower()
-        log.info("model=%s gives way to model=%s level=%s", replica.name, comer.name, to)
-        replica.gave_way += 1
+        log.info("model=%s is evicted for model=%s level=%s", replica.name, other.name, to)
+        replica.evictions += 1
         self._metrics.evictions.labels(replica.model.name, replica.number, to).inc()
         idle = not replica.load.requests
         await self.lower(replica, level, lambda: not (idle and replica.load.requests))
 
     async def _wait_for_memory(self, replica: Replica) -> None:
+        """Wait for a change of the reservations, states or loads, or the end of a residency."""
         if replica.state is not State.WAITING:
-            self.change(replica, State.WAITING, "for memory that others hold")
-        await asyncio.sleep(_LOOK_S)
+            self.change(replica, State.WAITING, "waiting for memory")
+        stays_s = [self._evictable_in_s(each, busy=True) for each in self._reserved]
+        soonest_s = min((each for each in stays_s if 0.0 < each < math.inf), default=None)
+        timeout_s = None if soonest_s is None else max(soonest_s, _SHORTEST_S)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._memory_changed.wait()
 
-    def _eviction_steps(self, replica: Replica, takes: Takes) -> Steps[Replica] | None:
-        """Who goes where; of those with requests only if the others do not suffice."""
+    def _eviction_steps(self, replica: Replica, needed: Takes) -> Steps[Replica] | None:
+        """The replicas to evict; busy ones only if the idle ones do not suffice."""
         for busy in (False, True):
             others = [
                 Resident(
@@ -353,46 +379,76 @@ class ReplicaLifecycle:
                     other.holds,
                     level is other.level
                     and other.model is not replica.model
-                    and _gives_way(other, busy=busy),
-                    (other.model.spec.priority, -other.idle_s / max(_cost_s(other), _LOOK_S)),
+                    and not self._evictable_in_s(other, busy=busy),
+                    (other.model.spec.priority, self._recency(other)),
                 )
-                for other, level in self._booked.items()
+                for other, level in self._reserved.items()
                 if other is not replica
             ]
-            steps = room(takes, self._memory.capacity, others)
+            steps = plan_eviction(needed, self._memory.capacity, others)
             if steps is not None:
                 return steps
         return None
 
+    def _recency(self, replica: Replica) -> float:
+        """The less, the longer it has been idle, in load times."""
+        return -replica.idle_s / max(self._load_time_s(replica), _SHORTEST_S)
+
     def fits(self, replicas: Iterable[Replica]) -> bool:
-        """Whether they find room beside all that are here; at most sleepers give way."""
-        wanted: Counter[Place] = Counter()
+        """Whether they fit beside all others, of which at most sleepers are evicted."""
+        needed: Counter[Place] = Counter()
         for replica in replicas:
-            wanted.update(self._takes(replica, Level.READY))
-        here = [
+            needed.update(replica.bytes_at(Level.READY))
+        others = [
             Resident(
                 each,
                 level,
                 each.holds,
-                gives_way=each.state is State.SLEEPING and _gives_way(each, busy=False),
+                each.state is State.SLEEPING and not self._evictable_in_s(each, busy=False),
             )
-            for each, level in self._booked.items()
+            for each, level in self._reserved.items()
         ]
-        return room(wanted, self._memory.capacity, here) is not None
+        return plan_eviction(needed, self._memory.capacity, others) is not None
 
-    def _raise_if_hopeless(self, replica: Replica, takes: Takes) -> None:
+    def _raise_if_too_large(self, replica: Replica, needed: Takes) -> None:
         staying = [
-            self._takes(each, level)
-            for each, level in self._booked.items()
+            each.bytes_at(level)
+            for each, level in self._reserved.items()
             if each is not replica and (each.is_pinned or each.model is replica.model)
         ]
         for place, capacity in self._memory.capacity.items():
             free = capacity - sum(held.get(place, 0) for held in staying)
-            if takes.get(place, 0) > free:
+            if needed.get(place, 0) > free:
                 raise StartupError(
-                    f"it needs {gib(takes[place])}, and pinned models and its own other replicas "
+                    f"it needs {gib(needed[place])}, and pinned models and its own other replicas "
                     f"leave {gib(free)} of {place}"
                 )
+
+    def _evictable_in_s(self, replica: Replica, *, busy: bool) -> float:
+        """Seconds until a replica may be evicted; inf: not before its state or load changes.
+
+        Replicas with requests may be evicted with `busy` only. The wait is the rest of the
+        minimum residency time.
+        """
+        if replica.is_pinned or replica.transition_lock.locked():
+            return math.inf
+        if replica.state is not State.READY:
+            return 0.0 if replica.state is State.SLEEPING else math.inf
+        timings, stay_s = self._timings, self._load_time_s(replica)
+        if replica.load.requests:
+            if not busy:
+                return math.inf
+            stay_s = max(timings.min_busy_residency_s, timings.busy_residency * stay_s)
+        stayed_s = time.monotonic() - replica.since
+        return max(0.0, min(stay_s, timings.max_residency_s) - stayed_s)
+
+    def _load_time_s(self, replica: Replica) -> float:
+        """The expected seconds until it would be ready again after an eviction."""
+        running = replica.running
+        if running is None or not running.sleeps:
+            return replica.cost_s.get(Level.STOPPED, 0.0)
+        asleep = [seconds for level, seconds in replica.cost_s.items() if level]
+        return max(asleep, default=self._timings.first_wake_s)
 
 
 async def _stop(name: str, running: Running) -> None:
@@ -400,24 +456,3 @@ async def _stop(name: str, running: Running) -> None:
         await running.stop()
     except Exception:
         log.exception("model=%s did not stop cleanly", name)
-
-
-def _gives_way(replica: Replica, *, busy: bool) -> bool:
-    if replica.is_pinned or replica.transition_lock.locked():
-        return False
-    if replica.state is not State.READY:
-        return replica.state is State.SLEEPING
-    stayed_s = time.monotonic() - replica.since
-    if not replica.load.requests:
-        return stayed_s >= min(_cost_s(replica), _TURN_S[1])
-    shortest, longest = _TURN_S
-    return busy and stayed_s >= min(max(shortest, _TURN * _cost_s(replica)), longest)
-
-
-def _cost_s(replica: Replica) -> float:
-    """What it will take to be ready again."""
-    running = replica.running
-    if running is None or not running.sleeps:
-        return replica.cost_s.get(Level.STOPPED, 0.0)
-    asleep = [seconds for level, seconds in replica.cost_s.items() if level]
-    return max(asleep, default=_WAKE_S)

@@ -34,7 +34,6 @@ from llmserve.lifecycle.pool import Pool
 from llmserve.lifecycle.replica import State
 from llmserve.metrics import Metrics
 from llmserve.planning import survey
-from llmserve.registry.names import ModelNames
 from llmserve.server import connection, startup_display, tls
 from llmserve.server import logs as serverlog
 from llmserve.server.limits import Limits
@@ -105,7 +104,7 @@ def _memory(config: Config) -> Memory:
     Raises PlacementError if the models do not fit, StartupError if other processes use the memory.
     """
     if environment.is_cpu_build():
-        return HostMemory.of(config)
+        return HostMemory.from_config(config)
     box = nvml.visible()
     if not box:
         raise StartupError(
@@ -217,22 +216,13 @@ class _Process:
         self._console = console
         self._display = startup_display.display(console)
         self._metrics = Metrics()
-        self._pool = Pool(
-            ModelNames(config.models),
-            backend,
-            self._metrics,
-            self._display.changed,
-        )
+        self._pool = Pool(config.models, backend, self._metrics, self._display.changed)
         self._display.add(self._pool.replicas)
-        self._control = ModelOperator(config, self._pool, backend, read, self._adopt)
-        self._services = Services(config, self._pool, self._metrics, self._control)
-        self._uvicorn = _Uvicorn(_uvicorn_config(config.server, app.build(self._services)))
+        self._control = ModelOperator(config.server, self._pool, backend, read)
+        services = Services(self._pool, self._metrics, self._control)
+        self._uvicorn = _Uvicorn(_uvicorn_config(config.server, app.build(services)))
         self._signalled = asyncio.Event()
         self._reloads: set[asyncio.Task[None]] = set()
-
-    def _adopt(self, config: Config) -> None:
-        self._services.config = config
-        self._uvicorn.config.timeout_graceful_shutdown = _graceful_s(config.server)
 
     def _on_hangup(self) -> None:
         reload = asyncio.create_task(self._reload())
@@ -264,6 +254,7 @@ class _Process:
         ]
         try:
             code = await self._until_signalled()
+            self._uvicorn.config.timeout_graceful_shutdown = _graceful_s(self._server)
             self._uvicorn.end()  # closes idle connections and accepts no new ones
             await self._pool.drain(self._server.drain_timeout)
             await self._end_serving(serving)
@@ -276,7 +267,7 @@ class _Process:
 
     @property
     def _server(self) -> ServerSpec:
-        return self._services.config.server
+        return self._control.server
 
     async def _end_serving(self, serving: asyncio.Task[None]) -> None:
         """End uvicorn. Streams of events and logs have no end of their own."""
@@ -287,7 +278,7 @@ class _Process:
     async def _until_signalled(self) -> int:
         """Return 0 after a signal, or the exit code of a failed start."""
         signalled = asyncio.create_task(self._signalled.wait())
-        self._print(f"Listening on {self._url()}, starting {len(self._pool.entries)} models.")
+        self._print(f"Listening on {self._url()}, starting {len(self._pool.models)} models.")
         with self._display.live():
             starting = asyncio.create_task(self._pool.start())
             await asyncio.wait({starting, signalled}, return_when=asyncio.FIRST_COMPLETED)
@@ -307,7 +298,7 @@ class _Process:
     def _announce(self) -> None:
         failed = sum(replica.state is State.FAILED for replica in self._pool.replicas)
         ready = ", ".join(entry.name for entry in self._pool.ready())
-        asleep = [entry.name for entry in self._pool.entries.values() if entry.is_idle_on_demand]
+        asleep = [entry.name for entry in self._pool.models.values() if entry.is_idle_on_demand]
         notes = [f"{', '.join(asleep)} on demand"] if asleep else []
         notes += [f"{failed} failed"] if failed else []
         self._print(
@@ -329,7 +320,7 @@ class _Process:
             self._pool.kill()
             leave(128 + number)
         self._signalled.set()
-        in_flight = sum(entry.slots.in_flight for entry in self._pool.entries.values())
+        in_flight = sum(entry.slots.in_flight for entry in self._pool.models.values())
         if in_flight:
             limit = self._server.drain_timeout
             self._print(

@@ -8,6 +8,7 @@ import pytest
 import pytest_asyncio
 
 from llmserve.engine import environment
+from llmserve.http.services import Services
 from llmserve.registry.spec import ModelSpec
 from tests.contract.support import CHAT, EMBED, on_fake_core, services_of
 

@@ -13,6 +13,7 @@ import httpx
 import pytest
 
 from llmserve.http import app
+from llmserve.lifecycle.timings import TIMINGS, LifecycleTimings
 from llmserve.registry.spec import ModelSpec
 from tests.contract.support import CHAT, on_fake_core, services_of
 
@@ -90,12 +91,14 @@ class Box:
 
 
 @asynccontextmanager
-async def boxed(step_s: float = STEP_S, **said: Any) -> AsyncIterator[Box]:
+async def boxed(
+    step_s: float = STEP_S, timings: LifecycleTimings = TIMINGS, **said: Any
+) -> AsyncIterator[Box]:
     spec = ModelSpec(
         name="chat", model=str(CHAT), aliases=("alias",), engine={"max_model_len": 2048}, **said
     )
     async with on_fake_core(spec, step_s) as (serving, _):
-        box = Box(await services_of([spec], {"chat": serving}), serving)
+        box = Box(await services_of([spec], {"chat": serving}, timings), serving)
         async with box.client:
             yield box
 

@@ -21,8 +21,8 @@ from llmserve.http import app
 from llmserve.http.services import Services
 from llmserve.lifecycle.operator import ModelOperator
 from llmserve.lifecycle.pool import Pool
+from llmserve.lifecycle.timings import TIMINGS, LifecycleTimings
 from llmserve.metrics import Metrics
-from llmserve.registry.names import ModelNames
 from llmserve.registry.spec import Config, ModelSpec, ServerSpec
 from tests.fakes import FakeBackend
 
@@ -85,14 +85,16 @@ class Started(FakeBackend):
         return running
 
 
-async def services_of(specs: list[ModelSpec], running: dict[str, Any]) -> Services:
+async def services_of(
+    specs: list[ModelSpec], running: dict[str, Any], timings: LifecycleTimings = TIMINGS
+) -> Services:
     metrics = Metrics()
     backend = Started(running)
-    pool = Pool(ModelNames(specs), backend, metrics)
+    pool = Pool(specs, backend, metrics, timings=timings)
     await pool.start()
     config = Config(file=Path("models.yaml"), server=ServerSpec(), models=tuple(specs))
-    control = ModelOperator(config, pool, backend, lambda: config, lambda _: None)
-    return Services(config, pool, metrics, control)
+    control = ModelOperator(config.server, pool, backend, lambda: config)
+    return Services(pool, metrics, control)
 
 
 def events(text: str) -> list[Any]:
@@ -114,7 +116,7 @@ async def get(services: Services, path: str) -> httpx.Response:
 
 
 def running(services: Services) -> Any:
-    return services.pool.entries["chat"].running
+    return services.pool.models["chat"].running
 
 
 def spec(**said: Any) -> ModelSpec:

@@ -156,7 +156,7 @@ async def test_a_client_that_reads_nothing_is_cut_off_and_no_other(
         assert left.startswith(b"HTTP/1.1 200 ")
         assert b"[DONE]" not in left
         assert text_of(await soon(reader, 30)) == (expected, 900)
-        await until(lambda: box.services.pool.entries["chat"].slots.in_flight == 0)
+        await until(lambda: box.services.pool.models["chat"].slots.in_flight == 0)
     assert await box.core("aborted") == before + aborts
     assert not box.serving.engine.flow._streams
 
@@ -207,7 +207,7 @@ async def test_a_stuck_client_that_leaves_has_its_request_aborted(box: Box) -> N
         async with asyncio.timeout(60):
             while await box.core("aborted") == before:
                 await asyncio.sleep(0.05)
-        await until(lambda: box.services.pool.entries["chat"].slots.in_flight == 0)
+        await until(lambda: box.services.pool.models["chat"].slots.in_flight == 0)
     assert await box.core("aborted") == before + 1
 
 
@@ -227,7 +227,7 @@ async def test_a_client_that_leaves_with_a_second_request_waiting_is_gone(box: B
         reading = asking("one two three", 200)
         reply = await client.post(f"http://127.0.0.1:{port}{COMPLETIONS}", json=reading)
         assert text_of(reply) == (await whole(box, reading), 200)
-        await until(lambda: box.services.pool.entries["chat"].slots.in_flight == 0)
+        await until(lambda: box.services.pool.models["chat"].slots.in_flight == 0)
     assert await box.core("aborted") > before
     assert not box.serving.engine.flow._streams
 
@@ -306,7 +306,7 @@ async def test_an_answer_after_comments_comes_whole(
 
     def lease_later(wish: ModelRequest) -> QueuedRequest[ModelRequest, Lease]:
         place: QueuedRequest[ModelRequest, Lease] = QueuedRequest(wish.deadline, wish)
-        asyncio.get_running_loop().call_later(0.2, lambda: place.give(lambda _: held(wish)))
+        asyncio.get_running_loop().call_later(0.2, lambda: place.admit(lambda _: held(wish)))
         return place
 
     def held(wish: ModelRequest) -> Lease:

@@ -146,7 +146,7 @@ def test_bounded_validation_gives_what_vllm_s_gives(more: dict[str, Any]) -> Non
 
 
 def test_vllm_adds_each_prompt_through_add_request(fake: Services) -> None:
-    client = fake.pool.entries["chat"].running.engine.client  # type: ignore[union-attr]
+    client = fake.pool.models["chat"].running.engine.client  # type: ignore[union-attr]
     assert isinstance(client.add_request, PacedRendering)
     for method in (AsyncLLM.generate, AsyncLLM.encode):
         assert "add_request" in method.__code__.co_names

@@ -35,7 +35,7 @@ from llmserve.engine.endpoint_handlers import HANDLERS
 from llmserve.engine.fastpath.output_processor import StreamingOutputProcessor
 from llmserve.engine.metrics import EngineMetrics
 from llmserve.engine.request_validation import bounded
-from llmserve.lifecycle import restart_backoff
+from llmserve.lifecycle.timings import LifecycleTimings
 from llmserve.registry.spec import ModelSpec
 from tests.contract.fake_core import DIES_AT_ONCE, FAILS, PREEMPTED, SILENT, TRIPLES
 from tests.contract.fast_path_box import (
@@ -787,13 +787,15 @@ async def test_a_request_that_fails_in_mid_stream_ends_alike_on_all_ways(box: Bo
     assert await box.core("running") == 0
 
 
-async def test_an_engine_that_dies_is_an_event_in_mid_stream_and_a_503_before(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(restart_backoff, "_FIRST_S", 0.01)  # each new start finds it dead
+async def test_an_engine_that_dies_is_an_event_in_mid_stream_and_a_503_before() -> None:
+    restarts = LifecycleTimings(first_restart_s=0.01)  # each new start finds it dead
     long = {"model": "chat", "max_tokens": 1900, "stream": True}
     killing = {"model": "chat", "prompt": "die", "seed": DIES_AT_ONCE, "stream": True}
-    async with boxed() as box, listening(box.app) as url, httpx.AsyncClient(timeout=30) as client:
+    async with (
+        boxed(timings=restarts) as box,
+        listening(box.app) as url,
+        httpx.AsyncClient(timeout=30) as client,
+    ):
 
         async def ask(way: Any) -> tuple[asyncio.Event, asyncio.Task[str]]:
             began = asyncio.Event()
@@ -966,7 +968,7 @@ async def test_a_client_that_leaves_has_its_request_aborted(
     assert await box.core("aborted") == before + 1
     assert await box.core("running") == 0
     assert not box.serving.engine.client.output_processor.request_states
-    await until(lambda: box.services.pool.entries["chat"].slots.in_flight == 0)
+    await until(lambda: box.services.pool.models["chat"].slots.in_flight == 0)
 
 
 async def test_a_request_that_ended_is_not_aborted(box: Box) -> None:

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 
 async def aborted(services: Services) -> int:
-    running: Any = services.pool.entries["chat"].running
+    running: Any = services.pool.models["chat"].running
     count: int = await running.engine.client.engine_core.call_utility_async("aborted")
     return count
 
@@ -230,7 +230,7 @@ def made(kind: type[Exception]) -> Exception:
 
 
 async def test_every_exception_of_vllms_has_a_place(fake: Services) -> None:
-    running: Any = fake.pool.entries["chat"].running
+    running: Any = fake.pool.models["chat"].running
     errors = vllm_errors()
     assert len(errors) > 12
     for error in errors:
@@ -242,7 +242,7 @@ async def test_every_exception_of_vllms_has_a_place(fake: Services) -> None:
 
 
 async def test_what_vllm_did_not_foresee_keeps_its_words(fake: Services) -> None:
-    running: Any = fake.pool.entries["chat"].running
+    running: Any = fake.pool.models["chat"].running
     ours = running.errors.from_exception(KeyError("internal_name"))
     assert ours.status == 500
     assert "internal_name" not in ours.message
@@ -264,7 +264,7 @@ def test_what_vllm_says_of_prompts_that_do_not_fit() -> None:
 
 
 async def test_what_goes_on_in_the_background_holds_its_place(fake: Services) -> None:
-    slots = fake.pool.entries["chat"].slots
+    slots = fake.pool.models["chat"].slots
     body = {"input": "hi", "max_output_tokens": 1500, "background": True}
     made = (await post(fake, "/v1/responses", **body)).json()
     assert slots.in_flight == 1
@@ -289,7 +289,7 @@ async def test_a_client_that_leaves_has_its_request_aborted(fake: Services, stre
         async with asyncio.timeout(60):
             while await aborted(fake) == before:
                 await asyncio.sleep(0.02)
-    assert fake.pool.entries["chat"].slots.in_flight == 0
+    assert fake.pool.models["chat"].slots.in_flight == 0
 
 
 async def test_a_response_can_be_fetched_again_and_cancelled(fake: Services) -> None:
@@ -357,7 +357,7 @@ WITH_NULLS: dict[str, Any] = {
 
 async def sent(services: Services, endpoint: EndpointId, answer: Any) -> Any:
     """What a client gets of vLLM's answer to a request."""
-    running: Any = services.pool.entries["chat"].running
+    running: Any = services.pool.models["chat"].running
     return json.loads((await running._respond(answer, endpoint, lambda _: None)).body)
 
 
@@ -502,7 +502,7 @@ async def test_response_of_another_key_cannot_be_continued(fake: Services) -> No
     made = (await post(fake, "/v1/responses", input="hi", max_output_tokens=2)).json()
     more = {"input": "more", "max_output_tokens": 2, "previous_response_id": made["id"]}
     assert (await post(fake, "/v1/responses", **more)).status_code == 200
-    entry = fake.pool.entries["chat"]
+    entry = fake.pool.models["chat"]
     entry.responses._records[made["id"]].owner = "another"
     refused = await post(fake, "/v1/responses", **more)
     assert refused.status_code == 404
@@ -534,7 +534,7 @@ async def test_stream_of_response_in_background_ends(fake: Services, *, cancelle
     assert names == [line for line in again.text.splitlines() if line.startswith("event: ")]
     assert (stored["status"] == "cancelled") is cancelled
     async with asyncio.timeout(60):
-        while fake.pool.entries["chat"].slots.in_flight:
+        while fake.pool.models["chat"].slots.in_flight:
             await asyncio.sleep(0.02)
 
 
@@ -551,7 +551,7 @@ RESULT = {"type": "function_call_output", "call_id": "c1", "output": "sunny"}
 
 
 async def prompt_of_last(services: Services) -> list[int]:
-    running: Any = services.pool.entries["chat"].running
+    running: Any = services.pool.models["chat"].running
     last = await running.engine.client.engine_core.call_utility_async("last_request")
     ids: list[int] = last["prompt_token_ids"]
     return ids
@@ -560,7 +560,7 @@ async def prompt_of_last(services: Services) -> list[int]:
 @pytest.mark.parametrize("with_text", [True, False])
 async def test_response_goes_on_with_the_calls_before(fake: Services, *, with_text: bool) -> None:
     first = (await post(fake, "/v1/responses", input="weather?", max_output_tokens=4)).json()
-    running: Any = fake.pool.entries["chat"].running
+    running: Any = fake.pool.models["chat"].running
     stored = running._stored.part(first["id"], "response")
     text = first["output"] if with_text else []
     stored.output = [*(stored.output if with_text else []), ResponseFunctionToolCall(**CALL)]
@@ -770,7 +770,7 @@ async def test_error_of_messages_has_anthropic_s_shape(
 async def test_message_that_fails_ends_in_anthropic_s_error(
     fake: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    running: Any = fake.pool.entries["chat"].running
+    running: Any = fake.pool.models["chat"].running
     handler = running._state.anthropic_serving_messages
     converted = handler.to_chat_completion_request
 
@@ -790,7 +790,7 @@ async def test_message_that_fails_ends_in_anthropic_s_error(
 
 async def test_responses_shared_again_are_rendered_through_one_wrapper(fake: Services) -> None:
     """A model shares them each time it becomes ready."""
-    running: Any = fake.pool.entries["chat"].running
+    running: Any = fake.pool.models["chat"].running
     handler = running._state.openai_serving_responses
     render = handler._render_resolved_response_inputs
     running.share(running._stored)

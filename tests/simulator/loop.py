@@ -13,18 +13,15 @@ from typing import TYPE_CHECKING, Any, cast
 import pytest
 from anyio._backends._asyncio import CancelScope
 
-from llmserve.lifecycle import health, transitions
-
 if TYPE_CHECKING:
     import random
     from collections.abc import Callable, Iterator
 
-_LOOK_S = 0.4  # between two looks whether there is memory by now
 _FAIR = 40  # callbacks that one which is ready may be passed over by
 
 
 class Stuck(AssertionError):
-    """Nothing is ready and no timer is pending: whatever still waits would wait for ever."""
+    """Nothing is ready and no timer is pending: whatever still waits would wait forever."""
 
 
 class _Task(asyncio.Task[Any]):
@@ -173,13 +170,11 @@ class SimulatedThreads:
 def virtual_time(loop: SimulatedLoop) -> Iterator[None]:
     """`time.monotonic` is the loop's clock meanwhile.
 
-    Polling is rarer, since it takes real time. anyio's scopes are hashed as tasks are here, and
-    nothing is collected: both would make two runs of a seed differ.
+    anyio's scopes are hashed as tasks are here, and nothing is collected: both would make two
+    runs of a seed differ.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(time, "monotonic", loop.time)
-        patch.setattr(transitions, "_LOOK_S", _LOOK_S)
-        patch.setattr(health, "_LOOK_S", 4 * _LOOK_S)
         patch.setattr(CancelScope, "__hash__", lambda scope: loop.number_of(scope))  # noqa: PLW0108
         gc.disable()
         try:

@@ -13,8 +13,8 @@ import pytest
 from llmserve.engine.backend import _Start
 from llmserve.lifecycle.admission import AdmissionQueue, QueuedRequest
 from llmserve.lifecycle.placement import Level
-from llmserve.lifecycle.pool import Pool
 from llmserve.lifecycle.replica import State
+from llmserve.lifecycle.supervisor import Supervisor
 from tests.simulator.engines import Memory
 from tests.simulator.world import Violation, World
 
@@ -67,14 +67,14 @@ def test_a_seed_replays_event_by_event(seed: int) -> None:
 
 def test_a_request_that_queues_a_step_late_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     def join_late(
-        slots: AdmissionQueue[Any, Any], deadline: Any, wish: Any
+        slots: AdmissionQueue[Any, Any], deadline: Any, request: Any
     ) -> QueuedRequest[Any, Any]:
-        place: QueuedRequest[Any, Any] = QueuedRequest(deadline, wish)
-        asyncio.get_running_loop().call_soon(place.join, slots._queue)
-        return place
+        queued: QueuedRequest[Any, Any] = QueuedRequest(deadline, request)
+        asyncio.get_running_loop().call_soon(slots.insert, queued)
+        return queued
 
     monkeypatch.setattr(AdmissionQueue, "join", join_late)
-    with pytest.raises(Violation, match=r"wait for ever|a request waits, a slot is free"):
+    with pytest.raises(Violation, match=r"wait forever|a request waits, a slot is free"):
         run(range(50), harsh=True)
 
 
@@ -90,30 +90,29 @@ def test_a_raised_limit_that_admits_nothing_is_found(monkeypatch: pytest.MonkeyP
 def test_a_death_in_the_step_that_ends_a_start_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """It was noticed, and the new start dropped for the one that had yet to end."""
 
-    def handle_death(pool: Pool, replica: Replica) -> bool:
-        running = replica.running
-        if running is None or not running.dead:
+    def handle_death(supervisor: Supervisor, replica: Replica) -> bool:
+        life = supervisor._life
+        if not replica.is_dead or replica.state not in {State.READY, State.SLEEPING}:
             return False
-        if replica.transition_lock.locked() or replica.state not in {State.READY, State.SLEEPING}:
+        if replica.transition_lock.locked():
             return False
-        if pool._closed:
-            pool.life.change(replica, State.FAILED, "its engine died")
+        if supervisor.is_closed:
+            life.change(replica, State.FAILED, "its engine died")
         elif replica.state is State.SLEEPING:
-            pool._begin_transition(replica, partial(pool.life.lower, level=Level.STOPPED))
-        elif pool.life.restart_dead(replica, "its engine died", 0.0):
-            pool._begin_transition(replica, pool.life.revive)
+            supervisor.begin(replica, partial(life.lower, level=Level.STOPPED))
+        elif life.schedule_restart(replica, "its engine died", 0.0):
+            supervisor.begin(replica, life.restart)
         else:
-            pool._begin_transition(replica, pool.life.discard)
+            supervisor.begin(replica, life.discard)
         return True
 
-    def end_transition(pool: Pool, replica: Replica, coming: asyncio.Task[None]) -> None:
-        del pool._comings[replica]
-        if replica in pool._owner:
-            pool._serve_queue(pool._owner[replica])
+    def finish(supervisor: Supervisor, replica: Replica, _: asyncio.Task[None]) -> None:
+        del supervisor._tasks[replica]
+        replica.model.serve_queue()
 
-    monkeypatch.setattr(Pool, "handle_death", handle_death)
-    monkeypatch.setattr(Pool, "_end_transition", end_transition)
-    with pytest.raises(Violation, match=r"stays waiting|wait for ever"):
+    monkeypatch.setattr(Supervisor, "handle_death", handle_death)
+    monkeypatch.setattr(Supervisor, "_finish", finish)
+    with pytest.raises(Violation, match=r"stays waiting|wait forever"):
         run(range(_SEEDS), harsh=True)
 
 

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -20,11 +19,11 @@ from llmserve.http import app
 from llmserve.http.services import Services
 from llmserve.lifecycle.health import HealthMonitor
 from llmserve.lifecycle.operator import ModelOperator
-from llmserve.lifecycle.placement import Level, Place
+from llmserve.lifecycle.placement import Level
 from llmserve.lifecycle.pool import Pool
 from llmserve.lifecycle.replica import State
+from llmserve.lifecycle.timings import LifecycleTimings
 from llmserve.metrics import Metrics
-from llmserve.registry.names import ModelNames
 from llmserve.registry.spec import Config, IdleSpec, ModelSpec, SamplingSpec, ServerSpec
 from tests.simulator.engines import Fleet, Memory, Weather
 from tests.simulator.loop import SimulatedLoop, SimulatedThreads, Stuck, virtual_time
@@ -39,6 +38,7 @@ NAMES = ("a", "b", "c")
 _FOLDER = Path(__file__).with_name("model")  # files that a start takes
 _SETTLED = (State.READY, State.SLEEPING, State.STOPPED, State.FAILED)
 _STARTS = (State.DOWNLOADING, State.LOADING, State.WARMING)
+_TIMINGS = LifecycleTimings(health_check_s=1.6)  # rarer, since each check takes real time
 _AT_ONCE_S = 1.0  # virtual
 _PATIENCE_S = 4 * 3600.0  # virtual; longer than anything takes that ends by itself
 _STUCK_S = 60.0  # after which the connection of a client that does not read is ended
@@ -59,7 +59,7 @@ class Exchange:
         self.model = model
         self.status: int | None = None
         self.whole = False
-        self.over = False  # the application is through with it
+        self.over = False  # the application has returned
         self.left = asyncio.Event()
         self.reads = True
         self._world = world
@@ -167,17 +167,14 @@ class World:
         fleet: Any = self.fleet
         backend._imported = _Modules(fleet, fleet)
         backend._threads = cast("ThreadPoolExecutor", SimulatedThreads(self.loop))
-        self.pool = Pool(ModelNames(self.config.models), backend, metrics, self._on_change)
-        self.control = ModelOperator(self.config, self.pool, backend, self._changed, self._adopted)
-        self.services = Services(self.config, self.pool, metrics, self.control)
+        self.pool = Pool(self.config.models, backend, metrics, self._on_change)
+        self.control = ModelOperator(self.config.server, self.pool, backend, self._changed)
+        self.services = Services(self.pool, metrics, self.control)
         self.app = app.build(self.services)
         self.exchanges: list[Exchange] = []
         self.serving: set[asyncio.Task[None]] = set()
         self.operating: set[asyncio.Task[None]] = set()
         self.accepts = True
-
-    def _adopted(self, config: Config) -> None:
-        self.services.config = config
 
     def _model(self, name: str, size: int) -> ModelSpec:
         chance = self.chance
@@ -207,7 +204,7 @@ class World:
     def _changed(self) -> Config:
         """The registry as an operator has edited it."""
         chance = self.chance
-        models = list(self.services.config.models)
+        models = list(self.config.models)
         number = chance.randrange(len(models))
         spec = models[number]
         match chance.choice(("live", "live", "dispatch", "rebuild", "resize", "restart", "new")):
@@ -231,7 +228,8 @@ class World:
                 else:
                     free = [name for name in NAMES if name not in {each.name for each in models}]
                     models += [self._model(name, 20) for name in free[:1]]
-        return self.services.config.model_copy(update={"models": tuple(models)})
+        self.config = self.config.model_copy(update={"models": tuple(models)})
+        return self.config
 
     def _thread_s(self, func: Any) -> float:
         call = func
@@ -293,7 +291,7 @@ class World:
     async def _live(self) -> None:
         self._build()
         starting = self._spawn(self._start())
-        watch = asyncio.create_task(HealthMonitor(self.pool).run())
+        watch = asyncio.create_task(HealthMonitor(self.pool, _TIMINGS).run())
         busy_s = self.chance.choice((5.0, 20.0, 60.0))
         self._plan(busy_s)
         await asyncio.sleep(self.chance.random() * busy_s)
@@ -390,7 +388,7 @@ class World:
 
     async def _unload_now(self, name: str) -> None:
         """It ends a start that is under way, and does not wait for it."""
-        starts = all(each.state in _STARTS for each in self.pool.entry(name).replicas)
+        starts = all(each.state in _STARTS for each in self.pool.find(name).replicas)
         began = self.loop.time()
         await self.control.unload(name, drain=False)
         if starts and self.loop.time() - began > _AT_ONCE_S:
@@ -412,7 +410,7 @@ class World:
         tasks = {starting, *self.serving, *self.operating}
         _, late = await asyncio.wait(tasks, timeout=_PATIENCE_S)
         if late:
-            self.violate(f"{len(late)} requests or commands wait for ever: {self._standing()}")
+            self.violate(f"{len(late)} requests or commands wait forever: {self._standing()}")
         await asyncio.sleep(150)  # restarts, idle times and minimal stays are over
         for replica in self.pool.replicas:
             if replica.state not in _SETTLED or replica.transition_lock.locked():
@@ -424,7 +422,7 @@ class World:
         owned = [each.running.engine for each in self.pool.replicas if each.running]  # type: ignore[attr-defined]
         if orphans := [each for each in self.fleet.alive() if each not in owned]:
             self.violate(f"{len(orphans)} engines have no owner")
-        self._check_bookings()
+        self._check_reservations()
 
     async def _end(self, starting: asyncio.Task[None], watch: asyncio.Task[None]) -> None:
         """As `server._Process` ends."""
@@ -432,7 +430,7 @@ class World:
         self.ending = True  # a start that was given up may end in its thread
         self.accepts = False
         starting.cancel()
-        await self.pool.drain(self.services.config.server.drain_timeout)
+        await self.pool.drain(self.control.server.drain_timeout)
         await self._let_clients_go()
         watch.cancel()
         await self.pool.stop()
@@ -469,7 +467,7 @@ class World:
         self.steps += 1
         if self.over or not hasattr(self, "accepts"):
             return
-        for entry in self.pool.entries.values():
+        for entry in self.pool.models.values():
             slots = entry.slots
             if (
                 slots._queue
@@ -487,40 +485,38 @@ class World:
             )
 
     def _check_idle(self) -> None:
-        if self.pool.leases:
-            self.violate(f"leases are left: {self.pool.leases}")
-        for entry in self.pool._all():
+        if self.pool.router.leases:
+            self.violate(f"leases are left: {self.pool.router.leases}")
+        for entry in self.pool._all:
             if entry.slots.in_flight or entry.slots.waiting():
                 self.violate(f"{entry.name}: {self._standing()}")
             for replica in entry.replicas:
                 if replica.load.requests or replica.load.tokens:
                     self.violate(f"{replica.name} has a load of {replica.load}")
 
-    def _check_bookings(self) -> None:
-        booked: Counter[Place] = Counter()
-        for replica, level in self.pool.life._booked.items():
-            booked.update(replica.holds.get(level, {}))
+    def _check_reservations(self) -> None:
+        for replica, level in self.pool.life._reserved.items():
             if replica not in self.pool.replicas:
-                self.violate(f"{replica.name} has left and has memory booked")
+                self.violate(f"{replica.name} has left and has memory reserved")
             if level is not replica.level:
-                self.violate(f"{replica.name} is at {replica.level!r} and has {level!r} booked")
+                self.violate(f"{replica.name} is at {replica.level!r} and has {level!r} reserved")
             engine = replica.running.engine if replica.running else None  # type: ignore[attr-defined]
             if engine is not None and engine.gpu not in replica.holds[Level.READY]:
                 self.violate(f"{replica.name} runs on {engine.gpu}, and is placed elsewhere")
         missing = [
             each.name
             for each in self.pool.replicas
-            if each.level is not Level.STOPPED and each not in self.pool.life._booked
+            if each.level is not Level.STOPPED and each not in self.pool.life._reserved
         ]
         if missing:
-            self.violate(f"{missing} hold memory that is not booked")
+            self.violate(f"{missing} hold memory that is not reserved")
 
     def _standing(self) -> str:
         return "; ".join(
             f"{entry.name}: {entry.state}, {entry.slots.in_flight} of {entry.slots.limit} in flight, "
             f"{entry.slots.waiting()} wait, replicas "
             + ", ".join(f"{each.state} ({each.note})" for each in entry.replicas)
-            for entry in self.pool._all()
+            for entry in self.pool._all
         )
 
     # --- telling

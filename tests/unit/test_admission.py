@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from llmserve.errors import DeadlineExceeded, EngineDead, LLMServeError, Overloaded
 from llmserve.lifecycle import admission
-from llmserve.lifecycle.admission import AdmissionQueue, Deadline, ServiceRate, Slot
+from llmserve.lifecycle.admission import AdmissionQueue, Deadline, ServiceRate
 from tests.fakes import let_in, soon, until
 
 if TYPE_CHECKING:
@@ -36,16 +36,17 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 class Leave:
-    """What somebody in the line is given."""
+    """The lease of a request."""
 
-    def __init__(self, wish: str, slot: Slot) -> None:
-        self.wish = wish
-        self.slot = slot
+    def __init__(self, request: str, slots: AdmissionQueue[str, Leave]) -> None:
+        self.request = request
         self.released = 0
+        self._slots = slots
+        slots.take_slot()
 
     def release(self) -> None:
         self.released += 1
-        self.slot.release()
+        self._slots.release_slot()
 
 
 class Line:
@@ -58,7 +59,7 @@ class Line:
 
     def enter(self, wish: str) -> Leave:
         self.let_in.append(wish)
-        self.given.append(Leave(wish, self.slots.take()))
+        self.given.append(Leave(wish, self.slots))
         return self.given[-1]
 
     def advance(self) -> None:
@@ -74,43 +75,23 @@ class Line:
 # --- slots
 
 
-def test_there_are_as_many_slots_as_the_limit() -> None:
-    slots: AdmissionQueue[str, Leave] = AdmissionQueue("chat", 2, 0)
-    held = [slots.take() for _ in range(2)]
-    assert (slots.count(), slots.free) == (2, False)
-    held[0].release()
-    assert (slots.count(), slots.free) == (1, True)
-
-
-def test_a_slot_left_twice_is_given_back_once() -> None:
-    slots: AdmissionQueue[str, Leave] = AdmissionQueue("chat", 2, 0)
-    slots.take()
-    slot = slots.take()
-    assert slots.count() == 2
-    slot.release()
-    slot.release()
-    assert slots.count() == 1
-
-
-@given(limit=st.integers(1, 5), steps=st.lists(st.integers(-1, 9), max_size=60))
-def test_in_flight_stays_between_zero_and_the_limit(limit: int, steps: list[int]) -> None:
-    """A step takes a slot if one is free (-1), or leaves the nth ever taken, perhaps again."""
+@given(limit=st.integers(1, 5), takes=st.lists(st.booleans(), max_size=60))
+def test_in_flight_stays_between_zero_and_the_limit(limit: int, takes: list[bool]) -> None:
+    """Each step takes a slot if one is free, or releases one."""
     slots: AdmissionQueue[str, Leave] = AdmissionQueue("chat", limit, 0)
-    taken: list[Slot] = []
-    held: set[int] = set()
-    for step in steps:
-        if step >= 0:
-            if step < len(taken):
-                taken[step].release()
-                held.discard(step)
-        elif slots.free:
-            held.add(len(taken))
-            taken.append(slots.take())
-        else:
+    held = 0
+    for take in takes:
+        if take and slots.free:
+            slots.take_slot()
+            held += 1
+        elif take:
             with pytest.raises(Overloaded):
                 slots.raise_if_full(Deadline(), 0)
-        assert slots.count() == len(held)
-        assert slots.free == (len(held) < limit)
+        elif held:
+            slots.release_slot()
+            held -= 1
+        assert slots.in_flight == held
+        assert slots.free == (held < limit)
 
 
 # --- the line
@@ -118,13 +99,14 @@ def test_in_flight_stays_between_zero_and_the_limit(limit: int, steps: list[int]
 
 async def test_whoever_comes_while_others_wait_does_not_pass_them() -> None:
     line = Line(limit=2)
-    held = [line.slots.take() for _ in range(2)]
+    for _ in range(2):
+        line.slots.take_slot()
     waiting = await line.stand("first")
-    held[0].release()
+    line.slots.release_slot()
     assert not line.slots.free  # the slot is the first one's
     line.advance()
-    assert (await soon(waiting)).wish == "first"
-    held[1].release()
+    assert (await soon(waiting)).request == "first"
+    line.slots.release_slot()
     assert line.slots.free
 
 
@@ -138,20 +120,20 @@ async def test_those_who_wait_are_let_in_as_they_came() -> None:
         (await soon(each)).release()
         line.advance()
     assert line.let_in == ["a", "b", "c"]
-    assert (line.slots.waiting(), line.slots.count()) == (0, 0)
+    assert (line.slots.waiting(), line.slots.in_flight) == (0, 0)
 
 
 async def test_as_many_are_let_in_as_there_are_slots() -> None:
     line = Line(limit=3)
-    held = line.slots.take()
+    line.slots.take_slot()
     for name in "abcd":
         await line.stand(name)
     line.advance()
     assert line.let_in == ["a", "b"]
-    assert line.slots.count() == 3
+    assert line.slots.in_flight == 3
     line.advance()
     assert line.let_in == ["a", "b"]
-    held.release()
+    line.slots.release_slot()
     line.given[0].release()
     line.advance()
     assert line.let_in == ["a", "b", "c", "d"]
@@ -206,8 +188,8 @@ async def test_a_wish_that_cannot_be_granted_fails_alone() -> None:
     line.slots.advance(enter)
     with pytest.raises(EngineDead, match="gone"):
         await soon(waiting[0])
-    assert (await soon(waiting[1])).wish == "b"
-    assert line.slots.count() == 1
+    assert (await soon(waiting[1])).request == "b"
+    assert line.slots.in_flight == 1
 
 
 async def test_a_line_that_is_sent_away_is_told_why() -> None:
@@ -224,7 +206,7 @@ async def test_a_line_that_is_sent_away_is_told_why() -> None:
         with pytest.raises(EngineDead, match="gone"):
             await soon(each)
     assert len(made) == 2  # one for each: an error that is raised holds its traceback
-    assert (line.slots.waiting(), line.slots.count()) == (0, 0)
+    assert (line.slots.waiting(), line.slots.in_flight) == (0, 0)
 
 
 # --- those who leave
@@ -237,7 +219,7 @@ async def test_whoever_leaves_the_line_is_not_let_in() -> None:
     await asyncio.wait(waiting[:1])
     assert line.slots.waiting() == 1
     line.advance()
-    assert (await soon(waiting[1])).wish == "b"
+    assert (await soon(waiting[1])).request == "b"
     assert line.let_in == ["b"]
 
 
@@ -251,7 +233,7 @@ async def test_whoever_is_let_in_as_he_leaves_keeps_nothing(timeout_s: float | N
     if not waiting.cancelled():  # `wait_for` gives what is there all the same
         waiting.result().release()
     assert line.given[0].released == 1
-    assert line.slots.count() == 0
+    assert line.slots.in_flight == 0
 
 
 async def test_the_slot_of_one_who_left_unseen_goes_to_the_next() -> None:
@@ -261,8 +243,8 @@ async def test_the_slot_of_one_who_left_unseen_goes_to_the_next() -> None:
     line.advance()
     await asyncio.wait(waiting[:1])
     line.advance()
-    assert (await soon(waiting[1])).wish == "b"
-    assert line.slots.count() == 1
+    assert (await soon(waiting[1])).request == "b"
+    assert line.slots.in_flight == 1
 
 
 # --- a line that is full
@@ -271,13 +253,13 @@ async def test_the_slot_of_one_who_left_unseen_goes_to_the_next() -> None:
 async def test_a_full_line_refuses_and_says_its_limits() -> None:
     line = Line(limit=2, longest=1)
     for _ in range(2):
-        line.slots.take()
+        line.slots.take_slot()
     line.slots.raise_if_full(Deadline(), 0)
     await line.stand("a")
     with pytest.raises(Overloaded) as refused:
         line.slots.raise_if_full(Deadline(), 0)
     assert refused.value.message == (
-        "The model `chat` has 2 requests in flight and 1 that wait, its max_in_flight and "
+        "The model `chat` has 2 requests in flight and 1 in its queue, its max_in_flight and "
         "max_queue; try again."
     )
     assert refused.value.code == "overloaded"
@@ -287,10 +269,10 @@ async def test_a_full_line_refuses_and_says_its_limits() -> None:
 async def test_how_soon_to_try_again_is_told_by_the_pace(clock: Clock) -> None:
     line = Line(limit=1, longest=1)
     for _ in range(admission._ENOUGH):
-        slot = line.slots.take()
+        line.slots.take_slot()
         clock.now += 2.0
-        slot.release()
-    line.slots.take()
+        line.slots.release_slot()
+    line.slots.take_slot()
     await line.stand("a")
     with pytest.raises(Overloaded) as refused:
         line.slots.raise_if_full(Deadline(), 10.0)
@@ -304,21 +286,21 @@ async def test_how_soon_to_try_again_is_told_by_the_pace(clock: Clock) -> None:
 
 def test_a_few_requests_tell_no_pace(clock: Clock) -> None:
     pace = ServiceRate()
-    pace.begins()
+    pace.begin()
     for _ in range(admission._ENOUGH - 1):
-        pace.ended()
+        pace.record_completion()
         clock.now += 1.0
     assert pace.seconds(5) is None
-    pace.ended()
+    pace.record_completion()
     assert pace.seconds(8) == pytest.approx(7.0)
 
 
 def test_the_pace_is_that_of_the_last_requests_and_slows_down_in_a_halt(clock: Clock) -> None:
     pace = ServiceRate()
-    pace.begins()
+    pace.begin()
     for gap_s in [100.0] * 10 + [1.0] * admission._RECENT:
         clock.now += gap_s
-        pace.ended()
+        pace.record_completion()
     assert pace.seconds(64) == pytest.approx(63.0)
     clock.now += 63.0
     assert pace.seconds(64) == pytest.approx(126.0)
@@ -332,7 +314,9 @@ async def test_one_that_cannot_be_reached_is_told_at_once(clock: Clock) -> None:
     with pytest.raises(Overloaded) as refused:
         slots.raise_if_full(Deadline(3.0), 4.5)
     assert refused.value.code == "deadline_unreachable"
-    assert re.search(r"in 4\.5 s, later than the 3\.0 s that it has left", refused.value.message)
+    assert re.search(
+        r"needs 4\.5 s .* more than the 3\.0 s until its deadline", refused.value.message
+    )
     assert refused.value.retry_after_s == 5
     slots.raise_if_full(Deadline(4.5), 4.5)
     slots.raise_if_full(Deadline(), 1e9)
@@ -341,19 +325,19 @@ async def test_one_that_cannot_be_reached_is_told_at_once(clock: Clock) -> None:
 async def test_those_in_the_line_count_for_the_deadline(clock: Clock) -> None:
     line = Line(limit=1)
     for _ in range(admission._ENOUGH):
-        slot = line.slots.take()
+        line.slots.take_slot()
         clock.now += 1.0
-        slot.release()
-    held = line.slots.take()
+        line.slots.release_slot()
+    line.slots.take_slot()
     needs_s = 3 * 7 / 8 * admission._MARGIN  # one in flight, one in the line, and this one
     await line.stand("a")
     line.slots.raise_if_full(Deadline(needs_s + 0.01), 0)
-    with pytest.raises(Overloaded, match=r"would be done with this request in 2\.9 s"):
+    with pytest.raises(Overloaded, match=r"needs 2\.9 s for this request"):
         line.slots.raise_if_full(Deadline(needs_s - 0.01), 0)
     clock.now += 100
-    held.release(whole=False)
+    line.slots.release_slot(whole=False)
     clock.now += 1000  # without requests
-    line.slots.take()
+    line.slots.take_slot()
     line.slots.raise_if_full(Deadline(3 * 107 / 8 * admission._MARGIN + 0.01), 0)
 
 
@@ -366,8 +350,8 @@ async def test_one_that_passes_in_the_line_ends_the_wait() -> None:
     assert (ended.value.status, ended.value.code) == (504, "deadline_exceeded")
     assert line.slots.waiting() == 1
     line.advance()
-    assert (await soon(patient)).wish == "patient"
-    assert line.slots.count() == 1
+    assert (await soon(patient)).request == "patient"
+    assert line.slots.in_flight == 1
 
 
 async def test_one_that_has_passed_does_not_wait_at_all() -> None:

@@ -25,8 +25,8 @@ from llmserve.lifecycle.placement import Level
 from llmserve.lifecycle.pool import Pool
 from llmserve.lifecycle.replica import State
 from llmserve.lifecycle.response_store import owned_by
+from llmserve.lifecycle.timings import TIMINGS, LifecycleTimings
 from llmserve.metrics import Metrics
-from llmserve.registry.names import ModelNames
 from llmserve.registry.spec import Config, ModelSpec, ServerSpec
 from llmserve.server import process as server
 from tests.fakes import (
@@ -65,6 +65,7 @@ class Box:
         *specs: ModelSpec,
         server: ServerSpec | None = None,
         schedule: Schedule = SCHEDULE,
+        timings: LifecycleTimings = TIMINGS,
         **plans: Plan,
     ) -> None:
         models = specs or (
@@ -75,11 +76,9 @@ class Box:
         config = Config(file="models.yaml", server=self.server, models=models)
         self.backend = FakeBackend(**plans)
         self.metrics = Metrics()
-        self.pool = Pool(ModelNames(models), self.backend, self.metrics)
-        self.control = ModelOperator(
-            config, self.pool, self.backend, lambda: config, lambda _: None
-        )
-        services = Services(config, self.pool, self.metrics, self.control, schedule)
+        self.pool = Pool(models, self.backend, self.metrics, timings=timings)
+        self.control = ModelOperator(self.server, self.pool, self.backend, lambda: config)
+        services = Services(self.pool, self.metrics, self.control, schedule)
         self.app: ASGIApp = app.build(services)
         self.client = httpx.AsyncClient()
 
@@ -89,7 +88,7 @@ class Box:
 
     @property
     def in_flight(self) -> int:
-        return self.pool.entries["chat"].slots.in_flight
+        return self.pool.models["chat"].slots.in_flight
 
     def count(self, name: str, **labels: str) -> float:
         return self.metrics.registry.get_sample_value(name, labels) or 0.0
@@ -110,10 +109,11 @@ async def asgi(
     *specs: ModelSpec,
     server: ServerSpec | None = None,
     schedule: Schedule = SCHEDULE,
+    timings: LifecycleTimings = TIMINGS,
     **plans: Plan,
 ) -> AsyncIterator[Box]:
     """Without a socket: for answers that come whole."""
-    box = Box(*specs, server=server, schedule=schedule, **plans)
+    box = Box(*specs, server=server, schedule=schedule, timings=timings, **plans)
     await box.pool.start()
     transport = httpx.ASGITransport(box.app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://box") as box.client:
@@ -684,7 +684,7 @@ async def test_ready_has_the_state_of_each_replica() -> None:
     }
     box = Box(*models, **plans)
     starting = asyncio.ensure_future(box.pool.start())
-    await until(lambda: bool(box.pool.entries["chat"].ready))
+    await until(lambda: bool(box.pool.models["chat"].ready))
     await until(lambda: box.pool.replicas[3].state is State.FAILED)
     transport = httpx.ASGITransport(box.app)
     async with httpx.AsyncClient(transport=transport, base_url="http://box") as client:
@@ -801,7 +801,7 @@ def store_response(box: Any, holder: str, owner: str = "") -> None:
 async def test_stored_response_of_stopped_model_is_found() -> None:
     async with asgi() as box:
         store_response(box, "chat")
-        (replica,) = box.pool.entries["chat"].replicas
+        (replica,) = box.pool.models["chat"].replicas
         await box.pool.life.lower(replica, Level.STOPPED)
         assert replica.running is None
         got = await box.client.get("/v1/responses/r1")
@@ -1041,7 +1041,7 @@ async def test_http_1_0_stream_of_a_model_has_no_chunks() -> None:
 
 async def test_path_in_the_log_is_escaped(caplog: pytest.LogCaptureFixture) -> None:
     async with asgi() as box:
-        box.pool.registry = None  # type: ignore[assignment]  # unforeseen
+        box.pool.models = None  # type: ignore[assignment]  # unforeseen
         reply = await box.client.get("http://box/v1/models/a%0Dforged%1b%5B2J")
     assert reply.status_code == 500
     (record,) = (each for each in caplog.records if "unforeseen" in each.message)

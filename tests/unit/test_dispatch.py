@@ -16,7 +16,7 @@ from llmserve.lifecycle.dispatch import (
     Policy,
     PrefixAffinity,
     ShortestQueue,
-    policy_of,
+    policy_from_spec,
 )
 from tests.fakes import spec
 
@@ -32,11 +32,11 @@ def replicas(*tokens: int) -> list[Replica]:
 
 
 def ask(text: str = "", model: str = "chat", answer: int = 512) -> DispatchRequest:
-    return DispatchRequest.of(model, {"prompt": text}, answer)
+    return DispatchRequest.from_body(model, {"prompt": text}, answer)
 
 
 def tokens_of(body: dict[str, Any], answer: int = 512) -> int:
-    return DispatchRequest.of("chat", body, answer).tokens
+    return DispatchRequest.from_body("chat", body, answer).tokens
 
 
 def text(seed: int, characters: int) -> str:
@@ -113,7 +113,7 @@ KEYS = st.sampled_from(["messages", "prompt", "input", "system", "max_tokens", "
 @given(st.dictionaries(KEYS, JSON))
 def test_a_body_that_makes_no_sense_is_weighed_all_the_same(body: dict[str, Any]) -> None:
     chosen = replicas(0, 0)
-    made = DispatchRequest.of("chat", body, 512)
+    made = DispatchRequest.from_body("chat", body, 512)
     assert made.tokens > 0
     assert PrefixAffinity().choose(chosen, made) in chosen
 
@@ -214,7 +214,7 @@ def test_a_conversation_stays_where_it_is_as_it_grows() -> None:
     numbers = set()
     for turn in range(8):
         said.append({"role": "user", "content": text(turn + 1, 300)})
-        one = DispatchRequest.of("chat", {"messages": said}, 512)
+        one = DispatchRequest.from_body("chat", {"messages": said}, 512)
         numbers.add(policy.choose(three, one).number)
         said.append({"role": "assistant", "content": text(turn + 100, 300)})
     assert len(numbers) == 1
@@ -317,12 +317,12 @@ def _hashes(one: DispatchRequest) -> list[int]:
     ],
 )
 def test_each_name_is_a_policy_where_there_is_a_choice(dispatch: str, kind: type) -> None:
-    assert isinstance(policy_of(spec(replicas=2, dispatch=dispatch)), kind)
-    assert policy_of(spec(dispatch=dispatch)) is None
+    assert isinstance(policy_from_spec(spec(replicas=2, dispatch=dispatch)), kind)
+    assert policy_from_spec(spec(dispatch=dispatch)) is None
 
 
 def test_a_registry_s_weights_are_the_lottery_s() -> None:
-    policy = policy_of(spec(replicas=2, dispatch="lottery", weights=(1e9, 1e-9)))
+    policy = policy_from_spec(spec(replicas=2, dispatch="lottery", weights=(1e9, 1e-9)))
     assert policy is not None
     two = replicas(0, 0)
     assert {policy.choose(two, ask()).number for _ in range(50)} == {0}

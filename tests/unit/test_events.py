@@ -6,23 +6,17 @@ from typing import TYPE_CHECKING
 
 from llmserve.lifecycle import events
 from llmserve.lifecycle.events import Event, Events
-from llmserve.lifecycle.placement import Placement
 from llmserve.lifecycle.replica import Replica, State
-from llmserve.registry.names import Model
-from tests.fakes import soon, spec
+from tests.fakes import replica, soon, spec
 
 if TYPE_CHECKING:
     import pytest
 
 
-def replica(name: str = "chat", number: int = 0) -> Replica:
-    return Replica(Model(spec(name)), Placement(number, {}))
-
-
 def moved(told: Events, state: State, note: str = "", *, of: Replica | None = None) -> None:
-    one = of or replica()
+    one = of or replica(spec())
     before, one.state, one.note = one.state, state, note
-    told.tell(one, before)
+    told.publish(one, before)
 
 
 class Listener:
@@ -53,7 +47,7 @@ async def test_a_change_is_told_whole() -> None:
     told = Events()
     listener = await listening(told)
     before_s = time.time()
-    moved(told, State.FAILED, "no memory left", of=replica("embed", 3))
+    moved(told, State.FAILED, "no memory left", of=replica(spec("embed"), 3))
     event = await listener.next()
     assert before_s <= event.pop("at") <= time.time()
     assert event == {
@@ -67,7 +61,7 @@ async def test_a_change_is_told_whole() -> None:
 
 
 async def test_every_listener_hears_all_in_order_from_its_coming_on() -> None:
-    told, one = Events(), replica()
+    told, one = Events(), replica(spec())
     first = await listening(told)
     moved(told, State.LOADING, of=one)
     second = await listening(told)

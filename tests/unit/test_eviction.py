@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmserve.lifecycle.eviction import Resident, room
+from llmserve.lifecycle.eviction import Resident, plan_eviction
 from llmserve.lifecycle.placement import HOST_MEMORY, Level, Place
 
 if TYPE_CHECKING:
@@ -19,9 +19,9 @@ STOPPED, DISK, NEAR, KV_RELEASED, READY = Level
 GPU, OTHER = Place(0), Place(1)
 
 
-def engine(key: str, size: int, *, level: Level = READY, worth: float = 0.0) -> Resident[str]:
+def engine(key: str, size: int, *, level: Level = READY, value: float = 0.0) -> Resident[str]:
     """On GPU 0, and unable to sleep."""
-    return Resident(key, level, {READY: {GPU: size}}, gives_way=True, worth=(worth,))
+    return Resident(key, level, {READY: {GPU: size}}, evictable=True, value=(value,))
 
 
 def sleeper(
@@ -32,8 +32,8 @@ def sleeper(
     asleep: int = 2,
     host: int = 20,
     level: Level = READY,
-    worth: float = 0.0,
-    gives_way: bool = True,
+    value: float = 0.0,
+    evictable: bool = True,
 ) -> Resident[str]:
     """On GPU 0, with its weights in host memory when it sleeps."""
     holds = {
@@ -41,11 +41,11 @@ def sleeper(
         KV_RELEASED: {GPU: kv_released},
         NEAR: {GPU: asleep, HOST_MEMORY: host},
     }
-    return Resident(key, level, holds, gives_way, (worth,))
+    return Resident(key, level, holds, evictable, (value,))
 
 
 def stays(key: str, size: int) -> Resident[str]:
-    return Resident(key, READY, {READY: {GPU: size}}, gives_way=False)
+    return Resident(key, READY, {READY: {GPU: size}}, evictable=False)
 
 
 @pytest.mark.parametrize(
@@ -62,23 +62,23 @@ def stays(key: str, size: int) -> Resident[str]:
         pytest.param(98, [sleeper("a", level=NEAR)], [], id="a sleeper beside it"),
         pytest.param(
             50,
-            [engine("a", 50, worth=2), engine("b", 50, worth=1)],
+            [engine("a", 50, value=2), engine("b", 50, value=1)],
             [("b", STOPPED)],
-            id="the least worth",
+            id="the least value",
         ),
         pytest.param(
             50,
             [
-                engine("small", 10, worth=1),
-                engine("large", 60, worth=2),
-                engine("rest", 30, worth=3),
+                engine("small", 10, value=1),
+                engine("large", 60, value=2),
+                engine("rest", 30, value=3),
             ],
             [("large", STOPPED)],
             id="one whose going changes nothing stays",
         ),
         pytest.param(
             60,
-            [stays("pinned", 40), engine("a", 40, worth=9)],
+            [stays("pinned", 40), engine("a", 40, value=9)],
             [("a", STOPPED)],
             id="one that stays is left",
         ),
@@ -87,11 +87,11 @@ def stays(key: str, size: int) -> Resident[str]:
         ),
         pytest.param(101, [], None, id="larger than all there is"),
         pytest.param(
-            90, [sleeper("a", gives_way=False, level=NEAR)], [], id="a sleeper that has to stay"
+            90, [sleeper("a", evictable=False, level=NEAR)], [], id="a sleeper that has to stay"
         ),
         pytest.param(
             99,
-            [sleeper("a", gives_way=False, level=NEAR)],
+            [sleeper("a", evictable=False, level=NEAR)],
             None,
             id="a sleeper in the way that stays",
         ),
@@ -100,37 +100,39 @@ def stays(key: str, size: int) -> Resident[str]:
 def test_who_goes_where(
     wanted: int, residents: Sequence[Resident[str]], steps: Steps[str] | None
 ) -> None:
-    assert room({GPU: wanted}, {GPU: 100}, residents) == steps
+    assert plan_eviction({GPU: wanted}, {GPU: 100}, residents) == steps
 
 
 def test_weights_that_find_no_host_memory_are_not_kept_there() -> None:
     capacity = {GPU: 100, HOST_MEMORY: 30}
-    others = [sleeper("asleep", level=NEAR, worth=9), sleeper("awake")]
-    assert room({GPU: 90}, capacity, others) == [("awake", STOPPED)]
-    assert room({GPU: 90}, capacity | {HOST_MEMORY: 40}, others) == [("awake", NEAR)]
+    others = [sleeper("asleep", level=NEAR, value=9), sleeper("awake")]
+    assert plan_eviction({GPU: 90}, capacity, others) == [("awake", STOPPED)]
+    assert plan_eviction({GPU: 90}, capacity | {HOST_MEMORY: 40}, others) == [("awake", NEAR)]
 
 
 def test_a_step_is_as_small_as_the_other_steps_allow() -> None:
     """Host memory that one does not take in the end is there for the other."""
-    small = sleeper("small", ready=50, kv_released=50, asleep=0, host=10, worth=1)
-    large = sleeper("large", ready=60, kv_released=60, asleep=0, host=10, worth=2)
-    assert room({GPU: 45}, {GPU: 100, HOST_MEMORY: 10}, [small, large]) == [("large", NEAR)]
+    small = sleeper("small", ready=50, kv_released=50, asleep=0, host=10, value=1)
+    large = sleeper("large", ready=60, kv_released=60, asleep=0, host=10, value=2)
+    assert plan_eviction({GPU: 45}, {GPU: 100, HOST_MEMORY: 10}, [small, large]) == [
+        ("large", NEAR)
+    ]
 
 
 def test_only_those_of_the_gpu_give_way() -> None:
-    here, there = engine("here", 50), Resident("there", READY, {READY: {OTHER: 50}}, gives_way=True)
-    both = Resident("both", READY, {READY: {GPU: 25, OTHER: 25}}, gives_way=True, worth=(1.0,))
+    here, there = engine("here", 50), Resident("there", READY, {READY: {OTHER: 50}}, evictable=True)
+    both = Resident("both", READY, {READY: {GPU: 25, OTHER: 25}}, evictable=True, value=(1.0,))
     capacity = {GPU: 80, OTHER: 80}
-    assert room({GPU: 50}, capacity, [there, here, both]) == [("here", STOPPED)]
-    assert room({GPU: 80, OTHER: 5}, capacity, [there, here, both]) == [
+    assert plan_eviction({GPU: 50}, capacity, [there, here, both]) == [("here", STOPPED)]
+    assert plan_eviction({GPU: 80, OTHER: 5}, capacity, [there, here, both]) == [
         ("here", STOPPED),
         ("both", STOPPED),
     ]
-    assert room({GPU: 60, OTHER: 60}, capacity, [there, here, both]) is not None
+    assert plan_eviction({GPU: 60, OTHER: 60}, capacity, [there, here, both]) is not None
 
 
 def test_what_has_no_capacity_is_not_bounded() -> None:
-    assert room({GPU: 10**15}, {}, [engine("a", 10**15)]) == []
+    assert plan_eviction({GPU: 10**15}, {}, [engine("a", 10**15)]) == []
 
 
 # --- for all
@@ -177,27 +179,27 @@ def _fits(
 
 @given(_cases())
 def test_the_result_fits(case: tuple[Takes, Takes, list[Resident[int]]]) -> None:
-    steps = room(*case)
+    steps = plan_eviction(*case)
     assert steps is None or _fits(*case, dict(steps))
 
 
 @given(_cases())
-def test_there_is_none_only_if_all_that_may_go_do_not_make_room(
+def test_there_is_none_only_if_all_that_may_go_do_not_make_plan_eviction(
     case: tuple[Takes, Takes, list[Resident[int]]],
 ) -> None:
-    bottom = {one.key: STOPPED for one in case[2] if one.gives_way}
-    assert (room(*case) is None) == (not _fits(*case, bottom))
+    bottom = {one.key: STOPPED for one in case[2] if one.evictable}
+    assert (plan_eviction(*case) is None) == (not _fits(*case, bottom))
 
 
 @given(_cases())
 def test_steps_go_down_to_levels_that_exist_and_leave_alone_who_stays(
     case: tuple[Takes, Takes, list[Resident[int]]],
 ) -> None:
-    steps = room(*case) or []
+    steps = plan_eviction(*case) or []
     by_key = {one.key: one for one in case[2]}
     assert len(dict(steps)) == len(steps)
     for key, level in steps:
-        assert by_key[key].gives_way
+        assert by_key[key].evictable
         assert level < by_key[key].level
         assert level in {STOPPED, *by_key[key].holds}
 
@@ -206,7 +208,7 @@ def test_steps_go_down_to_levels_that_exist_and_leave_alone_who_stays(
 def test_no_step_can_be_left_out_or_made_smaller(
     case: tuple[Takes, Takes, list[Resident[int]]],
 ) -> None:
-    steps = dict(room(*case) or [])
+    steps = dict(plan_eviction(*case) or [])
     for one in case[2]:
         smaller = [each for each in one.holds if steps.get(one.key, one.level) < each <= one.level]
         assert not any(_fits(*case, steps | {one.key: each}) for each in smaller)
@@ -218,13 +220,13 @@ def test_no_step_can_be_left_out_or_made_smaller(
     wanted=st.integers(0, 60),
     order=st.randoms(use_true_random=False),
 )
-def test_of_equals_the_least_worth_go_and_no_more_than_it_takes(
+def test_of_equals_the_least_value_go_and_no_more_than_it_takes(
     count: int, free: int, wanted: int, order: object
 ) -> None:
-    worths = list(range(count))
-    order.shuffle(worths)  # type: ignore[attr-defined]  # random.Random
-    residents = [Resident(each, READY, {READY: {GPU: 10}}, True, (float(each),)) for each in worths]
-    steps = room({GPU: wanted}, {GPU: 10 * count + free}, residents)
+    values = list(range(count))
+    order.shuffle(values)  # type: ignore[attr-defined]  # random.Random
+    residents = [Resident(each, READY, {READY: {GPU: 10}}, True, (float(each),)) for each in values]
+    steps = plan_eviction({GPU: wanted}, {GPU: 10 * count + free}, residents)
     needed = max(0, -(-(wanted - free) // 10))
     if needed > count:
         assert steps is None

@@ -18,16 +18,15 @@ from llmserve.gpus import nvml, page_exchange
 from llmserve.gpus.device import GIB, described
 from llmserve.gpus.nvml import Holder
 from llmserve.gpus.page_exchange import PAGE_BYTES, PageBroker
-from llmserve.lifecycle import gpu_memory as space
 from llmserve.lifecycle.gpu_memory import GpuMemory, overhead_bytes
 from llmserve.lifecycle.operator import ModelOperator
 from llmserve.lifecycle.placement import Level, Place
 from llmserve.lifecycle.pool import Pool
 from llmserve.lifecycle.replica import State
+from llmserve.lifecycle.timings import LifecycleTimings
 from llmserve.metrics import Metrics
 from llmserve.planning.measurements import Measured
 from llmserve.planning.planner import Planner
-from llmserve.registry.names import ModelNames
 from llmserve.registry.spec import Config, ModelSpec
 from tests import fakes
 from tests.fakes import FakeBackend, FakeRunning, Gate, soon
@@ -43,6 +42,9 @@ if TYPE_CHECKING:
     from llmserve.lifecycle.placement import Placement
     from llmserve.lifecycle.replica import Replica, Running
     from llmserve.planning.plan import Plan
+
+
+SHORT = LifecycleTimings(release_s=0.01)
 
 
 @dataclass
@@ -167,7 +169,7 @@ def test_whoever_holds_the_memory_is_told(gpus: Gpus, tmp_path: Path) -> None:
     assert taken.value.message == (
         "GPU 1 (H100 80GB HBM3): the plan needs 40.0 GiB, 29.6 GiB of 79.6 GiB are free; "
         "held by pid 7 python 48.5 GiB, pid 9 of another container; "
-        "end them, or give the models less"
+        "end them, or reduce the memory of the models"
     )
 
 
@@ -180,7 +182,7 @@ def test_every_taken_gpu_is_told_also_where_the_driver_names_nobody(
         GpuMemory(plan, Measured(tmp_path)).raise_if_taken()
     first, second = taken.value.message.splitlines()
     assert first.startswith("GPU 0 ")
-    assert "59.6 GiB of 79.6 GiB are free; held by nobody whom the driver names; " in first
+    assert "59.6 GiB of 79.6 GiB are free; held by processes unknown to the driver; " in first
     assert second.startswith("GPU 1 ")
 
 
@@ -386,14 +388,11 @@ async def test_a_start_waits_for_the_memory_of_a_dead_engine(tmp_path: Path, gpu
             await asyncio.sleep(0.01)
 
 
-async def test_a_start_without_room_tells_who_holds_it(
-    tmp_path: Path, gpus: Gpus, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(space, "_RELEASE_S", 0.01)
+async def test_a_start_without_room_tells_who_holds_it(tmp_path: Path, gpus: Gpus) -> None:
     gpus.used[0] = 60 * GIB
     gpus.holders[0] = [Holder(7, "python", 59 * GIB)]
     spec = entry(memory="40GiB")
-    ground = GpuMemory(planned(Measured(tmp_path), spec), Measured(tmp_path))
+    ground = GpuMemory(planned(Measured(tmp_path), spec), Measured(tmp_path), timings=SHORT)
     with pytest.raises(StartupError, match=r"m needs 40.0 GiB, 19.6 GiB .* pid 7 python 59.0 GiB"):
         async with ground.start(spec, ground.place(spec, 0)):
             pass
@@ -473,12 +472,9 @@ def test_host_memory_is_given_in_order_and_whoever_finds_none_sleeps_without_wei
     assert asleep(0) == [Level.DISK] * 3
 
 
-async def test_a_sleeper_wakes_when_what_it_needs_more_is_free(
-    gpus: Gpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(space, "_RELEASE_S", 0.01)
+async def test_a_sleeper_wakes_when_what_it_needs_more_is_free(gpus: Gpus, tmp_path: Path) -> None:
     (m,) = sleeping("m")
-    ground = GpuMemory(planned(Measured(tmp_path), m), Measured(tmp_path), host_memory=100 * GIB)
+    ground = GpuMemory(planned(Measured(tmp_path), m), Measured(tmp_path), 100 * GIB, timings=SHORT)
     place = ground.place(m, 0)
     (replica,) = ground.plan.replicas
     memory, more = ground.plan.box[0].memory, replica.weights + replica.kv
@@ -498,13 +494,12 @@ async def test_a_sleeper_wakes_when_what_it_needs_more_is_free(
 async def test_what_passes_to_a_sleeper_counts_as_free_for_it(
     gpus: Gpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(space, "_RELEASE_S", 0.01)
     monkeypatch.setenv(page_exchange.ADDRESS, "restored afterwards")
     between = PageBroker()
     (m,) = sleeping("m")
     plan = planned(Measured(tmp_path), m)
     seen = replace(plan, box=(replace(plan.box[0], uuid="GPU-1"),))
-    ground = GpuMemory(seen, Measured(tmp_path), 100 * GIB, between)
+    ground = GpuMemory(seen, Measured(tmp_path), 100 * GIB, between, SHORT)
     place = ground.place(m, 0)
     (replica,) = plan.replicas
     gpus.used[0] = plan.box[0].memory - replica.weights - replica.kv + 2 * PAGE_BYTES
@@ -628,10 +623,8 @@ class Moving:
         plan = planned(self.kept, *self.read.models, box="2xH100")
         self.memory = GpuMemory(plan, self.kept, host_memory=100 * GIB)
         self.backend = FakeEngines(self.memory)
-        self.pool = Pool(ModelNames((spec,)), self.backend, Metrics())
-        self.operator = ModelOperator(
-            self.read, self.pool, self.backend, lambda: self.read, lambda _: None
-        )
+        self.pool = Pool((spec,), self.backend, Metrics())
+        self.operator = ModelOperator(self.read.server, self.pool, self.backend, lambda: self.read)
 
     def _on(self, gpu: int) -> Config:
         return config(self.folder, *sleeping("m", kv_cache="20GiB", devices=[gpu]))
@@ -645,7 +638,7 @@ class Moving:
     async def ready(self) -> Replica:
         self.comes()
         (replica,) = self.pool.replicas
-        await soon(self.pool.life.to_ready(replica))
+        await soon(self.pool.life.make_ready(replica))
         return replica
 
     async def reload(self, gpu: int) -> dict[str, Any]:
@@ -679,7 +672,7 @@ async def test_the_engine_before_sleeps_and_wakes_where_it_is(moving: Moving, gp
         assert old.holds[Level.READY].keys() == {Place(0)}
         await soon(moving.pool.life.lower(old, Level.HOST), within_s=5)
         gpus.used[1] = moving.memory.plan.box[1].memory  # by the engine that starts
-        await soon(moving.pool.life.to_ready(old), within_s=5)
+        await soon(moving.pool.life.make_ready(old), within_s=5)
     assert engine.slept == [Level.HOST, Level.READY]
     assert moving.backend.devices == [(0,), (1,)]
 
@@ -688,10 +681,10 @@ async def test_the_engine_before_starts_again_where_it_was(moving: Moving) -> No
     old = await moving.ready()
     moving.comes(error=StartupError("no memory left"))
     told = await moving.reload(1)
-    assert "the engine before it goes on" in told["lines"][-1]
+    assert "the old engine continues" in told["lines"][-1]
     await soon(moving.pool.life.lower(old, Level.STOPPED))
     moving.comes()
-    await soon(moving.pool.life.to_ready(old))
+    await soon(moving.pool.life.make_ready(old))
     assert old.state is State.READY
     assert moving.backend.devices == [(0,), (1,), (0,)]
 

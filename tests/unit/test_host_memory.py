@@ -54,7 +54,7 @@ def wide(_: Shape) -> str:
 
 
 def of(config: Config, dtype_for: Callable[[Shape], str] = native) -> HostMemory:
-    return HostMemory.of(config, dtype_for)
+    return HostMemory.from_config(config, dtype_for)
 
 
 def size_of(made: ModelSpec, dtype_for: Callable[[Shape], str] = native) -> int:
@@ -119,14 +119,14 @@ def test_what_runs_at_once_has_to_fit() -> None:
     (told,) = problems(*two, memory="19GiB")
     assert "b" in told
     assert "needs 10.0 GiB" in told
-    assert "of server.host_memory 19.0 GiB are left 9.0 GiB" in told
+    assert "only 9.0 GiB of 19.0 GiB of server.host_memory are free" in told
     assert told.endswith("what would fit: `start: lazy` or server.host_memory: 20GiB")
 
 
 def test_all_replicas_run_at_once() -> None:
     assert problems(spec(memory="10GiB", replicas=2), memory="20GiB") == []
     (told,) = problems(spec(memory="10GiB", replicas=2), memory="19GiB")
-    assert "are left 19.0 GiB" in told
+    assert "only 19.0 GiB of 19.0 GiB" in told
     assert told.endswith("what would fit: server.host_memory: 20GiB")  # no later start would
 
 

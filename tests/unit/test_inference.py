@@ -16,9 +16,9 @@ from llmserve.api.sse import EventStream, PeekableStream
 from llmserve.api.token_stream import FlushScheduler, TokenStream
 from llmserve.errors import EngineDead, EngineError, LLMServeError, RequestError, StartupError
 from llmserve.http import request_batcher
-from llmserve.lifecycle import restart_backoff
 from llmserve.lifecycle.replica import State
 from tests.fakes import (
+    FAST,
     Answer,
     Call,
     FakeRunning,
@@ -357,13 +357,13 @@ async def test_disconnect_removes_the_request_from_the_queue(streamed: bool) -> 
         box.backend.plans["chat"] = lazy(gate)["chat"]
         body = HI | {"stream": streamed}
         asking = await begin(box, gate, body)
-        slots = box.pool.entries["chat"].slots
+        slots = box.pool.models["chat"].slots
         await until(lambda: slots.waiting() == 1)
         await asyncio.sleep(0.01)
         asking.cancel()
         await until(lambda: slots.waiting() == 0)
         gate.opened.set()
-        await until(lambda: box.pool.entries["chat"].state is State.READY)
+        await until(lambda: box.pool.models["chat"].state is State.READY)
         await until(lambda: box.disconnects() == 1)
         assert (box.in_flight, box.running.calls) == (0, [])
 
@@ -373,7 +373,7 @@ async def test_queued_requests_get_slots_in_order() -> None:
     async with asgi(spec("chat", max_in_flight=1, max_queue=2)) as box:
         box.running.answer = plain(gate=gate)
         asking = [asyncio.ensure_future(_ask(box, number)) for number in range(3)]
-        await until(lambda: box.pool.entries["chat"].slots.waiting() == 2)
+        await until(lambda: box.pool.models["chat"].slots.waiting() == 2)
         refused = await _ask(box, 3)
         assert (refused.status_code, error_of(refused)["code"]) == (503, "overloaded")
         gate.opened.set()
@@ -420,9 +420,8 @@ async def test_request_is_retried_once_after_a_death(
     assert code is None or error_of(reply)["code"] == code
 
 
-async def test_retry_waits_for_the_restarted_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(restart_backoff, "_FIRST_S", 0.005)
-    async with asgi(spec("chat")) as box:
+async def test_retry_waits_for_the_restarted_engine() -> None:
+    async with asgi(spec("chat"), timings=FAST) as box:
 
         async def dies(call: Call) -> Response:
             if len(box.running.calls) == 1:

@@ -6,6 +6,7 @@ import asyncio
 import random
 from collections import defaultdict
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -28,40 +29,35 @@ from llmserve.errors import (
     RequestError,
     StartupError,
 )
-from llmserve.lifecycle import health, pool, restart_backoff, transitions
-from llmserve.lifecycle.admission import Deadline
-from llmserve.lifecycle.health import HealthMonitor
-from llmserve.lifecycle.lease import Lease, ModelRequest
+from llmserve.lifecycle import restart_backoff
 from llmserve.lifecycle.operator import ModelOperator
 from llmserve.lifecycle.placement import HOST_MEMORY, Level, Place, Placement
-from llmserve.lifecycle.pool import Pool
-from llmserve.lifecycle.replica import Replica, State
-from llmserve.metrics import Metrics
+from llmserve.lifecycle.replica import State
 from llmserve.registry import loader
-from llmserve.registry.names import ModelNames
-from tests.fakes import FakeBackend, FakeRunning, Gate, Plan, broken, let_in, soon, until
+from tests.fakes import (
+    FAST,
+    FakeBackend,
+    FakeRunning,
+    Gate,
+    Plan,
+    PoolBox,
+    broken,
+    soon,
+    until,
+)
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
     from contextlib import AbstractAsyncContextManager
 
+    from llmserve.lifecycle.lease import Lease
     from llmserve.lifecycle.replica import Running
+    from llmserve.lifecycle.timings import LifecycleTimings
     from llmserve.registry.spec import Config, ModelSpec
 
 CHAT = next(endpoint for endpoint in ENDPOINTS if endpoint.id is EndpointId.CHAT_COMPLETIONS)
 GPU = Place(0)
 Entries = dict[str, dict[str, Any]]
-
-
-@pytest.fixture(autouse=True)
-def _hurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody has to have stayed, and all is looked at every few milliseconds."""
-    monkeypatch.setattr(transitions, "_LOOK_S", 0.001)
-    monkeypatch.setattr(transitions, "_TURN", 0.0)
-    monkeypatch.setattr(transitions, "_TURN_S", (0.0, 0.0))
-    monkeypatch.setattr(health, "_LOOK_S", 0.002)
-    monkeypatch.setattr(pool, "_DRAIN_LOOK_S", 0.001)
-    monkeypatch.setattr(restart_backoff, "_FIRST_S", 0.001)
 
 
 class Engine(FakeRunning):
@@ -119,21 +115,19 @@ class Engines(FakeBackend):
         return running
 
 
-class Box:
+class Box(PoolBox):
     """A server without engines and routes, and its registry's file."""
 
-    def __init__(self, file: Path, models: Entries, server: dict[str, Any]) -> None:
+    def __init__(
+        self, file: Path, models: Entries, server: dict[str, Any], timings: LifecycleTimings
+    ) -> None:
         self.file = file
         self.write(models, server)
         self.backend = Engines()
-        self.metrics = Metrics()
-        self.config = loader.load(file)
-        self.pool = Pool(ModelNames(self.config.models), self.backend, self.metrics)
         read = partial(loader.load, file)
-        self.control = ModelOperator(self.config, self.pool, self.backend, read, self._adopt)
-
-    def _adopt(self, config: Config) -> None:
-        self.config = config
+        loaded = read()
+        super().__init__(loaded.models, self.backend, timings)
+        self.control = ModelOperator(loaded.server, self.pool, self.backend, read)
 
     def write(self, models: Entries, server: dict[str, Any] | None = None) -> None:
         entries = {name: {"model": "org/model"} | said for name, said in models.items()}
@@ -159,20 +153,14 @@ class Box:
         assert not reloading.done()
         return reloading
 
-    def replica(self, name: str, number: int = 0) -> Replica:
-        return self.pool.entries[name].replicas[number]
-
     def places(self, *names: str) -> dict[str, list[Placement]]:
         """Where the engines of these models are."""
-        entries = [self.pool.entries[name] for name in names]
+        entries = [self.pool.models[name] for name in names]
         return {each.name: [replica.placement for replica in each.replicas] for each in entries}
 
     def engine(self, name: str) -> Engine:
         """The one that was started last."""
         return self.backend.engines[name][-1]
-
-    def states(self) -> dict[str, str]:
-        return {model["name"]: model["state"] for model in self.control.models()}
 
     def shown(self, name: str) -> dict[str, Any]:
         return next(model for model in self.control.models() if model["name"] == name)
@@ -186,51 +174,31 @@ class Box:
             if f'model="{model}"' in line and "_total{" not in line and "_created{" not in line
         }
 
-    def figure(self, name: str, **labels: str) -> float | None:
-        return self.metrics.registry.get_sample_value(f"llmserve_{name}", labels)
-
-    async def ask(self, name: str, task: asyncio.Task[None] | None = None) -> Lease:
-        """As a request does: it waits if it has to."""
-        wish = ModelRequest(name, CHAT, {}, Deadline(), task)
-        lease = self.pool.lease(wish)
-        return lease if isinstance(lease, Lease) else await let_in(lease)
-
-    async def use(self, *names: str) -> list[Running]:
-        used: list[Running] = []
-        for name in names:
-            lease = await soon(self.ask(name))
-            lease.release()
-            used.append(lease.running)
-        return used
-
-    async def asking(self, name: str) -> asyncio.Task[Lease]:
-        """A request that waits now."""
-        slots = self.pool.entry(name).slots
-        before = slots.waiting()
-        task = asyncio.create_task(self.ask(name))
-        await until(lambda: slots.waiting() == before + 1)
-        return task
-
     def settled(self) -> None:
         """Nothing is held by what is not there, and nothing is there that nobody knows."""
-        here = {each for entry in self.pool.entries.values() for each in entry.replicas}
-        assert self.pool.leases == {}
-        assert set(self.pool._owner) == here
-        assert self.pool._comings == {}
-        assert set(self.pool._dispatched) <= here
-        assert {each for each, level in self.pool.life._booked.items() if level} == {
+        here = {each for entry in self.pool.models.values() for each in entry.replicas}
+        assert self.pool.router.leases == {}
+        assert set(self.pool.replicas) == here
+        assert self.pool.supervisor._tasks == {}
+        assert set(self.pool._gauges._dispatched) <= here
+        assert {each for each, level in self.pool.life._reserved.items() if level} == {
             each for each in here if each.level
         }
         alive = {each.running for each in here if each.running is not None}
         all_engines = {each for engines in self.backend.engines.values() for each in engines}
         assert {each for each in all_engines if not each.stopped} == alive
-        assert all(entry.slots.in_flight == 0 for entry in self.pool.entries.values())
-        assert [model.name for model in self.pool.registry.models] == list(self.pool.entries)
+        assert all(entry.slots.in_flight == 0 for entry in self.pool.models.values())
+        assert [model.name for model in self.pool.registry.models] == list(self.pool.models)
 
 
 class Boxes(Protocol):
     def __call__(
-        self, models: Entries, *, started: bool = True, **server: Any
+        self,
+        models: Entries,
+        *,
+        started: bool = True,
+        timings: LifecycleTimings = FAST,
+        **server: Any,
     ) -> Awaitable[Box]: ...
 
 
@@ -239,8 +207,14 @@ async def up(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> AsyncIterator[
     """A server with these models, which has started; at the end it holds what it should."""
     boxes: list[Box] = []
 
-    async def up(models: Entries, *, started: bool = True, **server: Any) -> Box:
-        box = Box(tmp_path / "models.yaml", models, server)
+    async def up(
+        models: Entries,
+        *,
+        started: bool = True,
+        timings: LifecycleTimings = FAST,
+        **server: Any,
+    ) -> Box:
+        box = Box(tmp_path / "models.yaml", models, server, timings)
         boxes.append(box)
         if started:
             await soon(box.pool.start())
@@ -339,16 +313,15 @@ async def test_swaps_and_deaths_are_added_up(up: Boxes) -> None:
     box = await up({"a": {"memory": 60, "start": "lazy"}, "b": {"memory": 60, "start": "lazy"}})
     await box.use("a", "b", "a")
     assert [box.shown(name)["swaps"] for name in "ab"] == [1, 1]
-    watching = asyncio.ensure_future(HealthMonitor(box.pool).run())
-    box.engine("a").dead = True
-    await until(lambda: box.shown("a")["deaths"] == 1 and box.states()["a"] == "ready")
-    watching.cancel()
+    async with box.watched():
+        box.engine("a").dead = True
+        await box.until(lambda: box.shown("a")["deaths"] == 1 and box.states()["a"] == "ready")
 
 
 async def test_a_log_is_where_the_running_engine_writes(up: Boxes) -> None:
     """Also if the model has another number of replicas by now, and its file another name."""
     box = await up({"a": {"replicas": 2, "aliases": ["x"]}})
-    running: Any = box.pool.entries["a"].replicas[1].running
+    running: Any = box.pool.models["a"].replicas[1].running
     running.log = Path("/logs/as-it-was-started")
     assert box.control.log_of("x", 1) == running.log
     assert box.control.log_of("x", 2) == Path("/logs/a+2")
@@ -429,20 +402,19 @@ async def test_load_is_enough_if_one_replica_comes(up: Boxes) -> None:
 
 async def test_load_tries_a_model_again_that_died_too_often(up: Boxes) -> None:
     box = await up({"a": {}})
-    watching = asyncio.ensure_future(HealthMonitor(box.pool).run())
-    for number in range(restart_backoff.GIVE_UP):
-        box.engine("a").dead = True
-        await until(lambda: box.shown("a")["deaths"] == number + 1)  # noqa: B023  # waited for here
-        await until(lambda: box.states()["a"] in {"ready", "failed"})
-    assert box.states() == {"a": "failed"}
-    with pytest.raises(EngineDead):
-        await soon(box.ask("a"))
-    await soon(box.control.load("a"))
-    await box.use("a")
-    box.engine("a").dead = True  # the first in a row again
-    await until(lambda: box.shown("a")["deaths"] == restart_backoff.GIVE_UP + 1)
-    await until(lambda: box.states()["a"] == "ready")
-    watching.cancel()
+    async with box.watched():
+        for number in range(restart_backoff.GIVE_UP):
+            box.engine("a").dead = True
+            await until(lambda: box.shown("a")["deaths"] == number + 1)  # noqa: B023  # waited for here
+            await box.until(lambda: box.states()["a"] in {"ready", "failed"})
+        assert box.states() == {"a": "failed"}
+        with pytest.raises(EngineDead):
+            await soon(box.ask("a"))
+        await soon(box.control.load("a"))
+        await box.use("a")
+        box.engine("a").dead = True  # the first in a row again
+        await box.until(lambda: box.shown("a")["deaths"] == restart_backoff.GIVE_UP + 1)
+        await box.until(lambda: box.states()["a"] == "ready")
 
 
 async def test_unload_lets_requests_end_and_sends_the_line_away(up: Boxes) -> None:
@@ -469,7 +441,7 @@ async def test_unload_without_drain_cuts_requests_of_this_model_alone(up: Boxes)
     held: dict[str, Lease] = {}
 
     async def request(name: str) -> None:
-        held[name] = await box.ask(name, asyncio.current_task())
+        held[name] = await box.ask(name, task=asyncio.current_task())
         try:
             await asyncio.Event().wait()
         finally:
@@ -524,7 +496,7 @@ async def test_unload_now_of_a_model_that_is_coming_ends_its_start(up: Boxes) ->
     await soon(box.control.unload("a", drain=False))
     assert gate.cancelled
     assert box.states() == {"a": "stopped"}
-    assert not box.pool.life._booked
+    assert not box.pool.life._reserved
     with pytest.raises(Overloaded):
         await soon(waiting)
     with pytest.raises(Overloaded, match="`a` is stopped"):
@@ -547,17 +519,17 @@ async def test_unload_now_of_a_model_that_wakes_ends_its_engine(up: Boxes) -> No
         await soon(loading)
 
 
-async def test_unload_now_of_a_model_that_waits_to_be_started_again_ends_it(
-    up: Boxes, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(restart_backoff, "_FIRST_S", 60.0)
-    box = await up({"a": {}})
+@pytest.mark.parametrize("drain", [False, True])
+async def test_unload_of_a_model_that_waits_for_its_restart_ends_it(up: Boxes, drain: bool) -> None:
+    """At once, or after the restart."""
+    pause_s = 0.02 if drain else 60.0
+    box = await up({"a": {}}, timings=replace(FAST, first_restart_s=pause_s))
     box.engine("a").dead = True
-    assert box.pool.handle_death(box.replica("a"))
+    assert box.pool.supervisor.handle_death(box.replica("a"))
     assert box.states() == {"a": "waiting"}
-    await soon(box.control.unload("a", drain=False))
+    await soon(box.control.unload("a", drain=drain))
     assert box.states() == {"a": "stopped"}
-    assert box.backend.started == ["a"]
+    assert box.backend.started == ["a"] * (2 if drain else 1)
 
 
 async def test_requests_that_come_while_a_start_is_broken_off_bring_it_again(up: Boxes) -> None:
@@ -573,19 +545,6 @@ async def test_requests_that_come_while_a_start_is_broken_off_bring_it_again(up:
     await box.use("a")
     await soon(unloading)
     assert box.states() == {"a": "ready"}
-
-
-async def test_unload_of_a_model_that_waits_to_be_started_again_ends_it_for_good(
-    up: Boxes, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(restart_backoff, "_FIRST_S", 0.02)
-    box = await up({"a": {}})
-    box.engine("a").dead = True
-    assert box.pool.handle_death(box.replica("a"))
-    assert box.states() == {"a": "waiting"}
-    await soon(box.control.unload("a", drain=True))
-    await asyncio.sleep(0.03)
-    assert box.states() == {"a": "stopped"}
 
 
 async def test_a_server_that_ends_loads_nothing(up: Boxes) -> None:
@@ -637,15 +596,15 @@ async def test_unload_ends_a_sleeper(up: Boxes) -> None:
 
 async def test_a_file_with_mistakes_changes_nothing(up: Boxes) -> None:
     box = await up({"a": {}, "b": {}})
-    was = box.config
+    was = box.control.server
     box.write({"a": {"max_in_flight": 7, "aliases": ["x"]}, "c": {"replicas": "many"}})
     with pytest.raises(ConfigError, match="replicas"):
         await box.reload()
     with pytest.raises(ModelNotFound):
-        box.pool.entry("x")
-    assert box.config is was
-    assert box.pool.entries["a"].slots.limit == 1024
-    assert (list(box.pool.entries), box.backend.adopted) == (["a", "b"], [])
+        box.pool.find("x")
+    assert box.control.server is was
+    assert box.pool.models["a"].slots.limit == 1024
+    assert (list(box.pool.models), box.backend.adopted) == (["a", "b"], [])
     assert await box.reload({"a": {}, "b": {}}) == []
 
 
@@ -659,13 +618,13 @@ async def test_a_file_that_is_gone_changes_nothing(up: Boxes) -> None:
 
 async def test_models_that_do_not_fit_change_nothing(up: Boxes) -> None:
     box = await up({"a": {}, "b": {}})
-    was = box.config
+    was = box.control.server
     box.backend.plan_error = PlacementError(["models.c: needs 80 GiB"])
     with pytest.raises(ConfigError, match="needs 80 GiB"):
         await box.reload({"a": {"max_in_flight": 7}, "c": {"memory": 1}})
-    assert box.config is was
-    assert box.pool.entries["a"].slots.limit == 1024
-    assert list(box.pool.entries) == ["a", "b"]
+    assert box.control.server is was
+    assert box.pool.models["a"].slots.limit == 1024
+    assert list(box.pool.models) == ["a", "b"]
     box.backend.plan_error = None
     assert await box.reload() == [
         "b: removed",
@@ -676,7 +635,7 @@ async def test_models_that_do_not_fit_change_nothing(up: Boxes) -> None:
 
 async def test_a_dry_run_changes_nothing(up: Boxes) -> None:
     box = await up({"a": {}, "b": {}, "c": {}})
-    was, entries = box.config, dict(box.pool.entries)
+    was, entries = box.control.server, dict(box.pool.models)
     box.write(
         {"a": {"memory": 10}, "b": {"priority": 2, "aliases": ["x"]}, "d": {"memory": 1}},
         {"drain_timeout": 5, "port": 9},
@@ -693,8 +652,8 @@ async def test_a_dry_run_changes_nothing(up: Boxes) -> None:
             "server.port: needs a restart of the server; not changed",
         ]
         orjson.dumps(told)
-    assert box.config is was
-    assert box.pool.entries == entries
+    assert box.control.server is was
+    assert box.pool.models == entries
     assert box.backend.adopted == []
     assert box.backend.plans_made == [box.places("b")] * 2
     assert sorted(box.backend.started) == ["a", "b", "c"]
@@ -702,10 +661,10 @@ async def test_a_dry_run_changes_nothing(up: Boxes) -> None:
 
 async def test_a_file_that_is_the_same_changes_nothing(up: Boxes) -> None:
     box = await up({"a": {}, "b": {"replicas": 2}})
-    entries = dict(box.pool.entries)
+    entries = dict(box.pool.models)
     told = await soon(box.control.reload(dry_run=False))
     assert (told["changed"], told["lines"], told["unchanged"]) == (False, [], ["a", "b"])
-    assert box.pool.entries == entries
+    assert box.pool.models == entries
     assert box.backend.plans_made == [box.places("a", "b")]
 
 
@@ -734,10 +693,9 @@ async def test_limits_count_from_now_on(up: Boxes) -> None:
 
 async def test_idle_times_count_from_now_on(up: Boxes) -> None:
     box = await up({"a": {}})
-    watching = asyncio.ensure_future(HealthMonitor(box.pool).run())
-    await box.reload({"a": {"idle": {"stop_after": 0.001}}})
-    await until(lambda: box.states() == {"a": "stopped"})
-    watching.cancel()
+    async with box.watched():
+        await box.reload({"a": {"idle": {"stop_after": 0.001}}})
+        await box.until(lambda: box.states() == {"a": "stopped"})
 
 
 async def test_an_alias_is_for_the_engine_that_runs(up: Boxes) -> None:
@@ -779,14 +737,14 @@ async def test_a_model_whose_change_goes_wrong_goes_on_as_before_and_the_others_
         "e": {"memory": 10},
     }
     lines = await box.reload(after)
-    assert lines[-1] == "b: the template is none; it goes on as before"
+    assert lines[-1] == "b: the template is none; the model continues unchanged"
     await box.use("x", "b", "d", "e")
     with pytest.raises(ModelNotFound):
         await box.ask("y")
     assert box.shown("b")["priority"] == 0
-    assert list(box.pool.entries) == ["a", "b", "d", "e"]
+    assert list(box.pool.models) == ["a", "b", "d", "e"]
     box.engine("b").change_error = ValueError("still")
-    assert (await box.reload())[-1] == "b: ValueError: still; it goes on as before"
+    assert (await box.reload())[-1] == "b: ValueError: still; the model continues unchanged"
     box.engine("b").change_error = None
     assert await box.reload() == [
         'b: changed live (aliases [] -> ["y"], priority 0 -> 1)',
@@ -807,7 +765,7 @@ async def test_what_of_the_server_can_change_does_and_the_rest_is_told_each_time
     up: Boxes,
 ) -> None:
     box = await up({"a": {}}, drain_timeout=3)
-    port = box.config.server.port
+    port = box.control.server.port
     for changed in (["server.drain_timeout: changed live (3.0 -> 5.0)"], []):
         lines = await box.reload({"a": {}}, {"drain_timeout": 5, "port": 9, "gpu_headroom": 0.5})
         assert lines == [
@@ -815,9 +773,9 @@ async def test_what_of_the_server_can_change_does_and_the_rest_is_told_each_time
             "server.port: needs a restart of the server; not changed",
             "server.gpu_headroom: needs a restart of the server; not changed",
         ]
-        assert box.config.server.drain_timeout == 5
-        assert (box.config.server.port, box.config.server.gpu_headroom) == (port, 0.08)
-        assert box.backend.adopted[-1].server == box.config.server
+        assert box.control.server.drain_timeout == 5
+        assert (box.control.server.port, box.control.server.gpu_headroom) == (port, 0.08)
+        assert box.backend.adopted[-1].server == box.control.server
 
 
 # --- models that leave and come
@@ -884,22 +842,21 @@ async def test_a_removed_model_that_waits_for_memory_is_gone_all_the_same(up: Bo
     box = await up({"a": {"memory": 60}, "b": {"memory": 60, "start": "lazy"}})
     held = await soon(box.ask("a"))
     waiting = await box.asking("b")
-    await until(lambda: box.states()["a"] == "draining")
+    await box.until(lambda: box.states()["a"] == "draining")
     waiting.cancel()
     reloading = await box.reloading({"a": {"memory": 60}})
     held.release()
     await soon(reloading)
     await some_ms()
-    assert list(box.pool.entries) == ["a"]
+    assert list(box.pool.models) == ["a"]
 
 
 async def test_a_removed_model_that_waits_to_be_started_again_is_gone_all_the_same(
-    up: Boxes, monkeypatch: pytest.MonkeyPatch
+    up: Boxes,
 ) -> None:
-    monkeypatch.setattr(restart_backoff, "_FIRST_S", 0.05)
-    box = await up({"a": {}, "b": {"memory": 1}})
+    box = await up({"a": {}, "b": {"memory": 1}}, timings=replace(FAST, first_restart_s=0.05))
     box.engine("a").dead = True
-    assert box.pool.handle_death(box.replica("a"))
+    assert box.pool.supervisor.handle_death(box.replica("a"))
     await box.reload({"b": {"memory": 1}})
     await asyncio.sleep(0.06)
     assert box.states() == {"b": "ready"}
@@ -963,7 +920,7 @@ async def test_everything_at_once_in_the_order_of_the_file(up: Boxes) -> None:
         "c: changed live",
         "new: added",
     ]
-    assert list(box.pool.entries) == ["new", "e", "d", "c", "a"]
+    assert list(box.pool.models) == ["new", "e", "d", "c", "a"]
     assert [model["name"] for model in box.control.models()] == ["new", "e", "d", "c", "a"]
     assert [each.name for each in box.pool.replicas] == ["new", "e", "d/0", "d/1", "c", "a"]
     assert box.pool.registry.public_names() == ["new", "e", "d", "c", "x", "a"]
@@ -984,7 +941,7 @@ async def test_with_room_for_both_the_old_one_serves_until_the_new_one_can(up: B
     with pytest.raises(ModelNotFound):
         await box.ask("y")
     gate.opened.set()
-    await until(lambda: box.replica("a").running is not old)
+    await box.until(lambda: box.replica("a").running is not old)
     new = box.engine("a")
     assert await box.use("a", "y") == [new, new]
     await some_ms()
@@ -1040,7 +997,7 @@ async def test_a_new_engine_that_fails_beside_the_old_one_leaves_all_as_it_was(u
     box.backend.coming["a"] = broken("no such weights")
     after: Entries = {"a": {"memory": 50, "aliases": ["y"], "priority": 1}, "b": {"priority": 2}}
     lines = await box.reload(after)
-    assert lines[-1] == "a: no such weights; the engine before it goes on"
+    assert lines[-1] == "a: no such weights; the old engine continues"
     assert await box.use("a", "x") == [old, old]
     with pytest.raises(ModelNotFound):
         await box.ask("y")
@@ -1177,7 +1134,7 @@ async def test_resized_engines_answer_under_new_aliases_too(up: Boxes) -> None:
     assert set(await box.use("x", "x")) == {first, box.engine("a/1")}
     first.change_error = EngineError("no")
     lines = await box.reload({"a": {"memory": 30, "aliases": ["y"]}})
-    assert lines[-1] == "a: no; it goes on as before"
+    assert lines[-1] == "a: no; the model continues unchanged"
     assert [each["state"] for each in box.shown("a")["replicas"]] == ["ready", "ready"]
     await box.use("x")
 
@@ -1224,7 +1181,7 @@ async def test_two_reloads_at_the_same_time_are_one_after_the_other(up: Boxes) -
     box.write({"a": {"memory": 10}, "c": {"memory": 20}})
     second = asyncio.create_task(box.reload())
     await some_ms()
-    assert list(box.pool.entries) == ["a", "b"]
+    assert list(box.pool.models) == ["a", "b"]
     gate.opened.set()
     assert await soon(first) == ["b: added"]
     assert await soon(second) == ["b: removed", "c: added"]
@@ -1261,7 +1218,7 @@ async def test_a_reload_while_a_model_starts_with_the_server(up: Boxes, after: s
     gate.opened.set()
     await soon(reloading)
     await soon(starting)
-    assert list(box.pool.entries) == list(AFTER[after])
+    assert list(box.pool.models) == list(AFTER[after])
     names = [name for model in box.pool.registry.models for name in model.names]
     assert all(await box.use(*names))
     if after == "changed":
@@ -1284,7 +1241,7 @@ async def waking(box: Box) -> AsyncIterator[None]:
 async def draining(box: Box) -> AsyncIterator[None]:
     held = await soon(box.ask("a"))
     unloading = asyncio.create_task(box.control.unload("a", drain=True))
-    await until(lambda: box.states()["a"] == "draining")
+    await box.until(lambda: box.states()["a"] == "draining")
     yield
     held.release()
     await soon(unloading)
@@ -1309,7 +1266,7 @@ async def failed(box: Box) -> AsyncIterator[None]:
 async def dead(box: Box) -> AsyncIterator[None]:
     """And soon started again."""
     box.engine("a").dead = True
-    assert box.pool.handle_death(box.replica("a"))
+    assert box.pool.supervisor.handle_death(box.replica("a"))
     yield
 
 
@@ -1319,7 +1276,7 @@ async def short_of_memory(box: Box) -> AsyncIterator[None]:
     box.backend.capacity = {GPU: 25}
     held = await soon(box.ask("b"))
     waiting = await box.asking("a")
-    await until(lambda: box.states()["b"] == "draining")
+    await box.until(lambda: box.states()["b"] == "draining")
     box.backend.capacity = {GPU: 100}
     yield
     held.release()
@@ -1338,7 +1295,7 @@ async def test_a_reload_in_any_state(
         reloading = asyncio.create_task(box.reload(models))
         await some_ms()
     await soon(reloading)
-    assert list(box.pool.entries) == list(models)
+    assert list(box.pool.models) == list(models)
     for name in models:
         await soon(box.control.load(name))
         await box.use(name)
@@ -1365,8 +1322,8 @@ async def test_a_dead_engine_is_not_asked_to_change(up: Boxes) -> None:
     box.engine("a").dead = True
     box.engine("a").change_error = EngineError("dead")
     assert await box.reload({"a": {"aliases": ["x"]}}) == ['a: changed live (aliases [] -> ["x"])']
-    assert box.pool.handle_death(box.replica("a"))
-    await until(lambda: box.states() == {"a": "ready"})
+    assert box.pool.supervisor.handle_death(box.replica("a"))
+    await box.until(lambda: box.states() == {"a": "ready"})
     await box.use("x")
 
 
@@ -1464,11 +1421,11 @@ async def test_no_request_is_lost_in_any_sequence_of_reloads(up: Boxes, seed: in
     for _ in range(8):
         entries = shuffled(entries, chance)
         lines = await soon(box.reload(entries | steady), 60)
-        assert not any("goes on" in line for line in lines)
-        assert list(box.pool.entries) == [*entries, "steady"]
+        assert not any("continues" in line for line in lines)
+        assert list(box.pool.models) == [*entries, "steady"]
         await asyncio.sleep(chance.random() * 0.01)
     await clients.stop()
-    await until(lambda: not box.pool._comings)
+    await box.until(lambda: not box.pool.supervisor._tasks)
     assert {"steady", "always"} < clients.answered
     for name, error in clients.refused:
         assert name in "abcd"

@@ -1,8 +1,7 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import asynccontextmanager, suppress
-from functools import partial
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -10,19 +9,14 @@ import pytest
 from llmserve.api.endpoint_id import EndpointId
 from llmserve.api.endpoints import ENDPOINTS
 from llmserve.errors import EngineDead, ModelNotFound, Overloaded, StartupError
-from llmserve.lifecycle import health, restart_backoff
+from llmserve.lifecycle import restart_backoff
 from llmserve.lifecycle.admission import Deadline, QueuedRequest
-from llmserve.lifecycle.health import HealthMonitor
 from llmserve.lifecycle.lease import Lease, ModelRequest
-from llmserve.lifecycle.pool import Pool
 from llmserve.lifecycle.replica import Replica, State
-from llmserve.metrics import Metrics
-from llmserve.registry.names import ModelNames
-from tests.fakes import FakeBackend, Gate, Plan, broken, let_in, soon, spec, until
+from llmserve.lifecycle.timings import TIMINGS, LifecycleTimings
+from tests.fakes import FAST, FakeBackend, Gate, Plan, PoolBox, broken, let_in, soon, spec, until
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
     from llmserve.registry.spec import ModelSpec
 
 CHAT, EMBED = (
@@ -35,7 +29,7 @@ def wish(name: str, task: asyncio.Future[None] | None = None, **body: Any) -> Mo
     return ModelRequest(name, CHAT, body, Deadline(), task)  # type: ignore[arg-type]  # any future
 
 
-class Box:
+class Box(PoolBox):
     """A pool of `chat`, `embed` and `draft` with a scripted backend."""
 
     def __init__(
@@ -44,6 +38,7 @@ class Box:
         required: bool = False,
         max_in_flight: int = 2,
         max_queue: int = 0,
+        timings: LifecycleTimings = TIMINGS,
         **plans: Plan,
     ) -> None:
         limits = {"max_in_flight": max_in_flight, "max_queue": max_queue}
@@ -53,20 +48,12 @@ class Box:
             spec("draft", hidden=True),
         )
         self.backend = FakeBackend(**plans)
-        self.metrics = Metrics()
-        self.seen: list[tuple[str, State, str]] = []
-        self.pool = Pool(ModelNames(specs), self.backend, self.metrics, self._changed)
-
-    def _changed(self, replica: Replica) -> None:
-        self.seen.append((replica.name, replica.state, replica.note))
+        super().__init__(specs, self.backend, timings)
 
     def lease(self, name: str, task: asyncio.Future[None] | None = None, **body: Any) -> Lease:
         lease = self.pool.lease(wish(name, task, **body))
         assert isinstance(lease, Lease)
         return lease
-
-    def states(self) -> dict[str, str]:
-        return {name: entry.state.value for name, entry in self.pool.entries.items()}
 
     def shown_states(self) -> dict[str, str]:
         """The states that the metrics show; of one of several replicas by `MODEL/NUMBER`."""
@@ -82,8 +69,7 @@ class Box:
         }
 
     def in_flight(self, model: str) -> float | None:
-        labels = {"model": model}
-        return self.metrics.registry.get_sample_value("llmserve_requests_in_flight", labels)
+        return self.figure("requests_in_flight", model=model)
 
 
 # --- starting
@@ -110,25 +96,25 @@ async def test_a_model_serves_while_another_still_starts() -> None:
     gate = Gate()
     box = Box(embed=Plan(gate=gate))
     starting = asyncio.ensure_future(box.pool.start())
-    await until(lambda: box.states()["chat"] == "ready")
+    await box.until(lambda: box.states()["chat"] == "ready")
     assert box.lease("chat").running is box.backend.running("chat")
     gate.opened.set()
     await soon(starting)
 
 
-async def test_one_that_fails_does_not_stop_the_others() -> None:
-    box = Box(embed=broken("OSError: no space left"))
+@pytest.mark.parametrize(
+    ("error", "note"),
+    [
+        (StartupError("OSError: no space left"), "OSError: no space left"),
+        (RuntimeError("boom"), "RuntimeError: boom"),  # unforeseen
+    ],
+)
+async def test_a_failed_start_does_not_stop_the_others(error: Exception, note: str) -> None:
+    box = Box(embed=Plan(error=error))
     await box.pool.start()
     assert box.states() == {"chat": "ready", "embed": "failed", "draft": "ready"}
-    assert ("embed", State.FAILED, "OSError: no space left") in box.seen
-    assert [entry.name for entry in box.pool.ready()] == ["chat", "draft"]
-
-
-async def test_one_that_fails_in_an_unforeseen_way_does_not_stop_the_others() -> None:
-    box = Box(embed=Plan(error=RuntimeError("boom")))
-    await box.pool.start()
-    assert box.states() == {"chat": "ready", "embed": "failed", "draft": "ready"}
-    assert "boom" in box.pool.entries["embed"].note
+    assert ("embed", State.FAILED, note) in box.seen
+    assert [model.name for model in box.pool.ready()] == ["chat", "draft"]
 
 
 async def test_a_required_one_that_fails_ends_the_start_at_once() -> None:
@@ -198,7 +184,7 @@ async def test_a_model_that_is_not_ready_yet_says_when_to_come_back(state: State
     assert refused.value.message == f"The model `chat` is {state}; try again."
     assert refused.value.code == "model_not_ready"
     assert refused.value.headers() == {"retry-after": "5"}
-    assert box.pool.entries["chat"].slots.in_flight == 0
+    assert box.pool.models["chat"].slots.in_flight == 0
     gate.opened.set()
     await soon(starting)
     box.lease("chat").release()
@@ -260,16 +246,16 @@ async def test_a_lease_is_given_back_once() -> None:
 async def test_an_engine_that_dies_is_started_again_and_the_others_serve_on() -> None:
     box = Box()
     await box.pool.start()
-    async with watched(box):
+    async with box.watched():
         box.backend.running("chat").dead = True
-        await until(lambda: box.states()["chat"] == "waiting")
-        assert box.pool.entries["chat"].note == "its engine died; again in 1 s"
+        await box.until(lambda: box.states()["chat"] == "waiting")
+        assert box.pool.models["chat"].note == "its engine died; again in 1 s"
         with pytest.raises(Overloaded, match="The model `chat` is waiting") as refused:
             box.lease("chat")
         assert refused.value.code == "model_not_ready"
         assert refused.value.retry_after_s == 1  # the pause, and a start that took no time
         box.lease("embed").release()
-        await until(lambda: box.states()["chat"] == "ready")
+        await box.until(lambda: box.states()["chat"] == "ready")
     box.lease("chat").release()
     assert box.backend.started.count("chat") == 2
     assert box.backend.running("chat").stopped
@@ -277,28 +263,17 @@ async def test_an_engine_that_dies_is_started_again_and_the_others_serve_on() ->
     assert 'llmserve_engine_deaths_total{model="chat",replica="0"} 1.0' in page
 
 
-@pytest.fixture
-def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The pauses of thousandths of seconds."""
-    monkeypatch.setattr(restart_backoff, "_FIRST_S", 0.001)
-
-
-def _started(box: Box, times: int) -> bool:
-    return box.backend.started.count("chat") == times
-
-
-@pytest.mark.usefixtures("hurried")
 async def test_an_engine_that_dies_again_and_again_is_left() -> None:
-    box = Box()
+    box = Box(timings=FAST)
     await box.pool.start()
-    async with watched(box):
-        for life in range(1, restart_backoff.GIVE_UP):
+    async with box.watched():
+        for _ in range(1, restart_backoff.GIVE_UP):
             box.backend.running("chat").dead = True
-            await until(partial(_started, box, life + 1))
-            await until(lambda: box.states()["chat"] == "ready")
+            await box.until(lambda: box.states()["chat"] == "waiting")
+            await box.until(lambda: box.states()["chat"] == "ready")
         box.backend.running("chat").dead = True
-        await until(lambda: box.states()["chat"] == "failed")
-    assert box.pool.entries["chat"].note == "its engine died; 5 times, not started again"
+        await box.until(lambda: box.states()["chat"] == "failed")
+    assert box.pool.models["chat"].note == "its engine died; 5 times, not started again"
     with pytest.raises(EngineDead, match="The engine of `chat` died 5 times") as refused:
         box.lease("chat")
     assert refused.value.code == "engine_dead"
@@ -306,46 +281,36 @@ async def test_an_engine_that_dies_again_and_again_is_left() -> None:
     box.lease("embed").release()
 
 
-@pytest.mark.usefixtures("hurried")
 async def test_a_start_that_fails_after_a_death_counts_as_one() -> None:
-    box = Box()
+    box = Box(timings=FAST)
     await box.pool.start()
     box.backend.plans["chat"].error = StartupError("no memory left")
-    async with watched(box):
+    async with box.watched():
         box.backend.running("chat").dead = True
-        await until(lambda: "5 times" in box.pool.entries["chat"].note)
-    assert box.pool.entries["chat"].note == "no memory left; 5 times, not started again"
+        await box.until(lambda: "5 times" in box.pool.models["chat"].note)
+    assert box.pool.models["chat"].note == "no memory left; 5 times, not started again"
     assert box.backend.started.count("chat") == restart_backoff.GIVE_UP
 
 
-@pytest.mark.usefixtures("hurried")
-async def test_an_engine_that_hangs_is_killed_and_started_again(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(health, "_ASK_EVERY_S", 0.01)
-    monkeypatch.setattr(health, "HUNG_S", 0.02)
-    box = Box()
+async def test_an_engine_that_hangs_is_killed_and_started_again() -> None:
+    box = Box(timings=replace(FAST, hang_check_s=0.01, hang_s=0.02))
     await box.pool.start()
-    asking = asyncio.ensure_future(HealthMonitor(box.pool).run())
-    async with watched(box):
+    async with box.watched():
         await asyncio.sleep(0.1)
         assert box.backend.started.count("chat") == 1  # those that answer are left alone
         box.backend.running("chat").hangs = True
-        await until(lambda: box.backend.started.count("chat") == 2)
-        await until(lambda: set(box.states().values()) == {"ready"})
-    asking.cancel()
-    with suppress(asyncio.CancelledError):
-        await asking
+        await box.until(lambda: box.backend.started.count("chat") == 2)
+        await box.until(lambda: set(box.states().values()) == {"ready"})
 
 
 async def test_the_end_of_the_server_ends_a_revival() -> None:
-    box = Box()
+    box = Box(timings=replace(FAST, first_restart_s=0.02))
     await box.pool.start()
-    async with watched(box):
+    async with box.watched():
         box.backend.running("chat").dead = True
-        await until(lambda: box.states()["chat"] == "waiting")
+        await box.until(lambda: box.states()["chat"] == "waiting")
     await soon(box.pool.stop())
-    await asyncio.sleep(1.1)
+    await asyncio.sleep(0.04)
     assert box.backend.started.count("chat") == 1
 
 
@@ -448,7 +413,7 @@ async def test_states_are_in_the_metrics() -> None:
     assert box.shown_states() == {"chat": "waiting", "embed": "waiting", "draft": "waiting"}
     starting = asyncio.ensure_future(box.pool.start())
     await soon(gate.reached.wait())
-    await until(lambda: box.states()["draft"] == "ready")
+    await box.until(lambda: box.states()["draft"] == "ready")
     assert box.shown_states() == {"chat": "loading", "embed": "failed", "draft": "ready"}
     gate.opened.set()
     await soon(starting)
@@ -461,10 +426,10 @@ async def test_states_are_in_the_metrics() -> None:
 
 async def test_the_figures_of_running_engines_are_collected() -> None:
     box = Box(embed=broken())
-    assert list(box.pool.registries()) == []
+    assert list(box.pool.collectors()) == []
     await box.pool.start()
     running = [box.backend.running(name).registry for name in ("chat", "draft")]
-    assert list(box.pool.registries()) == running
+    assert list(box.pool.collectors()) == running
 
 
 # --- replicas
@@ -477,15 +442,6 @@ def twins(**said: Any) -> ModelSpec:
 def plans(*each: Plan) -> dict[str, Any]:
     """Of the replicas of `chat`, in order."""
     return {f"chat/{number}": plan for number, plan in enumerate(each)}
-
-
-@asynccontextmanager
-async def watched(box: Box) -> AsyncIterator[None]:
-    watching = asyncio.ensure_future(HealthMonitor(box.pool).run())
-    yield
-    watching.cancel()
-    with suppress(asyncio.CancelledError):
-        await watching
 
 
 async def test_all_replicas_start_at_the_same_time_and_share_the_model_s_slots() -> None:
@@ -509,7 +465,7 @@ async def test_a_model_is_ready_with_its_first_replica_and_serves_from_it_alone(
     slow = Plan(reports=((State.LOADING, ""),), gate=gate)
     box = Box(twins(), **plans(slow))
     starting = asyncio.ensure_future(box.pool.start())
-    await until(lambda: box.states() == {"chat": "ready"})
+    await box.until(lambda: box.states() == {"chat": "ready"})
     assert box.shown_states() == {"chat/0": "loading", "chat/1": "ready"}
     for _ in range(2):
         assert box.lease("chat").replica.name == "chat/1"
@@ -536,7 +492,7 @@ def test_a_model_is_where_its_furthest_replica_is(
     box = Box(twins())
     for replica, state in zip(box.pool.replicas, states, strict=True):
         box.pool.life.change(replica, state)
-    entry = box.pool.entries["chat"]
+    entry = box.pool.models["chat"]
     assert entry.state is model
     assert box.pool.ready() == ([entry] if model is State.READY else [])
 
@@ -555,16 +511,16 @@ async def test_a_required_model_needs_one_replica() -> None:
 async def test_a_replica_that_dies_fails_alone() -> None:
     box = Box(twins())
     await box.pool.start()
-    async with watched(box):
+    async with box.watched():
         box.backend.running("chat/0").dead = True
-        await until(lambda: box.shown_states() == {"chat/0": "waiting", "chat/1": "ready"})
+        await box.until(lambda: box.shown_states() == {"chat/0": "waiting", "chat/1": "ready"})
         assert box.states() == {"chat": "ready"}
         assert box.lease("chat").replica.name == "chat/1"
         box.backend.running("chat/1").dead = True
-        await until(lambda: box.states() == {"chat": "waiting"})
+        await box.until(lambda: box.states() == {"chat": "waiting"})
         with pytest.raises(Overloaded, match="The model `chat` is waiting"):
             box.lease("chat")
-        await until(lambda: box.shown_states() == {"chat/0": "ready", "chat/1": "ready"})
+        await box.until(lambda: box.shown_states() == {"chat/0": "ready", "chat/1": "ready"})
     await box.pool.stop()
     assert box.shown_states() == {"chat/0": "stopped", "chat/1": "stopped"}
 
@@ -659,7 +615,7 @@ async def test_every_replica_stops_and_shows_its_figures() -> None:
     box = Box(twins())
     await box.pool.start()
     running = [box.backend.running(f"chat/{number}") for number in (0, 1)]
-    assert list(box.pool.registries()) == [each.registry for each in running]
+    assert list(box.pool.collectors()) == [each.registry for each in running]
     await box.pool.stop()
     assert [each.stopped for each in running] == [1, 1]
 
@@ -667,8 +623,7 @@ async def test_every_replica_stops_and_shows_its_figures() -> None:
 async def test_an_engine_that_cannot_be_asked_is_left_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(health, "_ASK_EVERY_S", 0.01)
-    box = Box()
+    box = Box(timings=replace(FAST, hang_check_s=0.01))
     await box.pool.start()
     asked: list[float] = []
 
@@ -677,36 +632,31 @@ async def test_an_engine_that_cannot_be_asked_is_left_alone(
         raise RuntimeError("cores disagree")
 
     monkeypatch.setattr(box.backend.running("chat"), "responds", broken)
-    asking = asyncio.ensure_future(HealthMonitor(box.pool).run())
-    await until(lambda: len(asked) > 2)  # and it goes on
-    asking.cancel()
-    with suppress(asyncio.CancelledError):
-        await asking
+    async with box.watched():
+        await until(lambda: len(asked) > 2)  # and it goes on
     assert not box.backend.running("chat").dead
 
 
-async def test_watch_that_is_cancelled_leaves_no_task(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_watch_that_is_cancelled_leaves_no_task() -> None:
     """It may be asking an engine that hangs, and draining one that is idle."""
-    monkeypatch.setattr(health, "_ASK_EVERY_S", 0.001)
-    monkeypatch.setattr(health, "_LOOK_S", 0.001)
-    box = Box(spec("chat", idle={"stop_after": 0.002}))
+    timings = replace(FAST, hang_check_s=0.001, health_check_s=0.001)
+    box = Box(spec("chat", idle={"stop_after": 0.002}), timings=timings)
     await soon(box.pool.start())
     running = box.backend.running("chat")
     running.hangs = True
     running.stop_gate = Gate()
     before = asyncio.all_tasks()
-    watching = asyncio.ensure_future(HealthMonitor(box.pool).run())
-    await soon(running.stop_gate.reached.wait())
-    watching.cancel()
-    running.stop_gate.opened.set()  # an end that has begun is completed
-    await asyncio.wait({watching})
+    async with box.watched():
+        await soon(running.stop_gate.reached.wait())
+        # An end that has begun is completed.
+        asyncio.get_running_loop().call_later(0.01, running.stop_gate.opened.set)
     await until(lambda: asyncio.all_tasks() <= before)
 
 
 async def test_model_that_leaves_while_it_is_asked_for_again_serves_its_queue() -> None:
     box = Box(spec("chat", start="lazy", max_in_flight=1, max_queue=8))
     await soon(box.pool.start())
-    entry = box.pool.entries["chat"]
+    entry = box.pool.models["chat"]
     (replica,) = entry.replicas
     box.pool.life.change(replica, State.FAILED)
     replica.again_at = 0.0
@@ -728,7 +678,7 @@ async def test_model_that_leaves_while_it_is_asked_for_again_serves_its_queue() 
 async def test_queue_of_a_model_that_has_left_is_refused_when_nothing_comes() -> None:
     box = Box(spec("chat", start="lazy", max_in_flight=1, max_queue=8), chat=broken("no weights"))
     await soon(box.pool.start())
-    entry = box.pool.entries["chat"]
+    entry = box.pool.models["chat"]
     place = box.pool.lease(wish("chat"))
     assert isinstance(place, QueuedRequest)
     box.pool.remove(entry)

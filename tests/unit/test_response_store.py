@@ -81,7 +81,7 @@ def test_parts_of_a_response_are_evicted_together() -> None:
 
 def test_archive_bounds_bytes_of_all_models() -> None:
     archive = Archive(64 * 1024)
-    models = [archive.of_model() for _ in range(3)]
+    models = [archive.new_store() for _ in range(3)]
     handlers = [handler_of(each) for each in models]
     for n in range(90):
         store(handlers[n % 3], str(n), KIB * (1 + n % 4))
@@ -93,17 +93,17 @@ def test_archive_bounds_bytes_of_all_models() -> None:
 
 def test_archive_evicts_one_that_is_larger_than_all() -> None:
     archive = Archive(10_000)
-    responses = archive.of_model()
+    responses = archive.new_store()
     store(handler_of(responses), "r", KIB * 20)
     assert responses.size == 0
 
 
 def test_archive_of_model_that_left_counts_no_more() -> None:
     archive = Archive(10_000)
-    left = archive.of_model()
+    left = archive.new_store()
     store(handler_of(left), "r", KIB * 8)
     del left
-    other = archive.of_model()
+    other = archive.new_store()
     store(handler_of(other), "r", KIB * 4)
     assert other.has("r", "")
 
@@ -123,7 +123,7 @@ async def test_response_that_runs_is_never_evicted() -> None:
 
 
 async def test_events_of_a_stream_count() -> None:
-    responses = Archive(100 * EVENT_BYTES).of_model()
+    responses = Archive(100 * EVENT_BYTES).new_store()
     running = Stream(handler_of(responses))
     await asyncio.sleep(0)
     for _ in range(200):

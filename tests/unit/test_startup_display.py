@@ -5,17 +5,16 @@ import io
 import pytest
 from rich.console import Console
 
-from llmserve.lifecycle.placement import Placement
 from llmserve.lifecycle.replica import Replica, State
-from llmserve.registry.names import Model
 from llmserve.server.startup_display import Lines, LiveTable, display
+from tests import fakes
 from tests.fakes import spec
 
 
 def replica(
     name: str, state: State, note: str = "", seconds: float = 0.0, *, number: int = 0, of: int = 1
 ) -> Replica:
-    made = Replica(Model(spec(name, replicas=of)), Placement(number, {}))
+    made = fakes.replica(spec(name, replicas=of), number)
     made.state, made.note, made.seconds = state, note, seconds
     return made
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,19 +12,28 @@ import pytest
 from llmserve.api.endpoint_id import EndpointId
 from llmserve.api.endpoints import ENDPOINTS
 from llmserve.errors import DeadlineExceeded, EngineDead, EngineError, Overloaded, StartupError
-from llmserve.lifecycle import health, restart_backoff, transitions
+from llmserve.lifecycle import restart_backoff
 from llmserve.lifecycle.admission import Deadline, QueuedRequest
-from llmserve.lifecycle.health import HealthMonitor
-from llmserve.lifecycle.lease import Lease, ModelRequest
+from llmserve.lifecycle.lease import ModelRequest
 from llmserve.lifecycle.placement import HOST_MEMORY, Level, Place
-from llmserve.lifecycle.pool import Pool
-from llmserve.lifecycle.replica import Replica, State
-from llmserve.metrics import Metrics
-from llmserve.registry.names import ModelNames
-from tests.fakes import FakeBackend, FakeRunning, Gate, Plan, broken, let_in, soon, spec, until
+from llmserve.lifecycle.replica import State
+from llmserve.lifecycle.timings import TIMINGS, LifecycleTimings
+from tests.fakes import (
+    FAST,
+    FakeBackend,
+    FakeRunning,
+    Gate,
+    Plan,
+    PoolBox,
+    broken,
+    let_in,
+    soon,
+    spec,
+    until,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping
+    from collections.abc import Mapping
 
     from llmserve.lifecycle.placement import Takes
     from llmserve.registry.spec import ModelSpec
@@ -33,17 +41,8 @@ if TYPE_CHECKING:
 CHAT = next(endpoint for endpoint in ENDPOINTS if endpoint.id is EndpointId.CHAT_COMPLETIONS)
 
 
-@pytest.fixture(autouse=True)
-def _hurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody has to have stayed, and all is looked at every few milliseconds."""
-    monkeypatch.setattr(transitions, "_LOOK_S", 0.001)
-    monkeypatch.setattr(transitions, "_TURN", 0.0)
-    monkeypatch.setattr(transitions, "_TURN_S", (0.0, 0.0))
-    monkeypatch.setattr(health, "_LOOK_S", 0.002)
-    monkeypatch.setattr(restart_backoff, "_FIRST_S", 0.001)
-
-
 GPU = Place(0)
+SLOW = LifecycleTimings(first_restart_s=3600.0)  # no pause ends within a test
 
 
 def engine(size: int) -> Mapping[Level, Takes]:
@@ -62,7 +61,7 @@ def lazy(name: str, **said: Any) -> ModelSpec:
     return spec(name, start="lazy", **said)
 
 
-class Box:
+class Box(PoolBox):
     """A GPU of 100 bytes; each model as large as `sizes` says."""
 
     def __init__(
@@ -70,6 +69,7 @@ class Box:
         *specs: ModelSpec,
         sizes: Mapping[str, Mapping[Level, Takes] | int],
         capacity: Takes | None = None,
+        timings: LifecycleTimings = FAST,
         **plans: Plan,
     ) -> None:
         self.backend = FakeBackend(**plans)
@@ -80,60 +80,17 @@ class Box:
             able = len(self.backend.sizes[each.name]) > 1
             plan = self.backend.plans.setdefault(each.name, Plan())
             plan.running.sleeps = able
-        self.metrics = Metrics()
-        self.seen: list[tuple[str, State, str]] = []
-        self.pool = Pool(ModelNames(specs), self.backend, self.metrics, self._changed)
-
-    def _changed(self, replica: Replica) -> None:
-        self.seen.append((replica.name, replica.state, replica.note))
-
-    def replica(self, name: str) -> Replica:
-        return self.pool.entries[name].replicas[0]
+        super().__init__(specs, self.backend, timings)
 
     def running(self, name: str) -> FakeRunning:
         return self.backend.running(name)
 
-    def states(self) -> dict[str, str]:
-        return {name: entry.state.value for name, entry in self.pool.entries.items()}
-
     def levels(self) -> dict[str, Level]:
-        return {name: entry.replicas[0].level for name, entry in self.pool.entries.items()}
+        return {name: entry.replicas[0].level for name, entry in self.pool.models.items()}
 
     def trail(self, name: str) -> list[str]:
         """The states that a model went through."""
         return [state.value for each, state, _ in self.seen if each == name]
-
-    def figure(self, name: str, **labels: str) -> float | None:
-        return self.metrics.registry.get_sample_value(f"llmserve_{name}", labels)
-
-    async def ask(self, name: str, deadline: Deadline | None = None) -> Lease:
-        """As a request does: it waits if it has to."""
-        wish = ModelRequest(name, CHAT, {}, deadline or Deadline())
-        lease = self.pool.lease(wish)
-        return lease if isinstance(lease, Lease) else await let_in(lease)
-
-    async def use(self, *names: str) -> None:
-        """A request to each, one after the other."""
-        for name in names:
-            (await soon(self.ask(name))).release()
-
-    async def asking(self, name: str, deadline: Deadline | None = None) -> asyncio.Task[Lease]:
-        """A request that waits now."""
-        before = self.pool.entries[name].slots.waiting()
-        task = asyncio.create_task(self.ask(name, deadline))
-        await until(lambda: self.pool.entries[name].slots.waiting() == before + 1)
-        return task
-
-
-@asynccontextmanager
-async def watched(box: Box) -> AsyncIterator[None]:
-    watching = asyncio.ensure_future(HealthMonitor(box.pool).run())
-    try:
-        yield
-    finally:
-        watching.cancel()
-        with suppress(asyncio.CancelledError):
-            await watching
 
 
 async def some_ms() -> None:
@@ -162,14 +119,11 @@ async def test_a_lazy_model_starts_with_its_first_request_which_waits_for_it() -
     assert box.figure("requests_in_flight", model="a") == 2
 
 
-async def test_a_lazy_model_that_cannot_start_refuses_its_line(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(restart_backoff, "_FIRST_S", 60.0)  # no second try meanwhile
+async def test_a_lazy_model_that_cannot_start_refuses_its_line() -> None:
     gate = Gate()
     plan = broken("OSError: no space left")
     plan.gate = gate
-    box = Box(lazy("a"), sizes={"a": 60}, a=plan)
+    box = Box(lazy("a"), sizes={"a": 60}, timings=SLOW, a=plan)
     waiting = [await box.asking("a") for _ in range(2)]
     gate.opened.set()
     for each in waiting:
@@ -196,13 +150,8 @@ async def test_a_lazy_model_that_could_not_start_is_tried_again_after_a_pause() 
     assert box.backend.started == ["a", "a"]
 
 
-async def test_a_lazy_model_that_fails_again_and_again_is_left(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(
-        restart_backoff, "_FIRST_S", 3600.0
-    )  # no pause is over before the test says so
-    box = Box(lazy("a"), sizes={"a": 60}, a=broken())
+async def test_a_lazy_model_that_fails_again_and_again_is_left() -> None:
+    box = Box(lazy("a"), sizes={"a": 60}, timings=SLOW, a=broken())
     replica = box.replica("a")
     for _ in range(restart_backoff.GIVE_UP):
         replica.again_at = min(replica.again_at, time.monotonic())
@@ -285,7 +234,7 @@ async def test_an_idle_model_gives_way_and_comes_back_when_it_is_asked() -> None
     await box.use("a")
     assert box.states() == {"a": "ready", "b": "stopped"}
     assert box.backend.started == ["a", "b", "a"]
-    assert [box.replica(name).gave_way for name in "ab"] == [1, 1]
+    assert [box.replica(name).evictions for name in "ab"] == [1, 1]
 
 
 async def test_evictions_are_counted_by_where_they_led() -> None:
@@ -307,7 +256,7 @@ async def test_a_busy_model_finishes_its_requests_before_it_gives_way() -> None:
     box = Box(lazy("a"), lazy("b"), sizes={"a": 60, "b": 60})
     held = await soon(box.ask("a"))
     waiting = await box.asking("b")
-    await until(lambda: box.states()["a"] == "draining")
+    await box.until(lambda: box.states()["a"] == "draining")
     await some_ms()
     assert box.backend.started == ["a"]
     assert box.running("a").stopped == 0
@@ -322,7 +271,7 @@ async def test_who_asks_for_a_model_that_gives_way_waits_until_it_is_back_in_ord
     early = Deadline()
     line = [await box.asking("a") for _ in range(2)]
     other = await box.asking("b")
-    await until(lambda: box.states()["a"] == "draining")
+    await box.until(lambda: box.states()["a"] == "draining")
     line += [await box.asking("a") for _ in range(2)]
     line.insert(0, await box.asking("a", early))  # which came before, and comes again
     held.release()
@@ -410,7 +359,7 @@ async def test_what_starts_keeps_its_room_from_others() -> None:
     second = asyncio.create_task(box.ask("b"))
     await some_ms()
     assert box.backend.started == ["a"]
-    assert (box.states()["b"], box.replica("b").note) == ("waiting", "for memory that others hold")
+    assert (box.states()["b"], box.replica("b").note) == ("waiting", "waiting for memory")
     gate.opened.set()
     (await soon(first)).release()
     (await soon(second)).release()
@@ -459,7 +408,7 @@ async def test_replicas_of_one_model_do_not_give_way_to_each_other() -> None:
     box = Box(lazy("a", replicas=2), sizes={"a": 60})
     (await soon(box.ask("a"))).release()
     await some_ms()
-    assert [replica.gave_way for replica in box.pool.replicas] == [0, 0]
+    assert [replica.evictions for replica in box.pool.replicas] == [0, 0]
     assert box.backend.started == ["a/0"]
 
 
@@ -477,7 +426,7 @@ def test_whether_models_fit_beside_those_that_are_here() -> None:
     a, b, c = box.pool.replicas
     assert fits([a, b])
     assert not fits([a, c])
-    box.pool.life._booked[a] = Level.READY
+    box.pool.life._reserved[a] = Level.READY
     assert (fits([b]), fits([c])) == (True, False)
 
 
@@ -515,11 +464,9 @@ async def test_idle_time_is_weighed_by_what_coming_back_takes(
 
 @pytest.mark.parametrize("busy", [False, True])
 async def test_a_model_stays_for_a_while_that_follows_what_its_coming_took(
-    monkeypatch: pytest.MonkeyPatch, busy: bool
+    busy: bool,
 ) -> None:
-    monkeypatch.setattr(transitions, "_TURN", 5.0)
-    monkeypatch.setattr(transitions, "_TURN_S", (2.0, 60.0))
-    box = Box(lazy("a"), lazy("b"), sizes={"a": 60, "b": 60})
+    box = Box(lazy("a"), lazy("b"), sizes={"a": 60, "b": 60}, timings=TIMINGS)
     a = box.replica("a")
     held = await soon(box.ask("a"))
     if not busy:
@@ -528,11 +475,12 @@ async def test_a_model_stays_for_a_while_that_follows_what_its_coming_took(
     enough_s = 5 * 4.0 if busy else 4.0
     a.since = time.monotonic() - enough_s + 1
     waiting = await box.asking("b")
-    await until(lambda: box.states()["b"] == "waiting")
+    await box.until(lambda: box.states()["b"] == "waiting")
     await some_ms()
     assert box.states() == {"a": "ready", "b": "waiting"}
     a.since -= 1
-    await until(lambda: box.states()["a"] != "ready")
+    box.pool.life.check_memory()
+    await box.until(lambda: box.states()["a"] != "ready")
     held.release()
     (await soon(waiting)).release()
 
@@ -548,21 +496,18 @@ async def test_a_model_stays_for_a_while_that_follows_what_its_coming_took(
         (False, 100.0, 60.0),
     ],
 )
-def test_how_long_a_model_stays(
-    monkeypatch: pytest.MonkeyPatch, busy: bool, cost_s: float, stays_s: float
-) -> None:
-    monkeypatch.setattr(transitions, "_TURN", 5.0)
-    monkeypatch.setattr(transitions, "_TURN_S", (2.0, 60.0))
-    replica = Box(lazy("a"), sizes={"a": 60}).replica("a")
+def test_how_long_a_model_stays(busy: bool, cost_s: float, stays_s: float) -> None:
+    box = Box(lazy("a"), sizes={"a": 60}, timings=TIMINGS)
+    replica, evictable_in_s = box.replica("a"), box.pool.life._evictable_in_s
     replica.state = State.READY
     replica.cost_s = {Level.STOPPED: cost_s}
     if busy:
         replica.load.add(0)
     replica.since = time.monotonic() - stays_s
-    assert transitions._gives_way(replica, busy=True)
-    assert transitions._gives_way(replica, busy=False) is not busy
+    assert evictable_in_s(replica, busy=True) == 0.0
+    assert evictable_in_s(replica, busy=False) == (math.inf if busy else 0.0)
     replica.since += 0.5
-    assert not transitions._gives_way(replica, busy=True)
+    assert evictable_in_s(replica, busy=True) == pytest.approx(0.5, abs=0.01)
 
 
 # --- sleepers
@@ -652,9 +597,9 @@ async def test_an_engine_that_does_not_fall_asleep_is_stopped() -> None:
 async def test_a_sleeper_that_dies_is_stopped_and_started_when_it_is_asked() -> None:
     box = Box(lazy("a"), lazy("b"), sizes={"a": sleeping(60), "b": 80})
     await box.use("a", "b")
-    async with watched(box):
+    async with box.watched():
         box.running("a").dead = True
-        await until(lambda: box.states()["a"] == "stopped")
+        await box.until(lambda: box.states()["a"] == "stopped")
         await some_ms()
     assert box.levels()["a"] is Level.STOPPED
     assert box.running("a").stopped == 1
@@ -687,7 +632,7 @@ async def test_a_sleeper_that_waits_behind_another_is_not_in_its_way(asked: bool
     busy = box.replica("busy")
     busy.since = time.monotonic() + 60  # it has its turn still
     large = await box.asking("large")
-    await until(lambda: box.states()["large"] == "waiting")
+    await box.until(lambda: box.states()["large"] == "waiting")
     waking = [await box.asking("asleep")] if asked else []
     await some_ms()
     busy.since = time.monotonic() - 60
@@ -760,11 +705,11 @@ async def test_an_idle_model_sleeps_and_then_stops() -> None:
     idle = {"sleep_after": 0.02, "stop_after": 0.06}
     box = Box(spec("a", idle=idle), spec("b"), sizes={"a": sleeping(60), "b": 40})
     await soon(box.pool.start())
-    async with watched(box):
-        await until(lambda: box.states()["a"] == "sleeping")
+    async with box.watched():
+        await box.until(lambda: box.states()["a"] == "sleeping")
         assert box.levels()["a"] is Level.HOST
         assert box.replica("a").idle_s >= 0.02
-        await until(lambda: box.states()["a"] == "stopped")
+        await box.until(lambda: box.states()["a"] == "stopped")
         assert box.replica("a").idle_s >= 0.06
     assert box.states()["b"] == "ready"
     assert (box.running("a").slept, box.running("a").stopped) == ([Level.HOST], 1)
@@ -773,23 +718,23 @@ async def test_an_idle_model_sleeps_and_then_stops() -> None:
 async def test_a_model_with_a_request_is_not_idle_and_is_so_only_after_it() -> None:
     box = Box(spec("a", idle={"stop_after": 0.02}), sizes={"a": 60})
     await soon(box.pool.start())
-    async with watched(box):
+    async with box.watched():
         lease = await soon(box.ask("a"))
         await asyncio.sleep(0.04)
         assert box.states() == {"a": "ready"}
         ended = time.monotonic()
         lease.release()
-        await until(lambda: box.states() == {"a": "stopped"})
+        await box.until(lambda: box.states() == {"a": "stopped"})
         assert time.monotonic() - ended >= 0.02
 
 
 async def test_an_idle_model_that_cannot_sleep_stops() -> None:
     box = Box(spec("a", idle={"sleep_after": 0.01}), sizes={"a": 60})
     await soon(box.pool.start())
-    async with watched(box):
-        await until(lambda: box.states() == {"a": "stopped"})
+    async with box.watched():
+        await box.until(lambda: box.states() == {"a": "stopped"})
         await box.use("a")
-        await until(lambda: box.states() == {"a": "stopped"})
+        await box.until(lambda: box.states() == {"a": "stopped"})
     assert box.backend.started == ["a", "a"]
 
 
@@ -797,8 +742,8 @@ async def test_an_idle_model_whose_weights_have_no_room_leaves_them_on_disk() ->
     far = {Level.READY: {GPU: 60}, Level.DISK: {GPU: 2}}
     box = Box(spec("a", idle={"sleep_after": 0.01}), sizes={"a": far})
     await soon(box.pool.start())
-    async with watched(box):
-        await until(lambda: box.states() == {"a": "sleeping"})
+    async with box.watched():
+        await box.until(lambda: box.states() == {"a": "sleeping"})
     assert box.running("a").slept == [Level.DISK]
 
 
@@ -808,7 +753,7 @@ async def test_an_idle_model_whose_weights_have_no_room_leaves_them_on_disk() ->
 async def test_those_who_wait_for_a_slot_wait_for_a_new_engine_too() -> None:
     box = Box(spec("a", max_in_flight=1), sizes={"a": 60})
     await soon(box.pool.start())
-    async with watched(box):
+    async with box.watched():
         held = await soon(box.ask("a"))
         line = [await box.asking("a") for _ in range(2)]
         box.running("a").dead = True
@@ -823,7 +768,7 @@ async def test_those_who_wait_for_an_engine_that_comes_no_more_are_told() -> Non
     box = Box(spec("a", max_in_flight=1), sizes={"a": 60})
     await soon(box.pool.start())
     box.backend.plans["a"].error = StartupError("no memory left")
-    async with watched(box):
+    async with box.watched():
         held = await soon(box.ask("a"))
         line = [await box.asking("a") for _ in range(2)]
         box.running("a").dead = True
@@ -857,7 +802,7 @@ async def test_a_death_that_several_notice_is_one() -> None:
     box.running("a").dead = True
     replica = box.replica("a")
     for _ in range(3):  # a request, and whoever watches, in one turn of the loop
-        box.pool.handle_death(replica)
+        box.pool.supervisor.handle_death(replica)
     assert replica.deaths.in_a_row == 1
     assert box.figure("engine_deaths_total", model="a", replica="0") == 1
 
@@ -867,7 +812,7 @@ async def test_a_dead_engine_keeps_its_place_until_it_is_back() -> None:
     box = Box(spec("a"), lazy("b"), sizes={"a": 60, "b": 60})
     await soon(box.pool.start())
     box.backend.plans["a"].gate = gate
-    async with watched(box):
+    async with box.watched():
         box.running("a").dead = True
         await soon(gate.reached.wait())
         waiting = asyncio.create_task(box.ask("b"))
@@ -882,7 +827,7 @@ async def test_an_engine_that_dies_while_it_finishes_is_gone() -> None:
     box = Box(lazy("a"), lazy("b"), sizes={"a": sleeping(60), "b": 80})
     held = await soon(box.ask("a"))
     waiting = await box.asking("b")
-    await until(lambda: box.states()["a"] == "draining")
+    await box.until(lambda: box.states()["a"] == "draining")
     box.running("a").dead = True
     held.release()
     (await soon(waiting)).release()
@@ -928,7 +873,7 @@ async def test_nothing_comes_any_more_once_the_server_ends() -> None:
     box = Box(lazy("a"), lazy("b"), sizes={"a": 60, "b": 60})
     held = await soon(box.ask("a"))
     waiting = await box.asking("b")
-    await until(lambda: box.states()["a"] == "draining")
+    await box.until(lambda: box.states()["a"] == "draining")
     box.pool.close()
     with pytest.raises(Overloaded, match="The server is stopping"):
         await soon(waiting)
@@ -972,7 +917,7 @@ async def test_every_step_of_a_swap_is_an_event() -> None:
 async def test_memory_of_a_cancelled_start_is_free_again() -> None:
     gate = Gate()
     box = Box(lazy("a"), lazy("b"), sizes={"a": 60, "b": 60}, a=Plan(gate=gate))
-    coming = asyncio.create_task(box.pool.life.to_ready(box.replica("a")))
+    coming = asyncio.create_task(box.pool.life.make_ready(box.replica("a")))
     await soon(gate.reached.wait())
     assert not box.pool.life.fits([box.replica("b")])
     coming.cancel()
@@ -987,12 +932,12 @@ async def test_memory_of_a_cancelled_wake_is_free_once_its_engine_has_ended(
     capacity = {GPU: 100, HOST_MEMORY: 100}
     box = Box(lazy("a"), lazy("b"), sizes={"a": sleeping(60), "b": 60}, capacity=capacity)
     replica, life = box.replica("a"), box.pool.life
-    await soon(life.to_ready(replica))
+    await soon(life.make_ready(replica))
     await soon(life.lower(replica, Level.HOST))
     assert life.fits([box.replica("b")])
     gate = Gate()
     monkeypatch.setattr(box.running("a"), "wake", gate.wait)
-    waking = asyncio.create_task(life.to_ready(replica))
+    waking = asyncio.create_task(life.make_ready(replica))
     await soon(gate.reached.wait())
     waking.cancel()
     await asyncio.wait({waking})
@@ -1007,13 +952,13 @@ async def test_an_engine_ends_before_the_next_starts_when_its_eviction_is_cancel
     """Else both would hold memory that one has reserved."""
     box = Box(lazy("a"), sizes={"a": 60})
     replica, life = box.replica("a"), box.pool.life
-    await soon(life.to_ready(replica))
+    await soon(life.make_ready(replica))
     gate = Gate()
     monkeypatch.setattr(box.running("a"), "stop", gate.wait)
     lowering = asyncio.create_task(life.lower(replica, Level.STOPPED))
     await soon(gate.reached.wait())
     lowering.cancel()
-    starting = asyncio.create_task(life.to_ready(replica))
+    starting = asyncio.create_task(life.make_ready(replica))
     for _ in range(10):
         await asyncio.sleep(0)
     assert not gate.cancelled
@@ -1032,7 +977,7 @@ async def test_death_in_a_transition_is_left_to_its_end() -> None:
     replica = box.replica("a")
     box.running("a").dead = True
     async with replica.transition_lock:
-        assert not box.pool.handle_death(replica)
+        assert not box.pool.supervisor.handle_death(replica)
         assert replica.state is State.READY
-    assert box.pool.handle_death(replica)
+    assert box.pool.supervisor.handle_death(replica)
     assert box.figure("engine_deaths_total", model="a", replica="0") == 1
