@@ -38,8 +38,11 @@ class HealthMonitor:
         try:
             await asyncio.gather(self._check_replicas(), self._check_for_hangs())
         finally:
-            for task in (*self._lowered.values(), *self._asked.values()):
+            tasks = {*self._lowered.values(), *self._asked.values()}
+            for task in tasks:
                 task.cancel()
+            if tasks:
+                await asyncio.wait(tasks)
 
     async def _check_replicas(self) -> None:
         """Dead engines have no event; idle times pass."""

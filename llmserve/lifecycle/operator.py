@@ -8,6 +8,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from llmserve.errors import LLMServeError, Overloaded, RequestError, quoted
+from llmserve.lifecycle.parallel import in_parallel
 from llmserve.lifecycle.placement import HOST_MEMORY, Level
 from llmserve.lifecycle.replica import State
 from llmserve.registry import diff
@@ -97,7 +98,7 @@ class ModelOperator:
         await self._lower(model, Level.HOST)
 
     async def _lower(self, model: ServedModel, level: Level) -> None:
-        await asyncio.gather(*(self._pool.life.lower(each, level) for each in model.replicas))
+        await in_parallel(self._pool.life.lower(each, level) for each in model.replicas)
 
     # --- reload
 
@@ -140,16 +141,20 @@ class ModelOperator:
         added = [pool.create(spec) for spec in changes.added]
         for model in added:
             pool.add(model)
-        failures, _ = await asyncio.gather(
-            asyncio.gather(
+        failures = await in_parallel(
+            [
                 *(self._rebuild(change) for change in changes.rebuilt),
                 *(self._start(model) for model in added),
                 *(self._restart(change) for change in (*changes.restarted, *changes.resized)),
-            ),
-            asyncio.gather(*(pool.end(model) for model in leaving)),
+                *(self._end(model) for model in leaving),
+            ]
         )
         pool.sort(spec.name for spec in config.models)
         return [line for lines in failures for line in lines]
+
+    async def _end(self, model: ServedModel) -> list[str]:
+        await self._pool.end(model)
+        return []
 
     async def _rebuild(self, change: Change) -> list[str]:
         model = self._pool.models[change.old.name]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from llmserve.errors import StartupError
 from llmserve.lifecycle.events import Events
 from llmserve.lifecycle.gauges import PoolGauges
+from llmserve.lifecycle.parallel import in_parallel
 from llmserve.lifecycle.replica import STARTING, Replica, State
 from llmserve.lifecycle.response_store import Archive
 from llmserve.lifecycle.router import Router
@@ -140,7 +141,7 @@ class Pool:
         replicas = model.replicas if replicas is None else tuple(replicas)
         for replica in replicas:
             self.life.retire(replica)
-        await asyncio.gather(*(self.supervisor.end(each) for each in replicas))
+        await in_parallel(self.supervisor.end(each) for each in replicas)
         del self._all[model]
         for replica in replicas:
             self._gauges.forget(replica)
@@ -210,7 +211,7 @@ class Pool:
             self._backend.kill()
         await self.supervisor.cancel_all()
         running = [replica for replica in self.replicas if replica.running is not None]
-        await asyncio.gather(*(self.life.end_engine(replica) for replica in running))
+        await in_parallel(self.life.end_engine(replica) for replica in running)
         for replica in running:
             self.life.change(replica, State.STOPPED)
 

@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from llmserve.errors import Overloaded
+from llmserve.lifecycle.parallel import in_parallel
 from llmserve.lifecycle.placement import Level
 from llmserve.lifecycle.replica import AT_REST, State
 
@@ -107,7 +108,7 @@ class Supervisor:
         cancelled = [each for each in model.replicas if each in starting]
         others = [each for each in model.replicas if each not in starting]
         stops = [self._life.lower(each, Level.STOPPED) for each in others]
-        await asyncio.gather(self._cancel(cancelled), *stops)
+        await in_parallel([self._cancel(cancelled), *stops])
         model.serve_queue()
 
     async def _cancel(self, replicas: Sequence[Replica]) -> None:
@@ -119,7 +120,7 @@ class Supervisor:
                 task.cancel()
             if tasks:
                 await asyncio.wait(tasks)
-            await asyncio.gather(*(self._life.stop(each) for each in replicas))
+            await in_parallel(self._life.stop(each) for each in replicas)
         finally:
             for replica in replicas:
                 if self._unloading.get(replica) is stopped:

@@ -14,6 +14,7 @@ from llmserve.errors import LLMServeError, StartupError
 from llmserve.gpus.claims import GpuClaims
 from llmserve.gpus.device import gib
 from llmserve.lifecycle.eviction import Resident, plan_eviction
+from llmserve.lifecycle.parallel import in_parallel
 from llmserve.lifecycle.placement import HOST_MEMORY, Level
 from llmserve.lifecycle.replica import STARTING, State
 from llmserve.lifecycle.timings import TIMINGS, LifecycleTimings
@@ -346,7 +347,7 @@ class ReplicaLifecycle:
             if steps is None:
                 await self._wait_for_memory(replica)
             elif steps:
-                await asyncio.gather(*(self._evict(*step, replica) for step in steps))
+                await in_parallel(self._evict(*step, replica) for step in steps)
             else:
                 return
 
