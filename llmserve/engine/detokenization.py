@@ -37,7 +37,7 @@ def release_gil(renderer: BaseRenderer[Any]) -> None:
     """Make `renderer` decode with a copy of its tokenizer that has a BatchDecoder.
 
     The copy is of the class below vLLM's pool of tokenizers: `decode_batch` needs no pool.
-    Another kind of tokenizer is left as it is.
+    Another kind of tokenizer keeps its own `decode`.
     """
     tokenizer: Any = renderer.get_tokenizer()
     if isinstance(tokenizer, ThreadSafeHFTokenizerMixin):

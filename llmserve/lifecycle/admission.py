@@ -33,7 +33,7 @@ _NUMBERS = itertools.count()
 
 
 class ServiceRate:
-    """The completion rate of a model over its last requests; time without requests is left out."""
+    """The completion rate of a model over its last requests, idle time excluded."""
 
     def __init__(self) -> None:
         self._ends: deque[float] = deque(maxlen=_RECENT)

@@ -17,7 +17,7 @@ class RestartBackoff:
         self.in_a_row = 0
 
     def pause_s(self, first_s: float, *, stable: bool = False) -> float | None:
-        """Count a death; return the seconds until the next start, or None if there is none.
+        """Count a death; return the seconds until the next start, or None to stay down.
 
         `stable`: the engine was ready for so long that earlier deaths do not count.
         """

@@ -85,7 +85,7 @@ class Problem:
 @dataclass(frozen=True)
 class Plan:
     box: Box
-    headroom: float  # share of each GPU that is left free
+    headroom: float  # share of each GPU that stays free
     replicas: tuple[PlannedReplica, ...]
     problems: tuple[Problem, ...] = ()
 
