@@ -200,7 +200,7 @@ def test_it_answers_asleep(seen: Seen) -> None:
 
 
 def test_without_room_it_says_so_and_sleeps_on(seen: Seen) -> None:
-    assert "free GPU memory, then wake it again" in seen.refused
+    assert "free GPU memory and wake it again" in seen.refused
 
 
 def test_what_torch_has_reserved_is_part_of_what_it_took(seen: Seen) -> None:
