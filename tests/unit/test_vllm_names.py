@@ -27,7 +27,8 @@ INNER = {
     "uvicorn",
     "zmq",
 }
-NOT_THEIRS = {("os", "_exit"), ("sample", "_replace")}  # public in spite of their names
+# Public in spite of their names; the last is the standard library's (test_parent_watch.py).
+NOT_THEIRS = {("os", "_exit"), ("sample", "_replace"), ("process", "_config")}
 COPIED = (
     "copied",
     "matched",
