@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from llmserve.lifecycle.replica import State
@@ -26,16 +27,19 @@ class PoolGauges:
         self._metrics.queued.labels(model.name).set_function(model.slots.waiting)
         for replica in model.replicas:
             self.show(replica)
-            if model.policy is not None:
-                self._add_dispatch(replica)
+        self.show_dispatch(model)
 
-    def _add_dispatch(self, replica: Replica) -> None:
-        spec, number = replica.model.spec, replica.number
-        tokens = self._metrics.tokens_in_flight.labels(spec.name, number)
-        tokens.set_function(lambda: replica.load.tokens)
-        self._dispatched[replica] = self._metrics.dispatched.labels(
-            spec.name, number, spec.dispatch
-        )
+    def show_dispatch(self, model: ServedModel) -> None:
+        """Count the requests of each replica under the model's policy; a lone one has none."""
+        if model.policy is None:
+            return
+        for replica in model.replicas:
+            labels = (model.name, replica.number)
+            tokens = self._metrics.tokens_in_flight.labels(*labels)
+            tokens.set_function(partial(getattr, replica.load, "tokens"))
+            self._dispatched[replica] = self._metrics.dispatched.labels(
+                *labels, model.spec.dispatch
+            )
 
     def count_dispatch(self, replica: Replica) -> None:
         self._dispatched[replica].inc()

@@ -102,6 +102,7 @@ class Pool:
     def apply_spec(self, model: ServedModel, spec: ModelSpec) -> None:
         """Continue with a changed spec or plan, in which the model keeps its engines."""
         model.apply_spec(spec, self._placements(spec))
+        self._gauges.show_dispatch(model)
         self.life.check_memory()
 
     def add(self, model: ServedModel) -> None:

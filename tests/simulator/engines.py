@@ -169,18 +169,23 @@ class Engine:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[None] = loop.create_future()
         seconds = seconds if not self.hangs else 1e9
-        self.work[future] = loop.call_later(seconds, _finish, future)
+        self.work[future] = loop.call_later(seconds, self._finish, future)
         try:
             await future
         finally:
             self.work.pop(future).cancel()
+
+    def _finish(self, future: asyncio.Future[None]) -> None:
+        if not future.done():
+            future.set_result(None)
+            self._fleet.worked(self.spec.name)
 
     def hang(self) -> None:
         self.hangs = True
         loop = asyncio.get_running_loop()
         for future, timer in self.work.items():
             timer.cancel()
-            self.work[future] = loop.call_later(1e9, _finish, future)
+            self.work[future] = loop.call_later(1e9, self._finish, future)
 
     async def bounded(self, what: str, seconds: float) -> None:
         """A call that moves memory, and has a bound: a hung engine is killed at its end."""
@@ -221,11 +226,6 @@ class Watch:
         self.is_killed = True
         if self.engine is not None and self.engine.alive:
             self.engine.die()
-
-
-def _finish(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
 
 
 def _fail(future: asyncio.Future[None]) -> None:
@@ -336,7 +336,9 @@ class Fleet:
         self.most: Counter[Place] = Counter()  # that engines held at the same time
         self.overfull = False  # which was more than there is
         memory.count = self.count
-        self.died: Callable[[str], None] = lambda _: None  # called with the name of the model
+        # Called with the name of the model.
+        self.died: Callable[[str], None] = lambda _: None
+        self.worked: Callable[[str], None] = lambda _: None
         self.ModelHandlers = self  # as the module `handlers`
 
     def alive(self) -> list[Engine]:

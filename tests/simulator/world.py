@@ -44,6 +44,7 @@ _PATIENCE_S = 4 * 3600.0  # virtual; longer than anything takes that ends by its
 _STUCK_S = 60.0  # after which the connection of a client that does not read is ended
 _LINGER_S = 2.0
 _LIMIT = 8  # the largest max_in_flight
+_ASKED_AS_ONE_ENDS = 0.1  # the chance of a request as an engine completes a piece of work
 # Of a server that works, whatever its engines do.
 _STATUSES = frozenset({200, 400, 404, 500, 503, 504})
 
@@ -154,6 +155,7 @@ class World:
         self.memory = Memory(self.chance.choice((1, 2)), capacity, self.chance)
         self.fleet = Fleet(self.weather, self.memory)
         self.fleet.died = self._ask_just_now
+        self.fleet.worked = partial(self._ask_just_now, chance=_ASKED_AS_ONE_ENDS)
         models = [self._model(name, size) for name, size in zip(NAMES, sizes, strict=True)]
         drain_s = self.chance.choice((0.0, 5.0, 600.0))
         self.config = Config(
@@ -330,9 +332,9 @@ class World:
     def _on_change(self, replica: Replica) -> None:
         self._ask_just_now(replica.model.name)
 
-    def _ask_just_now(self, name: str) -> None:
+    def _ask_just_now(self, name: str, chance: float = 0.4) -> None:
         """Some requests come in the step in which something changes, where a fault would show."""
-        if self.accepts and self.chance.random() < 0.4:
+        if self.accepts and self.chance.random() < chance:
             self.loop.call_soon(self._ask, name)
 
     def _ask(self, name: str | None = None) -> None:

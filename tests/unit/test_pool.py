@@ -12,6 +12,7 @@ from llmserve.errors import EngineDead, ModelNotFound, Overloaded, StartupError
 from llmserve.lifecycle import restart_backoff
 from llmserve.lifecycle.admission import Deadline, QueuedRequest
 from llmserve.lifecycle.lease import Lease, ModelRequest
+from llmserve.lifecycle.placement import Level
 from llmserve.lifecycle.replica import Replica, State
 from llmserve.lifecycle.timings import TIMINGS, LifecycleTimings
 from tests.fakes import FAST, FakeBackend, Gate, Plan, PoolBox, broken, let_in, soon, spec, until
@@ -580,6 +581,23 @@ async def test_a_refused_request_counts_for_no_replica() -> None:
     assert [each.load.requests for each in box.pool.replicas] == [0, 0]
 
 
+async def test_changed_policy_is_the_label_of_later_requests() -> None:
+    box = Box(twins(max_in_flight=9))
+    await box.pool.start()
+    box.lease("chat", prompt="x").release()
+    box.pool.apply_spec(box.pool.models["chat"], twins(max_in_flight=9, dispatch="prefix_affinity"))
+    box.lease("chat", prompt="x").release()
+    counted = {
+        policy: sum(
+            box.figure("requests_dispatched_total", model="chat", replica=number, policy=policy)
+            or 0
+            for number in "01"
+        )
+        for policy in ("shortest_queue", "prefix_affinity")
+    }
+    assert counted == {"shortest_queue": 1.0, "prefix_affinity": 1.0}
+
+
 async def test_a_lone_replica_s_requests_are_not_weighed() -> None:
     box = Box()
     await box.pool.start()
@@ -639,18 +657,51 @@ async def test_an_engine_that_cannot_be_asked_is_left_alone(
 
 async def test_watch_that_is_cancelled_leaves_no_task() -> None:
     """It may be asking an engine that hangs, and draining one that is idle."""
-    timings = replace(FAST, hang_check_s=0.001, health_check_s=0.001)
+    timings = replace(FAST, hang_check_s=0.001, health_check_s=0.001, hang_s=3600.0)
     box = Box(spec("chat", idle={"stop_after": 0.002}), timings=timings)
     await soon(box.pool.start())
     running = box.backend.running("chat")
     running.hangs = True
     running.stop_gate = Gate()
     before = asyncio.all_tasks()
-    async with box.watched():
+    async with asyncio.timeout(30), box.watched():
         await soon(running.stop_gate.reached.wait())
         # An end that has begun is completed.
         asyncio.get_running_loop().call_later(0.01, running.stop_gate.opened.set)
     await until(lambda: asyncio.all_tasks() <= before)
+
+
+async def test_watch_with_a_replica_that_raises_checks_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    box = Box(spec("broken"), spec("chat", start="lazy"))
+    await soon(box.pool.start())
+    handle_death = box.pool.supervisor.handle_death
+    checked: set[str] = set()
+
+    def handle(replica: Replica) -> bool:
+        checked.add(replica.name)
+        if replica.name == "broken":
+            raise RuntimeError("unforeseen")
+        return handle_death(replica)
+
+    monkeypatch.setattr(box.pool.supervisor, "handle_death", handle)
+    async with box.watched():
+        await until(lambda: checked == {"broken", "chat"})
+
+
+async def test_replica_that_hangs_while_it_drains_is_killed() -> None:
+    box = Box(timings=replace(FAST, hang_check_s=0.001, hang_s=0.001))
+    await soon(box.pool.start())
+    running = box.backend.running("chat")
+    lease = await soon(box.ask("chat"))
+    lowering = asyncio.create_task(box.pool.life.lower(box.replica("chat"), Level.STOPPED))
+    await until(lambda: box.replica("chat").state is State.DRAINING)
+    running.hangs = True
+    async with box.watched():
+        await until(lambda: running.dead)
+    lease.release()
+    await soon(lowering)
 
 
 async def test_model_that_leaves_while_it_is_asked_for_again_serves_its_queue() -> None:

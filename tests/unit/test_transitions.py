@@ -970,6 +970,22 @@ async def test_an_engine_ends_before_the_next_starts_when_its_eviction_is_cancel
     assert replica.state is State.READY
 
 
+async def test_replica_whose_reason_ends_in_the_queue_is_not_lowered() -> None:
+    """A request came while another transition was not over."""
+    box = Box(spec("a"), sizes={"a": 60})
+    await soon(box.pool.start())
+    replica, reasons = box.replica("a"), [True]
+    async with replica.transition_lock:
+        lowering = asyncio.create_task(
+            box.pool.life.lower(replica, Level.STOPPED, lambda: reasons[0])
+        )
+        await asyncio.sleep(0)
+        reasons[0] = False
+    await soon(lowering)
+    assert replica.state is State.READY
+    assert box.running("a") is replica.running
+
+
 async def test_death_in_a_transition_is_left_to_its_end() -> None:
     """Else it would be counted at every look, and started again over what is under way."""
     box = Box(spec("a"), sizes={"a": 60})
