@@ -110,6 +110,23 @@ def mistake(details: Iterable[ErrorDetails], body: Any) -> RequestError:
     return RequestError(f"{name} must be {_either(allowed)}; it is {_came(here)}.", param=param)
 
 
+def field_mistakes(details: Iterable[ErrorDetails]) -> list[tuple[str, str]]:
+    """Return the name of each invalid field of a flat object, and what is wrong with it."""
+    found = []
+    for detail in details:
+        each = Found.of(detail, {})
+        name, allowed = str(each.loc[0]), _allowed(each)
+        if each.kind == "extra_forbidden":
+            problem = "is not a known key"
+        elif each.kind == "missing":
+            problem = "is required"
+        else:
+            value = "null" if each.value is None else quoted(str(each.value), 40)
+            problem = f"must be {allowed}; it is {value}" if allowed else "has an invalid value"
+        found.append((name, f"{quoted(name)} {problem}"))
+    return found
+
+
 # Names of one field in different requests; a body has one of them.
 _SYNONYMS = (
     ("max_tokens", "max_completion_tokens", "max_output_tokens"),

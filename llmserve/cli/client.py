@@ -43,6 +43,11 @@ class Client:
                 limits=limits,
                 transport=httpx.HTTPTransport(limits=limits) if is_local else None,
             )
+        except OSError as error:
+            raise NoServer(
+                self.url,
+                f"cannot read SSL_CERT_FILE or SSL_CERT_DIR ({error}); correct or unset it",
+            ) from None
         except (ImportError, ValueError, httpx.InvalidURL) as error:
             raise NoServer(
                 self.url,

@@ -13,7 +13,8 @@ from llmserve.api.body_limits import check_quantities
 from llmserve.api.context import RequestContext
 from llmserve.api.endpoints import parse_object
 from llmserve.api.json_text import is_light
-from llmserve.errors import BodyTooLarge, RequestError, quoted
+from llmserve.api.validation_errors import field_mistakes
+from llmserve.errors import BodyTooLarge, RequestError
 from llmserve.http.content_coding import coding_of, decode
 from llmserve.http.schema_limits import check_constraints
 
@@ -80,12 +81,10 @@ def validate_fields(kind: type[M], values: Mapping[str, Any]) -> M:
     try:
         return kind.model_validate(dict(values))
     except ValidationError as error:
-        problems = [(str(each["loc"][0]), each["msg"]) for each in error.errors()]
-        raise RequestError(
-            "; ".join(f"{quoted(name)}: {message}" for name, message in problems)
-            + f". Allowed: {', '.join(kind.model_fields) or 'no keys'}.",
-            param=problems[0][0],
-        ) from None
+        (first, _), *_ = found = field_mistakes(error.errors(include_url=False))
+        problems = "; ".join(problem for _, problem in found)
+        allowed = ", ".join(kind.model_fields) or "no keys"
+        raise RequestError(f"{problems}. Allowed: {allowed}.", param=first) from None
 
 
 def _coding(scope: Scope, limit: int) -> str | None:

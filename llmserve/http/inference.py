@@ -12,6 +12,7 @@ from llmserve.api.context import RequestContext
 from llmserve.api.endpoints import BackgroundAnswer, Endpoint
 from llmserve.api.sse import EventStream
 from llmserve.api.token_stream import TokenStream
+from llmserve.api.unsupported_keys import check_supported
 from llmserve.api.validation_errors import name_as_sent
 from llmserve.errors import EngineDead, LLMServeError, RequestError, quoted
 from llmserve.http.body import form_fields, form_of, json_object
@@ -57,6 +58,7 @@ class InferenceEndpoint:
         """Answer, with one retry if the engine dies before the first byte."""
         context, pool = RequestContext.of(scope), scope["app"].state.services.pool
         context.body_read_s = time.monotonic()
+        check_supported(self.endpoint.id, body)
         name = requested_model(body, pool.registry)
         model = pool.registry.find(name)
         context.model = model.name  # for the metrics of refused requests too

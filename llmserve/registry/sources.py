@@ -111,7 +111,7 @@ class Sources:
             return value
         file = self.file(value, path)
         try:
-            return file.read_text(encoding="utf-8") if _holds(file.is_file) else value
+            return file.read_text(encoding="utf-8-sig") if _holds(file.is_file) else value
         except (OSError, ValueError) as error:
             self._document.problem(path, f"{file} cannot be read: {_reason(error)}")
             return value

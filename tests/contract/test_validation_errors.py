@@ -18,6 +18,7 @@ from vllm.renderers.params import TokenizeParams
 
 from llmserve.api.endpoint_id import EndpointId
 from llmserve.api.endpoints import ENDPOINTS
+from llmserve.api.unsupported_keys import UNSUPPORTED
 from llmserve.engine import token_count
 from llmserve.engine.endpoint_handlers import HANDLERS, drop_own_size, parse
 from llmserve.engine.error_mapping import TOO_LONG, ErrorMapper
@@ -186,3 +187,15 @@ def test_null_in_any_field_is_as_if_left_out(endpoint: EndpointId) -> None:
         if field not in base and "file" not in base:
             raw = json.dumps(base | {field: None}).encode()
             parse(endpoint, parse_body(raw))
+
+
+@pytest.mark.parametrize("endpoint", UNSUPPORTED)
+def test_unsupported_keys_are_unknown_to_vllm(endpoint: EndpointId) -> None:
+    """A key that a new vLLM takes is to be supported."""
+    assert UNSUPPORTED[endpoint].keys().isdisjoint(fields_of(endpoint))
+
+
+@pytest.mark.parametrize("endpoint", UNSUPPORTED)
+def test_successors_of_unsupported_keys_are_vllms(endpoint: EndpointId) -> None:
+    successors = {each.partition(".")[0] for each in UNSUPPORTED[endpoint].values()}
+    assert successors <= set(fields_of(endpoint))

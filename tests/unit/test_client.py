@@ -107,6 +107,12 @@ def test_invalid_proxy_is_an_error_only_for_other_machines(
     connect("http://127.0.0.1:8000", "k").close()
 
 
+def test_missing_certificates_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", "/none")
+    with pytest.raises(NoServer, match="cannot read SSL_CERT_FILE or SSL_CERT_DIR"):
+        connect("https://away.example")
+
+
 @pytest.mark.parametrize(
     ("given", "url"),
     [

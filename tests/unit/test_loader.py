@@ -514,6 +514,14 @@ def test_secrets_come_from_the_environment_and_from_files(
     assert chat(box, "engine: {hf_token: 'file:key'}").engine == {"hf_token": "k-file"}
 
 
+def test_chat_template_of_a_file_has_no_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "a.jinja").write_text("{{ messages }}", encoding="utf-8-sig")
+    registry = tmp_path / "models.yaml"
+    registry.write_text("models: {chat: {model: org/chat, chat_template: a.jinja}}")
+    (spec,) = load(registry).models
+    assert spec.chat_template == "{{ messages }}"
+
+
 @pytest.mark.parametrize(
     "content",
     [
