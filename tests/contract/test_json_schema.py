@@ -117,7 +117,7 @@ class Schemas:
         }
 
 
-VALUES = ["a", "b", "", 1, 1.0, 5, True, None, [], ["a"], {}, {"a": 1}]
+VALUES = ["a", "b", "", 1, 1.0, 1.5, 5, True, None, [], ["a"], {}, {"a": 1}]
 PATTERNS = ["^a+$", "a", "^(a|b)$", "^[^a]$", "^a|b$", "(?=a)b", "^[ -~]*$", r"^\w\s\D$", '"']
 LEAVES: list[Any] = [
     *({}, True, False, {"const": "a"}, {"const": 1}),

@@ -159,6 +159,8 @@ REWRITTEN: dict[str, tuple[Any, Any]] = {
         {"anyOf": [{"$ref": "#/$defs/d0"}], "$defs": {"d0": {"type": "integer", "minimum": 5}}},
     ),
     "an enum beside a type": ({"type": "string", "enum": ["a", 1]}, {"enum": ["a"]}),
+    "fractions beside an integer": ({"type": "integer", "enum": [1.5, 2, 3.0]}, {"enum": [2, 3.0]}),
+    "fractions beside a number": ({"type": "number", "enum": [1.5, 2, "a"]}, {"enum": [1.5, 2]}),
     "a length alone": ({"minLength": 3}, {"type": "string", "minLength": 3}),
     "a name of a keyword": (
         {"properties": {"not": {"type": "null"}}},

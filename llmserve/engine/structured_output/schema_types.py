@@ -123,7 +123,9 @@ def _canonical(value: Any) -> str:
 def enumerated(constants: dict[str, Any], assertions: list[Subschema]) -> dict[str, Any]:
     """Raises Unsatisfiable."""
     types = explicit_types(assertions) or set(TYPES)
-    values = [value for value in constants.values() if common({_type_of(value)}, types)]
+    if "number" in types:
+        types |= {"integer"}
+    values = [value for value in constants.values() if _type_of(value) in types]
     for each in assertions:
         values = [value for value in values if _satisfies(value, each)]
     if not values:
