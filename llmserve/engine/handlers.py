@@ -260,7 +260,7 @@ class ModelHandlers:
         result: Any,
         endpoint: EndpointId,
         count: Callable[[Any], None],
-        thread: BodyThread | None,
+        thread: BodyThread | None = None,
     ) -> Response:
         """Return the response; `thread` writes the one to a large body."""
         handler = HANDLERS[endpoint]
