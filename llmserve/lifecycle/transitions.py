@@ -203,8 +203,8 @@ class ReplicaLifecycle:
         The end is awaited also when the caller is cancelled: until then the engine holds memory.
         """
         running, replica.running = replica.running, None
-        replica.level = Level.STOPPED
         if running is None:
+            replica.level = Level.STOPPED
             return
         ending = asyncio.create_task(_stop(replica.name, running))
         cancelled: asyncio.CancelledError | None = None
@@ -213,6 +213,7 @@ class ReplicaLifecycle:
                 await asyncio.wait({ending})
             except asyncio.CancelledError as error:
                 cancelled = error
+        replica.level = Level.STOPPED
         if cancelled is not None:
             raise cancelled
 
@@ -322,8 +323,9 @@ class ReplicaLifecycle:
 
     async def _reserve_ready(self, replica: Replica) -> bool:
         """Reserve the memory of READY, once others have freed it; False: the replica failed."""
-        if replica.level is Level.STOPPED:
-            replica.placement = replica.next_placement
+        async with replica.transition_lock:  # no engine ends in the old placement any more
+            if replica.level is Level.STOPPED:
+                replica.placement = replica.next_placement
         needed = replica.bytes_at(Level.READY)
         places = needed.keys() - {HOST_MEMORY} or needed.keys()
         async with self._queue.hold(places, alone=True):

@@ -970,6 +970,26 @@ async def test_an_engine_ends_before_the_next_starts_when_its_eviction_is_cancel
     assert replica.state is State.READY
 
 
+async def test_memory_of_an_engine_that_ends_is_reserved_though_a_start_is_cancelled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    box = Box(lazy("a"), lazy("b"), sizes={"a": 60, "b": 60})
+    replica, life = box.replica("a"), box.pool.life
+    await soon(life.make_ready(replica))
+    gate = Gate()
+    monkeypatch.setattr(box.running("a"), "stop", gate.wait)
+    lowering = asyncio.create_task(life.lower(replica, Level.STOPPED))
+    await soon(gate.reached.wait())
+    starting = asyncio.create_task(life.make_ready(replica))
+    await asyncio.sleep(0)
+    starting.cancel()
+    await asyncio.wait({starting})
+    assert not life.fits([box.replica("b")])
+    gate.opened.set()
+    await soon(lowering)
+    assert life.fits([box.replica("b")])
+
+
 async def test_replica_whose_reason_ends_in_the_queue_is_not_lowered() -> None:
     """A request came while another transition was not over."""
     box = Box(spec("a"), sizes={"a": 60})
