@@ -109,7 +109,8 @@ class Supervisor:
         others = [each for each in model.replicas if each not in starting]
         stops = [self._life.lower(each, Level.STOPPED) for each in others]
         await in_parallel([self._cancel(cancelled), *stops])
-        model.serve_queue()
+        for current in dict.fromkeys(replica.model for replica in model.replicas):
+            current.serve_queue()  # a reload may have moved the replicas to another model
 
     async def _cancel(self, replicas: Sequence[Replica]) -> None:
         tasks = self.tasks(replicas)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
+import pytest_asyncio
 from openai.types.responses import Response, ResponseFunctionToolCall, ResponseStreamEvent
 from pydantic import TypeAdapter
 from transformers import AutoTokenizer
@@ -37,7 +38,7 @@ from tests.contract.support import (
 from tests.listening import listening
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import AsyncIterator, Sequence
     from pathlib import Path
 
     from llmserve.http.services import Services
@@ -61,13 +62,46 @@ async def test_a_stream_carries_the_name_that_was_asked_for(fake: Services) -> N
     assert reply.headers["x-accel-buffering"] == "no"
 
 
-async def test_a_model_that_embeds_has_no_routes_of_text() -> None:
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def embedding() -> AsyncIterator[Services]:
     spec = ModelSpec(name="embed", model=str(EMBED))
     async with on_fake_core(spec, task="embed") as (serving, _):
-        services = await services_of([spec], {"embed": serving})
-        reply = await post(services, "/v1/responses", model="embed", input="Hello")
+        yield await services_of([spec], {"embed": serving})
+
+
+async def test_a_model_that_embeds_has_no_routes_of_text(embedding: Services) -> None:
+    reply = await post(embedding, "/v1/responses", model="embed", input="Hello")
     assert reply.status_code == HTTPStatus.BAD_REQUEST
     assert "embed" in reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("dimensions", "status"), [(384, HTTPStatus.OK), (8, HTTPStatus.BAD_REQUEST)]
+)
+async def test_embedding_of_its_own_size_may_be_asked_for(
+    embedding: Services, dimensions: int, status: HTTPStatus
+) -> None:
+    """all-MiniLM-L6-v2 has 384 dimensions, and is not trained for fewer."""
+    reply = await post(
+        embedding, "/v1/embeddings", model="embed", input="Hello", dimensions=dimensions
+    )
+    assert reply.status_code == status, reply.text
+
+
+async def test_prompt_that_is_too_long_is_counted(fake: Services) -> None:
+    prompt = "hello " * 4000
+    count = len(running(fake).engine.client.get_tokenizer().encode(prompt))
+    reply = await post(fake, "/v1/completions", prompt=prompt, max_tokens=4)
+    assert reply.status_code == HTTPStatus.BAD_REQUEST
+    error = reply.json()["error"]
+    assert error["code"] == "context_length_exceeded"
+    assert re.search(rf"\b{count}\b", error["message"]), error["message"]
+
+
+async def test_name_of_a_message_may_be_null(fake: Services) -> None:
+    messages = [{"role": "user", "content": "Hello", "name": None}]
+    reply = await post(fake, "/v1/chat/completions", messages=messages, max_tokens=4)
+    assert reply.status_code == HTTPStatus.OK, reply.text
 
 
 async def test_detokenize_releases_the_gil(fake: Services, monkeypatch: pytest.MonkeyPatch) -> None:

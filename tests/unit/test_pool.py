@@ -704,6 +704,25 @@ async def test_replica_that_hangs_while_it_drains_is_killed() -> None:
     await soon(lowering)
 
 
+async def test_unload_serves_the_queue_of_a_model_that_was_resized_meanwhile() -> None:
+    """The new model has taken over the queue and the replica that is being unloaded."""
+    box = Box(spec("chat", start="lazy"))
+    await soon(box.pool.start())
+    before = box.pool.models["chat"]
+    (replica,) = before.replicas
+    async with replica.transition_lock:
+        asking = await box.asking("chat")
+        unloading = asyncio.create_task(box.pool.supervisor.unload(before))
+        await asyncio.sleep(0)
+        resized = box.pool.create(spec("chat", start="lazy", replicas=2), [replica])
+        box.pool.life.retire(resized.replicas[1])  # it does not start in place of the other
+        box.pool.add(resized)
+    await soon(unloading)
+    lease = await soon(asking, 10)
+    assert lease.replica is replica
+    lease.release()
+
+
 async def test_model_that_leaves_while_it_is_asked_for_again_serves_its_queue() -> None:
     box = Box(spec("chat", start="lazy", max_in_flight=1, max_queue=8))
     await soon(box.pool.start())
