@@ -56,6 +56,8 @@ def test_an_embedding_has_384_numbers_of_unit_length(client: openai.OpenAI) -> N
     vector = client.embeddings.create(model="embed", input="Hello").data[0].embedding
     assert len(vector) == 384
     assert math.isclose(math.hypot(*vector), 1, abs_tol=1e-3)
+    explicit = client.embeddings.create(model="embed", input="Hello", dimensions=384)
+    assert explicit.data[0].embedding == pytest.approx(vector, abs=1e-5)
 
 
 def test_snippets_of_fastchat_users(client: openai.OpenAI) -> None:
