@@ -162,18 +162,32 @@ class ReplicaLifecycle:
     async def _lower(self, replica: Replica, level: Level) -> None:
         if replica.state is State.READY:
             await self._drain(replica)
+        sleeps = False
+        try:
+            sleeps = await self._sleep(replica, level)
+        finally:
+            if not sleeps:  # also if cancelled: how far it is asleep is unknown
+                await self._stop(replica)
+
+    async def _sleep(self, replica: Replica, level: Level) -> bool:
+        """Return False if there is no engine that can sleep."""
         running = replica.running
-        if running is not None and running.sleeps and not running.dead and level:
-            try:
-                async with self._memory.moves(replica.placement):
-                    await running.sleep(level)
-            except LLMServeError as error:
-                log.error("model=%s did not sleep: %s", replica.name, error.message)  # noqa: TRY400
-            else:
-                self._settle(replica, level, State.SLEEPING)
-                return
-        await self.end_engine(replica)
-        self._settle(replica, Level.STOPPED, State.STOPPED)
+        if running is None or not running.sleeps or running.dead or not level:
+            return False
+        try:
+            async with self._memory.moves(replica.placement):
+                await running.sleep(level)
+        except LLMServeError as error:
+            log.error("model=%s did not sleep: %s", replica.name, error.message)  # noqa: TRY400
+            return False
+        self._settle(replica, level, State.SLEEPING)
+        return True
+
+    async def _stop(self, replica: Replica, note: str = "") -> None:
+        try:
+            await self.end_engine(replica)
+        finally:  # cancelled or not, it has ended
+            self._settle(replica, Level.STOPPED, State.STOPPED, note)
 
     async def _drain(self, replica: Replica) -> None:
         """Wait for its requests; it gets no new ones. If cancelled, it serves again."""
@@ -189,8 +203,7 @@ class ReplicaLifecycle:
     async def stop(self, replica: Replica) -> None:
         """Stop a replica whose transition was cancelled at any step."""
         async with self._transition(replica):
-            await self.end_engine(replica)
-            self._settle(replica, Level.STOPPED, State.STOPPED, "it was unloaded")
+            await self._stop(replica, "it was unloaded")
 
     def _settle(self, replica: Replica, level: Level, state: State, note: str = "") -> None:
         replica.level = level

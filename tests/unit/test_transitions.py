@@ -968,6 +968,8 @@ async def test_an_engine_ends_before_the_next_starts_when_its_eviction_is_cancel
     await soon(starting)
     assert lowering.cancelled()
     assert replica.state is State.READY
+    states = [state for _, state, _ in box.seen]
+    assert states[-3:] == [State.DRAINING, State.STOPPED, State.READY]
 
 
 async def test_memory_of_an_engine_that_ends_is_reserved_though_a_start_is_cancelled(
