@@ -1,7 +1,8 @@
 """The GPUs and the bytes of every replica. Pure: demands and GPUs in, placement out.
 
-Replicas with explicit devices are placed first. `packing` places the other replicas that are in
-memory together. Replicas on demand follow one by one; they may share GPUs in time with others.
+Replicas with explicit devices are placed first. `packing_search` places the other replicas that
+are in memory together. Replicas on demand follow one by one; they may share GPUs in time with
+others.
 What remains of each GPU is shared out at the end.
 """
 
@@ -12,7 +13,8 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
-from llmserve.planning.packing import Demand, Option, Packing, Topology, even_out, pack
+from llmserve.planning.packing import Demand, Option, Packing, Topology
+from llmserve.planning.packing_search import even_out, pack
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

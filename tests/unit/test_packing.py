@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmserve.gpus.device import GIB, Box, Gpu
-from llmserve.planning.packing import Demand, Option, Packing, Topology, even_out, pack
+from llmserve.planning.packing import Demand, Option, Packing, Topology
+from llmserve.planning.packing_search import even_out, pack
 
 
 def box_of(count: int, *, gib: int = 80, linked: int = 64) -> Box:
