@@ -36,8 +36,8 @@ _SHORTEST_S = 0.02  # of a load time and of a wait for the end of a residency
 class ReplicaLifecycle:
     """The only writer of a replica's state and level, and of the memory reserved for it.
 
-    A replica queues for the memory of its GPUs first and takes its transition lock later; the
-    locks of the memory budget and of the backend are below.
+    A replica does not queue for memory under its transition lock, but takes that lock while it is
+    first in the queue. The locks of the memory budget and of the backend are below.
     """
 
     def __init__(
@@ -162,12 +162,8 @@ class ReplicaLifecycle:
     async def _lower(self, replica: Replica, level: Level) -> None:
         if replica.state is State.READY:
             await self._drain(replica)
-        sleeps = False
-        try:
-            sleeps = await self._sleep(replica, level)
-        finally:
-            if not sleeps:  # also if cancelled: how far it is asleep is unknown
-                await self._stop(replica)
+        if not await self._sleep(replica, level):
+            await self._stop(replica)
 
     async def _sleep(self, replica: Replica, level: Level) -> bool:
         """Return False if there is no engine that can sleep."""
@@ -176,12 +172,24 @@ class ReplicaLifecycle:
             return False
         try:
             async with self._memory.moves(replica.placement):
-                await running.sleep(level)
+                await self._sleep_or_stop(replica, running, level)
         except LLMServeError as error:
             log.error("model=%s did not sleep: %s", replica.name, error.message)  # noqa: TRY400
             return False
+        except asyncio.CancelledError:
+            if replica.state is State.DRAINING:  # it waited for its GPUs, and serves again
+                self.change(replica, State.READY)
+            raise
         self._settle(replica, level, State.SLEEPING)
         return True
+
+    async def _sleep_or_stop(self, replica: Replica, running: Running, level: Level) -> None:
+        """Stop an engine whose sleep was cancelled: its level is unknown. Raises EngineError."""
+        try:
+            await running.sleep(level)
+        except asyncio.CancelledError:
+            await self._stop(replica)
+            raise
 
     async def _stop(self, replica: Replica, note: str = "") -> None:
         try:
@@ -219,7 +227,7 @@ class ReplicaLifecycle:
         if running is None:
             replica.level = Level.STOPPED
             return
-        ending = asyncio.create_task(_stop(replica.name, running))
+        ending = asyncio.create_task(_end(replica.name, running))
         cancelled: asyncio.CancelledError | None = None
         while not ending.done():
             try:
@@ -467,7 +475,7 @@ class ReplicaLifecycle:
         return max(asleep, default=self._timings.first_wake_s)
 
 
-async def _stop(name: str, running: Running) -> None:
+async def _end(name: str, running: Running) -> None:
     try:
         await running.stop()
     except Exception:

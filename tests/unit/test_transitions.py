@@ -1,10 +1,11 @@
-"""Models that do not fit at the same time: who comes, who gives way, who waits."""
+"""Models that do not fit in memory together: start, eviction, queue."""
 
 from __future__ import annotations
 
 import asyncio
 import math
 import time
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -33,9 +34,10 @@ from tests.fakes import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import AsyncIterator, Mapping
 
     from llmserve.lifecycle.placement import Takes
+    from llmserve.lifecycle.replica import Replica
     from llmserve.registry.spec import ModelSpec
 
 CHAT = next(endpoint for endpoint in ENDPOINTS if endpoint.id is EndpointId.CHAT_COMPLETIONS)
@@ -946,17 +948,62 @@ async def test_memory_of_a_cancelled_wake_is_free_once_its_engine_has_ended(
     assert life.fits([box.replica("b")])
 
 
+async def ending(
+    box: Box, replica: Replica, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Gate, asyncio.Task[None]]:
+    """Stop a ready replica as far as the end of its engine, which waits for the gate."""
+    await soon(box.pool.life.make_ready(replica))
+    gate = Gate()
+    monkeypatch.setattr(box.running(replica.name), "stop", gate.wait)
+    lowering = asyncio.create_task(box.pool.life.lower(replica, Level.STOPPED))
+    await soon(gate.reached.wait())
+    return gate, lowering
+
+
+async def test_replica_whose_sleep_is_cancelled_before_it_begins_serves_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It waits until no engine starts on its GPUs; nothing of it sleeps yet."""
+    box = Box(lazy("a"), sizes={"a": sleeping(60)})
+    replica, life = box.replica("a"), box.pool.life
+    await soon(life.make_ready(replica))
+    running, gate = replica.running, Gate()
+
+    @asynccontextmanager
+    async def moves(*_: Any) -> AsyncIterator[None]:
+        await gate.wait()
+        yield
+
+    monkeypatch.setattr(box.backend.memory, "moves", moves)
+    lowering = asyncio.create_task(life.lower(replica, Level.HOST))
+    await soon(gate.reached.wait())
+    lowering.cancel()
+    await asyncio.wait({lowering})
+    assert lowering.cancelled()
+    assert (replica.state, replica.running) == (State.READY, running)
+
+
+async def test_engine_whose_sleep_is_cancelled_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its level is unknown."""
+    box = Box(lazy("a"), sizes={"a": sleeping(60)})
+    replica, life = box.replica("a"), box.pool.life
+    await soon(life.make_ready(replica))
+    gate = Gate()
+    monkeypatch.setattr(box.running("a"), "sleep", lambda _: gate.wait())
+    lowering = asyncio.create_task(life.lower(replica, Level.HOST))
+    await soon(gate.reached.wait())
+    lowering.cancel()
+    await asyncio.wait({lowering})
+    assert (replica.state, replica.running) == (State.STOPPED, None)
+
+
 async def test_an_engine_ends_before_the_next_starts_when_its_eviction_is_cancelled(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Else both would hold memory that one has reserved."""
     box = Box(lazy("a"), sizes={"a": 60})
     replica, life = box.replica("a"), box.pool.life
-    await soon(life.make_ready(replica))
-    gate = Gate()
-    monkeypatch.setattr(box.running("a"), "stop", gate.wait)
-    lowering = asyncio.create_task(life.lower(replica, Level.STOPPED))
-    await soon(gate.reached.wait())
+    gate, lowering = await ending(box, replica, monkeypatch)
     lowering.cancel()
     starting = asyncio.create_task(life.make_ready(replica))
     for _ in range(10):
@@ -977,11 +1024,7 @@ async def test_memory_of_an_engine_that_ends_is_reserved_though_a_start_is_cance
 ) -> None:
     box = Box(lazy("a"), lazy("b"), sizes={"a": 60, "b": 60})
     replica, life = box.replica("a"), box.pool.life
-    await soon(life.make_ready(replica))
-    gate = Gate()
-    monkeypatch.setattr(box.running("a"), "stop", gate.wait)
-    lowering = asyncio.create_task(life.lower(replica, Level.STOPPED))
-    await soon(gate.reached.wait())
+    gate, lowering = await ending(box, replica, monkeypatch)
     starting = asyncio.create_task(life.make_ready(replica))
     await asyncio.sleep(0)
     starting.cancel()
