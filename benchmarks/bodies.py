@@ -262,11 +262,11 @@ async def _ask(app: Any, path: str, headers: dict[str, str], body: bytes) -> tup
 @contextlib.asynccontextmanager
 async def _app(model: str) -> Any:
     from llmserve.http import app  # noqa: PLC0415  # `main` has prepared the environment
-    from llmserve.http.services import Services  # noqa: PLC0415
-    from llmserve.lifecycle.operator import ModelOperator  # noqa: PLC0415
-    from llmserve.lifecycle.pool import Pool  # noqa: PLC0415
-    from llmserve.metrics import Metrics  # noqa: PLC0415
-    from llmserve.registry.spec import Config, ModelSpec, ServerSpec  # noqa: PLC0415
+    from llmserve.http.services import Services  # noqa: PLC0415  # as above
+    from llmserve.lifecycle.operator import ModelOperator  # noqa: PLC0415  # as above
+    from llmserve.lifecycle.pool import Pool  # noqa: PLC0415  # as above
+    from llmserve.metrics import Metrics  # noqa: PLC0415  # as above
+    from llmserve.registry.spec import Config, ModelSpec, ServerSpec  # noqa: PLC0415  # as above
 
     spec = ModelSpec(name=model, model=str(MODELS / FOLDERS[model]))
     names = [f"ipc://@llmserve-bodies-{uuid.uuid4().hex}" for _ in range(2)]
@@ -314,9 +314,9 @@ def _core(model: str, inputs: str, outputs: str) -> Iterator[None]:
 def _run_core(model: str, inputs: str, outputs: str, control: int, kept: int) -> None:
     """Answer each request in one output."""
     import torch  # noqa: PLC0415  # as in `_app`
-    from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason  # noqa: PLC0415
+    from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason  # noqa: PLC0415  # as above
 
-    from benchmarks.fake_core import FakeCore, Settings  # noqa: PLC0415
+    from benchmarks.fake_core import FakeCore, Settings  # noqa: PLC0415  # as above
 
     embeds = model == "embed"
     vector = torch.zeros(384) if embeds else None

@@ -43,5 +43,6 @@ def release_gil(renderer: BaseRenderer[Any]) -> None:
     if isinstance(tokenizer, ThreadSafeHFTokenizerMixin):
         shared = copy.copy(tokenizer)
         shared.__class__ = type(tokenizer).__bases__[0]
-        shared._tokenizer = BatchDecoder(tokenizer._tokenizer)  # noqa: SLF001
-        renderer._async_tokenizer_decode = make_async(shared.decode, renderer._executor)  # noqa: SLF001
+        shared._tokenizer = BatchDecoder(tokenizer._tokenizer)  # noqa: SLF001  # as transformers
+        decode = make_async(shared.decode, renderer._executor)  # noqa: SLF001  # test_handlers.py
+        renderer._async_tokenizer_decode = decode  # noqa: SLF001  # test_handlers.py

@@ -56,11 +56,11 @@ class InferenceEndpoint:
         self, scope: Scope, receive: Receive, send: Send, body: dict[str, Any]
     ) -> None:
         """Answer, with one retry if the engine dies before the first byte."""
-        context, pool = RequestContext.of(scope), scope["app"].state.services.pool
+        context, names = RequestContext.of(scope), scope["app"].state.services.pool.registry
         context.body_read_s = time.monotonic()
         check_supported(self.endpoint.id, body)
-        name = requested_model(body, pool.registry)
-        model = pool.registry.find(name)
+        name = requested_model(body, names)
+        model = names.find(name)
         context.model = model.name  # for the metrics of refused requests too
         deadline = _deadline(scope, model.spec.timeout)
         wanted = ModelRequest(name, self.endpoint, body, deadline, asyncio.current_task())
