@@ -158,6 +158,8 @@ CASES: tuple[Case, ...] = (
     listed(_RERANK, "documents", "1,000 documents", '"a few words of text"', 1000, ',"query":"a"'),
     Case(_TOKENIZE, "60 MiB prompt", text('{"prompt":"', "hello ", 10 * MIB, '"}', "")),
     Case(_TOKENIZE, "4 MiB prompt", text('{"prompt":"', "hello ", 680_000, '"}', "")),
+    Case(_TOKENIZE, "490,000 tokens", text('{"prompt":"', "hello ", 490_000, '"}', "")),
+    Case(_TOKENIZE, "and their strings", text('{"return_token_strs":true,"prompt":"', "hello ", 490_000, '"}', "")),
     listed(_TOKENIZE, "messages", "2,048 messages", _USER, 2048),
     listed(_DETOKENIZE, "tokens", "390,000 ids", "500", 390_000),
     Case(_AUDIO, "a file of 60 MiB", text(_FILE, "a", 60 * MIB, _LAST, ""), **_FORM),

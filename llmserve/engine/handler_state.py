@@ -14,10 +14,11 @@ from vllm.entrypoints.openai.models.protocol import LoRAModulePath
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 
 import llmserve.engine.media  # noqa: F401  # registers the connector for media URLs
-from llmserve.engine import detokenization, response_history
+from llmserve.engine import response_history
 from llmserve.engine.cli_args import FrontendArgs
 from llmserve.engine.endpoint_handlers import HANDLERS
 from llmserve.engine.pacing import PacedRendering
+from llmserve.engine.tokenization import BoundedTokenization, release_gil
 from llmserve.engine.tool_parsers import replace_parsers
 
 if TYPE_CHECKING:
@@ -45,14 +46,15 @@ async def create_handlers(spec: ModelSpec, engine: Engine) -> State:
     async with engine.limited("report its tasks"):
         tasks = await engine.client.get_supported_tasks()
         await _initialize(engine, state, spec, tasks)
-    # init_app_state creates this object itself; none of its arguments sets the class.
+    # init_app_state creates these objects itself; none of its arguments sets a class.
     state.openai_serving_models.__class__ = PublicNames
     replace_parsers(state)
     responses = getattr(state, "openai_serving_responses", None)  # absent in models that embed
     if responses is not None:
         response_history.keep_tool_calls(responses)
     if (tokenization := getattr(state, "serving_tokenization", None)) is not None:
-        detokenization.release_gil(tokenization.renderer)
+        tokenization.__class__ = BoundedTokenization
+        release_gil(tokenization.renderer)
     if spec.sampling.max_tokens is not None:
         _remove_max_tokens_limit(state)
     for processor in _input_processors(state):

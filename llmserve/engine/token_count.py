@@ -1,7 +1,8 @@
 """The number of tokens of a prompt that is too long.
 
 vLLM truncates such a prompt just above the limit, so its error message has no exact count. The
-tokenizer reads the whole text anyway; here it keeps the ids of up to LIMIT tokens.
+tokenizer reads the whole text anyway; here it keeps the ids of up to LIMIT tokens. For /tokenize,
+where vLLM has no limit, it keeps no more either.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ def _counting_whole(encode_kwargs: Callable[[TokenizeParams], dict[str, Any]]) -
     @wraps(encode_kwargs)
     def get_encode_kwargs(self: TokenizeParams) -> dict[str, Any]:
         kwargs = encode_kwargs(self)
-        fits = kwargs.get("max_length")
-        if self.truncate_prompt_tokens is None and fits is not None:
-            kwargs["max_length"] = max(fits, LIMIT + 1)
+        if self.truncate_prompt_tokens is None:
+            kwargs["max_length"] = max(kwargs["max_length"] or 0, LIMIT + 1)
+            kwargs["truncation"] = True
         return kwargs
 
     return get_encode_kwargs

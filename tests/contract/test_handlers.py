@@ -7,6 +7,7 @@ import contextlib
 import copy
 import json
 import re
+import threading
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,8 @@ from pydantic import TypeAdapter
 from transformers import AutoTokenizer
 
 from llmserve.api.endpoint_id import EndpointId
-from llmserve.engine.detokenization import BatchDecoder
+from llmserve.engine import token_count
+from llmserve.engine.tokenization import BatchDecoder
 from llmserve.errors import LLMServeError
 from llmserve.http import app
 from llmserve.lifecycle.health import HealthMonitor
@@ -95,6 +97,40 @@ async def test_name_of_a_message_may_be_null(fake: Services) -> None:
     messages = [{"role": "user", "content": "Hello", "name": None}]
     reply = await post(fake, "/v1/chat/completions", messages=messages, max_tokens=4)
     assert reply.status_code == HTTPStatus.OK, reply.text
+
+
+@pytest.mark.parametrize(("key", "text"), [("prompt", "hello " * 40), ("messages", HELLO)])
+async def test_tokenize_refuses_more_tokens_than_the_limit(
+    fake: Services, monkeypatch: pytest.MonkeyPatch, key: str, text: Any
+) -> None:
+    count = (await post(fake, "/tokenize", **{key: text})).json()["count"]
+    monkeypatch.setattr(token_count, "LIMIT", count)
+    whole = await post(fake, "/tokenize", **{key: text})
+    assert (whole.json()["count"], len(whole.json()["tokens"])) == (count, count)
+    monkeypatch.setattr(token_count, "LIMIT", count - 1)
+    refused = await post(fake, "/tokenize", **{key: text})
+    assert refused.status_code == HTTPStatus.BAD_REQUEST
+    error = refused.json()["error"]
+    assert f"more than {count - 1} tokens" in error["message"]
+    assert error["param"] == key
+
+
+async def test_token_strings_are_looked_up_in_a_thread(
+    fake: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = running(fake).engine.client.get_tokenizer()
+    threads: list[threading.Thread] = []
+    convert = type(tokenizer).convert_ids_to_tokens
+
+    def recorded(self: Any, ids: Any) -> Any:
+        threads.append(threading.current_thread())
+        return convert(self, ids)
+
+    monkeypatch.setattr(type(tokenizer), "convert_ids_to_tokens", recorded)
+    reply = await post(fake, "/tokenize", prompt="Größe it", return_token_strs=True)
+    answer = reply.json()
+    assert answer["token_strs"] == tokenizer.convert_ids_to_tokens(answer["tokens"])
+    assert threads[0] is not threading.main_thread()
 
 
 async def test_detokenize_releases_the_gil(fake: Services, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,18 +1,53 @@
-"""Token ids to text for /detokenize, without holding the GIL."""
+"""Text to token ids and back for /tokenize and /detokenize, without stalling the event loop."""
 
 from __future__ import annotations
 
+import asyncio
 import copy
 from typing import TYPE_CHECKING, Any
 
+from vllm.entrypoints.serve.tokenize.protocol import TokenizeResponse
+from vllm.entrypoints.serve.tokenize.serving import ServingTokenization
 from vllm.tokenizers.hf import ThreadSafeHFTokenizerMixin
 from vllm.utils.async_utils import make_async
+
+from llmserve.engine import token_count
+from llmserve.errors import RequestError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from starlette.requests import Request
     from tokenizers import Tokenizer
+    from vllm.entrypoints.serve.engine.protocol import ErrorResponse
     from vllm.renderers.base import BaseRenderer
+
+
+class BoundedTokenization(ServingTokenization):
+    """vLLM's handler of both endpoints, with at most token_count.LIMIT tokens in an answer."""
+
+    async def create_tokenize(
+        self, request: Any, raw_request: Request
+    ) -> TokenizeResponse | ErrorResponse:
+        """Return the ids of a text or chat. Raises RequestError if there are more.
+
+        The strings come from a thread: vLLM looks them up one by one on the event loop.
+        """
+        with_strings = request.return_token_strs
+        request.return_token_strs = False
+        answer = await super().create_tokenize(request, raw_request)
+        if not isinstance(answer, TokenizeResponse):
+            return answer
+        if answer.count > token_count.LIMIT:
+            raise RequestError(
+                f"The text has more than {token_count.LIMIT} tokens, the limit of one answer. "
+                "Send it in several requests.",
+                param="messages" if hasattr(request, "messages") else "prompt",
+            )
+        if with_strings:
+            convert = self.renderer.get_tokenizer().convert_ids_to_tokens
+            answer.token_strs = await asyncio.to_thread(convert, answer.tokens)
+        return answer
 
 
 class BatchDecoder:
