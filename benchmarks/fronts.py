@@ -51,13 +51,14 @@ class Process:
         env: Mapping[str, str] | None = None,
         piped: bool = False,
         pass_fds: tuple[int, ...] = (),
+        root: Path = _ROOT,
     ) -> None:
         self._log = log
         pipe = subprocess.PIPE if piped else None
         with pinned(core), log.open("wb") as file:
             self._process = subprocess.Popen(
                 command,
-                cwd=_ROOT,
+                cwd=root,  # whose packages `python -m` imports
                 env=os.environ | (env or {}),
                 stdin=pipe or subprocess.DEVNULL,
                 stdout=pipe or file,
@@ -160,11 +161,12 @@ def front(
     models: Mapping[str, Mapping[str, Any]],
     vllm_rs: Path | None = None,
     program: str = "fake_core",
+    before: Path | None = None,
 ) -> Iterator[Front]:
     """A front end of a kind, each replica of a model on a fake engine core, until the block ends.
 
     `models` has what the registry says of each besides what it says of all; `program` is the
-    engine core's.
+    engine core's. The kind "before" is llmserve of the checkout `before`.
     """
     with ExitStack() as stack:
         folder = Path(tempfile.mkdtemp(prefix="llmserve-bench-"))
@@ -181,10 +183,11 @@ def front(
             assert vllm_rs is not None
             process = _rust(vllm_rs, folder, port, engines, cores.front)
         else:
-            ours = kind == "ours"
-            arguments = _ours(folder, port, models, engines) if ours else _stock(port, engines)
+            stock = kind == "stock"
+            arguments = _stock(port, engines) if stock else _ours(folder, port, models, engines)
             line = [sys.executable, "-m", "benchmarks.attached", *arguments]
-            process = Process(line, folder / "front.log", cores.front)
+            root = before if kind == "before" and before else _ROOT
+            process = Process(line, folder / "front.log", cores.front, root=root)
         stack.callback(process.end)
         started = Front(kind, process, port, engines)
         _wait_for(started)
