@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -14,6 +15,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from llmserve.api.endpoints import ENDPOINTS
+from llmserve.engine import handlers
 from llmserve.engine.endpoint_handlers import HANDLERS
 from llmserve.engine.pacing import PacedRendering
 from llmserve.engine.request_validation import KEYS_LIMIT, bounded
@@ -90,6 +92,27 @@ async def test_a_body_of_any_kind_takes_a_short_turn(fake: Services, name: str) 
                 kind = "request_too_large" if too_large else "invalid_request_error"
                 assert error["type"] == kind, (path, error)
                 assert len(error["message"]) < 2000, path
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/tokenize"],
+)
+async def test_a_large_body_is_validated_in_the_body_thread(
+    fake: Services, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    threads: list[str] = []
+    parse = handlers.parse
+
+    def recorded(endpoint: EndpointId, body: dict[str, Any]) -> Any:
+        threads.append(threading.current_thread().name)
+        return parse(endpoint, body)
+
+    monkeypatch.setattr(handlers, "parse", recorded)
+    transport = httpx.ASGITransport(app.build(fake))
+    async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=60) as client:
+        await client.post(path, json=PLAIN | {"metadata": {"a": "x" * 100_000}})
+    assert threads == ["body_0"]
 
 
 @pytest.mark.parametrize("name", HANDLERS)

@@ -302,6 +302,21 @@ async def test_call_that_is_cut_off_has_what_was_written(
         assert written
 
 
+@pytest.mark.parametrize("path", ROUTES)
+@pytest.mark.parametrize("choice", ["auto", "required", "named"])
+@pytest.mark.parametrize("tokens", [4, 12, 22])
+async def test_call_that_is_cut_off_is_not_completed(
+    calling: Services, path: str, choice: str, tokens: int
+) -> None:
+    """In an answer that is not a stream; the model never wrote `{}`."""
+    text = call('{"city": "Agar Agar Agar"}')
+    limit = "max_output_tokens" if path == RESPONSES else "max_tokens"
+    body = request(path, CITY, choice, text) | {limit: tokens}
+    for name, arguments in await calls(calling, path, body):
+        assert name == "go"
+        assert '{"city": "Agar Agar Agar"}'.startswith(arguments), arguments
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_message_that_is_cut_off_is_no_error(calling: Services, *, stream: bool) -> None:
     body = request(MESSAGES, CITY, "required", call('{"city": "Agar"}'), max_tokens=12)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -28,6 +29,7 @@ CHAT = str(MODELS / "SmolLM2-135M-Instruct")
 EMBED = str(MODELS / "all-MiniLM-L6-v2")
 START_S = 500
 STOP_S = 120
+SHARED = Path("/dev/shm")
 
 
 @dataclass
@@ -36,6 +38,7 @@ class Server:
 
     registry: Path
     python: str = sys.executable
+    temporary: Path | None = None  # its TMPDIR, short enough for sockets
     process: subprocess.Popen[str] = field(init=False)
     output: Path = field(init=False)
 
@@ -47,6 +50,7 @@ class Server:
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 text=True,
+                env=os.environ | ({"TMPDIR": str(self.temporary)} if self.temporary else {}),
                 start_new_session=True,  # a terminal's Ctrl-C reaches a whole group: ours only
             )
         return self
@@ -139,6 +143,22 @@ def until(holds: Callable[[], bool], within_s: float = 60) -> None:
         time.sleep(0.05)
 
 
+def left_in(temporary: Path) -> set[str]:
+    """Without what torch keeps for later, and what torch.distributed's processes share."""
+    names = {each.name for each in temporary.iterdir()}
+    return {each for each in names if not each.startswith(("torchinductor_", "vllm_dist_"))}
+
+
+def shared_by(family: list[psutil.Process]) -> list[str]:
+    """What these processes left in shared memory; a pid comes again."""
+    began = {str(each.pid): each.create_time() for each in family}
+    return [
+        each.name
+        for each in SHARED.glob("__KMP_REGISTERED_LIB_*")
+        if each.stat().st_mtime >= began.get(each.name.split("_")[5], math.inf)
+    ]
+
+
 def write_registry(folder: Path, name: str = "models.yaml", **content: Any) -> Path:
     server = {"port": 0, "log_dir": str(folder / "logs")} | content.pop("server", {})
     file = folder / name
@@ -214,5 +234,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
             "embed": {"model": EMBED},
         },
     )
-    with Server(registry) as running:
+    with (
+        tempfile.TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True) as temporary,
+        Server(registry, temporary=Path(temporary)) as running,
+    ):
         yield running.ready()

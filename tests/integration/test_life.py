@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import signal
 import socket
 import ssl
@@ -23,10 +22,13 @@ from tests.integration.conftest import (
     EMBED,
     START_S,
     Server,
+    left_in,
+    shared_by,
     until,
     write_certificate,
     write_registry,
 )
+from tests.readme import ASKED, REPLY
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,9 +38,7 @@ SMALL = {
     "kv_cache": "256MiB",
     "engine": {"max_model_len": 2048, "dtype": "float32"},  # not every CPU is fast in bfloat16
 }
-
-
-SHARED = Path("/dev/shm")
+ORPHAN_S = 15  # no process of a killed server lives for longer
 
 
 def run(registry: Path) -> subprocess.CompletedProcess[str]:
@@ -78,7 +78,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
             )
     empty = folder / "empty"
     empty.mkdir()
-    models = {"chat": SMALL, "broken": {"model": str(truncated)}, "empty": {"model": str(empty)}}
+    chat = SMALL | {"engine": {"max_model_len": 2048, "dtype": "bfloat16"}}
+    models = {"chat": chat, "broken": {"model": str(truncated)}, "empty": {"model": str(empty)}}
     with Server(write_registry(folder, server={"drain_timeout": 20}, models=models)) as server:
         yield server
 
@@ -109,6 +110,12 @@ def test_models_that_fail_are_printed_and_the_rest_serves(pair: Server) -> None:
     assert reply.status_code == 200
     refused = pair.post("/v1/embeddings", model="broken", input="x")
     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "model_failed")
+
+
+def test_the_readme_s_question_is_answered_in_bfloat16(pair: Server) -> None:
+    """tests/integration/test_serving.py asks it in float32."""
+    reply = pair.post("/v1/chat/completions", **ASKED)
+    assert reply.json()["choices"] == REPLY["choices"]
 
 
 def test_a_second_signal_ends_at_once(pair: Server) -> None:
@@ -175,7 +182,7 @@ def test_a_server_killed_while_models_load_leaves_nothing(
         family = server.family()
         server.send(signal.SIGKILL)
         assert server.process.wait(60) == -signal.SIGKILL
-        _, alive = psutil.wait_procs(family, timeout=60)
+        _, alive = psutil.wait_procs(family, timeout=ORPHAN_S)
         assert not alive
         assert not started_by(server.registry)
     RunFolder.make({"TMPDIR": str(temporary)}).remove()  # as the next start does
@@ -197,22 +204,6 @@ def environment_of(process: psutil.Process) -> str:
         return str(process.environ().get("LLMSERVE_LOG_DIR", ""))
     except psutil.Error:
         return ""
-
-
-def left_in(temporary: Path) -> set[str]:
-    """Without what torch keeps for later, and what torch.distributed's processes share."""
-    names = {each.name for each in temporary.iterdir()}
-    return {each for each in names if not each.startswith(("torchinductor_", "vllm_dist_"))}
-
-
-def shared_by(family: list[psutil.Process]) -> list[str]:
-    """What these processes left in shared memory; a pid comes again."""
-    began = {str(each.pid): each.create_time() for each in family}
-    return [
-        each.name
-        for each in SHARED.glob("__KMP_REGISTERED_LIB_*")
-        if each.stat().st_mtime >= began.get(each.name.split("_")[5], math.inf)
-    ]
 
 
 def test_a_signal_while_models_load(tmp_path: Path, temporary: Path) -> None:

@@ -24,7 +24,7 @@ from pydantic import BaseModel, SecretStr
 
 # The quick ones of openai-python's checks run here too, on this file's engines.
 from tests.conformance.test_openai import TestCompletions, TestModels  # noqa: F401  # collected
-from tests.integration.conftest import START_S, STOP_S, Server, until
+from tests.integration.conftest import START_S, STOP_S, Server, left_in, shared_by, until
 from tests.readme import ANSWER, BODY, QUESTION, REPLY, SYSTEM
 
 FRANCE: list[Any] = [{"role": "user", "content": "What is the capital of France?"}]
@@ -404,6 +404,9 @@ def test_ctrl_c_completes_requests_and_ends_all_processes(server: Server) -> Non
     _, alive = psutil.wait_procs(family, timeout=STOP_S)
     assert not alive
     assert "Traceback" not in server.printed()
+    assert server.temporary is not None
+    assert left_in(server.temporary) == set()
+    assert not shared_by(family)
 
 
 def _accepts(url: str) -> bool:

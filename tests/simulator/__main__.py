@@ -16,12 +16,13 @@ def main() -> int:
     parser.add_argument("first", type=int, help="the first seed, or the one to replay")
     parser.add_argument("count", type=int, nargs="?", default=1, help="how many seeds")
     parser.add_argument("--trace", action="store_true", help="print each event")
+    parser.add_argument("--harsh", action="store_true", help="one model, and more that goes wrong")
     parser.add_argument("--stop", type=int, default=1, help="after so many failures")
     options = parser.parse_args()
     began, steps, failures = time.perf_counter(), 0, 0
     gc.freeze()
     for seed in range(options.first, options.first + options.count):
-        world = World(seed, trace=options.trace)
+        world = World(seed, trace=options.trace, harsh=options.harsh)
         try:
             world.run()
         except Violation as violation:

@@ -54,6 +54,12 @@ def test_every_seed_keeps_the_invariants(first: int) -> None:
     run(range(first, first + _CHUNK))
 
 
+@pytest.mark.parametrize("first", range(0, 100, 50))
+def test_every_harsh_seed_keeps_the_invariants(first: int) -> None:
+    """The faults below are put back into these seeds."""
+    run(range(first, first + 50), harsh=True)
+
+
 @pytest.mark.parametrize("seed", range(10))
 def test_a_seed_replays_event_by_event(seed: int) -> None:
     first, second = World(seed), World(seed)

@@ -448,10 +448,10 @@ async def test_a_start_that_writes_is_not_ended_before_its_bound(tmp_path: Path)
 
     vllm.launching = launching
     backend = vllm.backend(tmp_path, FakeSpace())
-    backend._patience = Patience(look_s=0.005, quiet_s=0.05, at_most_s=0.4)
-    with pytest.raises(StartupError, match=r"not ready after 0\.4 s"):
+    backend._patience = Patience(look_s=0.005, quiet_s=0.5, at_most_s=1.5)
+    with pytest.raises(StartupError, match=r"not ready after 1\.5 s"):
         await soon(backend.start(spec(), place(0), nothing))
-    assert lines > 50
+    assert lines > 1
     assert ended(vllm)
 
 

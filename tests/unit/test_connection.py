@@ -784,11 +784,12 @@ async def test_client_that_stops_reading_a_closing_answer_is_cut() -> None:
 
 async def test_client_that_reads_slowly_keeps_its_connection() -> None:
     loop = asyncio.get_running_loop()
-    async with serving(Echo(), stuck_s=0.3, stuck_bytes=1, keep_alive_s=0.05) as served:
+    async with serving(Echo(), stuck_s=1.0, stuck_bytes=1, keep_alive_s=0.05) as served:
         client = await deaf(served, b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n")
-        for _ in range(20):  # for longer than twice `stuck_s`
+        end = loop.time() + 2.2  # longer than twice `stuck_s`
+        while loop.time() < end:
             await asyncio.sleep(0.05)
-            assert await soon(loop.sock_recv(client, 2**15))
+            assert await soon(loop.sock_recv(client, 2**12))
         assert len(served.connections) == 1
         client.close()
 

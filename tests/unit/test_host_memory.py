@@ -188,13 +188,17 @@ def test_a_registry_that_does_not_fit_changes_nothing() -> None:
 # --- what a model is computed in
 
 
-async def test_a_cpu_without_bfloat16_computes_in_float32_and_counts_that() -> None:
+async def test_a_cpu_without_bfloat16_computes_in_float32_and_counts_that(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO")
     made = spec()
     assert size_of(made, wide) == 2 * WEIGHTS + 2 * GIB + BESIDE
     space = of(registry(made, spec("odd", model="odd")), wide)
     assert space.dtypes == {"chat": "float32"}
     async with space.start(made, space.place(made, 0)) as (placed, _):
         assert placed == spec(engine={"dtype": "float32"}, kv_cache="2GiB")
+    assert "model=chat dtype=float32" in caplog.messages
 
 
 @pytest.mark.parametrize("engine", [{"dtype": "bfloat16"}, {"quantization": "fp8"}])
