@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from llmserve.lifecycle.placement import Level
-from tests.fakes import FAST, PoolBox, soon, spec, until
+from tests.fakes import FAST, FakeBackend, PoolBox, soon, spec, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,9 +20,9 @@ async def test_replica_that_is_used_again_is_not_stopped_as_idle(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A request can arrive between the check and the transition."""
-    box = PoolBox(
-        spec("chat", idle={"stop_after": 0.01}), timings=replace(FAST, health_check_s=0.001)
-    )
+    timings = replace(FAST, health_check_s=0.001)
+    model = spec("chat", idle={"stop_after": 0.01})
+    box = PoolBox((model,), FakeBackend(), timings)
     await soon(box.pool.start())
     conditions: list[Callable[[], bool]] = []
 
