@@ -6,6 +6,8 @@ import json
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.parser import ParserManager
 
 from llmserve.engine.fastpath.chunk_templates import ChatModels, ChunkTemplate
@@ -37,9 +39,6 @@ def test_no_text_is_told_as_vllm_tells_it(parsed: bool, texts: tuple[str, str]) 
 
 
 def test_vllms_parser_tells_it_so() -> None:
-    from transformers import AutoTokenizer
-    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-
     made = ParserManager.get_parser("hermes", enable_auto_tools=True)
     assert made is not None
     parser = made(AutoTokenizer.from_pretrained(CHAT), None)

@@ -10,14 +10,16 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
+from vllm.device_allocator import AllocationData, cumem
 
+from llmserve.engine.worker.kv_pages import CudaMemory, Pages
 from llmserve.gpus.page_exchange import ADDRESS, PAGE_BYTES, PageBroker
 from tests.unit.test_page_exchange import until
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from llmserve.engine.worker.kv_pages import CudaMemory, Pages
 
 GPU = "GPU-1"
 ROOM = 20 * PAGE_BYTES
@@ -144,8 +146,6 @@ def server(monkeypatch: pytest.MonkeyPatch) -> PageBroker:
 
 
 def pages(driver: Driver) -> Pages:
-    from llmserve.engine.worker.kv_pages import Pages
-
     return Pages(0, GPU, driver.create_and_map, driver.unmap_and_release)
 
 
@@ -340,8 +340,6 @@ class Function:
 def test_the_kv_cache_alone_passes_and_is_cleared(
     driver: Driver, server: PageBroker, monkeypatch: pytest.MonkeyPatch, *, exchanges_pages: bool
 ) -> None:
-    from vllm.device_allocator import AllocationData
-
     cache, weights = Allocation(KV, 1 << 40), Allocation(KV, 2 << 40)
     data = {
         cache.handle[2]: AllocationData(cache.handle, "kv_cache"),
@@ -362,8 +360,6 @@ def test_the_kv_cache_alone_passes_and_is_cleared(
 def test_memory_that_cannot_be_cleared_is_not_left_mapped(
     driver: Driver, server: PageBroker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vllm.device_allocator import AllocationData
-
     cache, weights = Allocation(KV, 1 << 40), Allocation(KV, 2 << 40)
     data = {each.handle[2]: AllocationData(each.handle, "kv_cache") for each in (cache, weights)}
     cudart = Cudart()
@@ -390,11 +386,6 @@ def memory_of(
     *,
     exchanges_pages: bool,
 ) -> CudaMemory:
-    import torch
-    from vllm.device_allocator import cumem
-
-    from llmserve.engine.worker.kv_pages import CudaMemory
-
     allocator = SimpleNamespace(pointer_to_data=data)
     monkeypatch.setattr(
         cumem, "CuMemAllocator", SimpleNamespace(get_instance=lambda: allocator), raising=False

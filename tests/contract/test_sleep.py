@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import inspect
 import itertools
 import threading
@@ -10,9 +11,27 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from vllm.config import ParallelConfig, VllmConfig
+from vllm.config.load import LoadConfig
+from vllm.device_allocator import DEFERRABLE_TAGS, AllocationData, cumem
+from vllm.device_allocator.cumem import CuMemAllocator
+from vllm.device_allocator.sleep_mode_backend import SleepModeBackend
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.platforms import current_platform
+from vllm.v1.executor.uniproc_executor import UniProcExecutor
+from vllm.v1.worker.gpu_worker import Worker
 
+from llmserve.engine.engine import Engine
+from llmserve.engine.engine_arguments import engine_arguments
+from llmserve.engine.metrics import EngineMetrics
+from llmserve.engine.parent_watch import ParentWatch
+from llmserve.engine.worker.gpu_worker import GpuWorker
+from llmserve.engine.worker.host_offload import HostCopies, merged, pieces, without
+from llmserve.engine.worker.kv_pages import Pinned, trimmed_bytes
 from llmserve.errors import EngineError
 from llmserve.lifecycle.placement import Level
 from tests.contract.support import class_of, parameters, source, spec
@@ -20,9 +39,6 @@ from tests.contract.support import class_of, parameters, source, spec
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from vllm.device_allocator import AllocationData
-
-    from llmserve.engine.worker.host_offload import HostCopies
 
 HOST = 1 << 40  # host addresses lie above
 MIB = 1 << 20
@@ -40,11 +56,9 @@ SPANS = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 12)), max_size=8).
 )
 
 
-@settings(deadline=None)  # the first call imports vLLM
+@settings(deadline=None)
 @given(spans=SPANS)
 def test_merged_spans_cover_the_same_in_order_and_apart(spans: list[tuple[int, int]]) -> None:
-    from llmserve.engine.worker.host_offload import merged
-
     united = merged(spans)
     assert bytes_of(united) == sorted(set(bytes_of(spans)))
     assert all(one[1] < next_[0] for one, next_ in itertools.pairwise(united))
@@ -55,24 +69,18 @@ def test_merged_spans_cover_the_same_in_order_and_apart(spans: list[tuple[int, i
 def test_what_is_left_without_holes(
     spans: list[tuple[int, int]], holes: list[tuple[int, int]]
 ) -> None:
-    from llmserve.engine.worker.host_offload import merged, without
-
     left = without(merged(spans), merged(holes))
     assert bytes_of(left) == sorted(set(bytes_of(spans)) - set(bytes_of(holes)))
 
 
 def test_spans_that_touch_stay_two() -> None:
     """They are two allocations: no copy may reach over both."""
-    from llmserve.engine.worker.host_offload import without
-
     assert without([(0, 4), (4, 8)], [(2, 3)]) == [(0, 2), (3, 4), (4, 8)]
 
 
 @settings(deadline=None)
 @given(spans=SPANS, size=st.integers(1, 20))
 def test_pieces_fill_one_buffer_after_another(spans: list[tuple[int, int]], size: int) -> None:
-    from llmserve.engine.worker.host_offload import merged, pieces
-
     apart = merged(spans)
     cut = list(pieces(apart, size))
     assert bytes_of((piece.device, piece.device + piece.size) for piece in cut) == bytes_of(apart)
@@ -99,8 +107,6 @@ class Memory:
     """Copies are done when they are waited for; what is not mapped cannot be touched."""
 
     def __init__(self, **sizes: int) -> None:
-        from vllm.device_allocator import AllocationData
-
         self.found: dict[int, AllocationData] = {}
         self.mapped: dict[int, bytearray] = {}
         self.pinned: dict[int, bytearray] = {}
@@ -181,8 +187,6 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Memory:
 @pytest.fixture
 def copies(memory: Any) -> HostCopies:
     """Of a model with parameters in all its weights' memory but 100 bytes in the middle."""
-    from llmserve.engine.worker.host_offload import HostCopies
-
     start = memory.at("weights")
     # The last is elsewhere: weights that vLLM leaves on the host.
     spans = [(start + 500, start + 1000), (start, start + 400), (HOST, HOST + 9)]
@@ -269,8 +273,6 @@ def test_preparing_is_done_elsewhere_and_once(memory: Memory, copies: HostCopies
 
 
 def test_without_parameters_that_stay_all_is_copied_at_each_sleep(memory: Any) -> None:
-    from llmserve.engine.worker.host_offload import HostCopies
-
     copies = HostCopies(memory, lambda: ())
     prepared(copies)
     assert not memory.copied_bytes
@@ -436,10 +438,6 @@ class Cudart:
 
 
 def test_pinned_memory_can_be_written_and_goes_back() -> None:
-    import ctypes
-
-    from llmserve.engine.worker.kv_pages import Pinned
-
     cudart = Cudart()
     pinned = Pinned(cudart, 5000)
     ctypes.memset(pinned.address, 7, 5000)
@@ -450,8 +448,6 @@ def test_pinned_memory_can_be_written_and_goes_back() -> None:
 
 
 def test_memory_that_cannot_be_unpinned_says_so() -> None:
-    from llmserve.engine.worker.kv_pages import Pinned
-
     cudart = Cudart()
     pinned = Pinned(cudart, 5000)
     cudart.code = 1
@@ -461,8 +457,6 @@ def test_memory_that_cannot_be_unpinned_says_so() -> None:
 
 
 def test_memory_that_cannot_be_pinned_says_what_to_do() -> None:
-    from llmserve.engine.worker.kv_pages import Pinned
-
     cudart = Cudart(code=2)
     with pytest.raises(MemoryError, match=r"host memory failed \(error 2\); lower `host_memory`"):
         Pinned(cudart, 5000)
@@ -473,8 +467,6 @@ def test_memory_that_cannot_be_pinned_says_what_to_do() -> None:
 
 
 def test_the_allocator_is_as_it_was() -> None:
-    from vllm.device_allocator import DEFERRABLE_TAGS, cumem
-
     assert DEFERRABLE_TAGS == ("weights", "kv_cache")
     assert cumem.CuMemAllocator.instance is None
     assert "libcudart = CudaRTLibrary()" in source("device_allocator/cumem.py")
@@ -486,10 +478,6 @@ def test_handles_are_as_they_were() -> None:
 
 
 def test_a_backend_is_asked_the_same() -> None:
-    from vllm.device_allocator.sleep_mode_backend import SleepModeBackend
-
-    from llmserve.engine.worker.host_offload import HostCopies
-
     for name in ("suspend", "resume", "discard"):
         ours, theirs = getattr(HostCopies, name), getattr(SleepModeBackend, name)
         assert parameters(ours) == parameters(theirs)
@@ -497,18 +485,12 @@ def test_a_backend_is_asked_the_same() -> None:
 
 
 def test_without_an_allocator_nothing_was_trimmed() -> None:
-    from llmserve.engine.worker.kv_pages import trimmed_bytes
-
     assert trimmed_bytes() == 0
 
 
 def test_segments_given_back_behind_torch_s_back_are_counted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from vllm.device_allocator.cumem import CuMemAllocator
-
-    from llmserve.engine.worker.kv_pages import trimmed_bytes
-
     def pool(*addresses: int) -> Any:
         segments = [{"address": at, "total_size": at * 10, "allocated_size": 0} for at in addresses]
         return SimpleNamespace(snapshot=lambda: segments), object()
@@ -544,12 +526,6 @@ class Backend:
 @pytest.fixture
 def worker(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Ours, of an engine that can sleep, with vLLM's `wake_up`."""
-    import torch
-    from vllm.config.load import LoadConfig
-    from vllm.v1.worker.gpu_worker import Worker
-
-    from llmserve.engine.worker.gpu_worker import GpuWorker
-
     monkeypatch.setattr(Worker, "__init__", lambda _: None)
     monkeypatch.setattr(Worker, "synchronize_device", lambda _: None)
     monkeypatch.setattr(
@@ -584,8 +560,6 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_no_engine_argument_names_a_backend() -> None:
     """Else ours could be registered and named, instead of the worker's property."""
-    from vllm.engine.arg_utils import AsyncEngineArgs
-
     assert not hasattr(AsyncEngineArgs, "sleep_mode_backend")
 
 
@@ -606,8 +580,6 @@ def test_weights_are_read_again_only_when_they_are_lost(worker: Any) -> None:
 
 
 def test_weights_that_cannot_be_read_again_are_not_given_up(worker: Any) -> None:
-    from vllm.config.load import LoadConfig
-
     worker.load_config = LoadConfig(load_format="dummy")
     for give_up in (lambda: worker.sleep(2), worker.forget_copies):
         with pytest.raises(ValueError, match="load_format dummy cannot be reloaded"):
@@ -643,8 +615,6 @@ def test_weights_of_models_not_looked_into_are_not_given_up(
 
 
 def test_what_tells_models_apart_is_vllm_s() -> None:
-    from llmserve.engine.engine_arguments import engine_arguments
-
     config = engine_arguments(spec()).create_engine_config()
     model = config.model_config
     assert (model.quantization, model.is_moe, model.is_hybrid, model.use_mla) == (
@@ -656,8 +626,6 @@ def test_what_tells_models_apart_is_vllm_s() -> None:
 
 
 def test_loaders_that_read_again_are_told_by_the_method_that_vllm_looks_for() -> None:
-    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
-
     assert hasattr(DefaultModelLoader, "get_all_weights")
     for file in ("v1/worker/gpu_model_runner.py", "v1/worker/gpu/model_runner.py"):
         arguments = class_of(file, "GPUModelRunner")["reload_weights"].args
@@ -665,8 +633,6 @@ def test_loaders_that_read_again_are_told_by_the_method_that_vllm_looks_for() ->
 
 
 def test_parameters_are_those_of_the_model_within_their_storage(worker: Any) -> None:
-    import torch
-
     model = torch.nn.Linear(4, 2, bias=False)
     model.seen_twice = torch.nn.Parameter(torch.ones(3).expand(5, 3), requires_grad=False)
     model.turned = torch.nn.Parameter(torch.ones(2, 6).t(), requires_grad=False)
@@ -681,8 +647,6 @@ def test_parameters_are_those_of_the_model_within_their_storage(worker: Any) -> 
 
 @pytest.mark.parametrize("change", ["eplb", "weight_transfer"])
 def test_where_weights_change_none_stays(worker: Any, change: str) -> None:
-    import torch
-
     worker.model_runner = SimpleNamespace(get_model=lambda: torch.nn.Linear(4, 2))
     assert list(worker._parameter_spans())
     worker.vllm_config.parallel_config.enable_eplb = change == "eplb"
@@ -692,18 +656,12 @@ def test_where_weights_change_none_stays(worker: Any, change: str) -> None:
 
 
 def test_configs_tell_what_changes_weights() -> None:
-    from vllm.config import ParallelConfig, VllmConfig
-
     assert ParallelConfig().enable_eplb is False
     assert VllmConfig().weight_transfer_config is None
 
 
 def test_a_worker_on_a_cpu_does_what_vllm_s_does() -> None:
     """Which is to say that it does nothing."""
-    from vllm.v1.worker.gpu_worker import Worker
-
-    from llmserve.engine.worker.gpu_worker import GpuWorker
-
     assert {"sleep", "wake_up"} <= class_of("v1/worker/cpu_worker.py", "CPUWorker").keys()
     asked: list[Any] = []
     own: dict[str, Any] = {
@@ -740,8 +698,6 @@ class Workers:
 
 @pytest.fixture
 def executor(monkeypatch: pytest.MonkeyPatch) -> Any:
-    from vllm.v1.executor.uniproc_executor import UniProcExecutor
-
     made = object.__new__(UniProcExecutor)
     made.sleeping_tags = set()
     made.collective_rpc = Workers()
@@ -786,12 +742,6 @@ class Client:
 
 @pytest.fixture
 def engine(executor: Any) -> Any:
-    from vllm.engine.arg_utils import AsyncEngineArgs
-
-    from llmserve.engine.engine import Engine
-    from llmserve.engine.metrics import EngineMetrics
-    from llmserve.engine.parent_watch import ParentWatch
-
     client: Any = Client(executor)
     arguments = AsyncEngineArgs(model="m", enable_sleep_mode=True)
     return Engine(client, arguments, EngineMetrics("chat"), ParentWatch(), Path("model-chat.log"))
@@ -869,8 +819,6 @@ async def test_what_fails_is_one_line_and_leaves_the_level(
 
 
 async def test_an_engine_on_a_cpu_does_not_sleep(engine: Any) -> None:
-    from llmserve.engine.engine_arguments import engine_arguments
-
     engine.arguments = engine_arguments(spec(), sleeps=True)
     assert not engine.sleeps
     for refused in (engine.sleep(Level.HOST), engine.prepare_sleep()):
@@ -880,10 +828,6 @@ async def test_an_engine_on_a_cpu_does_not_sleep(engine: Any) -> None:
 
 
 def test_one_on_cuda_does_if_it_is_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm.platforms import current_platform
-
-    from llmserve.engine.engine_arguments import engine_arguments
-
     monkeypatch.setattr(type(current_platform), "is_cuda", lambda _: True)
     assert engine_arguments(spec(), sleeps=True).enable_sleep_mode is True
     assert engine_arguments(spec()).enable_sleep_mode is False

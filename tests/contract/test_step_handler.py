@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import pytest
 from vllm.v1.engine import EngineCoreOutputs, UtilityOutput
+from vllm.v1.engine.core_client import AsyncMPClient, DPLBAsyncMPClient
+from vllm.v1.metrics.stats import SchedulerStats
 
 from llmserve.engine.fastpath.step_handler import StepHandler
 from llmserve.engine.fastpath.zmq_sockets import EngineReceiver
@@ -125,8 +127,6 @@ def test_what_is_no_step_is_left() -> None:
 
 
 def test_a_step_without_outputs_is_told_to_the_logger_if_it_says_anything() -> None:
-    from vllm.v1.metrics.stats import SchedulerStats
-
     told: list[Any] = []
     logger = SimpleNamespace(record=lambda **said: told.append(said))
     steps = StepHandler(client(Core(), logger=logger))
@@ -138,8 +138,6 @@ def test_a_step_without_outputs_is_told_to_the_logger_if_it_says_anything() -> N
 
 
 def test_engines_with_more_to_do_are_left_to_vllm() -> None:
-    from vllm.v1.engine.core_client import AsyncMPClient, DPLBAsyncMPClient
-
     assert StepHandler.is_complete(client(object.__new__(AsyncMPClient)))
     assert not StepHandler.is_complete(client(object.__new__(AsyncMPClient), images={}))
     assert not StepHandler.is_complete(client(object.__new__(DPLBAsyncMPClient)))
