@@ -71,8 +71,8 @@ class Verdicts:
     def at_most(
         self, name: str, value: float, bound: float, unit: str = "", detail: str = ""
     ) -> None:
-        said = f"at most {bound:.4g}{unit}"
-        self._add(Finding(name, value, unit, said, value <= bound, detail))
+        allowed = f"at most {bound:.4g}{unit}"
+        self._add(Finding(name, value, unit, allowed, value <= bound, detail))
 
     def exactly(self, name: str, value: float, bound: float, detail: str = "") -> None:
         self._add(Finding(name, value, "", f"{bound:g} it must be", value == bound, detail))
@@ -206,12 +206,12 @@ class Setting:
     models: Path
     folder: Path
 
-    def chat(self, **said: Any) -> Entry:
-        return {"model": str(self.models / CHAT), **said}
+    def chat(self, **more: Any) -> Entry:
+        return {"model": str(self.models / CHAT), **more}
 
-    def embed(self, **said: Any) -> Entry:
+    def embed(self, **more: Any) -> Entry:
         engine = {"max_model_len": 256}  # it knows no further positions
-        return {"model": str(self.models / EMBED), "kv_cache": "64MiB", "engine": engine, **said}
+        return {"model": str(self.models / EMBED), "kv_cache": "64MiB", "engine": engine, **more}
 
     def registry(self, models: dict[str, Entry], **server: Any) -> Entry:
         engine = {"dtype": "float32", "max_model_len": 512}

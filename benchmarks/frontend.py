@@ -88,11 +88,11 @@ def _on_fronts(
     runs: list[dict[str, Any]],
 ) -> dict[str, loads.Figures]:
     sizes = loads.QUICK if options.quick else loads.Sizes()
-    said: dict[str, dict[str, Any]] = {model: {} for model in models}
+    entries: dict[str, dict[str, Any]] = {model: {} for model in models}
     with ExitStack() as stack:
         running: dict[str, loads.Load] = {}
         for name in names:
-            front = stack.enter_context(fronts.front(name, options.cores, said, options.vllm_rs))
+            front = stack.enter_context(fronts.front(name, options.cores, entries, options.vllm_rs))
             running[name] = loads.Load(front, sizes, seed=start * 1000)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             figures = runner.run(_in_turn(running, chosen))

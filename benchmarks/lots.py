@@ -6,7 +6,7 @@ A closed loop of answers of one length falls into lots: as many requests as one 
 start together, end together, and their clients' next requests come together. An engine that
 plans a step while one runs (ahead_core.py) has such a lot in its next plan but one if all of
 it is back within one decode step; else it meets the next lot there, and TTFT is a prefill
-step longer. So the time from an end's leaving the engine to the next request's coming into it
+step longer. So the time from the end of one request in the engine to the arrival of the next
 decides. That is `back`, of which a part is the client's.
 
 The front end runs on one CPU core, the engine core and the client, `vllm-rs bench serve` from
@@ -48,13 +48,13 @@ def one_round(
     front.core.set(step_ms=step_ms, prefill_us=_PREFILL_US)
     url = f"http://{fronts.HOST}:{front.port}"
     with fronts.pinned(options.cores.client):
-        said = vllmbench.run(str(options.vllm_rs), url, load, seed, folder)
+        measured = vllmbench.run(str(options.vllm_rs), url, load, seed, folder)
     report = front.core.set()
     figures = {
-        "TTFT p50 ms": float(said["median_ttft_ms"]),
-        "TTFT mean ms": float(said["mean_ttft_ms"]),
-        "TPOT p50 ms": float(said["median_tpot_ms"]),
-        "failed": float(said["failed"]),
+        "TTFT p50 ms": float(measured["median_ttft_ms"]),
+        "TTFT mean ms": float(measured["mean_ttft_ms"]),
+        "TPOT p50 ms": float(measured["median_tpot_ms"]),
+        "failed": float(measured["failed"]),
     }
     back = sorted(backs_ms(report["ended_s"], report["came_s"], count))
     return figures | {
