@@ -58,7 +58,7 @@ class ChatAdapter:
         models = ChatModels(
             name, role, fingerprint, include_usage=include_usage, parsed=self._parsed
         )
-        return ChunkTemplate(models, prune, include_usage=include_usage)
+        return ChunkTemplate(models, prune)
 
     def text(self, request: Any) -> Callable[[Any], str]:
         """Return a function from a plain prompt to the text that is tokenized.
@@ -155,7 +155,7 @@ class CompletionAdapter:
         include_usage, _ = should_include_usage(request.stream_options, False)
         fingerprint = self._serving.system_fingerprint
         models = CompletionModels(name, fingerprint, include_usage=include_usage)
-        return ChunkTemplate(models, prune, include_usage=include_usage)
+        return ChunkTemplate(models, prune)
 
     def text(self, request: Any) -> Callable[[Any], str]:
         if request.suffix is not None or request.prompt_embeds is not None:

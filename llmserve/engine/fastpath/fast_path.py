@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
 
     from starlette.types import Scope
+    from vllm.v1.engine import EngineCoreRequest
     from vllm.v1.engine.async_llm import AsyncLLM
 
     from llmserve.engine.engine import Engine
@@ -218,17 +219,7 @@ class FastPath:
         if expected is None or self._encode is None or not guards.is_known(expected):
             return
         try:
-            template = RequestTemplate(
-                self._adapter,
-                self._client,
-                self._serving,
-                chunks,
-                self._adapter.text(request),
-                self._encode,
-                expected,
-                request.add_special_tokens,
-                request.max_tokens,
-            )
+            template = self._template(request, chunks, expected, self._encode)
             made = template.request(prompt, body, "")
         except Exception:
             log.info("model=%s no request template for this kind", public_name, exc_info=True)
@@ -238,8 +229,23 @@ class FastPath:
             return  # too long for a template, which does not depend on its kind
         made.request.request_id = expected.request_id
         made.request.arrival_time = expected.arrival_time
-        if made.request == expected:
-            self._templates.keep(key, template)
-        else:
+        is_same = made.request == expected
+        if not is_same:
             log.warning("model=%s a request template differs from vLLM: not used", public_name)
-            self._templates.keep(key, None)
+        self._templates.keep(key, template if is_same else None)
+
+    def _template(
+        self, request: Any, chunks: ChunkTemplate, first: EngineCoreRequest, encode: Encode
+    ) -> RequestTemplate:
+        """Raises an exception for a kind of request that cannot have a template."""
+        return RequestTemplate(
+            self._adapter,
+            self._client,
+            self._serving,
+            chunks,
+            self._adapter.text(request),
+            encode,
+            first,
+            request.add_special_tokens,
+            request.max_tokens,
+        )
