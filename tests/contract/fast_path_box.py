@@ -92,10 +92,10 @@ class Box:
 
 @asynccontextmanager
 async def boxed(
-    step_s: float = STEP_S, timings: LifecycleTimings = TIMINGS, **said: Any
+    step_s: float = STEP_S, timings: LifecycleTimings = TIMINGS, **more: Any
 ) -> AsyncIterator[Box]:
     spec = ModelSpec(
-        name="chat", model=str(CHAT), aliases=("alias",), engine={"max_model_len": 2048}, **said
+        name="chat", model=str(CHAT), aliases=("alias",), engine={"max_model_len": 2048}, **more
     )
     async with on_fake_core(spec, step_s) as (serving, _):
         box = Box(await services_of([spec], {"chat": serving}, timings), serving)

@@ -216,9 +216,7 @@ UNPARSED = {name: case for name, case in CASES.items() if case.path == CHATS} | 
 
 
 @pytest.mark.parametrize("name", UNPARSED)
-async def test_a_stream_without_tools_is_the_same_where_a_parser_stands_by(
-    parsing: Box, name: str
-) -> None:
+async def test_fast_path_stream_with_unused_parser_is_unchanged(parsing: Box, name: str) -> None:
     await same_on_all_ways(parsing, UNPARSED[name])
 
 
@@ -271,7 +269,7 @@ WHOLE = {
 
 
 @pytest.mark.parametrize("name", WHOLE)
-async def test_a_whole_answer_is_the_same_whether_or_not_its_tokens_are_followed(
+async def test_fast_path_whole_answer_is_vllms(
     box: Box, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from llmserve.engine.fastpath import output_processor as outputs
@@ -284,7 +282,7 @@ async def test_a_whole_answer_is_the_same_whether_or_not_its_tokens_are_followed
     assert got == expected
 
 
-async def test_requests_that_are_answered_whole_are_silent_unless_they_have_stop_strings(
+async def test_fast_path_whole_answer_without_stop_is_final_only(
     box: Box,
 ) -> None:
     from llmserve.engine.fastpath.output_processor import FinalOnlyRequestState
@@ -307,7 +305,7 @@ async def test_requests_that_are_answered_whole_are_silent_unless_they_have_stop
 # --- statistics
 
 
-def test_a_step_is_told_to_our_logger_alone(box: Box, caplog: pytest.LogCaptureFixture) -> None:
+def test_metrics_logger_is_the_only_one(box: Box, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="vllm.v1.metrics.loggers")  # as in a server
     figures = EngineMetrics("chat")
     manager = StatLoggerManager(
@@ -330,7 +328,7 @@ async def asked_by_template(box: Box, path: str, body: dict[str, Any]) -> bool:
     return not calls
 
 
-async def test_texts_seeds_and_limits_share_a_template_and_reach_the_engine(box: Box) -> None:
+async def test_template_takes_text_seed_and_limit_of_each_body(box: Box) -> None:
     first = user("one") | {"stream": True, "seed": 1, "max_tokens": 2}
     assert not await asked_by_template(box, CHATS, first)
     for seed, limit in ((2, 3), (99, 4)):
@@ -354,7 +352,7 @@ async def test_texts_seeds_and_limits_share_a_template_and_reach_the_engine(box:
         (COMPLETIONS, (prompt("one"), prompt(FOX)), {"repetition_penalty": 1.1, "n": 1}),
     ],
 )  # fmt: skip
-async def test_the_engine_gets_by_template_what_vllm_gives_it(
+async def test_template_request_equals_vllms(
     box: Box,
     monkeypatch: pytest.MonkeyPatch,
     path: str,
@@ -503,7 +501,7 @@ async def test_a_body_with_a_limit_and_one_without_share_no_template(box: Box) -
             assert (await box.core("last_request"))["max_tokens"] == limit
 
 
-async def test_a_field_that_means_nothing_to_vllm_means_nothing_to_a_template(box: Box) -> None:
+async def test_template_ignores_fields_that_vllm_ignores(box: Box) -> None:
     """`max_completion_tokens` is no field of completions, and 16 is their limit anyway."""
     body = {"prompt": FOX, "stream": True}
     await box.ask(COMPLETIONS, body | {"max_completion_tokens": 16})
@@ -747,9 +745,7 @@ BAD: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", BAD)
-async def test_what_is_wrong_with_a_body_is_said_alike_whatever_is_known(
-    box: Box, name: str
-) -> None:
+async def test_template_leaves_error_messages_unchanged(box: Box, name: str) -> None:
     path, body = BAD[name]
     body = body | {"stream": True}
     with box.vllm_path():
@@ -770,7 +766,7 @@ async def test_what_is_wrong_with_a_body_is_said_alike_whatever_is_known(
             assert got.headers == expected.headers
 
 
-async def test_a_request_that_fails_in_mid_stream_ends_alike_on_all_ways(box: Box) -> None:
+async def test_fast_path_failed_request_ends_as_vllms(box: Box) -> None:
     body = user(FOX) | {"seed": FAILS, "stream": True}
     with box.vllm_path():
         *_, expected, end = events((await box.ask(CHATS, body)).text)
@@ -787,7 +783,7 @@ async def test_a_request_that_fails_in_mid_stream_ends_alike_on_all_ways(box: Bo
     assert await box.core("running") == 0
 
 
-async def test_an_engine_that_dies_is_an_event_in_mid_stream_and_a_503_before() -> None:
+async def test_fast_path_dead_engine_gives_event_or_503() -> None:
     restarts = LifecycleTimings(first_restart_s=0.01)  # each new start finds it dead
     long = {"model": "chat", "max_tokens": 1900, "stream": True}
     killing = {"model": "chat", "prompt": "die", "seed": DIES_AT_ONCE, "stream": True}
@@ -876,7 +872,7 @@ async def test_what_a_parser_may_change_goes_the_vllm_path(parsing: Box, name: s
     assert parsing.written == before
 
 
-def test_a_parser_passes_text_through_only_if_it_is_vllms_own_way_of_doing_so() -> None:
+def test_passes_text_through_needs_delegating_parser() -> None:
     from vllm.parser import ParserManager
     from vllm.tool_parsers import ToolParserManager
 
@@ -1048,7 +1044,7 @@ async def test_vllms_figures_grow_alike_on_all_ways(box: Box) -> None:
     assert await growth() == expected
 
 
-async def test_the_inter_token_latencies_add_up_to_the_time_of_decoding(box: Box) -> None:
+async def test_inter_token_latencies_sum_to_decode_time(box: Box) -> None:
     def sums() -> tuple[float, float]:
         figures = box.figures()
         return (
@@ -1196,13 +1192,13 @@ def test_a_histogram_takes_many_as_it_takes_one() -> None:
         "m"
     )
     theirs = Histogram("h", "H", ("model",), registry=registries[1], buckets=bounds).labels("m")
-    told = ((7.0, 5), (0.05, 3), (0.1, 2), (0.11, 1), (1.0, 4), (0.2, 0))
-    for n, (value, count) in enumerate((*told, *told)):
-        if n < len(told):
+    values = ((7.0, 5), (0.05, 3), (0.1, 2), (0.11, 1), (1.0, 4), (0.2, 0))
+    for n, (value, count) in enumerate((*values, *values)):
+        if n < len(values):
             ours.observe_many(value, count)
         for _ in range(count):
             theirs.observe(value)
-            if n >= len(told):
+            if n >= len(values):
                 ours.observe(value)
     assert len(ours._pending) == 15
 
@@ -1226,10 +1222,10 @@ async def test_every_histogram_of_the_engine_is_entered_in_time(box: Box) -> Non
     collectors = set(box.serving.registry._collector_to_names)
     histograms = [each for each in collectors if isinstance(each, WeightedHistogram)]
     children = [child for each in histograms for child in each._metrics.values()]
-    told_at_once = {"llmserve_stream_lag_seconds"}
+    immediate = {"llmserve_stream_lag_seconds"}
     entered = set(map(id, logger._histograms))
     assert len(children) > 10
-    assert {c._name for c in children if id(c) not in entered} == told_at_once
+    assert {c._name for c in children if id(c) not in entered} == immediate
     await box.ask(COMPLETIONS, prompt(FOX) | {"stream": True})
     logger._metrics.record_pending()
     assert not any(child._pending for child in logger._histograms)

@@ -115,11 +115,11 @@ def test_the_class_is_found_by_its_name() -> None:
 
 
 def test_our_worker_stays_and_auto_becomes_vllm_s() -> None:
-    for said, becomes in (
+    for engine, becomes in (
         ({}, "llmserve.engine.worker.cpu_worker.CpuWorker"),
         ({"worker_cls": "auto"}, "vllm.v1.worker.cpu_worker.CPUWorker"),
     ):
-        config = engine_arguments(spec(engine=said)).create_engine_config()
+        config = engine_arguments(spec(engine=engine)).create_engine_config()
         assert config.parallel_config.worker_cls == becomes
 
 
@@ -144,7 +144,7 @@ def test_a_platform_replaces_auto_alone(platform: str, theirs: str) -> None:
     ]
 
 
-def test_what_the_plan_says_does_not_compile_anew() -> None:
+def test_config_hash_ignores_placement() -> None:
     """torch.compile's cache is found by the hash of the config."""
     usual = ParallelConfig().compute_hash()
     placed = ParallelConfig(
@@ -162,7 +162,7 @@ def test_what_the_plan_says_does_not_compile_anew() -> None:
 
 
 @pytest.mark.parametrize("file", RUNNERS)
-def test_a_model_runner_knows_its_weights_and_captures_without_being_told_how(file: str) -> None:
+def test_model_runner_has_weights_and_plain_capture(file: str) -> None:
     methods = class_of(file, "GPUModelRunner")
     loads = [ast.unparse(node) for node in ast.walk(methods["load_model"])]
     assert "self.model_memory_usage" in loads
@@ -226,9 +226,7 @@ def test_every_step_reaches_vllm_s_worker_and_is_timed(worker: Any) -> None:
 
 
 @pytest.mark.parametrize("transfers", [None, "a connector that knows where the KV cache is"])
-def test_the_kv_cache_of_one_that_sleeps_is_mapped_so_that_it_can_change_hands(
-    worker: Any, transfers: str | None
-) -> None:
+def test_worker_with_sleep_mode_remaps_its_kv_cache(worker: Any, transfers: str | None) -> None:
     worker.model_config.enable_sleep_mode = True
     worker.vllm_config = SimpleNamespace(kv_transfer_config=transfers)
     worker._sleep_mode_backend = SimpleNamespace(remap=worker.asked.append)
@@ -236,12 +234,12 @@ def test_the_kv_cache_of_one_that_sleeps_is_mapped_so_that_it_can_change_hands(
     assert worker.asked[1:] == (["kv"] if transfers else ["kv", "kv_cache"])
 
 
-def test_weights_are_loaded_in_earnest_unless_said(worker: Any) -> None:
+def test_worker_loads_real_weights_by_default(worker: Any) -> None:
     worker.load_model()
     assert worker.asked[1:] == [False]
 
 
-def test_a_worker_on_a_gpu_tells_its_bytes(worker: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_worker_on_a_gpu_reports_its_bytes(worker: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "bytes" not in worker.start_report()
     monkeypatch.setattr(type(current_platform), "is_cuda_alike", lambda _: True)
     resets: list[None] = []

@@ -64,7 +64,7 @@ def test_vllm_keeps_one_block_empty() -> None:
     assert pool.get_num_free_blocks() == 9
 
 
-def test_formats_of_weights_need_what_vllm_says() -> None:
+def test_quantization_needs_are_vllms() -> None:
     needs = {
         name: get_quantization_config(name).get_min_capability()
         for name in feasibility.QUANTIZATION_NEEDS
@@ -88,7 +88,7 @@ def test_the_share_is_asked_of_the_free_memory_as_a_share_of_all() -> None:
         request_memory(free(29.9), third)
 
 
-def test_vllm_tells_of_a_small_kv_cache_as_the_start_s_log_reads_it() -> None:
+def test_startup_log_reads_vllms_kv_cache_error() -> None:
     check = kv_cache_utils._check_enough_kv_cache_memory
     with pytest.raises(ValueError, match="KV cache") as raised:
         check(GIB, lambda: 2 * GIB, 8192, lambda _: 4096)

@@ -231,7 +231,7 @@ def test_a_wake_whose_copy_fails_leaves_nothing_mapped(
     assert contents(memory, "weights", "runtime") == before
 
 
-def test_all_that_is_kept_comes_back(memory: Memory, copies: HostCopies) -> None:
+def test_resume_restores_kept_memory(memory: Memory, copies: HostCopies) -> None:
     weights = bytes(range(250)) * 4
     memory.write(memory.at("weights"), weights)
     for _ in range(2):
@@ -246,7 +246,7 @@ def test_all_that_is_kept_comes_back(memory: Memory, copies: HostCopies) -> None
         assert copies.state() == "RUNNING"
 
 
-def test_what_changes_is_copied_at_each_sleep_and_parameters_once(
+def test_suspend_copies_parameters_once_and_the_rest_again(
     memory: Memory, copies: HostCopies
 ) -> None:
     prepared(copies)
@@ -272,7 +272,7 @@ def test_preparing_is_done_elsewhere_and_once(memory: Memory, copies: HostCopies
     assert {name[:9] for name in memory.threads} == {"host-copy"}
 
 
-def test_without_parameters_that_stay_all_is_copied_at_each_sleep(memory: Any) -> None:
+def test_suspend_without_constant_parameters_copies_all(memory: Any) -> None:
     copies = HostCopies(memory, lambda: ())
     prepared(copies)
     assert not memory.copied_bytes
@@ -345,7 +345,7 @@ def test_the_kv_cache_alone(memory: Memory, copies: HostCopies) -> None:
     assert contents(memory, "weights", "workspace") == [b"\x01" * 1000, b"\x04" * 500]
 
 
-def test_what_is_new_is_mapped_anew(memory: Memory, copies: HostCopies) -> None:
+def test_remap_maps_memory_again(memory: Memory, copies: HostCopies) -> None:
     copies.remap("kv_cache")
     assert memory.mapped.keys() == memory.found.keys()
     assert contents(memory, "kv_cache", "weights") == [b"\xee" * 2000, b"\x01" * 1000]
@@ -397,7 +397,7 @@ def test_without_room_on_the_host_it_stays_awake(
     assert contents(memory, "weights", "runtime") == [b"\x01" * 1000, b"\x03" * 30]
 
 
-def test_what_could_not_be_prepared_is_told_and_takes_nothing(
+def test_prepare_without_host_memory_raises_and_pins_nothing(
     memory: Memory, copies: HostCopies
 ) -> None:
     memory.host_bytes = 500
@@ -447,7 +447,7 @@ def test_pinned_memory_can_be_written_and_goes_back() -> None:
     assert not cudart.registered
 
 
-def test_memory_that_cannot_be_unpinned_says_so() -> None:
+def test_pinned_memory_unpinning_error_is_raised() -> None:
     cudart = Cudart()
     pinned = Pinned(cudart, 5000)
     cudart.code = 1
@@ -456,7 +456,7 @@ def test_memory_that_cannot_be_unpinned_says_so() -> None:
     assert cudart.drained == 1
 
 
-def test_memory_that_cannot_be_pinned_says_what_to_do() -> None:
+def test_pinned_memory_error_names_host_memory() -> None:
     cudart = Cudart(code=2)
     with pytest.raises(MemoryError, match=r"host memory failed \(error 2\); lower `host_memory`"):
         Pinned(cudart, 5000)
@@ -579,16 +579,16 @@ def test_weights_are_read_again_only_when_they_are_lost(worker: Any) -> None:
     assert asked[6:] == [1, "forget", ["kv_cache"], ["weights"], "reload"]
 
 
-def test_weights_that_cannot_be_read_again_are_not_given_up(worker: Any) -> None:
+def test_sleep_with_dummy_weights_refuses_level_2(worker: Any) -> None:
     worker.load_config = LoadConfig(load_format="dummy")
-    for give_up in (lambda: worker.sleep(2), worker.forget_copies):
+    for lose in (lambda: worker.sleep(2), worker.forget_copies):
         with pytest.raises(ValueError, match="load_format dummy cannot be reloaded"):
-            give_up()
+            lose()
     assert worker.sleep_mode_backend.asked == []
 
 
 @pytest.mark.parametrize(
-    ("owner", "name", "value", "told"),
+    ("owner", "name", "value", "feature"),
     [
         ("vllm_config", "lora_config", object(), "adapters"),
         ("vllm_config", "speculative_config", object(), "speculative decoding"),
@@ -601,20 +601,20 @@ def test_weights_that_cannot_be_read_again_are_not_given_up(worker: Any) -> None
         ("cache_config", "cache_dtype", "fp8", "a KV cache of type fp8"),
     ],
 )
-def test_weights_of_models_not_looked_into_are_not_given_up(
-    worker: Any, owner: str, name: str, value: object, told: str
+def test_sleep_of_unsupported_model_refuses_level_2(
+    worker: Any, owner: str, name: str, value: object, feature: str
 ) -> None:
     cache = worker.vllm_config.cache_config
     of = cache if owner == "cache_config" else getattr(worker, owner)
     setattr(of, name, value)
-    for give_up in (lambda: worker.sleep(2), worker.forget_copies):
-        with pytest.raises(ValueError, match=f"with {told} cannot be reloaded"):
-            give_up()
+    for lose in (lambda: worker.sleep(2), worker.forget_copies):
+        with pytest.raises(ValueError, match=f"with {feature} cannot be reloaded"):
+            lose()
     assert worker.sleep_mode_backend.asked == []
     worker.sleep(1)  # in host memory it may
 
 
-def test_what_tells_models_apart_is_vllm_s() -> None:
+def test_model_config_has_the_flags_that_reload_reads() -> None:
     config = engine_arguments(spec()).create_engine_config()
     model = config.model_config
     assert (model.quantization, model.is_moe, model.is_hybrid, model.use_mla) == (
@@ -625,7 +625,7 @@ def test_what_tells_models_apart_is_vllm_s() -> None:
     assert config.lora_config is config.speculative_config is None
 
 
-def test_loaders_that_read_again_are_told_by_the_method_that_vllm_looks_for() -> None:
+def test_vllm_loaders_that_reload_have_get_all_weights() -> None:
     assert hasattr(DefaultModelLoader, "get_all_weights")
     for file in ("v1/worker/gpu_model_runner.py", "v1/worker/gpu/model_runner.py"):
         arguments = class_of(file, "GPUModelRunner")["reload_weights"].args
@@ -655,7 +655,7 @@ def test_where_weights_change_none_stays(worker: Any, change: str) -> None:
     assert list(worker._parameter_spans()) == []
 
 
-def test_configs_tell_what_changes_weights() -> None:
+def test_configs_have_the_flags_of_changing_weights() -> None:
     assert ParallelConfig().enable_eplb is False
     assert VllmConfig().weight_transfer_config is None
 
@@ -804,9 +804,11 @@ async def test_preparing_waits_until_all_workers_are_done(engine: Any) -> None:
     assert asked == ["prepare_sleep", "sleep_prepared", "sleep_prepared"]
 
 
-@pytest.mark.parametrize(("fails", "said"), [("sleep", "sleep at level HOST"), ("wake_up", "wake")])
+@pytest.mark.parametrize(
+    ("fails", "action"), [("sleep", "sleep at level HOST"), ("wake_up", "wake")]
+)
 async def test_what_fails_is_one_line_and_leaves_the_level(
-    engine: Any, fails: str, said: str
+    engine: Any, fails: str, action: str
 ) -> None:
     if fails == "wake_up":
         await engine.sleep(Level.HOST)
@@ -814,7 +816,7 @@ async def test_what_fails_is_one_line_and_leaves_the_level(
     engine.client.executor.collective_rpc.fails = fails
     with pytest.raises(EngineError) as raised:
         await (engine.wake() if fails == "wake_up" else engine.sleep(Level.HOST))
-    assert raised.value.message == f"the engine could not {said}: RuntimeError: no room"
+    assert raised.value.message == f"the engine could not {action}: RuntimeError: no room"
     assert engine.level is before
 
 
@@ -831,5 +833,5 @@ def test_one_on_cuda_does_if_it_is_to(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(current_platform), "is_cuda", lambda _: True)
     assert engine_arguments(spec(), sleeps=True).enable_sleep_mode is True
     assert engine_arguments(spec()).enable_sleep_mode is False
-    said = spec(engine={"enable_sleep_mode": False})
-    assert engine_arguments(said, sleeps=True).enable_sleep_mode is False
+    explicit = spec(engine={"enable_sleep_mode": False})
+    assert engine_arguments(explicit, sleeps=True).enable_sleep_mode is False

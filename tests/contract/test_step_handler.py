@@ -43,7 +43,7 @@ async def test_no_step_waits_for_a_task(box: Box, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("more", [{}, {"stop": ["lazy"]}])
-async def test_an_engine_whose_steps_are_left_to_vllm_says_the_same(
+async def test_steps_handled_by_vllm_give_the_same_answer(
     box: Box, monkeypatch: pytest.MonkeyPatch, more: dict[str, Any]
 ) -> None:
     monkeypatch.setattr(StepHandler, "is_complete", staticmethod(lambda _: False))
@@ -56,9 +56,7 @@ async def test_an_engine_whose_steps_are_left_to_vllm_says_the_same(
         assert other.written > before
 
 
-async def test_a_step_that_cannot_be_handled_ends_the_requests_as_vllm_does(
-    box: Box, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_step_that_fails_ends_all_requests(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
     client = box.serving.engine.client
     process = client.output_processor.process_outputs
     steps: list[Any] = []
@@ -84,7 +82,7 @@ async def test_a_step_that_cannot_be_handled_ends_the_requests_as_vllm_does(
     assert len(steps) == 1  # none after the one that failed: a token would be missing
 
 
-@pytest.mark.parametrize("end", ["cancelled", "told by the engine"])
+@pytest.mark.parametrize("end", ["cancelled", "dead engine"])
 async def test_the_end_of_vllms_task_ends_the_reading(box: Box, end: str) -> None:
     core: Any = box.serving.engine.client.engine_core
     inboxes = [each for each in gc.get_objects() if isinstance(each, EngineReceiver)]
@@ -126,13 +124,13 @@ def test_what_is_no_step_is_left() -> None:
     assert not steps.handle(b"ENGINE_CORE_DEAD")
 
 
-def test_a_step_without_outputs_is_told_to_the_logger_if_it_says_anything() -> None:
-    told: list[Any] = []
-    logger = SimpleNamespace(record=lambda **said: told.append(said))
+def test_step_without_outputs_records_scheduler_stats() -> None:
+    recorded: list[Any] = []
+    logger = SimpleNamespace(record=lambda **record: recorded.append(record))
     steps = StepHandler(client(Core(), logger=logger))
-    for said in (None, SchedulerStats(num_running_reqs=3)):
-        steps._handle_step(EngineCoreOutputs(engine_index=1, scheduler_stats=said))
-    (one,) = told
+    for stats in (None, SchedulerStats(num_running_reqs=3)):
+        steps._handle_step(EngineCoreOutputs(engine_index=1, scheduler_stats=stats))
+    (one,) = recorded
     assert one["scheduler_stats"].num_running_reqs == 3
     assert (one["engine_idx"], one["iteration_stats"], one["mm_cache_stats"]) == (1, None, None)
 
