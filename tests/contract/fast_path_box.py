@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import re
@@ -46,6 +47,12 @@ class Box:
 
     async def core(self, method: str) -> Any:
         return await self.serving.engine.client.engine_core.call_utility_async(method)
+
+    async def until_core(self, method: str, *, differs_from: int) -> None:
+        """Wait until one of the core's counts is another."""
+        async with asyncio.timeout(60):
+            while await self.core(method) == differs_from:
+                await asyncio.sleep(0.01)
 
     def forget(self) -> None:
         """No template is known."""

@@ -149,9 +149,7 @@ async def test_a_client_that_reads_nothing_is_cut_off_and_no_other(
         with await connected(port, path, stuck) as never:
             url = f"http://127.0.0.1:{port}{COMPLETIONS}"
             reader = asyncio.create_task(client.post(url, json=reading))
-            async with asyncio.timeout(60):
-                while await box.core("aborted") == before:
-                    await asyncio.sleep(0.05)
+            await box.until_core("aborted", differs_from=before)
             left = await soon(rest_of(never), 60)
         assert left.startswith(b"HTTP/1.1 200 ")
         assert b"[DONE]" not in left
@@ -204,9 +202,7 @@ async def test_a_stuck_client_that_leaves_has_its_request_aborted(box: Box) -> N
     async with served(box) as port:
         with await connected(port, COMPLETIONS, asking(EMOJI, 1900)):
             await until(lambda: waiting(box) == 1, 60)
-        async with asyncio.timeout(60):
-            while await box.core("aborted") == before:
-                await asyncio.sleep(0.05)
+        await box.until_core("aborted", differs_from=before)
         await until(lambda: box.services.pool.models["chat"].slots.in_flight == 0)
     assert await box.core("aborted") == before + 1
 

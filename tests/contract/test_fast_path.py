@@ -950,17 +950,13 @@ async def test_a_client_that_leaves_has_its_request_aborted(
     async with listening(box.app) as url, httpx.AsyncClient(timeout=30) as client:
         if silent:
             waiting = asyncio.ensure_future(client.post(url + COMPLETIONS, json=asking))
-            async with asyncio.timeout(60):
-                while not await box.core("running"):
-                    await asyncio.sleep(0.01)
+            await box.until_core("running", differs_from=0)
             waiting.cancel()
             await asyncio.wait({waiting})
         else:
             async with client.stream("POST", url + COMPLETIONS, json=asking) as reply:
                 await anext(reply.aiter_bytes())
-        async with asyncio.timeout(60):
-            while await box.core("aborted") == before:
-                await asyncio.sleep(0.01)
+        await box.until_core("aborted", differs_from=before)
     assert await box.core("aborted") == before + 1
     assert await box.core("running") == 0
     assert not box.serving.engine.client.output_processor.request_states
@@ -978,9 +974,7 @@ async def test_a_stop_string_ends_the_request_in_the_engine(box: Box) -> None:
     before = await box.core("aborted")
     body = {"prompt": FOX, "stop": ["ck bro"], "max_tokens": 2000, "stream": True}
     await box.ask(COMPLETIONS, body)
-    async with asyncio.timeout(60):
-        while await box.core("aborted") == before:
-            await asyncio.sleep(0.01)
+    await box.until_core("aborted", differs_from=before)
     assert await box.core("running") == 0
 
 

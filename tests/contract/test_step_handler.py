@@ -17,6 +17,7 @@ from llmserve.engine.fastpath.step_handler import StepHandler
 from llmserve.engine.fastpath.zmq_sockets import EngineReceiver
 from tests.contract.fast_path_box import FOX, assert_same, boxed, prompt, seen, user
 from tests.contract.support import CHATS, COMPLETIONS, events
+from tests.fakes import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -70,9 +71,7 @@ async def test_step_that_fails_ends_all_requests(box: Box, monkeypatch: pytest.M
     asked = prompt(FOX) | {"max_tokens": 1900, "stream": True}
     before = box.written
     reading = asyncio.create_task(box.ask(COMPLETIONS, asked))
-    async with asyncio.timeout(60):
-        while box.written == before:
-            await asyncio.sleep(0.01)
+    await until(lambda: box.written != before)
     assert client.is_running
     monkeypatch.setattr(client.output_processor, "process_outputs", fails_once)
     *_, failure, done = events((await asyncio.wait_for(reading, 60)).text)
@@ -92,9 +91,7 @@ async def test_the_end_of_vllms_task_ends_the_reading(box: Box, end: str) -> Non
         core.resources.output_queue_task.cancel()
     else:
         inbox._pass_on([SimpleNamespace(buffer=b"ENGINE_CORE_DEAD")])
-    async with asyncio.timeout(60):
-        while inbox._fd is not None:
-            await asyncio.sleep(0.01)
+    await until(lambda: inbox._fd is None)
     assert core.resources.output_queue_task.done()
 
 
