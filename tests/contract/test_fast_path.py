@@ -54,6 +54,7 @@ from tests.listening import listening
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
+    from contextlib import AbstractAsyncContextManager
 
     from starlette.types import Receive, Scope, Send
     from vllm.v1.engine import EngineCoreRequest
@@ -105,101 +106,94 @@ class Case:
     broken: bool = False
 
 
-def cases() -> Iterator[tuple[str, Case]]:
-    """Name and case; those of both endpoints first."""
-    texts = {
-        "plain": FOX,
-        "emoji": EMOJI,
-        "CJK": CJK,
-        "indic and arabic": INDIC,
-        "quotes": QUOTES,
-    }
-    for path, ask in ((CHATS, user), (COMPLETIONS, prompt)):
-        kind = path.split("/")[2]
-
-        def case(
-            text: str, *, holds: str = "", finish: str = "length", kept: bool = True, **more: Any
-        ) -> Case:
-            return Case(path, ask(text) | more, holds, finish, kept)  # noqa: B023  # called below
-
-        for name, text in texts.items():
-            yield f"{kind}, {name}", case(text, holds=text)
-            yield f"{kind}, {name}, three at a time", case(text, holds=text, seed=TRIPLES)
-            yield f"{kind}, {name}, preempted", case(text, holds=text, seed=PREEMPTED)
-        stop: dict[str, Any] = {"stop": ["never", "ck bro"], "finish": "stop"}
-        include: dict[str, Any] = {"include_stop_str_in_output": True}
-        yield f"{kind}, stop", case(FOX, holds="The qui", **stop)
-        yield f"{kind}, stop, three at a time", case(FOX, **stop, seed=TRIPLES)
-        yield f"{kind}, stop, included", case(FOX, holds="quick bro", **stop, **include)
-        yield f"{kind}, stop inside emoji", case(EMOJI, stop=["🇯🇵 a"], finish="stop")
-        yield f"{kind}, stop that never comes", case(EMOJI, holds=EMOJI, stop="a long stop string")
-        ids: dict[str, Any] = {"stop_token_ids": [FOX_ID], "finish": "stop"}
-        yield f"{kind}, stop id", case(FOX, holds="quick brown", **ids)
-        yield f"{kind}, stop id, included", case(FOX, holds="brown fox", **ids, **include)
-        yield f"{kind}, stop id, three at a time", case(FOX, **ids, seed=TRIPLES)
-        yield f"{kind}, usage", case(EMOJI, stream_options={"include_usage": True})
-        yield (
-            f"{kind}, usage and stop",
-            case(FOX, **stop, stream_options={"include_usage": True}),
-        )
-        yield f"{kind}, one token", case(FOX, max_tokens=1)
-        yield f"{kind}, special tokens shown", case(SPECIAL, skip_special_tokens=False)
-        yield (
-            f"{kind}, special tokens shown, close",
-            case(SPECIAL, skip_special_tokens=False, spaces_between_special_tokens=False),
-        )
-        yield f"{kind}, special tokens", case(SPECIAL)
-        sampling: dict[str, Any] = {
-            "temperature": 0.3,
-            "top_p": 0.9,
-            "top_k": 7,
-            "presence_penalty": 0.5,
-        }
-        yield f"{kind}, sampling", case(FOX, holds=FOX, **sampling, user="me", seed=7)
-        yield f"{kind}, alias", case(FOX, holds=FOX, model="alias")
-        choice: dict[str, Any] = {"structured_outputs": {"choice": ["yes", "no"]}}
-        yield f"{kind}, structured", case(FOX, **choice, kept=False)
-        yield f"{kind}, at least", case(FOX, min_tokens=3, kept=False)
-    more = user(FOX)
-    del more["max_tokens"]
-    yield "chat, max_completion_tokens", Case(CHATS, more | {"max_completion_tokens": 50})
-    turns = [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "  " + FOX},
-        {"role": "assistant", "content": EMOJI},
-        {"role": "user", "content": CJK + "\n"},
-    ]
-    yield "chat, turns", Case(CHATS, {"messages": turns, "max_tokens": 200}, holds=EMOJI)
-    parts = [{"role": "user", "content": [{"type": "text", "text": FOX}]}]
-    yield "chat, parts", Case(CHATS, {"messages": parts, "max_tokens": 80}, FOX)
-    yield (
-        "chat, JSON",
-        Case(CHATS, user(FOX) | {"response_format": {"type": "json_object"}}, kept=False),
-    )
-    ids = {"prompt": [504, 2365, 6354], "max_tokens": 8}
-    yield "completions, ids", Case(COMPLETIONS, ids, "The quick brown", kept=False)
-    # The prompt ends inside a character, and the answer begins with the rest of it.
-    split = {"prompt": [235, 118, 504, 321, 231, 10813], "max_tokens": 20}
-    yield "completions, a split character", Case(COMPLETIONS, split, kept=False, broken=True)
-    yield (
-        "completions, a split character, three at a time",
-        Case(COMPLETIONS, split | {"seed": TRIPLES}, kept=False, broken=True),
-    )
-    broken = {"prompt": [504, 10813, 235], "max_tokens": 20}
-    yield "completions, half a character", Case(COMPLETIONS, broken, kept=False, broken=True)
-    yield (
-        "completions, half a character, preempted",
-        Case(COMPLETIONS, broken | {"seed": PREEMPTED}, kept=False, broken=True),
-    )
-    # U+FFFD is the text of part of a character, and here a character of the prompt's own.
-    crooked = {"prompt": FAMILY, "max_tokens": 20}
-    yield "completions, a prompt that ends in U+FFFD", Case(COMPLETIONS, crooked, broken=True)
-    shown = crooked | {"skip_special_tokens": False}
-    yield "completions, U+FFFD and special tokens", Case(COMPLETIONS, shown, broken=True)
-    yield "completions, no limit", Case(COMPLETIONS, {"prompt": FOX}, FOX)
+STOP: dict[str, Any] = {"stop": ["never", "ck bro"], "finish": "stop"}
+STOP_ID: dict[str, Any] = {"stop_token_ids": [FOX_ID], "finish": "stop"}
+INCLUDE: dict[str, Any] = {"include_stop_str_in_output": True}
+SHOWN: dict[str, Any] = {"skip_special_tokens": False}
+USAGE: dict[str, Any] = {"stream_options": {"include_usage": True}}
+SAMPLES = {"plain": FOX, "emoji": EMOJI, "CJK": CJK, "indic and arabic": INDIC, "quotes": QUOTES}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "": {},
+    ", three at a time": {"seed": TRIPLES},
+    ", preempted": {"seed": PREEMPTED},
+}
+# Of both endpoints: the text, and fields of the body and of the `Case`.
+COMMON: dict[str, tuple[str, dict[str, Any]]] = {
+    f"{name}{variant}": (text, more | {"holds": text})
+    for name, text in SAMPLES.items()
+    for variant, more in VARIANTS.items()
+} | {
+    "stop": (FOX, STOP | {"holds": "The qui"}),
+    "stop, three at a time": (FOX, STOP | {"seed": TRIPLES}),
+    "stop, included": (FOX, STOP | INCLUDE | {"holds": "quick bro"}),
+    "stop inside emoji": (EMOJI, {"stop": ["🇯🇵 a"], "finish": "stop"}),
+    "stop that never comes": (EMOJI, {"stop": "a long stop string", "holds": EMOJI}),
+    "stop id": (FOX, STOP_ID | {"holds": "quick brown"}),
+    "stop id, included": (FOX, STOP_ID | INCLUDE | {"holds": "brown fox"}),
+    "stop id, three at a time": (FOX, STOP_ID | {"seed": TRIPLES}),
+    "usage": (EMOJI, USAGE),
+    "usage and stop": (FOX, STOP | USAGE),
+    "one token": (FOX, {"max_tokens": 1}),
+    "special tokens": (SPECIAL, {}),
+    "special tokens shown": (SPECIAL, SHOWN),
+    "special tokens shown, close": (SPECIAL, SHOWN | {"spaces_between_special_tokens": False}),
+    "sampling": (
+        FOX,
+        {"temperature": 0.3, "top_p": 0.9, "top_k": 7, "presence_penalty": 0.5}
+        | {"user": "me", "seed": 7, "holds": FOX},
+    ),
+    "alias": (FOX, {"model": "alias", "holds": FOX}),
+    "structured": (FOX, {"structured_outputs": {"choice": ["yes", "no"]}, "kept": False}),
+    "at least": (FOX, {"min_tokens": 3, "kept": False}),
+}
 
 
-CASES = dict(cases())
+def of_both(path: str, ask: Any) -> Iterator[tuple[str, Case]]:
+    for name, (text, more) in COMMON.items():
+        expected = {key: more[key] for key in ("holds", "finish", "kept") if key in more}
+        body = {key: value for key, value in more.items() if key not in expected}
+        yield f"{path.split('/')[2]}, {name}", Case(path, ask(text) | body, **expected)
+
+
+CONVERSATION = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "  " + FOX},
+    {"role": "assistant", "content": EMOJI},
+    {"role": "user", "content": CJK + "\n"},
+]
+PARTS = [{"role": "user", "content": [{"type": "text", "text": FOX}]}]
+# The prompt ends inside a character, and the answer begins with the rest of it.
+SPLIT: dict[str, Any] = {"prompt": [235, 118, 504, 321, 231, 10813], "max_tokens": 20}
+HALF: dict[str, Any] = {"prompt": [504, 10813, 235], "max_tokens": 20}
+# U+FFFD is the text of part of a character, and here a character of the prompt's own.
+CROOKED: dict[str, Any] = {"prompt": FAMILY, "max_tokens": 20}
+BROKEN: dict[str, Any] = {"kept": False, "broken": True}
+CHAT_ALONE = {
+    "max_completion_tokens": Case(
+        CHATS, {"messages": user(FOX)["messages"], "max_completion_tokens": 50}
+    ),
+    "turns": Case(CHATS, {"messages": CONVERSATION, "max_tokens": 200}, EMOJI),
+    "parts": Case(CHATS, {"messages": PARTS, "max_tokens": 80}, FOX),
+    "JSON": Case(CHATS, user(FOX) | {"response_format": {"type": "json_object"}}, kept=False),
+}
+COMPLETIONS_ALONE = {
+    "ids": Case(
+        COMPLETIONS, {"prompt": [504, 2365, 6354], "max_tokens": 8}, "The quick brown", kept=False
+    ),
+    "a split character": Case(COMPLETIONS, SPLIT, **BROKEN),
+    "a split character, three at a time": Case(COMPLETIONS, SPLIT | {"seed": TRIPLES}, **BROKEN),
+    "half a character": Case(COMPLETIONS, HALF, **BROKEN),
+    "half a character, preempted": Case(COMPLETIONS, HALF | {"seed": PREEMPTED}, **BROKEN),
+    "a prompt that ends in U+FFFD": Case(COMPLETIONS, CROOKED, broken=True),
+    "U+FFFD and special tokens": Case(COMPLETIONS, CROOKED | SHOWN, broken=True),
+    "no limit": Case(COMPLETIONS, {"prompt": FOX}, FOX),
+}
+CASES = {
+    **dict(of_both(CHATS, user)),
+    **dict(of_both(COMPLETIONS, prompt)),
+    **{f"chat, {name}": case for name, case in CHAT_ALONE.items()},
+    **{f"completions, {name}": case for name, case in COMPLETIONS_ALONE.items()},
+}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -783,51 +777,44 @@ async def test_fast_path_failed_request_ends_as_vllms(box: Box) -> None:
     assert await box.core("running") == 0
 
 
+async def read(stream: AbstractAsyncContextManager[httpx.Response], began: asyncio.Event) -> str:
+    """The text of a stream; `began` is set at its first part."""
+    async with stream as reply:
+        parts = []
+        async for part in reply.aiter_text():
+            parts.append(part)
+            began.set()
+        return "".join(parts)
+
+
 async def test_fast_path_dead_engine_gives_event_or_503() -> None:
     restarts = LifecycleTimings(first_restart_s=0.01)  # each new start finds it dead
-    long = {"model": "chat", "max_tokens": 1900, "stream": True}
+    long = {"model": "chat", "prompt": FOX, "max_tokens": 1900, "stream": True}
     killing = {"model": "chat", "prompt": "die", "seed": DIES_AT_ONCE, "stream": True}
     async with (
         boxed(timings=restarts) as box,
         listening(box.app) as url,
         httpx.AsyncClient(timeout=30) as client,
     ):
-
-        async def ask(way: Any) -> tuple[asyncio.Event, asyncio.Task[str]]:
-            began = asyncio.Event()
-
-            async def read() -> str:
-                with way:
-                    stream = client.stream("POST", url + COMPLETIONS, json=long | {"prompt": FOX})
-                    reply = await stream.__aenter__()
-                try:
-                    parts = reply.aiter_text()
-                    text = await anext(parts)
-                    began.set()
-                    return text + "".join([part async for part in parts])
-                finally:
-                    await stream.__aexit__(None, None, None)
-
-            return began, asyncio.create_task(read())
-
         reading = []
         for way in (box.vllm_path(), contextlib.nullcontext(), contextlib.nullcontext()):
-            began, task = await ask(way)
-            await soon(began.wait(), 60)
-            reading.append(task)
+            began = asyncio.Event()
+            with way:
+                stream = client.stream("POST", url + COMPLETIONS, json=long)
+                reading.append(asyncio.create_task(read(stream, began)))
+                await soon(began.wait(), 60)
         refused = await client.post(url + COMPLETIONS, json=killing)
         assert refused.status_code == 503
         assert refused.json()["error"]["code"] == "engine_dead"
-        texts = [await soon(task, 60) for task in reading]
-        for text in texts:
-            *_, failure, done = [part for part in text.split("\n\n") if part]
+        for task in reading:
+            *_, failure, done = [part for part in (await soon(task, 60)).split("\n\n") if part]
             assert done == "data: [DONE]"
             assert json.loads(failure[6:])["error"]["code"] == "engine_dead"
         # By template, for the first time, and by vLLM's generator.
-        later = [await box.ask(COMPLETIONS, long | {"prompt": FOX}) for _ in range(2)]
-        later.append(await box.ask(COMPLETIONS, long | {"prompt": FOX, "user": "me"}))
+        later = [await box.ask(COMPLETIONS, long) for _ in range(2)]
+        later.append(await box.ask(COMPLETIONS, long | {"user": "me"}))
         with box.vllm_path():
-            later.append(await box.ask(COMPLETIONS, long | {"prompt": FOX}))
+            later.append(await box.ask(COMPLETIONS, long))
         for reply in later:  # it is being started again
             code = reply.json()["error"]["code"]
             assert (reply.status_code, code in {"model_not_ready", "engine_dead"}) == (503, True)
