@@ -1,4 +1,4 @@
-"""A running `llmserve up` for benchmarks of what it goes through: requests to it, processes of it, findings."""
+"""A running `llmserve up` for benchmarks: requests to it, its processes, findings."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Finding:
     name: str
     value: float
     unit: str = ""
-    bound: str = ""  # empty: a figure that nothing is promised of
+    bound: str = ""  # empty: a number without a bound
     passed: bool = True
     detail: str = ""
 
@@ -139,7 +139,7 @@ class Reply:
         end = self.broken or self.content[-300:].decode(errors="replace")
         return f"{kind} {self.model} {self.status} after {self.took_s:.2f} s: {end!r}"
 
-    async def come(self, http: httpx.AsyncClient) -> Self:
+    async def receive(self, http: httpx.AsyncClient) -> Self:
         body = {"model": self.model, "prompt": "Once upon a time", "ignore_eos": True}
         body |= {"max_tokens": self.tokens, "stream": self.streams}
         self.sent_s = time.monotonic()
@@ -188,7 +188,7 @@ class Load:
         while not self._over.is_set():
             reply = Reply(model, streams, tokens)
             self.replies.append(reply)
-            await reply.come(self._box.http)
+            await reply.receive(self._box.http)
             if not reply.whole:
                 await asyncio.sleep(_LOOK_S)
 

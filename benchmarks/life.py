@@ -1,7 +1,7 @@
-"""Whether the box goes on: what its models go through under load, and whether stated bounds hold.
+"""Whether models keep their bounds under load while engines die, sleep and reload.
 
 `kills` ends engines and the server, `drain` lets requests end, `reloads` changes the registry,
-`turns` has more models than fit, `broken` has models that cannot start.
+`eviction` has more models than fit, `broken` has models that cannot start.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ async def _killed_to_the_end(box: Box, verdicts: Verdicts) -> None:
     ready = await box.http.get("/ready")
     failed = orjson.loads(ready.content)["models"].get("a")
     verdicts.holds("/ready tells it failed", "failed" in str(failed), ready.text)
-    refused = await Reply("a", False, 4).come(box.http)
+    refused = await Reply("a", False, 4).receive(box.http)
     verdicts.exactly("status of a request for it", refused.status, 503, refused.summary())
 
 
@@ -213,7 +213,7 @@ async def drain(setting: Setting, verdicts: Verdicts) -> None:
 async def _streams(box: Box, model: str, count: int) -> tuple[list[Reply], Awaitable[Any]]:
     """So many that have begun, and their end."""
     replies = [Reply(model, True, 300) for _ in range(count)]
-    ends = asyncio.gather(*(reply.come(box.http) for reply in replies))
+    ends = asyncio.gather(*(reply.receive(box.http) for reply in replies))
     await begun(replies)
     return replies, ends
 
@@ -250,8 +250,8 @@ async def _terminated(box: Box, verdicts: Verdicts) -> None:
         at_s = time.monotonic()
         box.process.terminate()
         await asyncio.sleep(0.5)  # uvicorn looks ten times a second
-        over_new = await Reply("a", False, 1).come(box.http)
-        over_kept = await Reply("a", False, 1).come(kept)
+        over_new = await Reply("a", False, 1).receive(box.http)
+        over_kept = await Reply("a", False, 1).receive(kept)
         meanwhile = sum(reply.done_s == math.inf for reply in replies)
         await ends
     verdicts.figure("streams that ran when new requests were refused", meanwhile)
@@ -329,7 +329,7 @@ def good(registry: Entry, chat: Entry) -> Iterator[tuple[str, Entry]]:
 
 
 class Reloads:
-    """Reloads by both ways, in turn."""
+    """Reloads by signal and by route, alternately."""
 
     def __init__(self, box: Box) -> None:
         self._box = box
@@ -420,13 +420,13 @@ async def _restarting_reload(box: Box, verdicts: Verdicts) -> None:
     verdicts.holds("its engine alone is another", restarted == [True, False])
 
 
-# --- turns
+# --- eviction
 
 
 ASKS, AT_A_TIME = 200, 16
 
 
-async def turns(setting: Setting, verdicts: Verdicts) -> None:
+async def eviction(setting: Setting, verdicts: Verdicts) -> None:
     models = {
         "a": setting.chat(),
         "b": setting.chat(start="lazy", max_in_flight=1),
@@ -449,7 +449,7 @@ async def turns(setting: Setting, verdicts: Verdicts) -> None:
             await asyncio.gather(*(_ask_on(box, waiting) for _ in range(AT_A_TIME)))
         took_s = time.monotonic() - began
         opened = box.open_files() - open_files
-    _judge_turns(replies, verdicts)
+    _judge_eviction(replies, verdicts)
     # One engine more than at the start has some ten.
     verdicts.at_most("file descriptors of the server more than at the start", opened, 30)
     verdicts.at_most("in all", took_s, 360, " s")
@@ -466,7 +466,7 @@ async def turns(setting: Setting, verdicts: Verdicts) -> None:
 
 async def _ask_on(box: Box, waiting: Iterator[Reply]) -> None:
     for reply in waiting:
-        await reply.come(box.http)
+        await reply.receive(box.http)
 
 
 def _cut_by(event: Entry, reply: Reply) -> bool:
@@ -497,7 +497,7 @@ class _Looks:
             await asyncio.sleep(_LOOK_S)
 
 
-def _judge_turns(replies: Sequence[Reply], verdicts: Verdicts) -> None:
+def _judge_eviction(replies: Sequence[Reply], verdicts: Verdicts) -> None:
     failed = failures(replies)
     verdicts.figure("requests", len(replies), "", f"{AT_A_TIME} at a time")
     verdicts.none("of them not answered", failed)
@@ -636,7 +636,7 @@ SCENARIOS: dict[str, Scenario] = {
     "kills": kills,
     "drain": drain,
     "reloads": reloads,
-    "turns": turns,
+    "eviction": eviction,
     "broken": broken,
 }
 

@@ -1,9 +1,9 @@
-"""Requests that end together and come again together: how soon they are back in the engine.
+"""Requests that end together: how soon the next ones are in the engine.
 
     python -m benchmarks.lots VLLM_RS [--fronts ours rust] [--step-ms 4 5 6] [--rounds 3]
 
 A closed loop of answers of one length falls into lots: as many requests as one step prefills
-start together, end together, and their clients' next requests come together. An engine that
+start together, end together, and their clients' next requests arrive together. An engine that
 plans a step while one runs (ahead_core.py) has such a lot in its next plan but one if all of
 it is back within one decode step; else it meets the next lot there, and TTFT is a prefill
 step longer. So the time from the end of one request in the engine to the arrival of the next
@@ -56,20 +56,22 @@ def one_round(
         "TPOT p50 ms": float(measured["median_tpot_ms"]),
         "failed": float(measured["failed"]),
     }
-    back = sorted(backs_ms(report["ended_s"], report["came_s"], count))
+    back = sorted(backs_ms(report["ended_s"], report["arrived_s"], count))
     return figures | {
         f"back ms, {name}": back[int(share * len(back))] for name, share in _BACK.items()
     }
 
 
-def backs_ms(ended_s: Sequence[float], came_s: Sequence[float], in_flight: int) -> Iterator[float]:
-    """From each end to the request that came in its place, in a closed loop.
+def backs_ms(
+    ended_s: Sequence[float], arrived_s: Sequence[float], in_flight: int
+) -> Iterator[float]:
+    """From each end to the request that replaces it, in a closed loop.
 
     The first and the last lots of a run are no lots of a loop, and are left out.
     """
-    pairs = list(zip(ended_s, came_s[in_flight:], strict=False))
-    for ended, came in pairs[in_flight:]:
-        yield (came - ended) * 1000
+    pairs = list(zip(ended_s, arrived_s[in_flight:], strict=False))
+    for ended, arrived in pairs[in_flight:]:
+        yield (arrived - ended) * 1000
 
 
 def measure(options: argparse.Namespace, folder: Path) -> Iterator[tuple[float, str, Figures]]:
