@@ -23,6 +23,7 @@ from vllm.v1.engine.detokenizer import uses_fast_detokenizer
 from llmserve.api.context import RequestContext
 from llmserve.api.token_stream import TokenStream
 from llmserve.engine.fastpath import guards
+from llmserve.engine.fastpath.chunk_templates import ChunkTemplate
 from llmserve.engine.fastpath.output_processor import EngineStreamSource, GenerateCall
 from llmserve.engine.fastpath.request_templates import (
     RequestTemplate,
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
     from llmserve.engine.engine import Engine
-    from llmserve.engine.fastpath.chunk_templates import ChunkTemplate
     from llmserve.engine.fastpath.endpoint_adapters import EndpointAdapter
     from llmserve.engine.fastpath.output_processor import PreparedRequest
     from llmserve.engine.fastpath.tokenizer import Encode
@@ -190,7 +190,7 @@ class FastPath:
             return None
         (call,) = calls
         name = self._serving.models.model_name(call.more.get("lora_request"))
-        chunks = self._adapter.chunks(request, name, self._terms.prune)
+        chunks = ChunkTemplate(self._adapter.chunks(request, name), self._terms.prune)
         if self._fits(body, scope) and guards.is_repeatable(request, call.prompt, call.params):
             self._learn(request, body, public_name, call, chunks)
         return self._stream_of(call, chunks)
