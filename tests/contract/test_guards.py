@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from pydantic import create_model
 from vllm import SamplingParams
 from vllm.config import ModelConfig, ObservabilityConfig, SchedulerConfig, VllmConfig
 from vllm.entrypoints.generate.base.protocol import StreamOptions
@@ -201,25 +202,24 @@ def test_plain_zero_logprobs_are_logprobs() -> None:
     assert not is_plain(completion(logprobs=0), SamplingParams())
 
 
+def later(kind: Any, *, default: bool = False) -> Any:
+    """A class as of a vLLM with one more field."""
+    return create_model("Later", __base__=kind, weight_versions=(bool, default))
+
+
 def test_plain_request_with_field_of_later_vllm_may_not() -> None:
-    class Later(ChatCompletionRequest):
-        return_weight_versions: bool | None = None
-
-    def later(**fields: Any) -> Later:
-        return Later(messages=[{"role": "user", "content": "hi"}], **fields)
-
-    assert is_plain(later(), SamplingParams())
-    assert not is_plain(later(return_weight_versions=True), SamplingParams())
+    kind = later(ChatCompletionRequest)
+    assert is_plain(kind(messages=[]), SamplingParams())
+    assert not is_plain(kind(messages=[], weight_versions=True), SamplingParams())
+    is_on = later(ChatCompletionRequest, default=True)
+    assert not is_plain(is_on(messages=[]), SamplingParams())
 
 
 def test_plain_options_with_field_of_later_vllm_may_not() -> None:
-    class Later(StreamOptions):
-        include_weights: bool = False
-
-    request = chat()
-    request.stream_options = Later(include_usage=True)
+    request, kind = chat(), later(StreamOptions)
+    request.stream_options = kind(include_usage=True)
     assert is_plain(request, SamplingParams())
-    request.stream_options = Later(include_weights=True)
+    request.stream_options = kind(weight_versions=True)
     assert not is_plain(request, SamplingParams())
 
 
@@ -252,13 +252,6 @@ def test_plain_parameters_of_later_vllm_may_not(*, is_on: bool) -> None:
     params = LaterParams(weight_versions=is_on)
     assert is_plain(chat(), params) is not is_on
     assert is_repeatable(chat(), {"type": "token"}, params) is not is_on
-
-
-def test_plain_request_of_later_vllm_with_true_default_may_not() -> None:
-    class Later(ChatCompletionRequest):
-        include_weight_versions: bool = True
-
-    assert not is_plain(Later(messages=[]), SamplingParams())
 
 
 def test_repeatable_takes_listed_keys_of_a_prompt_alone() -> None:
