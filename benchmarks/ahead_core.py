@@ -4,9 +4,9 @@
 
 What fake_core.py does (without its gate and its limit), but that a request is in the plan made
 when a step ends only if it is here by then, and the step so planned is the next but one.
-Prompts come into a plan in their order, as many as fit into TOKENS beside one token for each
+A plan takes prompts in their order, as many as fit into TOKENS beside one token for each
 request that runs; the step lasts `step_ms` and `prefill_us` for each of their tokens. (vLLM
-would begin a prompt of which only a part fits.) The report says when requests came, up to a
+would begin a prompt of which only a part fits.) The report says when requests arrived, up to a
 step's sending late, and when ends were sent.
 
 Source: vllm/v1/engine/core.py (`step_with_batch_queue`), vllm/v1/core/sched/scheduler.py.
@@ -74,7 +74,7 @@ class AheadCore(fake_core.FakeCore):
 
     def _add(self, request: fake_core._Request) -> None:
         super()._add(request)
-        self._report.came_s.append(time.monotonic())
+        self._report.arrived_s.append(time.monotonic())
 
 
 if __name__ == "__main__":

@@ -188,10 +188,10 @@ async def _measured(case: Case, body: bytes) -> dict[str, Any]:
         before = _status("VmRSS")
         began = time.perf_counter()
         async with _Ticks() as ticks:
-            status, said = await _ask(app, case.path, case.headers, body)
+            status, answer = await _ask(app, case.path, case.headers, body)
         return {
             "status": status,
-            "said": said.decode(errors="replace")[:300],
+            "answer": answer.decode(errors="replace")[:300],
             "stall_ms": ticks.longest_s * 1000,
             "peak_mib": (_status("VmHWM") - before) / MIB,
             "took_s": time.perf_counter() - began,
@@ -225,7 +225,7 @@ class _Ticks:
 
 
 async def _ask(app: Any, path: str, headers: dict[str, str], body: bytes) -> tuple[int, bytes]:
-    at, status, said = 0, 0, bytearray()
+    at, status, answer = 0, 0, bytearray()
 
     async def receive() -> Any:
         nonlocal at
@@ -240,7 +240,7 @@ async def _ask(app: Any, path: str, headers: dict[str, str], body: bytes) -> tup
     async def send(message: Any) -> None:
         nonlocal status
         status = message.get("status", status)
-        said.extend(message.get("body", b"")[: 300 - len(said)])
+        answer.extend(message.get("body", b"")[: 300 - len(answer)])
 
     fields = [(name.encode(), value.encode()) for name, value in headers.items()]
     scope = {
@@ -258,7 +258,7 @@ async def _ask(app: Any, path: str, headers: dict[str, str], body: bytes) -> tup
         "server": ("127.0.0.1", 8000),
     }
     await app(scope, receive, send)
-    return status, bytes(said)
+    return status, bytes(answer)
 
 
 @contextlib.asynccontextmanager
@@ -352,9 +352,9 @@ def run(case: Case, limit_s: float) -> dict[str, Any]:
     theirs.close()
     found: dict[str, Any] = {}
     try:
-        found = ours.recv() if ours.poll(limit_s) else {"said": f"more than {limit_s:.0f} s"}
+        found = ours.recv() if ours.poll(limit_s) else {"answer": f"more than {limit_s:.0f} s"}
     except EOFError:
-        found = {"said": "out of 6 GiB of memory"}
+        found = {"answer": "out of 6 GiB of memory"}
     finally:
         process.kill()
         process.join()
@@ -379,9 +379,9 @@ def main() -> None:
         results.append(found)
         row = [f"{found.get(key, 0):.1f}" for key in ("stall_ms", "peak_mib", "took_s")]
         size = f"{found.get('bytes', 0) / MIB:.2f}"
-        status = str(found.get("status", found.get("said")))
+        status = str(found.get("status", found.get("answer")))
         table.add_row(case.path, case.kind, size, status, *row)
-        console.print(case.path, case.kind, size, status, *row, found.get("said", "")[:150])
+        console.print(case.path, case.kind, size, status, *row, found.get("answer", "")[:150])
     console.print(table)
     if options.json:
         options.json.write_text(json.dumps(results, indent=1))

@@ -1,4 +1,4 @@
-"""A running `llmserve up` for benchmarks of what it goes through: requests to it, processes of it, findings."""
+"""A running `llmserve up` for benchmarks: requests to it, its processes, findings."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Finding:
     name: str
     value: float
     unit: str = ""
-    bound: str = ""  # empty: a figure that nothing is promised of
+    bound: str = ""  # empty: a number without a bound
     passed: bool = True
     detail: str = ""
 
@@ -71,8 +71,8 @@ class Verdicts:
     def at_most(
         self, name: str, value: float, bound: float, unit: str = "", detail: str = ""
     ) -> None:
-        said = f"at most {bound:.4g}{unit}"
-        self._add(Finding(name, value, unit, said, value <= bound, detail))
+        allowed = f"at most {bound:.4g}{unit}"
+        self._add(Finding(name, value, unit, allowed, value <= bound, detail))
 
     def exactly(self, name: str, value: float, bound: float, detail: str = "") -> None:
         self._add(Finding(name, value, "", f"{bound:g} it must be", value == bound, detail))
@@ -139,7 +139,7 @@ class Reply:
         end = self.broken or self.content[-300:].decode(errors="replace")
         return f"{kind} {self.model} {self.status} after {self.took_s:.2f} s: {end!r}"
 
-    async def come(self, http: httpx.AsyncClient) -> Self:
+    async def receive(self, http: httpx.AsyncClient) -> Self:
         body = {"model": self.model, "prompt": "Once upon a time", "ignore_eos": True}
         body |= {"max_tokens": self.tokens, "stream": self.streams}
         self.sent_s = time.monotonic()
@@ -188,7 +188,7 @@ class Load:
         while not self._over.is_set():
             reply = Reply(model, streams, tokens)
             self.replies.append(reply)
-            await reply.come(self._box.http)
+            await reply.receive(self._box.http)
             if not reply.whole:
                 await asyncio.sleep(_LOOK_S)
 
@@ -206,12 +206,12 @@ class Setting:
     models: Path
     folder: Path
 
-    def chat(self, **said: Any) -> Entry:
-        return {"model": str(self.models / CHAT), **said}
+    def chat(self, **more: Any) -> Entry:
+        return {"model": str(self.models / CHAT), **more}
 
-    def embed(self, **said: Any) -> Entry:
+    def embed(self, **more: Any) -> Entry:
         engine = {"max_model_len": 256}  # it knows no further positions
-        return {"model": str(self.models / EMBED), "kv_cache": "64MiB", "engine": engine, **said}
+        return {"model": str(self.models / EMBED), "kv_cache": "64MiB", "engine": engine, **more}
 
     def registry(self, models: dict[str, Entry], **server: Any) -> Entry:
         engine = {"dtype": "float32", "max_model_len": 512}

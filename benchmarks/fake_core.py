@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 MODEL = Path(__file__).parents[1] / "models" / "SmolLM2-135M-Instruct"
 MAX_MODEL_LEN, MAX_NUM_SEQS = 2048, 1024
 _KV_TOKENS = 1 << 20  # what the cache would hold, for its usage in the statistics
-_GATE_S = 10.0  # a gate opens after this long, however many have come
+_GATE_S = 10.0  # a gate opens after this long, however many have arrived
 _CONTROL = 1 << 16
 
 TEXT = """\
@@ -150,8 +150,8 @@ class Report:
     final_s: float = 0.0  # when the last token that ended a request was sent
     aborted: int = 0
     running_s: float = 0.0  # of all requests together, in steps
-    prefixes: dict[str, list[float]] = field(default_factory=dict)  # when prompts of each came
-    came_s: list[float] = field(default_factory=list)  # when requests came; AheadCore only
+    prefixes: dict[str, list[float]] = field(default_factory=dict)  # when prompts of each arrived
+    arrived_s: list[float] = field(default_factory=list)  # when requests arrived; AheadCore only
     ended_s: list[float] = field(default_factory=list)  # when ends were sent; AheadCore only
 
 

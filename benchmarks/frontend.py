@@ -67,7 +67,7 @@ def main() -> None:
 def measure(
     start: int, options: argparse.Namespace, runs: list[dict[str, Any]]
 ) -> dict[str, loads.Figures]:
-    """Each front end's figures of one start; what each run of it gave goes to `runs`."""
+    """Each front end's figures of one start; `runs` receives its single runs."""
     names = options.fronts[:: -1 if start % 2 else 1]
     found: dict[str, loads.Figures] = {name: {} for name in names}
     if "ours" in names and "fairness" in options.loads:
@@ -88,22 +88,22 @@ def _on_fronts(
     runs: list[dict[str, Any]],
 ) -> dict[str, loads.Figures]:
     sizes = loads.QUICK if options.quick else loads.Sizes()
-    said: dict[str, dict[str, Any]] = {model: {} for model in models}
+    entries: dict[str, dict[str, Any]] = {model: {} for model in models}
     with ExitStack() as stack:
         running: dict[str, loads.Load] = {}
         for name in names:
             front = stack.enter_context(
-                fronts.front(name, options.cores, said, options.vllm_rs, before=options.before)
+                fronts.front(name, options.cores, entries, options.vllm_rs, before=options.before)
             )
             running[name] = loads.Load(front, sizes, seed=start * 1000)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            figures = runner.run(_in_turn(running, chosen))
+            figures = runner.run(_alternating(running, chosen))
     for name, load in running.items():
         runs += [{"front": name, "start": start, **run} for run in load.runs]
     return figures
 
 
-async def _in_turn(
+async def _alternating(
     running: Mapping[str, loads.Load], chosen: Sequence[str]
 ) -> dict[str, loads.Figures]:
     figures: dict[str, loads.Figures] = {name: {} for name in running}

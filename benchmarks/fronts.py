@@ -165,16 +165,16 @@ def front(
 ) -> Iterator[Front]:
     """A front end of a kind, each replica of a model on a fake engine core, until the block ends.
 
-    `models` has what the registry says of each besides what it says of all; `program` is the
-    engine core's. The kind "before" is llmserve of the checkout `before`.
+    `models` has the keys of each model's entry besides the common ones; `program` is the engine
+    core's. The kind "before" is llmserve of the checkout `before`.
     """
     with ExitStack() as stack:
         folder = Path(tempfile.mkdtemp(prefix="llmserve-bench-"))
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         engines: Engines = {}
-        for model, said in models.items():
+        for model, own in models.items():
             engines[model] = []
-            for number in range(said.get("replicas", 1)):
+            for number in range(own.get("replicas", 1)):
                 engine = Core(f"{model}.{number}", folder, cores.engine, program)
                 stack.callback(engine.process.end)
                 engines[model].append(engine)
@@ -206,7 +206,7 @@ def _ours(
     server = {"host": HOST, "port": port, "log_dir": str(folder)}
     registry.write_text(
         yaml.safe_dump(
-            {"server": server, "models": {name: {**entry, **said} for name, said in models.items()}}
+            {"server": server, "models": {name: {**entry, **own} for name, own in models.items()}}
         )
     )
     return ["ours", str(registry), _addresses(engines)]

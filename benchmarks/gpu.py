@@ -82,11 +82,11 @@ def one_round(
     requests = max(count * _REQUESTS, _LEAST)
     load = vllmbench.Load(spec.name, spec.model, count, requests, options.input, options.output)
     before_s, before = engine_s(url)
-    said = vllmbench.run("vllm-rs", url, load, seed, options.out)
+    measured = vllmbench.run("vllm-rs", url, load, seed, options.out)
     time.sleep(_ENTERED_S)
     after_s, after = engine_s(url)
-    said["engine_ms"] = (after_s - before_s) / max(1, after - before) * 1000
-    return {key: float(said[key]) for key in ROWS.values()}
+    measured["engine_ms"] = (after_s - before_s) / max(1, after - before) * 1000
+    return {key: float(measured[key]) for key in ROWS.values()}
 
 
 def engine_s(url: str) -> tuple[float, float]:

@@ -1,7 +1,7 @@
-"""Whether the box goes on: what its models go through under load, and whether stated bounds hold.
+"""Whether models keep their bounds under load while engines die, sleep and reload.
 
 `kills` ends engines and the server, `drain` lets requests end, `reloads` changes the registry,
-`turns` has more models than fit, `broken` has models that cannot start.
+`eviction` has more models than fit, `broken` has models that cannot start.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ async def kills(setting: Setting, verdicts: Verdicts) -> None:
             await _killed_under_load(box, verdicts)
             await _killed_to_the_end(box, verdicts)
             verdicts.at_most("processes after quarantine", len(box.family()), processes - 1)
-            code, said = await box.cli("load", "a")
-            verdicts.exactly("exit code of `load` after quarantine", code, 0, said)
+            code, output = await box.cli("load", "a")
+            verdicts.exactly("exit code of `load` after quarantine", code, 0, output)
             await _stopped_silently(box, verdicts)
         failed = failures(other.replies)
         verdicts.figure("requests to the other model", len(other.replies))
@@ -102,9 +102,9 @@ async def _loop_lag(box: Box, verdicts: Verdicts) -> None:
 
 async def _second_server(box: Box, verdicts: Verdicts) -> None:
     began = time.monotonic()
-    code, said = await run_command(*COMMAND, "up", str(box.file))
+    code, output = await run_command(*COMMAND, "up", str(box.file))
     verdicts.at_most("second server on the port ends after", time.monotonic() - began, 2, " s")
-    verdicts.exactly("its exit code", code, 3, said)
+    verdicts.exactly("its exit code", code, 3, output)
 
 
 async def _killed_under_load(box: Box, verdicts: Verdicts) -> None:
@@ -131,8 +131,8 @@ def _judge_killed(
     rest = [r for r in caught if r not in streams and r.done_s > noticed_s]
     late = [r for r in replies if noticed_s + _LOOK_S < r.sent_s < again_s - 1]
     verdicts.figure("streams that had begun at the kill", len(streams))
-    untold = [r for r in streams if not (r.ended and r.erred)]
-    verdicts.none("of them without error and [DONE]", untold)
+    incomplete = [r for r in streams if not (r.ended and r.erred)]
+    verdicts.none("of them without error and [DONE]", incomplete)
     last_s = max((r.done_s - at_s for r in streams), default=math.inf)
     verdicts.at_most("the last of them ended after", last_s, _ENDS_S, " s")
     verdicts.figure("requests without a byte at the kill", len(rest))
@@ -173,7 +173,7 @@ async def _killed_to_the_end(box: Box, verdicts: Verdicts) -> None:
     ready = await box.http.get("/ready")
     failed = orjson.loads(ready.content)["models"].get("a")
     verdicts.holds("/ready tells it failed", "failed" in str(failed), ready.text)
-    refused = await Reply("a", False, 4).come(box.http)
+    refused = await Reply("a", False, 4).receive(box.http)
     verdicts.exactly("status of a request for it", refused.status, 503, refused.summary())
 
 
@@ -205,25 +205,25 @@ async def drain(setting: Setting, verdicts: Verdicts) -> None:
         await box.ready()
         await _unloaded(box, verdicts)
         await _unloaded_now(box, verdicts)
-        code, said = await box.cli("load", "a")
-        verdicts.exactly("exit code of `load`", code, 0, said)
+        code, output = await box.cli("load", "a")
+        verdicts.exactly("exit code of `load`", code, 0, output)
         await _terminated(box, verdicts)
 
 
 async def _streams(box: Box, model: str, count: int) -> tuple[list[Reply], Awaitable[Any]]:
     """So many that have begun, and their end."""
     replies = [Reply(model, True, 300) for _ in range(count)]
-    ends = asyncio.gather(*(reply.come(box.http) for reply in replies))
+    ends = asyncio.gather(*(reply.receive(box.http) for reply in replies))
     await begun(replies)
     return replies, ends
 
 
 async def _unloaded(box: Box, verdicts: Verdicts) -> None:
     replies, ends = await _streams(box, "a", 4)
-    code, said = await box.cli("unload", "a")
+    code, output = await box.cli("unload", "a")
     early = sum(reply.done_s == math.inf for reply in replies)
     await ends
-    verdicts.exactly("exit code of `unload`", code, 0, said)
+    verdicts.exactly("exit code of `unload`", code, 0, output)
     verdicts.at_most("streams that had not ended by then", early, 0)
     failed = failures(replies)
     verdicts.none("of 4 streams not whole", failed)
@@ -232,11 +232,11 @@ async def _unloaded(box: Box, verdicts: Verdicts) -> None:
 async def _unloaded_now(box: Box, verdicts: Verdicts) -> None:
     replies, ends = await _streams(box, "b", 4)
     at_s = time.monotonic()
-    code, said = await box.cli("unload", "b", "--now")
+    code, output = await box.cli("unload", "b", "--now")
     await ends
-    verdicts.exactly("exit code of `unload --now`", code, 0, said)
-    untold = [reply for reply in replies if not (reply.ended and reply.erred)]
-    verdicts.none("of 4 streams without error and [DONE]", untold)
+    verdicts.exactly("exit code of `unload --now`", code, 0, output)
+    incomplete = [reply for reply in replies if not (reply.ended and reply.erred)]
+    verdicts.none("of 4 streams without error and [DONE]", incomplete)
     last_s = max(reply.done_s for reply in replies) - at_s
     verdicts.figure("the last of them ended after", last_s, " s", "the command's start included")
 
@@ -250,8 +250,8 @@ async def _terminated(box: Box, verdicts: Verdicts) -> None:
         at_s = time.monotonic()
         box.process.terminate()
         await asyncio.sleep(0.5)  # uvicorn looks ten times a second
-        over_new = await Reply("a", False, 1).come(box.http)
-        over_kept = await Reply("a", False, 1).come(kept)
+        over_new = await Reply("a", False, 1).receive(box.http)
+        over_kept = await Reply("a", False, 1).receive(kept)
         meanwhile = sum(reply.done_s == math.inf for reply in replies)
         await ends
     verdicts.figure("streams that ran when new requests were refused", meanwhile)
@@ -299,7 +299,7 @@ def good(registry: Entry, chat: Entry) -> Iterator[tuple[str, Entry]]:
     """Each with what it changes, one after the other."""
     now = deepcopy(registry)
     a, models, server = now["models"]["a"], now["models"], now["server"]
-    for said in (
+    for change in (
         {"max_in_flight": 64},
         {"aliases": ["other"]},
         {"sampling": {"temperature": 0.5}},
@@ -312,8 +312,8 @@ def good(registry: Entry, chat: Entry) -> Iterator[tuple[str, Entry]]:
         {"priority": 3},
         {"hidden": True},
     ):
-        a.update(said)
-        yield next(iter(said)), deepcopy(now)
+        a.update(change)
+        yield next(iter(change)), deepcopy(now)
     for key, value in (("max_body", "1MiB"), ("drain_timeout", 20)):
         server[key] = value
         yield f"server.{key}", deepcopy(now)
@@ -329,30 +329,30 @@ def good(registry: Entry, chat: Entry) -> Iterator[tuple[str, Entry]]:
 
 
 class Reloads:
-    """Reloads by both ways, in turn."""
+    """Reloads by signal and by route, alternately."""
 
     def __init__(self, box: Box) -> None:
         self._box = box
         self._hangups = itertools.cycle((True, False))
 
-    async def tell(self) -> tuple[bool, str]:
-        """Whether the registry was taken, and what was said of it."""
+    async def apply(self) -> tuple[bool, str]:
+        """Return whether the registry was applied, and the report."""
         return await (self.by_signal() if next(self._hangups) else self.by_route())
 
     async def by_signal(self) -> tuple[bool, str]:
         before = len(self._box.printed())
         self._box.process.send_signal(signal.SIGHUP)
-        said = ""
+        report = ""
 
         def over() -> bool:
-            nonlocal said
-            said = self._box.printed()[before:]
-            return "reload: " in said and said.endswith("\n")
+            nonlocal report
+            report = self._box.printed()[before:]
+            return "reload: " in report and report.endswith("\n")
 
         await until(over, START_S)
         await asyncio.sleep(_LOOK_S)
-        said = self._box.printed()[before:]
-        return "nothing has changed" not in said, said
+        report = self._box.printed()[before:]
+        return "nothing has changed" not in report, report
 
     async def by_route(self) -> tuple[bool, str]:
         answer = await self._box.http.post("/admin/reload")
@@ -378,18 +378,18 @@ async def reloads(setting: Setting, verdicts: Verdicts) -> None:
 
 async def _broken_reloads(box: Box, verdicts: Verdicts) -> None:
     text, reload = box.file.read_text(), Reloads(box)
-    untold: list[str] = []
+    unreported: list[str] = []
     times: list[float] = []
     for word, break_it in itertools.islice(itertools.cycle(BROKEN), 100):
         box.file.write_bytes(break_it(text))
         began = time.monotonic()
-        taken, said = await reload.tell()
+        applied, report = await reload.apply()
         times.append(time.monotonic() - began)
-        if taken or word not in said:
-            untold.append(f"{word}: {said}")
+        if applied or word not in report:
+            unreported.append(f"{word}: {report}")
     box.file.write_text(text)
     verdicts.figure("broken reloads", len(times), "", f"{max(times):.2f} s the slowest")
-    verdicts.none("of them taken, or without their problem", untold)
+    verdicts.none("of them applied, or without their problem", unreported)
 
 
 async def _good_reloads(box: Box, setting: Setting, verdicts: Verdicts) -> None:
@@ -398,10 +398,10 @@ async def _good_reloads(box: Box, setting: Setting, verdicts: Verdicts) -> None:
     count = 0
     for word, registry in good(box.registry, setting.chat()):
         box.write(registry)
-        taken, said = await reload.tell()
+        applied, report = await reload.apply()
         count += 1
-        if not taken or word not in said:
-            odd.append(f"{word}: {said}")
+        if not applied or word not in report:
+            odd.append(f"{word}: {report}")
     verdicts.figure("good reloads", count)
     verdicts.none("of them not as they say", odd)
 
@@ -412,21 +412,21 @@ async def _restarting_reload(box: Box, verdicts: Verdicts) -> None:
     changed["models"]["a"]["engine"] = {"max_model_len": 448}
     box.write(changed)
     began = time.monotonic()
-    taken, said = await Reloads(box).by_route()
-    verdicts.holds("a changed engine argument is taken", taken, said)
+    applied, report = await Reloads(box).by_route()
+    verdicts.holds("a changed engine argument is taken", applied, report)
     verdicts.figure("it took", time.monotonic() - began, " s")
     after = await box.pid("a"), await box.pid("b")
     restarted = [was != now for was, now in zip(before, after, strict=True)]
     verdicts.holds("its engine alone is another", restarted == [True, False])
 
 
-# --- turns
+# --- eviction
 
 
 ASKS, AT_A_TIME = 200, 16
 
 
-async def turns(setting: Setting, verdicts: Verdicts) -> None:
+async def eviction(setting: Setting, verdicts: Verdicts) -> None:
     models = {
         "a": setting.chat(),
         "b": setting.chat(start="lazy", max_in_flight=1),
@@ -435,7 +435,7 @@ async def turns(setting: Setting, verdicts: Verdicts) -> None:
     rng = random.Random(1)
     replies: list[Reply] = []
 
-    def wishes() -> Iterator[Reply]:
+    def drawn() -> Iterator[Reply]:
         for _ in range(ASKS):
             reply = Reply(rng.choice("abc"), rng.random() < 0.5, rng.randint(4, 16))
             replies.append(reply)
@@ -445,17 +445,17 @@ async def turns(setting: Setting, verdicts: Verdicts) -> None:
         await box.ready()
         open_files, began = box.open_files(), time.monotonic()
         async with box.events() as events, _Looks(box) as looks:
-            waiting = wishes()
+            waiting = drawn()
             await asyncio.gather(*(_ask_on(box, waiting) for _ in range(AT_A_TIME)))
         took_s = time.monotonic() - began
         opened = box.open_files() - open_files
-    _judge_turns(replies, verdicts)
+    _judge_eviction(replies, verdicts)
     # One engine more than at the start has some ten.
     verdicts.at_most("file descriptors of the server more than at the start", opened, 30)
     verdicts.at_most("in all", took_s, 360, " s")
     downs = [e for e in events if e["to"] == "draining"]
     by_model = dict(Counter(e["model"] for e in downs))
-    verdicts.figure("models that gave way", len(downs), "", str(by_model))
+    verdicts.figure("evicted models", len(downs), "", str(by_model))
     seen = f"of {looks.count} looks"
     verdicts.at_most("requests seen in an engine at rest", looks.odd, 0, detail=seen)
     ends = [e for e in events if e["to"] == "stopped"]
@@ -466,7 +466,7 @@ async def turns(setting: Setting, verdicts: Verdicts) -> None:
 
 async def _ask_on(box: Box, waiting: Iterator[Reply]) -> None:
     for reply in waiting:
-        await reply.come(box.http)
+        await reply.receive(box.http)
 
 
 def _cut_by(event: Entry, reply: Reply) -> bool:
@@ -497,7 +497,7 @@ class _Looks:
             await asyncio.sleep(_LOOK_S)
 
 
-def _judge_turns(replies: Sequence[Reply], verdicts: Verdicts) -> None:
+def _judge_eviction(replies: Sequence[Reply], verdicts: Verdicts) -> None:
     failed = failures(replies)
     verdicts.figure("requests", len(replies), "", f"{AT_A_TIME} at a time")
     verdicts.none("of them not answered", failed)
@@ -505,7 +505,7 @@ def _judge_turns(replies: Sequence[Reply], verdicts: Verdicts) -> None:
     commented = [reply for reply in replies if reply.commented]
     verdicts.figure("streams with a comment in the queue", len(commented))
     silent = [r for r in replies if r.streams and r.first_s - r.sent_s > 7 and not r.commented]
-    verdicts.none("streams that waited 7 s untold", silent)
+    verdicts.none("streams that waited 7 s without a comment", silent)
     for model in "bc":
         pairs, wrong = overtakes([reply for reply in replies if reply.model == model])
         verdicts.at_most(f"overtakings in {model}'s line", wrong, 0, detail=f"of {pairs} pairs")
@@ -561,16 +561,16 @@ async def _broken(setting: Setting, verdicts: Verdicts, small: Path | None) -> N
         else:
             with filled(small):
                 await _cannot_start(box, "late", str(small), verdicts)
-            code, said = await box.cli("load", "late")
-            verdicts.exactly("exit code of `load late` with room again", code, 0, said)
+            code, output = await box.cli("load", "late")
+            verdicts.exactly("exit code of `load late` with room again", code, 0, output)
 
 
 async def _cannot_start(box: Box, name: str, word: str, verdicts: Verdicts) -> None:
     family = {process.pid for process in box.family()}
     used = box.memory()
     began = time.monotonic()
-    code, said = await box.cli("load", name)
-    verdicts.figure(f"{name}: failed after", time.monotonic() - began, " s", said)
+    code, output = await box.cli("load", name)
+    verdicts.figure(f"{name}: failed after", time.monotonic() - began, " s", output)
     verdicts.exactly("  exit code of `load`", code, 1)
     note = (await box.model(name))["note"]
     lines = len(note.splitlines())
@@ -636,7 +636,7 @@ SCENARIOS: dict[str, Scenario] = {
     "kills": kills,
     "drain": drain,
     "reloads": reloads,
-    "turns": turns,
+    "eviction": eviction,
     "broken": broken,
 }
 

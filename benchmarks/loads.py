@@ -128,7 +128,7 @@ class Load:
     runs: list[dict[str, Any]] = field(default_factory=list)
 
     async def warm_up(self) -> None:
-        """Every path once, with as many connections as will come."""
+        """Every path once, with as many connections as will follow."""
         self.front.core.set(step_ms=5)
         for count, tokens in ((64, 50), (self.sizes.burst, 4), (self.sizes.burst, 4)):
             await self._run("warm-up", self._prompts(count), [tokens] * count)
@@ -155,11 +155,11 @@ class Load:
     async def saturation(self) -> Figures:
         """The highest rate at which the front end keeps up with its engine.
 
-        The core holds the requests until all have come and then starts them in one step:
+        The core holds the requests until all have arrived and then starts them in one step:
         no set-up is in the figures. A rate is tokens over the time from the beginning of
         that step: offered, until the core has sent the last token; delivered, until the
         last client has read [DONE]. Answers end over the last steps, a few in each: were
-        it all in one, the lag would tell what an end costs.
+        it all in one, the lag would be the cost of an end.
         """
         count, hopeless = self.sizes.saturated_streams, 0
         best: Figures = {}

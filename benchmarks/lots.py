@@ -1,12 +1,12 @@
-"""Requests that end together and come again together: how soon they are back in the engine.
+"""Requests that end together: how soon the next ones are in the engine.
 
     python -m benchmarks.lots VLLM_RS [--fronts ours rust] [--step-ms 4 5 6] [--rounds 3]
 
 A closed loop of answers of one length falls into lots: as many requests as one step prefills
-start together, end together, and their clients' next requests come together. An engine that
+start together, end together, and their clients' next requests arrive together. An engine that
 plans a step while one runs (ahead_core.py) has such a lot in its next plan but one if all of
 it is back within one decode step; else it meets the next lot there, and TTFT is a prefill
-step longer. So the time from an end's leaving the engine to the next request's coming into it
+step longer. So the time from the end of one request in the engine to the arrival of the next
 decides. That is `back`, of which a part is the client's.
 
 The front end runs on one CPU core, the engine core and the client, `vllm-rs bench serve` from
@@ -48,28 +48,30 @@ def one_round(
     front.core.set(step_ms=step_ms, prefill_us=_PREFILL_US)
     url = f"http://{fronts.HOST}:{front.port}"
     with fronts.pinned(options.cores.client):
-        said = vllmbench.run(str(options.vllm_rs), url, load, seed, folder)
+        measured = vllmbench.run(str(options.vllm_rs), url, load, seed, folder)
     report = front.core.set()
     figures = {
-        "TTFT p50 ms": float(said["median_ttft_ms"]),
-        "TTFT mean ms": float(said["mean_ttft_ms"]),
-        "TPOT p50 ms": float(said["median_tpot_ms"]),
-        "failed": float(said["failed"]),
+        "TTFT p50 ms": float(measured["median_ttft_ms"]),
+        "TTFT mean ms": float(measured["mean_ttft_ms"]),
+        "TPOT p50 ms": float(measured["median_tpot_ms"]),
+        "failed": float(measured["failed"]),
     }
-    back = sorted(backs_ms(report["ended_s"], report["came_s"], count))
+    back = sorted(backs_ms(report["ended_s"], report["arrived_s"], count))
     return figures | {
         f"back ms, {name}": back[int(share * len(back))] for name, share in _BACK.items()
     }
 
 
-def backs_ms(ended_s: Sequence[float], came_s: Sequence[float], in_flight: int) -> Iterator[float]:
-    """From each end to the request that came in its place, in a closed loop.
+def backs_ms(
+    ended_s: Sequence[float], arrived_s: Sequence[float], in_flight: int
+) -> Iterator[float]:
+    """From each end to the request that replaces it, in a closed loop.
 
     The first and the last lots of a run are no lots of a loop, and are left out.
     """
-    pairs = list(zip(ended_s, came_s[in_flight:], strict=False))
-    for ended, came in pairs[in_flight:]:
-        yield (came - ended) * 1000
+    pairs = list(zip(ended_s, arrived_s[in_flight:], strict=False))
+    for ended, arrived in pairs[in_flight:]:
+        yield (arrived - ended) * 1000
 
 
 def measure(options: argparse.Namespace, folder: Path) -> Iterator[tuple[float, str, Figures]]:

@@ -106,7 +106,7 @@ class Reply:
     due_s: float  # when it was to be sent
     sent_s: float = 0.0
     status: int = 0  # 0: none came
-    retry_after_s: int = 0  # 0: not said
+    retry_after_s: int = 0  # 0: none
     first_s: float = 0.0  # text
     ended_s: float = 0.0
     tokens: int = 0  # of a whole answer
@@ -202,8 +202,8 @@ class Client:
             writer.write(request)
             head = await reader.readuntil(b"\r\n\r\n")
             reply.status = int(head.split(maxsplit=2)[1])
-            if said := _RETRY_AFTER.search(head):
-                reply.retry_after_s = int(said[1])
+            if found := _RETRY_AFTER.search(head):
+                reply.retry_after_s = int(found[1])
             body = b""
             while part := await reader.read(1 << 16):
                 body += part

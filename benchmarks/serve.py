@@ -107,13 +107,15 @@ def measure(
                 servers.append(start)
                 continue
             servers.append(partial(kept, stack.enter_context(start())))
-            tell(f"{side.label} runs")
+            print_progress(f"{side.label} runs")
         for number in range(options.rounds):
             for place in sorted(range(len(sides)), reverse=number % 2 == 1):
                 with servers[place]() as addresses:
                     tag = f"{run}.{'ab'[place]}{number}"
                     found[place].append(one_round(load, options.warmup, addresses, tag, number))
-                tell(f"round {number + 1}, {sides[place].label}: {in_short(found[place][-1])}")
+                print_progress(
+                    f"round {number + 1}, {sides[place].label}: {in_short(found[place][-1])}"
+                )
     return found
 
 
@@ -137,7 +139,7 @@ def one_round(load: Load, warmup: int, addresses: Addresses, tag: str, number: i
 # --- output
 
 
-def tell(text: str) -> None:
+def print_progress(text: str) -> None:
     """Progress; the figures themselves go to the standard output."""
     print(text, file=sys.stderr, flush=True)
 

@@ -127,20 +127,20 @@ def _vllm(
 
 def stock_command(spec: ModelSpec, port: int, *, rust: bool = False) -> list[str]:
     """vLLM's server with the engine arguments that llmserve gives this entry."""
-    said: dict[str, Any] = {name: getattr(spec, name) for name in _SAME}
-    said |= {"kv_cache_memory_bytes": spec.kv_cache, "device_ids": spec.devices}
-    said |= {"reasoning_parser": spec.reasoning_parser, "tool_call_parser": spec.tool_call_parser}
-    said["enable_auto_tool_choice"] = True if spec.tool_call_parser else None
+    flags: dict[str, Any] = {name: getattr(spec, name) for name in _SAME}
+    flags |= {"kv_cache_memory_bytes": spec.kv_cache, "device_ids": spec.devices}
+    flags |= {"reasoning_parser": spec.reasoning_parser, "tool_call_parser": spec.tool_call_parser}
+    flags["enable_auto_tool_choice"] = True if spec.tool_call_parser else None
     if environment.is_cpu_build():
-        said["device_ids"] = None
-        said |= {name: value for name, value in _CPU.items() if said.get(name) is None}
-    said |= spec.engine
+        flags["device_ids"] = None
+        flags |= {name: value for name, value in _CPU.items() if flags.get(name) is None}
+    flags |= spec.engine
     command = [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry", "--model"]
     if rust:
         command = ["vllm", "serve"]
     command += [spec.model, "--host", HOST, "--port", str(port)]
     command += ["--served-model-name", *spec.names]
-    return command + [part for name, value in said.items() for part in _flag(name, value)]
+    return command + [part for name, value in flags.items() for part in _flag(name, value)]
 
 
 def _flag(name: str, value: Any) -> list[str]:

@@ -10,28 +10,6 @@ import ctypes
 from typing import Any
 
 
-class _Location(ctypes.Structure):
-    _fields_ = (("type", ctypes.c_int), ("id", ctypes.c_int))
-
-
-class _Properties(ctypes.Structure):
-    """CUmemAllocationProp of cuda.h."""
-
-    _fields_ = (
-        ("type", ctypes.c_int),
-        ("handle_types", ctypes.c_int),
-        ("location", _Location),
-        ("windows", ctypes.c_void_p),
-        ("flags", ctypes.c_ubyte * 8),
-    )
-
-
-class _Access(ctypes.Structure):
-    """CUmemAccessDesc of cuda.h."""
-
-    _fields_ = (("location", _Location), ("flags", ctypes.c_int))
-
-
 class Driver:
     """The memory of one device (CUDA driver API, 6.14). Sizes are multiples of 2 MiB, in bytes.
 
@@ -44,7 +22,7 @@ class Driver:
 
     def __init__(self, device: int) -> None:
         self._library = ctypes.CDLL("libcuda.so.1")
-        self._location = _Location(self._DEVICE, device)
+        self._location = (self._DEVICE, device)  # CUmemLocation of cuda.h: type, id
         number, address, size = ctypes.c_int, ctypes.c_ulonglong, ctypes.c_size_t
         pointer = ctypes.c_void_p
         for name, arguments in (
@@ -71,7 +49,8 @@ class Driver:
         """Return a handle of new memory; with `shared` it can have a descriptor."""
         handle = ctypes.c_ulonglong()
         kind = self._DESCRIPTOR if shared else 0
-        properties = _Properties(self._PINNED, kind, self._location)
+        # CUmemAllocationProp of cuda.h: type, handle types, location; 16 bytes that stay 0.
+        properties = (ctypes.c_int * 8)(self._PINNED, kind, *self._location)
         self._call("cuMemCreate", ctypes.byref(handle), size, ctypes.byref(properties), 0)
         return handle.value
 
@@ -94,7 +73,8 @@ class Driver:
 
     def allow(self, address: int, size: int) -> None:
         """Allow reading and writing."""
-        access = _Access(self._location, self._READ_AND_WRITE)
+        # CUmemAccessDesc of cuda.h: location, flags.
+        access = (ctypes.c_int * 3)(*self._location, self._READ_AND_WRITE)
         self._call("cuMemSetAccess", address, size, ctypes.byref(access), 1)
 
     def unmap(self, address: int, size: int) -> None:

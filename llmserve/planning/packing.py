@@ -196,55 +196,48 @@ class Packing:
 
     def best(self, demand: Demand, least: int = 0) -> tuple[Option, Group] | None:
         """Return the cheapest place with room, on `least` devices or more."""
-        ways = [
-            way
-            for level, option in enumerate(demand.options)
-            if option.devices >= least
-            for way in self.weigh(demand, level)
-        ]
-        if not ways:
-            return None
-        _, level, group = min(ways)
-        return demand.options[level], group
+        levels = [k for k, option in enumerate(demand.options) if option.devices >= least]
+        ways = self.ways(demand, levels)
+        return (demand.options[ways[0][1]], ways[0][2]) if ways else None
 
-    def weigh(self, demand: Demand, level: int) -> list[Way]:
-        """Return aligned groups with room for an option, and the emptiest group of each pool."""
-        option = demand.options[level]
-        loads, limits, takes = self.loads, self.limits, self.topology.takes(option)
-        roomy = {g for g in self.topology.everywhere if loads[g] + takes[g] <= limits[g]}
-        if demand.devices is not None:
-            groups = [self.topology.positions(demand.devices)]
-        else:
-            groups = list(self.topology.aligned(option.devices))
-            for pool in self.topology.pools(option.devices) if option.devices > 1 else ():
-                emptiest = sorted(roomy.intersection(pool), key=self.use)[: option.devices]
-                groups.append(tuple(sorted(emptiest)))
-        self.steps += len(groups)
-        groups = [g for g in groups if len(g) == option.devices and roomy.issuperset(g)]
-        return [
-            (cost, level, g)
-            for cost, g in zip(self.costs(demand, option, groups), groups, strict=True)
-        ]
+    def ways(
+        self,
+        demand: Demand,
+        levels: Iterable[int],
+        some: Group | None = None,
+        below: float = math.inf,
+    ) -> list[Way]:
+        """Return the places with room, the cheapest first; of equal GPUs, one.
 
-    def ways(self, demand: Demand, levels: Iterable[int], some: Group, below: float) -> list[Way]:
-        """Return the places among some GPUs, the cheapest first; of equal ones, one."""
-        loads, limits, memory = self.loads, self.limits, self.topology.memory
+        `some`: the GPUs to choose from, if not all. Costs are `below` that, if it is known early.
+        """
+        memory = self.topology.memory
         ways: dict[Hashable, Way] = {}
         for level in levels:
             option = demand.options[level]
             if _wider(demand, option) >= below:
                 continue
-            takes = self.topology.takes(option)
-            groups = self.topology.among(some, option.devices)
-            self.steps += len(groups)
-            full = {g for g in some if loads[g] + takes[g] > limits[g]}
-            groups = [group for group in groups if full.isdisjoint(group)]
+            groups = self._roomy(demand, option, some or self.topology.everywhere)
             for cost, group in zip(self.costs(demand, option, groups), groups, strict=True):
                 g = group[0]
                 # Groups are placed first, so for the rest GPUs of the same state are the same.
-                state = (memory[g], loads[g], *self.models[g])
+                state = (memory[g], self.loads[g], *self.models[g])
                 ways.setdefault(state if option.devices == 1 else group, (cost, level, group))
         return sorted(ways.values())
+
+    def _roomy(self, demand: Demand, option: Option, some: Group) -> list[Group]:
+        """Return groups with room for an option, with the emptiest group of each pool."""
+        loads, limits, takes = self.loads, self.limits, self.topology.takes(option)
+        roomy = {g for g in some if loads[g] + takes[g] <= limits[g]}
+        if demand.devices is not None:
+            groups = [self.topology.positions(demand.devices)]
+        else:
+            groups = list(self.topology.among(some, option.devices))
+            for pool in self.topology.pools(option.devices) if option.devices > 1 else ():
+                emptiest = sorted(roomy.intersection(pool), key=self.use)[: option.devices]
+                groups.append(tuple(sorted(emptiest)))
+        self.steps += len(groups)
+        return [g for g in groups if len(g) == option.devices and roomy.issuperset(g)]
 
 
 def _wider(demand: Demand, option: Option) -> float:

@@ -119,7 +119,7 @@ def _together(
     possible = [
         replace(demand, options=options)
         for demand in chosen
-        if (options := tuple(o for k, o in enumerate(demand.options) if packing.weigh(demand, k)))
+        if (options := tuple(o for k, o in enumerate(demand.options) if packing.ways(demand, [k])))
     ]
     pack(possible, packing)
     if even:
@@ -166,7 +166,7 @@ class _TimeSharing:
             ways = []
             for level, option in enumerate(demand.options):
                 packing = self._packing(demand, option, displaces=displaces)
-                ways += packing.weigh(demand, level)
+                ways += packing.ways(demand, [level])
             if ways:
                 _, level, group = min(ways)
                 devices = demand.devices or self._topology.indices(group)

@@ -53,13 +53,13 @@ class Running:
     stop_ids: frozenset[int]
     seed: int | None
     logprobs: int | None
-    came_s: float
+    arrived_s: float
     answer_tokens: int | None = None
     done: int = 0
 
     def start(self) -> dict[str, Any]:
         """What only the first output of a request carries."""
-        queued = EngineCoreEvent(EngineCoreEventType.QUEUED, self.came_s)
+        queued = EngineCoreEvent(EngineCoreEventType.QUEUED, self.arrived_s)
         scheduled = EngineCoreEvent(EngineCoreEventType.SCHEDULED, time.monotonic())
         computed = self.prompt_tokens
         stats = PrefillStats(num_prompt_tokens=computed, num_computed_tokens=computed)

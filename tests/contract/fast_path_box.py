@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import re
@@ -46,6 +47,12 @@ class Box:
 
     async def core(self, method: str) -> Any:
         return await self.serving.engine.client.engine_core.call_utility_async(method)
+
+    async def until_core(self, method: str, *, differs_from: int) -> None:
+        """Wait until one of the core's counts is another."""
+        async with asyncio.timeout(60):
+            while await self.core(method) == differs_from:
+                await asyncio.sleep(0.01)
 
     def forget(self) -> None:
         """No template is known."""
@@ -92,10 +99,10 @@ class Box:
 
 @asynccontextmanager
 async def boxed(
-    step_s: float = STEP_S, timings: LifecycleTimings = TIMINGS, **said: Any
+    step_s: float = STEP_S, timings: LifecycleTimings = TIMINGS, **more: Any
 ) -> AsyncIterator[Box]:
     spec = ModelSpec(
-        name="chat", model=str(CHAT), aliases=("alias",), engine={"max_model_len": 2048}, **said
+        name="chat", model=str(CHAT), aliases=("alias",), engine={"max_model_len": 2048}, **more
     )
     async with on_fake_core(spec, step_s) as (serving, _):
         box = Box(await services_of([spec], {"chat": serving}, timings), serving)

@@ -119,8 +119,8 @@ def running(services: Services) -> Any:
     return services.pool.models["chat"].running
 
 
-def spec(**said: Any) -> ModelSpec:
-    return ModelSpec(name="chat", model=str(CHAT), **said)
+def spec(**more: Any) -> ModelSpec:
+    return ModelSpec(name="chat", model=str(CHAT), **more)
 
 
 def source(name: str) -> str:

@@ -149,9 +149,7 @@ async def test_a_client_that_reads_nothing_is_cut_off_and_no_other(
         with await connected(port, path, stuck) as never:
             url = f"http://127.0.0.1:{port}{COMPLETIONS}"
             reader = asyncio.create_task(client.post(url, json=reading))
-            async with asyncio.timeout(60):
-                while await box.core("aborted") == before:
-                    await asyncio.sleep(0.05)
+            await box.until_core("aborted", differs_from=before)
             left = await soon(rest_of(never), 60)
         assert left.startswith(b"HTTP/1.1 200 ")
         assert b"[DONE]" not in left
@@ -204,14 +202,12 @@ async def test_a_stuck_client_that_leaves_has_its_request_aborted(box: Box) -> N
     async with served(box) as port:
         with await connected(port, COMPLETIONS, asking(EMOJI, 1900)):
             await until(lambda: waiting(box) == 1, 60)
-        async with asyncio.timeout(60):
-            while await box.core("aborted") == before:
-                await asyncio.sleep(0.05)
+        await box.until_core("aborted", differs_from=before)
         await until(lambda: box.services.pool.models["chat"].slots.in_flight == 0)
     assert await box.core("aborted") == before + 1
 
 
-async def test_a_client_that_leaves_with_a_second_request_waiting_is_gone(box: Box) -> None:
+async def test_client_that_leaves_with_pipelined_request_is_aborted(box: Box) -> None:
     """uvicorn tells the newest request of a connection that the client has left."""
     before = await box.core("aborted")
     body = json.dumps(asking(EMOJI, 1900)).encode()
@@ -272,7 +268,7 @@ class Cycle:
 
 
 @pytest.mark.parametrize("second", [b"event", b""])
-def test_the_headers_of_a_stream_and_its_first_event_are_one_write(second: bytes) -> None:
+def test_headers_and_first_event_are_one_write(second: bytes) -> None:
     cycle: Any = Cycle()
     transport = cycle.transport
     response_cycle.hold_headers(cycle)
@@ -304,13 +300,13 @@ async def test_an_answer_after_comments_comes_whole(
     pool = box.services.pool
     lease = pool.lease
 
-    def lease_later(wish: ModelRequest) -> QueuedRequest[ModelRequest, Lease]:
-        place: QueuedRequest[ModelRequest, Lease] = QueuedRequest(wish.deadline, wish)
-        asyncio.get_running_loop().call_later(0.2, lambda: place.admit(lambda _: held(wish)))
+    def lease_later(request: ModelRequest) -> QueuedRequest[ModelRequest, Lease]:
+        place: QueuedRequest[ModelRequest, Lease] = QueuedRequest(request.deadline, request)
+        asyncio.get_running_loop().call_later(0.2, lambda: place.admit(lambda _: held(request)))
         return place
 
-    def held(wish: ModelRequest) -> Lease:
-        given = lease(wish)
+    def held(request: ModelRequest) -> Lease:
+        given = lease(request)
         assert isinstance(given, Lease)
         return given
 

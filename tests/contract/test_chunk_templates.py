@@ -6,6 +6,8 @@ import json
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.parser import ParserManager
 
 from llmserve.engine.fastpath.chunk_templates import ChatModels, ChunkTemplate
@@ -14,7 +16,7 @@ from tests.contract.support import CHAT
 
 def template(*, parsed: bool) -> ChunkTemplate:
     models = ChatModels("chat", "assistant", None, include_usage=False, parsed=parsed)
-    return ChunkTemplate(models, lambda frame: frame, include_usage=False)
+    return ChunkTemplate(models, lambda frame: frame)
 
 
 def choice_of(frame: bytes) -> Any:
@@ -24,7 +26,7 @@ def choice_of(frame: bytes) -> Any:
 
 @pytest.mark.parametrize("texts", [("", "x"), ("x", "")], ids=["none first", "some first"])
 @pytest.mark.parametrize("parsed", [False, True])
-def test_no_text_is_told_as_vllm_tells_it(parsed: bool, texts: tuple[str, str]) -> None:
+def test_chunks_without_text_are_vllms(parsed: bool, texts: tuple[str, str]) -> None:
     answer = template(parsed=parsed).answer("id")
     for text in texts:
         bare = parsed and not text
@@ -36,19 +38,16 @@ def test_no_text_is_told_as_vllm_tells_it(parsed: bool, texts: tuple[str, str]) 
         assert middle == b"" if bare else choice_of(middle)["delta"] == delta
 
 
-def test_vllms_parser_tells_it_so() -> None:
-    from transformers import AutoTokenizer
-    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-
+def test_vllms_parser_returns_no_delta_without_text() -> None:
     made = ParserManager.get_parser("hermes", enable_auto_tools=True)
     assert made is not None
     parser = made(AutoTokenizer.from_pretrained(CHAT), None)
     asked = ChatCompletionRequest(messages=[{"role": "user", "content": "hi"}])
 
-    def told(text: str, *, finished: bool) -> Any:
+    def delta_of(text: str, *, finished: bool) -> Any:
         return parser.parse_delta(text, [1], asked, [1], finished=finished)
 
-    some = told("<tool_call>", finished=False)
+    some = delta_of("<tool_call>", finished=False)
     assert some.model_dump(exclude_unset=True) == {"content": "<tool_call>"}
-    assert told("", finished=False) is None
-    assert told("", finished=True) is None  # the end goes with `DeltaMessage()`
+    assert delta_of("", finished=False) is None
+    assert delta_of("", finished=True) is None  # the end goes with `DeltaMessage()`

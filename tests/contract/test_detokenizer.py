@@ -6,8 +6,15 @@ from functools import cache
 from typing import Any
 
 import pytest
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.decoders import DecodeStream
+from vllm import SamplingParams
+from vllm.v1.engine import EngineCoreRequest
+from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 
+from llmserve.engine.fastpath import detokenizer
+from llmserve.engine.fastpath.detokenizer import TableDetokenizer, exclude_prompt, text_table
 from tests.contract.support import CHAT, EMBED
 
 TEXTS = [
@@ -19,17 +26,11 @@ TEXTS = [
 
 @cache
 def tokenizer(folder: str) -> Any:
-    import transformers
-
     return transformers.AutoTokenizer.from_pretrained(folder)
 
 
 def detokenizer_of(tokens: Any, prompt: list[int], **params: Any) -> Any:
     """vLLM's own, for an answer to `prompt`."""
-    from vllm import SamplingParams
-    from vllm.v1.engine import EngineCoreRequest
-    from vllm.v1.engine.detokenizer import IncrementalDetokenizer
-
     request = EngineCoreRequest(
         request_id="r",
         prompt_token_ids=prompt,
@@ -45,8 +46,6 @@ def detokenizer_of(tokens: Any, prompt: list[int], **params: Any) -> Any:
 
 
 def by_table(ids: list[int], prompt: list[int] | None = None) -> list[str]:
-    from llmserve.engine.fastpath.detokenizer import TableDetokenizer, text_table
-
     table = text_table(tokenizer(str(CHAT)), "chat")
     assert table is not None
     detokenizer = detokenizer_of(tokenizer(str(CHAT)), prompt or [1, 2, 3])
@@ -76,14 +75,10 @@ def test_the_rest_of_a_character_that_was_begun_is_waited_for() -> None:
 
 
 def test_a_tokenizer_that_is_not_byte_level_has_no_table() -> None:
-    from llmserve.engine.fastpath.detokenizer import text_table
-
     assert text_table(tokenizer(str(EMBED)), "embed") is None
 
 
 def test_a_table_that_disagrees_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    from llmserve.engine.fastpath import detokenizer
-
     monkeypatch.setattr(detokenizer, "_text", lambda token, _: token)
     assert detokenizer.text_table(tokenizer(str(CHAT)), "chat") is None
 
@@ -102,8 +97,6 @@ def crooked() -> list[list[int]]:
 @pytest.mark.parametrize("number", range(4))
 @pytest.mark.parametrize("shown", [False, True], ids=["skipped", "special tokens shown"])
 def test_decode_after_crooked_prompt_is_answer_alone(number: int, *, shown: bool) -> None:
-    from llmserve.engine.fastpath.detokenizer import TableDetokenizer, text_table
-
     tokens = tokenizer(str(CHAT))
     table = text_table(tokens, "chat")
     assert table is not None
@@ -117,9 +110,6 @@ def test_decode_after_crooked_prompt_is_answer_alone(number: int, *, shown: bool
 @cache
 def pieces_of_words() -> Any:
     """A tokenizer whose texts depend on what is before: spaces, and bytes as a fallback."""
-    import transformers
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
     vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)}
     for piece in ("<unk>", "▁", "▁a", "▁word", "s"):
         vocabulary[piece] = len(vocabulary)
@@ -139,8 +129,6 @@ def pieces_of_words() -> Any:
 
 @pytest.mark.parametrize("end", ["", "\N{REPLACEMENT CHARACTER}", "🦩", "half"])
 def test_decode_without_table_is_answer_alone(end: str) -> None:
-    from llmserve.engine.fastpath.detokenizer import exclude_prompt, text_table
-
     tokens = pieces_of_words()
     assert text_table(tokens, "words") is None
     word, a = tokens.convert_tokens_to_ids(["▁word", "▁a"])
@@ -153,8 +141,6 @@ def test_decode_without_table_is_answer_alone(end: str) -> None:
 
 
 def test_exclude_prompt_prompt_of_whole_text_keeps_stream() -> None:
-    from llmserve.engine.fastpath.detokenizer import exclude_prompt
-
     prompt = tokenizer(str(CHAT)).encode("whole")
     detokenizer = detokenizer_of(tokenizer(str(CHAT)), prompt)
     before = detokenizer.stream

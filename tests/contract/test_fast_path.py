@@ -54,6 +54,7 @@ from tests.listening import listening
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
+    from contextlib import AbstractAsyncContextManager
 
     from starlette.types import Receive, Scope, Send
     from vllm.v1.engine import EngineCoreRequest
@@ -105,101 +106,94 @@ class Case:
     broken: bool = False
 
 
-def cases() -> Iterator[tuple[str, Case]]:
-    """Name and case; those of both endpoints first."""
-    texts = {
-        "plain": FOX,
-        "emoji": EMOJI,
-        "CJK": CJK,
-        "indic and arabic": INDIC,
-        "quotes": QUOTES,
-    }
-    for path, ask in ((CHATS, user), (COMPLETIONS, prompt)):
-        kind = path.split("/")[2]
-
-        def case(
-            text: str, *, holds: str = "", finish: str = "length", kept: bool = True, **more: Any
-        ) -> Case:
-            return Case(path, ask(text) | more, holds, finish, kept)  # noqa: B023  # called below
-
-        for name, text in texts.items():
-            yield f"{kind}, {name}", case(text, holds=text)
-            yield f"{kind}, {name}, three at a time", case(text, holds=text, seed=TRIPLES)
-            yield f"{kind}, {name}, preempted", case(text, holds=text, seed=PREEMPTED)
-        stop: dict[str, Any] = {"stop": ["never", "ck bro"], "finish": "stop"}
-        include: dict[str, Any] = {"include_stop_str_in_output": True}
-        yield f"{kind}, stop", case(FOX, holds="The qui", **stop)
-        yield f"{kind}, stop, three at a time", case(FOX, **stop, seed=TRIPLES)
-        yield f"{kind}, stop, included", case(FOX, holds="quick bro", **stop, **include)
-        yield f"{kind}, stop inside emoji", case(EMOJI, stop=["🇯🇵 a"], finish="stop")
-        yield f"{kind}, stop that never comes", case(EMOJI, holds=EMOJI, stop="a long stop string")
-        ids: dict[str, Any] = {"stop_token_ids": [FOX_ID], "finish": "stop"}
-        yield f"{kind}, stop id", case(FOX, holds="quick brown", **ids)
-        yield f"{kind}, stop id, included", case(FOX, holds="brown fox", **ids, **include)
-        yield f"{kind}, stop id, three at a time", case(FOX, **ids, seed=TRIPLES)
-        yield f"{kind}, usage", case(EMOJI, stream_options={"include_usage": True})
-        yield (
-            f"{kind}, usage and stop",
-            case(FOX, **stop, stream_options={"include_usage": True}),
-        )
-        yield f"{kind}, one token", case(FOX, max_tokens=1)
-        yield f"{kind}, special tokens shown", case(SPECIAL, skip_special_tokens=False)
-        yield (
-            f"{kind}, special tokens shown, close",
-            case(SPECIAL, skip_special_tokens=False, spaces_between_special_tokens=False),
-        )
-        yield f"{kind}, special tokens", case(SPECIAL)
-        sampling: dict[str, Any] = {
-            "temperature": 0.3,
-            "top_p": 0.9,
-            "top_k": 7,
-            "presence_penalty": 0.5,
-        }
-        yield f"{kind}, sampling", case(FOX, holds=FOX, **sampling, user="me", seed=7)
-        yield f"{kind}, alias", case(FOX, holds=FOX, model="alias")
-        choice: dict[str, Any] = {"structured_outputs": {"choice": ["yes", "no"]}}
-        yield f"{kind}, structured", case(FOX, **choice, kept=False)
-        yield f"{kind}, at least", case(FOX, min_tokens=3, kept=False)
-    more = user(FOX)
-    del more["max_tokens"]
-    yield "chat, max_completion_tokens", Case(CHATS, more | {"max_completion_tokens": 50})
-    turns = [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "  " + FOX},
-        {"role": "assistant", "content": EMOJI},
-        {"role": "user", "content": CJK + "\n"},
-    ]
-    yield "chat, turns", Case(CHATS, {"messages": turns, "max_tokens": 200}, holds=EMOJI)
-    parts = [{"role": "user", "content": [{"type": "text", "text": FOX}]}]
-    yield "chat, parts", Case(CHATS, {"messages": parts, "max_tokens": 80}, FOX)
-    yield (
-        "chat, JSON",
-        Case(CHATS, user(FOX) | {"response_format": {"type": "json_object"}}, kept=False),
-    )
-    ids = {"prompt": [504, 2365, 6354], "max_tokens": 8}
-    yield "completions, ids", Case(COMPLETIONS, ids, "The quick brown", kept=False)
-    # The prompt ends inside a character, and the answer begins with the rest of it.
-    split = {"prompt": [235, 118, 504, 321, 231, 10813], "max_tokens": 20}
-    yield "completions, a split character", Case(COMPLETIONS, split, kept=False, broken=True)
-    yield (
-        "completions, a split character, three at a time",
-        Case(COMPLETIONS, split | {"seed": TRIPLES}, kept=False, broken=True),
-    )
-    broken = {"prompt": [504, 10813, 235], "max_tokens": 20}
-    yield "completions, half a character", Case(COMPLETIONS, broken, kept=False, broken=True)
-    yield (
-        "completions, half a character, preempted",
-        Case(COMPLETIONS, broken | {"seed": PREEMPTED}, kept=False, broken=True),
-    )
-    # U+FFFD is the text of part of a character, and here a character of the prompt's own.
-    crooked = {"prompt": FAMILY, "max_tokens": 20}
-    yield "completions, a prompt that ends in U+FFFD", Case(COMPLETIONS, crooked, broken=True)
-    shown = crooked | {"skip_special_tokens": False}
-    yield "completions, U+FFFD and special tokens", Case(COMPLETIONS, shown, broken=True)
-    yield "completions, no limit", Case(COMPLETIONS, {"prompt": FOX}, FOX)
+STOP: dict[str, Any] = {"stop": ["never", "ck bro"], "finish": "stop"}
+STOP_ID: dict[str, Any] = {"stop_token_ids": [FOX_ID], "finish": "stop"}
+INCLUDE: dict[str, Any] = {"include_stop_str_in_output": True}
+SHOWN: dict[str, Any] = {"skip_special_tokens": False}
+USAGE: dict[str, Any] = {"stream_options": {"include_usage": True}}
+SAMPLES = {"plain": FOX, "emoji": EMOJI, "CJK": CJK, "indic and arabic": INDIC, "quotes": QUOTES}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "": {},
+    ", three at a time": {"seed": TRIPLES},
+    ", preempted": {"seed": PREEMPTED},
+}
+# Of both endpoints: the text, and fields of the body and of the `Case`.
+COMMON: dict[str, tuple[str, dict[str, Any]]] = {
+    f"{name}{variant}": (text, more | {"holds": text})
+    for name, text in SAMPLES.items()
+    for variant, more in VARIANTS.items()
+} | {
+    "stop": (FOX, STOP | {"holds": "The qui"}),
+    "stop, three at a time": (FOX, STOP | {"seed": TRIPLES}),
+    "stop, included": (FOX, STOP | INCLUDE | {"holds": "quick bro"}),
+    "stop inside emoji": (EMOJI, {"stop": ["🇯🇵 a"], "finish": "stop"}),
+    "stop that never comes": (EMOJI, {"stop": "a long stop string", "holds": EMOJI}),
+    "stop id": (FOX, STOP_ID | {"holds": "quick brown"}),
+    "stop id, included": (FOX, STOP_ID | INCLUDE | {"holds": "brown fox"}),
+    "stop id, three at a time": (FOX, STOP_ID | {"seed": TRIPLES}),
+    "usage": (EMOJI, USAGE),
+    "usage and stop": (FOX, STOP | USAGE),
+    "one token": (FOX, {"max_tokens": 1}),
+    "special tokens": (SPECIAL, {}),
+    "special tokens shown": (SPECIAL, SHOWN),
+    "special tokens shown, close": (SPECIAL, SHOWN | {"spaces_between_special_tokens": False}),
+    "sampling": (
+        FOX,
+        {"temperature": 0.3, "top_p": 0.9, "top_k": 7, "presence_penalty": 0.5}
+        | {"user": "me", "seed": 7, "holds": FOX},
+    ),
+    "alias": (FOX, {"model": "alias", "holds": FOX}),
+    "structured": (FOX, {"structured_outputs": {"choice": ["yes", "no"]}, "kept": False}),
+    "at least": (FOX, {"min_tokens": 3, "kept": False}),
+}
 
 
-CASES = dict(cases())
+def of_both(path: str, ask: Any) -> Iterator[tuple[str, Case]]:
+    for name, (text, more) in COMMON.items():
+        expected = {key: more[key] for key in ("holds", "finish", "kept") if key in more}
+        body = {key: value for key, value in more.items() if key not in expected}
+        yield f"{path.split('/')[2]}, {name}", Case(path, ask(text) | body, **expected)
+
+
+CONVERSATION = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "  " + FOX},
+    {"role": "assistant", "content": EMOJI},
+    {"role": "user", "content": CJK + "\n"},
+]
+PARTS = [{"role": "user", "content": [{"type": "text", "text": FOX}]}]
+# The prompt ends inside a character, and the answer begins with the rest of it.
+SPLIT: dict[str, Any] = {"prompt": [235, 118, 504, 321, 231, 10813], "max_tokens": 20}
+HALF: dict[str, Any] = {"prompt": [504, 10813, 235], "max_tokens": 20}
+# U+FFFD is the text of part of a character, and here a character of the prompt's own.
+CROOKED: dict[str, Any] = {"prompt": FAMILY, "max_tokens": 20}
+BROKEN: dict[str, Any] = {"kept": False, "broken": True}
+CHAT_ALONE = {
+    "max_completion_tokens": Case(
+        CHATS, {"messages": user(FOX)["messages"], "max_completion_tokens": 50}
+    ),
+    "turns": Case(CHATS, {"messages": CONVERSATION, "max_tokens": 200}, EMOJI),
+    "parts": Case(CHATS, {"messages": PARTS, "max_tokens": 80}, FOX),
+    "JSON": Case(CHATS, user(FOX) | {"response_format": {"type": "json_object"}}, kept=False),
+}
+COMPLETIONS_ALONE = {
+    "ids": Case(
+        COMPLETIONS, {"prompt": [504, 2365, 6354], "max_tokens": 8}, "The quick brown", kept=False
+    ),
+    "a split character": Case(COMPLETIONS, SPLIT, **BROKEN),
+    "a split character, three at a time": Case(COMPLETIONS, SPLIT | {"seed": TRIPLES}, **BROKEN),
+    "half a character": Case(COMPLETIONS, HALF, **BROKEN),
+    "half a character, preempted": Case(COMPLETIONS, HALF | {"seed": PREEMPTED}, **BROKEN),
+    "a prompt that ends in U+FFFD": Case(COMPLETIONS, CROOKED, broken=True),
+    "U+FFFD and special tokens": Case(COMPLETIONS, CROOKED | SHOWN, broken=True),
+    "no limit": Case(COMPLETIONS, {"prompt": FOX}, FOX),
+}
+CASES = {
+    **dict(of_both(CHATS, user)),
+    **dict(of_both(COMPLETIONS, prompt)),
+    **{f"chat, {name}": case for name, case in CHAT_ALONE.items()},
+    **{f"completions, {name}": case for name, case in COMPLETIONS_ALONE.items()},
+}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -216,9 +210,7 @@ UNPARSED = {name: case for name, case in CASES.items() if case.path == CHATS} | 
 
 
 @pytest.mark.parametrize("name", UNPARSED)
-async def test_a_stream_without_tools_is_the_same_where_a_parser_stands_by(
-    parsing: Box, name: str
-) -> None:
+async def test_fast_path_stream_with_unused_parser_is_unchanged(parsing: Box, name: str) -> None:
     await same_on_all_ways(parsing, UNPARSED[name])
 
 
@@ -271,7 +263,7 @@ WHOLE = {
 
 
 @pytest.mark.parametrize("name", WHOLE)
-async def test_a_whole_answer_is_the_same_whether_or_not_its_tokens_are_followed(
+async def test_fast_path_whole_answer_is_vllms(
     box: Box, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from llmserve.engine.fastpath import output_processor as outputs
@@ -284,7 +276,7 @@ async def test_a_whole_answer_is_the_same_whether_or_not_its_tokens_are_followed
     assert got == expected
 
 
-async def test_requests_that_are_answered_whole_are_silent_unless_they_have_stop_strings(
+async def test_fast_path_whole_answer_without_stop_is_final_only(
     box: Box,
 ) -> None:
     from llmserve.engine.fastpath.output_processor import FinalOnlyRequestState
@@ -307,7 +299,7 @@ async def test_requests_that_are_answered_whole_are_silent_unless_they_have_stop
 # --- statistics
 
 
-def test_a_step_is_told_to_our_logger_alone(box: Box, caplog: pytest.LogCaptureFixture) -> None:
+def test_metrics_logger_is_the_only_one(box: Box, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="vllm.v1.metrics.loggers")  # as in a server
     figures = EngineMetrics("chat")
     manager = StatLoggerManager(
@@ -330,7 +322,7 @@ async def asked_by_template(box: Box, path: str, body: dict[str, Any]) -> bool:
     return not calls
 
 
-async def test_texts_seeds_and_limits_share_a_template_and_reach_the_engine(box: Box) -> None:
+async def test_template_takes_text_seed_and_limit_of_each_body(box: Box) -> None:
     first = user("one") | {"stream": True, "seed": 1, "max_tokens": 2}
     assert not await asked_by_template(box, CHATS, first)
     for seed, limit in ((2, 3), (99, 4)):
@@ -354,7 +346,7 @@ async def test_texts_seeds_and_limits_share_a_template_and_reach_the_engine(box:
         (COMPLETIONS, (prompt("one"), prompt(FOX)), {"repetition_penalty": 1.1, "n": 1}),
     ],
 )  # fmt: skip
-async def test_the_engine_gets_by_template_what_vllm_gives_it(
+async def test_template_request_equals_vllms(
     box: Box,
     monkeypatch: pytest.MonkeyPatch,
     path: str,
@@ -503,7 +495,7 @@ async def test_a_body_with_a_limit_and_one_without_share_no_template(box: Box) -
             assert (await box.core("last_request"))["max_tokens"] == limit
 
 
-async def test_a_field_that_means_nothing_to_vllm_means_nothing_to_a_template(box: Box) -> None:
+async def test_template_ignores_fields_that_vllm_ignores(box: Box) -> None:
     """`max_completion_tokens` is no field of completions, and 16 is their limit anyway."""
     body = {"prompt": FOX, "stream": True}
     await box.ask(COMPLETIONS, body | {"max_completion_tokens": 16})
@@ -747,9 +739,7 @@ BAD: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", BAD)
-async def test_what_is_wrong_with_a_body_is_said_alike_whatever_is_known(
-    box: Box, name: str
-) -> None:
+async def test_template_leaves_error_messages_unchanged(box: Box, name: str) -> None:
     path, body = BAD[name]
     body = body | {"stream": True}
     with box.vllm_path():
@@ -770,7 +760,7 @@ async def test_what_is_wrong_with_a_body_is_said_alike_whatever_is_known(
             assert got.headers == expected.headers
 
 
-async def test_a_request_that_fails_in_mid_stream_ends_alike_on_all_ways(box: Box) -> None:
+async def test_fast_path_failed_request_ends_as_vllms(box: Box) -> None:
     body = user(FOX) | {"seed": FAILS, "stream": True}
     with box.vllm_path():
         *_, expected, end = events((await box.ask(CHATS, body)).text)
@@ -787,51 +777,44 @@ async def test_a_request_that_fails_in_mid_stream_ends_alike_on_all_ways(box: Bo
     assert await box.core("running") == 0
 
 
-async def test_an_engine_that_dies_is_an_event_in_mid_stream_and_a_503_before() -> None:
+async def read(stream: AbstractAsyncContextManager[httpx.Response], began: asyncio.Event) -> str:
+    """The text of a stream; `began` is set at its first part."""
+    async with stream as reply:
+        parts = []
+        async for part in reply.aiter_text():
+            parts.append(part)
+            began.set()
+        return "".join(parts)
+
+
+async def test_fast_path_dead_engine_gives_event_or_503() -> None:
     restarts = LifecycleTimings(first_restart_s=0.01)  # each new start finds it dead
-    long = {"model": "chat", "max_tokens": 1900, "stream": True}
+    long = {"model": "chat", "prompt": FOX, "max_tokens": 1900, "stream": True}
     killing = {"model": "chat", "prompt": "die", "seed": DIES_AT_ONCE, "stream": True}
     async with (
         boxed(timings=restarts) as box,
         listening(box.app) as url,
         httpx.AsyncClient(timeout=30) as client,
     ):
-
-        async def ask(way: Any) -> tuple[asyncio.Event, asyncio.Task[str]]:
-            began = asyncio.Event()
-
-            async def read() -> str:
-                with way:
-                    stream = client.stream("POST", url + COMPLETIONS, json=long | {"prompt": FOX})
-                    reply = await stream.__aenter__()
-                try:
-                    parts = reply.aiter_text()
-                    text = await anext(parts)
-                    began.set()
-                    return text + "".join([part async for part in parts])
-                finally:
-                    await stream.__aexit__(None, None, None)
-
-            return began, asyncio.create_task(read())
-
         reading = []
         for way in (box.vllm_path(), contextlib.nullcontext(), contextlib.nullcontext()):
-            began, task = await ask(way)
-            await soon(began.wait(), 60)
-            reading.append(task)
+            began = asyncio.Event()
+            with way:
+                stream = client.stream("POST", url + COMPLETIONS, json=long)
+                reading.append(asyncio.create_task(read(stream, began)))
+                await soon(began.wait(), 60)
         refused = await client.post(url + COMPLETIONS, json=killing)
         assert refused.status_code == 503
         assert refused.json()["error"]["code"] == "engine_dead"
-        texts = [await soon(task, 60) for task in reading]
-        for text in texts:
-            *_, failure, done = [part for part in text.split("\n\n") if part]
+        for task in reading:
+            *_, failure, done = [part for part in (await soon(task, 60)).split("\n\n") if part]
             assert done == "data: [DONE]"
             assert json.loads(failure[6:])["error"]["code"] == "engine_dead"
         # By template, for the first time, and by vLLM's generator.
-        later = [await box.ask(COMPLETIONS, long | {"prompt": FOX}) for _ in range(2)]
-        later.append(await box.ask(COMPLETIONS, long | {"prompt": FOX, "user": "me"}))
+        later = [await box.ask(COMPLETIONS, long) for _ in range(2)]
+        later.append(await box.ask(COMPLETIONS, long | {"user": "me"}))
         with box.vllm_path():
-            later.append(await box.ask(COMPLETIONS, long | {"prompt": FOX}))
+            later.append(await box.ask(COMPLETIONS, long))
         for reply in later:  # it is being started again
             code = reply.json()["error"]["code"]
             assert (reply.status_code, code in {"model_not_ready", "engine_dead"}) == (503, True)
@@ -876,7 +859,7 @@ async def test_what_a_parser_may_change_goes_the_vllm_path(parsing: Box, name: s
     assert parsing.written == before
 
 
-def test_a_parser_passes_text_through_only_if_it_is_vllms_own_way_of_doing_so() -> None:
+def test_passes_text_through_needs_delegating_parser() -> None:
     from vllm.parser import ParserManager
     from vllm.tool_parsers import ToolParserManager
 
@@ -954,17 +937,13 @@ async def test_a_client_that_leaves_has_its_request_aborted(
     async with listening(box.app) as url, httpx.AsyncClient(timeout=30) as client:
         if silent:
             waiting = asyncio.ensure_future(client.post(url + COMPLETIONS, json=asking))
-            async with asyncio.timeout(60):
-                while not await box.core("running"):
-                    await asyncio.sleep(0.01)
+            await box.until_core("running", differs_from=0)
             waiting.cancel()
             await asyncio.wait({waiting})
         else:
             async with client.stream("POST", url + COMPLETIONS, json=asking) as reply:
                 await anext(reply.aiter_bytes())
-        async with asyncio.timeout(60):
-            while await box.core("aborted") == before:
-                await asyncio.sleep(0.01)
+        await box.until_core("aborted", differs_from=before)
     assert await box.core("aborted") == before + 1
     assert await box.core("running") == 0
     assert not box.serving.engine.client.output_processor.request_states
@@ -982,9 +961,7 @@ async def test_a_stop_string_ends_the_request_in_the_engine(box: Box) -> None:
     before = await box.core("aborted")
     body = {"prompt": FOX, "stop": ["ck bro"], "max_tokens": 2000, "stream": True}
     await box.ask(COMPLETIONS, body)
-    async with asyncio.timeout(60):
-        while await box.core("aborted") == before:
-            await asyncio.sleep(0.01)
+    await box.until_core("aborted", differs_from=before)
     assert await box.core("running") == 0
 
 
@@ -1048,7 +1025,7 @@ async def test_vllms_figures_grow_alike_on_all_ways(box: Box) -> None:
     assert await growth() == expected
 
 
-async def test_the_inter_token_latencies_add_up_to_the_time_of_decoding(box: Box) -> None:
+async def test_inter_token_latencies_sum_to_decode_time(box: Box) -> None:
     def sums() -> tuple[float, float]:
         figures = box.figures()
         return (
@@ -1196,13 +1173,13 @@ def test_a_histogram_takes_many_as_it_takes_one() -> None:
         "m"
     )
     theirs = Histogram("h", "H", ("model",), registry=registries[1], buckets=bounds).labels("m")
-    told = ((7.0, 5), (0.05, 3), (0.1, 2), (0.11, 1), (1.0, 4), (0.2, 0))
-    for n, (value, count) in enumerate((*told, *told)):
-        if n < len(told):
+    values = ((7.0, 5), (0.05, 3), (0.1, 2), (0.11, 1), (1.0, 4), (0.2, 0))
+    for n, (value, count) in enumerate((*values, *values)):
+        if n < len(values):
             ours.observe_many(value, count)
         for _ in range(count):
             theirs.observe(value)
-            if n >= len(told):
+            if n >= len(values):
                 ours.observe(value)
     assert len(ours._pending) == 15
 
@@ -1226,10 +1203,10 @@ async def test_every_histogram_of_the_engine_is_entered_in_time(box: Box) -> Non
     collectors = set(box.serving.registry._collector_to_names)
     histograms = [each for each in collectors if isinstance(each, WeightedHistogram)]
     children = [child for each in histograms for child in each._metrics.values()]
-    told_at_once = {"llmserve_stream_lag_seconds"}
+    immediate = {"llmserve_stream_lag_seconds"}
     entered = set(map(id, logger._histograms))
     assert len(children) > 10
-    assert {c._name for c in children if id(c) not in entered} == told_at_once
+    assert {c._name for c in children if id(c) not in entered} == immediate
     await box.ask(COMPLETIONS, prompt(FOX) | {"stream": True})
     logger._metrics.record_pending()
     assert not any(child._pending for child in logger._histograms)

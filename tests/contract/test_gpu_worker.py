@@ -12,7 +12,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from vllm.config import CacheConfig, ParallelConfig, VllmConfig
+from vllm.platforms import current_platform
+from vllm.utils.import_utils import resolve_obj_by_qualname
+from vllm.v1.executor.uniproc_executor import UniProcExecutor
+from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder, UtilityResult
+from vllm.v1.worker.gpu_worker import Worker
+from vllm.v1.worker.worker_base import WorkerWrapperBase
 
+from llmserve.engine.engine_arguments import _WORKERS, engine_arguments
+from llmserve.engine.worker.gpu_worker import GpuWorker
 from tests.contract.support import class_of, parameters, source, spec
 
 STEPS = (
@@ -30,10 +40,6 @@ RUNNERS = ("v1/worker/gpu_model_runner.py", "v1/worker/gpu/model_runner.py")
 
 @pytest.mark.parametrize("name", [*STEPS, "sleep", "wake_up"])
 def test_overridden_method_has_the_parameters_of_vllm_s(name: str) -> None:
-    from vllm.v1.worker.gpu_worker import Worker
-
-    from llmserve.engine.worker.gpu_worker import GpuWorker
-
     assert name in vars(Worker)
     assert parameters(getattr(GpuWorker, name)) == parameters(getattr(Worker, name))
 
@@ -46,8 +52,6 @@ def test_vllm_s_worker_for_cpus_is_asked_the_same(step: str) -> None:
 
 
 def test_names_of_our_own_are_not_vllm_s() -> None:
-    from llmserve.engine.worker.gpu_worker import GpuWorker
-
     files = ("worker_base.py", "gpu_worker.py", "cpu_worker.py")
     theirs = {
         name
@@ -75,8 +79,6 @@ def test_names_of_our_own_are_not_vllm_s() -> None:
 def test_an_executor_asks_its_workers_by_these_names(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vllm.utils.import_utils import resolve_obj_by_qualname
-
     asked: list[tuple[str, tuple[Any, ...]]] = []
 
     def noted(_: Any, method: str, args: tuple[Any, ...] = ()) -> list[Any]:
@@ -97,9 +99,6 @@ def test_an_executor_asks_its_workers_by_these_names(
 
 
 def test_a_worker_gets_its_own_part_of_the_configs(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm.config import VllmConfig
-    from vllm.v1.worker.worker_base import WorkerWrapperBase
-
     got: list[Any] = []
     wrapper = WorkerWrapperBase(rpc_rank=1)
     wrapper.vllm_config = VllmConfig()
@@ -112,22 +111,15 @@ def test_a_worker_gets_its_own_part_of_the_configs(monkeypatch: pytest.MonkeyPat
 
 
 def test_the_class_is_found_by_its_name() -> None:
-    from vllm.utils.import_utils import resolve_obj_by_qualname
-
-    from llmserve.engine.engine_arguments import _WORKERS
-    from llmserve.engine.worker.gpu_worker import GpuWorker
-
     assert resolve_obj_by_qualname(_WORKERS[False]) is GpuWorker
 
 
 def test_our_worker_stays_and_auto_becomes_vllm_s() -> None:
-    from llmserve.engine.engine_arguments import engine_arguments
-
-    for said, becomes in (
+    for engine, becomes in (
         ({}, "llmserve.engine.worker.cpu_worker.CpuWorker"),
         ({"worker_cls": "auto"}, "vllm.v1.worker.cpu_worker.CPUWorker"),
     ):
-        config = engine_arguments(spec(engine=said)).create_engine_config()
+        config = engine_arguments(spec(engine=engine)).create_engine_config()
         assert config.parallel_config.worker_cls == becomes
 
 
@@ -152,10 +144,8 @@ def test_a_platform_replaces_auto_alone(platform: str, theirs: str) -> None:
     ]
 
 
-def test_what_the_plan_says_does_not_compile_anew() -> None:
+def test_config_hash_ignores_placement() -> None:
     """torch.compile's cache is found by the hash of the config."""
-    from vllm.config import CacheConfig, ParallelConfig
-
     usual = ParallelConfig().compute_hash()
     placed = ParallelConfig(
         worker_cls="llmserve.engine.worker.gpu_worker.GpuWorker",
@@ -172,7 +162,7 @@ def test_what_the_plan_says_does_not_compile_anew() -> None:
 
 
 @pytest.mark.parametrize("file", RUNNERS)
-def test_a_model_runner_knows_its_weights_and_captures_without_being_told_how(file: str) -> None:
+def test_model_runner_has_weights_and_plain_capture(file: str) -> None:
     methods = class_of(file, "GPUModelRunner")
     loads = [ast.unparse(node) for node in ast.walk(methods["load_model"])]
     assert "self.model_memory_usage" in loads
@@ -193,10 +183,6 @@ class Runner:
 @pytest.fixture
 def worker(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Ours on a worker of vLLM's that does nothing but say what it was asked."""
-    from vllm.v1.worker.gpu_worker import Worker
-
-    from llmserve.engine.worker.gpu_worker import GpuWorker
-
     asked: list[Any] = []
 
     def start(_: Any, *arguments: Any, **more: Any) -> None:
@@ -240,9 +226,7 @@ def test_every_step_reaches_vllm_s_worker_and_is_timed(worker: Any) -> None:
 
 
 @pytest.mark.parametrize("transfers", [None, "a connector that knows where the KV cache is"])
-def test_the_kv_cache_of_one_that_sleeps_is_mapped_so_that_it_can_change_hands(
-    worker: Any, transfers: str | None
-) -> None:
+def test_worker_with_sleep_mode_remaps_its_kv_cache(worker: Any, transfers: str | None) -> None:
     worker.model_config.enable_sleep_mode = True
     worker.vllm_config = SimpleNamespace(kv_transfer_config=transfers)
     worker._sleep_mode_backend = SimpleNamespace(remap=worker.asked.append)
@@ -250,15 +234,12 @@ def test_the_kv_cache_of_one_that_sleeps_is_mapped_so_that_it_can_change_hands(
     assert worker.asked[1:] == (["kv"] if transfers else ["kv", "kv_cache"])
 
 
-def test_weights_are_loaded_in_earnest_unless_said(worker: Any) -> None:
+def test_worker_loads_real_weights_by_default(worker: Any) -> None:
     worker.load_model()
     assert worker.asked[1:] == [False]
 
 
-def test_a_worker_on_a_gpu_tells_its_bytes(worker: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-    from vllm.platforms import current_platform
-
+def test_worker_on_a_gpu_reports_its_bytes(worker: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "bytes" not in worker.start_report()
     monkeypatch.setattr(type(current_platform), "is_cuda_alike", lambda _: True)
     resets: list[None] = []
@@ -277,10 +258,6 @@ def test_a_worker_on_a_gpu_tells_its_bytes(worker: Any, monkeypatch: pytest.Monk
 
 
 def test_a_report_comes_through_vllm_s_executor_and_wire(worker: Any) -> None:
-    from vllm.v1.executor.uniproc_executor import UniProcExecutor
-    from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder, UtilityResult
-    from vllm.v1.worker.worker_base import WorkerWrapperBase
-
     start_of(worker)
     executor = object.__new__(UniProcExecutor)
     executor.driver_worker = WorkerWrapperBase()

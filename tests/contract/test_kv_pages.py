@@ -10,14 +10,16 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
+from vllm.device_allocator import AllocationData, cumem
 
+from llmserve.engine.worker.kv_pages import CudaMemory, Pages
 from llmserve.gpus.page_exchange import ADDRESS, PAGE_BYTES, PageBroker
 from tests.unit.test_page_exchange import until
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from llmserve.engine.worker.kv_pages import CudaMemory, Pages
 
 GPU = "GPU-1"
 ROOM = 20 * PAGE_BYTES
@@ -144,8 +146,6 @@ def server(monkeypatch: pytest.MonkeyPatch) -> PageBroker:
 
 
 def pages(driver: Driver) -> Pages:
-    from llmserve.engine.worker.kv_pages import Pages
-
     return Pages(0, GPU, driver.create_and_map, driver.unmap_and_release)
 
 
@@ -158,9 +158,7 @@ KV = 3 * PAGE_BYTES + (6 << 20)
 SMALL = 60 << 20
 
 
-def test_what_is_large_consists_of_pages_and_is_freed_by_vllm_s_own_way(
-    driver: Driver, server: PageBroker
-) -> None:
+def test_pages_map_large_memory_and_vllm_unmaps_it(driver: Driver, server: PageBroker) -> None:
     kv, small = Allocation(KV, 1 << 40), Allocation(SMALL, 2 << 40)
     ours = pages(driver)
     assert ours.map([kv.handle, small.handle], anything) == []  # nobody left anything
@@ -174,50 +172,50 @@ def test_what_is_large_consists_of_pages_and_is_freed_by_vllm_s_own_way(
     assert server.bytes(GPU) == 0
 
 
-def test_pages_pass_to_who_is_expected(driver: Driver, server: PageBroker) -> None:
+def test_pages_pass_to_an_expected_engine(driver: Driver, server: PageBroker) -> None:
     one, other = Allocation(KV, 1 << 40), Allocation(KV + PAGE_BYTES, 2 << 40)
-    goer, comer = pages(driver), pages(driver)
-    goer.map([one.handle], anything)
+    giver, taker = pages(driver), pages(driver)
+    giver.map([one.handle], anything)
     memory = {each for size, each in driver.mapped.values() if size == PAGE_BYTES}
     with server.expecting([GPU]):
-        goer.unmap([one.handle])
+        giver.unmap([one.handle])
         assert driver.used() == server.bytes(GPU) == 3 * PAGE_BYTES
         # What another left is to be cleared.
-        assert comer.map([other.handle], anything) == [(2 << 40, 3 * PAGE_BYTES)]
+        assert taker.map([other.handle], anything) == [(2 << 40, 3 * PAGE_BYTES)]
     assert memory < {each for _, each in driver.mapped.values()}
     assert driver.used() == KV + PAGE_BYTES
-    comer.unmap([other.handle])
+    taker.unmap([other.handle])
     assert driver.used() == 0
 
 
 def test_more_than_it_can_use_goes_to_the_driver(driver: Driver, server: PageBroker) -> None:
     one, other = Allocation(16 * PAGE_BYTES, 1 << 40), Allocation(PAGE_BYTES, 2 << 40)
     rest = Allocation(SMALL, 3 << 40)
-    goer, comer = pages(driver), pages(driver)
-    goer.map([one.handle], anything)
+    giver, taker = pages(driver), pages(driver)
+    giver.map([one.handle], anything)
     with server.expecting([GPU]):
-        goer.unmap([one.handle])
-        comer.map([other.handle, rest.handle], anything)
+        giver.unmap([one.handle])
+        taker.map([other.handle, rest.handle], anything)
     until(lambda: driver.used() == PAGE_BYTES + SMALL)  # a page may be on its way yet
 
 
 @pytest.mark.parametrize("size", [30 * PAGE_BYTES, 19 * PAGE_BYTES])
-def test_without_room_nothing_is_mapped_and_what_was_taken_stays_at_hand(
+def test_pages_without_room_map_nothing_and_return_pages(
     driver: Driver, server: PageBroker, size: int
 ) -> None:
     """Also where the first of two has room."""
     one = Allocation(KV, 1 << 40)
     two = Allocation(size, 2 << 40), Allocation(2 * PAGE_BYTES, 3 << 40)
-    goer, comer = pages(driver), pages(driver)
-    goer.map([one.handle], anything)
+    giver, taker = pages(driver), pages(driver)
+    giver.map([one.handle], anything)
     with server.expecting([GPU]):
-        goer.unmap([one.handle])
+        giver.unmap([one.handle])
         with pytest.raises(RuntimeError, match="out of memory"):
-            comer.map([each.handle for each in two], anything)
+            taker.map([each.handle for each in two], anything)
         assert not driver.mapped
         assert not driver.handles
         assert driver.used() == server.bytes(GPU) >= 3 * PAGE_BYTES
-        assert comer.map([one.handle], anything) == [(1 << 40, 3 * PAGE_BYTES)]
+        assert taker.map([one.handle], anything) == [(1 << 40, 3 * PAGE_BYTES)]
     assert driver.used() == KV
 
 
@@ -232,18 +230,18 @@ def test_whatever_fails_leaves_nothing(driver: Driver, server: PageBroker, fails
 
 
 @pytest.mark.parametrize("fails", ["of", "descriptor"])
-def test_a_page_that_cannot_change_hands_comes_from_the_driver(
+def test_pages_that_cannot_pass_come_from_the_driver(
     driver: Driver, server: PageBroker, fails: str
 ) -> None:
     one, other = Allocation(KV, 1 << 40), Allocation(KV, 2 << 40)
-    goer, comer = pages(driver), pages(driver)
+    giver, taker = pages(driver), pages(driver)
     driver.fails = {fails}
-    goer.map([one.handle], anything)
+    giver.map([one.handle], anything)
     with server.expecting([GPU]):
-        goer.unmap([one.handle])
-        comer.map([other.handle], anything)
+        giver.unmap([one.handle])
+        taker.map([other.handle], anything)
     until(lambda: driver.used() == KV)
-    comer.unmap([other.handle])
+    taker.unmap([other.handle])
     assert driver.used() == 0
 
 
@@ -255,16 +253,16 @@ def test_pages_imported_are_cleared_and_no_others(
     size = 2 * PAGE_BYTES + SMALL
     made = [Allocation(size, at << 40) for at in (1, 2)]
     ours = [each.handle for each in made]
-    goer, comer = pages(driver), pages(driver)
-    goer.map(ours, anything)
+    giver, taker = pages(driver), pages(driver)
+    giver.map(ours, anything)
     before = {memory for _, memory in driver.mapped.values()}
     with server.expecting([GPU]):
-        goer.unmap(ours)
+        giver.unmap(ours)
         driver.refused = list(refused)
-        told = comer.map(ours, anything)
+        ranges = taker.map(ours, anything)
     dirty = {at for at, (_, memory) in driver.mapped.items() if memory in before}
     assert len(dirty) == refused.count(False)
-    assert {at for start, many in told for at in range(start, start + many, PAGE_BYTES)} == dirty
+    assert {at for start, many in ranges for at in range(start, start + many, PAGE_BYTES)} == dirty
 
 
 def test_what_may_not_pass_is_of_one_piece(driver: Driver, server: PageBroker) -> None:
@@ -277,9 +275,7 @@ def test_what_may_not_pass_is_of_one_piece(driver: Driver, server: PageBroker) -
         assert server.bytes(GPU) == driver.used() == 3 * PAGE_BYTES
 
 
-def test_what_vllm_cannot_unmap_keeps_no_descriptors_of_the_others(
-    driver: Driver, server: PageBroker
-) -> None:
+def test_pages_failed_unmap_closes_descriptors(driver: Driver, server: PageBroker) -> None:
     one, other = Allocation(KV, 1 << 40), Allocation(KV, 2 << 40)
     ours = pages(driver)
     ours.map([one.handle], anything)
@@ -289,7 +285,7 @@ def test_what_vllm_cannot_unmap_keeps_no_descriptors_of_the_others(
 
 
 @pytest.mark.parametrize("why", ["no server", "no support"])
-def test_where_nothing_can_change_hands_it_is_as_vllm_has_it(
+def test_pages_without_exchange_are_one_piece(
     driver: Driver, monkeypatch: pytest.MonkeyPatch, why: str
 ) -> None:
     monkeypatch.setenv(ADDRESS, "llmserve-nobody")
@@ -340,8 +336,6 @@ class Function:
 def test_the_kv_cache_alone_passes_and_is_cleared(
     driver: Driver, server: PageBroker, monkeypatch: pytest.MonkeyPatch, *, exchanges_pages: bool
 ) -> None:
-    from vllm.device_allocator import AllocationData
-
     cache, weights = Allocation(KV, 1 << 40), Allocation(KV, 2 << 40)
     data = {
         cache.handle[2]: AllocationData(cache.handle, "kv_cache"),
@@ -362,8 +356,6 @@ def test_the_kv_cache_alone_passes_and_is_cleared(
 def test_memory_that_cannot_be_cleared_is_not_left_mapped(
     driver: Driver, server: PageBroker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vllm.device_allocator import AllocationData
-
     cache, weights = Allocation(KV, 1 << 40), Allocation(KV, 2 << 40)
     data = {each.handle[2]: AllocationData(each.handle, "kv_cache") for each in (cache, weights)}
     cudart = Cudart()
@@ -390,11 +382,6 @@ def memory_of(
     *,
     exchanges_pages: bool,
 ) -> CudaMemory:
-    import torch
-    from vllm.device_allocator import cumem
-
-    from llmserve.engine.worker.kv_pages import CudaMemory
-
     allocator = SimpleNamespace(pointer_to_data=data)
     monkeypatch.setattr(
         cumem, "CuMemAllocator", SimpleNamespace(get_instance=lambda: allocator), raising=False

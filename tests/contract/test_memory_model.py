@@ -5,7 +5,18 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+from vllm.config import CacheConfig
+from vllm.config.quantization import ONLINE_QUANT_SHORTHAND_NAMES
+from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, get_quantization_config
+from vllm.platforms import current_platform
+from vllm.usage.usage_lib import UsageContext
+from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
+from vllm.v1.core import kv_cache_utils
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.worker.utils import request_memory
 
+from llmserve.engine.engine_arguments import engine_arguments
 from llmserve.engine.environment import is_cpu_build
 from llmserve.engine.startup_log import one_line
 from llmserve.gpus.device import GIB, Gpu, described
@@ -34,10 +45,6 @@ def gpu(name: str, gib: float) -> Gpu:
     ids=lambda each: f"{each.name}-{each.memory / GIB:.0f}",
 )
 def test_default_steps_are_those_of_vllm(box0: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.platforms import current_platform
-    from vllm.usage.usage_lib import UsageContext
-
     platform = type(current_platform)
     monkeypatch.setattr(platform, "is_cpu", lambda _: False)
     monkeypatch.setattr(platform, "get_device_total_memory", lambda *_: box0.memory)
@@ -48,23 +55,16 @@ def test_default_steps_are_those_of_vllm(box0: Gpu, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_block_is_as_long_as_vllm_s() -> None:
-    from vllm.config import CacheConfig
-    from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
-
     assert memory_model.BLOCK_TOKENS == CacheConfig.DEFAULT_BLOCK_SIZE == CacheConfig().block_size
     assert FlashAttentionBackend.supports_block_size(memory_model.BLOCK_TOKENS)
 
 
 def test_vllm_keeps_one_block_empty() -> None:
-    from vllm.v1.core.block_pool import BlockPool
-
     pool = BlockPool(10, enable_caching=False, hash_block_size=memory_model.BLOCK_TOKENS)
     assert pool.get_num_free_blocks() == 9
 
 
-def test_formats_of_weights_need_what_vllm_says() -> None:
-    from vllm.model_executor.layers.quantization import get_quantization_config
-
+def test_quantization_needs_are_vllms() -> None:
     needs = {
         name: get_quantization_config(name).get_min_capability()
         for name in feasibility.QUANTIZATION_NEEDS
@@ -73,17 +73,12 @@ def test_formats_of_weights_need_what_vllm_says() -> None:
 
 
 def test_quantization_while_loading_is_called_what_vllm_calls_it() -> None:
-    from vllm.config.quantization import ONLINE_QUANT_SHORTHAND_NAMES
-    from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
-
     assert memory_model._ONLINE.keys() <= set(QUANTIZATION_METHODS)
     # It was a method before there were shorthands.
     assert memory_model._ONLINE.keys() - set(ONLINE_QUANT_SHORTHAND_NAMES) == {"fp8"}
 
 
 def test_the_share_is_asked_of_the_free_memory_as_a_share_of_all() -> None:
-    from vllm.v1.worker.utils import request_memory
-
     def free(gib: float) -> SimpleNamespace:
         return SimpleNamespace(total_memory=100 * GIB, free_memory=int(gib * GIB), device_="cuda:0")
 
@@ -93,9 +88,7 @@ def test_the_share_is_asked_of_the_free_memory_as_a_share_of_all() -> None:
         request_memory(free(29.9), third)
 
 
-def test_vllm_tells_of_a_small_kv_cache_as_the_start_s_log_reads_it() -> None:
-    from vllm.v1.core import kv_cache_utils
-
+def test_startup_log_reads_vllms_kv_cache_error() -> None:
     check = kv_cache_utils._check_enough_kv_cache_memory
     with pytest.raises(ValueError, match="KV cache") as raised:
         check(GIB, lambda: 2 * GIB, 8192, lambda _: 4096)
@@ -110,8 +103,6 @@ def test_vllm_tells_of_a_small_kv_cache_as_the_start_s_log_reads_it() -> None:
 
 @pytest.mark.skipif(not is_cpu_build(), reason="vLLM's build for CPUs sets it")
 def test_blocks_of_a_kv_cache_on_a_cpu() -> None:
-    from llmserve.engine.engine_arguments import engine_arguments
-
     spec = ModelSpec(name="chat", model=str(CHAT), engine={"max_model_len": 512})
     config = engine_arguments(spec).create_engine_config()
     assert config.cache_config.block_size == feasibility._CPU_BLOCK_TOKENS

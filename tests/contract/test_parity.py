@@ -19,7 +19,7 @@ from starlette.datastructures import State
 from llmserve.engine import required_keys
 from llmserve.http import app
 from llmserve.registry.spec import ModelSpec
-from tests.contract.support import CHAT, EMBED, services_of
+from tests.contract.support import CHAT, CHATS, COMPLETIONS, EMBED, services_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -50,6 +50,7 @@ WEATHER = {
         },
     },
 }
+NAMED = {"type": "function", "function": {"name": "weather"}}
 PERSON = {
     "type": "object",
     "properties": {
@@ -59,6 +60,8 @@ PERSON = {
     "required": ["name", "age"],
     "additionalProperties": False,
 }
+
+ONCE = {"prompt": "Once upon a time", "max_tokens": 24}
 
 Pair = tuple[httpx.AsyncClient, httpx.AsyncClient]
 
@@ -147,7 +150,7 @@ def content(reply: httpx.Response, whole: Callable[[Any], Any] = lambda value: v
 
 # What published schemas require and vLLM leaves out.
 WHOLE: dict[str, Callable[[Any], Any]] = {
-    "/v1/chat/completions": required_keys.complete_chat,
+    CHATS: required_keys.complete_chat,
     "/v1/responses": required_keys.complete_response,
     "/v1/messages": required_keys.complete_message,
 }
@@ -157,49 +160,17 @@ CAPITAL = {
     "input": "Name the capital of Japan.",
     "max_output_tokens": 32,
 }
-
-
-CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "chat": ("chat", "/v1/chat/completions", {"messages": ASK}),
-    "chat stream": (
-        "chat",
-        "/v1/chat/completions",
-        {"messages": ASK, "stream": True, "stream_options": {"include_usage": True}},
-    ),
-    "chat n and stop": (
-        "chat",
-        "/v1/chat/completions",
-        {"messages": ASK, "n": 2, "stop": ["Paris"], "temperature": 0.7, "seed": 7},
-    ),
-    "chat logprobs": (
-        "chat",
-        "/v1/chat/completions",
-        {"messages": ASK, "max_tokens": 5, "logprobs": True, "top_logprobs": 3},
-    ),
-    "chat logprobs stream": (
-        "chat",
-        "/v1/chat/completions",
-        {"messages": ASK, "max_tokens": 5, "logprobs": True, "stream": True},
-    ),
-    "tools auto": ("chat", "/v1/chat/completions", {"messages": ASK, "tools": [WEATHER]}),
-    "tools required": (
-        "chat",
-        "/v1/chat/completions",
-        {"messages": ASK, "tools": [WEATHER], "tool_choice": "required"},
-    ),
-    "tools named": (
-        "chat",
-        "/v1/chat/completions",
-        {
-            "messages": ASK,
-            "tools": [WEATHER],
-            "tool_choice": {"type": "function", "function": {"name": "weather"}},
-        },
-    ),
-    "structured": (
-        "chat",
-        "/v1/chat/completions",
-        {
+CASES: dict[str, dict[str, dict[str, Any]]] = {
+    CHATS: {
+        "plain": {"messages": ASK},
+        "stream": {"messages": ASK, "stream": True, "stream_options": {"include_usage": True}},
+        "n and stop": {"messages": ASK, "n": 2, "stop": ["Paris"], "temperature": 0.7, "seed": 7},
+        "logprobs": {"messages": ASK, "max_tokens": 5, "logprobs": True, "top_logprobs": 3},
+        "logprobs stream": {"messages": ASK, "max_tokens": 5, "logprobs": True, "stream": True},
+        "tools auto": {"messages": ASK, "tools": [WEATHER]},
+        "tools required": {"messages": ASK, "tools": [WEATHER], "tool_choice": "required"},
+        "tools named": {"messages": ASK, "tools": [WEATHER], "tool_choice": NAMED},
+        "structured": {
             "messages": ASK,
             "max_tokens": 60,
             "response_format": {
@@ -207,87 +178,62 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
                 "json_schema": {"name": "person", "schema": PERSON},
             },
         },
-    ),
-    "structured stream": (
-        "chat",
-        "/v1/chat/completions",
-        {
+        "structured stream": {
             "messages": ASK,
             "stream": True,
             "max_tokens": 60,
             "structured_outputs": {"choice": ["yes", "no"]},
         },
-    ),
-    "completion": ("chat", "/v1/completions", {"prompt": "Once upon a time", "max_tokens": 24}),
-    "completion batch, echo": (
-        "chat",
-        "/v1/completions",
-        {"prompt": ["One", "Two"], "max_tokens": 6, "echo": True, "logprobs": 2},
-    ),
-    "completion stream": (
-        "chat",
-        "/v1/completions",
-        {
-            "prompt": "Once upon a time",
-            "max_tokens": 24,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        },
-    ),
-    "responses": ("chat", "/v1/responses", CAPITAL),
-    "responses stream": (
-        "chat",
-        "/v1/responses",
-        CAPITAL | {"stream": True},
-    ),
-    "messages": ("chat", "/v1/messages", {"messages": ASK, "max_tokens": 12}),
-    "messages stream": (
-        "chat",
-        "/v1/messages",
-        {"messages": ASK, "max_tokens": 12, "stream": True},
-    ),
-    "count tokens": ("chat", "/v1/messages/count_tokens", {"messages": ASK}),
-    "tokenize": ("chat", "/tokenize", {"prompt": "Hello wörld 👋", "return_token_strs": True}),
-    "tokenize chat": ("chat", "/tokenize", {"messages": ASK}),
-    "detokenize": ("chat", "/detokenize", {"tokens": [19556, 905]}),
-    "embeddings": ("embed", "/v1/embeddings", {"input": ["Hello", "world"]}),
-    "embeddings base64": (
-        "embed",
-        "/v1/embeddings",
-        {"input": "Hello", "encoding_format": "base64"},
-    ),
-    "pooling": ("embed", "/pooling", {"input": "Hello"}),
-    "score": ("embed", "/v1/score", {"text_1": "cat", "text_2": ["dog", "car"]}),
-    "rerank": ("embed", "/rerank", {"query": "cat", "documents": ["dog", "kitten", "car"]}),
+    },
+    COMPLETIONS: {
+        "plain": ONCE,
+        "batch": {"prompt": ["One", "Two"], "max_tokens": 6, "echo": True, "logprobs": 2},
+        "stream": ONCE | {"stream": True, "stream_options": {"include_usage": True}},
+    },
+    "/v1/responses": {"plain": CAPITAL, "stream": CAPITAL | {"stream": True}},
+    "/v1/messages": {
+        "plain": {"messages": ASK, "max_tokens": 12},
+        "stream": {"messages": ASK, "max_tokens": 12, "stream": True},
+    },
+    "/v1/messages/count_tokens": {"plain": {"messages": ASK}},
+    "/tokenize": {
+        "plain": {"prompt": "Hello wörld 👋", "return_token_strs": True},
+        "chat": {"messages": ASK},
+    },
+    "/detokenize": {"plain": {"tokens": [19556, 905]}},
+    "/v1/embeddings": {
+        "batch": {"input": ["Hello", "world"]},
+        "base64": {"input": "Hello", "encoding_format": "base64"},
+    },
+    "/pooling": {"plain": {"input": "Hello"}},
+    "/v1/score": {"batch": {"text_1": "cat", "text_2": ["dog", "car"]}},
+    "/rerank": {"batch": {"query": "cat", "documents": ["dog", "kitten", "car"]}},
 }
-_BATCHES = {"completion batch, echo", "embeddings", "score", "rerank"}  # one step, or several
-_GREEDY = {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"}
+_EMBED = {"/v1/embeddings", "/pooling", "/v1/score", "/rerank"}
+_GREEDY = {CHATS, COMPLETIONS, "/v1/responses", "/v1/messages"}
 
 
-@pytest.mark.parametrize("case", CASES)
-async def test_the_answer_is_stock_vllms(servers: dict[str, Pair], case: str) -> None:
-    model, path, body = CASES[case]
-    body = {"model": model} | ({"temperature": 0} if path in _GREEDY else {}) | body
+@pytest.mark.parametrize(("path", "case"), [(path, case) for path in CASES for case in CASES[path]])
+async def test_the_answer_is_stock_vllms(servers: dict[str, Pair], path: str, case: str) -> None:
+    model = "embed" if path in _EMBED else "chat"
+    body = {"model": model} | ({"temperature": 0} if path in _GREEDY else {}) | CASES[path][case]
     ours, stock = servers[model]
     expected = await stock.post(path, json=body)
     got = await ours.post(path, json=body)
     assert expected.status_code == 200, expected.text
     assert got.status_code == 200, got.text
-    same = nearly if case in _BATCHES else lambda value: value
+    same = nearly if case == "batch" else lambda value: value  # in one step, or in several
     assert content(got) == same(content(expected, WHOLE.get(path, comparable)))
 
 
 async def test_a_streamed_call_is_stock_vllms_in_pieces_of_its_own(
     servers: dict[str, Pair],
 ) -> None:
-    choice = {"type": "function", "function": {"name": "weather"}}
     body = {"model": "chat", "temperature": 0, "messages": ASK, "tools": [WEATHER]}
     ours, stock = servers["chat"]
     calls = []
     for client in (stock, ours):
-        reply = await client.post(
-            "/v1/chat/completions", json=body | {"tool_choice": choice, "stream": True}
-        )
+        reply = await client.post(CHATS, json=body | {"tool_choice": NAMED, "stream": True})
         choices = [each["choices"][0] for each in content(reply) if isinstance(each, dict)]
         parts = [
             part["function"] for each in choices for part in each["delta"].get("tool_calls", [])
@@ -301,13 +247,13 @@ async def test_a_streamed_call_is_stock_vllms_in_pieces_of_its_own(
 @pytest.mark.parametrize(
     ("path", "body"),
     [
-        ("/v1/chat/completions", {"messages": []}),
-        ("/v1/chat/completions", {"messages": ASK, "temperature": 9e9}),
-        ("/v1/chat/completions", {"messages": ASK, "max_tokens": 0}),
-        ("/v1/chat/completions", {"messages": ASK, "tool_choice": "required"}),
-        ("/v1/chat/completions", {"messages": ASK, "structured_outputs": {"regex": "("}}),
-        ("/v1/completions", {"prompt": "x" * 40000}),
-        ("/v1/completions", {}),
+        (CHATS, {"messages": []}),
+        (CHATS, {"messages": ASK, "temperature": 9e9}),
+        (CHATS, {"messages": ASK, "max_tokens": 0}),
+        (CHATS, {"messages": ASK, "tool_choice": "required"}),
+        (CHATS, {"messages": ASK, "structured_outputs": {"regex": "("}}),
+        (COMPLETIONS, {"prompt": "x" * 40000}),
+        (COMPLETIONS, {}),
         ("/tokenize", {}),
         ("/v1/messages", {"messages": ASK}),
     ],
@@ -329,7 +275,7 @@ async def test_the_status_of_a_refusal_is_stock_vllms(
 async def test_the_model_knows_the_capital(servers: dict[str, Pair]) -> None:
     ours, _ = servers["chat"]
     body = {"model": "chat", "temperature": 0, "messages": ASK}
-    reply = await ours.post("/v1/chat/completions", json=body)
+    reply = await ours.post(CHATS, json=body)
     assert "Paris" in reply.json()["choices"][0]["message"]["content"]
 
 

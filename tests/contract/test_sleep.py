@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import inspect
 import itertools
 import threading
@@ -10,9 +11,27 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from vllm.config import ParallelConfig, VllmConfig
+from vllm.config.load import LoadConfig
+from vllm.device_allocator import DEFERRABLE_TAGS, AllocationData, cumem
+from vllm.device_allocator.cumem import CuMemAllocator
+from vllm.device_allocator.sleep_mode_backend import SleepModeBackend
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.platforms import current_platform
+from vllm.v1.executor.uniproc_executor import UniProcExecutor
+from vllm.v1.worker.gpu_worker import Worker
 
+from llmserve.engine.engine import Engine
+from llmserve.engine.engine_arguments import engine_arguments
+from llmserve.engine.metrics import EngineMetrics
+from llmserve.engine.parent_watch import ParentWatch
+from llmserve.engine.worker.gpu_worker import GpuWorker
+from llmserve.engine.worker.host_offload import HostCopies, merged, pieces, without
+from llmserve.engine.worker.kv_pages import Pinned, trimmed_bytes
 from llmserve.errors import EngineError
 from llmserve.lifecycle.placement import Level
 from tests.contract.support import class_of, parameters, source, spec
@@ -20,9 +39,6 @@ from tests.contract.support import class_of, parameters, source, spec
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from vllm.device_allocator import AllocationData
-
-    from llmserve.engine.worker.host_offload import HostCopies
 
 HOST = 1 << 40  # host addresses lie above
 MIB = 1 << 20
@@ -40,11 +56,9 @@ SPANS = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 12)), max_size=8).
 )
 
 
-@settings(deadline=None)  # the first call imports vLLM
+@settings(deadline=None)
 @given(spans=SPANS)
 def test_merged_spans_cover_the_same_in_order_and_apart(spans: list[tuple[int, int]]) -> None:
-    from llmserve.engine.worker.host_offload import merged
-
     united = merged(spans)
     assert bytes_of(united) == sorted(set(bytes_of(spans)))
     assert all(one[1] < next_[0] for one, next_ in itertools.pairwise(united))
@@ -55,24 +69,18 @@ def test_merged_spans_cover_the_same_in_order_and_apart(spans: list[tuple[int, i
 def test_what_is_left_without_holes(
     spans: list[tuple[int, int]], holes: list[tuple[int, int]]
 ) -> None:
-    from llmserve.engine.worker.host_offload import merged, without
-
     left = without(merged(spans), merged(holes))
     assert bytes_of(left) == sorted(set(bytes_of(spans)) - set(bytes_of(holes)))
 
 
 def test_spans_that_touch_stay_two() -> None:
     """They are two allocations: no copy may reach over both."""
-    from llmserve.engine.worker.host_offload import without
-
     assert without([(0, 4), (4, 8)], [(2, 3)]) == [(0, 2), (3, 4), (4, 8)]
 
 
 @settings(deadline=None)
 @given(spans=SPANS, size=st.integers(1, 20))
 def test_pieces_fill_one_buffer_after_another(spans: list[tuple[int, int]], size: int) -> None:
-    from llmserve.engine.worker.host_offload import merged, pieces
-
     apart = merged(spans)
     cut = list(pieces(apart, size))
     assert bytes_of((piece.device, piece.device + piece.size) for piece in cut) == bytes_of(apart)
@@ -99,8 +107,6 @@ class Memory:
     """Copies are done when they are waited for; what is not mapped cannot be touched."""
 
     def __init__(self, **sizes: int) -> None:
-        from vllm.device_allocator import AllocationData
-
         self.found: dict[int, AllocationData] = {}
         self.mapped: dict[int, bytearray] = {}
         self.pinned: dict[int, bytearray] = {}
@@ -181,8 +187,6 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Memory:
 @pytest.fixture
 def copies(memory: Any) -> HostCopies:
     """Of a model with parameters in all its weights' memory but 100 bytes in the middle."""
-    from llmserve.engine.worker.host_offload import HostCopies
-
     start = memory.at("weights")
     # The last is elsewhere: weights that vLLM leaves on the host.
     spans = [(start + 500, start + 1000), (start, start + 400), (HOST, HOST + 9)]
@@ -227,7 +231,7 @@ def test_a_wake_whose_copy_fails_leaves_nothing_mapped(
     assert contents(memory, "weights", "runtime") == before
 
 
-def test_all_that_is_kept_comes_back(memory: Memory, copies: HostCopies) -> None:
+def test_resume_restores_kept_memory(memory: Memory, copies: HostCopies) -> None:
     weights = bytes(range(250)) * 4
     memory.write(memory.at("weights"), weights)
     for _ in range(2):
@@ -242,7 +246,7 @@ def test_all_that_is_kept_comes_back(memory: Memory, copies: HostCopies) -> None
         assert copies.state() == "RUNNING"
 
 
-def test_what_changes_is_copied_at_each_sleep_and_parameters_once(
+def test_suspend_copies_parameters_once_and_the_rest_again(
     memory: Memory, copies: HostCopies
 ) -> None:
     prepared(copies)
@@ -268,9 +272,7 @@ def test_preparing_is_done_elsewhere_and_once(memory: Memory, copies: HostCopies
     assert {name[:9] for name in memory.threads} == {"host-copy"}
 
 
-def test_without_parameters_that_stay_all_is_copied_at_each_sleep(memory: Any) -> None:
-    from llmserve.engine.worker.host_offload import HostCopies
-
+def test_suspend_without_constant_parameters_copies_all(memory: Any) -> None:
     copies = HostCopies(memory, lambda: ())
     prepared(copies)
     assert not memory.copied_bytes
@@ -343,7 +345,7 @@ def test_the_kv_cache_alone(memory: Memory, copies: HostCopies) -> None:
     assert contents(memory, "weights", "workspace") == [b"\x01" * 1000, b"\x04" * 500]
 
 
-def test_what_is_new_is_mapped_anew(memory: Memory, copies: HostCopies) -> None:
+def test_remap_maps_memory_again(memory: Memory, copies: HostCopies) -> None:
     copies.remap("kv_cache")
     assert memory.mapped.keys() == memory.found.keys()
     assert contents(memory, "kv_cache", "weights") == [b"\xee" * 2000, b"\x01" * 1000]
@@ -395,7 +397,7 @@ def test_without_room_on_the_host_it_stays_awake(
     assert contents(memory, "weights", "runtime") == [b"\x01" * 1000, b"\x03" * 30]
 
 
-def test_what_could_not_be_prepared_is_told_and_takes_nothing(
+def test_prepare_without_host_memory_raises_and_pins_nothing(
     memory: Memory, copies: HostCopies
 ) -> None:
     memory.host_bytes = 500
@@ -436,10 +438,6 @@ class Cudart:
 
 
 def test_pinned_memory_can_be_written_and_goes_back() -> None:
-    import ctypes
-
-    from llmserve.engine.worker.kv_pages import Pinned
-
     cudart = Cudart()
     pinned = Pinned(cudart, 5000)
     ctypes.memset(pinned.address, 7, 5000)
@@ -449,9 +447,7 @@ def test_pinned_memory_can_be_written_and_goes_back() -> None:
     assert not cudart.registered
 
 
-def test_memory_that_cannot_be_unpinned_says_so() -> None:
-    from llmserve.engine.worker.kv_pages import Pinned
-
+def test_pinned_memory_unpinning_error_is_raised() -> None:
     cudart = Cudart()
     pinned = Pinned(cudart, 5000)
     cudart.code = 1
@@ -460,9 +456,7 @@ def test_memory_that_cannot_be_unpinned_says_so() -> None:
     assert cudart.drained == 1
 
 
-def test_memory_that_cannot_be_pinned_says_what_to_do() -> None:
-    from llmserve.engine.worker.kv_pages import Pinned
-
+def test_pinned_memory_error_names_host_memory() -> None:
     cudart = Cudart(code=2)
     with pytest.raises(MemoryError, match=r"host memory failed \(error 2\); lower `host_memory`"):
         Pinned(cudart, 5000)
@@ -473,8 +467,6 @@ def test_memory_that_cannot_be_pinned_says_what_to_do() -> None:
 
 
 def test_the_allocator_is_as_it_was() -> None:
-    from vllm.device_allocator import DEFERRABLE_TAGS, cumem
-
     assert DEFERRABLE_TAGS == ("weights", "kv_cache")
     assert cumem.CuMemAllocator.instance is None
     assert "libcudart = CudaRTLibrary()" in source("device_allocator/cumem.py")
@@ -486,10 +478,6 @@ def test_handles_are_as_they_were() -> None:
 
 
 def test_a_backend_is_asked_the_same() -> None:
-    from vllm.device_allocator.sleep_mode_backend import SleepModeBackend
-
-    from llmserve.engine.worker.host_offload import HostCopies
-
     for name in ("suspend", "resume", "discard"):
         ours, theirs = getattr(HostCopies, name), getattr(SleepModeBackend, name)
         assert parameters(ours) == parameters(theirs)
@@ -497,18 +485,12 @@ def test_a_backend_is_asked_the_same() -> None:
 
 
 def test_without_an_allocator_nothing_was_trimmed() -> None:
-    from llmserve.engine.worker.kv_pages import trimmed_bytes
-
     assert trimmed_bytes() == 0
 
 
 def test_segments_given_back_behind_torch_s_back_are_counted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from vllm.device_allocator.cumem import CuMemAllocator
-
-    from llmserve.engine.worker.kv_pages import trimmed_bytes
-
     def pool(*addresses: int) -> Any:
         segments = [{"address": at, "total_size": at * 10, "allocated_size": 0} for at in addresses]
         return SimpleNamespace(snapshot=lambda: segments), object()
@@ -544,12 +526,6 @@ class Backend:
 @pytest.fixture
 def worker(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Ours, of an engine that can sleep, with vLLM's `wake_up`."""
-    import torch
-    from vllm.config.load import LoadConfig
-    from vllm.v1.worker.gpu_worker import Worker
-
-    from llmserve.engine.worker.gpu_worker import GpuWorker
-
     monkeypatch.setattr(Worker, "__init__", lambda _: None)
     monkeypatch.setattr(Worker, "synchronize_device", lambda _: None)
     monkeypatch.setattr(
@@ -584,8 +560,6 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_no_engine_argument_names_a_backend() -> None:
     """Else ours could be registered and named, instead of the worker's property."""
-    from vllm.engine.arg_utils import AsyncEngineArgs
-
     assert not hasattr(AsyncEngineArgs, "sleep_mode_backend")
 
 
@@ -605,18 +579,16 @@ def test_weights_are_read_again_only_when_they_are_lost(worker: Any) -> None:
     assert asked[6:] == [1, "forget", ["kv_cache"], ["weights"], "reload"]
 
 
-def test_weights_that_cannot_be_read_again_are_not_given_up(worker: Any) -> None:
-    from vllm.config.load import LoadConfig
-
+def test_sleep_with_dummy_weights_refuses_level_2(worker: Any) -> None:
     worker.load_config = LoadConfig(load_format="dummy")
-    for give_up in (lambda: worker.sleep(2), worker.forget_copies):
+    for lose in (lambda: worker.sleep(2), worker.forget_copies):
         with pytest.raises(ValueError, match="load_format dummy cannot be reloaded"):
-            give_up()
+            lose()
     assert worker.sleep_mode_backend.asked == []
 
 
 @pytest.mark.parametrize(
-    ("owner", "name", "value", "told"),
+    ("owner", "name", "value", "feature"),
     [
         ("vllm_config", "lora_config", object(), "adapters"),
         ("vllm_config", "speculative_config", object(), "speculative decoding"),
@@ -629,22 +601,20 @@ def test_weights_that_cannot_be_read_again_are_not_given_up(worker: Any) -> None
         ("cache_config", "cache_dtype", "fp8", "a KV cache of type fp8"),
     ],
 )
-def test_weights_of_models_not_looked_into_are_not_given_up(
-    worker: Any, owner: str, name: str, value: object, told: str
+def test_sleep_of_unsupported_model_refuses_level_2(
+    worker: Any, owner: str, name: str, value: object, feature: str
 ) -> None:
     cache = worker.vllm_config.cache_config
     of = cache if owner == "cache_config" else getattr(worker, owner)
     setattr(of, name, value)
-    for give_up in (lambda: worker.sleep(2), worker.forget_copies):
-        with pytest.raises(ValueError, match=f"with {told} cannot be reloaded"):
-            give_up()
+    for lose in (lambda: worker.sleep(2), worker.forget_copies):
+        with pytest.raises(ValueError, match=f"with {feature} cannot be reloaded"):
+            lose()
     assert worker.sleep_mode_backend.asked == []
     worker.sleep(1)  # in host memory it may
 
 
-def test_what_tells_models_apart_is_vllm_s() -> None:
-    from llmserve.engine.engine_arguments import engine_arguments
-
+def test_model_config_has_the_flags_that_reload_reads() -> None:
     config = engine_arguments(spec()).create_engine_config()
     model = config.model_config
     assert (model.quantization, model.is_moe, model.is_hybrid, model.use_mla) == (
@@ -655,9 +625,7 @@ def test_what_tells_models_apart_is_vllm_s() -> None:
     assert config.lora_config is config.speculative_config is None
 
 
-def test_loaders_that_read_again_are_told_by_the_method_that_vllm_looks_for() -> None:
-    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
-
+def test_vllm_loaders_that_reload_have_get_all_weights() -> None:
     assert hasattr(DefaultModelLoader, "get_all_weights")
     for file in ("v1/worker/gpu_model_runner.py", "v1/worker/gpu/model_runner.py"):
         arguments = class_of(file, "GPUModelRunner")["reload_weights"].args
@@ -665,8 +633,6 @@ def test_loaders_that_read_again_are_told_by_the_method_that_vllm_looks_for() ->
 
 
 def test_parameters_are_those_of_the_model_within_their_storage(worker: Any) -> None:
-    import torch
-
     model = torch.nn.Linear(4, 2, bias=False)
     model.seen_twice = torch.nn.Parameter(torch.ones(3).expand(5, 3), requires_grad=False)
     model.turned = torch.nn.Parameter(torch.ones(2, 6).t(), requires_grad=False)
@@ -681,8 +647,6 @@ def test_parameters_are_those_of_the_model_within_their_storage(worker: Any) -> 
 
 @pytest.mark.parametrize("change", ["eplb", "weight_transfer"])
 def test_where_weights_change_none_stays(worker: Any, change: str) -> None:
-    import torch
-
     worker.model_runner = SimpleNamespace(get_model=lambda: torch.nn.Linear(4, 2))
     assert list(worker._parameter_spans())
     worker.vllm_config.parallel_config.enable_eplb = change == "eplb"
@@ -691,19 +655,13 @@ def test_where_weights_change_none_stays(worker: Any, change: str) -> None:
     assert list(worker._parameter_spans()) == []
 
 
-def test_configs_tell_what_changes_weights() -> None:
-    from vllm.config import ParallelConfig, VllmConfig
-
+def test_configs_have_the_flags_of_changing_weights() -> None:
     assert ParallelConfig().enable_eplb is False
     assert VllmConfig().weight_transfer_config is None
 
 
 def test_a_worker_on_a_cpu_does_what_vllm_s_does() -> None:
     """Which is to say that it does nothing."""
-    from vllm.v1.worker.gpu_worker import Worker
-
-    from llmserve.engine.worker.gpu_worker import GpuWorker
-
     assert {"sleep", "wake_up"} <= class_of("v1/worker/cpu_worker.py", "CPUWorker").keys()
     asked: list[Any] = []
     own: dict[str, Any] = {
@@ -740,8 +698,6 @@ class Workers:
 
 @pytest.fixture
 def executor(monkeypatch: pytest.MonkeyPatch) -> Any:
-    from vllm.v1.executor.uniproc_executor import UniProcExecutor
-
     made = object.__new__(UniProcExecutor)
     made.sleeping_tags = set()
     made.collective_rpc = Workers()
@@ -786,12 +742,6 @@ class Client:
 
 @pytest.fixture
 def engine(executor: Any) -> Any:
-    from vllm.engine.arg_utils import AsyncEngineArgs
-
-    from llmserve.engine.engine import Engine
-    from llmserve.engine.metrics import EngineMetrics
-    from llmserve.engine.parent_watch import ParentWatch
-
     client: Any = Client(executor)
     arguments = AsyncEngineArgs(model="m", enable_sleep_mode=True)
     return Engine(client, arguments, EngineMetrics("chat"), ParentWatch(), Path("model-chat.log"))
@@ -854,9 +804,11 @@ async def test_preparing_waits_until_all_workers_are_done(engine: Any) -> None:
     assert asked == ["prepare_sleep", "sleep_prepared", "sleep_prepared"]
 
 
-@pytest.mark.parametrize(("fails", "said"), [("sleep", "sleep at level HOST"), ("wake_up", "wake")])
+@pytest.mark.parametrize(
+    ("fails", "action"), [("sleep", "sleep at level HOST"), ("wake_up", "wake")]
+)
 async def test_what_fails_is_one_line_and_leaves_the_level(
-    engine: Any, fails: str, said: str
+    engine: Any, fails: str, action: str
 ) -> None:
     if fails == "wake_up":
         await engine.sleep(Level.HOST)
@@ -864,13 +816,11 @@ async def test_what_fails_is_one_line_and_leaves_the_level(
     engine.client.executor.collective_rpc.fails = fails
     with pytest.raises(EngineError) as raised:
         await (engine.wake() if fails == "wake_up" else engine.sleep(Level.HOST))
-    assert raised.value.message == f"the engine could not {said}: RuntimeError: no room"
+    assert raised.value.message == f"the engine could not {action}: RuntimeError: no room"
     assert engine.level is before
 
 
 async def test_an_engine_on_a_cpu_does_not_sleep(engine: Any) -> None:
-    from llmserve.engine.engine_arguments import engine_arguments
-
     engine.arguments = engine_arguments(spec(), sleeps=True)
     assert not engine.sleeps
     for refused in (engine.sleep(Level.HOST), engine.prepare_sleep()):
@@ -880,12 +830,8 @@ async def test_an_engine_on_a_cpu_does_not_sleep(engine: Any) -> None:
 
 
 def test_one_on_cuda_does_if_it_is_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm.platforms import current_platform
-
-    from llmserve.engine.engine_arguments import engine_arguments
-
     monkeypatch.setattr(type(current_platform), "is_cuda", lambda _: True)
     assert engine_arguments(spec(), sleeps=True).enable_sleep_mode is True
     assert engine_arguments(spec()).enable_sleep_mode is False
-    said = spec(engine={"enable_sleep_mode": False})
-    assert engine_arguments(said, sleeps=True).enable_sleep_mode is False
+    explicit = spec(engine={"enable_sleep_mode": False})
+    assert engine_arguments(explicit, sleeps=True).enable_sleep_mode is False

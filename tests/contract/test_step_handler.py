@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import pytest
 from vllm.v1.engine import EngineCoreOutputs, UtilityOutput
+from vllm.v1.engine.core_client import AsyncMPClient, DPLBAsyncMPClient
+from vllm.v1.metrics.stats import SchedulerStats
 
 from llmserve.engine.fastpath.step_handler import StepHandler
 from llmserve.engine.fastpath.zmq_sockets import EngineReceiver
 from tests.contract.fast_path_box import FOX, assert_same, boxed, prompt, seen, user
 from tests.contract.support import CHATS, COMPLETIONS, events
+from tests.fakes import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -41,7 +44,7 @@ async def test_no_step_waits_for_a_task(box: Box, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("more", [{}, {"stop": ["lazy"]}])
-async def test_an_engine_whose_steps_are_left_to_vllm_says_the_same(
+async def test_steps_handled_by_vllm_give_the_same_answer(
     box: Box, monkeypatch: pytest.MonkeyPatch, more: dict[str, Any]
 ) -> None:
     monkeypatch.setattr(StepHandler, "is_complete", staticmethod(lambda _: False))
@@ -54,9 +57,7 @@ async def test_an_engine_whose_steps_are_left_to_vllm_says_the_same(
         assert other.written > before
 
 
-async def test_a_step_that_cannot_be_handled_ends_the_requests_as_vllm_does(
-    box: Box, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_step_that_fails_ends_all_requests(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
     client = box.serving.engine.client
     process = client.output_processor.process_outputs
     steps: list[Any] = []
@@ -70,9 +71,7 @@ async def test_a_step_that_cannot_be_handled_ends_the_requests_as_vllm_does(
     asked = prompt(FOX) | {"max_tokens": 1900, "stream": True}
     before = box.written
     reading = asyncio.create_task(box.ask(COMPLETIONS, asked))
-    async with asyncio.timeout(60):
-        while box.written == before:
-            await asyncio.sleep(0.01)
+    await until(lambda: box.written != before)
     assert client.is_running
     monkeypatch.setattr(client.output_processor, "process_outputs", fails_once)
     *_, failure, done = events((await asyncio.wait_for(reading, 60)).text)
@@ -82,7 +81,7 @@ async def test_a_step_that_cannot_be_handled_ends_the_requests_as_vllm_does(
     assert len(steps) == 1  # none after the one that failed: a token would be missing
 
 
-@pytest.mark.parametrize("end", ["cancelled", "told by the engine"])
+@pytest.mark.parametrize("end", ["cancelled", "dead engine"])
 async def test_the_end_of_vllms_task_ends_the_reading(box: Box, end: str) -> None:
     core: Any = box.serving.engine.client.engine_core
     inboxes = [each for each in gc.get_objects() if isinstance(each, EngineReceiver)]
@@ -92,9 +91,7 @@ async def test_the_end_of_vllms_task_ends_the_reading(box: Box, end: str) -> Non
         core.resources.output_queue_task.cancel()
     else:
         inbox._pass_on([SimpleNamespace(buffer=b"ENGINE_CORE_DEAD")])
-    async with asyncio.timeout(60):
-        while inbox._fd is not None:
-            await asyncio.sleep(0.01)
+    await until(lambda: inbox._fd is None)
     assert core.resources.output_queue_task.done()
 
 
@@ -124,22 +121,18 @@ def test_what_is_no_step_is_left() -> None:
     assert not steps.handle(b"ENGINE_CORE_DEAD")
 
 
-def test_a_step_without_outputs_is_told_to_the_logger_if_it_says_anything() -> None:
-    from vllm.v1.metrics.stats import SchedulerStats
-
-    told: list[Any] = []
-    logger = SimpleNamespace(record=lambda **said: told.append(said))
+def test_step_without_outputs_records_scheduler_stats() -> None:
+    recorded: list[Any] = []
+    logger = SimpleNamespace(record=lambda **record: recorded.append(record))
     steps = StepHandler(client(Core(), logger=logger))
-    for said in (None, SchedulerStats(num_running_reqs=3)):
-        steps._handle_step(EngineCoreOutputs(engine_index=1, scheduler_stats=said))
-    (one,) = told
+    for stats in (None, SchedulerStats(num_running_reqs=3)):
+        steps._handle_step(EngineCoreOutputs(engine_index=1, scheduler_stats=stats))
+    (one,) = recorded
     assert one["scheduler_stats"].num_running_reqs == 3
     assert (one["engine_idx"], one["iteration_stats"], one["mm_cache_stats"]) == (1, None, None)
 
 
 def test_engines_with_more_to_do_are_left_to_vllm() -> None:
-    from vllm.v1.engine.core_client import AsyncMPClient, DPLBAsyncMPClient
-
     assert StepHandler.is_complete(client(object.__new__(AsyncMPClient)))
     assert not StepHandler.is_complete(client(object.__new__(AsyncMPClient), images={}))
     assert not StepHandler.is_complete(client(object.__new__(DPLBAsyncMPClient)))

@@ -117,7 +117,7 @@ async def test_a_full_socket_is_waited_for() -> None:
     assert got == [[b"%d" % n] for n in range(COUNT)]
 
 
-async def test_what_a_closed_socket_does_not_take_is_told(
+async def test_sender_with_closed_socket_logs_lost_messages(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with pair() as (push, _):
@@ -154,7 +154,7 @@ async def test_outbox_with_message_that_breaks_sends_the_rest(
     assert caplog.text.count("a message to an engine was not sent") == 2
 
 
-async def test_outbox_with_queued_message_that_breaks_says_so(
+async def test_outbox_with_queued_message_that_breaks_logs_it(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with pair() as (push, pull):
@@ -166,7 +166,7 @@ async def test_outbox_with_queued_message_that_breaks_says_so(
     assert "a message to an engine was not sent" in caplog.text
 
 
-async def test_what_is_taken_where_it_comes_does_not_reach_the_task() -> None:
+async def test_receiver_hides_handled_messages_from_the_task() -> None:
     """And what has come together is one turn."""
     taken: list[bytes] = []
 
@@ -188,7 +188,7 @@ async def test_what_is_taken_where_it_comes_does_not_reach_the_task() -> None:
         assert flow.seen == ["gather", "all"]
 
 
-async def test_who_takes_long_leaves_others_a_turn() -> None:
+async def test_receiver_yields_to_the_event_loop_when_slow() -> None:
     def take(_: list[bytes]) -> bool:
         time.sleep(0.003)
         return True

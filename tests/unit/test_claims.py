@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Starts:
-    """Starts that hold until told to end, and the order in which they got their GPUs."""
+    """Starts that hold until released, and the order in which they got their GPUs."""
 
     def __init__(self) -> None:
         self.locks = GpuClaims()
@@ -66,7 +66,7 @@ async def test_a_measured_start_has_its_gpus_for_itself() -> None:
     assert starts.running == ["c", "b"]
 
 
-async def test_whoever_waits_alone_is_not_overtaken() -> None:
+async def test_claim_alone_keeps_its_place_in_the_queue() -> None:
     starts = Starts()
     await starts.begin("a", [0])
     await starts.begin("b", [0], alone=True)

@@ -36,7 +36,7 @@ ARM = "Features\t: fp asimd fphp asimdhp"
         ("cpu\t\t: POWER10", "bfloat16", "bfloat16"),  # nothing is known of it
     ],
 )
-def test_a_model_keeps_its_data_type_where_the_cpu_has_instructions_for_it(
+def test_dtype_for_keeps_types_with_cpu_instructions(
     tmp_path: Path, lists: str, stored: str, dtype: str
 ) -> None:
     file = tmp_path / "cpuinfo"

@@ -28,13 +28,13 @@ def test_a_box_of_two_kinds() -> None:
     assert listed(box) == "2 x A100-SXM4-40GB, 2 x L4"
 
 
-def test_an_unknown_gpu_says_its_memory() -> None:
+def test_described_unknown_gpu_has_its_memory() -> None:
     (gpu,) = described("GAUDI-96G")
     assert (gpu.name, gpu.memory, gpu.capability) == ("GAUDI-96G", 96 * GIB, None)
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("8xH1000", "nearest: H100"),
         ("8xMINE", "add its memory, as in MINE-24G"),
@@ -47,8 +47,8 @@ def test_an_unknown_gpu_says_its_memory() -> None:
         ("8 H100 80G", "invalid GPU"),
     ],
 )
-def test_what_is_no_box_is_told(text: str, told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
+def test_described_invalid_box_is_refused(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         described(text)
 
 
@@ -68,7 +68,7 @@ def test_a_box_in_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         (
             "gpus:\n- {name: H100, cuont: 2}\n",
@@ -80,10 +80,10 @@ def test_a_box_in_a_file(tmp_path: Path) -> None:
         ("gpus: [\n", "box.yaml"),
     ],
 )
-def test_every_mistake_of_a_box_file_is_told(tmp_path: Path, text: str, told: str) -> None:
+def test_from_file_reports_each_mistake(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "box.yaml"
     file.write_text(text)
-    with pytest.raises(ConfigError, match=told.replace(".", r"\.")):
+    with pytest.raises(ConfigError, match=message.replace(".", r"\.")):
         from_file(file)
 
 

@@ -14,7 +14,7 @@ from tests.fakes import spec
 from tests.unit.shapes import LLAMA_8B, MINI_LM
 
 
-def told(gpus: str, shape: Any = LLAMA_8B, **entry: Any) -> list[tuple[str, str]]:
+def flaws_of(gpus: str, shape: Any = LLAMA_8B, **entry: Any) -> list[tuple[str, str]]:
     """The key and the message of every flaw."""
     found = feasibility.flaws(spec(**entry), shape, described(gpus))
     assert all(problem.model == "chat" for problem in found)
@@ -22,8 +22,8 @@ def told(gpus: str, shape: Any = LLAMA_8B, **entry: Any) -> list[tuple[str, str]
 
 
 def test_an_entry_without_a_flaw_has_none() -> None:
-    assert told("8xH100") == []
-    assert told("8xH100", tensor_parallel_size=4, replicas=2, devices=range(8)) == []
+    assert flaws_of("8xH100") == []
+    assert flaws_of("8xH100", tensor_parallel_size=4, replicas=2, devices=range(8)) == []
 
 
 @pytest.mark.parametrize(
@@ -64,14 +64,14 @@ def test_replicas_have_the_named_gpus_in_turn() -> None:
     assert feasibility.groups(spec(), box) == []
 
 
-def test_gpus_that_are_not_there_are_told() -> None:
-    assert told("2xH100", devices=(1, 2, 5), replicas=3) == [
+def test_flaws_include_missing_gpus() -> None:
+    assert flaws_of("2xH100", devices=(1, 2, 5), replicas=3) == [
         (
             "devices",
             "GPU 2, 5 does not exist; this box has GPUs 0 to 1 (2 x H100 80GB HBM3)",
         )
     ]
-    assert told("L4", devices=("GPU-1",)) == [
+    assert flaws_of("L4", devices=("GPU-1",)) == [
         ("devices", "GPU GPU-1 does not exist; this box has GPU 0 (1 x L4)")
     ]
 
@@ -86,7 +86,7 @@ def test_gpus_that_are_not_there_are_told() -> None:
 )
 def test_more_gpus_than_there_are(entry: dict[str, Any], key: str) -> None:
     message = "needs 4 GPUs for each replica; this box has 2 (2 x L4)"
-    assert told("2xL4", **entry) == [(key, message)]
+    assert flaws_of("2xL4", **entry) == [(key, message)]
 
 
 @pytest.mark.parametrize("quantization", sorted(feasibility.QUANTIZATION_NEEDS))
@@ -102,7 +102,7 @@ def test_a_format_of_weights_needs_its_gpu(quantization: str) -> None:
     assert found == []
 
 
-def test_what_a_gpu_cannot_compute_is_told_with_what_it_is() -> None:
+def test_flaws_name_the_gpu_without_a_format() -> None:
     (flaw,) = feasibility.flaws(spec(), replace(LLAMA_8B, quantization="mxfp4"), described("T4"))
     assert flaw.message == (
         "mxfp4 weights need compute capability 8.0; T4 has compute capability 7.5"
@@ -110,26 +110,26 @@ def test_what_a_gpu_cannot_compute_is_told_with_what_it_is() -> None:
     assert flaw.remedy == "weights in another format, or a newer GPU"
 
 
-def test_of_a_mixed_box_the_best_gpu_counts_unless_others_are_named() -> None:
+def test_flaws_of_mixed_box_follow_its_best_gpu() -> None:
     eight = replace(LLAMA_8B, quantization="mxfp4")
-    assert told("T4,L4", eight) == []
-    assert [key for key, _ in told("T4,L4", eight, devices=(0,))] == ["engine"]
-    assert told("T4,L4", eight, devices=(1,)) == []
+    assert flaws_of("T4,L4", eight) == []
+    assert [key for key, _ in flaws_of("T4,L4", eight, devices=(0,))] == ["engine"]
+    assert flaws_of("T4,L4", eight, devices=(1,)) == []
 
 
 def test_of_an_unknown_gpu_nothing_is_claimed() -> None:
-    assert told("MINE-80G", replace(LLAMA_8B, quantization="fp_quant")) == []
-    assert told("MINE-80G", engine={"dtype": "bfloat16"}) == []
+    assert flaws_of("MINE-80G", replace(LLAMA_8B, quantization="fp_quant")) == []
+    assert flaws_of("MINE-80G", engine={"dtype": "bfloat16"}) == []
 
 
-def test_a_context_beyond_the_model_s_is_a_flaw_unless_it_is_stretched() -> None:
-    assert told("H100", engine={"max_model_len": 8192}) == []
-    assert told("H100", engine={"max_model_len": 8193}) == [
+def test_flaws_include_too_long_context_without_overrides() -> None:
+    assert flaws_of("H100", engine={"max_model_len": 8192}) == []
+    assert flaws_of("H100", engine={"max_model_len": 8193}) == [
         ("engine", "max_model_len 8,193 exceeds the model's context of 8,192 tokens")
     ]
     stretched = {"max_model_len": 16384, "hf_overrides": {"rope_scaling": {}}}
-    assert told("H100", engine=stretched) == []
-    assert told("H100", engine={"max_model_len": -1}) == []  # vLLM's `auto`
+    assert flaws_of("H100", engine=stretched) == []
+    assert flaws_of("H100", engine={"max_model_len": -1}) == []  # vLLM's `auto`
 
 
 @pytest.mark.parametrize(
@@ -142,29 +142,29 @@ def test_a_context_beyond_the_model_s_is_a_flaw_unless_it_is_stretched() -> None
         ({"devices": (0,), "gpu_memory_utilization": 0.2}, True),
     ],
 )
-def test_a_model_of_unknown_shape_must_say_where_and_how_much(
+def test_flaws_of_unknown_shape_need_devices_and_memory(
     entry: dict[str, Any], placed: bool
 ) -> None:
     message = "cannot be placed, its size is unknown: it is odd"
-    assert told("H100", UnknownShape("it is odd"), **entry) == (
+    assert flaws_of("H100", UnknownShape("it is odd"), **entry) == (
         [] if placed else [("model", message)]
     )
 
 
-SAID: dict[str, Any] = {"devices": (0,), "memory": "20GiB"}
+EXPLICIT: dict[str, Any] = {"devices": (0,), "memory": "20GiB"}
 
 
-def test_what_the_hub_does_not_give_is_told_without_a_remedy() -> None:
+def test_flaws_of_unreachable_hub_have_no_remedy() -> None:
     away = UnknownShape("the hub is away", reachable=False)
     (flaw,) = feasibility.flaws(spec(), away, described("H100"))
     assert flaw.message == "cannot be placed, its size is unknown: the hub is away"
     assert flaw.remedy is None
-    assert told("H100", away, **SAID) == []  # it may be there again when the model starts
+    assert flaws_of("H100", away, **EXPLICIT) == []  # it may be there again when the model starts
 
 
-def test_files_that_no_engine_could_load_are_told_whatever_is_said() -> None:
+def test_flaws_include_unusable_files_despite_explicit_size() -> None:
     broken = UnknownShape("m: model.safetensors is truncated", usable=False)
-    for entry in ({}, SAID):
+    for entry in ({}, EXPLICIT):
         (flaw,) = feasibility.flaws(spec(**entry), broken, described("H100"))
         assert flaw.message == f"cannot be loaded: {broken.why}"
         assert (flaw.remedy, flaw.key) == (None, "model")
@@ -182,9 +182,7 @@ def test_files_that_no_engine_could_load_are_told_whatever_is_said() -> None:
         ({}, False),
     ],
 )
-def test_a_kv_cache_too_small_anywhere_is_told_without_a_box(
-    entry: dict[str, Any], short: bool
-) -> None:
+def test_anywhere_finds_too_small_kv_cache(entry: dict[str, Any], short: bool) -> None:
     found = feasibility.anywhere(spec(**entry), LLAMA_8B)
     assert [problem.key for problem in found] == ["kv_cache"] * short
     assert all(problem.remedy == "kv_cache: 1.1GiB" for problem in found)  # on one device
@@ -206,7 +204,7 @@ def test_on_a_cpu_blocks_of_a_kv_cache_are_larger() -> None:
 
 
 def test_all_flaws_come_at_once() -> None:
-    keys = [key for key, _ in told("T4", tensor_parallel_size=3, engine={"dtype": "bfloat16"})]
+    keys = [key for key, _ in flaws_of("T4", tensor_parallel_size=3, engine={"dtype": "bfloat16"})]
     assert keys == ["tensor_parallel_size", "tensor_parallel_size", "engine"]
 
 

@@ -76,7 +76,7 @@ def test_a_measurement_that_breaks_off_leaves_the_earlier_one(
         *(b'{"overhead_bytes": "much"}', b'{"overhead_bytes": [1]}'),
     ],
 )
-def test_a_file_that_says_nothing_is_no_measurement(tmp_path: Path, content: bytes) -> None:
+def test_overhead_of_invalid_file_is_none(tmp_path: Path, content: bytes) -> None:
     (tmp_path / f"{MARK}.json").write_bytes(content)
     assert Measured(tmp_path).overhead(MARK) is None
 
@@ -86,7 +86,7 @@ def test_a_folder_in_a_file_s_place_is_no_measurement(tmp_path: Path) -> None:
     assert Measured(tmp_path).overhead(MARK) is None
 
 
-def test_a_folder_that_cannot_be_written_costs_the_measurement_alone(
+def test_keep_in_unwritable_folder_logs_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").touch()

@@ -87,7 +87,7 @@ def uuids(chosen: str | None) -> list[str | None]:
     return [gpu.uuid for gpu in nvml.visible(env)]
 
 
-def test_a_gpu_is_what_the_driver_says_of_it(driver: Driver) -> None:
+def test_visible_gpu_has_the_drivers_values(driver: Driver) -> None:
     box = nvml.visible({})
     assert [gpu.index for gpu in box] == [0, 1, 2, 3]
     assert tuple(gpu.name for gpu in box) == NAMES
@@ -184,8 +184,8 @@ def test_holders_come_with_their_names_most_first(driver: Driver) -> None:
     (gpu,) = nvml.visible({"CUDA_VISIBLE_DEVICES": "2"})
     me = os.getpid()
     driver.processes = {2: [(NOBODY, None), (me, 3 * GIB), (NOBODY + 1, 5 * GIB)]}
-    other, mine, unsaid = nvml.holders(gpu)
+    other, mine, unknown = nvml.holders(gpu)
     assert other == nvml.Holder(NOBODY + 1, "of another container", 5 * GIB)
     assert (mine.pid, mine.bytes) == (me, 3 * GIB)
     assert mine.name.startswith(("python", "pytest", "[pytest-xdist"))
-    assert unsaid == nvml.Holder(NOBODY, "of another container", None)
+    assert unknown == nvml.Holder(NOBODY, "of another container", None)

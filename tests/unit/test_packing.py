@@ -57,14 +57,14 @@ def test_evening_out_mends_what_greedy_leaves() -> None:
     assert packing.loads == [30 * GIB, 30 * GIB]
 
 
-def test_room_is_made_for_what_is_left() -> None:
+def test_pack_makes_room_by_repacking() -> None:
     """Largest first ends with 70 and 75 GiB, and no room for 15 GiB."""
     packing = packed([45, 30, 25, 25, 20, 15], box_of(2))
     assert len(packing.where) == 6
     assert packing.loads == [80 * GIB, 80 * GIB]
 
 
-def test_what_is_reserved_stays() -> None:
+def test_pack_leaves_reserved_bytes() -> None:
     packing = empty(box_of(2))
     fixed = demand("fixed", 60)
     packing.reserve(fixed, fixed.options[0], (1,))
@@ -87,9 +87,7 @@ def test_replicas_that_are_together_are_parted() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(count=st.integers(1, 16), many=st.integers(0, 40), seed=st.integers(0, 2**32))
-def test_evening_out_loses_nothing_and_brings_no_replicas_together(
-    count: int, many: int, seed: int
-) -> None:
+def test_even_out_keeps_demands_and_separation(count: int, many: int, seed: int) -> None:
     random_ = random.Random(seed)
     packing = empty(box_of(count, linked=4))
     demands = [

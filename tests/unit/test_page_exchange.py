@@ -57,7 +57,7 @@ def until(holds: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def test_what_one_gives_another_takes(server: PageBroker) -> None:
+def test_exchange_passes_pages(server: PageBroker) -> None:
     before = descriptors()
     with server.expecting(["a"]):
         page_exchange.give("a", made(b"one", b"two"))
@@ -75,7 +75,7 @@ def test_more_than_one_message_holds(server: PageBroker) -> None:
         assert read(page_exchange.take("a", 600)) == contents
 
 
-def test_nothing_is_kept_when_nobody_is_expected(server: PageBroker) -> None:
+def test_exchange_without_expected_engine_keeps_nothing(server: PageBroker) -> None:
     before = descriptors()
     page_exchange.give("a", made(b"one"))
     assert server.bytes("a") == 0
@@ -102,7 +102,7 @@ def test_what_is_not_taken_goes_back_to_the_driver(server: PageBroker, count: in
         until(lambda: descriptors() == before)
 
 
-def test_what_nobody_came_for_goes_back_to_the_driver(server: PageBroker) -> None:
+def test_exchange_drops_pages_after_the_wake(server: PageBroker) -> None:
     before = descriptors()
     with server.expecting(["a"]):
         page_exchange.give("a", made(b"one"))
@@ -110,7 +110,7 @@ def test_what_nobody_came_for_goes_back_to_the_driver(server: PageBroker) -> Non
     until(lambda: descriptors() == before)
 
 
-def test_another_who_is_expected_keeps_it_open(server: PageBroker) -> None:
+def test_exchange_with_two_expected_engines_keeps_pages(server: PageBroker) -> None:
     with server.expecting(["a"]):
         with server.expecting(["a"]):
             page_exchange.give("a", made(b"one"))
@@ -171,7 +171,7 @@ def test_nonsense_does_not_end_it(server: PageBroker, word: str) -> None:
 
 
 @pytest.mark.parametrize("secret", ['"wrong"', '""', "null", "1"])
-def test_whoever_does_not_know_the_secret_gets_nothing(server: PageBroker, secret: str) -> None:
+def test_exchange_with_wrong_secret_returns_nothing(server: PageBroker, secret: str) -> None:
     with server.expecting(["a"]):
         page_exchange.give("a", made(b"one"))
         with connected() as (connection, _):
@@ -180,7 +180,7 @@ def test_whoever_does_not_know_the_secret_gets_nothing(server: PageBroker, secre
         assert server.bytes("a") == PAGE_BYTES
 
 
-def test_whoever_says_nothing_holds_nobody_up(
+def test_exchange_with_silent_connection_serves_others(
     server: PageBroker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(page_exchange, "_TIMEOUT_S", 600.0)

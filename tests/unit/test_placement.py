@@ -183,7 +183,7 @@ def test_explicit_devices_may_take_the_headroom() -> None:
     assert loads(place(demands, box, HEADROOM).placed, box) == [int(0.95 * 80 * GIB)]
 
 
-def test_explicit_devices_over_the_memory_are_left_and_take_nothing() -> None:
+def test_place_explicit_devices_without_memory_is_a_misfit() -> None:
     box = box_of(80, 80)
     demands = [fixed("a", 50, 0), fixed("b", 40, 0, 1), fixed("c", 30, 0)]
     placement = place(demands, box, HEADROOM)
@@ -193,7 +193,7 @@ def test_explicit_devices_over_the_memory_are_left_and_take_nothing() -> None:
     assert misfit.free == (30 * GIB, 80 * GIB)
 
 
-def test_what_is_free_is_told() -> None:
+def test_place_reports_free_memory_of_a_misfit() -> None:
     box = box_of(80, 40)
     placement = place([needs("chat", (1, 60)), needs("code", (1, 50))], box, HEADROOM)
     (misfit,) = placement.left
@@ -226,12 +226,12 @@ def test_what_is_left_is_shared_by_weight() -> None:
     assert extras(demands, box_of(80)) == {"chat": 24, "code": 8}
 
 
-def test_who_has_enough_leaves_the_rest_to_others() -> None:
+def test_fill_stops_at_at_most() -> None:
     demands = [needs("a", (1, 30), grows=1, at_most=2 * GIB), needs("b", (1, 10), grows=1)]
     assert extras(demands, box_of(80)) == {"a": 2, "b": 30}
 
 
-def test_who_does_not_grow_gets_nothing() -> None:
+def test_fill_gives_nothing_without_weight() -> None:
     assert extras([needs("embed", (1, 2)), needs("chat", (1, 10), grows=1)], box_of(80)) == {
         "embed": 0,
         "chat": 60,
@@ -249,13 +249,13 @@ def test_a_group_grows_by_the_same_on_each_device() -> None:
     assert extras(demands, box) == {"embed": 0, "chat": 20, "code": 22}
 
 
-def test_what_a_share_gives_counts_as_growth() -> None:
+def test_fill_counts_the_surplus_of_a_share() -> None:
     demand = Demand("chat", (Option(1, 10 * GIB, 0.5),), grows=1, at_most=35 * GIB)
     assert extras([demand], box_of(80)) == {"chat": 5}
     assert extras([replace(demand, at_most=20 * GIB)], box_of(80)) == {"chat": 0}
 
 
-def test_nobody_grows_on_a_gpu_that_is_over_its_capacity() -> None:
+def test_fill_gives_nothing_on_a_gpu_over_capacity() -> None:
     demands = [
         fixed("a", 75, 0),
         replace(needs("b", (1, 1), grows=1), devices=(0,)),
@@ -309,7 +309,7 @@ def test_more_devices_beside_others_are_better_than_displacing() -> None:
     assert not displacing(placement)
 
 
-def test_else_it_displaces_where_least_is_promised_on_demand_and_then_where_least_is() -> None:
+def test_place_on_demand_displaces_the_least() -> None:
     demands = [
         turns(fixed("chat", 50, 0)),
         turns(fixed("code", 30, 1)),
@@ -352,7 +352,7 @@ def test_the_pinned_are_not_displaced() -> None:
     assert (misfit.demand.name, misfit.free) == ("x", (52 * GIB, 1 * GIB))
 
 
-def test_who_sleeps_must_fit_beside_who_does_not() -> None:
+def test_place_sleeping_replicas_need_room_too() -> None:
     demands = [turns(fixed("chat", 70, 0)), lazy(needs("x", (1, 20)), asleep=5)]
     (misfit,) = place(demands, box_of(80), HEADROOM).left
     assert misfit.free == (2 * GIB,)
@@ -362,7 +362,7 @@ def test_who_sleeps_must_fit_beside_who_does_not() -> None:
     assert (misfit.demand.name, misfit.free) == ("y", (2 * GIB,))
 
 
-def test_many_take_turns_on_a_gpu() -> None:
+def test_place_on_demand_shares_a_gpu_in_time() -> None:
     demands = [lazy(needs(f"x{k}", (1, 60))) for k in range(6)]
     placement = place(demands, box_of(80), HEADROOM)
     assert not placement.left
@@ -370,7 +370,7 @@ def test_many_take_turns_on_a_gpu() -> None:
     assert left(place([*demands, lazy(needs("x6", (1, 60)), asleep=3)], box_of(80), HEADROOM))
 
 
-def test_who_was_beside_others_takes_turns_as_well_if_too_many_come() -> None:
+def test_place_on_demand_displaces_if_sleepers_need_the_room() -> None:
     """`x` fits beside `chat`, but not with `y` asleep there as well."""
     demands = [turns(fixed("chat", 40, 0)), lazy(needs("x", (1, 30))), lazy(needs("y", (1, 60)), 4)]
     placement = place(demands, box_of(80), HEADROOM)
@@ -380,7 +380,7 @@ def test_who_was_beside_others_takes_turns_as_well_if_too_many_come() -> None:
 
 
 @pytest.mark.parametrize("finish", [True, False])
-def test_who_finds_a_place_on_demand_does_so_whether_the_rest_is_finished(*, finish: bool) -> None:
+def test_place_on_demand_is_independent_of_finish(*, finish: bool) -> None:
     """As they are first placed there is room beside 43 GiB; evenly, 49 and 53 are taken."""
     demands = [stays(needs(f"m{gib}-{k}", (1, gib))) for k, gib in enumerate((25, 18, 18, 17, 24))]
     for gib, missing in ((28, ["x"]), (23, [])):
@@ -401,7 +401,7 @@ def test_named_devices_on_demand_are_bounded_by_the_memory() -> None:
     assert (misfit.demand.name, misfit.free) == ("y", (66 * GIB,))
 
 
-def test_what_is_left_is_shared_among_those_that_are_awake_at_once() -> None:
+def test_fill_shares_memory_among_replicas_awake_at_once() -> None:
     demands = [
         turns(fixed("embed", 3, 0), asleep=1),
         turns(needs("chat", (1, 20), grows=1)),
@@ -490,7 +490,7 @@ def test_whatever_is_asked_for(case: tuple[Box, list[Demand]]) -> None:
         else:
             assert one.devices == demand.devices
     nothing_is_over(placement, asked, box)
-    nobody_could_grow(placement, asked, box)
+    nothing_could_grow(placement, asked, box)
     assert place(demands, box, HEADROOM) == placement
 
 
@@ -507,14 +507,14 @@ def nothing_is_over(placement: Placement, asked: dict[str, Demand], box: Box) ->
     explicit = {
         name: one for name, one in bare(placement).items() if asked[name].devices is not None
     }
-    for gpu, load, said in zip(
+    for gpu, load, explicit_bytes in zip(
         box, loads(placement.placed, box), loads(explicit, box), strict=True
     ):
-        assert said <= gpu.memory
-        assert load <= max(capacity(gpu, HEADROOM), said)
+        assert explicit_bytes <= gpu.memory
+        assert load <= max(capacity(gpu, HEADROOM), explicit_bytes)
 
 
-def nobody_could_grow(placement: Placement, asked: dict[str, Demand], box: Box) -> None:
+def nothing_could_grow(placement: Placement, asked: dict[str, Demand], box: Box) -> None:
     """But for a few bytes."""
     taken = loads(placement.placed, box)
     for name, one in placement.placed.items():
@@ -696,7 +696,7 @@ def registries(draw: st.DrawFn) -> tuple[Box, list[Demand]]:
 
 @settings(max_examples=120, deadline=None)
 @given(registries())
-def test_whoever_is_awake_there_is_room(case: tuple[Box, list[Demand]]) -> None:
+def test_place_any_replica_fits_while_awake(case: tuple[Box, list[Demand]]) -> None:
     box, demands = case
     placement = place(demands, box, HEADROOM)
     asked = {demand.name: demand for demand in demands}
@@ -738,7 +738,7 @@ def scenes_of(gpu: Gpu, placement: Placement, asked: dict[str, Demand]) -> dict[
 
 @settings(max_examples=60, deadline=None)
 @given(registries())
-def test_with_nobody_on_demand_nothing_changes(case: tuple[Box, list[Demand]]) -> None:
+def test_place_without_on_demand_ignores_sleep(case: tuple[Box, list[Demand]]) -> None:
     box, demands = case
     eager = [replace(demand, on_demand=False) for demand in demands]
     bare_ = [

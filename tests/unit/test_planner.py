@@ -130,7 +130,7 @@ def test_what_was_measured_is_planned_with() -> None:
     assert again.bytes == first.bytes == 40 * GIB
 
 
-def test_a_measurement_holds_for_any_size_of_kv_cache_and_no_other_settings() -> None:
+def test_plan_fingerprint_ignores_the_kv_cache_size() -> None:
     def mark(**entry: Any) -> str:
         return planned("H100", {"m": {"model": "8b"} | entry}).replicas[0].fingerprint
 
@@ -144,16 +144,16 @@ def test_a_measurement_holds_for_any_size_of_kv_cache_and_no_other_settings() ->
     assert len(others | {mark()}) == 5
 
 
-def test_a_replicas_entry_says_everything_to_the_engine() -> None:
+def test_plan_spec_of_a_replica_is_explicit() -> None:
     plan = planned("2xH100", {"m": {"model": "8b", "gpu_memory_utilization": 0.5, "replicas": 2}})
     spec = ModelSpec(name="m", model="8b", gpu_memory_utilization=0.5, replicas=2)
-    said = plan.spec_of(spec, plan.replicas[1])
-    assert said.devices == (1,)
-    assert said.kv_cache == plan.replicas[1].kv
-    assert said.memory is None
+    explicit = plan.spec_of(spec, plan.replicas[1])
+    assert explicit.devices == (1,)
+    assert explicit.kv_cache == plan.replicas[1].kv
+    assert explicit.memory is None
     # vLLM compares this with the free memory: no more than what surely is taken.
-    assert said.gpu_memory_utilization is not None
-    assert said.gpu_memory_utilization <= plan.replicas[1].bytes / plan.box[1].memory
+    assert explicit.gpu_memory_utilization is not None
+    assert explicit.gpu_memory_utilization <= plan.replicas[1].bytes / plan.box[1].memory
 
 
 def test_a_model_of_which_nothing_is_known_gets_its_share_alone() -> None:
@@ -163,9 +163,9 @@ def test_a_model_of_which_nothing_is_known_gets_its_share_alone() -> None:
     assert not plan.problems
     assert (odd.known, odd.bytes) == (False, int(0.4 * plan.box[0].memory))
     assert m.bytes == pytest.approx(0.52 * plan.box[0].memory, rel=1e-3)
-    said = plan.spec_of(ModelSpec.model_validate({"name": "odd"} | entry), plan.replicas[0])
-    assert said.kv_cache is None  # vLLM measures
-    assert said.gpu_memory_utilization == pytest.approx(0.4)
+    explicit = plan.spec_of(ModelSpec.model_validate({"name": "odd"} | entry), plan.replicas[0])
+    assert explicit.kv_cache is None  # vLLM measures
+    assert explicit.gpu_memory_utilization == pytest.approx(0.4)
 
 
 # --- what does not, and what would
@@ -268,7 +268,7 @@ def test_a_model_of_which_nothing_is_known_gets_its_share_alone() -> None:
         ),
     ],
 )
-def test_what_cannot_be_is_told_with_what_could(
+def test_plan_problem_has_message_remedy_and_key(
     gpus: str, entry: dict[str, Any], message: str, remedy: str | None, key: str
 ) -> None:
     found = problem(gpus, **entry)
@@ -278,12 +278,12 @@ def test_what_cannot_be_is_told_with_what_could(
 
 
 def test_a_remedy_fits_once_it_is_taken() -> None:
-    told = problem("RTX3090", engine={"max_model_len": 8192}, concurrency=1, kv_cache="8GiB")
-    assert told.remedy == "kv_cache: 1.1GiB"
+    found = problem("RTX3090", engine={"max_model_len": 8192}, concurrency=1, kv_cache="8GiB")
+    assert found.remedy == "kv_cache: 1.1GiB"
     assert not planned("RTX3090", {"m": {"model": "8b", "kv_cache": "1.1GiB"}}).problems
 
 
-def test_shares_that_are_more_than_a_gpu_are_told_with_what_is_free() -> None:
+def test_plan_with_too_large_shares_reports_free_memory() -> None:
     plan = planned(
         "H100",
         {
@@ -313,7 +313,7 @@ def test_removing_another_model_comes_last() -> None:
     assert "server.gpu_headroom, with the other models asleep: GPU 0 2.1 GiB" in found.message
 
 
-def test_turns_are_offered_before_that() -> None:
+def test_plan_suggests_sleep_before_removal() -> None:
     entry = {"model": "8b", "memory": "30GiB"}
     models: dict[str, dict[str, Any]] = {"a": entry, "b": entry, "c": entry | {"memory": "20GiB"}}
     (found,) = planned("H100", models).problems
@@ -350,18 +350,18 @@ def test_a_share_of_a_small_gpu_is_never_less_than_nothing() -> None:
     assert mixed.replicas or mixed.problems
 
 
-def test_where_it_would_fit_is_told_as_the_registry_takes_it() -> None:
+def test_plan_suggests_devices_in_registry_syntax() -> None:
     found = problem("2xL40S", model="70b", devices=[0], engine={"quantization": "fp8"})
     assert found.remedy == "tensor_parallel_size: 2, devices: [0, 1]"
 
 
-def test_nothing_known_but_a_kv_cache_takes_its_memory_all_the_same() -> None:
+def test_plan_of_unknown_size_with_kv_cache_uses_memory_key() -> None:
     entry = {"model": "odd", "devices": [0], "memory": "20GiB", "kv_cache": "8GiB"}
     plan = planned("H100", {"odd": entry})
     assert plan.used(0) == 20 * GIB
-    said = plan.spec_of(ModelSpec.model_validate({"name": "odd"} | entry), plan.replicas[0])
-    assert said.kv_cache == 8 * GIB
-    assert said.gpu_memory_utilization == pytest.approx(20 / 79.65, rel=1e-2)
+    explicit = plan.spec_of(ModelSpec.model_validate({"name": "odd"} | entry), plan.replicas[0])
+    assert explicit.kv_cache == 8 * GIB
+    assert explicit.gpu_memory_utilization == pytest.approx(20 / 79.65, rel=1e-2)
 
 
 def test_planning_is_deterministic() -> None:
@@ -378,7 +378,7 @@ def test_pipeline_stages_take_a_gpu_each() -> None:
     assert replica.weights < LLAMA_8B.weights / 2
 
 
-def test_an_unknown_quantization_is_not_checked_and_a_known_one_is() -> None:
+def test_plan_checks_known_quantizations_only() -> None:
     SHAPES["awq"] = replace(LLAMA_8B, quantization="awq", weights=5_700_000_000)
     found = planned("V100-32G", {"m": {"model": "awq"}}).problems
     assert "awq weights need compute capability 7.5; V100-SXM2-32GB has" in found[0].message
@@ -388,7 +388,7 @@ def test_an_unknown_quantization_is_not_checked_and_a_known_one_is() -> None:
     )
 
 
-def test_a_kv_cache_that_is_said_holds_a_request_on_the_gpus_that_it_gets() -> None:
+def test_plan_with_explicit_kv_cache_fits_one_request() -> None:
     SHAPES["long"] = replace(LLAMA_8B, context=131_072)
     (replica,) = planned("4xH100", {"m": {"model": "long", "kv_cache": "5GiB"}}).replicas
     assert replica.tokens >= replica.context
@@ -417,7 +417,7 @@ def test_on_demand_beside_others_all_stay_together() -> None:
     assert plan.used(0) == pytest.approx(0.92 * plan.box[0].memory, rel=1e-3)
 
 
-def test_on_demand_takes_turns_where_not_all_fit() -> None:
+def test_plan_on_demand_displaces_where_not_all_fit() -> None:
     models = {"chat": {"model": "8b"}, "late": LATE, "last": {"model": "8b", "start": "sleeping"}}
     plan = planned("A6000", models)  # 44.2 GiB; each needs 18.8
     chat, late, last = plan.replicas
@@ -432,7 +432,7 @@ def test_on_demand_takes_turns_where_not_all_fit() -> None:
     assert plan.spec_of(ModelSpec.model_validate({"name": "last"} | LATE), last).kv_cache == last.kv
 
 
-def test_the_pinned_keep_their_place_and_grow_as_those_beside_them_may() -> None:
+def test_plan_of_pinned_model_limits_its_neighbour() -> None:
     plan = planned("RTX4090,A6000", {"chat": {"model": "8b", "devices": [1], "pinned": True}})
     alone = plan.replicas[0]
     models = {"chat": {"model": "8b", "devices": [1], "pinned": True}, "late": LATE, "last": LATE}
@@ -443,7 +443,7 @@ def test_the_pinned_keep_their_place_and_grow_as_those_beside_them_may() -> None
     assert chat.kv == last.kv < alone.kv
 
 
-def test_who_is_pinned_and_on_demand_has_its_place() -> None:
+def test_plan_pinned_on_demand_reserves_its_memory() -> None:
     models = {"chat": {"model": "8b"}, "late": LATE | {"pinned": True}}
     plan = planned("RTX4090", models)
     (found,) = plan.problems
@@ -453,7 +453,7 @@ def test_who_is_pinned_and_on_demand_has_its_place() -> None:
     assert not chat.sleeps  # nobody takes its place
 
 
-def test_who_may_be_put_to_sleep() -> None:
+def test_plan_marks_replicas_that_may_sleep() -> None:
     models: dict[str, dict[str, Any]] = {
         "beside": {"model": "8b", "devices": [0]},
         "late": LATE | {"devices": [0]},
@@ -479,7 +479,7 @@ def test_of_unknown_size_on_demand_keeps_its_place() -> None:
     assert (replica.on_demand, replica.displaces, replica.resident) == (True, False, 10 * GIB)
 
 
-def test_what_fits_nowhere_on_demand_is_told() -> None:
+def test_plan_on_demand_without_room_is_a_problem() -> None:
     (found,) = planned("RTX4090", {"a": {"model": "8b"}, "b": LATE | {"memory": "25GiB"}}).problems
     assert found.message == (
         "is configured for 25.0 GiB; free on 1 x RTX 4090 without the 8% of "
@@ -516,7 +516,7 @@ def registries(draw: st.DrawFn) -> dict[str, dict[str, Any]]:
 
 @settings(max_examples=60, deadline=None)
 @given(registries(), st.sampled_from(["H100", "2xA6000", "4xH100", "2xRTX4090,2xH100"]))
-def test_any_one_can_be_awake_beside_the_pinned_and_all_others_asleep(
+def test_plan_any_replica_fits_beside_sleeping_others(
     models: dict[str, dict[str, Any]], gpus: str
 ) -> None:
     plan = planned(gpus, models)

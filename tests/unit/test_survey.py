@@ -29,15 +29,15 @@ def config(*specs: ModelSpec) -> Config:
     return Config(file=Path("models.yaml"), models=specs)
 
 
-def llama(folder: Path, **said: Any) -> ModelSpec:
+def llama(folder: Path, **more: Any) -> ModelSpec:
     """A folder with the config of an 8B Llama and the header of one small tensor."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(LLAMA))
     write_tensors(folder / "model.safetensors", {"model.embed_tokens.weight": ("BF16", (64, 64))})
-    return ModelSpec(name=folder.name, model=str(folder), **said)
+    return ModelSpec(name=folder.name, model=str(folder), **more)
 
 
-def test_a_plan_is_of_what_the_files_say(tmp_path: Path) -> None:
+def test_plan_uses_the_models_files(tmp_path: Path) -> None:
     plan = survey.plan(config(llama(tmp_path / "m")), H100, Measured(tmp_path / "none"))
     (replica,) = plan.replicas
     assert plan.box == H100
@@ -75,9 +75,7 @@ def test_what_was_measured_is_planned_with(tmp_path: Path) -> None:
     ],
     ids=["none", "broken", "list", "short", "tensors", "text"],
 )
-def test_a_model_that_cannot_be_read_is_a_problem_and_no_exception(
-    tmp_path: Path, files: dict[str, str]
-) -> None:
+def test_plan_of_unreadable_model_has_a_problem(tmp_path: Path, files: dict[str, str]) -> None:
     (tmp_path / "odd").mkdir()
     for name, text in files.items():
         (tmp_path / "odd" / name).write_text(text)

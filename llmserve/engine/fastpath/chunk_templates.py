@@ -10,7 +10,7 @@ vllm/entrypoints/openai/{chat_completion,completion}/serving.py.
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import orjson
 from vllm.entrypoints.generate.base.protocol import DeltaMessage
@@ -39,26 +39,54 @@ _ENDS = 64  # cached last events
 Lead = tuple[bytes, bytes]  # the id and the time of an answer
 
 
-class ChatModels:
-    """Chat chunks with markers: the role, text, and the usage if requested.
+class ChunkModels:
+    """Chunks of vLLM with markers: the role of a chat, text, and the usage if requested.
 
     `parsed`: by a parser that passes text through, and makes no chunk without text.
     """
 
+    response: type[Any]
+    kind: str  # its `object`
+
     def __init__(
-        self,
-        model: str,
-        role: str,
-        fingerprint: str | None,
-        *,
-        include_usage: bool,
-        parsed: bool,
+        self, model: str, fingerprint: str | None, *, include_usage: bool, parsed: bool = False
     ) -> None:
         self.parsed = parsed
+        self.include_usage = include_usage
         self._model = model
-        self._role = role
         self._fingerprint = fingerprint
-        self._include_usage = include_usage
+
+    def first(self) -> bytes:
+        """Return the event before all text; empty without one."""
+        return b""
+
+    def chunk(self, text: str, finish: str | None = None, stop: int | str | None = None) -> bytes:
+        chunk = self._response([self._choice(text, finish, stop)])
+        if finish is not None and not self.include_usage and self._fingerprint is not None:
+            chunk.system_fingerprint = self._fingerprint
+        return _frame(chunk.model_dump_json(exclude_unset=True))
+
+    def usage(self, usage: UsageInfo) -> bytes:
+        chunk = self._response([])
+        chunk.usage, chunk.system_fingerprint = usage, self._fingerprint
+        return _frame(chunk.model_dump_json(exclude_none=True))
+
+    def _response(self, choices: list[Any]) -> Any:
+        return self.response(
+            id=_ID, object=self.kind, created=_CREATED, model=self._model, choices=choices
+        )
+
+    def _choice(self, text: str, finish: str | None, stop: int | str | None) -> Any:
+        raise NotImplementedError
+
+
+class ChatModels(ChunkModels):
+    response = ChatCompletionStreamResponse
+    kind = "chat.completion.chunk"
+
+    def __init__(self, model: str, role: str, fingerprint: str | None, **more: bool) -> None:
+        super().__init__(model, fingerprint, **more)
+        self._role = role
 
     def first(self) -> bytes:
         choice = ChatCompletionResponseStreamChoice(
@@ -67,11 +95,11 @@ class ChatModels:
             logprobs=None,
             finish_reason=None,
         )
-        chunk = self._response(choice)
+        chunk = self._response([choice])
         chunk.prompt_token_ids = chunk.prompt_text = None
         return _frame(chunk.model_dump_json(exclude_unset=True))
 
-    def chunk(self, text: str, finish: str | None = None, stop: int | str | None = None) -> bytes:
+    def _choice(self, text: str, finish: str | None, stop: int | str | None) -> Any:
         choice = ChatCompletionResponseStreamChoice(
             index=0,
             delta=DeltaMessage(content=text) if text or not self.parsed else DeltaMessage(),
@@ -81,48 +109,15 @@ class ChatModels:
         )
         if finish is not None:
             choice.stop_reason = stop
-        chunk = self._response(choice)
-        if finish is not None and not self._include_usage and self._fingerprint is not None:
-            chunk.system_fingerprint = self._fingerprint
-        return _frame(chunk.model_dump_json(exclude_unset=True))
-
-    def usage(self, usage: UsageInfo) -> bytes:
-        chunk = ChatCompletionStreamResponse(
-            id=_ID,
-            object="chat.completion.chunk",
-            created=_CREATED,
-            choices=[],
-            model=self._model,
-            usage=usage,
-            system_fingerprint=self._fingerprint,
-        )
-        return _frame(chunk.model_dump_json(exclude_unset=True, exclude_none=True))
-
-    def _response(self, choice: ChatCompletionResponseStreamChoice) -> ChatCompletionStreamResponse:
-        return ChatCompletionStreamResponse(
-            id=_ID,
-            object="chat.completion.chunk",
-            created=_CREATED,
-            choices=[choice],
-            model=self._model,
-        )
+        return choice
 
 
-class CompletionModels:
-    """Completion chunks with markers: text, and the usage if requested."""
+class CompletionModels(ChunkModels):
+    response = CompletionStreamResponse
+    kind = "text_completion"
 
-    parsed = False
-
-    def __init__(self, model: str, fingerprint: str | None, *, include_usage: bool) -> None:
-        self._model = model
-        self._fingerprint = fingerprint
-        self._include_usage = include_usage
-
-    def first(self) -> bytes:
-        return b""
-
-    def chunk(self, text: str, finish: str | None = None, stop: int | str | None = None) -> bytes:
-        choice = CompletionResponseStreamChoice(
+    def _choice(self, text: str, finish: str | None, stop: int | str | None) -> Any:
+        return CompletionResponseStreamChoice(
             index=0,
             text=text,
             logprobs=None,
@@ -131,39 +126,12 @@ class CompletionModels:
             prompt_token_ids=None,
             token_ids=None,
         )
-        chunk = CompletionStreamResponse(
-            id=_ID,
-            object="text_completion",
-            created=_CREATED,
-            model=self._model,
-            choices=[choice],
-        )
-        if finish is not None and not self._include_usage and self._fingerprint is not None:
-            chunk.system_fingerprint = self._fingerprint
-        return _frame(chunk.model_dump_json(exclude_unset=True))
-
-    def usage(self, usage: UsageInfo) -> bytes:
-        chunk = CompletionStreamResponse(
-            id=_ID,
-            created=_CREATED,
-            model=self._model,
-            choices=[],
-            usage=usage,
-            system_fingerprint=self._fingerprint,
-        )
-        return _frame(chunk.model_dump_json(exclude_unset=False, exclude_none=True))
 
 
 class ChunkTemplate:
     """The events of all answers to one kind of request. `prune` removes nulls from an event."""
 
-    def __init__(
-        self,
-        models: ChatModels | CompletionModels,
-        prune: Callable[[bytes], bytes],
-        *,
-        include_usage: bool,
-    ) -> None:
+    def __init__(self, models: ChunkModels, prune: Callable[[bytes], bytes]) -> None:
         self._models = models
         self._prune = prune
         self.parsed = models.parsed
@@ -173,7 +141,7 @@ class ChunkTemplate:
         assert found  # noqa: S101  # a chunk contains its text
         self._head = _cut(head)
         self._ends: dict[tuple[str, int | str | None, bool], tuple[bytes, ...]] = {}
-        self._usage = self._usage_parts() if include_usage else ()
+        self._usage = self._usage_parts() if models.include_usage else ()
 
     def answer(self, answer_id: str) -> Answer:
         return Answer(self, answer_id, int(time.time()))

@@ -15,7 +15,7 @@ from vllm.renderers.hf import (
     resolve_chat_template_kwargs,
 )
 
-from llmserve.engine.fastpath.chunk_templates import ChatModels, ChunkTemplate, CompletionModels
+from llmserve.engine.fastpath.chunk_templates import ChatModels, CompletionModels
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -51,14 +51,12 @@ class ChatAdapter:
         unparsed = not self._parsed or (request.tool_choice == "none" and request.include_reasoning)
         return not request.return_prompt_text and not request.tools and unparsed
 
-    def chunks(self, request: Any, name: str, prune: Callable[[bytes], bytes]) -> ChunkTemplate:
+    def chunks(self, request: Any, name: str) -> ChatModels:
+        """Return the chunks of an answer by the model of this name."""
         include_usage, _ = should_include_usage(request.stream_options, False)
         role = self._serving.get_chat_request_role(request)
         fingerprint = self._serving.system_fingerprint
-        models = ChatModels(
-            name, role, fingerprint, include_usage=include_usage, parsed=self._parsed
-        )
-        return ChunkTemplate(models, prune, include_usage=include_usage)
+        return ChatModels(name, role, fingerprint, include_usage=include_usage, parsed=self._parsed)
 
     def text(self, request: Any) -> Callable[[Any], str]:
         """Return a function from a plain prompt to the text that is tokenized.
@@ -151,11 +149,10 @@ class CompletionAdapter:
     def can_stream(self, request: Any) -> bool:
         return True
 
-    def chunks(self, request: Any, name: str, prune: Callable[[bytes], bytes]) -> ChunkTemplate:
+    def chunks(self, request: Any, name: str) -> CompletionModels:
         include_usage, _ = should_include_usage(request.stream_options, False)
         fingerprint = self._serving.system_fingerprint
-        models = CompletionModels(name, fingerprint, include_usage=include_usage)
-        return ChunkTemplate(models, prune, include_usage=include_usage)
+        return CompletionModels(name, fingerprint, include_usage=include_usage)
 
     def text(self, request: Any) -> Callable[[Any], str]:
         if request.suffix is not None or request.prompt_embeds is not None:

@@ -23,6 +23,7 @@ from vllm.v1.engine.detokenizer import uses_fast_detokenizer
 from llmserve.api.context import RequestContext
 from llmserve.api.token_stream import TokenStream
 from llmserve.engine.fastpath import guards
+from llmserve.engine.fastpath.chunk_templates import ChunkTemplate
 from llmserve.engine.fastpath.output_processor import EngineStreamSource, GenerateCall
 from llmserve.engine.fastpath.request_templates import (
     RequestTemplate,
@@ -35,10 +36,10 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
 
     from starlette.types import Scope
+    from vllm.v1.engine import EngineCoreRequest
     from vllm.v1.engine.async_llm import AsyncLLM
 
     from llmserve.engine.engine import Engine
-    from llmserve.engine.fastpath.chunk_templates import ChunkTemplate
     from llmserve.engine.fastpath.endpoint_adapters import EndpointAdapter
     from llmserve.engine.fastpath.output_processor import PreparedRequest
     from llmserve.engine.fastpath.tokenizer import Encode
@@ -189,7 +190,7 @@ class FastPath:
             return None
         (call,) = calls
         name = self._serving.models.model_name(call.more.get("lora_request"))
-        chunks = self._adapter.chunks(request, name, self._terms.prune)
+        chunks = ChunkTemplate(self._adapter.chunks(request, name), self._terms.prune)
         if self._fits(body, scope) and guards.is_repeatable(request, call.prompt, call.params):
             self._learn(request, body, public_name, call, chunks)
         return self._stream_of(call, chunks)
@@ -218,17 +219,7 @@ class FastPath:
         if expected is None or self._encode is None or not guards.is_known(expected):
             return
         try:
-            template = RequestTemplate(
-                self._adapter,
-                self._client,
-                self._serving,
-                chunks,
-                self._adapter.text(request),
-                self._encode,
-                expected,
-                request.add_special_tokens,
-                request.max_tokens,
-            )
+            template = self._template(request, chunks, expected, self._encode)
             made = template.request(prompt, body, "")
         except Exception:
             log.info("model=%s no request template for this kind", public_name, exc_info=True)
@@ -238,8 +229,23 @@ class FastPath:
             return  # too long for a template, which does not depend on its kind
         made.request.request_id = expected.request_id
         made.request.arrival_time = expected.arrival_time
-        if made.request == expected:
-            self._templates.keep(key, template)
-        else:
+        is_same = made.request == expected
+        if not is_same:
             log.warning("model=%s a request template differs from vLLM: not used", public_name)
-            self._templates.keep(key, None)
+        self._templates.keep(key, template if is_same else None)
+
+    def _template(
+        self, request: Any, chunks: ChunkTemplate, first: EngineCoreRequest, encode: Encode
+    ) -> RequestTemplate:
+        """Raises an exception for a kind of request that cannot have a template."""
+        return RequestTemplate(
+            self._adapter,
+            self._client,
+            self._serving,
+            chunks,
+            self._adapter.text(request),
+            encode,
+            first,
+            request.add_special_tokens,
+            request.max_tokens,
+        )
