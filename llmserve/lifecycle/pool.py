@@ -111,7 +111,8 @@ class Pool:
         if before is not None:
             if set(before.replicas) & set(model.replicas):
                 model.inherit(before)
-            model.responses = before.responses
+            if model.spec.model == before.spec.model:  # another model starts without its responses
+                model.responses = before.responses
             self.remove(before)
         self.models[model.name] = model
         self._gauges.add(model)

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import orjson
@@ -1091,6 +1092,37 @@ async def test_others_give_way_to_a_restart_without_room(up: Boxes) -> None:
     assert box.states() == {"a": "ready", "b": "stopped"}
     await box.use("b")
     assert box.states() == {"a": "stopped", "b": "ready"}
+
+
+# --- stored responses
+
+
+@pytest.mark.parametrize(
+    ("reloads", "kept"),
+    [
+        pytest.param([{"a": {}}], True, id="unchanged"),
+        pytest.param([{"a": {"priority": 1}}], True, id="live"),
+        pytest.param([{"a": {"aliases": ["x"]}}], True, id="rebuilt"),
+        pytest.param([{"a": {"replicas": 2}}], True, id="resized"),
+        pytest.param([{"a": {"memory": 10}}], True, id="restarted"),
+        pytest.param([{"a": {"model": "org/other"}}], False, id="another model"),
+        pytest.param([{"new": {"aliases": ["a"]}}], False, id="another name"),
+        pytest.param([{}, {"a": {}}], False, id="removed and added"),
+        pytest.param([{}, {"a": {"model": "org/other"}}], False, id="removed, another added"),
+    ],
+)
+async def test_reload_keeps_responses_while_the_model_is_the_same(
+    up: Boxes, reloads: list[Entries], kept: bool
+) -> None:
+    """Else a model would continue the conversations of another one."""
+    box = await up({"a": {}, "b": {}})
+    box.engine("a").handler.response_store["r"] = SimpleNamespace(status="completed")
+    for models in reloads:
+        await box.reload({"b": {}} | models)
+    model = box.pool.find("a")
+    assert model.responses.has("r", "") is kept
+    running: list[Any] = [replica.running for replica in model.replicas]
+    assert {"r" in each.handler.response_store for each in running} == {kept}
 
 
 # --- more and fewer replicas
