@@ -131,9 +131,9 @@ class FakeRunning:
     """A running model. Its `answer` can be changed at any time."""
 
     def __init__(
-        self, answer: Answer | None = None, *, able: frozenset[EndpointId] | None = None
+        self, answer: Answer | None = None, *, endpoints: frozenset[EndpointId] | None = None
     ) -> None:
-        self.able = able or frozenset(EndpointId)
+        self.endpoints = endpoints or frozenset(EndpointId)
         self.took: Mapping[str, float] = {}
         self.max_model_len = 2048
         self.dead = False
@@ -153,10 +153,12 @@ class FakeRunning:
         self.pid = 4242
         self.log = Path("/logs/model-chat.log")
 
-    def coming(self) -> AbstractContextManager[None]:
+    def preparing(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def express(self, endpoint: EndpointId, body: dict[str, Any], asked: str, scope: Scope) -> None:
+    def try_fast_path(
+        self, endpoint: EndpointId, body: dict[str, Any], asked: str, scope: Scope
+    ) -> None:
         return None
 
     async def call(

@@ -238,7 +238,7 @@ class Running:
 
     def __init__(self, engine: Engine, weather: Weather) -> None:
         self.engine = engine
-        self.able = frozenset(EndpointId)
+        self.endpoints = frozenset(EndpointId)
         self.took: Mapping[str, float] = {}
         self.max_model_len = 2048
         self.registry = _NO_FIGURES
@@ -251,7 +251,7 @@ class Running:
     def dead(self) -> bool:
         return self.engine.dead
 
-    def coming(self) -> AbstractContextManager[None]:
+    def preparing(self) -> AbstractContextManager[None]:
         return nullcontext()
 
     def prepare_constraints(self) -> None: ...
@@ -259,7 +259,7 @@ class Running:
     def share(self, stored: Any) -> None:
         pass
 
-    def express(self, *_: Any) -> None:
+    def try_fast_path(self, *_: Any) -> None:
         return None
 
     async def call(
