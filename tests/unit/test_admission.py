@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from llmserve.errors import DeadlineExceeded, EngineDead, LLMServeError, Overloaded
 from llmserve.lifecycle import admission
 from llmserve.lifecycle.admission import AdmissionQueue, Deadline, ServiceRate
-from tests.fakes import let_in, soon, until
+from tests.fakes import cancel, lease_of, soon, until
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -67,7 +67,7 @@ class Line:
 
     async def stand(self, wish: str, deadline: Deadline | None = None) -> asyncio.Task[Leave]:
         place = self.slots.join(deadline or Deadline(), wish)
-        waiting = asyncio.create_task(let_in(place))
+        waiting = asyncio.create_task(lease_of(place))
         await asyncio.sleep(0)
         return waiting
 
@@ -212,7 +212,7 @@ async def test_a_line_that_is_sent_away_is_told_why() -> None:
 # --- those who leave
 
 
-async def test_whoever_leaves_the_line_is_not_let_in() -> None:
+async def test_whoever_leaves_the_line_is_not_lease_of() -> None:
     line = Line()
     waiting = [await line.stand(name) for name in "ab"]
     waiting[0].cancel()
@@ -228,8 +228,7 @@ async def test_whoever_is_let_in_as_he_leaves_keeps_nothing(timeout_s: float | N
     line = Line()
     waiting = await line.stand("a", Deadline(timeout_s))
     line.advance()
-    waiting.cancel()
-    await asyncio.wait({waiting})
+    await cancel(waiting)
     if not waiting.cancelled():  # `wait_for` gives what is there all the same
         waiting.result().release()
     assert line.given[0].released == 1
@@ -359,7 +358,7 @@ async def test_one_that_has_passed_does_not_wait_at_all() -> None:
     deadline = Deadline(1e-9)
     await until(lambda: deadline.left_s < 0)
     with pytest.raises(DeadlineExceeded):
-        await soon(let_in(line.slots.join(deadline, "late")))
+        await soon(lease_of(line.slots.join(deadline, "late")))
     assert line.slots.waiting() == 0
 
 

@@ -17,8 +17,6 @@ import pytest
 import yaml
 from prometheus_client import generate_latest
 
-from llmserve.api.endpoint_id import EndpointId
-from llmserve.api.endpoints import ENDPOINTS
 from llmserve.errors import (
     ConfigError,
     EngineDead,
@@ -43,8 +41,11 @@ from tests.fakes import (
     Plan,
     PoolBox,
     broken,
+    released_in_order,
+    some_ms,
     soon,
     until,
+    with_code,
 )
 
 if TYPE_CHECKING:
@@ -56,7 +57,6 @@ if TYPE_CHECKING:
     from llmserve.lifecycle.timings import LifecycleTimings
     from llmserve.registry.spec import Config, ModelSpec
 
-CHAT = next(endpoint for endpoint in ENDPOINTS if endpoint.id is EndpointId.CHAT_COMPLETIONS)
 GPU = Place(0)
 Entries = dict[str, dict[str, Any]]
 
@@ -80,7 +80,7 @@ class Engine(FakeRunning):
 
 
 class Engines(FakeBackend):
-    """Each start is another engine; `coming` says how a replica's next one goes.
+    """Each start is another engine; `next` has the plan of a replica's next one.
 
     An entry's `memory` is what it holds of a GPU of 100 bytes; one that is to start asleep can.
     """
@@ -88,9 +88,15 @@ class Engines(FakeBackend):
     def __init__(self) -> None:
         super().__init__()
         self.capacity = {GPU: 100}
-        self.coming: dict[str, Plan] = {}
+        self.next: dict[str, Plan] = {}
         self.engines: defaultdict[str, list[Engine]] = defaultdict(list)
         self.adopted: list[Config] = []
+
+    def gate(self, name: str, **plan: Any) -> Gate:
+        """Where the next start of a replica waits."""
+        plan["gate"] = gate = Gate()
+        self.next[name] = Plan(**plan)
+        return gate
 
     def place(self, spec: ModelSpec, number: int) -> Placement:
         size = int(spec.memory or 0)
@@ -108,7 +114,7 @@ class Engines(FakeBackend):
         self, spec: ModelSpec, placement: Placement, report: Callable[[State, str], None]
     ) -> Running:
         name = f"{spec.name}/{placement.number}" if spec.replicas > 1 else spec.name
-        plan = self.plans[name] = self.coming.pop(name, Plan())
+        plan = self.plans[name] = self.next.pop(name, Plan())
         plan.running = engine = Engine()
         engine.sleeps = spec.start == "sleeping"
         running = await super().start(spec, placement, report)
@@ -230,11 +236,6 @@ async def up(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> AsyncIterator[
     assert unforeseen == []
 
 
-async def some_ms() -> None:
-    """Long enough for whatever would happen by mistake."""
-    await asyncio.sleep(0.01)
-
-
 # --- looking
 
 
@@ -286,8 +287,8 @@ async def test_what_is_shown_is_fit_for_json_in_every_state(up: Boxes) -> None:
         },
         started=False,
     )
-    box.backend.coming |= {"failed/0": broken("no file"), "failed/1": broken("no file")}
-    box.backend.coming["ready/1"] = broken("no memory")
+    box.backend.next |= {"failed/0": broken("no file"), "failed/1": broken("no file")}
+    box.backend.next["ready/1"] = broken("no memory")
     await soon(box.pool.start())
     assert orjson.loads(orjson.dumps(box.control.models())) == box.control.models()
     assert box.states() == {
@@ -371,10 +372,8 @@ async def test_load_brings_what_is_at_rest_and_leaves_what_is_ready(up: Boxes) -
 
 async def test_load_waits_for_a_model_that_starts_with_the_server(up: Boxes) -> None:
     box = await up({"a": {}}, started=False)
-    gate = Gate()
-    box.backend.coming["a"] = Plan(gate=gate)
-    starting = asyncio.create_task(box.pool.start())
-    await soon(gate.reached.wait())
+    gate = box.backend.gate("a")
+    starting = await box.starting(gate)
     loading = asyncio.create_task(box.control.load("a"))
     await some_ms()
     assert not loading.done()
@@ -386,7 +385,7 @@ async def test_load_waits_for_a_model_that_starts_with_the_server(up: Boxes) -> 
 
 async def test_a_load_that_fails_says_why(up: Boxes) -> None:
     box = await up({"a": {"start": "lazy"}})
-    box.backend.coming["a"] = broken("OSError: no space left")
+    box.backend.next["a"] = broken("OSError: no space left")
     with pytest.raises(Overloaded, match="`a` is failed: OSError: no space left"):
         await soon(box.control.load("a"))
     await soon(box.control.load("a"))
@@ -396,7 +395,7 @@ async def test_a_load_that_fails_says_why(up: Boxes) -> None:
 
 async def test_load_is_enough_if_one_replica_comes(up: Boxes) -> None:
     box = await up({"a": {"start": "lazy", "replicas": 2}})
-    box.backend.coming["a/1"] = broken()
+    box.backend.next["a/1"] = broken()
     await soon(box.control.load("a"))
     assert [each["state"] for each in box.shown("a")["replicas"]] == ["ready", "failed"]
 
@@ -424,9 +423,9 @@ async def test_unload_lets_requests_end_and_sends_the_line_away(up: Boxes) -> No
     line = [await box.asking("a") for _ in range(2)]
     unloading = asyncio.create_task(box.control.unload("a", drain=True))
     for each in line:
-        with pytest.raises(Overloaded, match="`a` is being unloaded") as told:
+        with pytest.raises(Overloaded, match="`a` is being unloaded") as refused:
             await soon(each)
-        assert told.value.code == "model_unloaded"
+        assert refused.value.code == "model_unloaded"
     await some_ms()
     assert (box.states(), unloading.done()) == ({"a": "draining"}, False)
     assert box.engine("a").stopped == 0
@@ -472,8 +471,7 @@ async def test_a_request_brings_an_unloaded_model_back(up: Boxes) -> None:
 
 async def test_unload_of_a_model_that_is_coming_ends_it_when_it_has(up: Boxes) -> None:
     box = await up({"a": {"start": "lazy"}})
-    gate = Gate()
-    box.backend.coming["a"] = Plan(gate=gate)
+    gate = box.backend.gate("a")
     waiting = await box.asking("a")
     await soon(gate.reached.wait())
     unloading = asyncio.create_task(box.control.unload("a", drain=True))
@@ -489,8 +487,7 @@ async def test_unload_of_a_model_that_is_coming_ends_it_when_it_has(up: Boxes) -
 
 async def test_unload_now_of_a_model_that_is_coming_ends_its_start(up: Boxes) -> None:
     box = await up({"a": {"start": "lazy"}})
-    gate = Gate()
-    box.backend.coming["a"] = Plan(gate=gate)
+    gate = box.backend.gate("a")
     waiting = await box.asking("a")
     loading = asyncio.create_task(box.control.load("a"))
     await soon(gate.reached.wait())
@@ -535,14 +532,13 @@ async def test_unload_of_a_model_that_waits_for_its_restart_ends_it(up: Boxes, d
 
 async def test_requests_that_come_while_a_start_is_broken_off_bring_it_again(up: Boxes) -> None:
     box = await up({"a": {"start": "lazy"}})
-    gate = Gate()
-    box.backend.coming["a"] = Plan(gate=gate)
+    gate = box.backend.gate("a")
     first = await box.asking("a")
     await soon(gate.reached.wait())
     unloading = asyncio.create_task(box.control.unload("a", drain=False))
     with pytest.raises(Overloaded):
         await soon(first)
-    box.backend.coming["a"] = Plan()
+    box.backend.next["a"] = Plan()
     await box.use("a")
     await soon(unloading)
     assert box.states() == {"a": "ready"}
@@ -551,9 +547,8 @@ async def test_requests_that_come_while_a_start_is_broken_off_bring_it_again(up:
 async def test_a_server_that_ends_loads_nothing(up: Boxes) -> None:
     box = await up({"a": {"start": "lazy"}})
     box.pool.close()
-    with pytest.raises(Overloaded) as refused:
+    with pytest.raises(Overloaded, check=with_code("shutting_down")):
         await soon(box.control.load("a"))
-    assert refused.value.code == "shutting_down"
     assert box.backend.started == []
 
 
@@ -817,8 +812,7 @@ async def test_a_removed_model_answers_what_it_has_and_is_gone(up: Boxes) -> Non
 
 async def test_a_removed_model_comes_once_more_for_its_line(up: Boxes) -> None:
     box = await up({"a": {"start": "lazy"}, "b": {}})
-    gate = Gate()
-    box.backend.coming["a"] = Plan(gate=gate)
+    gate = box.backend.gate("a")
     waiting = await box.asking("a")
     reloading = await box.reloading({"b": {}})
     gate.opened.set()
@@ -829,8 +823,7 @@ async def test_a_removed_model_comes_once_more_for_its_line(up: Boxes) -> None:
 
 async def test_a_removed_model_that_cannot_come_tells_its_line(up: Boxes) -> None:
     box = await up({"a": {"start": "lazy"}, "b": {}})
-    gate = Gate()
-    box.backend.coming["a"] = Plan(gate=gate, error=StartupError("no"))
+    gate = box.backend.gate("a", error=StartupError("no"))
     waiting = await box.asking("a")
     reloading = await box.reloading({"b": {}})
     gate.opened.set()
@@ -887,7 +880,7 @@ async def test_added_models_come_as_their_start_says(up: Boxes) -> None:
 
 async def test_an_added_model_that_fails_is_told(up: Boxes) -> None:
     box = await up({"a": {}})
-    box.backend.coming |= {"b": broken("no weights"), "c/1": broken("no memory")}
+    box.backend.next |= {"b": broken("no weights"), "c/1": broken("no memory")}
     lines = await box.reload({"a": {}, "b": {}, "c": {"replicas": 2}})
     assert lines == ["b: added", "c: added", "b: no weights", "c/1: no memory"]
     assert box.states() == {"a": "ready", "b": "failed", "c": "ready"}
@@ -935,7 +928,7 @@ async def test_with_room_for_both_the_old_one_serves_until_the_new_one_can(up: B
     gate = Gate()
     old = box.engine("a")
     held = await soon(box.ask("a"))
-    box.backend.coming["a"] = Plan(gate=gate)
+    box.backend.next["a"] = Plan(gate=gate)
     reloading = await box.reloading({"a": {"memory": 50, "aliases": ["y"]}})
     await soon(gate.reached.wait())
     assert await box.use("a", "x") == [old, old]
@@ -952,14 +945,13 @@ async def test_with_room_for_both_the_old_one_serves_until_the_new_one_can(up: B
         'a: restarts (aliases ["x"] -> ["y"], memory 40B -> 50B)',
     ]
     assert (old.stopped, new.stopped) == (1, 0)
-    assert box.figure("model_state", model="a", replica="0", state="ready") == 1
+    assert box.metric("model_state", model="a", replica="0", state="ready") == 1
 
 
 async def test_a_lazy_model_that_is_in_use_is_not_away_either(up: Boxes) -> None:
     box = await up({"a": {"memory": 40, "start": "lazy"}})
     [old] = await box.use("a")
-    gate = Gate()
-    box.backend.coming["a"] = Plan(gate=gate)
+    gate = box.backend.gate("a")
     reloading = await box.reloading({"a": {"memory": 50, "start": "lazy"}})
     assert await box.use("a") == [old]
     gate.opened.set()
@@ -982,11 +974,7 @@ async def test_those_in_line_go_over_to_the_new_engine_in_order(up: Boxes) -> No
     held = await soon(box.ask("a"))
     line = [await box.asking("a") for _ in range(3)]
     reloading = asyncio.create_task(box.reload({"a": {"memory": 50, "max_in_flight": 1}}))
-    for number, each in enumerate(line):
-        lease = await soon(each)
-        assert lease.running is box.engine("a") is not old
-        assert not any(later.done() for later in line[number + 1 :])
-        lease.release()
+    assert set(await released_in_order(line)) == {box.engine("a")} != {old}
     assert not reloading.done()
     held.release()
     await soon(reloading)
@@ -995,7 +983,7 @@ async def test_those_in_line_go_over_to_the_new_engine_in_order(up: Boxes) -> No
 async def test_a_new_engine_that_fails_beside_the_old_one_leaves_all_as_it_was(up: Boxes) -> None:
     box = await up({"a": {"memory": 40, "aliases": ["x"]}, "b": {}})
     old = box.engine("a")
-    box.backend.coming["a"] = broken("no such weights")
+    box.backend.next["a"] = broken("no such weights")
     after: Entries = {"a": {"memory": 50, "aliases": ["y"], "priority": 1}, "b": {"priority": 2}}
     lines = await box.reload(after)
     assert lines[-1] == "a: no such weights; the old engine continues"
@@ -1003,7 +991,7 @@ async def test_a_new_engine_that_fails_beside_the_old_one_leaves_all_as_it_was(u
     with pytest.raises(ModelNotFound):
         await box.ask("y")
     assert (box.shown("a")["priority"], box.shown("b")["priority"]) == (0, 2)
-    assert box.figure("model_state", model="a", replica="0", state="ready") == 1
+    assert box.metric("model_state", model="a", replica="0", state="ready") == 1
     told = await soon(box.control.reload(dry_run=True))
     assert [change["model"] for change in told["restarted"]] == ["a"]
     await box.reload()  # the same file once more
@@ -1013,7 +1001,7 @@ async def test_a_new_engine_that_fails_beside_the_old_one_leaves_all_as_it_was(u
 
 async def test_a_file_taken_back_after_that_changes_nothing(up: Boxes) -> None:
     box = await up({"a": {"memory": 40}})
-    box.backend.coming["a"] = broken()
+    box.backend.next["a"] = broken()
     await box.reload({"a": {"memory": 50}})
     assert await box.reload({"a": {"memory": 40}}) == []
     assert box.backend.started == ["a", "a"]
@@ -1022,7 +1010,7 @@ async def test_a_file_taken_back_after_that_changes_nothing(up: Boxes) -> None:
 async def test_of_new_engines_beside_the_old_one_it_is_enough_if_one_comes(up: Boxes) -> None:
     box = await up({"a": {"memory": 20}})
     old = box.engine("a")
-    box.backend.coming["a/1"] = broken("no memory")
+    box.backend.next["a/1"] = broken("no memory")
     lines = await box.reload({"a": {"memory": 30, "replicas": 2}})
     assert lines[1:] == ["a/1: no memory"]
     assert await box.use("a") == [box.engine("a/0")]
@@ -1031,9 +1019,9 @@ async def test_of_new_engines_beside_the_old_one_it_is_enough_if_one_comes(up: B
 
 async def test_what_has_failed_is_replaced_by_what_fails(up: Boxes) -> None:
     box = await up({"a": {"memory": 40}, "b": {}}, started=False)
-    box.backend.coming["a"] = broken("no weights")
+    box.backend.next["a"] = broken("no weights")
     await soon(box.pool.start())
-    box.backend.coming["a"] = broken("no config")
+    box.backend.next["a"] = broken("no config")
     assert (await box.reload({"a": {"memory": 50}, "b": {}}))[1:] == ["a: no config"]
     assert box.shown("a")["note"] == "no config"
     assert await box.reload({"a": {"memory": 60}, "b": {}}) == ["a: restarts (memory 50B -> 60B)"]
@@ -1050,8 +1038,7 @@ async def test_without_room_for_both_requests_wait_in_order_for_the_new_one(
     held = await soon(box.ask("a"))
     old = box.engine("a")
     line = [await box.asking("a") for _ in range(2)]
-    gate = Gate()
-    box.backend.coming["a"] = Plan(gate=gate)
+    gate = box.backend.gate("a")
     reloading = await box.reloading({"a": {"memory": 70} | said})
     line += [await box.asking("a") for _ in range(2)]
     assert (old.stopped, gate.reached.is_set()) == (0, False)
@@ -1060,11 +1047,7 @@ async def test_without_room_for_both_requests_wait_in_order_for_the_new_one(
     assert old.stopped == 1
     line += [await box.asking("a") for _ in range(2)]
     gate.opened.set()
-    for number, each in enumerate(line):
-        lease = await soon(each)
-        assert lease.running is box.engine("a") is not old
-        assert not any(later.done() for later in line[number + 1 :])
-        lease.release()
+    assert set(await released_in_order(line)) == {box.engine("a")} != {old}
     assert await soon(reloading) == ["a: restarts (memory 60B -> 70B)"]
 
 
@@ -1073,7 +1056,7 @@ async def test_a_new_engine_that_fails_without_room_has_failed_and_tells_its_lin
 ) -> None:
     box = await up({"a": {"memory": 60}})
     held = await soon(box.ask("a"))
-    box.backend.coming["a"] = broken("no such weights")
+    box.backend.next["a"] = broken("no such weights")
     reloading = await box.reloading({"a": {"memory": 70}})
     waiting = await box.asking("a")
     held.release()
@@ -1132,8 +1115,7 @@ async def test_more_and_fewer_replicas(up: Boxes) -> None:
     box = await up({"a": {"memory": 30}})
     first = box.engine("a")
     held = await soon(box.ask("a"))
-    gate = Gate()
-    box.backend.coming["a/1"] = Plan(gate=gate)
+    gate = box.backend.gate("a/1")
     reloading = await box.reloading({"a": {"memory": 30, "replicas": 2}})
     assert await box.use("a") == [first]
     gate.opened.set()
@@ -1152,8 +1134,8 @@ async def test_more_and_fewer_replicas(up: Boxes) -> None:
         lease.release()
     assert await soon(back) == ["a: resized (replicas 2 -> 1)"]
     assert (first.stopped, second.stopped) == (0, 1)
-    assert box.figure("model_state", model="a", replica="1", state="ready") is None
-    assert box.figure("replica_tokens_in_flight", model="a", replica="1") is None
+    assert box.metric("model_state", model="a", replica="1", state="ready") is None
+    assert box.metric("replica_tokens_in_flight", model="a", replica="1") is None
     held.release()
     assert box.backend.started == ["a", "a/1"]
 
@@ -1182,7 +1164,7 @@ async def test_a_replica_that_is_placed_elsewhere_does_not_stay(up: Boxes) -> No
 
 async def test_a_new_replica_that_fails_leaves_the_first(up: Boxes) -> None:
     box = await up({"a": {"memory": 30}})
-    box.backend.coming["a/1"] = broken("no memory")
+    box.backend.next["a/1"] = broken("no memory")
     lines = await box.reload({"a": {"memory": 30, "replicas": 2}})
     assert lines[1:] == ["a/1: no memory"]
     assert await box.use("a") == [box.engine("a")]
@@ -1207,8 +1189,7 @@ async def test_those_in_line_stay_in_line_while_a_model_is_resized(up: Boxes) ->
 
 async def test_two_reloads_at_the_same_time_are_one_after_the_other(up: Boxes) -> None:
     box = await up({"a": {"memory": 10}})
-    gate = Gate()
-    box.backend.coming["b"] = Plan(gate=gate)
+    gate = box.backend.gate("b")
     first = await box.reloading({"a": {"memory": 10}, "b": {"memory": 10}})
     box.write({"a": {"memory": 10}, "c": {"memory": 20}})
     second = asyncio.create_task(box.reload())
@@ -1242,10 +1223,8 @@ AFTER: Mapping[str, Entries] = {
 @pytest.mark.parametrize("after", AFTER)
 async def test_a_reload_while_a_model_starts_with_the_server(up: Boxes, after: str) -> None:
     box = await up({"a": {"memory": 20}, "b": {"memory": 10}}, started=False)
-    gate = Gate()
-    box.backend.coming["a"] = Plan(gate=gate, reports=((State.LOADING, ""),))
-    starting = asyncio.create_task(box.pool.start())
-    await soon(gate.reached.wait())
+    gate = box.backend.gate("a", reports=((State.LOADING, ""),))
+    starting = await box.starting(gate)
     reloading = await box.reloading(AFTER[after])
     gate.opened.set()
     await soon(reloading)
@@ -1288,7 +1267,7 @@ async def stopped(box: Box) -> AsyncIterator[None]:
 @asynccontextmanager
 async def failed(box: Box) -> AsyncIterator[None]:
     await soon(box.control.unload("a", drain=True))
-    box.backend.coming["a"] = broken()
+    box.backend.next["a"] = broken()
     with pytest.raises(Overloaded):
         await soon(box.control.load("a"))
     yield
@@ -1363,10 +1342,8 @@ async def test_a_model_that_is_required_and_removed_while_it_starts_ends_nothing
     up: Boxes,
 ) -> None:
     box = await up({"a": {"required": True}, "b": {}}, started=False)
-    gate = Gate()
-    box.backend.coming["a"] = Plan(gate=gate, error=StartupError("no"))
-    starting = asyncio.create_task(box.pool.start())
-    await soon(gate.reached.wait())
+    gate = box.backend.gate("a", error=StartupError("no"))
+    starting = await box.starting(gate)
     reloading = await box.reloading({"b": {}})
     gate.opened.set()
     await soon(reloading)

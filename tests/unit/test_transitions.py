@@ -10,12 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from llmserve.api.endpoint_id import EndpointId
-from llmserve.api.endpoints import ENDPOINTS
 from llmserve.errors import DeadlineExceeded, EngineDead, EngineError, Overloaded, StartupError
 from llmserve.lifecycle import restart_backoff
-from llmserve.lifecycle.admission import Deadline, QueuedRequest
-from llmserve.lifecycle.lease import ModelRequest
+from llmserve.lifecycle.admission import Deadline
 from llmserve.lifecycle.placement import HOST_MEMORY, Level, Place
 from llmserve.lifecycle.replica import State
 from llmserve.lifecycle.timings import TIMINGS, LifecycleTimings
@@ -27,10 +24,15 @@ from tests.fakes import (
     Plan,
     PoolBox,
     broken,
-    let_in,
+    cancel,
+    lease_of,
+    released_in_order,
+    request,
+    some_ms,
     soon,
     spec,
     until,
+    with_code,
 )
 
 if TYPE_CHECKING:
@@ -39,8 +41,6 @@ if TYPE_CHECKING:
     from llmserve.lifecycle.placement import Takes
     from llmserve.lifecycle.replica import Replica
     from llmserve.registry.spec import ModelSpec
-
-CHAT = next(endpoint for endpoint in ENDPOINTS if endpoint.id is EndpointId.CHAT_COMPLETIONS)
 
 
 GPU = Place(0)
@@ -95,30 +95,26 @@ class Box(PoolBox):
         return [state.value for each, state, _ in self.seen if each == name]
 
 
-async def some_ms() -> None:
-    """Long enough for whatever would happen by mistake."""
-    await asyncio.sleep(0.015)
-
-
 # --- on demand
 
 
 async def test_a_lazy_model_starts_with_its_first_request_which_waits_for_it() -> None:
     gate = Gate()
-    box = Box(lazy("a"), sizes={"a": 60}, a=Plan(reports=((State.LOADING, ""),), gate=gate))
-    await soon(box.pool.start())
+    box = await Box(
+        lazy("a"), sizes={"a": 60}, a=Plan(reports=((State.LOADING, ""),), gate=gate)
+    ).started()
     assert (box.states(), box.backend.started) == ({"a": "stopped"}, [])
     first, second = await box.asking("a"), await box.asking("a")
     await soon(gate.reached.wait())
     assert box.states() == {"a": "loading"}
-    assert box.figure("requests_queued", model="a") == 2
-    assert box.figure("requests_in_flight", model="a") == 0
+    assert box.metric("requests_queued", model="a") == 2
+    assert box.metric("requests_in_flight", model="a") == 0
     gate.opened.set()
     leases = [await soon(first), await soon(second)]
     assert {lease.running for lease in leases} == {box.running("a")}
     assert box.backend.started == ["a"]
-    assert box.figure("requests_queued", model="a") == 0
-    assert box.figure("requests_in_flight", model="a") == 2
+    assert box.metric("requests_queued", model="a") == 0
+    assert box.metric("requests_in_flight", model="a") == 2
 
 
 async def test_a_lazy_model_that_cannot_start_refuses_its_line() -> None:
@@ -218,7 +214,7 @@ async def test_a_deadline_that_passes_while_the_model_comes_ends_the_wait_alone(
     patient = await box.asking("a")
     with pytest.raises(DeadlineExceeded, match=r"longer than its 0\.01 s"):
         await soon(box.ask("a", Deadline(0.01)))
-    assert box.figure("requests_queued", model="a") == 1
+    assert box.metric("requests_queued", model="a") == 1
     gate.opened.set()
     (await soon(patient)).release()
 
@@ -243,8 +239,8 @@ async def test_evictions_are_counted_by_where_they_led() -> None:
     """With the same words as the other figures by level."""
     box = Box(lazy("a"), lazy("b"), sizes={"a": 60, "b": 60})
     await box.use("a", "b")
-    assert box.figure("evictions_total", model="a", replica="0", level="stopped") == 1
-    assert box.figure("evictions_total", model="b", replica="0", level="stopped") is None
+    assert box.metric("evictions_total", model="a", replica="0", level="stopped") == 1
+    assert box.metric("evictions_total", model="b", replica="0", level="stopped") is None
 
 
 async def test_models_that_fit_leave_each_other_alone() -> None:
@@ -278,10 +274,7 @@ async def test_who_asks_for_a_model_that_gives_way_waits_until_it_is_back_in_ord
     line.insert(0, await box.asking("a", early))  # which came before, and comes again
     held.release()
     (await soon(other)).release()
-    for number, each in enumerate(line):
-        lease = await soon(each)
-        assert not any(later.done() for later in line[number + 1 :])
-        lease.release()
+    await released_in_order(line)
     assert box.backend.started == ["a", "b", "a"]
 
 
@@ -300,14 +293,13 @@ async def test_all_that_it_takes_give_way() -> None:
 
 
 async def test_a_pinned_model_stays_and_what_cannot_fit_beside_it_fails() -> None:
-    box = Box(
+    box = await Box(
         spec("p", pinned=True),
         lazy("a"),
         lazy("b"),
         lazy("large"),
         sizes={"p": 40, "a": 60, "b": 60, "large": 61},
-    )
-    await soon(box.pool.start())
+    ).started()
     await box.use("a", "b")
     assert box.states() == {"p": "ready", "a": "stopped", "b": "ready", "large": "stopped"}
     with pytest.raises(EngineDead, match="`large` could not be started"):
@@ -387,8 +379,7 @@ async def test_what_wakes_keeps_its_room_from_others() -> None:
 
 
 async def test_an_eager_model_that_gave_way_is_waited_for() -> None:
-    box = Box(spec("a"), lazy("b"), sizes={"a": 60, "b": 60})
-    await soon(box.pool.start())
+    box = await Box(spec("a"), lazy("b"), sizes={"a": 60, "b": 60}).started()
     await box.use("b", "a")
     assert box.backend.started == ["a", "b", "a"]
 
@@ -553,7 +544,7 @@ async def test_a_sleeper_wakes_with_the_next_request() -> None:
     assert box.backend.started == ["a", "b"]
     assert box.trail("a") == ["ready", "draining", "sleeping", "waking", "ready"]
     for level in ("stopped", "host"):
-        assert box.figure("model_ready_seconds", model="a", replica="0", level=level) is not None
+        assert box.metric("model_ready_seconds", model="a", replica="0", level=level) is not None
 
 
 async def test_the_first_sleep_is_prepared_while_the_engine_serves() -> None:
@@ -605,7 +596,7 @@ async def test_a_sleeper_that_dies_is_stopped_and_started_when_it_is_asked() -> 
         await some_ms()
     assert box.levels()["a"] is Level.STOPPED
     assert box.running("a").stopped == 1
-    assert box.figure("engine_deaths_total", model="a", replica="0") == 1
+    assert box.metric("engine_deaths_total", model="a", replica="0") == 1
     await box.use("a")
     assert box.backend.started == ["a", "b", "a"]
 
@@ -662,8 +653,9 @@ async def test_sleepers_start_first_and_make_room_for_the_others() -> None:
 
 
 async def test_a_sleeper_keeps_its_weights_on_the_gpu_while_nobody_needs_the_room() -> None:
-    box = Box(spec("a"), spec("b", start="sleeping"), sizes={"a": sleeping(60), "b": sleeping(60)})
-    await soon(box.pool.start())
+    box = await Box(
+        spec("a"), spec("b", start="sleeping"), sizes={"a": sleeping(60), "b": sleeping(60)}
+    ).started()
     assert box.levels() == {"a": Level.READY, "b": Level.KV_RELEASED}
     assert box.backend.expected == []
     await box.use("b")
@@ -675,8 +667,7 @@ async def test_a_sleeper_keeps_its_weights_on_the_gpu_while_nobody_needs_the_roo
 
 async def test_what_cannot_sleep_is_started_all_the_same_and_stopped() -> None:
     """So that it is known to start."""
-    box = Box(spec("a", start="sleeping"), sizes={"a": 60})
-    await soon(box.pool.start())
+    box = await Box(spec("a", start="sleeping"), sizes={"a": 60}).started()
     assert (box.states(), box.backend.started) == ({"a": "stopped"}, ["a"])
     await box.use("a")
     assert box.backend.started == ["a", "a"]
@@ -684,16 +675,14 @@ async def test_what_cannot_sleep_is_started_all_the_same_and_stopped() -> None:
 
 async def test_a_sleeper_without_room_in_host_memory_sleeps_without_its_weights() -> None:
     far = {Level.READY: {GPU: 60}, Level.KV_RELEASED: {GPU: 40}, Level.DISK: {GPU: 2}}
-    box = Box(spec("a", start="sleeping"), spec("b"), sizes={"a": far, "b": 90})
-    await soon(box.pool.start())
+    box = await Box(spec("a", start="sleeping"), spec("b"), sizes={"a": far, "b": 90}).started()
     assert box.levels() == {"a": Level.DISK, "b": Level.READY}
     assert box.running("a").slept == [Level.KV_RELEASED, Level.DISK]
 
 
 async def test_a_sleeper_does_not_keep_others_from_room_that_it_would_give_up() -> None:
     sizes: dict[str, Any] = {"a": sleeping(60), "b": 30, "c": 40}
-    box = Box(spec("a", start="sleeping"), spec("b"), lazy("c"), sizes=sizes)
-    await soon(box.pool.start())
+    box = await Box(spec("a", start="sleeping"), spec("b"), lazy("c"), sizes=sizes).started()
     assert box.levels()["a"] is Level.KV_RELEASED
     assert box.pool.life.fits([box.replica("c")])
     await box.use("a")
@@ -705,8 +694,7 @@ async def test_a_sleeper_does_not_keep_others_from_room_that_it_would_give_up() 
 
 async def test_an_idle_model_sleeps_and_then_stops() -> None:
     idle = {"sleep_after": 0.02, "stop_after": 0.06}
-    box = Box(spec("a", idle=idle), spec("b"), sizes={"a": sleeping(60), "b": 40})
-    await soon(box.pool.start())
+    box = await Box(spec("a", idle=idle), spec("b"), sizes={"a": sleeping(60), "b": 40}).started()
     async with box.watched():
         await box.until(lambda: box.states()["a"] == "sleeping")
         assert box.levels()["a"] is Level.HOST
@@ -718,8 +706,7 @@ async def test_an_idle_model_sleeps_and_then_stops() -> None:
 
 
 async def test_a_model_with_a_request_is_not_idle_and_is_so_only_after_it() -> None:
-    box = Box(spec("a", idle={"stop_after": 0.02}), sizes={"a": 60})
-    await soon(box.pool.start())
+    box = await Box(spec("a", idle={"stop_after": 0.02}), sizes={"a": 60}).started()
     async with box.watched():
         lease = await soon(box.ask("a"))
         await asyncio.sleep(0.04)
@@ -731,8 +718,7 @@ async def test_a_model_with_a_request_is_not_idle_and_is_so_only_after_it() -> N
 
 
 async def test_an_idle_model_that_cannot_sleep_stops() -> None:
-    box = Box(spec("a", idle={"sleep_after": 0.01}), sizes={"a": 60})
-    await soon(box.pool.start())
+    box = await Box(spec("a", idle={"sleep_after": 0.01}), sizes={"a": 60}).started()
     async with box.watched():
         await box.until(lambda: box.states() == {"a": "stopped"})
         await box.use("a")
@@ -742,8 +728,7 @@ async def test_an_idle_model_that_cannot_sleep_stops() -> None:
 
 async def test_an_idle_model_whose_weights_have_no_room_leaves_them_on_disk() -> None:
     far = {Level.READY: {GPU: 60}, Level.DISK: {GPU: 2}}
-    box = Box(spec("a", idle={"sleep_after": 0.01}), sizes={"a": far})
-    await soon(box.pool.start())
+    box = await Box(spec("a", idle={"sleep_after": 0.01}), sizes={"a": far}).started()
     async with box.watched():
         await box.until(lambda: box.states() == {"a": "sleeping"})
     assert box.running("a").slept == [Level.DISK]
@@ -753,8 +738,7 @@ async def test_an_idle_model_whose_weights_have_no_room_leaves_them_on_disk() ->
 
 
 async def test_those_who_wait_for_a_slot_wait_for_a_new_engine_too() -> None:
-    box = Box(spec("a", max_in_flight=1), sizes={"a": 60})
-    await soon(box.pool.start())
+    box = await Box(spec("a", max_in_flight=1), sizes={"a": 60}).started()
     async with box.watched():
         held = await soon(box.ask("a"))
         line = [await box.asking("a") for _ in range(2)]
@@ -763,12 +747,11 @@ async def test_those_who_wait_for_a_slot_wait_for_a_new_engine_too() -> None:
         for each in line:
             (await soon(each)).release()
     assert box.backend.started == ["a", "a"]
-    assert box.figure("engine_deaths_total", model="a", replica="0") == 1
+    assert box.metric("engine_deaths_total", model="a", replica="0") == 1
 
 
 async def test_those_who_wait_for_an_engine_that_comes_no_more_are_told() -> None:
-    box = Box(spec("a", max_in_flight=1), sizes={"a": 60})
-    await soon(box.pool.start())
+    box = await Box(spec("a", max_in_flight=1), sizes={"a": 60}).started()
     box.backend.plans["a"].error = StartupError("no memory left")
     async with box.watched():
         held = await soon(box.ask("a"))
@@ -782,37 +765,31 @@ async def test_those_who_wait_for_an_engine_that_comes_no_more_are_told() -> Non
 
 async def test_a_request_over_which_an_engine_died_waits_for_the_next_and_others_do_not() -> None:
     gate = Gate()
-    box = Box(spec("a"), sizes={"a": 60})
-    await soon(box.pool.start())
+    box = await Box(spec("a"), sizes={"a": 60}).started()
     box.backend.plans["a"].gate = gate
     box.running("a").dead = True
-    wish = ModelRequest("a", CHAT, {}, Deadline())
-    with pytest.raises(Overloaded, match="is waiting") as refused:
-        box.pool.lease(wish)
-    assert refused.value.code == "model_not_ready"
-    place = box.pool.lease(wish.retried())
-    assert isinstance(place, QueuedRequest)
-    waiting = asyncio.create_task(let_in(place))
+    lost = request("a")
+    with pytest.raises(Overloaded, match="is waiting", check=with_code("model_not_ready")):
+        box.pool.lease(lost)
+    waiting = asyncio.create_task(lease_of(box.queued(lost.retried())))
     gate.opened.set()
     (await soon(waiting)).release()
     assert box.backend.started == ["a", "a"]
 
 
 async def test_a_death_that_several_notice_is_one() -> None:
-    box = Box(spec("a"), sizes={"a": 60})
-    await soon(box.pool.start())
+    box = await Box(spec("a"), sizes={"a": 60}).started()
     box.running("a").dead = True
     replica = box.replica("a")
     for _ in range(3):  # a request, and whoever watches, in one turn of the loop
         box.pool.supervisor.handle_death(replica)
     assert replica.deaths.in_a_row == 1
-    assert box.figure("engine_deaths_total", model="a", replica="0") == 1
+    assert box.metric("engine_deaths_total", model="a", replica="0") == 1
 
 
 async def test_a_dead_engine_keeps_its_place_until_it_is_back() -> None:
     gate = Gate()
-    box = Box(spec("a"), lazy("b"), sizes={"a": 60, "b": 60})
-    await soon(box.pool.start())
+    box = await Box(spec("a"), lazy("b"), sizes={"a": 60, "b": 60}).started()
     box.backend.plans["a"].gate = gate
     async with box.watched():
         box.running("a").dead = True
@@ -846,17 +823,15 @@ async def test_those_who_wait_for_their_model_are_sent_away_when_the_server_ends
     waiting = await box.asking("a")
     await soon(gate.reached.wait())
     box.pool.close()
-    with pytest.raises(Overloaded) as refused:
+    with pytest.raises(Overloaded, check=with_code("shutting_down")):
         await soon(waiting)
-    assert refused.value.code == "shutting_down"
     await soon(box.pool.stop())
     assert gate.cancelled
     assert box.backend.killed == 1
 
 
 async def test_those_who_wait_for_a_slot_are_let_in_until_the_drain_is_over() -> None:
-    box = Box(spec("a", max_in_flight=1), sizes={"a": 60})
-    await soon(box.pool.start())
+    box = await Box(spec("a", max_in_flight=1), sizes={"a": 60}).started()
     held = await soon(box.ask("a"))
     first, second = await box.asking("a"), await box.asking("a")
     draining = asyncio.ensure_future(box.pool.drain(0.2))
@@ -864,9 +839,8 @@ async def test_those_who_wait_for_a_slot_are_let_in_until_the_drain_is_over() ->
     held.release()
     lease = await soon(first)
     assert not draining.done()
-    with pytest.raises(Overloaded) as refused:
+    with pytest.raises(Overloaded, check=with_code("shutting_down")):
         await soon(second)
-    assert refused.value.code == "shutting_down"
     await soon(draining)
     assert isinstance(lease.cut_by, Overloaded)
 
@@ -887,8 +861,7 @@ async def test_nothing_comes_any_more_once_the_server_ends() -> None:
 
 
 async def test_sleepers_end_with_the_server() -> None:
-    box = Box(spec("a", start="sleeping"), sizes={"a": sleeping(60)})
-    await soon(box.pool.start())
+    box = await Box(spec("a", start="sleeping"), sizes={"a": sleeping(60)}).started()
     await soon(box.pool.stop())
     assert box.running("a").stopped == 1
     assert box.states() == {"a": "stopped"}
@@ -922,8 +895,7 @@ async def test_memory_of_a_cancelled_start_is_free_again() -> None:
     coming = asyncio.create_task(box.pool.life.make_ready(box.replica("a")))
     await soon(gate.reached.wait())
     assert not box.pool.life.fits([box.replica("b")])
-    coming.cancel()
-    await asyncio.wait({coming})
+    await cancel(coming)
     assert box.pool.life.fits([box.replica("b")])
 
 
@@ -941,8 +913,7 @@ async def test_memory_of_a_cancelled_wake_is_free_once_its_engine_has_ended(
     monkeypatch.setattr(box.running("a"), "wake", gate.wait)
     waking = asyncio.create_task(life.make_ready(replica))
     await soon(gate.reached.wait())
-    waking.cancel()
-    await asyncio.wait({waking})
+    await cancel(waking)
     assert not life.fits([box.replica("b")])
     await soon(life.stop(replica))
     assert life.fits([box.replica("b")])
@@ -977,8 +948,7 @@ async def test_replica_whose_sleep_is_cancelled_before_it_begins_serves_again(
     monkeypatch.setattr(box.backend.memory, "moves", moves)
     lowering = asyncio.create_task(life.lower(replica, Level.HOST))
     await soon(gate.reached.wait())
-    lowering.cancel()
-    await asyncio.wait({lowering})
+    await cancel(lowering)
     assert lowering.cancelled()
     assert (replica.state, replica.running) == (State.READY, running)
 
@@ -992,8 +962,7 @@ async def test_engine_whose_sleep_is_cancelled_is_stopped(monkeypatch: pytest.Mo
     monkeypatch.setattr(box.running("a"), "sleep", lambda _: gate.wait())
     lowering = asyncio.create_task(life.lower(replica, Level.HOST))
     await soon(gate.reached.wait())
-    lowering.cancel()
-    await asyncio.wait({lowering})
+    await cancel(lowering)
     assert (replica.state, replica.running) == (State.STOPPED, None)
 
 
@@ -1027,8 +996,7 @@ async def test_memory_of_an_engine_that_ends_is_reserved_though_a_start_is_cance
     gate, lowering = await ending(box, replica, monkeypatch)
     starting = asyncio.create_task(life.make_ready(replica))
     await asyncio.sleep(0)
-    starting.cancel()
-    await asyncio.wait({starting})
+    await cancel(starting)
     assert not life.fits([box.replica("b")])
     gate.opened.set()
     await soon(lowering)
@@ -1037,8 +1005,7 @@ async def test_memory_of_an_engine_that_ends_is_reserved_though_a_start_is_cance
 
 async def test_replica_whose_reason_ends_in_the_queue_is_not_lowered() -> None:
     """A request came while another transition was not over."""
-    box = Box(spec("a"), sizes={"a": 60})
-    await soon(box.pool.start())
+    box = await Box(spec("a"), sizes={"a": 60}).started()
     replica, reasons = box.replica("a"), [True]
     async with replica.transition_lock:
         lowering = asyncio.create_task(
@@ -1053,12 +1020,11 @@ async def test_replica_whose_reason_ends_in_the_queue_is_not_lowered() -> None:
 
 async def test_death_in_a_transition_is_left_to_its_end() -> None:
     """Else it would be counted at every look, and started again over what is under way."""
-    box = Box(spec("a"), sizes={"a": 60})
-    await soon(box.pool.start())
+    box = await Box(spec("a"), sizes={"a": 60}).started()
     replica = box.replica("a")
     box.running("a").dead = True
     async with replica.transition_lock:
         assert not box.pool.supervisor.handle_death(replica)
         assert replica.state is State.READY
     assert box.pool.supervisor.handle_death(replica)
-    assert box.figure("engine_deaths_total", model="a", replica="0") == 1
+    assert box.metric("engine_deaths_total", model="a", replica="0") == 1
