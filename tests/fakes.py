@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,8 +45,12 @@ if TYPE_CHECKING:
     from llmserve.registry.spec import Config
 
 
+T = TypeVar("T")
+H = TypeVar("H", bound=Releasable)
+
+
 class Gate:
-    """Where work waits until it is let through; tells whether it was cancelled there."""
+    """Where work waits until it is opened; `cancelled`: it was cancelled there."""
 
     def __init__(self) -> None:
         self.reached = asyncio.Event()
@@ -64,6 +68,17 @@ class Gate:
         finally:
             self.left.set()
 
+    async def begin(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """The task of some work, once it waits here."""
+        task = asyncio.create_task(work)
+        await soon(self.reached.wait())
+        return task
+
+    async def open_for(self, work: Awaitable[T]) -> T:
+        """Let all through; the result of work that waited for it."""
+        self.opened.set()
+        return await soon(work)
+
 
 @dataclass
 class Call:
@@ -77,8 +92,6 @@ class Call:
 
 
 Answer = Callable[[Call], Awaitable[Response]]
-T = TypeVar("T")
-H = TypeVar("H", bound=Releasable)
 
 
 def plain(content: dict[str, Any] | None = None, gate: Gate | None = None) -> Answer:

@@ -627,13 +627,11 @@ async def starting_on_gpu_1(moving: Moving) -> AsyncIterator[None]:
     """While the new engine starts there, and is measured."""
     gate = Gate()
     moving.comes(gate=gate)
-    reloading = asyncio.create_task(moving.reload(1))
-    await soon(gate.reached.wait())
+    reloading = await gate.begin(moving.reload(1))
     try:
         yield
     finally:
-        gate.opened.set()
-        await soon(reloading)
+        await gate.open_for(reloading)
 
 
 async def test_the_engine_before_sleeps_and_wakes_where_it_is(moving: Moving, gpus: Gpus) -> None:

@@ -377,8 +377,7 @@ async def test_load_waits_for_a_model_that_starts_with_the_server(up: Boxes) -> 
     loading = asyncio.create_task(box.control.load("a"))
     await some_ms()
     assert not loading.done()
-    gate.opened.set()
-    await soon(loading)
+    await gate.open_for(loading)
     await soon(starting)
     assert box.backend.started == ["a"]
 
@@ -472,15 +471,13 @@ async def test_a_request_brings_an_unloaded_model_back(up: Boxes) -> None:
 async def test_unload_of_a_model_that_is_coming_ends_it_when_it_has(up: Boxes) -> None:
     box = await up({"a": {"start": "lazy"}})
     gate = box.backend.gate("a")
-    waiting = await box.asking("a")
-    await soon(gate.reached.wait())
+    waiting = await gate.begin(box.ask("a"))
     unloading = asyncio.create_task(box.control.unload("a", drain=True))
     with pytest.raises(Overloaded):
         await soon(waiting)
     await some_ms()
     assert not unloading.done()
-    gate.opened.set()
-    await soon(unloading)
+    await gate.open_for(unloading)
     await some_ms()
     assert box.states() == {"a": "stopped"}
 
@@ -489,8 +486,7 @@ async def test_unload_now_of_a_model_that_is_coming_ends_its_start(up: Boxes) ->
     box = await up({"a": {"start": "lazy"}})
     gate = box.backend.gate("a")
     waiting = await box.asking("a")
-    loading = asyncio.create_task(box.control.load("a"))
-    await soon(gate.reached.wait())
+    loading = await gate.begin(box.control.load("a"))
     await soon(box.control.unload("a", drain=False))
     assert gate.cancelled
     assert box.states() == {"a": "stopped"}
@@ -509,8 +505,7 @@ async def test_unload_now_of_a_model_that_wakes_ends_its_engine(up: Boxes) -> No
     await soon(box.control.sleep("a"))
     gate = Gate()
     engine.wake = gate.wait  # type: ignore[method-assign]
-    loading = asyncio.create_task(box.control.load("a"))
-    await soon(gate.reached.wait())
+    loading = await gate.begin(box.control.load("a"))
     await soon(box.control.unload("a", drain=False))
     assert (box.states(), engine.stopped) == ({"a": "stopped"}, 1)
     with pytest.raises(Overloaded):
@@ -533,8 +528,7 @@ async def test_unload_of_a_model_that_waits_for_its_restart_ends_it(up: Boxes, d
 async def test_requests_that_come_while_a_start_is_broken_off_bring_it_again(up: Boxes) -> None:
     box = await up({"a": {"start": "lazy"}})
     gate = box.backend.gate("a")
-    first = await box.asking("a")
-    await soon(gate.reached.wait())
+    first = await gate.begin(box.ask("a"))
     unloading = asyncio.create_task(box.control.unload("a", drain=False))
     with pytest.raises(Overloaded):
         await soon(first)
@@ -714,8 +708,7 @@ async def test_an_alias_is_found_once_the_engine_knows_it(up: Boxes) -> None:
     assert await box.use("a", "x") == [box.engine("a")] * 2
     with pytest.raises(ModelNotFound):
         await box.ask("y")
-    gate.opened.set()
-    await soon(reloading)
+    await gate.open_for(reloading)
     await box.use("a", "y")
     with pytest.raises(ModelNotFound):
         await box.ask("x")
@@ -815,8 +808,7 @@ async def test_a_removed_model_comes_once_more_for_its_line(up: Boxes) -> None:
     gate = box.backend.gate("a")
     waiting = await box.asking("a")
     reloading = await box.reloading({"b": {}})
-    gate.opened.set()
-    (await soon(waiting)).release()
+    (await gate.open_for(waiting)).release()
     await soon(reloading)
     assert box.figures("a") == set()
 
@@ -954,8 +946,7 @@ async def test_a_lazy_model_that_is_in_use_is_not_away_either(up: Boxes) -> None
     gate = box.backend.gate("a")
     reloading = await box.reloading({"a": {"memory": 50, "start": "lazy"}})
     assert await box.use("a") == [old]
-    gate.opened.set()
-    await soon(reloading)
+    await gate.open_for(reloading)
     assert await box.use("a") == [box.engine("a")]
     assert box.backend.started == ["a", "a"]
 
@@ -1118,8 +1109,7 @@ async def test_more_and_fewer_replicas(up: Boxes) -> None:
     gate = box.backend.gate("a/1")
     reloading = await box.reloading({"a": {"memory": 30, "replicas": 2}})
     assert await box.use("a") == [first]
-    gate.opened.set()
-    assert await soon(reloading) == ["a: resized (replicas 1 -> 2)"]
+    assert await gate.open_for(reloading) == ["a: resized (replicas 1 -> 2)"]
     second = box.engine("a/1")
     leases = [await soon(box.ask("a")) for _ in range(3)]
     assert {lease.running for lease in leases} == {first, second}
@@ -1195,8 +1185,7 @@ async def test_two_reloads_at_the_same_time_are_one_after_the_other(up: Boxes) -
     second = asyncio.create_task(box.reload())
     await some_ms()
     assert list(box.pool.models) == ["a", "b"]
-    gate.opened.set()
-    assert await soon(first) == ["b: added"]
+    assert await gate.open_for(first) == ["b: added"]
     assert await soon(second) == ["b: removed", "c: added"]
     assert box.states() == {"a": "ready", "c": "ready"}
 
@@ -1226,8 +1215,7 @@ async def test_a_reload_while_a_model_starts_with_the_server(up: Boxes, after: s
     gate = box.backend.gate("a", reports=((State.LOADING, ""),))
     starting = await box.starting(gate)
     reloading = await box.reloading(AFTER[after])
-    gate.opened.set()
-    await soon(reloading)
+    await gate.open_for(reloading)
     await soon(starting)
     assert list(box.pool.models) == list(AFTER[after])
     names = [name for model in box.pool.registry.models for name in model.names]
@@ -1241,11 +1229,9 @@ async def waking(box: Box) -> AsyncIterator[None]:
     gate = Gate()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(box.engine("a"), "wake", gate.wait)
-        waiting = await box.asking("a")
-        await soon(gate.reached.wait())
+        waiting = await gate.begin(box.ask("a"))
         yield
-        gate.opened.set()
-        (await soon(waiting)).release()
+        (await gate.open_for(waiting)).release()
 
 
 @asynccontextmanager
@@ -1321,8 +1307,7 @@ async def test_a_change_does_not_bring_back_an_engine_that_ends_meanwhile(up: Bo
     await soon(gate.reached.wait())
     unloading = asyncio.create_task(box.control.unload("a", drain=True))
     await some_ms()
-    gate.opened.set()
-    await soon(reloading)
+    await gate.open_for(reloading)
     await soon(unloading)
     assert (engine.stopped, box.replica("a").running, box.states()) == (1, None, {"a": "stopped"})
     await box.use("x")
@@ -1345,8 +1330,7 @@ async def test_a_model_that_is_required_and_removed_while_it_starts_ends_nothing
     gate = box.backend.gate("a", error=StartupError("no"))
     starting = await box.starting(gate)
     reloading = await box.reloading({"b": {}})
-    gate.opened.set()
-    await soon(reloading)
+    await gate.open_for(reloading)
     await soon(starting)
     assert box.states() == {"b": "ready"}
 

@@ -99,8 +99,7 @@ async def test_a_model_serves_while_another_still_starts() -> None:
     starting = asyncio.ensure_future(box.pool.start())
     await box.until(lambda: box.states()["chat"] == "ready")
     assert box.lease("chat").running is box.backend.running("chat")
-    gate.opened.set()
-    await soon(starting)
+    await gate.open_for(starting)
 
 
 @pytest.mark.parametrize(
@@ -182,8 +181,7 @@ async def test_a_model_that_is_not_ready_yet_says_when_to_come_back(state: State
     assert refused.value.code == "model_not_ready"
     assert refused.value.headers() == {"retry-after": "5"}
     assert box.pool.models["chat"].slots.in_flight == 0
-    gate.opened.set()
-    await soon(starting)
+    await gate.open_for(starting)
     box.lease("chat").release()
 
 
@@ -356,12 +354,10 @@ async def test_an_engine_that_does_not_stop_cleanly_does_not_keep_the_others() -
     gate = Gate()
     box.backend.running("chat").stop_error = RuntimeError("boom")
     box.backend.running("embed").stop_gate = gate
-    stopping = asyncio.ensure_future(box.pool.stop())
-    await soon(gate.reached.wait())
+    stopping = await gate.begin(box.pool.stop())
     await asyncio.sleep(0.02)
     assert not stopping.done()
-    gate.opened.set()
-    await soon(stopping)
+    await gate.open_for(stopping)
     assert set(box.states().values()) == {"stopped"}
 
 
@@ -393,8 +389,7 @@ async def test_states_are_in_the_metrics() -> None:
     starting = await box.starting(gate)
     await box.until(lambda: box.states()["draft"] == "ready")
     assert box.shown_states() == {"chat": "loading", "embed": "failed", "draft": "ready"}
-    gate.opened.set()
-    await soon(starting)
+    await gate.open_for(starting)
     assert box.shown_states()["chat"] == "ready"
     seconds = {"model": "chat", "replica": "0", "level": "stopped"}
     assert box.metrics.registry.get_sample_value("llmserve_model_ready_seconds", seconds)
@@ -445,8 +440,7 @@ async def test_a_model_is_ready_with_its_first_replica_and_serves_from_it_alone(
     assert box.shown_states() == {"chat/0": "loading", "chat/1": "ready"}
     for _ in range(2):
         assert box.lease("chat").replica.name == "chat/1"
-    gate.opened.set()
-    await soon(starting)
+    await gate.open_for(starting)
     assert [each.state for each in box.pool.replicas] == [State.READY, State.READY]
 
 

@@ -104,13 +104,11 @@ async def test_a_lazy_model_starts_with_its_first_request_which_waits_for_it() -
         lazy("a"), sizes={"a": 60}, a=Plan(reports=((State.LOADING, ""),), gate=gate)
     ).started()
     assert (box.states(), box.backend.started) == ({"a": "stopped"}, [])
-    first, second = await box.asking("a"), await box.asking("a")
-    await soon(gate.reached.wait())
+    first, second = await gate.begin(box.ask("a")), await box.asking("a")
     assert box.states() == {"a": "loading"}
     assert box.metric("requests_queued", model="a") == 2
     assert box.metric("requests_in_flight", model="a") == 0
-    gate.opened.set()
-    leases = [await soon(first), await soon(second)]
+    leases = [await gate.open_for(first), await soon(second)]
     assert {lease.running for lease in leases} == {box.running("a")}
     assert box.backend.started == ["a"]
     assert box.metric("requests_queued", model="a") == 0
@@ -186,8 +184,7 @@ async def test_a_full_line_refuses_while_the_model_comes() -> None:
     waiting = await box.asking("a")
     with pytest.raises(Overloaded, match="its max_in_flight and max_queue"):
         await soon(box.ask("a"))
-    gate.opened.set()
-    (await soon(waiting)).release()
+    (await gate.open_for(waiting)).release()
 
 
 async def test_a_request_with_less_time_than_a_known_start_takes_is_refused_at_once() -> None:
@@ -215,8 +212,7 @@ async def test_a_deadline_that_passes_while_the_model_comes_ends_the_wait_alone(
     with pytest.raises(DeadlineExceeded, match=r"longer than its 0\.01 s"):
         await soon(box.ask("a", Deadline(0.01)))
     assert box.metric("requests_queued", model="a") == 1
-    gate.opened.set()
-    (await soon(patient)).release()
+    (await gate.open_for(patient)).release()
 
 
 # --- two that do not fit
@@ -338,24 +334,20 @@ async def test_models_on_different_gpus_do_not_wait_for_each_other() -> None:
     box = Box(
         lazy("a"), lazy("b"), sizes=sizes, capacity={GPU: 100, Place(1): 100}, a=Plan(gate=gate)
     )
-    waiting = await box.asking("a")
-    await soon(gate.reached.wait())
+    waiting = await gate.begin(box.ask("a"))
     await box.use("b")
-    gate.opened.set()
-    (await soon(waiting)).release()
+    (await gate.open_for(waiting)).release()
 
 
 async def test_what_starts_keeps_its_room_from_others() -> None:
     gate = Gate()
     box = Box(lazy("a"), lazy("b"), sizes={"a": 60, "b": 60}, a=Plan(gate=gate))
-    first = await box.asking("a")
-    await soon(gate.reached.wait())
+    first = await gate.begin(box.ask("a"))
     second = asyncio.create_task(box.ask("b"))
     await some_ms()
     assert box.backend.started == ["a"]
     assert (box.states()["b"], box.replica("b").note) == ("waiting", "waiting for memory")
-    gate.opened.set()
-    (await soon(first)).release()
+    (await gate.open_for(first)).release()
     (await soon(second)).release()
     assert box.backend.started == ["a", "b"]
 
@@ -366,14 +358,12 @@ async def test_what_wakes_keeps_its_room_from_others() -> None:
     await box.use("a", "b")
     running = box.running("a")
     running.wake = gate.wait  # type: ignore[method-assign]
-    first = await box.asking("a")
-    await soon(gate.reached.wait())
+    first = await gate.begin(box.ask("a"))
     assert box.states() == {"a": "waking", "b": "stopped"}
     second = asyncio.create_task(box.ask("b"))
     await some_ms()
     assert box.backend.started == ["a", "b"]
-    gate.opened.set()
-    (await soon(first)).release()
+    (await gate.open_for(first)).release()
     (await soon(second)).release()
     assert box.backend.started == ["a", "b", "b"]
 
@@ -772,8 +762,7 @@ async def test_a_request_over_which_an_engine_died_waits_for_the_next_and_others
     with pytest.raises(Overloaded, match="is waiting", check=with_code("model_not_ready")):
         box.pool.lease(lost)
     waiting = asyncio.create_task(lease_of(box.queued(lost.retried())))
-    gate.opened.set()
-    (await soon(waiting)).release()
+    (await gate.open_for(waiting)).release()
     assert box.backend.started == ["a", "a"]
 
 
@@ -797,8 +786,7 @@ async def test_a_dead_engine_keeps_its_place_until_it_is_back() -> None:
         waiting = asyncio.create_task(box.ask("b"))
         await some_ms()
         assert box.backend.started == ["a", "a"]
-        gate.opened.set()
-        (await soon(waiting)).release()
+        (await gate.open_for(waiting)).release()
     assert box.backend.started == ["a", "a", "b"]
 
 
@@ -820,8 +808,7 @@ async def test_an_engine_that_dies_while_it_finishes_is_gone() -> None:
 async def test_those_who_wait_for_their_model_are_sent_away_when_the_server_ends() -> None:
     gate = Gate()
     box = Box(lazy("a"), sizes={"a": 60}, a=Plan(reports=((State.LOADING, ""),), gate=gate))
-    waiting = await box.asking("a")
-    await soon(gate.reached.wait())
+    waiting = await gate.begin(box.ask("a"))
     box.pool.close()
     with pytest.raises(Overloaded, check=with_code("shutting_down")):
         await soon(waiting)
@@ -892,8 +879,7 @@ async def test_every_step_of_a_swap_is_an_event() -> None:
 async def test_memory_of_a_cancelled_start_is_free_again() -> None:
     gate = Gate()
     box = Box(lazy("a"), lazy("b"), sizes={"a": 60, "b": 60}, a=Plan(gate=gate))
-    coming = asyncio.create_task(box.pool.life.make_ready(box.replica("a")))
-    await soon(gate.reached.wait())
+    coming = await gate.begin(box.pool.life.make_ready(box.replica("a")))
     assert not box.pool.life.fits([box.replica("b")])
     await cancel(coming)
     assert box.pool.life.fits([box.replica("b")])
@@ -911,8 +897,7 @@ async def test_memory_of_a_cancelled_wake_is_free_once_its_engine_has_ended(
     assert life.fits([box.replica("b")])
     gate = Gate()
     monkeypatch.setattr(box.running("a"), "wake", gate.wait)
-    waking = asyncio.create_task(life.make_ready(replica))
-    await soon(gate.reached.wait())
+    waking = await gate.begin(life.make_ready(replica))
     await cancel(waking)
     assert not life.fits([box.replica("b")])
     await soon(life.stop(replica))
@@ -926,8 +911,7 @@ async def ending(
     await soon(box.pool.life.make_ready(replica))
     gate = Gate()
     monkeypatch.setattr(box.running(replica.name), "stop", gate.wait)
-    lowering = asyncio.create_task(box.pool.life.lower(replica, Level.STOPPED))
-    await soon(gate.reached.wait())
+    lowering = await gate.begin(box.pool.life.lower(replica, Level.STOPPED))
     return gate, lowering
 
 
@@ -946,8 +930,7 @@ async def test_replica_whose_sleep_is_cancelled_before_it_begins_serves_again(
         yield
 
     monkeypatch.setattr(box.backend.memory, "moves", moves)
-    lowering = asyncio.create_task(life.lower(replica, Level.HOST))
-    await soon(gate.reached.wait())
+    lowering = await gate.begin(life.lower(replica, Level.HOST))
     await cancel(lowering)
     assert lowering.cancelled()
     assert (replica.state, replica.running) == (State.READY, running)
@@ -960,8 +943,7 @@ async def test_engine_whose_sleep_is_cancelled_is_stopped(monkeypatch: pytest.Mo
     await soon(life.make_ready(replica))
     gate = Gate()
     monkeypatch.setattr(box.running("a"), "sleep", lambda _: gate.wait())
-    lowering = asyncio.create_task(life.lower(replica, Level.HOST))
-    await soon(gate.reached.wait())
+    lowering = await gate.begin(life.lower(replica, Level.HOST))
     await cancel(lowering)
     assert (replica.state, replica.running) == (State.STOPPED, None)
 
@@ -980,8 +962,7 @@ async def test_an_engine_ends_before_the_next_starts_when_its_eviction_is_cancel
     assert not gate.cancelled
     assert not lowering.done()
     assert replica.running is None
-    gate.opened.set()
-    await soon(starting)
+    await gate.open_for(starting)
     assert lowering.cancelled()
     assert replica.state is State.READY
     states = [state for _, state, _ in box.seen]
@@ -998,8 +979,7 @@ async def test_memory_of_an_engine_that_ends_is_reserved_though_a_start_is_cance
     await asyncio.sleep(0)
     await cancel(starting)
     assert not life.fits([box.replica("b")])
-    gate.opened.set()
-    await soon(lowering)
+    await gate.open_for(lowering)
     assert life.fits([box.replica("b")])
 
 
