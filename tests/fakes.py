@@ -1,14 +1,14 @@
-"""A model that answers what a test tells it to, and a backend that starts such models."""
+"""A model with scripted answers, and a backend that starts such models."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import orjson
 from prometheus_client import CollectorRegistry
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.types import Scope
 
+    from llmserve.api.endpoints import Endpoint
     from llmserve.lifecycle.admission import QueuedRequest
     from llmserve.lifecycle.placement import Takes
     from llmserve.lifecycle.replica import MemoryBudget, Replica, Running, State
@@ -44,8 +45,12 @@ if TYPE_CHECKING:
     from llmserve.registry.spec import Config
 
 
+T = TypeVar("T")
+H = TypeVar("H", bound=Releasable)
+
+
 class Gate:
-    """Where work waits until it is let through; tells whether it was cancelled there."""
+    """Where work waits until it is opened; `cancelled`: it was cancelled there."""
 
     def __init__(self) -> None:
         self.reached = asyncio.Event()
@@ -63,10 +68,21 @@ class Gate:
         finally:
             self.left.set()
 
+    async def begin(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """The task of some work, once it waits here."""
+        task = asyncio.create_task(work)
+        await soon(self.reached.wait())
+        return task
+
+    async def open_for(self, work: Awaitable[T]) -> T:
+        """Let all through; the result of work that waited for it."""
+        self.opened.set()
+        return await soon(work)
+
 
 @dataclass
 class Call:
-    """What a model was asked."""
+    """A request that reached a model."""
 
     endpoint: EndpointId
     body: dict[str, Any]
@@ -76,8 +92,6 @@ class Call:
 
 
 Answer = Callable[[Call], Awaitable[Response]]
-T = TypeVar("T")
-H = TypeVar("H", bound=Releasable)
 
 
 def plain(content: dict[str, Any] | None = None, gate: Gate | None = None) -> Answer:
@@ -131,9 +145,9 @@ class FakeRunning:
     """A running model. Its `answer` can be changed at any time."""
 
     def __init__(
-        self, answer: Answer | None = None, *, able: frozenset[EndpointId] | None = None
+        self, answer: Answer | None = None, *, endpoints: frozenset[EndpointId] | None = None
     ) -> None:
-        self.able = able or frozenset(EndpointId)
+        self.endpoints = endpoints or frozenset(EndpointId)
         self.took: Mapping[str, float] = {}
         self.max_model_len = 2048
         self.dead = False
@@ -153,10 +167,12 @@ class FakeRunning:
         self.pid = 4242
         self.log = Path("/logs/model-chat.log")
 
-    def coming(self) -> AbstractContextManager[None]:
+    def preparing(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def express(self, endpoint: EndpointId, body: dict[str, Any], asked: str, scope: Scope) -> None:
+    def try_fast_path(
+        self, endpoint: EndpointId, body: dict[str, Any], asked: str, scope: Scope
+    ) -> None:
         return None
 
     async def call(
@@ -239,9 +255,9 @@ class FakeBackend:
 
     @contextmanager
     def expecting(self, placement: Placement) -> Iterator[None]:
-        self.expected.append((placement, "comes"))
+        self.expected.append((placement, "waits"))
         yield
-        self.expected.append((placement, "came"))
+        self.expected.append((placement, "ready"))
 
     @asynccontextmanager
     async def moves(
@@ -292,7 +308,10 @@ FAST = LifecycleTimings(
     max_residency_s=0.0,
     first_restart_s=0.001,
 )
-_CHAT = next(endpoint for endpoint in ENDPOINTS if endpoint.id is EndpointId.CHAT_COMPLETIONS)
+CHAT, EMBED = (
+    next(endpoint for endpoint in ENDPOINTS if endpoint.id is id_)
+    for id_ in (EndpointId.CHAT_COMPLETIONS, EndpointId.EMBEDDINGS)
+)
 
 
 class PoolBox:
@@ -314,6 +333,18 @@ class PoolBox:
         self.seen.append((replica.name, replica.state, replica.note))
         self._has_changed.set()
 
+    async def started(self) -> Self:
+        """The box, once all its models have started."""
+        await soon(self.pool.start())
+        return self
+
+    async def starting(self, *gates: Gate) -> asyncio.Task[None]:
+        """A start of all models that waits at these gates."""
+        starting = asyncio.create_task(self.pool.start())
+        for gate in gates:
+            await soon(gate.reached.wait())
+        return starting
+
     async def until(self, holds: Callable[[], bool]) -> None:
         """Wait until `holds`, which is checked after each change of a replica."""
         async with asyncio.timeout(60):
@@ -328,8 +359,7 @@ class PoolBox:
         try:
             yield
         finally:
-            watching.cancel()
-            await asyncio.wait({watching})
+            await cancel(watching)
 
     def replica(self, name: str, number: int = 0) -> Replica:
         return self.pool.models[name].replicas[number]
@@ -337,23 +367,27 @@ class PoolBox:
     def states(self) -> dict[str, str]:
         return {name: model.state.value for name, model in self.pool.models.items()}
 
-    def figure(self, name: str, **labels: str) -> float | None:
+    def metric(self, name: str, **labels: str) -> float | None:
         return self.metrics.registry.get_sample_value(f"llmserve_{name}", labels)
 
     async def ask(
         self, name: str, deadline: Deadline | None = None, task: asyncio.Task[None] | None = None
     ) -> Lease:
         """As a request does: it waits if it has to."""
-        lease = self.pool.lease(ModelRequest(name, _CHAT, {}, deadline or Deadline(), task))
-        return lease if isinstance(lease, Lease) else await let_in(lease)
+        lease = self.pool.lease(request(name, deadline, task))
+        return lease if isinstance(lease, Lease) else await lease_of(lease)
 
     async def asking(self, name: str, deadline: Deadline | None = None) -> asyncio.Task[Lease]:
         """A request that waits now."""
-        queued = self.pool.lease(ModelRequest(name, _CHAT, {}, deadline or Deadline()))
-        assert not isinstance(queued, Lease)
-        task = asyncio.create_task(let_in(queued))
+        task = asyncio.create_task(lease_of(self.queued(request(name, deadline))))
         await asyncio.sleep(0)
         return task
+
+    def queued(self, wanted: ModelRequest) -> QueuedRequest[ModelRequest, Lease]:
+        """A request that has joined the queue, and that no task awaits yet."""
+        queued = self.pool.lease(wanted)
+        assert not isinstance(queued, Lease)
+        return queued
 
     async def use(self, *names: str) -> list[Running]:
         """A request to each, one after the other."""
@@ -363,6 +397,21 @@ class PoolBox:
             lease.release()
             used.append(lease.running)
         return used
+
+
+def request(
+    name: str,
+    deadline: Deadline | None = None,
+    task: asyncio.Future[None] | None = None,
+    endpoint: Endpoint = CHAT,
+    **body: Any,
+) -> ModelRequest:
+    return ModelRequest(name, endpoint, body, deadline or Deadline(), task)  # type: ignore[arg-type]  # any future
+
+
+def with_code(code: str) -> Callable[[LLMServeError], bool]:
+    """For `pytest.raises(..., check=with_code(...))`."""
+    return lambda error: error.code == code
 
 
 def broken(cause: str = "ValueError: no memory left") -> Plan:
@@ -387,7 +436,7 @@ def http_scope(
     return scope
 
 
-async def let_in(place: QueuedRequest[Any, H]) -> H:
+async def lease_of(place: QueuedRequest[Any, H]) -> H:
     """What a place in the queue is given; it is left if the wait is cancelled."""
     try:
         await asyncio.wait({place.given})
@@ -409,6 +458,28 @@ def error_of(reply: httpx.Response) -> dict[str, Any]:
     assert error["message"].replace("\n", " ").isprintable()
     assert isinstance(error["type"], str)
     return error
+
+
+async def released_in_order(line: Sequence[asyncio.Task[Lease]]) -> list[Running]:
+    """The engines of queued requests, each released before the next one gets its lease."""
+    used: list[Running] = []
+    for number, each in enumerate(line):
+        lease = await soon(each)
+        assert not any(later.done() for later in line[number + 1 :])
+        lease.release()
+        used.append(lease.running)
+    return used
+
+
+async def cancel(task: asyncio.Task[Any]) -> None:
+    """Cancel a task and wait for its end."""
+    task.cancel()
+    await asyncio.wait({task})
+
+
+async def some_ms() -> None:
+    """Long enough for whatever would happen by mistake."""
+    await asyncio.sleep(0.015)
 
 
 async def until(holds: Callable[[], bool], within_s: float = 60.0) -> None:

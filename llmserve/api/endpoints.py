@@ -170,7 +170,7 @@ def parse_object(body: Buffer) -> dict[str, Any]:
     return value
 
 
-def cannot(model: str, endpoint: EndpointId, able: Iterable[EndpointId]) -> str:
+def cannot(model: str, endpoint: EndpointId, supported: Iterable[EndpointId]) -> str:
     """Return the error message for an endpoint that a model does not support."""
-    titles = ", ".join(sorted(TITLES[each] for each in able))
+    titles = ", ".join(sorted(TITLES[each] for each in supported))
     return f"The model {quoted(model)} does not support {TITLES[endpoint]}; supported: {titles}."

@@ -180,7 +180,7 @@ class FlushScheduler:
             stream.broke(error)
 
     @contextmanager
-    def coming(self) -> Iterator[None]:
+    def preparing(self) -> Iterator[None]:
         """Count a request in preparation, from its batch to the engine or vLLM's handler."""
         self._preparing += 1
         try:

@@ -82,13 +82,13 @@ class ModelHandlers:
         self._stored = stored
         self.took: Mapping[str, float] = {}  # seconds of its start, by step
         self._state = state
-        self.able = frozenset(
+        self.endpoints = frozenset(
             endpoint
             for endpoint, handler in HANDLERS.items()
             if getattr(state, handler.owner, None) is not None
         )
         self._fast_paths = {
-            each: self._new_fast_path(each, encode) for each in _ADAPTERS if each in self.able
+            each: self._new_fast_path(each, encode) for each in _ADAPTERS if each in self.endpoints
         }
 
     @classmethod
@@ -167,7 +167,7 @@ class ModelHandlers:
 
     def prepare_constraints(self) -> None:
         """Load what the first constraint needs, while the model serves."""
-        if self.able & _GENERATING:
+        if self.endpoints & _GENERATING:
             self.engine.client.prepare_constraints()
 
     async def prepare_sleep(self) -> None:
@@ -188,10 +188,10 @@ class ModelHandlers:
         await self.engine.end()
         gc_policy.collect_soon()
 
-    def coming(self) -> contextlib.AbstractContextManager[None]:
-        return self.engine.flow.coming()
+    def preparing(self) -> contextlib.AbstractContextManager[None]:
+        return self.engine.flow.preparing()
 
-    def express(
+    def try_fast_path(
         self, endpoint: EndpointId, body: dict[str, Any], asked: str, scope: Scope
     ) -> ASGIApp | None:
         """Return the answer of a known kind of request; None if it needs `call`."""
@@ -205,8 +205,8 @@ class ModelHandlers:
 
         Raises LLMServeError before the first byte; later failures are an error event.
         """
-        if endpoint not in self.able:
-            raise Unsupported(cannot(self.name, endpoint, self.able), param="model")
+        if endpoint not in self.endpoints:
+            raise Unsupported(cannot(self.name, endpoint, self.endpoints), param="model")
         requested_name.set(asked)
         if "request_id" in body:  # the server chooses it: it is an answer's id, and a key
             body = {name: value for name, value in body.items() if name != "request_id"}

@@ -130,9 +130,11 @@ class InferenceEndpoint:
     ) -> ASGIApp:
         services: Services = scope["app"].state.services
         try:
-            with lease.running.coming():
+            with lease.running.preparing():
                 await services.batcher.join()
-                answer = lease.running.express(self.endpoint.id, wanted.body, wanted.name, scope)
+                answer = lease.running.try_fast_path(
+                    self.endpoint.id, wanted.body, wanted.name, scope
+                )
                 await asyncio.sleep(0)  # until its batch is prepared
             if answer is None:
                 request = Request(scope, receive)

@@ -50,7 +50,7 @@ def model_card(name: str, model: Model, created: int, running: Running | None) -
         card["parent"] = model.name
     if running is not None:
         card["max_model_len"] = running.max_model_len
-        card["endpoints"] = sorted(running.able)
+        card["endpoints"] = sorted(running.endpoints)
     return card
 
 

@@ -104,11 +104,9 @@ def _count(value: object) -> int:
 class Policy(Protocol):
     def choose(self, ready: Sequence[T], ask: DispatchRequest) -> T:
         """Choose one of the ready replicas; there is at least one."""
-        ...
 
     def forget(self, number: int) -> None:
         """Forget a replica whose engine, and so its KV cache, has ended."""
-        ...
 
 
 class Lottery:

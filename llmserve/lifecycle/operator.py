@@ -118,15 +118,13 @@ class ModelOperator:
                 self._backend.memory.planned, config, self._kept(changes)
             )
             lines = diff.describe(changes)
+            report = diff.document(changes) | {"changed": bool(lines)}
             if not dry_run:
                 apply_plan()
                 self._pool.life.check_memory()
                 self.server = server
                 lines += await self._apply(config, changes)
-            return diff.document(changes) | {
-                "changed": bool(diff.describe(changes)),
-                "lines": lines,
-            }
+            return report | {"lines": lines}
 
     async def _apply(self, config: Config, changes: Changes) -> list[str]:
         """Apply the changes; return a line for each failure, which does not change its model."""
@@ -190,7 +188,7 @@ class ModelOperator:
         if not kept and self._pool.life.fits(new):
             return await self._replace(old, model)
         for replica in new:
-            self._pool.life.queue_requests(replica)
+            replica.queues_requests = True
         self._pool.add(model)
         await self._pool.end(old, [each for each in old.replicas if each not in kept])
         return await self._start(model)

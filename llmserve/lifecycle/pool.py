@@ -56,20 +56,14 @@ class Pool:
         self._backend = backend
         self._on_change = on_change
         self._all: dict[ServedModel, None] = {}  # with models that have not entered or still leave
-        self._named: list[ModelSpec] = []
-        self._names = ModelNames(self._named)
+        self.registry = ModelNames(())  # the public names of the models
         for spec in specs:
             self.add(self.create(spec))
 
     # --- models
 
-    @property
-    def registry(self) -> ModelNames:
-        """The public names of the models."""
-        specs = [model.spec for model in self.models.values()]
-        if specs != self._named:
-            self._named, self._names = specs, ModelNames(specs)
-        return self._names
+    def _index_names(self) -> None:
+        self.registry = ModelNames(model.spec for model in self.models.values())
 
     def find(self, name: str) -> ServedModel:
         """The model of a public name. Raises ModelNotFound."""
@@ -102,6 +96,7 @@ class Pool:
     def apply_spec(self, model: ServedModel, spec: ModelSpec) -> None:
         """Continue with a changed spec or plan, in which the model keeps its engines."""
         model.apply_spec(spec, self._placements(spec))
+        self._index_names()
         self._gauges.show_dispatch(model)
         self.life.check_memory()
 
@@ -111,9 +106,11 @@ class Pool:
         if before is not None:
             if set(before.replicas) & set(model.replicas):
                 model.inherit(before)
-            model.responses = before.responses
+            if model.spec.model == before.spec.model:  # another model starts without its responses
+                model.responses = before.responses
             self.remove(before)
         self.models[model.name] = model
+        self._index_names()
         self._gauges.add(model)
         for replica in model.replicas:
             if replica.running is not None:
@@ -126,10 +123,12 @@ class Pool:
         """Put the models into this order."""
         self.models = {name: self.models[name] for name in names}
         self._all = dict.fromkeys((*self.models.values(), *self._all))
+        self._index_names()
 
     def remove(self, model: ServedModel) -> None:
         """Remove a model from the public names; its queued requests may still be admitted."""
         del self.models[model.name]
+        self._index_names()
         self._gauges.remove(model)
         for replica in model.replicas:
             if replica.model is model:
@@ -141,7 +140,7 @@ class Pool:
         await model.slots.wait_empty()
         replicas = model.replicas if replicas is None else tuple(replicas)
         for replica in replicas:
-            self.life.retire(replica)
+            replica.retired = True
         await in_parallel(self.supervisor.end(each) for each in replicas)
         del self._all[model]
         for replica in replicas:

@@ -49,7 +49,7 @@ AT_REST = frozenset({State.DRAINING, State.SLEEPING, State.STOPPED})
 class Running(Protocol):
     """A started engine with its request handlers."""
 
-    able: frozenset[EndpointId]
+    endpoints: frozenset[EndpointId]
     took: Mapping[str, float]  # seconds of its start, by step
 
     @property
@@ -70,10 +70,10 @@ class Running(Protocol):
     def dead(self) -> bool: ...
     @property
     def registry(self) -> CollectorRegistry: ...
-    def coming(self) -> AbstractContextManager[None]:
+    def preparing(self) -> AbstractContextManager[None]:
         """Entered while a request is prepared; the text of running answers may wait meanwhile."""
 
-    def express(
+    def try_fast_path(
         self, endpoint: EndpointId, body: dict[str, Any], asked: str, scope: Scope
     ) -> ASGIApp | None:
         """The answer on the fast path; None if the request needs `call`."""

@@ -68,7 +68,7 @@ class Supervisor:
     def start_on_demand(self, replicas: Iterable[Replica]) -> None:
         """Begin to start or wake replicas, and let requests wait for them."""
         for replica in replicas:
-            self._life.queue_requests(replica)
+            replica.queues_requests = True
             self.begin(replica, self._life.make_ready)
 
     async def ensure_started(self, model: ServedModel) -> None:

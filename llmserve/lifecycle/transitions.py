@@ -279,10 +279,6 @@ class ReplicaLifecycle:
 
     # --- requests and reloads
 
-    def queue_requests(self, replica: Replica) -> None:
-        """Let requests wait for a replica that starts."""
-        replica.queues_requests = True
-
     def record_idle(self, replica: Replica) -> None:
         """Record that the last request of a replica has ended."""
         replica.unused.set()
@@ -297,10 +293,6 @@ class ReplicaLifecycle:
         """Allow the eviction of a replica whose model has left the pool."""
         replica.leaves = True
         self.check_memory()
-
-    def retire(self, replica: Replica) -> None:
-        """Let a replica stop after its requests and not start again."""
-        replica.retired = True
 
     async def rebuild(self, replicas: Iterable[Replica], spec: ModelSpec) -> None:
         """Give running engines the handlers of a changed spec: all of them, or none.

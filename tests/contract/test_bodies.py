@@ -15,8 +15,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from llmserve.api.endpoints import ENDPOINTS
-from llmserve.engine import handlers
-from llmserve.engine.endpoint_handlers import HANDLERS
+from llmserve.engine.endpoint_handlers import HANDLERS, parse
 from llmserve.engine.pacing import PacedRendering
 from llmserve.engine.request_validation import KEYS_LIMIT, bounded
 from llmserve.http import app
@@ -102,13 +101,12 @@ async def test_a_large_body_is_validated_in_the_body_thread(
     fake: Services, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
     threads: list[str] = []
-    parse = handlers.parse
 
     def recorded(endpoint: EndpointId, body: dict[str, Any]) -> Any:
         threads.append(threading.current_thread().name)
         return parse(endpoint, body)
 
-    monkeypatch.setattr(handlers, "parse", recorded)
+    monkeypatch.setattr("llmserve.engine.handlers.parse", recorded)
     transport = httpx.ASGITransport(app.build(fake))
     async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=60) as client:
         await client.post(path, json=PLAIN | {"metadata": {"a": "x" * 100_000}})

@@ -215,6 +215,6 @@ async def test_engine_s_handlers_are_built_outside_the_loop(
     spec = ModelSpec(name="chat", model=str(CHAT), engine={"max_model_len": 512})
     async with on_fake_core(spec) as (serving, _):
         changed = await serving.changed(spec.model_copy(update={"tool_call_parser": "hermes"}))
-        assert changed.able == serving.able
+        assert changed.endpoints == serving.endpoints
     assert len(threads) == 2
     assert threading.current_thread() not in threads

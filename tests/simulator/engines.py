@@ -65,7 +65,7 @@ def _gpu_of(spec: ModelSpec) -> Place:
 
 
 class Start(NamedTuple):
-    """A start that goes on."""
+    """A start in progress."""
 
     model: str
     number: int
@@ -238,7 +238,7 @@ class Running:
 
     def __init__(self, engine: Engine, weather: Weather) -> None:
         self.engine = engine
-        self.able = frozenset(EndpointId)
+        self.endpoints = frozenset(EndpointId)
         self.took: Mapping[str, float] = {}
         self.max_model_len = 2048
         self.registry = _NO_FIGURES
@@ -251,7 +251,7 @@ class Running:
     def dead(self) -> bool:
         return self.engine.dead
 
-    def coming(self) -> AbstractContextManager[None]:
+    def preparing(self) -> AbstractContextManager[None]:
         return nullcontext()
 
     def prepare_constraints(self) -> None: ...
@@ -259,7 +259,7 @@ class Running:
     def share(self, stored: Any) -> None:
         pass
 
-    def express(self, *_: Any) -> None:
+    def try_fast_path(self, *_: Any) -> None:
         return None
 
     async def call(
@@ -268,7 +268,7 @@ class Running:
         del endpoint, request
         assert self.engine.level is Level.READY, "a request reached an engine that is asleep"
         names = (*self.engine.spec.names, *self.engine.spec.loras)
-        assert asked in names or self._weather is None, "another model's request"
+        assert asked in names, "another model's request"
         pieces, each_s = int(body["pieces"]), float(body["each_s"])
         if body.get("stream"):
             frames = PeekableStream(self._frames(pieces, each_s), failure)
@@ -281,11 +281,6 @@ class Running:
         for _ in range(pieces):
             await self.engine.do(each_s)
             yield b"data: x\n\n"
-
-    async def fetch_response(self, *_: Any) -> Response:
-        return Response(b"{}")
-
-    cancel_response = fetch_response
 
     async def responds(self, within_s: float) -> bool:
         if self.engine.hangs and not self.engine.dead:

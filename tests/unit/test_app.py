@@ -1041,7 +1041,7 @@ async def test_http_1_0_stream_of_a_model_has_no_chunks() -> None:
 
 async def test_path_in_the_log_is_escaped(caplog: pytest.LogCaptureFixture) -> None:
     async with asgi() as box:
-        box.pool.models = None  # type: ignore[assignment]  # unforeseen
+        box.pool.registry = None  # type: ignore[assignment]  # unforeseen
         reply = await box.client.get("http://box/v1/models/a%0Dforged%1b%5B2J")
     assert reply.status_code == 500
     (record,) = (each for each in caplog.records if "unforeseen" in each.message)

@@ -230,7 +230,7 @@ def test_missing_model_of_several_is_refused(body: dict[str, Any]) -> None:
 def test_the_card_of_a_model_and_of_its_adapter() -> None:
     model = Model(spec("chat", loras={"sql": "/loras/sql"}))
     assert model_card(
-        "chat", model, 7, FakeRunning(able=frozenset({EndpointId.SCORES, EndpointId.POOLING}))
+        "chat", model, 7, FakeRunning(endpoints=frozenset({EndpointId.SCORES, EndpointId.POOLING}))
     ) == {
         "id": "chat",
         "object": "model",

@@ -53,14 +53,16 @@ class Expressed(FakeRunning):
         self.on_their_way = 0
 
     @contextmanager
-    def coming(self) -> Iterator[None]:
+    def preparing(self) -> Iterator[None]:
         self.on_their_way += 1
         try:
             yield
         finally:
             self.on_their_way -= 1
 
-    def express(self, endpoint: EndpointId, body: dict[str, Any], asked: str, scope: Scope) -> Any:
+    def try_fast_path(
+        self, endpoint: EndpointId, body: dict[str, Any], asked: str, scope: Scope
+    ) -> Any:
         assert self.on_their_way == 1
         self.asked.append((endpoint, asked, RequestContext.of(scope).id))
         return self.known()
@@ -184,7 +186,7 @@ async def test_disconnect_aborts_a_token_stream_and_is_counted() -> None:
     source = Talking("hello")
     async with real() as box:
         running = box.running
-        running.express = lambda *_: source.answer()  # type: ignore[method-assign, assignment]
+        running.try_fast_path = lambda *_: source.answer()  # type: ignore[method-assign, assignment]
         async with box.client.stream("POST", CHAT, json=HI) as reply:
             assert await soon(anext(reply.aiter_raw())) == b"hello"
         await until(lambda: source.aborts == 1)

@@ -26,8 +26,7 @@ async def test_in_parallel_keeps_the_order() -> None:
 
 async def test_in_parallel_awaits_all_before_it_raises() -> None:
     gate = Gate()
-    running = asyncio.create_task(in_parallel([_fails(), _through(gate)]))
-    await soon(gate.reached.wait())
+    running = await gate.begin(in_parallel([_fails(), _through(gate)]))
     assert not running.done()
     gate.opened.set()
     with pytest.raises(KeyError):

@@ -6,28 +6,30 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from llmserve.api.endpoint_id import EndpointId
-from llmserve.api.endpoints import ENDPOINTS
 from llmserve.errors import EngineDead, ModelNotFound, Overloaded, StartupError
 from llmserve.lifecycle import restart_backoff
-from llmserve.lifecycle.admission import Deadline, QueuedRequest
-from llmserve.lifecycle.lease import Lease, ModelRequest
+from llmserve.lifecycle.lease import Lease
 from llmserve.lifecycle.placement import Level
 from llmserve.lifecycle.replica import Replica, State
 from llmserve.lifecycle.timings import TIMINGS, LifecycleTimings
-from tests.fakes import FAST, FakeBackend, Gate, Plan, PoolBox, broken, let_in, soon, spec, until
+from tests.fakes import (
+    EMBED,
+    FAST,
+    FakeBackend,
+    Gate,
+    Plan,
+    PoolBox,
+    broken,
+    lease_of,
+    request,
+    soon,
+    spec,
+    until,
+    with_code,
+)
 
 if TYPE_CHECKING:
     from llmserve.registry.spec import ModelSpec
-
-CHAT, EMBED = (
-    next(endpoint for endpoint in ENDPOINTS if endpoint.id is id_)
-    for id_ in (EndpointId.CHAT_COMPLETIONS, EndpointId.EMBEDDINGS)
-)
-
-
-def wish(name: str, task: asyncio.Future[None] | None = None, **body: Any) -> ModelRequest:
-    return ModelRequest(name, CHAT, body, Deadline(), task)  # type: ignore[arg-type]  # any future
 
 
 class Box(PoolBox):
@@ -52,25 +54,22 @@ class Box(PoolBox):
         super().__init__(specs, self.backend, timings)
 
     def lease(self, name: str, task: asyncio.Future[None] | None = None, **body: Any) -> Lease:
-        lease = self.pool.lease(wish(name, task, **body))
+        lease = self.pool.lease(request(name, task=task, **body))
         assert isinstance(lease, Lease)
         return lease
 
     def shown_states(self) -> dict[str, str]:
         """The states that the metrics show; of one of several replicas by `MODEL/NUMBER`."""
         samples = [s for family in self.metrics.state.collect() for s in family.samples]
-        several = {s.labels["model"] for s in samples if s.labels["replica"] != "0"}
+        shown = [s.labels for s in samples if s.value == 1]
+        several = {each["model"] for each in shown if each["replica"] != "0"}
         return {
-            s.labels["model"]
-            + ("/" + s.labels["replica"] if s.labels["model"] in several else ""): (
-                s.labels["state"]
-            )
-            for s in samples
-            if s.value == 1
+            each["model"] + f"/{each['replica']}" * (each["model"] in several): each["state"]
+            for each in shown
         }
 
     def in_flight(self, model: str) -> float | None:
-        return self.figure("requests_in_flight", model=model)
+        return self.metric("requests_in_flight", model=model)
 
 
 # --- starting
@@ -78,14 +77,8 @@ class Box(PoolBox):
 
 async def test_all_models_start_at_the_same_time() -> None:
     gates = {name: Gate() for name in ("chat", "embed", "draft")}
-    box = Box(
-        chat=Plan(gate=gates["chat"]),
-        embed=Plan(gate=gates["embed"]),
-        draft=Plan(gate=gates["draft"]),
-    )
-    starting = asyncio.ensure_future(box.pool.start())
-    for gate in gates.values():
-        await soon(gate.reached.wait())
+    box = Box(**{name: Plan(gate=gate) for name, gate in gates.items()})
+    starting = await box.starting(*gates.values())
     assert not starting.done()
     for gate in gates.values():
         gate.opened.set()
@@ -99,8 +92,7 @@ async def test_a_model_serves_while_another_still_starts() -> None:
     starting = asyncio.ensure_future(box.pool.start())
     await box.until(lambda: box.states()["chat"] == "ready")
     assert box.lease("chat").running is box.backend.running("chat")
-    gate.opened.set()
-    await soon(starting)
+    await gate.open_for(starting)
 
 
 @pytest.mark.parametrize(
@@ -111,14 +103,13 @@ async def test_a_model_serves_while_another_still_starts() -> None:
     ],
 )
 async def test_a_failed_start_does_not_stop_the_others(error: Exception, note: str) -> None:
-    box = Box(embed=Plan(error=error))
-    await box.pool.start()
+    box = await Box(embed=Plan(error=error)).started()
     assert box.states() == {"chat": "ready", "embed": "failed", "draft": "ready"}
     assert ("embed", State.FAILED, note) in box.seen
     assert [model.name for model in box.pool.ready()] == ["chat", "draft"]
 
 
-async def test_a_required_one_that_fails_ends_the_start_at_once() -> None:
+async def test_required_model_that_fails_ends_the_start() -> None:
     gate = Gate()
     box = Box(required=True, chat=broken("ValueError: no KV cache"), embed=Plan(gate=gate))
     with pytest.raises(StartupError) as ended:
@@ -129,18 +120,16 @@ async def test_a_required_one_that_fails_ends_the_start_at_once() -> None:
     assert gate.cancelled
 
 
-async def test_a_box_without_one_ready_model_does_not_start() -> None:
+async def test_start_without_a_ready_model_fails() -> None:
     box = Box(chat=broken(), embed=broken(), draft=broken())
     with pytest.raises(StartupError, match="no model could be started"):
         await box.pool.start()
 
 
-async def test_a_start_that_is_given_up_gives_up_every_model() -> None:
+async def test_cancelled_start_cancels_every_model() -> None:
     gates = [Gate(), Gate()]
     box = Box(chat=Plan(gate=gates[0]), embed=Plan(gate=gates[1]))
-    starting = asyncio.ensure_future(box.pool.start())
-    for gate in gates:
-        await soon(gate.reached.wait())
+    starting = await box.starting(*gates)
     starting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await starting
@@ -149,25 +138,16 @@ async def test_a_start_that_is_given_up_gives_up_every_model() -> None:
         assert gate.cancelled
 
 
-async def test_progress_is_passed_on_as_it_comes() -> None:
-    box = Box(
-        chat=Plan(
-            reports=(
-                (State.DOWNLOADING, ""),
-                (State.DOWNLOADING, "0.10 of 0.27 GiB"),
-                (State.LOADING, ""),
-                (State.WARMING, ""),
-            )
-        )
-    )
-    await box.pool.start()
-    assert [(state, note) for name, state, note in box.seen if name == "chat"] == [
+async def test_progress_of_a_start_is_reported() -> None:
+    reports = (
         (State.DOWNLOADING, ""),
         (State.DOWNLOADING, "0.10 of 0.27 GiB"),
         (State.LOADING, ""),
         (State.WARMING, ""),
-        (State.READY, ""),
-    ]
+    )
+    box = await Box(chat=Plan(reports=reports)).started()
+    seen = [(state, note) for name, state, note in box.seen if name == "chat"]
+    assert seen == [*reports, (State.READY, "")]
     assert box.pool.replicas[0].seconds > 0
 
 
@@ -175,40 +155,35 @@ async def test_progress_is_passed_on_as_it_comes() -> None:
 
 
 @pytest.mark.parametrize("state", [State.DOWNLOADING, State.LOADING, State.WARMING])
-async def test_a_model_that_is_not_ready_yet_says_when_to_come_back(state: State) -> None:
+async def test_starting_model_refuses_with_retry_after(state: State) -> None:
     gate = Gate()
     box = Box(chat=Plan(reports=((state, ""),), gate=gate))
-    starting = asyncio.ensure_future(box.pool.start())
-    await soon(gate.reached.wait())
+    starting = await box.starting(gate)
     with pytest.raises(Overloaded) as refused:
         box.lease("chat")
     assert refused.value.message == f"The model `chat` is {state}; try again."
     assert refused.value.code == "model_not_ready"
     assert refused.value.headers() == {"retry-after": "5"}
     assert box.pool.models["chat"].slots.in_flight == 0
-    gate.opened.set()
-    await soon(starting)
+    await gate.open_for(starting)
     box.lease("chat").release()
 
 
 def test_a_model_that_was_never_started_is_not_ready() -> None:
-    with pytest.raises(Overloaded, match="`chat` is waiting") as refused:
+    with pytest.raises(Overloaded, match="`chat` is waiting", check=with_code("model_not_ready")):
         Box().lease("chat")
-    assert refused.value.code == "model_not_ready"
 
 
-async def test_a_model_that_could_not_start_is_not_worth_another_try() -> None:
-    box = Box(embed=broken())
-    await box.pool.start()
+async def test_failed_model_refuses_without_retry_after() -> None:
+    box = await Box(embed=broken()).started()
     with pytest.raises(EngineDead, match="`embed` could not be started") as refused:
         box.lease("embed")
     assert refused.value.code == "model_failed"
     assert refused.value.headers() == {}
 
 
-async def test_an_unknown_name_gets_the_names_there_are_and_the_nearest() -> None:
-    box = Box()
-    await box.pool.start()
+async def test_unknown_name_gets_the_known_and_the_nearest() -> None:
+    box = await Box().started()
     with pytest.raises(ModelNotFound) as refused:
         box.lease("gpt-4")
     assert refused.value.message == (
@@ -217,36 +192,28 @@ async def test_an_unknown_name_gets_the_names_there_are_and_the_nearest() -> Non
 
 
 async def test_aliases_share_the_slots_of_their_model() -> None:
-    box = Box(max_in_flight=2)
-    await box.pool.start()
+    box = await Box(max_in_flight=2).started()
     leases = [box.lease("chat"), box.lease("gpt-4o")]
     assert {lease.model for lease in leases} == {"chat"}
     assert box.in_flight("chat") == 2
-    with pytest.raises(Overloaded, match="its max_in_flight") as refused:
+    with pytest.raises(Overloaded, match="its max_in_flight", check=with_code("overloaded")):
         box.lease("chat")
-    assert refused.value.code == "overloaded"
     box.lease("embed").release()
 
 
-async def test_a_lease_is_given_back_once() -> None:
-    box = Box(max_in_flight=2)
-    await box.pool.start()
-    other = box.lease("chat")
-    lease = box.lease("chat")
-    lease.release()
-    assert box.in_flight("chat") == 1
-    lease.release()
-    assert box.in_flight("chat") == 1
-    other.release()
-    assert box.in_flight("chat") == 0
+async def test_second_release_of_a_lease_has_no_effect() -> None:
+    box = await Box(max_in_flight=2).started()
+    leases = [box.lease("chat") for _ in range(2)]
+    for lease, left in zip((leases[0], *leases), (1, 1, 0), strict=True):
+        lease.release()
+        assert box.in_flight("chat") == left
 
 
 # --- deaths and ends
 
 
-async def test_an_engine_that_dies_is_started_again_and_the_others_serve_on() -> None:
-    box = Box()
-    await box.pool.start()
+async def test_dead_engine_restarts_and_others_serve() -> None:
+    box = await Box().started()
     async with box.watched():
         box.backend.running("chat").dead = True
         await box.until(lambda: box.states()["chat"] == "waiting")
@@ -260,13 +227,11 @@ async def test_an_engine_that_dies_is_started_again_and_the_others_serve_on() ->
     box.lease("chat").release()
     assert box.backend.started.count("chat") == 2
     assert box.backend.running("chat").stopped
-    page = box.metrics.page([]).decode()
-    assert 'llmserve_engine_deaths_total{model="chat",replica="0"} 1.0' in page
+    assert box.metric("engine_deaths_total", model="chat", replica="0") == 1
 
 
-async def test_an_engine_that_dies_again_and_again_is_left() -> None:
-    box = Box(timings=FAST)
-    await box.pool.start()
+async def test_engine_is_not_restarted_after_many_deaths() -> None:
+    box = await Box(timings=FAST).started()
     async with box.watched():
         for _ in range(1, restart_backoff.GIVE_UP):
             box.backend.running("chat").dead = True
@@ -283,8 +248,7 @@ async def test_an_engine_that_dies_again_and_again_is_left() -> None:
 
 
 async def test_a_start_that_fails_after_a_death_counts_as_one() -> None:
-    box = Box(timings=FAST)
-    await box.pool.start()
+    box = await Box(timings=FAST).started()
     box.backend.plans["chat"].error = StartupError("no memory left")
     async with box.watched():
         box.backend.running("chat").dead = True
@@ -293,9 +257,8 @@ async def test_a_start_that_fails_after_a_death_counts_as_one() -> None:
     assert box.backend.started.count("chat") == restart_backoff.GIVE_UP
 
 
-async def test_an_engine_that_hangs_is_killed_and_started_again() -> None:
-    box = Box(timings=replace(FAST, hang_check_s=0.01, hang_s=0.02))
-    await box.pool.start()
+async def test_hung_engine_is_killed_and_restarted() -> None:
+    box = await Box(timings=replace(FAST, hang_check_s=0.01, hang_s=0.02)).started()
     async with box.watched():
         await asyncio.sleep(0.1)
         assert box.backend.started.count("chat") == 1  # those that answer are left alone
@@ -304,9 +267,8 @@ async def test_an_engine_that_hangs_is_killed_and_started_again() -> None:
         await box.until(lambda: set(box.states().values()) == {"ready"})
 
 
-async def test_the_end_of_the_server_ends_a_revival() -> None:
-    box = Box(timings=replace(FAST, first_restart_s=0.02))
-    await box.pool.start()
+async def test_stopped_pool_cancels_a_restart() -> None:
+    box = await Box(timings=replace(FAST, first_restart_s=0.02)).started()
     async with box.watched():
         box.backend.running("chat").dead = True
         await box.until(lambda: box.states()["chat"] == "waiting")
@@ -315,9 +277,8 @@ async def test_the_end_of_the_server_ends_a_revival() -> None:
     assert box.backend.started.count("chat") == 1
 
 
-async def test_a_closed_pool_admits_nobody_but_lets_requests_finish() -> None:
-    box = Box()
-    await box.pool.start()
+async def test_closed_pool_refuses_requests_and_completes_others() -> None:
+    box = await Box().started()
     lease = box.lease("chat")
     box.pool.close()
     with pytest.raises(Overloaded) as refused:
@@ -329,9 +290,8 @@ async def test_a_closed_pool_admits_nobody_but_lets_requests_finish() -> None:
     assert box.in_flight("chat") == 0
 
 
-async def test_a_drain_waits_for_requests_and_no_longer() -> None:
-    box = Box()
-    await box.pool.start()
+async def test_drain_waits_for_requests() -> None:
+    box = await Box().started()
     lease = box.lease("chat")
     draining = asyncio.ensure_future(box.pool.drain(10))
     await asyncio.sleep(0.1)
@@ -340,9 +300,8 @@ async def test_a_drain_waits_for_requests_and_no_longer() -> None:
     await soon(draining)
 
 
-async def test_what_takes_longer_than_the_drain_is_cut_off() -> None:
-    box = Box()
-    await box.pool.start()
+async def test_drain_cuts_requests_at_its_timeout() -> None:
+    box = await Box().started()
     work = asyncio.ensure_future(asyncio.sleep(60))
     lease = box.lease("chat", work)
     await soon(box.pool.drain(0.05))
@@ -353,8 +312,7 @@ async def test_what_takes_longer_than_the_drain_is_cut_off() -> None:
 
 async def test_all_engines_stop_at_the_same_time() -> None:
     gates = {name: Gate() for name in ("chat", "embed", "draft")}
-    box = Box()
-    await box.pool.start()
+    box = await Box().started()
     for name, gate in gates.items():
         box.backend.running(name).stop_gate = gate
     stopping = asyncio.ensure_future(box.pool.stop())
@@ -370,26 +328,22 @@ async def test_all_engines_stop_at_the_same_time() -> None:
     assert box.backend.killed == 0
 
 
-async def test_an_engine_that_does_not_stop_cleanly_does_not_keep_the_others() -> None:
-    box = Box(chat=Plan(), embed=Plan(), draft=Plan())
-    await box.pool.start()
+async def test_failed_stop_of_an_engine_does_not_keep_the_others() -> None:
+    box = await Box(chat=Plan(), embed=Plan(), draft=Plan()).started()
     gate = Gate()
     box.backend.running("chat").stop_error = RuntimeError("boom")
     box.backend.running("embed").stop_gate = gate
-    stopping = asyncio.ensure_future(box.pool.stop())
-    await soon(gate.reached.wait())
+    stopping = await gate.begin(box.pool.stop())
     await asyncio.sleep(0.02)
     assert not stopping.done()
-    gate.opened.set()
-    await soon(stopping)
+    await gate.open_for(stopping)
     assert set(box.states().values()) == {"stopped"}
 
 
-async def test_a_stop_during_the_start_ends_what_is_under_way() -> None:
+async def test_stop_during_the_start_kills_starting_engines() -> None:
     gate = Gate()
     box = Box(embed=Plan(gate=gate))
-    starting = asyncio.ensure_future(box.pool.start())
-    await soon(gate.reached.wait())
+    starting = await box.starting(gate)
     starting.cancel()
     await soon(box.pool.stop())
     assert box.backend.killed == 1
@@ -397,35 +351,31 @@ async def test_a_stop_during_the_start_ends_what_is_under_way() -> None:
     assert box.states()["chat"] == "stopped"
 
 
-async def test_a_stopped_pool_says_that_the_server_stops() -> None:
-    box = Box()
-    await box.pool.start()
+async def test_stopped_pool_refuses_requests() -> None:
+    box = await Box().started()
     await box.pool.stop()
     with pytest.raises(Overloaded, match="The server is stopping"):
         box.lease("chat")
 
 
-# --- figures
+# --- metrics
 
 
 async def test_states_are_in_the_metrics() -> None:
     gate = Gate()
     box = Box(chat=Plan(reports=((State.LOADING, ""),), gate=gate), embed=broken())
     assert box.shown_states() == {"chat": "waiting", "embed": "waiting", "draft": "waiting"}
-    starting = asyncio.ensure_future(box.pool.start())
-    await soon(gate.reached.wait())
+    starting = await box.starting(gate)
     await box.until(lambda: box.states()["draft"] == "ready")
     assert box.shown_states() == {"chat": "loading", "embed": "failed", "draft": "ready"}
-    gate.opened.set()
-    await soon(starting)
+    await gate.open_for(starting)
     assert box.shown_states()["chat"] == "ready"
-    seconds = {"model": "chat", "replica": "0", "level": "stopped"}
-    assert box.metrics.registry.get_sample_value("llmserve_model_ready_seconds", seconds)
+    assert box.metric("model_ready_seconds", model="chat", replica="0", level="stopped")
     await box.pool.stop()
     assert box.shown_states() == {"chat": "stopped", "embed": "failed", "draft": "stopped"}
 
 
-async def test_the_figures_of_running_engines_are_collected() -> None:
+async def test_metrics_of_running_engines_are_collected() -> None:
     box = Box(embed=broken())
     assert list(box.pool.collectors()) == []
     await box.pool.start()
@@ -436,8 +386,8 @@ async def test_the_figures_of_running_engines_are_collected() -> None:
 # --- replicas
 
 
-def twins(**said: Any) -> ModelSpec:
-    return spec("chat", replicas=2, **said)
+def twins(**more: Any) -> ModelSpec:
+    return spec("chat", replicas=2, **more)
 
 
 def plans(*each: Plan) -> dict[str, Any]:
@@ -445,12 +395,10 @@ def plans(*each: Plan) -> dict[str, Any]:
     return {f"chat/{number}": plan for number, plan in enumerate(each)}
 
 
-async def test_all_replicas_start_at_the_same_time_and_share_the_model_s_slots() -> None:
+async def test_replicas_start_together_and_share_slots() -> None:
     gates = [Gate(), Gate()]
     box = Box(twins(max_in_flight=3, max_queue=0), **plans(*(Plan(gate=gate) for gate in gates)))
-    starting = asyncio.ensure_future(box.pool.start())
-    for gate in gates:
-        await soon(gate.reached.wait())
+    starting = await box.starting(*gates)
     for gate in gates:
         gate.opened.set()
     await soon(starting)
@@ -461,7 +409,7 @@ async def test_all_replicas_start_at_the_same_time_and_share_the_model_s_slots()
         box.lease("chat")
 
 
-async def test_a_model_is_ready_with_its_first_replica_and_serves_from_it_alone() -> None:
+async def test_model_serves_with_its_first_ready_replica() -> None:
     gate = Gate()
     slow = Plan(reports=((State.LOADING, ""),), gate=gate)
     box = Box(twins(), **plans(slow))
@@ -470,8 +418,7 @@ async def test_a_model_is_ready_with_its_first_replica_and_serves_from_it_alone(
     assert box.shown_states() == {"chat/0": "loading", "chat/1": "ready"}
     for _ in range(2):
         assert box.lease("chat").replica.name == "chat/1"
-    gate.opened.set()
-    await soon(starting)
+    await gate.open_for(starting)
     assert [each.state for each in box.pool.replicas] == [State.READY, State.READY]
 
 
@@ -487,7 +434,7 @@ async def test_a_model_is_ready_with_its_first_replica_and_serves_from_it_alone(
         ((State.FAILED, State.FAILED), State.FAILED),
     ],
 )
-def test_a_model_is_where_its_furthest_replica_is(
+def test_state_of_a_model_is_that_of_its_furthest_replica(
     states: tuple[State, State], model: State
 ) -> None:
     box = Box(twins())
@@ -499,8 +446,7 @@ def test_a_model_is_where_its_furthest_replica_is(
 
 
 async def test_a_required_model_needs_one_replica() -> None:
-    box = Box(twins(required=True), **plans(broken("OSError: no space left")))
-    await box.pool.start()
+    box = await Box(twins(required=True), **plans(broken("OSError: no space left"))).started()
     assert box.states() == {"chat": "ready"}
     assert ("chat/0", State.FAILED, "OSError: no space left") in box.seen
 
@@ -510,8 +456,7 @@ async def test_a_required_model_needs_one_replica() -> None:
 
 
 async def test_a_replica_that_dies_fails_alone() -> None:
-    box = Box(twins())
-    await box.pool.start()
+    box = await Box(twins()).started()
     async with box.watched():
         box.backend.running("chat/0").dead = True
         await box.until(lambda: box.shown_states() == {"chat/0": "waiting", "chat/1": "ready"})
@@ -526,9 +471,8 @@ async def test_a_replica_that_dies_fails_alone() -> None:
     assert box.shown_states() == {"chat/0": "stopped", "chat/1": "stopped"}
 
 
-async def test_a_replica_that_died_a_moment_ago_gets_nothing() -> None:
-    box = Box(twins(max_in_flight=9))
-    await box.pool.start()
+async def test_dead_replica_gets_no_requests() -> None:
+    box = await Box(twins(max_in_flight=9)).started()
     box.lease("chat", prompt="busy " * 99)
     busy = [replica.name for replica in box.pool.replicas if replica.load.requests]
     (idle,) = {"chat/0", "chat/1"} - set(busy)
@@ -541,20 +485,15 @@ async def test_a_replica_that_died_a_moment_ago_gets_nothing() -> None:
     assert box.in_flight("chat") == 4
 
 
-async def test_tokens_in_flight_are_those_of_the_leases_that_are_held() -> None:
-    box = Box(twins(max_in_flight=9))
-    await box.pool.start()
+async def test_tokens_in_flight_are_those_of_held_leases() -> None:
+    box = await Box(twins(max_in_flight=9)).started()
 
     def shown() -> list[float | None]:
-        name = "llmserve_replica_tokens_in_flight"
-        labels = [{"model": "chat", "replica": number} for number in "01"]
-        return [box.metrics.registry.get_sample_value(name, each) for each in labels]
+        return [box.metric("replica_tokens_in_flight", model="chat", replica=n) for n in "01"]
 
     first = box.lease("chat", prompt="x" * 400, max_tokens=50)
     second = box.lease("chat", prompt=[1] * 30, max_tokens=9000)
-    third = box.pool.lease(
-        ModelRequest("chat", EMBED, {"input": "x" * 40, "max_tokens": 50}, Deadline())
-    )
+    third = box.pool.lease(request("chat", endpoint=EMBED, input="x" * 40, max_tokens=50))
     assert isinstance(third, Lease)
     assert shown() == [100 + 512, 30 + 512 + 10]
     for lease in (first, third, second, second, first):
@@ -564,8 +503,7 @@ async def test_tokens_in_flight_are_those_of_the_leases_that_are_held() -> None:
 
 
 async def test_a_refused_request_counts_for_no_replica() -> None:
-    box = Box(twins(max_in_flight=1, max_queue=0))
-    await box.pool.start()
+    box = await Box(twins(max_in_flight=1, max_queue=0)).started()
     held = box.lease("chat", prompt="x" * 40)
     with pytest.raises(Overloaded):
         box.lease("chat", prompt="x" * 40)
@@ -582,14 +520,13 @@ async def test_a_refused_request_counts_for_no_replica() -> None:
 
 
 async def test_changed_policy_is_the_label_of_later_requests() -> None:
-    box = Box(twins(max_in_flight=9))
-    await box.pool.start()
+    box = await Box(twins(max_in_flight=9)).started()
     box.lease("chat", prompt="x").release()
     box.pool.apply_spec(box.pool.models["chat"], twins(max_in_flight=9, dispatch="prefix_affinity"))
     box.lease("chat", prompt="x").release()
     counted = {
         policy: sum(
-            box.figure("requests_dispatched_total", model="chat", replica=number, policy=policy)
+            box.metric("requests_dispatched_total", model="chat", replica=number, policy=policy)
             or 0
             for number in "01"
         )
@@ -598,9 +535,8 @@ async def test_changed_policy_is_the_label_of_later_requests() -> None:
     assert counted == {"shortest_queue": 1.0, "prefix_affinity": 1.0}
 
 
-async def test_a_lone_replica_s_requests_are_not_weighed() -> None:
-    box = Box()
-    await box.pool.start()
+async def test_requests_of_a_single_replica_have_no_load() -> None:
+    box = await Box().started()
     lease = box.lease("chat", prompt="x" * 400)
     assert lease.replica.name == "chat"
     assert lease.replica.load.tokens == 0
@@ -610,8 +546,7 @@ async def test_a_lone_replica_s_requests_are_not_weighed() -> None:
 
 
 async def test_a_prefix_is_forgotten_with_its_replica() -> None:
-    box = Box(twins(dispatch="prefix_affinity", max_in_flight=99))
-    await box.pool.start()
+    box = await Box(twins(dispatch="prefix_affinity", max_in_flight=99)).started()
     prompt = "same " * 400
 
     def asked() -> Replica:
@@ -629,20 +564,18 @@ async def test_a_prefix_is_forgotten_with_its_replica() -> None:
     assert {asked() for _ in range(5)} == {other}
 
 
-async def test_every_replica_stops_and_shows_its_figures() -> None:
-    box = Box(twins())
-    await box.pool.start()
+async def test_replicas_stop_and_have_metrics() -> None:
+    box = await Box(twins()).started()
     running = [box.backend.running(f"chat/{number}") for number in (0, 1)]
     assert list(box.pool.collectors()) == [each.registry for each in running]
     await box.pool.stop()
     assert [each.stopped for each in running] == [1, 1]
 
 
-async def test_an_engine_that_cannot_be_asked_is_left_alone(
+async def test_engine_whose_check_raises_is_not_killed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    box = Box(timings=replace(FAST, hang_check_s=0.01))
-    await box.pool.start()
+    box = await Box(timings=replace(FAST, hang_check_s=0.01)).started()
     asked: list[float] = []
 
     async def broken(within_s: float) -> bool:
@@ -651,15 +584,14 @@ async def test_an_engine_that_cannot_be_asked_is_left_alone(
 
     monkeypatch.setattr(box.backend.running("chat"), "responds", broken)
     async with box.watched():
-        await until(lambda: len(asked) > 2)  # and it goes on
+        await until(lambda: len(asked) > 2)  # the monitor continues
     assert not box.backend.running("chat").dead
 
 
 async def test_watch_that_is_cancelled_leaves_no_task() -> None:
     """It may be asking an engine that hangs, and draining one that is idle."""
     timings = replace(FAST, hang_check_s=0.001, health_check_s=0.001, hang_s=3600.0)
-    box = Box(spec("chat", idle={"stop_after": 0.002}), timings=timings)
-    await soon(box.pool.start())
+    box = await Box(spec("chat", idle={"stop_after": 0.002}), timings=timings).started()
     running = box.backend.running("chat")
     running.hangs = True
     running.stop_gate = Gate()
@@ -674,8 +606,7 @@ async def test_watch_that_is_cancelled_leaves_no_task() -> None:
 async def test_watch_with_a_replica_that_raises_checks_the_others(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    box = Box(spec("broken"), spec("chat", start="lazy"))
-    await soon(box.pool.start())
+    box = await Box(spec("broken"), spec("chat", start="lazy")).started()
     handle_death = box.pool.supervisor.handle_death
     checked: set[str] = set()
 
@@ -691,8 +622,7 @@ async def test_watch_with_a_replica_that_raises_checks_the_others(
 
 
 async def test_replica_that_hangs_while_it_drains_is_killed() -> None:
-    box = Box(timings=replace(FAST, hang_check_s=0.001, hang_s=0.001))
-    await soon(box.pool.start())
+    box = await Box(timings=replace(FAST, hang_check_s=0.001, hang_s=0.001)).started()
     running = box.backend.running("chat")
     lease = await soon(box.ask("chat"))
     lowering = asyncio.create_task(box.pool.life.lower(box.replica("chat"), Level.STOPPED))
@@ -706,8 +636,7 @@ async def test_replica_that_hangs_while_it_drains_is_killed() -> None:
 
 async def test_unload_serves_the_queue_of_a_model_that_was_resized_meanwhile() -> None:
     """The new model has taken over the queue and the replica that is being unloaded."""
-    box = Box(spec("chat", start="lazy"))
-    await soon(box.pool.start())
+    box = await Box(spec("chat", start="lazy")).started()
     before = box.pool.models["chat"]
     (replica,) = before.replicas
     async with replica.transition_lock:
@@ -715,7 +644,7 @@ async def test_unload_serves_the_queue_of_a_model_that_was_resized_meanwhile() -
         unloading = asyncio.create_task(box.pool.supervisor.unload(before))
         await asyncio.sleep(0)
         resized = box.pool.create(spec("chat", start="lazy", replicas=2), [replica])
-        box.pool.life.retire(resized.replicas[1])  # it does not start in place of the other
+        resized.replicas[1].retired = True  # it does not start in place of the other
         box.pool.add(resized)
     await soon(unloading)
     lease = await soon(asking, 10)
@@ -723,35 +652,33 @@ async def test_unload_serves_the_queue_of_a_model_that_was_resized_meanwhile() -
     lease.release()
 
 
-async def test_model_that_leaves_while_it_is_asked_for_again_serves_its_queue() -> None:
-    box = Box(spec("chat", start="lazy", max_in_flight=1, max_queue=8))
-    await soon(box.pool.start())
+async def test_removed_failed_model_serves_its_queue() -> None:
+    box = await Box(spec("chat", start="lazy", max_in_flight=1, max_queue=8)).started()
     entry = box.pool.models["chat"]
     (replica,) = entry.replicas
     box.pool.life.change(replica, State.FAILED)
     replica.again_at = 0.0
     async with replica.transition_lock:  # another transition is not over
-        places = [box.pool.lease(wish("chat")) for _ in range(2)]
+        first, second = (box.queued(request("chat")) for _ in range(2))
         box.pool.remove(entry)
         ending = asyncio.ensure_future(box.pool.end(entry))
         await asyncio.sleep(0)
-    first, second = (place for place in places if isinstance(place, QueuedRequest))
-    lease = await soon(let_in(first))
+    lease = await soon(lease_of(first))
     for _ in range(20):  # what ends it begins, if it does not wait for the second
         await asyncio.sleep(0)
     lease.release()
-    (await soon(let_in(second))).release()
+    (await soon(lease_of(second))).release()
     await soon(ending)
     assert replica.state is State.STOPPED
 
 
-async def test_queue_of_a_model_that_has_left_is_refused_when_nothing_comes() -> None:
-    box = Box(spec("chat", start="lazy", max_in_flight=1, max_queue=8), chat=broken("no weights"))
-    await soon(box.pool.start())
+async def test_removed_model_that_cannot_start_refuses_its_queue() -> None:
+    box = await Box(
+        spec("chat", start="lazy", max_in_flight=1, max_queue=8), chat=broken("no weights")
+    ).started()
     entry = box.pool.models["chat"]
-    place = box.pool.lease(wish("chat"))
-    assert isinstance(place, QueuedRequest)
+    place = box.queued(request("chat"))
     box.pool.remove(entry)
     await soon(box.pool.end(entry))
     with pytest.raises(EngineDead):
-        await let_in(place)
+        await lease_of(place)

@@ -16,6 +16,11 @@ from tests.fakes import soon
 KIB = "x" * 1024
 
 
+@pytest.fixture
+def responses() -> ResponseStore:
+    return ResponseStore()
+
+
 def handler_of(responses: ResponseStore) -> Any:
     """vLLM's, with the dictionaries that it has been given."""
     handler = SimpleNamespace()
@@ -54,7 +59,7 @@ class Stream:
         finally:
             self.signal.set()
 
-    def says(self, event: str) -> None:
+    def write(self, event: str) -> None:
         self.events.append(event)
         self.signal.set()
 
@@ -98,7 +103,7 @@ def test_archive_evicts_one_that_is_larger_than_all() -> None:
     assert responses.size == 0
 
 
-def test_archive_of_model_that_left_counts_no_more() -> None:
+def test_archive_does_not_count_a_removed_model() -> None:
     archive = Archive(10_000)
     left = archive.new_store()
     store(handler_of(left), "r", KIB * 8)
@@ -127,7 +132,7 @@ async def test_events_of_a_stream_count() -> None:
     running = Stream(handler_of(responses))
     await asyncio.sleep(0)
     for _ in range(200):
-        running.says("event")
+        running.write("event")
     assert responses.size >= 200 * EVENT_BYTES
     running.ends.set_result(None)
     await soon(asyncio.wait({running.task}))
@@ -158,8 +163,7 @@ def test_size_of_a_value_is_no_less_than_its_text(value: Any) -> None:
 # --- whose it is
 
 
-def test_response_is_its_owners_alone() -> None:
-    responses = ResponseStore()
+def test_response_is_its_owners_alone(responses: ResponseStore) -> None:
     handler = handler_of(responses)
     with owned_by("a"):
         store(handler, "r")
@@ -171,22 +175,20 @@ def test_response_is_its_owners_alone() -> None:
     assert responses.has("r", "a")
 
 
-def test_messages_without_a_response_are_not_found() -> None:
-    responses = ResponseStore()
+def test_messages_without_a_response_are_not_found(responses: ResponseStore) -> None:
     handler_of(responses).msg_store["r"] = []
     assert not responses.has("r", "")
 
 
-# --- an end for everyone who waits
+# --- replays end
 
 
-async def test_replay_tells_events_as_they_come() -> None:
-    responses = ResponseStore()
+async def test_replay_yields_events_as_they_are_stored(responses: ResponseStore) -> None:
     running = Stream(handler_of(responses))
     replaying = asyncio.create_task(all_of(responses))
     late = asyncio.create_task(all_of(responses, after=0))
     for event in "abc":
-        running.says(event)
+        running.write(event)
         await asyncio.sleep(0)
     running.ends.set_result(None)
     assert await soon(replaying) == ["a", "b", "c"]
@@ -194,12 +196,11 @@ async def test_replay_tells_events_as_they_come() -> None:
     assert await soon(all_of(responses)) == ["a", "b", "c"]
 
 
-async def test_replay_of_cancelled_response_ends() -> None:
-    responses = ResponseStore()
+async def test_replay_of_cancelled_response_ends(responses: ResponseStore) -> None:
     running = Stream(handler_of(responses))
     replaying = asyncio.create_task(all_of(responses))
     await asyncio.sleep(0)
-    running.says("a")
+    running.write("a")
     for _ in range(2):
         await soon(responses.cancel("r"))
     assert await soon(replaying) == ["a"]
@@ -207,8 +208,9 @@ async def test_replay_of_cancelled_response_ends() -> None:
     assert responses.part("r", "response").status == "cancelled"
 
 
-async def test_replay_of_failed_response_ends_in_an_error(caplog: pytest.LogCaptureFixture) -> None:
-    responses = ResponseStore()
+async def test_replay_of_failed_response_ends_in_an_error(
+    responses: ResponseStore, caplog: pytest.LogCaptureFixture
+) -> None:
     running = Stream(handler_of(responses))
     replaying = asyncio.create_task(all_of(responses))
     await asyncio.sleep(0)
@@ -219,24 +221,23 @@ async def test_replay_of_failed_response_ends_in_an_error(caplog: pytest.LogCapt
     assert "response r failed" in caplog.text
 
 
-async def test_replay_of_response_that_was_not_streamed_is_refused() -> None:
-    responses = ResponseStore()
+async def test_replay_of_response_that_was_not_streamed_is_refused(
+    responses: ResponseStore,
+) -> None:
     store(handler_of(responses), "r")
     with pytest.raises(RequestError, match="not streamed"):
         await soon(all_of(responses))
 
 
-async def test_deleted_response_is_gone() -> None:
-    responses = ResponseStore()
+async def test_deleted_response_is_gone(responses: ResponseStore) -> None:
     store(handler_of(responses), "r")
     await soon(responses.delete("r"))
     assert not responses.has("r", "")
     assert responses.size == 0
 
 
-async def test_deleted_response_in_background_is_ended_first() -> None:
-    """What a task stores as it ends would bring the response back."""
-    responses = ResponseStore()
+async def test_deleted_response_in_background_is_ended_first(responses: ResponseStore) -> None:
+    """Else the task would store the response again at its end."""
     handler = handler_of(responses)
     running = Stream(handler)
     await asyncio.sleep(0)
@@ -245,8 +246,7 @@ async def test_deleted_response_in_background_is_ended_first() -> None:
     assert not responses.has("r", "")
 
 
-async def test_cancel_of_completed_response_is_refused() -> None:
-    responses = ResponseStore()
+async def test_cancel_of_completed_response_is_refused(responses: ResponseStore) -> None:
     store(handler_of(responses), "r")
     with pytest.raises(RequestError, match="Cannot cancel"):
         await soon(responses.cancel("r"))

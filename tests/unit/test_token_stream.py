@@ -391,12 +391,12 @@ async def test_text_waits_while_requests_come_in() -> None:
     await next_iteration()
     engines[0].gives("a")
     await next_iteration()
-    with flow.coming():
+    with flow.preparing():
         for _ in range(2 * SCHEDULE.short_iterations):  # iterations during a request do not count
             await next_iteration()
             engines[0].gives(".")
     for n in (1, 2, 3):
-        with flow.coming():
+        with flow.preparing():
             answering.append(come(n))
             await next_iteration()
         engines[0].gives(str(n))
@@ -415,7 +415,7 @@ async def test_text_waits_while_requests_come_in() -> None:
 async def test_text_does_not_wait_for_a_request_that_failed() -> None:
     async with begun(schedule=PATIENT) as line:
         await line.gives("a")
-        with pytest.raises(KeyError), line.flow.coming():
+        with pytest.raises(KeyError), line.flow.preparing():
             raise KeyError
         line.engine.gives("b")
         await until(partial(line.client.has, 2))
@@ -785,7 +785,7 @@ async def test_streams_that_have_ended_are_unregistered() -> None:
 async def test_text_waits_after_a_request_for_short_iterations() -> None:
     async with begun(schedule=PATIENT) as line:
         await line.gives("a")
-        with line.flow.coming():
+        with line.flow.preparing():
             pass
         line.flow.gather()
         line.engine.gives("b")
