@@ -48,7 +48,7 @@ from llmserve.engine.schema_nulls import schema_of, without_nulls
 from llmserve.errors import RequestError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from pydantic import BaseModel, TypeAdapter
     from pydantic_core import SchemaValidator
@@ -58,13 +58,18 @@ def _unchanged(answer: dict[str, Any]) -> dict[str, Any]:
     return answer
 
 
+def _whole(event: dict[str, Any]) -> Sequence[dict[str, Any]]:
+    return (event,)
+
+
 @dataclass(frozen=True)
 class EndpointHandler:
     """The handler of one endpoint: an attribute of vLLM's State, its method, the request's type.
 
     `nulls` are the keys that may be null in OpenAI's schema; None: there is no such schema, and
     answers stay as they are. `events` are the classes of the events that vLLM writes as text.
-    `complete` adds the keys that vLLM omits; an event that needs it contains one of `marks`.
+    `complete` adds the keys that vLLM omits, `split` divides an event; one that needs either
+    contains one of `marks`.
     """
 
     owner: str
@@ -74,13 +79,14 @@ class EndpointHandler:
     events: tuple[type[BaseModel], ...] = ()
     complete: Callable[[dict[str, Any]], dict[str, Any]] = _unchanged
     marks: tuple[bytes, ...] = ()
+    split: Callable[[dict[str, Any]], Sequence[dict[str, Any]]] = _whole
 
     @cached_property
     def shape(self) -> SchemaValidator:
         return shape_of(self.request)
 
     def pruned(self, frame: bytes) -> bytes:
-        """Return an event of vLLM's text without nulls."""
+        """Return an event of vLLM's text as one or more without nulls."""
         if self.nulls is None:
             return frame
         if b":null" not in frame and not any(mark in frame for mark in self.marks):
@@ -89,7 +95,8 @@ class EndpointHandler:
         if payload is None:
             return frame
         pruned = without_nulls(payload, schema_of(*self.events), self.nulls)
-        return sse.with_payload(frame, self.complete(pruned))
+        parts = self.split(self.complete(pruned))
+        return b"".join(sse.with_payload(frame, part) for part in parts)
 
     def content(self, answer: BaseModel) -> bytes:
         """Return an answer or event, given as a model, as JSON without nulls."""
@@ -122,7 +129,8 @@ HANDLERS: dict[EndpointId, EndpointHandler] = {
         _CHAT_NULLS,
         (ChatCompletionStreamResponse,),
         required_keys.complete_chat,
-        (b'"logprobs":{',),
+        (b'"logprobs":{', b'"finish_reason":"'),
+        required_keys.split_end,
     ),
     EndpointId.COMPLETIONS: EndpointHandler(
         "openai_serving_completion",

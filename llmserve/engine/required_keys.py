@@ -67,6 +67,32 @@ def complete_chat(answer: dict[str, Any]) -> dict[str, Any]:
     return answer
 
 
+def split_end(chunk: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return a chat chunk as one with content and one with a `finish_reason`, if it has both.
+
+    OpenAI's last chunk of a choice has an empty `delta`; vLLM's can have the last text or call.
+    """
+    choices = chunk.get("choices") or []
+    if not any(choice.get("finish_reason") for choice in choices):
+        return [chunk]
+    ends = [_end_of(choice) for choice in choices]
+    if not any(any(choice["delta"].values()) for choice in choices):
+        return [chunk | {"choices": ends}]
+    content = {key: value for key, value in chunk.items() if key != "system_fingerprint"}
+    content["choices"] = [_content_of(choice) for choice in choices]
+    return [content, chunk | {"choices": ends}]
+
+
+def _content_of(choice: dict[str, Any]) -> dict[str, Any]:
+    content = {key: value for key, value in choice.items() if key != "stop_reason"}
+    return content | {"finish_reason": None}
+
+
+def _end_of(choice: dict[str, Any]) -> dict[str, Any]:
+    end = {key: value for key, value in choice.items() if key != "token_ids"}
+    return end | {"delta": {}, "logprobs": None}
+
+
 def complete_message(answer: dict[str, Any]) -> dict[str, Any]:
     """Complete an answer of /v1/messages, or an event of one."""
     match answer.get("type"):

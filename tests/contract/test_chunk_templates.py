@@ -10,6 +10,8 @@ from transformers import AutoTokenizer
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.parser import ParserManager
 
+from llmserve.api.endpoint_id import EndpointId
+from llmserve.engine.endpoint_handlers import HANDLERS
 from llmserve.engine.fastpath.chunk_templates import ChatModels, ChunkTemplate
 from tests.contract.support import CHAT
 
@@ -30,12 +32,44 @@ def test_chunks_without_text_are_vllms(parsed: bool, texts: tuple[str, str]) -> 
     answer = template(parsed=parsed).answer("id")
     for text in texts:
         bare = parsed and not text
-        delta = {} if bare else {"content": text}
-        end, done, rest = answer.last(text, "stop", None, 1, 1).split(b"\n\n")
-        assert (done, rest) == (b"data: [DONE]", b"")
-        assert choice_of(end)["delta"] == delta
         middle = answer.middle(text)
-        assert middle == b"" if bare else choice_of(middle)["delta"] == delta
+        assert middle == b"" if bare else choice_of(middle)["delta"] == {"content": text}
+
+
+@pytest.mark.parametrize("parsed", [False, True])
+def test_last_text_of_a_chat_precedes_its_end(parsed: bool) -> None:
+    answer = template(parsed=parsed).answer("id")
+    text, end, done, rest = answer.last("x", "stop", None, 1, 1).split(b"\n\n")
+    assert text + b"\n\n" == answer.middle("x")
+    assert choice_of(end)["delta"] == {}
+    assert choice_of(end)["finish_reason"] == "stop"
+    assert (done, rest) == (b"data: [DONE]", b"")
+    assert answer.last("", "stop", None, 1, 1).split(b"\n\n")[0] == end
+
+
+CALLS = [{"index": 0, "function": {"arguments": "}"}}]
+
+
+@pytest.mark.parametrize(
+    "delta",
+    [{"content": "x"}, {"reasoning": "x"}, {"tool_calls": CALLS}],
+    ids=lambda d: next(iter(d)),
+)
+def test_event_with_content_and_end_is_split(delta: dict[str, Any]) -> None:
+    choice = {"index": 0, "delta": delta, "logprobs": {"content": []}, "finish_reason": "stop"}
+    chunk = {"id": "a", "system_fingerprint": "f", "choices": [choice | {"stop_reason": 7}]}
+    frame = f"data: {json.dumps(chunk)}\n\n".encode()
+    content, end = HANDLERS[EndpointId.CHAT_COMPLETIONS].pruned(frame).split(b"\n\n")[:2]
+    logprobs = {"content": [], "refusal": None}
+    assert choice_of(content) == choice | {"finish_reason": None, "logprobs": logprobs}
+    assert choice_of(end) == choice | {"delta": {}, "logprobs": None, "stop_reason": 7}
+
+
+def test_event_with_an_end_alone_stays_one() -> None:
+    choice = {"index": 0, "delta": {"content": ""}, "logprobs": None, "finish_reason": "stop"}
+    frame = f"data: {json.dumps({'choices': [choice]})}\n\n".encode()
+    (end, rest) = HANDLERS[EndpointId.CHAT_COMPLETIONS].pruned(frame).split(b"\n\n")
+    assert (choice_of(end)["delta"], rest) == ({}, b"")
 
 
 def test_vllms_parser_returns_no_delta_without_text() -> None:

@@ -142,8 +142,11 @@ def content(reply: httpx.Response, whole: Callable[[Any], Any] = lambda value: v
     if reply.headers["content-type"].startswith("text/event-stream"):
         lines = [line for line in reply.text.splitlines() if line and not line.startswith(":")]
         return [
-            comparable(whole(comparable(json.loads(line[6:])))) if line[:7] == "data: {" else line
+            comparable(whole(comparable(event))) if isinstance(event, dict) else event
             for line in lines
+            for event in (
+                required_keys.split_end(json.loads(line[6:])) if line[:7] == "data: {" else [line]
+            )
         ]
     return comparable(whole(comparable(reply.json())))
 

@@ -47,6 +47,7 @@ class ChunkModels:
 
     response: type[Any]
     kind: str  # its `object`
+    bare_end: bool  # the event with the reason of the end has no text
 
     def __init__(
         self, model: str, fingerprint: str | None, *, include_usage: bool, parsed: bool = False
@@ -83,6 +84,7 @@ class ChunkModels:
 class ChatModels(ChunkModels):
     response = ChatCompletionStreamResponse
     kind = "chat.completion.chunk"
+    bare_end = True  # required_keys.split_end
 
     def __init__(self, model: str, role: str, fingerprint: str | None, **more: bool) -> None:
         super().__init__(model, fingerprint, **more)
@@ -102,7 +104,7 @@ class ChatModels(ChunkModels):
     def _choice(self, text: str, finish: str | None, stop: int | str | None) -> Any:
         choice = ChatCompletionResponseStreamChoice(
             index=0,
-            delta=DeltaMessage(content=text) if text or not self.parsed else DeltaMessage(),
+            delta=DeltaMessage() if finish is not None else DeltaMessage(content=text),
             logprobs=None,
             finish_reason=finish,
             token_ids=None,
@@ -115,6 +117,7 @@ class ChatModels(ChunkModels):
 class CompletionModels(ChunkModels):
     response = CompletionStreamResponse
     kind = "text_completion"
+    bare_end = False
 
     def _choice(self, text: str, finish: str | None, stop: int | str | None) -> Any:
         return CompletionResponseStreamChoice(
@@ -140,7 +143,8 @@ class ChunkTemplate:
         head, found, self.tail = prune(models.chunk(_TEXT)).partition(orjson.dumps(_TEXT))
         assert found  # noqa: S101  # a chunk contains its text
         self._head = _cut(head)
-        self._ends: dict[tuple[str, int | str | None, bool], tuple[bytes, ...]] = {}
+        self.bare_end = models.bare_end
+        self._ends: dict[tuple[str, int | str | None], tuple[bytes, ...]] = {}
         self._usage = self._usage_parts() if models.include_usage else ()
 
     def answer(self, answer_id: str) -> Answer:
@@ -154,19 +158,17 @@ class ChunkTemplate:
         return _fill(self._head, lead)
 
     def end(self, lead: Lead, text: str, finish: str, stop: int | str | None) -> bytes:
-        """Return the event with the last text and the reason of the end."""
-        bare = self.parsed and not text
-        parts = self._ends.get((finish, stop, bare))
+        """Return the event with the reason of the end, after the last text or with it."""
+        parts = self._ends.get((finish, stop))
         if parts is None:
-            parts = self._end(finish, stop, bare=bare)
+            parts = self._end(finish, stop)
             if len(self._ends) < _ENDS:
-                self._ends[finish, stop, bare] = parts
-        return _fill(parts[:3], lead) + (b"" if bare else orjson.dumps(text)) + parts[3]
+                self._ends[finish, stop] = parts
+        return _fill(parts[:3], lead) + (b"" if self.bare_end else orjson.dumps(text)) + parts[3]
 
-    def _end(self, finish: str, stop: int | str | None, *, bare: bool) -> tuple[bytes, ...]:
-        text = "" if bare else _TEXT
-        frame = self._prune(self._models.chunk(text, finish, stop))
-        head, _, tail = (frame, b"", b"") if bare else frame.partition(orjson.dumps(_TEXT))
+    def _end(self, finish: str, stop: int | str | None) -> tuple[bytes, ...]:
+        frame = self._prune(self._models.chunk(_TEXT, finish, stop))
+        head, _, tail = frame.partition(orjson.dumps(_TEXT))  # all is head if it has no text
         return (*_cut(head), tail)
 
     def usage(self, lead: Lead, prompt_tokens: int, tokens: int) -> bytes:
@@ -204,6 +206,8 @@ class Answer:
         self, text: str, finish: str, stop: int | str | None, prompt_tokens: int, tokens: int
     ) -> bytes:
         end = self._template.end(self._lead, text, finish, stop)
+        if text and self._template.bare_end:
+            end = self.middle(text) + end
         return end + self._template.usage(self._lead, prompt_tokens, tokens) + sse.DONE
 
 
