@@ -6,6 +6,7 @@ import asyncio
 import math
 import time
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -131,7 +132,8 @@ async def test_a_lazy_model_that_cannot_start_refuses_its_line() -> None:
 
 
 async def test_a_lazy_model_that_could_not_start_is_tried_again_after_a_pause() -> None:
-    box = Box(lazy("a"), sizes={"a": 60}, a=broken())
+    timings = replace(FAST, first_restart_s=0.5)
+    box = Box(lazy("a"), sizes={"a": 60}, timings=timings, a=broken())
     replica = box.replica("a")
     with pytest.raises(EngineDead):
         await soon(box.ask("a"))
@@ -144,6 +146,7 @@ async def test_a_lazy_model_that_could_not_start_is_tried_again_after_a_pause() 
     replica.again_at = time.monotonic()
     await box.use("a")
     assert box.backend.started == ["a", "a"]
+    assert replica.failures.in_a_row == 0
 
 
 async def test_a_lazy_model_that_fails_again_and_again_is_left() -> None:
@@ -157,17 +160,6 @@ async def test_a_lazy_model_that_fails_again_and_again_is_left() -> None:
     with pytest.raises(EngineDead):
         await soon(box.ask("a"))
     assert box.backend.started == ["a"] * restart_backoff.GIVE_UP
-
-
-async def test_failed_starts_are_forgotten_with_one_that_went_well() -> None:
-    box = Box(lazy("a"), sizes={"a": 60}, a=broken())
-    replica = box.replica("a")
-    with pytest.raises(EngineDead):
-        await soon(box.ask("a"))
-    box.backend.plans["a"].error = None
-    replica.again_at = time.monotonic()
-    await box.use("a")
-    assert replica.failures.in_a_row == 0
 
 
 async def test_a_failed_start_gives_its_place_back() -> None:
@@ -239,11 +231,29 @@ async def test_evictions_are_counted_by_where_they_led() -> None:
     assert box.metric("evictions_total", model="b", replica="0", level="stopped") is None
 
 
-async def test_models_that_fit_leave_each_other_alone() -> None:
-    box = Box(lazy("a"), lazy("b"), sizes={"a": 60, "b": 40})
-    await box.use("a", "b")
-    assert box.states() == {"a": "ready", "b": "ready"}
-    assert box.running("a").stopped == 0
+@pytest.mark.parametrize(
+    ("sizes", "states"),
+    [
+        pytest.param({"a": 60, "b": 40}, ["ready", "ready"], id="both fit"),
+        pytest.param({"a": 60, "b": 60}, ["stopped", "ready"], id="one fits"),
+        pytest.param({"a": 50, "b": 50, "c": 90}, ["stopped", "stopped", "ready"], id="all others"),
+        pytest.param(
+            {name: {Level.READY: {HOST_MEMORY: 60}} for name in "ab"},
+            ["stopped", "ready"],
+            id="host memory",
+        ),
+    ],
+)
+async def test_idle_models_are_evicted_as_far_as_necessary(
+    sizes: dict[str, Any], states: list[str]
+) -> None:
+    capacity = {GPU: 100, HOST_MEMORY: 100}
+    box = Box(*map(lazy, sizes), sizes=sizes, capacity=capacity)
+    await box.use(*sizes)
+    assert list(box.states().values()) == states
+    assert [box.running(name).stopped for name in sizes] == [
+        int(state == "stopped") for state in states
+    ]
 
 
 async def test_a_busy_model_finishes_its_requests_before_it_gives_way() -> None:
@@ -282,12 +292,6 @@ async def test_an_idle_model_gives_way_before_a_busy_one() -> None:
     busy.release()
 
 
-async def test_all_that_it_takes_give_way() -> None:
-    box = Box(lazy("a"), lazy("b"), lazy("c"), sizes={"a": 50, "b": 50, "c": 90})
-    await box.use("a", "b", "c")
-    assert box.states() == {"a": "stopped", "b": "stopped", "c": "ready"}
-
-
 async def test_a_pinned_model_stays_and_what_cannot_fit_beside_it_fails() -> None:
     box = await Box(
         spec("p", pinned=True),
@@ -319,13 +323,6 @@ async def test_a_sleeper_that_can_wake_no_more_leaves_nothing_behind() -> None:
         await soon(box.ask("a"))
     assert box.states() == {"a": "failed", "p": "ready"}
     assert (box.running("a").stopped, box.levels()["a"]) == (1, Level.STOPPED)
-
-
-async def test_host_memory_is_a_place_too() -> None:
-    sizes = {name: {Level.READY: {HOST_MEMORY: 60}} for name in ("a", "b")}
-    box = Box(lazy("a"), lazy("b"), sizes=sizes, capacity={HOST_MEMORY: 100})
-    await box.use("a", "b")
-    assert box.states() == {"a": "stopped", "b": "ready"}
 
 
 async def test_models_on_different_gpus_do_not_wait_for_each_other() -> None:
@@ -544,14 +541,17 @@ async def test_the_first_sleep_is_prepared_while_the_engine_serves() -> None:
     assert prepared == [1, 0, 0]
 
 
-async def test_the_next_request_starts_the_engine_anew_if_it_does_not_wake() -> None:
+@pytest.mark.parametrize(
+    "fault", [{"wake_error": EngineError("out of memory")}, {"dead": True}], ids=["error", "dead"]
+)
+async def test_sleeper_that_cannot_wake_is_started(fault: dict[str, Any]) -> None:
     box = Box(lazy("a"), lazy("b"), sizes={"a": sleeping(60), "b": 80})
     await box.use("a", "b")
-    box.running("a").wake_error = EngineError("out of memory")
+    vars(box.running("a")).update(fault)
     await box.use("a")
     assert box.states()["a"] == "ready"
     assert box.backend.started == ["a", "b", "a"]
-    assert box.running("a").stopped == 1
+    assert (box.running("a").slept, box.running("a").stopped) == ([Level.HOST], 1)
 
 
 async def test_a_sleeper_whose_memory_somebody_else_has_is_started_anew_in_vain() -> None:
@@ -589,15 +589,6 @@ async def test_a_sleeper_that_dies_is_stopped_and_started_when_it_is_asked() -> 
     assert box.metric("engine_deaths_total", model="a", replica="0") == 1
     await box.use("a")
     assert box.backend.started == ["a", "b", "a"]
-
-
-async def test_a_sleeper_that_died_unseen_is_started() -> None:
-    box = Box(lazy("a"), lazy("b"), sizes={"a": sleeping(60), "b": 80})
-    await box.use("a", "b")
-    box.running("a").dead = True
-    await box.use("a")
-    assert box.backend.started == ["a", "b", "a"]
-    assert box.running("a").slept == [Level.HOST]
 
 
 @pytest.mark.parametrize("asked", [False, True])
@@ -707,21 +698,25 @@ async def test_a_model_with_a_request_is_not_idle_and_is_so_only_after_it() -> N
         assert time.monotonic() - ended >= 0.02
 
 
-async def test_an_idle_model_that_cannot_sleep_stops() -> None:
-    box = await Box(spec("a", idle={"sleep_after": 0.01}), sizes={"a": 60}).started()
+@pytest.mark.parametrize(
+    ("holds", "state", "slept"),
+    [
+        pytest.param({}, "stopped", [], id="no sleep mode"),
+        pytest.param({Level.DISK: {GPU: 2}}, "sleeping", [Level.DISK], id="no host memory"),
+    ],
+)
+async def test_idle_model_that_cannot_offload_is_lowered_further(
+    holds: dict[Level, Takes], state: str, slept: list[Level]
+) -> None:
+    box = await Box(
+        spec("a", idle={"sleep_after": 0.01}), sizes={"a": {Level.READY: {GPU: 60}} | holds}
+    ).started()
     async with box.watched():
-        await box.until(lambda: box.states() == {"a": "stopped"})
+        await box.until(lambda: box.states() == {"a": state})
+        assert box.running("a").slept == slept
         await box.use("a")
-        await box.until(lambda: box.states() == {"a": "stopped"})
-    assert box.backend.started == ["a", "a"]
-
-
-async def test_an_idle_model_whose_weights_have_no_room_leaves_them_on_disk() -> None:
-    far = {Level.READY: {GPU: 60}, Level.DISK: {GPU: 2}}
-    box = await Box(spec("a", idle={"sleep_after": 0.01}), sizes={"a": far}).started()
-    async with box.watched():
-        await box.until(lambda: box.states() == {"a": "sleeping"})
-    assert box.running("a").slept == [Level.DISK]
+        await box.until(lambda: box.states() == {"a": state})
+    assert box.backend.started == ["a"] * (1 if slept else 2)
 
 
 # --- deaths
