@@ -1,4 +1,4 @@
-"""A model that answers what a test tells it to, and a backend that starts such models."""
+"""A model with scripted answers, and a backend that starts such models."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class Gate:
 
 @dataclass
 class Call:
-    """What a model was asked."""
+    """A request that reached a model."""
 
     endpoint: EndpointId
     body: dict[str, Any]
@@ -255,9 +255,9 @@ class FakeBackend:
 
     @contextmanager
     def expecting(self, placement: Placement) -> Iterator[None]:
-        self.expected.append((placement, "comes"))
+        self.expected.append((placement, "waits"))
         yield
-        self.expected.append((placement, "came"))
+        self.expected.append((placement, "ready"))
 
     @asynccontextmanager
     async def moves(

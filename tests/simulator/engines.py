@@ -65,7 +65,7 @@ def _gpu_of(spec: ModelSpec) -> Place:
 
 
 class Start(NamedTuple):
-    """A start that goes on."""
+    """A start in progress."""
 
     model: str
     number: int

@@ -21,7 +21,7 @@ _FAIR = 40  # callbacks that one which is ready may be passed over by
 
 
 class Stuck(AssertionError):
-    """Nothing is ready and no timer is pending: whatever still waits would wait forever."""
+    """Nothing is ready and no timer is pending: all tasks that wait would wait forever."""
 
 
 class _Task(asyncio.Task[Any]):

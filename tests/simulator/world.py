@@ -382,8 +382,8 @@ class World:
                 case "sleep":
                     await self.control.sleep(name)
                 case _:
-                    told = await self.control.reload(dry_run=False)
-                    self.note(f"reloaded: {told['lines']}")
+                    report = await self.control.reload(dry_run=False)
+                    self.note(f"reloaded: {report['lines']}")
         except LLMServeError as error:
             self.note(f"operator {what} {name}: {error.message}")
         self.note(f"operator {what} {name} done")
@@ -521,7 +521,7 @@ class World:
             for entry in self.pool._all
         )
 
-    # --- telling
+    # --- the trace
 
     def note(self, text: str) -> None:
         line = f"{self.loop.time() - 1000:9.3f} {text}"

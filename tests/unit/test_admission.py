@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Clock:
-    """`time.monotonic`, which stands still unless told."""
+    """`time.monotonic`, which stands still."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -35,10 +35,10 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return made
 
 
-class Leave:
+class FakeLease:
     """The lease of a request."""
 
-    def __init__(self, request: str, slots: AdmissionQueue[str, Leave]) -> None:
+    def __init__(self, request: str, slots: AdmissionQueue[str, FakeLease]) -> None:
         self.request = request
         self.released = 0
         self._slots = slots
@@ -49,24 +49,24 @@ class Leave:
         self._slots.release_slot()
 
 
-class Line:
+class Queue:
     """A model's slots, and requests that wait for them."""
 
     def __init__(self, limit: int = 1, longest: int = 9) -> None:
-        self.slots: AdmissionQueue[str, Leave] = AdmissionQueue("chat", limit, longest)
-        self.let_in: list[str] = []
-        self.given: list[Leave] = []
+        self.slots: AdmissionQueue[str, FakeLease] = AdmissionQueue("chat", limit, longest)
+        self.admitted: list[str] = []
+        self.given: list[FakeLease] = []
 
-    def enter(self, wish: str) -> Leave:
-        self.let_in.append(wish)
-        self.given.append(Leave(wish, self.slots))
+    def enter(self, request: str) -> FakeLease:
+        self.admitted.append(request)
+        self.given.append(FakeLease(request, self.slots))
         return self.given[-1]
 
     def advance(self) -> None:
         self.slots.advance(self.enter)
 
-    async def stand(self, wish: str, deadline: Deadline | None = None) -> asyncio.Task[Leave]:
-        place = self.slots.join(deadline or Deadline(), wish)
+    async def join(self, request: str, deadline: Deadline | None = None) -> asyncio.Task[FakeLease]:
+        place = self.slots.join(deadline or Deadline(), request)
         waiting = asyncio.create_task(lease_of(place))
         await asyncio.sleep(0)
         return waiting
@@ -78,7 +78,7 @@ class Line:
 @given(limit=st.integers(1, 5), takes=st.lists(st.booleans(), max_size=60))
 def test_in_flight_stays_between_zero_and_the_limit(limit: int, takes: list[bool]) -> None:
     """Each step takes a slot if one is free, or releases one."""
-    slots: AdmissionQueue[str, Leave] = AdmissionQueue("chat", limit, 0)
+    slots: AdmissionQueue[str, FakeLease] = AdmissionQueue("chat", limit, 0)
     held = 0
     for take in takes:
         if take and slots.free:
@@ -94,169 +94,169 @@ def test_in_flight_stays_between_zero_and_the_limit(limit: int, takes: list[bool
         assert slots.free == (held < limit)
 
 
-# --- the line
+# --- the queue
 
 
-async def test_whoever_comes_while_others_wait_does_not_pass_them() -> None:
-    line = Line(limit=2)
+async def test_new_request_does_not_pass_queued_ones() -> None:
+    queue = Queue(limit=2)
     for _ in range(2):
-        line.slots.take_slot()
-    waiting = await line.stand("first")
-    line.slots.release_slot()
-    assert not line.slots.free  # the slot is the first one's
-    line.advance()
+        queue.slots.take_slot()
+    waiting = await queue.join("first")
+    queue.slots.release_slot()
+    assert not queue.slots.free  # the slot is the first one's
+    queue.advance()
     assert (await soon(waiting)).request == "first"
-    line.slots.release_slot()
-    assert line.slots.free
+    queue.slots.release_slot()
+    assert queue.slots.free
 
 
-async def test_those_who_wait_are_let_in_as_they_came() -> None:
-    line = Line()
-    waiting = [await line.stand(name) for name in "abc"]
-    assert line.slots.waiting() == 3
-    line.advance()
-    assert line.let_in == ["a"]
+async def test_queued_requests_are_admitted_in_order_of_arrival() -> None:
+    queue = Queue()
+    waiting = [await queue.join(name) for name in "abc"]
+    assert queue.slots.waiting() == 3
+    queue.advance()
+    assert queue.admitted == ["a"]
     for each in waiting:
         (await soon(each)).release()
-        line.advance()
-    assert line.let_in == ["a", "b", "c"]
-    assert (line.slots.waiting(), line.slots.in_flight) == (0, 0)
+        queue.advance()
+    assert queue.admitted == ["a", "b", "c"]
+    assert (queue.slots.waiting(), queue.slots.in_flight) == (0, 0)
 
 
-async def test_as_many_are_let_in_as_there_are_slots() -> None:
-    line = Line(limit=3)
-    line.slots.take_slot()
+async def test_as_many_are_admitted_as_there_are_slots() -> None:
+    queue = Queue(limit=3)
+    queue.slots.take_slot()
     for name in "abcd":
-        await line.stand(name)
-    line.advance()
-    assert line.let_in == ["a", "b"]
-    assert line.slots.in_flight == 3
-    line.advance()
-    assert line.let_in == ["a", "b"]
-    line.slots.release_slot()
-    line.given[0].release()
-    line.advance()
-    assert line.let_in == ["a", "b", "c", "d"]
+        await queue.join(name)
+    queue.advance()
+    assert queue.admitted == ["a", "b"]
+    assert queue.slots.in_flight == 3
+    queue.advance()
+    assert queue.admitted == ["a", "b"]
+    queue.slots.release_slot()
+    queue.given[0].release()
+    queue.advance()
+    assert queue.admitted == ["a", "b", "c", "d"]
 
 
-async def test_a_request_that_comes_again_has_its_old_place() -> None:
-    line = Line()
+async def test_retried_request_has_its_old_position() -> None:
+    queue = Queue()
     early = Deadline()
     for name in "bc":
-        await line.stand(name)
-    await line.stand("a, again", early)
-    await line.stand("d")
+        await queue.join(name)
+    await queue.join("a, again", early)
+    await queue.join("d")
     for _ in range(4):
-        line.advance()
-        line.given[-1].release()
-    assert line.let_in == ["a, again", "b", "c", "d"]
+        queue.advance()
+        queue.given[-1].release()
+    assert queue.admitted == ["a, again", "b", "c", "d"]
 
 
 @given(st.permutations(range(6)))
-def test_any_order_of_coming_again_leads_to_that_of_arrival(order: Sequence[int]) -> None:
+def test_retries_in_any_order_keep_the_order_of_arrival(order: Sequence[int]) -> None:
     async def run() -> list[str]:
-        line = Line(limit=9)
+        queue = Queue(limit=9)
         deadlines = [Deadline() for _ in order]
         for each in order:
-            await line.stand(str(each), deadlines[each])
-        line.advance()
-        return line.let_in
+            await queue.join(str(each), deadlines[each])
+        queue.advance()
+        return queue.admitted
 
     assert asyncio.run(run()) == [str(each) for each in range(6)]
 
 
-async def test_a_line_that_moves_to_another_s_mixes_in_by_arrival() -> None:
-    old, new = Line(), Line(limit=9)
-    waiting = [await (old if name in "ac" else new).stand(name) for name in "abcd"]
+async def test_moved_queue_merges_by_arrival() -> None:
+    old, new = Queue(), Queue(limit=9)
+    waiting = [await (old if name in "ac" else new).join(name) for name in "abcd"]
     old.slots.move_to(new.slots)
     assert (old.slots.waiting(), new.slots.waiting()) == (0, 4)
-    waiting[2].cancel()  # and who moved can leave
+    waiting[2].cancel()  # a moved request can leave
     await asyncio.sleep(0)
     new.advance()
-    assert new.let_in == ["a", "b", "d"]
+    assert new.admitted == ["a", "b", "d"]
 
 
-async def test_a_wish_that_cannot_be_granted_fails_alone() -> None:
-    line = Line(limit=9)
-    waiting = [await line.stand(name) for name in "ab"]
+async def test_request_whose_lease_fails_is_refused_alone() -> None:
+    queue = Queue(limit=9)
+    waiting = [await queue.join(name) for name in "ab"]
 
-    def enter(wish: str) -> Leave:
-        if wish == "a":
+    def enter(request: str) -> FakeLease:
+        if request == "a":
             raise EngineDead("gone")
-        return line.enter(wish)
+        return queue.enter(request)
 
-    line.slots.advance(enter)
+    queue.slots.advance(enter)
     with pytest.raises(EngineDead, match="gone"):
         await soon(waiting[0])
     assert (await soon(waiting[1])).request == "b"
-    assert line.slots.in_flight == 1
+    assert queue.slots.in_flight == 1
 
 
-async def test_a_line_that_is_sent_away_is_told_why() -> None:
-    line = Line()
-    waiting = [await line.stand(name) for name in "ab"]
+async def test_refused_queue_gets_an_error_each() -> None:
+    queue = Queue()
+    waiting = [await queue.join(name) for name in "ab"]
     made: list[LLMServeError] = []
 
     def refused() -> LLMServeError:
         made.append(EngineDead("gone"))
         return made[-1]
 
-    line.slots.refuse(refused)
+    queue.slots.refuse(refused)
     for each in waiting:
         with pytest.raises(EngineDead, match="gone"):
             await soon(each)
     assert len(made) == 2  # one for each: an error that is raised holds its traceback
-    assert (line.slots.waiting(), line.slots.in_flight) == (0, 0)
+    assert (queue.slots.waiting(), queue.slots.in_flight) == (0, 0)
 
 
-# --- those who leave
+# --- requests that leave
 
 
-async def test_whoever_leaves_the_line_is_not_lease_of() -> None:
-    line = Line()
-    waiting = [await line.stand(name) for name in "ab"]
+async def test_request_that_left_the_queue_is_not_admitted() -> None:
+    queue = Queue()
+    waiting = [await queue.join(name) for name in "ab"]
     waiting[0].cancel()
     await asyncio.wait(waiting[:1])
-    assert line.slots.waiting() == 1
-    line.advance()
+    assert queue.slots.waiting() == 1
+    queue.advance()
     assert (await soon(waiting[1])).request == "b"
-    assert line.let_in == ["b"]
+    assert queue.admitted == ["b"]
 
 
 @pytest.mark.parametrize("timeout_s", [None, 60.0])
-async def test_whoever_is_let_in_as_he_leaves_keeps_nothing(timeout_s: float | None) -> None:
-    line = Line()
-    waiting = await line.stand("a", Deadline(timeout_s))
-    line.advance()
+async def test_request_admitted_as_it_leaves_releases_its_slot(timeout_s: float | None) -> None:
+    queue = Queue()
+    waiting = await queue.join("a", Deadline(timeout_s))
+    queue.advance()
     await cancel(waiting)
     if not waiting.cancelled():  # `wait_for` gives what is there all the same
         waiting.result().release()
-    assert line.given[0].released == 1
-    assert line.slots.in_flight == 0
+    assert queue.given[0].released == 1
+    assert queue.slots.in_flight == 0
 
 
-async def test_the_slot_of_one_who_left_unseen_goes_to_the_next() -> None:
-    line = Line()
-    waiting = [await line.stand(name) for name in "ab"]
+async def test_slot_of_a_request_that_left_goes_to_the_next() -> None:
+    queue = Queue()
+    waiting = [await queue.join(name) for name in "ab"]
     waiting[0].cancel()  # and has not run since
-    line.advance()
+    queue.advance()
     await asyncio.wait(waiting[:1])
-    line.advance()
+    queue.advance()
     assert (await soon(waiting[1])).request == "b"
-    assert line.slots.in_flight == 1
+    assert queue.slots.in_flight == 1
 
 
-# --- a line that is full
+# --- a queue that is full
 
 
-async def test_a_full_line_refuses_and_says_its_limits() -> None:
-    line = Line(limit=2, longest=1)
+async def test_full_queue_refuses_with_its_limits() -> None:
+    queue = Queue(limit=2, longest=1)
     for _ in range(2):
-        line.slots.take_slot()
-    line.slots.raise_if_full(Deadline(), 0)
-    await line.stand("a")
+        queue.slots.take_slot()
+    queue.slots.raise_if_full(Deadline(), 0)
+    await queue.join("a")
     with pytest.raises(Overloaded) as refused:
-        line.slots.raise_if_full(Deadline(), 0)
+        queue.slots.raise_if_full(Deadline(), 0)
     assert refused.value.message == (
         "The model `chat` has 2 requests in flight and 1 in its queue, its max_in_flight and "
         "max_queue; try again."
@@ -265,51 +265,51 @@ async def test_a_full_line_refuses_and_says_its_limits() -> None:
     assert refused.value.headers() == {"retry-after": "1"}
 
 
-async def test_how_soon_to_try_again_is_told_by_the_pace(clock: Clock) -> None:
-    line = Line(limit=1, longest=1)
+async def test_retry_after_follows_the_completion_rate(clock: Clock) -> None:
+    queue = Queue(limit=1, longest=1)
     for _ in range(admission._ENOUGH):
-        line.slots.take_slot()
+        queue.slots.take_slot()
         clock.now += 2.0
-        line.slots.release_slot()
-    line.slots.take_slot()
-    await line.stand("a")
+        queue.slots.release_slot()
+    queue.slots.take_slot()
+    await queue.join("a")
     with pytest.raises(Overloaded) as refused:
-        line.slots.raise_if_full(Deadline(), 10.0)
+        queue.slots.raise_if_full(Deadline(), 10.0)
     # Of eight ends in 14 busy seconds; two requests to wait for, and the model first.
     assert refused.value.retry_after_s == 10 + math.ceil(2 * 14 / 8)
     clock.now += 10_000
     with pytest.raises(Overloaded) as refused:
-        line.slots.raise_if_full(Deadline(), 10.0)
-    assert refused.value.retry_after_s == 600  # nobody is told to wait for hours
+        queue.slots.raise_if_full(Deadline(), 10.0)
+    assert refused.value.retry_after_s == 600  # at most ten minutes
 
 
-def test_a_few_requests_tell_no_pace(clock: Clock) -> None:
-    pace = ServiceRate()
-    pace.begin()
+def test_few_requests_give_no_completion_rate(clock: Clock) -> None:
+    rate = ServiceRate()
+    rate.begin()
     for _ in range(admission._ENOUGH - 1):
-        pace.record_completion()
+        rate.record_completion()
         clock.now += 1.0
-    assert pace.seconds(5) is None
-    pace.record_completion()
-    assert pace.seconds(8) == pytest.approx(7.0)
+    assert rate.seconds(5) is None
+    rate.record_completion()
+    assert rate.seconds(8) == pytest.approx(7.0)
 
 
-def test_the_pace_is_that_of_the_last_requests_and_slows_down_in_a_halt(clock: Clock) -> None:
-    pace = ServiceRate()
-    pace.begin()
+def test_completion_rate_of_a_halted_model_falls(clock: Clock) -> None:
+    rate = ServiceRate()
+    rate.begin()
     for gap_s in [100.0] * 10 + [1.0] * admission._RECENT:
         clock.now += gap_s
-        pace.record_completion()
-    assert pace.seconds(64) == pytest.approx(63.0)
+        rate.record_completion()
+    assert rate.seconds(64) == pytest.approx(63.0)
     clock.now += 63.0
-    assert pace.seconds(64) == pytest.approx(126.0)
+    assert rate.seconds(64) == pytest.approx(126.0)
 
 
 # --- deadlines
 
 
-async def test_one_that_cannot_be_reached_is_told_at_once(clock: Clock) -> None:
-    slots = Line(limit=1).slots
+async def test_unreachable_deadline_is_refused_at_once(clock: Clock) -> None:
+    slots = Queue(limit=1).slots
     with pytest.raises(Overloaded) as refused:
         slots.raise_if_full(Deadline(3.0), 4.5)
     assert refused.value.code == "deadline_unreachable"
@@ -321,51 +321,51 @@ async def test_one_that_cannot_be_reached_is_told_at_once(clock: Clock) -> None:
     slots.raise_if_full(Deadline(), 1e9)
 
 
-async def test_those_in_the_line_count_for_the_deadline(clock: Clock) -> None:
-    line = Line(limit=1)
+async def test_queued_requests_count_for_the_deadline(clock: Clock) -> None:
+    queue = Queue(limit=1)
     for _ in range(admission._ENOUGH):
-        line.slots.take_slot()
+        queue.slots.take_slot()
         clock.now += 1.0
-        line.slots.release_slot()
-    line.slots.take_slot()
-    needs_s = 3 * 7 / 8 * admission._MARGIN  # one in flight, one in the line, and this one
-    await line.stand("a")
-    line.slots.raise_if_full(Deadline(needs_s + 0.01), 0)
+        queue.slots.release_slot()
+    queue.slots.take_slot()
+    needs_s = 3 * 7 / 8 * admission._MARGIN  # one in flight, one in the queue, and this one
+    await queue.join("a")
+    queue.slots.raise_if_full(Deadline(needs_s + 0.01), 0)
     with pytest.raises(Overloaded, match=r"needs 2\.9 s for this request"):
-        line.slots.raise_if_full(Deadline(needs_s - 0.01), 0)
+        queue.slots.raise_if_full(Deadline(needs_s - 0.01), 0)
     clock.now += 100
-    line.slots.release_slot(whole=False)
+    queue.slots.release_slot(whole=False)
     clock.now += 1000  # without requests
-    line.slots.take_slot()
-    line.slots.raise_if_full(Deadline(3 * 107 / 8 * admission._MARGIN + 0.01), 0)
+    queue.slots.take_slot()
+    queue.slots.raise_if_full(Deadline(3 * 107 / 8 * admission._MARGIN + 0.01), 0)
 
 
-async def test_one_that_passes_in_the_line_ends_the_wait() -> None:
-    line = Line()
-    late, patient = await line.stand("late", Deadline(0.01)), await line.stand("patient")
+async def test_deadline_in_the_queue_ends_the_wait() -> None:
+    queue = Queue()
+    late, patient = await queue.join("late", Deadline(0.01)), await queue.join("patient")
     with pytest.raises(DeadlineExceeded) as ended:
         await soon(late)
     assert ended.value.message == "The request took longer than its 0.01 s."
     assert (ended.value.status, ended.value.code) == (504, "deadline_exceeded")
-    assert line.slots.waiting() == 1
-    line.advance()
+    assert queue.slots.waiting() == 1
+    queue.advance()
     assert (await soon(patient)).request == "patient"
-    assert line.slots.in_flight == 1
+    assert queue.slots.in_flight == 1
 
 
-async def test_one_that_has_passed_does_not_wait_at_all() -> None:
-    line = Line()
+async def test_passed_deadline_does_not_wait() -> None:
+    queue = Queue()
     deadline = Deadline(1e-9)
     await until(lambda: deadline.left_s < 0)
     with pytest.raises(DeadlineExceeded):
-        await soon(lease_of(line.slots.join(deadline, "late")))
-    assert line.slots.waiting() == 0
+        await soon(lease_of(queue.slots.join(deadline, "late")))
+    assert queue.slots.waiting() == 0
 
 
-def test_no_deadline_is_never_over() -> None:
+def test_request_without_a_timeout_has_no_deadline() -> None:
     assert Deadline().left_s == math.inf
 
 
-def test_deadlines_are_numbered_as_they_come() -> None:
+def test_deadlines_are_numbered_by_arrival() -> None:
     first, second = Deadline(), Deadline(9.0)
     assert first.number < second.number

@@ -80,7 +80,7 @@ def test_a_prompt_s_tokens_are_those_of_its_texts(body: dict[str, Any], tokens: 
 
 
 @pytest.mark.parametrize(
-    ("said", "tokens"),
+    ("body", "tokens"),
     [
         ({}, 512),
         ({"max_tokens": 9}, 512),
@@ -91,11 +91,11 @@ def test_a_prompt_s_tokens_are_those_of_its_texts(body: dict[str, Any], tokens: 
         ({"n": "many"}, 512),
     ],
 )
-def test_an_answer_counts_the_same_whatever_it_may_take(said: dict[str, Any], tokens: int) -> None:
-    assert tokens_of(said) == tokens
+def test_answer_counts_the_same_for_any_max_tokens(body: dict[str, Any], tokens: int) -> None:
+    assert tokens_of(body) == tokens
 
 
-def test_what_writes_no_text_takes_its_prompt_alone() -> None:
+def test_request_without_text_output_counts_its_prompt_only() -> None:
     assert tokens_of({"input": "x" * 40, "max_tokens": 9}, answer=0) == 10
 
 
@@ -111,14 +111,14 @@ KEYS = st.sampled_from(["messages", "prompt", "input", "system", "max_tokens", "
 
 
 @given(st.dictionaries(KEYS, JSON))
-def test_a_body_that_makes_no_sense_is_weighed_all_the_same(body: dict[str, Any]) -> None:
+def test_invalid_body_is_weighed(body: dict[str, Any]) -> None:
     chosen = replicas(0, 0)
     made = DispatchRequest.from_body("chat", body, 512)
     assert made.tokens > 0
     assert PrefixAffinity().choose(chosen, made) in chosen
 
 
-def test_a_deeply_nested_body_is_weighed_all_the_same() -> None:
+def test_deeply_nested_body_is_weighed() -> None:
     nested: Any = "x" * 40
     for _ in range(5000):
         nested = [nested]
@@ -136,7 +136,7 @@ def test_the_lottery_s_shares_follow_the_weights() -> None:
         assert drawn[number] == pytest.approx(share, rel=0.1)
 
 
-def test_the_lottery_s_shares_hold_among_those_that_are_left() -> None:
+def test_lottery_s_shares_hold_among_ready_replicas() -> None:
     lottery = Lottery((1.0, 2.0, 5.0), random.Random(7))
     _, *left = replicas(0, 0, 0)
     drawn = Counter(lottery.choose(left, ask()).number for _ in range(7000))
@@ -208,19 +208,19 @@ def test_repeats_go_to_the_replica_that_saw_the_prefix() -> None:
     assert len(set(saw.values())) == 4
 
 
-def test_a_conversation_stays_where_it_is_as_it_grows() -> None:
+def test_growing_conversation_keeps_its_replica() -> None:
     policy, three = PrefixAffinity(), replicas(0, 0, 0)
-    said = [{"role": "system", "content": text(0, 600)}]
+    messages = [{"role": "system", "content": text(0, 600)}]
     numbers = set()
     for turn in range(8):
-        said.append({"role": "user", "content": text(turn + 1, 300)})
-        one = DispatchRequest.from_body("chat", {"messages": said}, 512)
+        messages.append({"role": "user", "content": text(turn + 1, 300)})
+        one = DispatchRequest.from_body("chat", {"messages": messages}, 512)
         numbers.add(policy.choose(three, one).number)
-        said.append({"role": "assistant", "content": text(turn + 100, 300)})
+        messages.append({"role": "assistant", "content": text(turn + 100, 300)})
     assert len(numbers) == 1
 
 
-def test_one_prefix_for_all_is_spread_when_it_makes_load_uneven() -> None:
+def test_common_prefix_is_spread_when_load_is_uneven() -> None:
     policy, four = PrefixAffinity(), replicas(0, 0, 0, 0)
     for turn in range(400):  # all in flight at once
         one = ask(text(0, 2000) + text(turn + 1, 100))
@@ -229,7 +229,7 @@ def test_one_prefix_for_all_is_spread_when_it_makes_load_uneven() -> None:
     assert min(loads) > 0.9 * max(loads)
 
 
-def test_among_those_that_saw_a_prefix_the_shortest_queue_is_taken() -> None:
+def test_shortest_queue_among_holders_of_a_prefix_is_chosen() -> None:
     policy = PrefixAffinity()
     busy, lent, idle = replicas(50_000, 0, 0)
     one = ask(text(0, 2000))
@@ -276,7 +276,7 @@ def test_a_prefix_is_known_by_whole_blocks_from_the_start(
     assert (policy.choose([one, other], second) is chosen) is same
 
 
-def test_a_replica_that_is_gone_has_seen_nothing() -> None:
+def test_forgotten_replica_holds_no_prefix() -> None:
     policy = PrefixAffinity()
     one, other = replicas(0, 0)
     prompt = ask(text(0, 2000))
@@ -288,7 +288,7 @@ def test_a_replica_that_is_gone_has_seen_nothing() -> None:
     assert not policy._seen
 
 
-def test_what_is_kept_is_bounded_and_the_ends_of_old_prefixes_go_first() -> None:
+def test_kept_blocks_are_bounded_and_old_ends_go_first() -> None:
     policy = PrefixAffinity(kept_blocks=10)
     (one,) = replicas(0)
     old, new = (ask(text(seed, 512 * 8)) for seed in (0, 1))
@@ -305,7 +305,7 @@ def _hashes(one: DispatchRequest) -> list[int]:
     return _blocks(one)
 
 
-# --- what a registry says
+# --- policies of a registry
 
 
 @pytest.mark.parametrize(

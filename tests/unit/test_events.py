@@ -13,17 +13,17 @@ if TYPE_CHECKING:
     import pytest
 
 
-def moved(told: Events, state: State, note: str = "", *, of: Replica | None = None) -> None:
+def moved(source: Events, state: State, note: str = "", *, of: Replica | None = None) -> None:
     one = of or replica(spec())
     before, one.state, one.note = one.state, state, note
-    told.publish(one, before)
+    source.publish(one, before)
 
 
 class Listener:
     """From its making on."""
 
-    def __init__(self, told: Events) -> None:
-        self._events = told.listen()
+    def __init__(self, source: Events) -> None:
+        self._events = source.listen()
         self._next: asyncio.Future[Event] = asyncio.ensure_future(anext(self._events))
 
     async def next(self) -> Event:
@@ -37,17 +37,17 @@ class Listener:
         await asyncio.wait({self._next})
 
 
-async def listening(told: Events) -> Listener:
-    made = Listener(told)
+async def listening(source: Events) -> Listener:
+    made = Listener(source)
     await asyncio.sleep(0)
     return made
 
 
-async def test_a_change_is_told_whole() -> None:
-    told = Events()
-    listener = await listening(told)
+async def test_event_has_all_fields_of_a_change() -> None:
+    source = Events()
+    listener = await listening(source)
     before_s = time.time()
-    moved(told, State.FAILED, "no memory left", of=replica(spec("embed"), 3))
+    moved(source, State.FAILED, "no memory left", of=replica(spec("embed"), 3))
     event = await listener.next()
     assert before_s <= event.pop("at") <= time.time()
     assert event == {
@@ -60,30 +60,30 @@ async def test_a_change_is_told_whole() -> None:
     await listener.leave()
 
 
-async def test_every_listener_hears_all_in_order_from_its_coming_on() -> None:
-    told, one = Events(), replica(spec())
-    first = await listening(told)
-    moved(told, State.LOADING, of=one)
-    second = await listening(told)
-    moved(told, State.READY, of=one)
+async def test_listener_gets_all_later_events_in_order() -> None:
+    source, one = Events(), replica(spec())
+    first = await listening(source)
+    moved(source, State.LOADING, of=one)
+    second = await listening(source)
+    moved(source, State.READY, of=one)
     assert [(await first.next())["to"] for _ in range(2)] == ["loading", "ready"]
     assert (await second.next())["to"] == "ready"
     await first.leave()
-    moved(told, State.DRAINING, of=one)
+    moved(source, State.DRAINING, of=one)
     assert (await second.next())["to"] == "draining"
     await second.leave()
-    assert told._listeners == set()
+    assert source._listeners == set()
 
 
-async def test_a_slow_listener_loses_the_oldest_and_is_told_how_many(
+async def test_slow_listener_loses_the_oldest_and_gets_their_number(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(events, "_KEPT", 2)
-    told = Events()
-    slow, quick = await listening(told), await listening(told)
+    source = Events()
+    slow, quick = await listening(source), await listening(source)
     heard: list[str] = []
     for number in range(5):
-        moved(told, State.LOADING, str(number))
+        moved(source, State.LOADING, str(number))
         heard.append((await quick.next())["note"])
     assert heard == list("01234")
     await quick.leave()

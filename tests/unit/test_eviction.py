@@ -97,13 +97,13 @@ def stays(key: str, size: int) -> Resident[str]:
         ),
     ],
 )
-def test_who_goes_where(
+def test_plan_of_one_eviction(
     wanted: int, residents: Sequence[Resident[str]], steps: Steps[str] | None
 ) -> None:
     assert plan_eviction({GPU: wanted}, {GPU: 100}, residents) == steps
 
 
-def test_weights_that_find_no_host_memory_are_not_kept_there() -> None:
+def test_weights_without_host_memory_are_not_offloaded() -> None:
     capacity = {GPU: 100, HOST_MEMORY: 30}
     others = [sleeper("asleep", level=NEAR, value=9), sleeper("awake")]
     assert plan_eviction({GPU: 90}, capacity, others) == [("awake", STOPPED)]
@@ -119,7 +119,7 @@ def test_a_step_is_as_small_as_the_other_steps_allow() -> None:
     ]
 
 
-def test_only_those_of_the_gpu_give_way() -> None:
+def test_only_residents_of_the_gpu_are_lowered() -> None:
     here, there = engine("here", 50), Resident("there", READY, {READY: {OTHER: 50}}, evictable=True)
     both = Resident("both", READY, {READY: {GPU: 25, OTHER: 25}}, evictable=True, value=(1.0,))
     capacity = {GPU: 80, OTHER: 80}
@@ -158,7 +158,7 @@ def _resident(draw: st.DrawFn, key: int) -> Resident[int]:
 
 @st.composite
 def _cases(draw: st.DrawFn) -> tuple[Takes, Takes, list[Resident[int]]]:
-    """What is wanted, where, and who is there, all of whom fit."""
+    """The bytes needed, the capacities, and residents that fit."""
     residents = [draw(_resident(key)) for key in range(draw(st.integers(0, 5)))]
     capacity = {
         place: sum(one.at(one.level).get(place, 0) for one in residents) + draw(_SIZE)
@@ -184,7 +184,7 @@ def test_the_result_fits(case: tuple[Takes, Takes, list[Resident[int]]]) -> None
 
 
 @given(_cases())
-def test_there_is_none_only_if_all_that_may_go_do_not_make_plan_eviction(
+def test_no_plan_only_if_all_evictable_do_not_suffice(
     case: tuple[Takes, Takes, list[Resident[int]]],
 ) -> None:
     bottom = {one.key: STOPPED for one in case[2] if one.evictable}
@@ -192,7 +192,7 @@ def test_there_is_none_only_if_all_that_may_go_do_not_make_plan_eviction(
 
 
 @given(_cases())
-def test_steps_go_down_to_levels_that_exist_and_leave_alone_who_stays(
+def test_steps_lower_evictable_residents_to_their_levels(
     case: tuple[Takes, Takes, list[Resident[int]]],
 ) -> None:
     steps = plan_eviction(*case) or []
@@ -205,7 +205,7 @@ def test_steps_go_down_to_levels_that_exist_and_leave_alone_who_stays(
 
 
 @given(_cases())
-def test_no_step_can_be_left_out_or_made_smaller(
+def test_each_step_is_necessary_and_smallest(
     case: tuple[Takes, Takes, list[Resident[int]]],
 ) -> None:
     steps = dict(plan_eviction(*case) or [])
@@ -220,7 +220,7 @@ def test_no_step_can_be_left_out_or_made_smaller(
     wanted=st.integers(0, 60),
     order=st.randoms(use_true_random=False),
 )
-def test_of_equals_the_least_value_go_and_no_more_than_it_takes(
+def test_least_valuable_of_equals_are_evicted_and_no_more(
     count: int, free: int, wanted: int, order: object
 ) -> None:
     values = list(range(count))

@@ -68,8 +68,8 @@ def kept(tmp_path: Path) -> Measured:
     return Measured(tmp_path)
 
 
-def entry(name: str = "m", **said: Any) -> ModelSpec:
-    return ModelSpec(name=name, **({"model": "8b"} | said))
+def entry(name: str = "m", **more: Any) -> ModelSpec:
+    return ModelSpec(name=name, **({"model": "8b"} | more))
 
 
 def planned(kept: Measured, *specs: ModelSpec, box: str = "H100") -> Plan:
@@ -83,8 +83,8 @@ def planned(kept: Measured, *specs: ModelSpec, box: str = "H100") -> Plan:
     return plan
 
 
-def planned_memory(kept: Measured, *specs: ModelSpec, box: str = "H100", **said: Any) -> GpuMemory:
-    return GpuMemory(planned(kept, *specs, box=box), kept, **said)
+def planned_memory(kept: Measured, *specs: ModelSpec, box: str = "H100", **more: Any) -> GpuMemory:
+    return GpuMemory(planned(kept, *specs, box=box), kept, **more)
 
 
 class Starts:
@@ -139,9 +139,9 @@ async def starts(kept: Measured, *specs: ModelSpec, box: str = "H100") -> AsyncI
 
 
 def report(reserved: float, allocated: float = 0, activations: float = 0) -> dict[str, Any]:
-    """What a worker says, in GiB."""
-    said = {"weights": 0, "reserved": reserved, "allocated": allocated, "activations": activations}
-    return {"seconds": {}, "bytes": {name: int(size * GIB) for name, size in said.items()}}
+    """The report of a worker, in GiB."""
+    more = {"weights": 0, "reserved": reserved, "allocated": allocated, "activations": activations}
+    return {"seconds": {}, "bytes": {name: int(size * GIB) for name, size in more.items()}}
 
 
 def files(kept: Measured) -> set[Path]:
@@ -151,14 +151,14 @@ def files(kept: Measured) -> set[Path]:
 # --- whether the GPUs are free
 
 
-def test_a_box_with_room_for_the_plan_is_not_taken(gpus: Gpus, kept: Measured) -> None:
+def test_gpus_with_room_for_the_plan_are_not_taken(gpus: Gpus, kept: Measured) -> None:
     plan = planned(kept, entry(memory="40GiB"), box="2xH100")
     (used,) = plan.replicas[0].devices
     gpus.used = {used: plan.box[used].memory - 40 * GIB, 1 - used: plan.box[used].memory}
     GpuMemory(plan, kept).raise_if_taken()
 
 
-def test_whoever_holds_the_memory_is_told(gpus: Gpus, kept: Measured) -> None:
+def test_holders_of_memory_are_named(gpus: Gpus, kept: Measured) -> None:
     plan = planned(kept, entry(memory="40GiB", devices=[1]), box="2xH100")
     gpus.used = {0: 70 * GIB, 1: 50 * GIB}
     gpus.holders = {
@@ -177,9 +177,7 @@ def test_whoever_holds_the_memory_is_told(gpus: Gpus, kept: Measured) -> None:
     )
 
 
-def test_every_taken_gpu_is_told_also_where_the_driver_names_nobody(
-    gpus: Gpus, kept: Measured
-) -> None:
+def test_each_taken_gpu_is_named_without_known_holders(gpus: Gpus, kept: Measured) -> None:
     plan = planned(kept, entry(tensor_parallel_size=2), box="2xH100")
     gpus.used = {0: 20 * GIB, 1: 30 * GIB}
     with pytest.raises(StartupError) as taken:
@@ -200,10 +198,10 @@ def test_one_byte_too_many_is_too_many(gpus: Gpus, kept: Measured) -> None:
         memory.raise_if_taken()
 
 
-# --- who starts when
+# --- the order of starts
 
 
-async def test_what_nobody_measured_starts_alone(kept: Measured) -> None:
+async def test_start_that_is_measured_is_alone(kept: Measured) -> None:
     a, b = entry("a"), entry("b", engine={"max_num_seqs": 8})
     async with starts(kept, a, b) as each:
         await each.begin(a, b)
@@ -212,7 +210,7 @@ async def test_what_nobody_measured_starts_alone(kept: Measured) -> None:
         assert each.running == ["b"]
 
 
-async def test_what_was_measured_starts_together(gpus: Gpus, kept: Measured) -> None:
+async def test_measured_models_start_together(gpus: Gpus, kept: Measured) -> None:
     a, b = entry("a"), entry("b", engine={"max_num_seqs": 8})
     for replica in planned(kept, a, b).replicas:
         kept.keep(replica.fingerprint, 2 * GIB, {})
@@ -224,9 +222,7 @@ async def test_what_was_measured_starts_together(gpus: Gpus, kept: Measured) -> 
         assert kept.overhead(each.memory.plan.replica("a", 0).fingerprint) == 2 * GIB
 
 
-async def test_others_of_a_kind_wait_for_the_one_that_is_measured_and_start_together(
-    gpus: Gpus, kept: Measured
-) -> None:
+async def test_same_fingerprints_wait_for_the_measured_start(gpus: Gpus, kept: Measured) -> None:
     many = entry(replicas=3)
     async with starts(kept, many, box="3xH100") as each:
         await each.begin(many, numbers=range(3))
@@ -237,7 +233,7 @@ async def test_others_of_a_kind_wait_for_the_one_that_is_measured_and_start_toge
         assert each.running == ["m/1", "m/2"]
 
 
-async def test_a_kind_whose_first_start_failed_is_measured_at_its_second(kept: Measured) -> None:
+async def test_fingerprint_is_measured_again_after_a_failed_start(kept: Measured) -> None:
     many = entry(replicas=3)
     async with starts(kept, many, box="3xH100") as each:
         await each.begin(many, numbers=range(3))
@@ -245,14 +241,14 @@ async def test_a_kind_whose_first_start_failed_is_measured_at_its_second(kept: M
         assert each.running == ["m/1"]
 
 
-async def test_kinds_on_different_gpus_do_not_wait_for_each_other(kept: Measured) -> None:
+async def test_fingerprints_on_different_gpus_start_together(kept: Measured) -> None:
     a, b = entry("a", devices=[0]), entry("b", devices=[1], engine={"max_num_seqs": 8})
     async with starts(kept, a, b, box="2xH100") as each:
         await each.begin(a, b)
         assert each.running == ["a", "b"]
 
 
-async def test_a_start_that_is_given_up_lets_the_next_one_in(kept: Measured) -> None:
+async def test_failed_start_releases_its_gpus(kept: Measured) -> None:
     a, b = entry("a"), entry("b", engine={"max_num_seqs": 8})
     memory = planned_memory(kept, a, b)
 
@@ -266,7 +262,7 @@ async def test_a_start_that_is_given_up_lets_the_next_one_in(kept: Measured) -> 
         assert spec.name == "b"
 
 
-async def test_a_replica_s_entry_says_its_gpus_and_its_cache(kept: Measured) -> None:
+async def test_start_yields_explicit_gpus_and_cache(kept: Measured) -> None:
     many = entry(replicas=2)
     memory = planned_memory(kept, many, box="2xH100")
     async with memory.start(many, memory.place(many, 1)) as (spec, _):
@@ -274,9 +270,7 @@ async def test_a_replica_s_entry_says_its_gpus_and_its_cache(kept: Measured) -> 
         assert (spec.devices, spec.kv_cache) == (replica.devices, replica.kv)
 
 
-async def test_of_a_model_of_unknown_shape_nothing_is_kept_and_every_start_is_alone(
-    gpus: Gpus, kept: Measured
-) -> None:
+async def test_unknown_shape_is_never_measured_and_starts_alone(gpus: Gpus, kept: Measured) -> None:
     odd = entry("odd", model="odd", devices=[0, 1], memory="20GiB", replicas=2)
     m = entry("m", devices=[1], memory="30GiB")
     for replica in planned(kept, odd, m, box="2xH100").replicas[-1:]:
@@ -300,12 +294,12 @@ async def test_of_a_model_of_unknown_shape_nothing_is_kept_and_every_start_is_al
 # --- what is kept
 
 
-async def test_a_measured_start_is_planned_with_from_then_on(gpus: Gpus, kept: Measured) -> None:
+async def test_measured_overhead_is_used_by_later_plans(gpus: Gpus, kept: Measured) -> None:
     m = entry(tensor_parallel_size=2, kv_cache="20GiB")
     plan = planned(kept, m, box="2xH100")
     (replica,) = plan.replicas
     planned_gib = (replica.weights + replica.kv) / GIB
-    gpus.used = {0: 2 * GIB, 1: 0}  # what was there before is nobody's overhead
+    gpus.used = {0: 2 * GIB, 1: 0}  # earlier memory is not its overhead
     memory = GpuMemory(plan, kept)
     async with memory.start(m, memory.place(m, 0)) as (_, keep):
         gpus.used = {0: int((planned_gib + 5) * GIB), 1: int((planned_gib + 4) * GIB)}
@@ -330,7 +324,7 @@ async def test_of_data_parallel_ranks_the_first_reports_alone(gpus: Gpus, kept: 
     assert kept.overhead(replica.fingerprint) == pytest.approx(2 * GIB, abs=2)
 
 
-async def test_a_start_that_reports_nothing_keeps_nothing(kept: Measured) -> None:
+async def test_failed_start_stores_no_measurement(kept: Measured) -> None:
     m = entry()
     memory = planned_memory(kept, m)
     with contextlib.suppress(StartupError):
@@ -345,11 +339,11 @@ async def test_a_start_that_reports_nothing_keeps_nothing(kept: Measured) -> Non
         (50, 49, 40, 3, 47, 3),  # a context beside torch, and bytes reserved beyond the plan
         (50, 49, 40, 12, 47, 6),  # a full step needs more than is reserved at the end: 40 + 12
         (50, 49, 40, 9, 47, 3),  # exactly as much as is reserved
-        (40, 39, 39, 0, 47, 0),  # less than was planned: the weights came out smaller
+        (40, 39, 39, 0, 47, 0),  # less than was planned: the weights are smaller
         (47, 47, 47, 0, 47, 0),
     ],
 )
-def test_the_overhead_is_what_a_full_step_takes_beyond_the_plan(
+def test_overhead_is_that_of_a_full_step_beyond_the_plan(
     grown: int, reserved: int, allocated: int, activations: int, planned: int, overhead: int
 ) -> None:
     worker = {"reserved": reserved, "allocated": allocated, "activations": activations}
@@ -364,11 +358,11 @@ async def test_a_start_waits_for_the_memory_of_a_dead_engine(gpus: Gpus, kept: M
     assert starts.running == []
     gpus.used[0] = GIB
     async with asyncio.timeout(60):
-        while not starts.running:  # the driver tells nobody
+        while not starts.running:  # the driver has no event for it
             await asyncio.sleep(0.01)
 
 
-async def test_a_start_without_room_tells_who_holds_it(gpus: Gpus, kept: Measured) -> None:
+async def test_start_without_memory_names_its_holders(gpus: Gpus, kept: Measured) -> None:
     gpus.used[0] = 60 * GIB
     gpus.holders[0] = [Holder(7, "python", 59 * GIB)]
     spec = entry(memory="40GiB")
@@ -378,7 +372,7 @@ async def test_a_start_without_room_tells_who_holds_it(gpus: Gpus, kept: Measure
             pass
 
 
-async def test_a_start_in_which_memory_came_back_is_no_measurement(
+async def test_start_with_memory_freed_by_others_is_not_measured(
     gpus: Gpus, kept: Measured
 ) -> None:
     m = entry(kv_cache="20GiB")
@@ -386,7 +380,7 @@ async def test_a_start_in_which_memory_came_back_is_no_measurement(
     gpus.used[0] = 30 * GIB
     memory = GpuMemory(plan, kept)
     async with memory.start(m, memory.place(m, 0)) as (_, keep):
-        gpus.used[0] = 40 * GIB  # 40 came, 30 of somebody else's went
+        gpus.used[0] = 40 * GIB  # 40 are new, 30 of another process are free
         keep([report(40)])
     assert files(kept) == set()
 
@@ -394,10 +388,10 @@ async def test_a_start_in_which_memory_came_back_is_no_measurement(
 # --- what may be held, and sleepers
 
 
-def sleeping(*names: str, **said: Any) -> tuple[ModelSpec, ...]:
+def sleeping(*names: str, **more: Any) -> tuple[ModelSpec, ...]:
     """Of 25 GiB each, 5 of them KV cache, and on the first GPU."""
     size = {"kv_cache": "5GiB", "devices": [0]}
-    return tuple(entry(name, start="sleeping", **(size | said)) for name in names)
+    return tuple(entry(name, start="sleeping", **(size | more)) for name in names)
 
 
 def test_a_gpu_may_be_filled_up_to_its_headroom(kept: Measured) -> None:
@@ -408,7 +402,7 @@ def test_a_gpu_may_be_filled_up_to_its_headroom(kept: Measured) -> None:
     assert held[Place(0)] > plan.box[0].memory * 0.9
 
 
-def test_who_cannot_sleep_holds_all_or_nothing(kept: Measured) -> None:
+def test_engine_without_sleep_mode_has_one_level(kept: Measured) -> None:
     m = entry(memory="40GiB", tensor_parallel_size=2)
     memory = planned_memory(kept, m, box="2xH100")
     place = memory.place(m, 0)
@@ -432,7 +426,7 @@ def test_a_sleeper_holds_less_at_each_level(kept: Measured) -> None:
     assert set(holds) == {Level.READY, Level.KV_RELEASED, Level.HOST}
 
 
-def test_host_memory_is_given_in_order_and_whoever_finds_none_sleeps_without_weights(
+def test_host_memory_is_assigned_in_the_order_of_the_plan(
     kept: Measured,
 ) -> None:
     specs = sleeping("a", "b", "c")
@@ -450,7 +444,7 @@ def test_host_memory_is_given_in_order_and_whoever_finds_none_sleeps_without_wei
     assert asleep(0) == [Level.DISK] * 3
 
 
-async def test_a_sleeper_wakes_when_what_it_needs_more_is_free(gpus: Gpus, kept: Measured) -> None:
+async def test_sleeper_wakes_when_its_further_memory_is_free(gpus: Gpus, kept: Measured) -> None:
     (m,) = sleeping("m")
     memory = planned_memory(kept, m, host_memory=100 * GIB, timings=SHORT)
     place = memory.place(m, 0)
@@ -469,7 +463,7 @@ async def test_a_sleeper_wakes_when_what_it_needs_more_is_free(gpus: Gpus, kept:
         pass
 
 
-async def test_what_passes_to_a_sleeper_counts_as_free_for_it(
+async def test_pages_that_pass_to_a_sleeper_count_as_free(
     gpus: Gpus, kept: Measured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(page_exchange.ADDRESS, "restored afterwards")
@@ -497,9 +491,7 @@ async def test_what_passes_to_a_sleeper_counts_as_free_for_it(
 
 
 @pytest.mark.parametrize("measured_first", [True, False])
-async def test_nobody_falls_asleep_or_wakes_where_a_start_is_measured(
-    kept: Measured, measured_first: bool
-) -> None:
+async def test_measured_start_excludes_sleep_and_wake(kept: Measured, measured_first: bool) -> None:
     (m,) = sleeping("m")
     other = entry("other", memory="30GiB", devices=[0])
     made = Starts(planned_memory(kept, m, other))
@@ -543,7 +535,7 @@ def llamas(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("llamas")
-def test_engines_that_go_on_stay_where_they_are_with_what_they_have(kept: Measured) -> None:
+def test_kept_engines_keep_gpus_and_sizes_in_a_new_plan(kept: Measured) -> None:
     a, b = entry("a", memory="30GiB"), entry("b", memory="30GiB")
     memory = planned_memory(kept, a, b, box="2xH100")
     before = memory.plan
@@ -557,7 +549,7 @@ def test_engines_that_go_on_stay_where_they_are_with_what_they_have(kept: Measur
 
 
 @pytest.mark.usefixtures("llamas")
-def test_a_registry_that_does_not_fit_changes_nothing(kept: Measured) -> None:
+def test_registry_that_does_not_fit_changes_nothing(kept: Measured) -> None:
     a = entry("a", memory="30GiB")
     memory = planned_memory(kept, a)
     before = memory.plan
@@ -600,14 +592,14 @@ class Moving:
     def _on(self, gpu: int) -> Config:
         return config(*sleeping("m", kv_cache="20GiB", devices=[gpu]))
 
-    def comes(self, **said: Any) -> FakeRunning:
+    def next_start(self, **more: Any) -> FakeRunning:
         """The next engine, which can sleep."""
-        plan = self.backend.plans["m"] = Start(**said)
+        plan = self.backend.plans["m"] = Start(**more)
         plan.running.sleeps = True
         return plan.running
 
     async def ready(self) -> Replica:
-        self.comes()
+        self.next_start()
         (replica,) = self.pool.replicas
         await soon(self.pool.life.make_ready(replica))
         return replica
@@ -626,7 +618,7 @@ def moving(llamas: None, kept: Measured) -> Moving:
 async def starting_on_gpu_1(moving: Moving) -> AsyncIterator[None]:
     """While the new engine starts there, and is measured."""
     gate = Gate()
-    moving.comes(gate=gate)
+    moving.next_start(gate=gate)
     reloading = await gate.begin(moving.reload(1))
     try:
         yield
@@ -634,7 +626,9 @@ async def starting_on_gpu_1(moving: Moving) -> AsyncIterator[None]:
         await gate.open_for(reloading)
 
 
-async def test_the_engine_before_sleeps_and_wakes_where_it_is(moving: Moving, gpus: Gpus) -> None:
+async def test_moved_model_s_old_engine_sleeps_and_wakes_in_place(
+    moving: Moving, gpus: Gpus
+) -> None:
     old = await moving.ready()
     engine = moving.backend.running("m")
     async with starting_on_gpu_1(moving):
@@ -646,21 +640,21 @@ async def test_the_engine_before_sleeps_and_wakes_where_it_is(moving: Moving, gp
     assert moving.backend.devices == [(0,), (1,)]
 
 
-async def test_the_engine_before_starts_again_where_it_was(moving: Moving) -> None:
+async def test_moved_model_s_old_engine_restarts_in_place(moving: Moving) -> None:
     old = await moving.ready()
-    moving.comes(error=StartupError("no memory left"))
-    told = await moving.reload(1)
-    assert "the old engine continues" in told["lines"][-1]
+    moving.next_start(error=StartupError("no memory left"))
+    report = await moving.reload(1)
+    assert "the old engine continues" in report["lines"][-1]
     await soon(moving.pool.life.lower(old, Level.STOPPED))
-    moving.comes()
+    moving.next_start()
     await soon(moving.pool.life.make_ready(old))
     assert old.state is State.READY
     assert moving.backend.devices == [(0,), (1,), (0,)]
 
 
-async def test_a_registry_set_back_plans_around_the_engine_before(moving: Moving) -> None:
+async def test_registry_set_back_plans_around_the_old_engine(moving: Moving) -> None:
     await moving.ready()
-    moving.comes(error=StartupError("no memory left"))
+    moving.next_start(error=StartupError("no memory left"))
     await moving.reload(1)
     await moving.reload(0)
     assert moving.memory.plan.replica("m", 0).devices == (0,)

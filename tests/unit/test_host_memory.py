@@ -59,7 +59,7 @@ def of(config: Config, dtype_for: Callable[[Shape], str] = native) -> HostMemory
 
 def size_of(made: ModelSpec, dtype_for: Callable[[Shape], str] = native) -> int:
     holds = of(registry(made), dtype_for).place(made, 0).holds
-    assert list(holds) == [Level.READY]  # or nothing: nobody sleeps
+    assert list(holds) == [Level.READY]  # or nothing: no model sleeps
     assert list(holds[Level.READY]) == [HOST_MEMORY]
     return holds[Level.READY][HOST_MEMORY]
 
@@ -73,32 +73,30 @@ def problems(*specs: ModelSpec, memory: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("said", "size"),
+    ("keys", "size"),
     [
-        pytest.param({}, WEIGHTS + GIB + BESIDE, id="nothing said"),
+        pytest.param({}, WEIGHTS + GIB + BESIDE, id="default"),
         pytest.param({"kv_cache": "4GiB"}, WEIGHTS + 4 * GIB + BESIDE, id="a KV cache"),
         pytest.param({"memory": "30GiB"}, 30 * GIB, id="all in"),
         pytest.param({"memory": "30GiB", "kv_cache": "4GiB"}, 30 * GIB, id="all in wins"),
         pytest.param({"model": "odd"}, GIB + BESIDE, id="of unknown size"),
     ],
 )
-def test_an_engine_holds_its_weights_its_kv_cache_and_what_it_needs_besides(
-    said: dict[str, Any], size: int
-) -> None:
-    assert size_of(spec(**said)) == size
+def test_size_is_weights_kv_cache_and_overhead(keys: dict[str, Any], size: int) -> None:
+    assert size_of(spec(**keys)) == size
 
 
-def test_every_replica_holds_as_much() -> None:
+def test_replicas_have_the_same_size() -> None:
     made = spec(replicas=3)
-    space = of(registry(made))
-    assert space.place(made, 0).holds == space.place(made, 2).holds
+    memory = of(registry(made))
+    assert memory.place(made, 0).holds == memory.place(made, 2).holds
 
 
-def test_the_budget_is_the_registry_s() -> None:
+def test_capacity_is_the_registry_s_host_memory() -> None:
     assert of(registry(spec(), memory="24GiB")).capacity == {HOST_MEMORY: 24 * GIB}
 
 
-def test_without_a_budget_nothing_is_bounded_and_no_hub_asked(
+def test_without_a_budget_nothing_is_bounded_or_requested(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def read(_: ModelSpec, *, hub: bool = True) -> Shape:
@@ -106,107 +104,107 @@ def test_without_a_budget_nothing_is_bounded_and_no_hub_asked(
         raise ShapeUnknown("it is not here")
 
     monkeypatch.setattr(shape, "read", read)
-    space = of(registry(spec(memory="900GiB"), memory=None))
-    assert space.capacity == {}
+    memory = of(registry(spec(memory="900GiB"), memory=None))
+    assert memory.capacity == {}
 
 
 # --- what is too much
 
 
-def test_what_runs_at_once_has_to_fit() -> None:
+def test_eager_models_must_fit_together() -> None:
     two = [spec(name, memory="10GiB") for name in ("a", "b")]
     assert problems(*two, memory="20GiB") == []
-    (told,) = problems(*two, memory="19GiB")
-    assert "b" in told
-    assert "needs 10.0 GiB" in told
-    assert "only 9.0 GiB of 19.0 GiB of server.host_memory are free" in told
-    assert told.endswith("what would fit: `start: lazy` or server.host_memory: 20GiB")
+    (problem,) = problems(*two, memory="19GiB")
+    assert "b" in problem
+    assert "needs 10.0 GiB" in problem
+    assert "only 9.0 GiB of 19.0 GiB of server.host_memory are free" in problem
+    assert problem.endswith("what would fit: `start: lazy` or server.host_memory: 20GiB")
 
 
-def test_all_replicas_run_at_once() -> None:
+def test_replicas_must_fit_together() -> None:
     assert problems(spec(memory="10GiB", replicas=2), memory="20GiB") == []
-    (told,) = problems(spec(memory="10GiB", replicas=2), memory="19GiB")
-    assert "only 19.0 GiB of 19.0 GiB" in told
-    assert told.endswith("what would fit: server.host_memory: 20GiB")  # no later start would
+    (problem,) = problems(spec(memory="10GiB", replicas=2), memory="19GiB")
+    assert "only 19.0 GiB of 19.0 GiB" in problem
+    assert problem.endswith("what would fit: server.host_memory: 20GiB")  # no later start would
 
 
 @pytest.mark.parametrize("start", ["lazy", "sleeping"])
-def test_what_does_not_run_at_once_has_to_fit_alone(start: str) -> None:
+def test_model_that_is_not_eager_must_fit_alone(start: str) -> None:
     eager = spec("a", memory="15GiB")
     assert problems(eager, spec("b", memory="20GiB", start=start), memory="20GiB") == []
-    (told,) = problems(eager, spec("b", memory="21GiB", start=start), memory="20GiB")
-    assert "needs 21.0 GiB" in told
+    (problem,) = problems(eager, spec("b", memory="21GiB", start=start), memory="20GiB")
+    assert "needs 21.0 GiB" in problem
 
 
-def test_a_lazy_model_is_no_problem_because_those_before_it_are_too_large() -> None:
+def test_lazy_model_after_too_large_ones_is_no_problem() -> None:
     eager = [spec(name, memory="15GiB") for name in ("a", "b")]
-    (told,) = problems(*eager, spec("c", memory="5GiB", start="lazy"), memory="20GiB")
-    assert "needs 15.0 GiB" in told
+    (problem,) = problems(*eager, spec("c", memory="5GiB", start="lazy"), memory="20GiB")
+    assert "needs 15.0 GiB" in problem
 
 
-def test_a_pinned_model_leaves_the_others_what_it_does_not_hold() -> None:
-    """A lazy one that cannot come while it stays would never come."""
+def test_lazy_model_must_fit_beside_pinned_ones() -> None:
+    """A lazy model that cannot start beside it would never start."""
     pinned = spec("a", memory="15GiB", pinned=True)
     assert problems(pinned, spec("b", memory="5GiB", start="lazy"), memory="20GiB") == []
-    (told,) = problems(pinned, spec("b", memory="6GiB", start="lazy"), memory="20GiB")
-    assert "needs 6.0 GiB" in told
+    (problem,) = problems(pinned, spec("b", memory="6GiB", start="lazy"), memory="20GiB")
+    assert "needs 6.0 GiB" in problem
 
 
 # --- as the memory of a backend
 
 
-async def test_a_start_says_the_kv_cache_and_nobody_sleeps() -> None:
+async def test_start_yields_the_kv_cache_and_no_model_sleeps() -> None:
     made = spec()
-    space = of(registry(made))
-    place = space.place(made, 0)
+    memory = of(registry(made))
+    place = memory.place(made, 0)
     assert not place.sleeps
-    async with space.start(made, place) as (placed, keep):
+    async with memory.start(made, place) as (placed, keep):
         assert placed == spec(kv_cache="1GiB")
         keep([])
-    async with space.moves(place, None):
+    async with memory.moves(place, None):
         pass
 
 
-def test_another_registry_counts_once_it_is_adopted() -> None:
-    space = of(registry(spec(), memory="24GiB"))
-    adopt = space.planned(
-        registry(spec(memory="5GiB"), memory="30GiB"), {"chat": [space.place(spec(), 0)]}
+def test_planned_registry_applies_when_called() -> None:
+    memory = of(registry(spec(), memory="24GiB"))
+    adopt = memory.planned(
+        registry(spec(memory="5GiB"), memory="30GiB"), {"chat": [memory.place(spec(), 0)]}
     )
-    assert space.capacity == {HOST_MEMORY: 24 * GIB}
+    assert memory.capacity == {HOST_MEMORY: 24 * GIB}
     adopt()
-    assert space.capacity == {HOST_MEMORY: 30 * GIB}
-    assert space.place(spec("new"), 0).holds == {Level.READY: {HOST_MEMORY: GIB + BESIDE}}
+    assert memory.capacity == {HOST_MEMORY: 30 * GIB}
+    assert memory.place(spec("new"), 0).holds == {Level.READY: {HOST_MEMORY: GIB + BESIDE}}
 
 
 def test_a_registry_that_does_not_fit_changes_nothing() -> None:
-    space = of(registry(spec(), memory="24GiB"))
+    memory = of(registry(spec(), memory="24GiB"))
     with pytest.raises(ConfigError, match=r"needs 31\.0 GiB"):
-        space.planned(registry(spec(memory="31GiB"), memory="30GiB"), {})
-    assert space.capacity == {HOST_MEMORY: 24 * GIB}
+        memory.planned(registry(spec(memory="31GiB"), memory="30GiB"), {})
+    assert memory.capacity == {HOST_MEMORY: 24 * GIB}
 
 
 # --- what a model is computed in
 
 
-async def test_a_cpu_without_bfloat16_computes_in_float32_and_counts_that() -> None:
+async def test_cpu_without_bfloat16_counts_float32() -> None:
     made = spec()
     assert size_of(made, wide) == 2 * WEIGHTS + 2 * GIB + BESIDE
-    space = of(registry(made, spec("odd", model="odd")), wide)
-    assert space.dtypes == {"chat": "float32"}
-    async with space.start(made, space.place(made, 0)) as (placed, _):
+    memory = of(registry(made, spec("odd", model="odd")), wide)
+    assert memory.dtypes == {"chat": "float32"}
+    async with memory.start(made, memory.place(made, 0)) as (placed, _):
         assert placed == spec(engine={"dtype": "float32"}, kv_cache="2GiB")
 
 
 @pytest.mark.parametrize("engine", [{"dtype": "bfloat16"}, {"quantization": "fp8"}])
-async def test_what_an_entry_says_of_it_stays(engine: dict[str, Any]) -> None:
+async def test_explicit_dtype_or_quantization_is_kept(engine: dict[str, Any]) -> None:
     made = spec(engine=engine)
-    space = of(registry(made), wide)
-    assert space.dtypes == {"chat": "bfloat16"}
-    async with space.start(made, space.place(made, 0)) as (placed, _):
+    memory = of(registry(made), wide)
+    assert memory.dtypes == {"chat": "bfloat16"}
+    async with memory.start(made, memory.place(made, 0)) as (placed, _):
         assert placed.engine == engine
 
 
-async def test_a_model_that_came_from_the_hub_is_looked_at_when_it_starts(
+async def test_downloaded_model_is_read_when_it_starts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     here: list[ModelSpec] = []
@@ -218,24 +216,24 @@ async def test_a_model_that_came_from_the_hub_is_looked_at_when_it_starts(
 
     monkeypatch.setattr(shape, "read", read)
     made = spec(model="org/m")
-    space = of(registry(made, memory=None), wide)
-    assert space.dtypes == {}
+    memory = of(registry(made, memory=None), wide)
+    assert memory.dtypes == {}
     here.append(made)
-    async with space.start(made, space.place(made, 0)) as (placed, _):
+    async with memory.start(made, memory.place(made, 0)) as (placed, _):
         assert placed.engine == {"dtype": "float32"}
 
 
 # --- what cannot run at all
 
 
-def test_a_context_beyond_the_models_own_starts_nothing() -> None:
-    (told,) = problems(spec(engine={"max_model_len": 4097}), memory="100GiB")
-    assert told.endswith("max_model_len 4,097 exceeds the model's context of 4,096 tokens")
+def test_context_beyond_the_model_s_own_is_refused() -> None:
+    (problem,) = problems(spec(engine={"max_model_len": 4097}), memory="100GiB")
+    assert problem.endswith("max_model_len 4,097 exceeds the model's context of 4,096 tokens")
 
 
-def test_a_kv_cache_too_small_is_told_with_one_that_would_do() -> None:
-    (told,) = problems(spec(kv_cache="256MiB"), memory="100GiB")
+def test_small_kv_cache_is_refused_with_a_sufficient_one() -> None:
+    (problem,) = problems(spec(kv_cache="256MiB"), memory="100GiB")
     short = "a KV cache of 0.2 GiB is too small; 4,096 tokens need 0.5 GiB"
-    assert told.endswith(f"chat.kv_cache: {short}; what would fit: kv_cache: 0.6GiB")
-    (told,) = problems(spec(kv_cache="256MiB"), memory="17.3GiB")
-    assert told.endswith(short)  # a larger one would not fit beside the weights
+    assert problem.endswith(f"chat.kv_cache: {short}; what would fit: kv_cache: 0.6GiB")
+    (problem,) = problems(spec(kv_cache="256MiB"), memory="17.3GiB")
+    assert problem.endswith(short)  # a larger one would not fit beside the weights

@@ -1,4 +1,4 @@
-"""What an operator does to a running server: registries from real files, engines that are fakes."""
+"""Commands of an operator: registries from real files, fake engines."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ Entries = dict[str, dict[str, Any]]
 
 
 class Engine(FakeRunning):
-    """Tells under which entries it has answered; a change may wait, or go wrong."""
+    """Records the specs of its rebuilds; a rebuild may wait, or fail."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class Engine(FakeRunning):
 class Engines(FakeBackend):
     """Each start is another engine; `next` has the plan of a replica's next one.
 
-    An entry's `memory` is what it holds of a GPU of 100 bytes; one that is to start asleep can.
+    `memory` of a model is its part of a GPU of 100 bytes; `start: sleeping` has sleep mode.
     """
 
     def __init__(self) -> None:
@@ -137,7 +137,7 @@ class Box(PoolBox):
         self.control = ModelOperator(loaded.server, self.pool, self.backend, read)
 
     def write(self, models: Entries, server: dict[str, Any] | None = None) -> None:
-        entries = {name: {"model": "org/model"} | said for name, said in models.items()}
+        entries = {name: {"model": "org/model"} | keys for name, keys in models.items()}
         self.file.write_text(
             yaml.safe_dump({"server": server or {}, "models": entries}, sort_keys=False)
         )
@@ -145,14 +145,14 @@ class Box(PoolBox):
     async def reload(
         self, models: Entries | None = None, server: dict[str, Any] | None = None
     ) -> list[str]:
-        """The file as it stands, or with other models; the lines that tell of it."""
+        """Reload the file, or one of other models; return the lines of the report."""
         if models is not None:
             self.write(models, server)
         lines: list[str] = (await soon(self.control.reload(dry_run=False)))["lines"]
         return lines
 
     async def reloading(self, models: Entries) -> asyncio.Task[list[str]]:
-        """A reload that is on its way and waits for something."""
+        """A reload that waits for something."""
         self.write(models)
         reloading = asyncio.create_task(self.reload())
         await until(lambda: self.backend.adopted != [] or reloading.done())
@@ -173,7 +173,7 @@ class Box(PoolBox):
         return next(model for model in self.control.models() if model["name"] == name)
 
     def figures(self, model: str) -> set[str]:
-        """The gauges that tell of a model."""
+        """The gauges of a model."""
         page = generate_latest(self.metrics.registry).decode().splitlines()
         return {
             line.partition("{")[0]
@@ -182,7 +182,7 @@ class Box(PoolBox):
         }
 
     def settled(self) -> None:
-        """Nothing is held by what is not there, and nothing is there that nobody knows."""
+        """No lease, task, reservation or engine is left without its model."""
         here = {each for entry in self.pool.models.values() for each in entry.replicas}
         assert self.pool.router.leases == {}
         assert set(self.pool.replicas) == here
@@ -211,7 +211,7 @@ class Boxes(Protocol):
 
 @pytest.fixture
 async def up(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> AsyncIterator[Boxes]:
-    """A server with these models, which has started; at the end it holds what it should."""
+    """A started server with these models; its leases, tasks and engines are checked at the end."""
     boxes: list[Box] = []
 
     async def up(
@@ -236,10 +236,10 @@ async def up(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> AsyncIterator[
     assert unforeseen == []
 
 
-# --- looking
+# --- state
 
 
-async def test_what_is_shown_of_a_model(up: Boxes) -> None:
+async def test_document_of_a_model(up: Boxes) -> None:
     box = await up({"a": {"memory": 40, "aliases": ["x"], "priority": 3, "max_in_flight": 1}})
     lease = await soon(box.ask("a"))
     waiting = await box.asking("x")
@@ -277,7 +277,7 @@ async def test_what_is_shown_of_a_model(up: Boxes) -> None:
     (await soon(waiting)).release()
 
 
-async def test_what_is_shown_is_fit_for_json_in_every_state(up: Boxes) -> None:
+async def test_documents_are_json_in_every_state(up: Boxes) -> None:
     box = await up(
         {
             "ready": {"memory": 10, "replicas": 2},
@@ -311,7 +311,7 @@ async def test_what_is_shown_is_fit_for_json_in_every_state(up: Boxes) -> None:
     assert box.shown("asleep")["replicas"][0]["wake_s"] >= 0
 
 
-async def test_swaps_and_deaths_are_added_up(up: Boxes) -> None:
+async def test_document_counts_evictions_and_deaths(up: Boxes) -> None:
     box = await up({"a": {"memory": 60, "start": "lazy"}, "b": {"memory": 60, "start": "lazy"}})
     await box.use("a", "b", "a")
     assert [box.shown(name)["swaps"] for name in "ab"] == [1, 1]
@@ -320,7 +320,7 @@ async def test_swaps_and_deaths_are_added_up(up: Boxes) -> None:
         await box.until(lambda: box.shown("a")["deaths"] == 1 and box.states()["a"] == "ready")
 
 
-async def test_a_log_is_where_the_running_engine_writes(up: Boxes) -> None:
+async def test_log_is_the_file_of_the_running_engine(up: Boxes) -> None:
     """Also if the model has another number of replicas by now, and its file another name."""
     box = await up({"a": {"replicas": 2, "aliases": ["x"]}})
     running: Any = box.pool.models["a"].replicas[1].running
@@ -332,7 +332,7 @@ async def test_a_log_is_where_the_running_engine_writes(up: Boxes) -> None:
 
 
 @pytest.mark.parametrize("action", ["load", "wake", "sleep", "unload"])
-async def test_nobody_has_that_name(up: Boxes, action: str) -> None:
+async def test_command_for_an_unknown_model_is_refused(up: Boxes, action: str) -> None:
     box = await up({"a": {}})
     actions: dict[str, Callable[[str], Awaitable[None]]] = {
         "load": box.control.load,
@@ -349,7 +349,7 @@ async def test_nobody_has_that_name(up: Boxes, action: str) -> None:
     assert box.states() == {"a": "ready"}
 
 
-async def test_what_happens_is_told(up: Boxes) -> None:
+async def test_changes_of_state_are_events(up: Boxes) -> None:
     box = await up({"a": {}})
     events = box.control.events()
     first = asyncio.ensure_future(anext(events))
@@ -362,7 +362,7 @@ async def test_what_happens_is_told(up: Boxes) -> None:
 # --- load, unload
 
 
-async def test_load_brings_what_is_at_rest_and_leaves_what_is_ready(up: Boxes) -> None:
+async def test_load_starts_stopped_replicas_only(up: Boxes) -> None:
     box = await up({"a": {"start": "lazy", "replicas": 2, "aliases": ["x"]}})
     await soon(box.control.load("x"))
     assert [each["state"] for each in box.shown("a")["replicas"]] == ["ready", "ready"]
@@ -382,7 +382,7 @@ async def test_load_waits_for_a_model_that_starts_with_the_server(up: Boxes) -> 
     assert box.backend.started == ["a"]
 
 
-async def test_a_load_that_fails_says_why(up: Boxes) -> None:
+async def test_failed_load_names_its_cause(up: Boxes) -> None:
     box = await up({"a": {"start": "lazy"}})
     box.backend.next["a"] = broken("OSError: no space left")
     with pytest.raises(Overloaded, match="`a` is failed: OSError: no space left"):
@@ -392,14 +392,14 @@ async def test_a_load_that_fails_says_why(up: Boxes) -> None:
     assert box.shown("a")["note"] == ""
 
 
-async def test_load_is_enough_if_one_replica_comes(up: Boxes) -> None:
+async def test_load_succeeds_with_one_ready_replica(up: Boxes) -> None:
     box = await up({"a": {"start": "lazy", "replicas": 2}})
     box.backend.next["a/1"] = broken()
     await soon(box.control.load("a"))
     assert [each["state"] for each in box.shown("a")["replicas"]] == ["ready", "failed"]
 
 
-async def test_load_tries_a_model_again_that_died_too_often(up: Boxes) -> None:
+async def test_load_restarts_a_model_that_died_too_often(up: Boxes) -> None:
     box = await up({"a": {}})
     async with box.watched():
         for number in range(restart_backoff.GIVE_UP):
@@ -416,12 +416,12 @@ async def test_load_tries_a_model_again_that_died_too_often(up: Boxes) -> None:
         await box.until(lambda: box.states()["a"] == "ready")
 
 
-async def test_unload_lets_requests_end_and_sends_the_line_away(up: Boxes) -> None:
+async def test_unload_drains_and_refuses_the_queue(up: Boxes) -> None:
     box = await up({"a": {"max_in_flight": 1}})
     held = await soon(box.ask("a"))
-    line = [await box.asking("a") for _ in range(2)]
+    queued = [await box.asking("a") for _ in range(2)]
     unloading = asyncio.create_task(box.control.unload("a", drain=True))
-    for each in line:
+    for each in queued:
         with pytest.raises(Overloaded, match="`a` is being unloaded") as refused:
             await soon(each)
         assert refused.value.code == "model_unloaded"
@@ -435,7 +435,7 @@ async def test_unload_lets_requests_end_and_sends_the_line_away(up: Boxes) -> No
     assert held.cut_by is None
 
 
-async def test_unload_without_drain_cuts_requests_of_this_model_alone(up: Boxes) -> None:
+async def test_unload_without_drain_cuts_its_requests_only(up: Boxes) -> None:
     box = await up({"a": {}, "b": {}})
     held: dict[str, Lease] = {}
 
@@ -459,7 +459,7 @@ async def test_unload_without_drain_cuts_requests_of_this_model_alone(up: Boxes)
         await requests["b"]
 
 
-async def test_a_request_brings_an_unloaded_model_back(up: Boxes) -> None:
+async def test_request_loads_an_unloaded_model(up: Boxes) -> None:
     box = await up({"a": {}})
     await soon(box.control.unload("a", drain=True))
     await soon(box.control.unload("a", drain=True))
@@ -468,7 +468,7 @@ async def test_a_request_brings_an_unloaded_model_back(up: Boxes) -> None:
     assert box.backend.started == ["a", "a"]
 
 
-async def test_unload_of_a_model_that_is_coming_ends_it_when_it_has(up: Boxes) -> None:
+async def test_unload_of_a_starting_model_waits_for_its_start(up: Boxes) -> None:
     box = await up({"a": {"start": "lazy"}})
     gate = box.backend.gate("a")
     waiting = await gate.begin(box.ask("a"))
@@ -482,7 +482,7 @@ async def test_unload_of_a_model_that_is_coming_ends_it_when_it_has(up: Boxes) -
     assert box.states() == {"a": "stopped"}
 
 
-async def test_unload_now_of_a_model_that_is_coming_ends_its_start(up: Boxes) -> None:
+async def test_unload_now_of_a_starting_model_cancels_its_start(up: Boxes) -> None:
     box = await up({"a": {"start": "lazy"}})
     gate = box.backend.gate("a")
     waiting = await box.asking("a")
@@ -499,7 +499,7 @@ async def test_unload_now_of_a_model_that_is_coming_ends_its_start(up: Boxes) ->
     assert box.states() == {"a": "ready"}
 
 
-async def test_unload_now_of_a_model_that_wakes_ends_its_engine(up: Boxes) -> None:
+async def test_unload_now_of_a_waking_model_ends_its_engine(up: Boxes) -> None:
     box = await up({"a": {"start": "sleeping", "memory": 20}})
     engine = box.engine("a")
     await soon(box.control.sleep("a"))
@@ -513,7 +513,7 @@ async def test_unload_now_of_a_model_that_wakes_ends_its_engine(up: Boxes) -> No
 
 
 @pytest.mark.parametrize("drain", [False, True])
-async def test_unload_of_a_model_that_waits_for_its_restart_ends_it(up: Boxes, drain: bool) -> None:
+async def test_unload_before_a_restart_stops_the_model(up: Boxes, drain: bool) -> None:
     """At once, or after the restart."""
     pause_s = 0.02 if drain else 60.0
     box = await up({"a": {}}, timings=replace(FAST, first_restart_s=pause_s))
@@ -525,7 +525,7 @@ async def test_unload_of_a_model_that_waits_for_its_restart_ends_it(up: Boxes, d
     assert box.backend.started == ["a"] * (2 if drain else 1)
 
 
-async def test_requests_that_come_while_a_start_is_broken_off_bring_it_again(up: Boxes) -> None:
+async def test_request_during_a_cancelled_start_starts_again(up: Boxes) -> None:
     box = await up({"a": {"start": "lazy"}})
     gate = box.backend.gate("a")
     first = await gate.begin(box.ask("a"))
@@ -538,7 +538,7 @@ async def test_requests_that_come_while_a_start_is_broken_off_bring_it_again(up:
     assert box.states() == {"a": "ready"}
 
 
-async def test_a_server_that_ends_loads_nothing(up: Boxes) -> None:
+async def test_stopping_server_refuses_a_load(up: Boxes) -> None:
     box = await up({"a": {"start": "lazy"}})
     box.pool.close()
     with pytest.raises(Overloaded, check=with_code("shutting_down")):
@@ -567,7 +567,7 @@ async def test_sleep_and_wake(up: Boxes) -> None:
 
 
 @pytest.mark.parametrize("entry", [{}, {"start": "lazy"}])
-async def test_sleep_is_refused_where_nothing_can(up: Boxes, entry: dict[str, Any]) -> None:
+async def test_sleep_without_sleep_mode_is_refused(up: Boxes, entry: dict[str, Any]) -> None:
     box = await up({"a": entry})
     before = box.states()
     with pytest.raises(RequestError, match=r"`a` cannot sleep: .* `unload` ends it"):
@@ -575,7 +575,7 @@ async def test_sleep_is_refused_where_nothing_can(up: Boxes, entry: dict[str, An
     assert box.states() == before
 
 
-async def test_unload_ends_a_sleeper(up: Boxes) -> None:
+async def test_unload_stops_a_sleeping_engine(up: Boxes) -> None:
     box = await up({"a": {"memory": 40, "start": "sleeping"}})
     await soon(box.control.unload("a", drain=True))
     assert (box.states(), box.engine("a").stopped) == ({"a": "stopped"}, 1)
@@ -584,7 +584,7 @@ async def test_unload_ends_a_sleeper(up: Boxes) -> None:
 # --- a reload that changes nothing
 
 
-async def test_a_file_with_mistakes_changes_nothing(up: Boxes) -> None:
+async def test_reload_of_a_wrong_file_changes_nothing(up: Boxes) -> None:
     box = await up({"a": {}, "b": {}})
     was = box.control.server
     box.write({"a": {"max_in_flight": 7, "aliases": ["x"]}, "c": {"replicas": "many"}})
@@ -598,7 +598,7 @@ async def test_a_file_with_mistakes_changes_nothing(up: Boxes) -> None:
     assert await box.reload({"a": {}, "b": {}}) == []
 
 
-async def test_a_file_that_is_gone_changes_nothing(up: Boxes) -> None:
+async def test_reload_of_a_missing_file_changes_nothing(up: Boxes) -> None:
     box = await up({"a": {}})
     box.file.unlink()
     with pytest.raises(ConfigError):
@@ -606,7 +606,7 @@ async def test_a_file_that_is_gone_changes_nothing(up: Boxes) -> None:
     assert box.states() == {"a": "ready"}
 
 
-async def test_models_that_do_not_fit_change_nothing(up: Boxes) -> None:
+async def test_reload_without_room_changes_nothing(up: Boxes) -> None:
     box = await up({"a": {}, "b": {}})
     was = box.control.server
     box.backend.plan_error = PlacementError(["models.c: needs 80 GiB"])
@@ -623,7 +623,7 @@ async def test_models_that_do_not_fit_change_nothing(up: Boxes) -> None:
     ]
 
 
-async def test_a_dry_run_changes_nothing(up: Boxes) -> None:
+async def test_dry_run_changes_nothing(up: Boxes) -> None:
     box = await up({"a": {}, "b": {}, "c": {}})
     was, entries = box.control.server, dict(box.pool.models)
     box.write(
@@ -631,9 +631,9 @@ async def test_a_dry_run_changes_nothing(up: Boxes) -> None:
         {"drain_timeout": 5, "port": 9},
     )
     for _ in range(2):
-        told = await soon(box.control.reload(dry_run=True))
-        assert told["changed"] is True
-        assert [line.partition(" (")[0] for line in told["lines"]] == [
+        report = await soon(box.control.reload(dry_run=True))
+        assert report["changed"] is True
+        assert [line.partition(" (")[0] for line in report["lines"]] == [
             "c: removed",
             "a: restarts",
             "b: changed live",
@@ -641,7 +641,7 @@ async def test_a_dry_run_changes_nothing(up: Boxes) -> None:
             "server.drain_timeout: changed live",
             "server.port: needs a restart of the server; not changed",
         ]
-        orjson.dumps(told)
+        orjson.dumps(report)
     assert box.control.server is was
     assert box.pool.models == entries
     assert box.backend.adopted == []
@@ -649,19 +649,19 @@ async def test_a_dry_run_changes_nothing(up: Boxes) -> None:
     assert sorted(box.backend.started) == ["a", "b", "c"]
 
 
-async def test_a_file_that_is_the_same_changes_nothing(up: Boxes) -> None:
+async def test_reload_of_the_same_file_changes_nothing(up: Boxes) -> None:
     box = await up({"a": {}, "b": {"replicas": 2}})
     entries = dict(box.pool.models)
-    told = await soon(box.control.reload(dry_run=False))
-    assert (told["changed"], told["lines"], told["unchanged"]) == (False, [], ["a", "b"])
+    report = await soon(box.control.reload(dry_run=False))
+    assert (report["changed"], report["lines"], report["unchanged"]) == (False, [], ["a", "b"])
     assert box.pool.models == entries
     assert box.backend.plans_made == [box.places("a", "b")]
 
 
-# --- what counts from now on
+# --- changes of running models
 
 
-async def test_limits_count_from_now_on(up: Boxes) -> None:
+async def test_changed_limits_apply_at_once(up: Boxes) -> None:
     box = await up({"a": {"max_in_flight": 1}})
     held = await soon(box.ask("a"))
     await box.reload({"a": {"max_in_flight": 2, "max_queue": 1, "hidden": True, "priority": 4}})
@@ -681,14 +681,14 @@ async def test_limits_count_from_now_on(up: Boxes) -> None:
     assert box.backend.started == ["a"]
 
 
-async def test_idle_times_count_from_now_on(up: Boxes) -> None:
+async def test_changed_idle_times_apply_at_once(up: Boxes) -> None:
     box = await up({"a": {}})
     async with box.watched():
         await box.reload({"a": {"idle": {"stop_after": 0.001}}})
         await box.until(lambda: box.states() == {"a": "stopped"})
 
 
-async def test_an_alias_is_for_the_engine_that_runs(up: Boxes) -> None:
+async def test_changed_alias_keeps_the_engine(up: Boxes) -> None:
     box = await up({"a": {"aliases": ["x"], "replicas": 2}})
     held = await soon(box.ask("x"))
     lines = await box.reload({"a": {"aliases": ["y"], "replicas": 2}})
@@ -701,7 +701,7 @@ async def test_an_alias_is_for_the_engine_that_runs(up: Boxes) -> None:
     assert sorted(box.backend.started) == ["a/0", "a/1"]
 
 
-async def test_an_alias_is_found_once_the_engine_knows_it(up: Boxes) -> None:
+async def test_changed_alias_is_found_after_the_rebuild(up: Boxes) -> None:
     box = await up({"a": {"aliases": ["x"]}})
     gate = box.engine("a").change_gate = Gate()
     reloading = await box.reloading({"a": {"aliases": ["y"]}})
@@ -714,7 +714,7 @@ async def test_an_alias_is_found_once_the_engine_knows_it(up: Boxes) -> None:
         await box.ask("x")
 
 
-async def test_a_model_whose_change_goes_wrong_goes_on_as_before_and_the_others_change(
+async def test_failed_rebuild_leaves_its_model_and_changes_the_others(
     up: Boxes,
 ) -> None:
     box = await up({"a": {}, "b": {}, "c": {}, "d": {}})
@@ -741,7 +741,7 @@ async def test_a_model_whose_change_goes_wrong_goes_on_as_before_and_the_others_
     await box.use("y")
 
 
-async def test_of_several_engines_all_change_or_none(up: Boxes) -> None:
+async def test_replicas_are_all_rebuilt_or_none(up: Boxes) -> None:
     box = await up({"a": {"replicas": 2}})
     first = box.replica("a").running
     box.engine("a/1").change_error = EngineError("no")
@@ -750,7 +750,7 @@ async def test_of_several_engines_all_change_or_none(up: Boxes) -> None:
     assert box.shown("a")["aliases"] == []
 
 
-async def test_what_of_the_server_can_change_does_and_the_rest_is_told_each_time(
+async def test_fixed_keys_of_the_server_are_reported_each_time(
     up: Boxes,
 ) -> None:
     box = await up({"a": {}}, drain_timeout=3)
@@ -767,10 +767,10 @@ async def test_what_of_the_server_can_change_does_and_the_rest_is_told_each_time
         assert box.backend.adopted[-1].server == box.control.server
 
 
-# --- models that leave and come
+# --- removed and added models
 
 
-async def test_a_new_name_starts_an_engine_and_ends_the_old_one(up: Boxes) -> None:
+async def test_renamed_model_gets_a_new_engine(up: Boxes) -> None:
     box = await up({"a": {"memory": 60}})
     held = await soon(box.ask("a"))
     reloading = await box.reloading({"new": {"memory": 60, "aliases": ["a"]}})
@@ -783,16 +783,16 @@ async def test_a_new_name_starts_an_engine_and_ends_the_old_one(up: Boxes) -> No
     assert box.figures("a") == set()
 
 
-async def test_a_removed_model_answers_what_it_has_and_is_gone(up: Boxes) -> None:
+async def test_removed_model_completes_its_requests(up: Boxes) -> None:
     box = await up({"a": {"max_in_flight": 1, "replicas": 2}, "b": {}})
     held = await soon(box.ask("a"))
-    line = [await box.asking("a") for _ in range(2)]
+    queued = [await box.asking("a") for _ in range(2)]
     reloading = await box.reloading({"b": {}})
     with pytest.raises(ModelNotFound):
         await box.ask("a")
     assert (box.figures("a"), box.states()) == (set(), {"b": "ready"})
     held.release()
-    for each in line:
+    for each in queued:
         lease = await soon(each)
         await some_ms()
         assert not reloading.done()
@@ -803,7 +803,7 @@ async def test_a_removed_model_answers_what_it_has_and_is_gone(up: Boxes) -> Non
     assert [replica.name for replica in box.pool.replicas] == ["b"]
 
 
-async def test_a_removed_model_comes_once_more_for_its_line(up: Boxes) -> None:
+async def test_removed_model_starts_for_its_queue(up: Boxes) -> None:
     box = await up({"a": {"start": "lazy"}, "b": {}})
     gate = box.backend.gate("a")
     waiting = await box.asking("a")
@@ -813,7 +813,7 @@ async def test_a_removed_model_comes_once_more_for_its_line(up: Boxes) -> None:
     assert box.figures("a") == set()
 
 
-async def test_a_removed_model_that_cannot_come_tells_its_line(up: Boxes) -> None:
+async def test_removed_model_that_cannot_start_refuses_its_queue(up: Boxes) -> None:
     box = await up({"a": {"start": "lazy"}, "b": {}})
     gate = box.backend.gate("a", error=StartupError("no"))
     waiting = await box.asking("a")
@@ -824,7 +824,7 @@ async def test_a_removed_model_that_cannot_come_tells_its_line(up: Boxes) -> Non
     assert await soon(reloading) == ["a: removed"]
 
 
-async def test_a_removed_model_that_waits_for_memory_is_gone_all_the_same(up: Boxes) -> None:
+async def test_removed_model_that_waits_for_memory_ends(up: Boxes) -> None:
     box = await up({"a": {"memory": 60}, "b": {"memory": 60, "start": "lazy"}})
     held = await soon(box.ask("a"))
     waiting = await box.asking("b")
@@ -837,7 +837,7 @@ async def test_a_removed_model_that_waits_for_memory_is_gone_all_the_same(up: Bo
     assert list(box.pool.models) == ["a"]
 
 
-async def test_a_removed_model_that_waits_to_be_started_again_is_gone_all_the_same(
+async def test_removed_model_that_waits_for_its_restart_ends(
     up: Boxes,
 ) -> None:
     box = await up({"a": {}, "b": {"memory": 1}}, timings=replace(FAST, first_restart_s=0.05))
@@ -848,7 +848,7 @@ async def test_a_removed_model_that_waits_to_be_started_again_is_gone_all_the_sa
     assert box.states() == {"b": "ready"}
 
 
-async def test_added_models_come_as_their_start_says(up: Boxes) -> None:
+async def test_added_models_start_by_their_key_start(up: Boxes) -> None:
     box = await up({"a": {"memory": 10}})
     lines = await box.reload(
         {
@@ -870,7 +870,7 @@ async def test_added_models_come_as_their_start_says(up: Boxes) -> None:
     await box.use("lazy", "eager", "asleep")
 
 
-async def test_an_added_model_that_fails_is_told(up: Boxes) -> None:
+async def test_failed_added_model_is_reported(up: Boxes) -> None:
     box = await up({"a": {}})
     box.backend.next |= {"b": broken("no weights"), "c/1": broken("no memory")}
     lines = await box.reload({"a": {}, "b": {}, "c": {"replicas": 2}})
@@ -878,7 +878,7 @@ async def test_an_added_model_that_fails_is_told(up: Boxes) -> None:
     assert box.states() == {"a": "ready", "b": "failed", "c": "ready"}
 
 
-async def test_a_model_takes_the_place_of_a_pinned_one_that_goes(up: Boxes) -> None:
+async def test_added_model_gets_the_memory_of_a_removed_pinned_one(up: Boxes) -> None:
     box = await up({"a": {"memory": 60, "pinned": True}})
     held = await soon(box.ask("a"))
     reloading = await box.reloading({"b": {"memory": 70, "pinned": True}})
@@ -888,7 +888,7 @@ async def test_a_model_takes_the_place_of_a_pinned_one_that_goes(up: Boxes) -> N
     assert box.states() == {"b": "ready"}
 
 
-async def test_everything_at_once_in_the_order_of_the_file(up: Boxes) -> None:
+async def test_reload_of_all_kinds_keeps_the_order_of_the_file(up: Boxes) -> None:
     box = await up({name: {"memory": 5} for name in "abcde"})
     lines = await box.reload(
         {
@@ -915,7 +915,7 @@ async def test_everything_at_once_in_the_order_of_the_file(up: Boxes) -> None:
 # --- new engines
 
 
-async def test_with_room_for_both_the_old_one_serves_until_the_new_one_can(up: Boxes) -> None:
+async def test_old_engine_serves_until_the_new_one_is_ready(up: Boxes) -> None:
     box = await up({"a": {"memory": 40, "aliases": ["x"]}})
     gate = Gate()
     old = box.engine("a")
@@ -940,7 +940,7 @@ async def test_with_room_for_both_the_old_one_serves_until_the_new_one_can(up: B
     assert box.metric("model_state", model="a", replica="0", state="ready") == 1
 
 
-async def test_a_lazy_model_that_is_in_use_is_not_away_either(up: Boxes) -> None:
+async def test_restarted_lazy_model_serves_meanwhile(up: Boxes) -> None:
     box = await up({"a": {"memory": 40, "start": "lazy"}})
     [old] = await box.use("a")
     gate = box.backend.gate("a")
@@ -951,7 +951,7 @@ async def test_a_lazy_model_that_is_in_use_is_not_away_either(up: Boxes) -> None
     assert box.backend.started == ["a", "a"]
 
 
-async def test_a_lazy_model_at_rest_stays_there(up: Boxes) -> None:
+async def test_restarted_lazy_model_stays_stopped(up: Boxes) -> None:
     box = await up({"a": {"memory": 40, "start": "lazy"}})
     await box.reload({"a": {"memory": 50, "start": "lazy"}})
     assert (box.states(), box.backend.started) == ({"a": "stopped"}, [])
@@ -959,19 +959,19 @@ async def test_a_lazy_model_at_rest_stays_there(up: Boxes) -> None:
     assert box.shown("a")["replicas"][0]["gpu_bytes"] == 50
 
 
-async def test_those_in_line_go_over_to_the_new_engine_in_order(up: Boxes) -> None:
+async def test_queue_moves_to_the_new_engine_in_order(up: Boxes) -> None:
     box = await up({"a": {"memory": 40, "max_in_flight": 1}})
     old = box.engine("a")
     held = await soon(box.ask("a"))
-    line = [await box.asking("a") for _ in range(3)]
+    queued = [await box.asking("a") for _ in range(3)]
     reloading = asyncio.create_task(box.reload({"a": {"memory": 50, "max_in_flight": 1}}))
-    assert set(await released_in_order(line)) == {box.engine("a")} != {old}
+    assert set(await released_in_order(queued)) == {box.engine("a")} != {old}
     assert not reloading.done()
     held.release()
     await soon(reloading)
 
 
-async def test_a_new_engine_that_fails_beside_the_old_one_leaves_all_as_it_was(up: Boxes) -> None:
+async def test_failed_new_engine_leaves_the_old_one(up: Boxes) -> None:
     box = await up({"a": {"memory": 40, "aliases": ["x"]}, "b": {}})
     old = box.engine("a")
     box.backend.next["a"] = broken("no such weights")
@@ -983,14 +983,14 @@ async def test_a_new_engine_that_fails_beside_the_old_one_leaves_all_as_it_was(u
         await box.ask("y")
     assert (box.shown("a")["priority"], box.shown("b")["priority"]) == (0, 2)
     assert box.metric("model_state", model="a", replica="0", state="ready") == 1
-    told = await soon(box.control.reload(dry_run=True))
-    assert [change["model"] for change in told["restarted"]] == ["a"]
-    await box.reload()  # the same file once more
+    report = await soon(box.control.reload(dry_run=True))
+    assert [change["model"] for change in report["restarted"]] == ["a"]
+    await box.reload()  # the same file again
     await box.use("a", "y")
     assert (old.stopped, box.engine("a").stopped) == (1, 0)
 
 
-async def test_a_file_taken_back_after_that_changes_nothing(up: Boxes) -> None:
+async def test_file_set_back_after_a_failure_changes_nothing(up: Boxes) -> None:
     box = await up({"a": {"memory": 40}})
     box.backend.next["a"] = broken()
     await box.reload({"a": {"memory": 50}})
@@ -998,7 +998,7 @@ async def test_a_file_taken_back_after_that_changes_nothing(up: Boxes) -> None:
     assert box.backend.started == ["a", "a"]
 
 
-async def test_of_new_engines_beside_the_old_one_it_is_enough_if_one_comes(up: Boxes) -> None:
+async def test_one_ready_new_replica_replaces_the_old_engine(up: Boxes) -> None:
     box = await up({"a": {"memory": 20}})
     old = box.engine("a")
     box.backend.next["a/1"] = broken("no memory")
@@ -1008,7 +1008,7 @@ async def test_of_new_engines_beside_the_old_one_it_is_enough_if_one_comes(up: B
     assert old.stopped == 1
 
 
-async def test_what_has_failed_is_replaced_by_what_fails(up: Boxes) -> None:
+async def test_failed_model_is_replaced_by_a_failing_one(up: Boxes) -> None:
     box = await up({"a": {"memory": 40}, "b": {}}, started=False)
     box.backend.next["a"] = broken("no weights")
     await soon(box.pool.start())
@@ -1021,28 +1021,28 @@ async def test_what_has_failed_is_replaced_by_what_fails(up: Boxes) -> None:
 
 @pytest.mark.parametrize("start", ["eager", "lazy"])
 @pytest.mark.parametrize("pinned", [False, True])
-async def test_without_room_for_both_requests_wait_in_order_for_the_new_one(
+async def test_restart_without_room_keeps_the_order_of_the_queue(
     up: Boxes, start: str, pinned: bool
 ) -> None:
-    said = {"max_in_flight": 1, "start": start, "pinned": pinned}
-    box = await up({"a": {"memory": 60} | said})
+    keys = {"max_in_flight": 1, "start": start, "pinned": pinned}
+    box = await up({"a": {"memory": 60} | keys})
     held = await soon(box.ask("a"))
     old = box.engine("a")
-    line = [await box.asking("a") for _ in range(2)]
+    queued = [await box.asking("a") for _ in range(2)]
     gate = box.backend.gate("a")
-    reloading = await box.reloading({"a": {"memory": 70} | said})
-    line += [await box.asking("a") for _ in range(2)]
+    reloading = await box.reloading({"a": {"memory": 70} | keys})
+    queued += [await box.asking("a") for _ in range(2)]
     assert (old.stopped, gate.reached.is_set()) == (0, False)
     held.release()
     await soon(gate.reached.wait())
     assert old.stopped == 1
-    line += [await box.asking("a") for _ in range(2)]
+    queued += [await box.asking("a") for _ in range(2)]
     gate.opened.set()
-    assert set(await released_in_order(line)) == {box.engine("a")} != {old}
+    assert set(await released_in_order(queued)) == {box.engine("a")} != {old}
     assert await soon(reloading) == ["a: restarts (memory 60B -> 70B)"]
 
 
-async def test_a_new_engine_that_fails_without_room_has_failed_and_tells_its_line(
+async def test_failed_restart_without_room_refuses_the_queue(
     up: Boxes,
 ) -> None:
     box = await up({"a": {"memory": 60}})
@@ -1060,7 +1060,7 @@ async def test_a_new_engine_that_fails_without_room_has_failed_and_tells_its_lin
     await box.use("a")
 
 
-async def test_others_give_way_to_a_restart_without_room(up: Boxes) -> None:
+async def test_restart_without_room_evicts_others(up: Boxes) -> None:
     box = await up({"a": {"memory": 40}, "b": {"memory": 60}})
     await box.reload({"a": {"memory": 90}, "b": {"memory": 60}})
     assert box.states() == {"a": "ready", "b": "stopped"}
@@ -1102,7 +1102,7 @@ async def test_reload_keeps_responses_while_the_model_is_the_same(
 # --- more and fewer replicas
 
 
-async def test_more_and_fewer_replicas(up: Boxes) -> None:
+async def test_replicas_are_added_and_removed(up: Boxes) -> None:
     box = await up({"a": {"memory": 30}})
     first = box.engine("a")
     held = await soon(box.ask("a"))
@@ -1130,7 +1130,7 @@ async def test_more_and_fewer_replicas(up: Boxes) -> None:
     assert box.backend.started == ["a", "a/1"]
 
 
-async def test_resized_engines_answer_under_new_aliases_too(up: Boxes) -> None:
+async def test_resized_engines_get_new_aliases(up: Boxes) -> None:
     box = await up({"a": {"memory": 30}})
     first = box.engine("a")
     await box.reload({"a": {"memory": 30, "replicas": 2, "aliases": ["x"]}})
@@ -1143,7 +1143,7 @@ async def test_resized_engines_answer_under_new_aliases_too(up: Boxes) -> None:
     await box.use("x")
 
 
-async def test_a_replica_that_is_placed_elsewhere_does_not_stay(up: Boxes) -> None:
+async def test_resized_replica_with_another_placement_restarts(up: Boxes) -> None:
     box = await up({"a": {"memory": 30}})
     first = box.engine("a")
     box.backend.sizes["a"] = {Level.READY: {GPU: 20}}
@@ -1152,7 +1152,7 @@ async def test_a_replica_that_is_placed_elsewhere_does_not_stay(up: Boxes) -> No
     assert sorted(box.backend.started) == ["a", "a/0", "a/1"]
 
 
-async def test_a_new_replica_that_fails_leaves_the_first(up: Boxes) -> None:
+async def test_failed_new_replica_leaves_the_first(up: Boxes) -> None:
     box = await up({"a": {"memory": 30}})
     box.backend.next["a/1"] = broken("no memory")
     lines = await box.reload({"a": {"memory": 30, "replicas": 2}})
@@ -1160,15 +1160,15 @@ async def test_a_new_replica_that_fails_leaves_the_first(up: Boxes) -> None:
     assert await box.use("a") == [box.engine("a")]
 
 
-async def test_those_in_line_stay_in_line_while_a_model_is_resized(up: Boxes) -> None:
+async def test_resize_keeps_the_queue(up: Boxes) -> None:
     box = await up({"a": {"memory": 60, "max_in_flight": 1}, "b": {"memory": 40}})
     held = await soon(box.ask("a"))
-    line = [await box.asking("a") for _ in range(3)]
+    queued = [await box.asking("a") for _ in range(3)]
     reloading = asyncio.create_task(
         box.reload({"a": {"memory": 60, "max_in_flight": 1, "replicas": 2}, "b": {"memory": 40}})
     )
     held.release()  # one request of the model at a time, whichever engine has it
-    for each in line:
+    for each in queued:
         (await soon(each)).release()
     lines = await soon(reloading)
     assert "its own other replicas leave" in lines[-1]
@@ -1177,7 +1177,7 @@ async def test_those_in_line_stay_in_line_while_a_model_is_resized(up: Boxes) ->
 # --- a reload while something else is under way
 
 
-async def test_two_reloads_at_the_same_time_are_one_after_the_other(up: Boxes) -> None:
+async def test_reloads_run_one_at_a_time(up: Boxes) -> None:
     box = await up({"a": {"memory": 10}})
     gate = box.backend.gate("b")
     first = await box.reloading({"a": {"memory": 10}, "b": {"memory": 10}})
@@ -1190,7 +1190,7 @@ async def test_two_reloads_at_the_same_time_are_one_after_the_other(up: Boxes) -
     assert box.states() == {"a": "ready", "c": "ready"}
 
 
-async def test_a_bad_reload_leaves_the_next_one_free(up: Boxes) -> None:
+async def test_reload_after_a_failed_one_applies(up: Boxes) -> None:
     box = await up({"a": {}})
     box.file.write_text("models: [")
     for _ in range(2):
@@ -1210,7 +1210,7 @@ AFTER: Mapping[str, Entries] = {
 
 
 @pytest.mark.parametrize("after", AFTER)
-async def test_a_reload_while_a_model_starts_with_the_server(up: Boxes, after: str) -> None:
+async def test_reload_while_a_model_starts(up: Boxes, after: str) -> None:
     box = await up({"a": {"memory": 20}, "b": {"memory": 10}}, started=False)
     gate = box.backend.gate("a", reports=((State.LOADING, ""),))
     starting = await box.starting(gate)
@@ -1282,12 +1282,12 @@ async def short_of_memory(box: Box) -> AsyncIterator[None]:
 
 @pytest.mark.parametrize("after", AFTER)
 @pytest.mark.parametrize("state", [waking, draining, stopped, failed, dead, short_of_memory])
-async def test_a_reload_in_any_state(
+async def test_reload_in_any_state(
     up: Boxes, state: Callable[[Box], AbstractAsyncContextManager[None]], after: str
 ) -> None:
     sleeps = {"start": "sleeping"} if state is waking else {}
     box = await up({"a": {"memory": 20} | sleeps, "b": {"memory": 10}})
-    models = {name: said if name == "b" else said | sleeps for name, said in AFTER[after].items()}
+    models = {name: keys if name == "b" else keys | sleeps for name, keys in AFTER[after].items()}
     async with state(box):
         reloading = asyncio.create_task(box.reload(models))
         await some_ms()
@@ -1299,7 +1299,7 @@ async def test_a_reload_in_any_state(
     await some_ms()
 
 
-async def test_a_change_does_not_bring_back_an_engine_that_ends_meanwhile(up: Boxes) -> None:
+async def test_rebuild_does_not_revive_a_stopped_engine(up: Boxes) -> None:
     box = await up({"a": {}})
     engine = box.engine("a")
     gate = engine.change_gate = Gate()
@@ -1313,7 +1313,7 @@ async def test_a_change_does_not_bring_back_an_engine_that_ends_meanwhile(up: Bo
     await box.use("x")
 
 
-async def test_a_dead_engine_is_not_asked_to_change(up: Boxes) -> None:
+async def test_dead_engine_is_not_rebuilt(up: Boxes) -> None:
     box = await up({"a": {}})
     box.engine("a").dead = True
     box.engine("a").change_error = EngineError("dead")
@@ -1323,7 +1323,7 @@ async def test_a_dead_engine_is_not_asked_to_change(up: Boxes) -> None:
     await box.use("x")
 
 
-async def test_a_model_that_is_required_and_removed_while_it_starts_ends_nothing(
+async def test_removed_required_model_does_not_end_the_start(
     up: Boxes,
 ) -> None:
     box = await up({"a": {"required": True}, "b": {}}, started=False)
@@ -1335,7 +1335,7 @@ async def test_a_model_that_is_required_and_removed_while_it_starts_ends_nothing
     assert box.states() == {"b": "ready"}
 
 
-async def test_a_server_that_ends_starts_nothing_for_a_reload(up: Boxes) -> None:
+async def test_stopping_server_starts_nothing_for_a_reload(up: Boxes) -> None:
     box = await up({"a": {"memory": 60}})
     held = await soon(box.ask("a"))
     reloading = await box.reloading({"a": {"memory": 70}, "b": {"memory": 10, "start": "lazy"}})
@@ -1345,11 +1345,11 @@ async def test_a_server_that_ends_starts_nothing_for_a_reload(up: Boxes) -> None
     assert box.backend.started == ["a"]
 
 
-# --- whatever comes
+# --- random sequences
 
 
 class Clients:
-    """Many that ask for models by chance, until they are told to stop."""
+    """Clients that request random models until they are stopped."""
 
     def __init__(self, box: Box, chance: random.Random) -> None:
         self._box = box
@@ -1381,7 +1381,7 @@ class Clients:
 
 
 def shuffled(entries: Entries, chance: random.Random) -> Entries:
-    """A few removed, added, changed or under other names, in any order."""
+    """Some models removed, added, changed or renamed, in any order."""
     after = {name: entry for name, entry in entries.items() if chance.random() < 0.7}
     after |= {name: some_entry(chance) for name in "abcd" if chance.random() < 0.4}
     if after and chance.random() < 0.4:
@@ -1402,8 +1402,8 @@ def some_entry(chance: random.Random) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("seed", range(12))
-async def test_no_request_is_lost_in_any_sequence_of_reloads(up: Boxes, seed: int) -> None:
-    """Of a model that stays none is refused; of others those that come before they may wait."""
+async def test_reloads_in_any_order_lose_no_request(up: Boxes, seed: int) -> None:
+    """Requests of a model that stays are never refused; those of others only while they start."""
     chance = random.Random(seed)
     steady = {"steady": {"memory": 10, "aliases": ["always"], "max_in_flight": 2}}
     box = await up(steady)

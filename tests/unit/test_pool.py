@@ -116,7 +116,7 @@ async def test_a_failed_start_does_not_stop_the_others(error: Exception, note: s
     assert [model.name for model in box.pool.ready()] == ["chat", "draft"]
 
 
-async def test_a_required_one_that_fails_ends_the_start_at_once() -> None:
+async def test_required_model_that_fails_ends_the_start() -> None:
     gate = Gate()
     box = Box(required=True, chat=broken("ValueError: no KV cache"), embed=Plan(gate=gate))
     with pytest.raises(StartupError) as ended:
@@ -127,13 +127,13 @@ async def test_a_required_one_that_fails_ends_the_start_at_once() -> None:
     assert gate.cancelled
 
 
-async def test_a_box_without_one_ready_model_does_not_start() -> None:
+async def test_start_without_a_ready_model_fails() -> None:
     box = Box(chat=broken(), embed=broken(), draft=broken())
     with pytest.raises(StartupError, match="no model could be started"):
         await box.pool.start()
 
 
-async def test_a_start_that_is_given_up_gives_up_every_model() -> None:
+async def test_cancelled_start_cancels_every_model() -> None:
     gates = [Gate(), Gate()]
     box = Box(chat=Plan(gate=gates[0]), embed=Plan(gate=gates[1]))
     starting = await box.starting(*gates)
@@ -145,7 +145,7 @@ async def test_a_start_that_is_given_up_gives_up_every_model() -> None:
         assert gate.cancelled
 
 
-async def test_progress_is_passed_on_as_it_comes() -> None:
+async def test_progress_of_a_start_is_reported() -> None:
     box = Box(
         chat=Plan(
             reports=(
@@ -171,7 +171,7 @@ async def test_progress_is_passed_on_as_it_comes() -> None:
 
 
 @pytest.mark.parametrize("state", [State.DOWNLOADING, State.LOADING, State.WARMING])
-async def test_a_model_that_is_not_ready_yet_says_when_to_come_back(state: State) -> None:
+async def test_starting_model_refuses_with_retry_after(state: State) -> None:
     gate = Gate()
     box = Box(chat=Plan(reports=((state, ""),), gate=gate))
     starting = await box.starting(gate)
@@ -190,7 +190,7 @@ def test_a_model_that_was_never_started_is_not_ready() -> None:
         Box().lease("chat")
 
 
-async def test_a_model_that_could_not_start_is_not_worth_another_try() -> None:
+async def test_failed_model_refuses_without_retry_after() -> None:
     box = await Box(embed=broken()).started()
     with pytest.raises(EngineDead, match="`embed` could not be started") as refused:
         box.lease("embed")
@@ -198,7 +198,7 @@ async def test_a_model_that_could_not_start_is_not_worth_another_try() -> None:
     assert refused.value.headers() == {}
 
 
-async def test_an_unknown_name_gets_the_names_there_are_and_the_nearest() -> None:
+async def test_unknown_name_gets_the_known_and_the_nearest() -> None:
     box = await Box().started()
     with pytest.raises(ModelNotFound) as refused:
         box.lease("gpt-4")
@@ -217,7 +217,7 @@ async def test_aliases_share_the_slots_of_their_model() -> None:
     box.lease("embed").release()
 
 
-async def test_a_lease_is_given_back_once() -> None:
+async def test_second_release_of_a_lease_has_no_effect() -> None:
     box = await Box(max_in_flight=2).started()
     other = box.lease("chat")
     lease = box.lease("chat")
@@ -232,7 +232,7 @@ async def test_a_lease_is_given_back_once() -> None:
 # --- deaths and ends
 
 
-async def test_an_engine_that_dies_is_started_again_and_the_others_serve_on() -> None:
+async def test_dead_engine_restarts_and_others_serve() -> None:
     box = await Box().started()
     async with box.watched():
         box.backend.running("chat").dead = True
@@ -251,7 +251,7 @@ async def test_an_engine_that_dies_is_started_again_and_the_others_serve_on() ->
     assert 'llmserve_engine_deaths_total{model="chat",replica="0"} 1.0' in page
 
 
-async def test_an_engine_that_dies_again_and_again_is_left() -> None:
+async def test_engine_is_not_restarted_after_many_deaths() -> None:
     box = await Box(timings=FAST).started()
     async with box.watched():
         for _ in range(1, restart_backoff.GIVE_UP):
@@ -278,7 +278,7 @@ async def test_a_start_that_fails_after_a_death_counts_as_one() -> None:
     assert box.backend.started.count("chat") == restart_backoff.GIVE_UP
 
 
-async def test_an_engine_that_hangs_is_killed_and_started_again() -> None:
+async def test_hung_engine_is_killed_and_restarted() -> None:
     box = await Box(timings=replace(FAST, hang_check_s=0.01, hang_s=0.02)).started()
     async with box.watched():
         await asyncio.sleep(0.1)
@@ -288,7 +288,7 @@ async def test_an_engine_that_hangs_is_killed_and_started_again() -> None:
         await box.until(lambda: set(box.states().values()) == {"ready"})
 
 
-async def test_the_end_of_the_server_ends_a_revival() -> None:
+async def test_stopped_pool_cancels_a_restart() -> None:
     box = await Box(timings=replace(FAST, first_restart_s=0.02)).started()
     async with box.watched():
         box.backend.running("chat").dead = True
@@ -298,7 +298,7 @@ async def test_the_end_of_the_server_ends_a_revival() -> None:
     assert box.backend.started.count("chat") == 1
 
 
-async def test_a_closed_pool_admits_nobody_but_lets_requests_finish() -> None:
+async def test_closed_pool_refuses_requests_and_completes_others() -> None:
     box = await Box().started()
     lease = box.lease("chat")
     box.pool.close()
@@ -311,7 +311,7 @@ async def test_a_closed_pool_admits_nobody_but_lets_requests_finish() -> None:
     assert box.in_flight("chat") == 0
 
 
-async def test_a_drain_waits_for_requests_and_no_longer() -> None:
+async def test_drain_waits_for_requests() -> None:
     box = await Box().started()
     lease = box.lease("chat")
     draining = asyncio.ensure_future(box.pool.drain(10))
@@ -321,7 +321,7 @@ async def test_a_drain_waits_for_requests_and_no_longer() -> None:
     await soon(draining)
 
 
-async def test_what_takes_longer_than_the_drain_is_cut_off() -> None:
+async def test_drain_cuts_requests_at_its_timeout() -> None:
     box = await Box().started()
     work = asyncio.ensure_future(asyncio.sleep(60))
     lease = box.lease("chat", work)
@@ -349,7 +349,7 @@ async def test_all_engines_stop_at_the_same_time() -> None:
     assert box.backend.killed == 0
 
 
-async def test_an_engine_that_does_not_stop_cleanly_does_not_keep_the_others() -> None:
+async def test_failed_stop_of_an_engine_does_not_keep_the_others() -> None:
     box = await Box(chat=Plan(), embed=Plan(), draft=Plan()).started()
     gate = Gate()
     box.backend.running("chat").stop_error = RuntimeError("boom")
@@ -361,7 +361,7 @@ async def test_an_engine_that_does_not_stop_cleanly_does_not_keep_the_others() -
     assert set(box.states().values()) == {"stopped"}
 
 
-async def test_a_stop_during_the_start_ends_what_is_under_way() -> None:
+async def test_stop_during_the_start_kills_starting_engines() -> None:
     gate = Gate()
     box = Box(embed=Plan(gate=gate))
     starting = await box.starting(gate)
@@ -372,14 +372,14 @@ async def test_a_stop_during_the_start_ends_what_is_under_way() -> None:
     assert box.states()["chat"] == "stopped"
 
 
-async def test_a_stopped_pool_says_that_the_server_stops() -> None:
+async def test_stopped_pool_refuses_requests() -> None:
     box = await Box().started()
     await box.pool.stop()
     with pytest.raises(Overloaded, match="The server is stopping"):
         box.lease("chat")
 
 
-# --- figures
+# --- metrics
 
 
 async def test_states_are_in_the_metrics() -> None:
@@ -397,7 +397,7 @@ async def test_states_are_in_the_metrics() -> None:
     assert box.shown_states() == {"chat": "stopped", "embed": "failed", "draft": "stopped"}
 
 
-async def test_the_figures_of_running_engines_are_collected() -> None:
+async def test_metrics_of_running_engines_are_collected() -> None:
     box = Box(embed=broken())
     assert list(box.pool.collectors()) == []
     await box.pool.start()
@@ -408,8 +408,8 @@ async def test_the_figures_of_running_engines_are_collected() -> None:
 # --- replicas
 
 
-def twins(**said: Any) -> ModelSpec:
-    return spec("chat", replicas=2, **said)
+def twins(**more: Any) -> ModelSpec:
+    return spec("chat", replicas=2, **more)
 
 
 def plans(*each: Plan) -> dict[str, Any]:
@@ -417,7 +417,7 @@ def plans(*each: Plan) -> dict[str, Any]:
     return {f"chat/{number}": plan for number, plan in enumerate(each)}
 
 
-async def test_all_replicas_start_at_the_same_time_and_share_the_model_s_slots() -> None:
+async def test_replicas_start_together_and_share_slots() -> None:
     gates = [Gate(), Gate()]
     box = Box(twins(max_in_flight=3, max_queue=0), **plans(*(Plan(gate=gate) for gate in gates)))
     starting = await box.starting(*gates)
@@ -431,7 +431,7 @@ async def test_all_replicas_start_at_the_same_time_and_share_the_model_s_slots()
         box.lease("chat")
 
 
-async def test_a_model_is_ready_with_its_first_replica_and_serves_from_it_alone() -> None:
+async def test_model_serves_with_its_first_ready_replica() -> None:
     gate = Gate()
     slow = Plan(reports=((State.LOADING, ""),), gate=gate)
     box = Box(twins(), **plans(slow))
@@ -456,7 +456,7 @@ async def test_a_model_is_ready_with_its_first_replica_and_serves_from_it_alone(
         ((State.FAILED, State.FAILED), State.FAILED),
     ],
 )
-def test_a_model_is_where_its_furthest_replica_is(
+def test_state_of_a_model_is_that_of_its_furthest_replica(
     states: tuple[State, State], model: State
 ) -> None:
     box = Box(twins())
@@ -493,7 +493,7 @@ async def test_a_replica_that_dies_fails_alone() -> None:
     assert box.shown_states() == {"chat/0": "stopped", "chat/1": "stopped"}
 
 
-async def test_a_replica_that_died_a_moment_ago_gets_nothing() -> None:
+async def test_dead_replica_gets_no_requests() -> None:
     box = await Box(twins(max_in_flight=9)).started()
     box.lease("chat", prompt="busy " * 99)
     busy = [replica.name for replica in box.pool.replicas if replica.load.requests]
@@ -507,7 +507,7 @@ async def test_a_replica_that_died_a_moment_ago_gets_nothing() -> None:
     assert box.in_flight("chat") == 4
 
 
-async def test_tokens_in_flight_are_those_of_the_leases_that_are_held() -> None:
+async def test_tokens_in_flight_are_those_of_held_leases() -> None:
     box = await Box(twins(max_in_flight=9)).started()
 
     def shown() -> list[float | None]:
@@ -559,7 +559,7 @@ async def test_changed_policy_is_the_label_of_later_requests() -> None:
     assert counted == {"shortest_queue": 1.0, "prefix_affinity": 1.0}
 
 
-async def test_a_lone_replica_s_requests_are_not_weighed() -> None:
+async def test_requests_of_a_single_replica_have_no_load() -> None:
     box = await Box().started()
     lease = box.lease("chat", prompt="x" * 400)
     assert lease.replica.name == "chat"
@@ -588,7 +588,7 @@ async def test_a_prefix_is_forgotten_with_its_replica() -> None:
     assert {asked() for _ in range(5)} == {other}
 
 
-async def test_every_replica_stops_and_shows_its_figures() -> None:
+async def test_replicas_stop_and_have_metrics() -> None:
     box = await Box(twins()).started()
     running = [box.backend.running(f"chat/{number}") for number in (0, 1)]
     assert list(box.pool.collectors()) == [each.registry for each in running]
@@ -596,7 +596,7 @@ async def test_every_replica_stops_and_shows_its_figures() -> None:
     assert [each.stopped for each in running] == [1, 1]
 
 
-async def test_an_engine_that_cannot_be_asked_is_left_alone(
+async def test_engine_whose_check_raises_is_not_killed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     box = await Box(timings=replace(FAST, hang_check_s=0.01)).started()
@@ -608,7 +608,7 @@ async def test_an_engine_that_cannot_be_asked_is_left_alone(
 
     monkeypatch.setattr(box.backend.running("chat"), "responds", broken)
     async with box.watched():
-        await until(lambda: len(asked) > 2)  # and it goes on
+        await until(lambda: len(asked) > 2)  # the monitor continues
     assert not box.backend.running("chat").dead
 
 
@@ -676,7 +676,7 @@ async def test_unload_serves_the_queue_of_a_model_that_was_resized_meanwhile() -
     lease.release()
 
 
-async def test_model_that_leaves_while_it_is_asked_for_again_serves_its_queue() -> None:
+async def test_removed_failed_model_serves_its_queue() -> None:
     box = await Box(spec("chat", start="lazy", max_in_flight=1, max_queue=8)).started()
     entry = box.pool.models["chat"]
     (replica,) = entry.replicas
@@ -696,7 +696,7 @@ async def test_model_that_leaves_while_it_is_asked_for_again_serves_its_queue() 
     assert replica.state is State.STOPPED
 
 
-async def test_queue_of_a_model_that_has_left_is_refused_when_nothing_comes() -> None:
+async def test_removed_model_that_cannot_start_refuses_its_queue() -> None:
     box = await Box(
         spec("chat", start="lazy", max_in_flight=1, max_queue=8), chat=broken("no weights")
     ).started()

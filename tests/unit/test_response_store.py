@@ -54,7 +54,7 @@ class Stream:
         finally:
             self.signal.set()
 
-    def says(self, event: str) -> None:
+    def write(self, event: str) -> None:
         self.events.append(event)
         self.signal.set()
 
@@ -98,7 +98,7 @@ def test_archive_evicts_one_that_is_larger_than_all() -> None:
     assert responses.size == 0
 
 
-def test_archive_of_model_that_left_counts_no_more() -> None:
+def test_archive_does_not_count_a_removed_model() -> None:
     archive = Archive(10_000)
     left = archive.new_store()
     store(handler_of(left), "r", KIB * 8)
@@ -127,7 +127,7 @@ async def test_events_of_a_stream_count() -> None:
     running = Stream(handler_of(responses))
     await asyncio.sleep(0)
     for _ in range(200):
-        running.says("event")
+        running.write("event")
     assert responses.size >= 200 * EVENT_BYTES
     running.ends.set_result(None)
     await soon(asyncio.wait({running.task}))
@@ -177,16 +177,16 @@ def test_messages_without_a_response_are_not_found() -> None:
     assert not responses.has("r", "")
 
 
-# --- an end for everyone who waits
+# --- replays end
 
 
-async def test_replay_tells_events_as_they_come() -> None:
+async def test_replay_yields_events_as_they_are_stored() -> None:
     responses = ResponseStore()
     running = Stream(handler_of(responses))
     replaying = asyncio.create_task(all_of(responses))
     late = asyncio.create_task(all_of(responses, after=0))
     for event in "abc":
-        running.says(event)
+        running.write(event)
         await asyncio.sleep(0)
     running.ends.set_result(None)
     assert await soon(replaying) == ["a", "b", "c"]
@@ -199,7 +199,7 @@ async def test_replay_of_cancelled_response_ends() -> None:
     running = Stream(handler_of(responses))
     replaying = asyncio.create_task(all_of(responses))
     await asyncio.sleep(0)
-    running.says("a")
+    running.write("a")
     for _ in range(2):
         await soon(responses.cancel("r"))
     assert await soon(replaying) == ["a"]
@@ -235,7 +235,7 @@ async def test_deleted_response_is_gone() -> None:
 
 
 async def test_deleted_response_in_background_is_ended_first() -> None:
-    """What a task stores as it ends would bring the response back."""
+    """Else the task would store the response again at its end."""
     responses = ResponseStore()
     handler = handler_of(responses)
     running = Stream(handler)

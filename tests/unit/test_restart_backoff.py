@@ -5,7 +5,7 @@ from __future__ import annotations
 from llmserve.lifecycle.restart_backoff import GIVE_UP, RestartBackoff
 
 
-def test_each_death_in_a_row_waits_twice_as_long_until_it_is_enough() -> None:
+def test_pause_doubles_until_restarts_end() -> None:
     deaths = RestartBackoff()
     assert [deaths.pause_s(1.0) for _ in range(GIVE_UP)] == [1.0, 2.0, 4.0, 8.0, None]
     assert deaths.pause_s(1.0) is None

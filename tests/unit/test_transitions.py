@@ -60,12 +60,12 @@ def sleeping(size: int, kv_cache: int = 20, asleep: int = 2) -> Mapping[Level, T
     }
 
 
-def lazy(name: str, **said: Any) -> ModelSpec:
-    return spec(name, start="lazy", **said)
+def lazy(name: str, **more: Any) -> ModelSpec:
+    return spec(name, start="lazy", **more)
 
 
 class Box(PoolBox):
-    """A GPU of 100 bytes; each model as large as `sizes` says."""
+    """A GPU of 100 bytes; `sizes` are those of the models."""
 
     def __init__(
         self,
@@ -80,9 +80,9 @@ class Box(PoolBox):
         for name, size in sizes.items():
             self.backend.sizes[name] = engine(size) if isinstance(size, int) else size
         for each in specs:
-            able = len(self.backend.sizes[each.name]) > 1
+            can_sleep = len(self.backend.sizes[each.name]) > 1
             plan = self.backend.plans.setdefault(each.name, Plan())
-            plan.running.sleeps = able
+            plan.running.sleeps = can_sleep
         super().__init__(specs, self.backend, timings)
 
     def running(self, name: str) -> FakeRunning:
@@ -99,7 +99,7 @@ class Box(PoolBox):
 # --- on demand
 
 
-async def test_a_lazy_model_starts_with_its_first_request_which_waits_for_it() -> None:
+async def test_lazy_model_starts_with_its_first_request() -> None:
     gate = Gate()
     box = await Box(
         lazy("a"), sizes={"a": 60}, a=Plan(reports=((State.LOADING, ""),), gate=gate)
@@ -116,7 +116,7 @@ async def test_a_lazy_model_starts_with_its_first_request_which_waits_for_it() -
     assert box.metric("requests_in_flight", model="a") == 2
 
 
-async def test_a_lazy_model_that_cannot_start_refuses_its_line() -> None:
+async def test_lazy_model_that_cannot_start_refuses_its_queue() -> None:
     gate = Gate()
     plan = broken("OSError: no space left")
     plan.gate = gate
@@ -131,7 +131,7 @@ async def test_a_lazy_model_that_cannot_start_refuses_its_line() -> None:
     assert box.backend.started == ["a"]
 
 
-async def test_a_lazy_model_that_could_not_start_is_tried_again_after_a_pause() -> None:
+async def test_failed_lazy_model_starts_again_after_a_pause() -> None:
     timings = replace(FAST, first_restart_s=0.5)
     box = Box(lazy("a"), sizes={"a": 60}, timings=timings, a=broken())
     replica = box.replica("a")
@@ -149,7 +149,7 @@ async def test_a_lazy_model_that_could_not_start_is_tried_again_after_a_pause() 
     assert replica.failures.in_a_row == 0
 
 
-async def test_a_lazy_model_that_fails_again_and_again_is_left() -> None:
+async def test_lazy_model_is_not_started_after_many_failures() -> None:
     box = Box(lazy("a"), sizes={"a": 60}, timings=SLOW, a=broken())
     replica = box.replica("a")
     for _ in range(restart_backoff.GIVE_UP):
@@ -162,7 +162,7 @@ async def test_a_lazy_model_that_fails_again_and_again_is_left() -> None:
     assert box.backend.started == ["a"] * restart_backoff.GIVE_UP
 
 
-async def test_a_failed_start_gives_its_place_back() -> None:
+async def test_failed_start_frees_its_memory() -> None:
     box = Box(lazy("a"), lazy("b"), sizes={"a": 60, "b": 60}, a=broken())
     with pytest.raises(EngineDead):
         await soon(box.ask("a"))
@@ -170,7 +170,7 @@ async def test_a_failed_start_gives_its_place_back() -> None:
     assert box.states() == {"a": "failed", "b": "ready"}
 
 
-async def test_a_full_line_refuses_while_the_model_comes() -> None:
+async def test_full_queue_refuses_while_the_model_starts() -> None:
     gate = Gate()
     box = Box(lazy("a", max_queue=1), sizes={"a": 60}, a=Plan(gate=gate))
     waiting = await box.asking("a")
@@ -179,7 +179,7 @@ async def test_a_full_line_refuses_while_the_model_comes() -> None:
     (await gate.open_for(waiting)).release()
 
 
-async def test_a_request_with_less_time_than_a_known_start_takes_is_refused_at_once() -> None:
+async def test_deadline_before_a_known_load_time_is_refused() -> None:
     box = Box(lazy("a"), sizes={"a": 60})
     box.replica("a").cost_s[Level.STOPPED] = 30.0
     with pytest.raises(Overloaded) as refused:
@@ -190,14 +190,14 @@ async def test_a_request_with_less_time_than_a_known_start_takes_is_refused_at_o
     assert lease.replica is box.replica("a")
 
 
-async def test_a_short_deadline_does_not_refuse_a_start_that_nobody_has_timed() -> None:
-    """Nothing else would ever start the model, and so tell how long it takes."""
+async def test_short_deadline_waits_for_an_unknown_load_time() -> None:
+    """No other request would start the model, so its load time would stay unknown."""
     box = Box(lazy("a"), sizes={"a": 60})
     lease = await soon(box.ask("a", Deadline(2.0)))
     assert lease.replica.state is State.READY
 
 
-async def test_a_deadline_that_passes_while_the_model_comes_ends_the_wait_alone() -> None:
+async def test_deadline_during_a_start_ends_its_request_only() -> None:
     gate = Gate()
     box = Box(lazy("a"), sizes={"a": 60}, a=Plan(gate=gate))
     patient = await box.asking("a")
@@ -207,10 +207,10 @@ async def test_a_deadline_that_passes_while_the_model_comes_ends_the_wait_alone(
     (await gate.open_for(patient)).release()
 
 
-# --- two that do not fit
+# --- eviction
 
 
-async def test_an_idle_model_gives_way_and_comes_back_when_it_is_asked() -> None:
+async def test_evicted_model_starts_with_its_next_request() -> None:
     box = Box(lazy("a"), lazy("b"), sizes={"a": 60, "b": 60})
     await box.use("a")
     assert box.states() == {"a": "ready", "b": "stopped"}
@@ -223,8 +223,8 @@ async def test_an_idle_model_gives_way_and_comes_back_when_it_is_asked() -> None
     assert [box.replica(name).evictions for name in "ab"] == [1, 1]
 
 
-async def test_evictions_are_counted_by_where_they_led() -> None:
-    """With the same words as the other figures by level."""
+async def test_evictions_are_counted_by_level() -> None:
+    """The labels are those of the other metrics by level."""
     box = Box(lazy("a"), lazy("b"), sizes={"a": 60, "b": 60})
     await box.use("a", "b")
     assert box.metric("evictions_total", model="a", replica="0", level="stopped") == 1
@@ -256,7 +256,7 @@ async def test_idle_models_are_evicted_as_far_as_necessary(
     ]
 
 
-async def test_a_busy_model_finishes_its_requests_before_it_gives_way() -> None:
+async def test_busy_model_is_drained_before_its_eviction() -> None:
     box = Box(lazy("a"), lazy("b"), sizes={"a": 60, "b": 60})
     held = await soon(box.ask("a"))
     waiting = await box.asking("b")
@@ -269,22 +269,22 @@ async def test_a_busy_model_finishes_its_requests_before_it_gives_way() -> None:
     assert box.states() == {"a": "stopped", "b": "ready"}
 
 
-async def test_who_asks_for_a_model_that_gives_way_waits_until_it_is_back_in_order() -> None:
+async def test_requests_for_an_evicted_model_keep_their_order() -> None:
     box = Box(lazy("a", max_in_flight=1), lazy("b"), sizes={"a": 60, "b": 60})
     held = await soon(box.ask("a"))
     early = Deadline()
-    line = [await box.asking("a") for _ in range(2)]
+    queued = [await box.asking("a") for _ in range(2)]
     other = await box.asking("b")
     await box.until(lambda: box.states()["a"] == "draining")
-    line += [await box.asking("a") for _ in range(2)]
-    line.insert(0, await box.asking("a", early))  # which came before, and comes again
+    queued += [await box.asking("a") for _ in range(2)]
+    queued.insert(0, await box.asking("a", early))  # a retried request, which arrived before
     held.release()
     (await soon(other)).release()
-    await released_in_order(line)
+    await released_in_order(queued)
     assert box.backend.started == ["a", "b", "a"]
 
 
-async def test_an_idle_model_gives_way_before_a_busy_one() -> None:
+async def test_idle_model_is_evicted_before_a_busy_one() -> None:
     box = Box(lazy("a"), lazy("b"), lazy("c"), sizes={"a": 50, "b": 50, "c": 50})
     busy = await soon(box.ask("a"))
     await box.use("b", "c")
@@ -292,7 +292,7 @@ async def test_an_idle_model_gives_way_before_a_busy_one() -> None:
     busy.release()
 
 
-async def test_a_pinned_model_stays_and_what_cannot_fit_beside_it_fails() -> None:
+async def test_model_that_does_not_fit_beside_a_pinned_one_fails() -> None:
     box = await Box(
         spec("p", pinned=True),
         lazy("a"),
@@ -311,7 +311,7 @@ async def test_a_pinned_model_stays_and_what_cannot_fit_beside_it_fails() -> Non
     assert "large" not in box.backend.started
 
 
-async def test_a_sleeper_that_can_wake_no_more_leaves_nothing_behind() -> None:
+async def test_sleeper_without_room_to_wake_is_stopped() -> None:
     box = Box(
         lazy("a"),
         lazy("p", pinned=True),
@@ -325,7 +325,7 @@ async def test_a_sleeper_that_can_wake_no_more_leaves_nothing_behind() -> None:
     assert (box.running("a").stopped, box.levels()["a"]) == (1, Level.STOPPED)
 
 
-async def test_models_on_different_gpus_do_not_wait_for_each_other() -> None:
+async def test_models_on_different_gpus_start_together() -> None:
     gate = Gate()
     sizes = {"a": {Level.READY: {GPU: 60}}, "b": {Level.READY: {Place(1): 60}}}
     box = Box(
@@ -336,7 +336,7 @@ async def test_models_on_different_gpus_do_not_wait_for_each_other() -> None:
     (await gate.open_for(waiting)).release()
 
 
-async def test_what_starts_keeps_its_room_from_others() -> None:
+async def test_starting_model_keeps_its_reservation() -> None:
     gate = Gate()
     box = Box(lazy("a"), lazy("b"), sizes={"a": 60, "b": 60}, a=Plan(gate=gate))
     first = await gate.begin(box.ask("a"))
@@ -349,7 +349,7 @@ async def test_what_starts_keeps_its_room_from_others() -> None:
     assert box.backend.started == ["a", "b"]
 
 
-async def test_what_wakes_keeps_its_room_from_others() -> None:
+async def test_waking_model_keeps_its_reservation() -> None:
     gate = Gate()
     box = Box(lazy("a"), lazy("b"), sizes={"a": sleeping(60), "b": 80})
     await box.use("a", "b")
@@ -365,14 +365,14 @@ async def test_what_wakes_keeps_its_room_from_others() -> None:
     assert box.backend.started == ["a", "b", "b"]
 
 
-async def test_an_eager_model_that_gave_way_is_waited_for() -> None:
+async def test_evicted_eager_model_queues_requests() -> None:
     box = await Box(spec("a"), lazy("b"), sizes={"a": 60, "b": 60}).started()
     await box.use("b", "a")
     assert box.backend.started == ["a", "b", "a"]
 
 
 @pytest.mark.parametrize("first", ["a", "b"])
-async def test_those_asked_for_at_the_same_time_all_come(first: str) -> None:
+async def test_models_requested_together_all_become_ready(first: str) -> None:
     box = Box(*(lazy(name) for name in "abcd"), sizes=dict.fromkeys("abcd", 60))
     names = [first, *(name for name in "abcd" if name != first)]
 
@@ -384,7 +384,7 @@ async def test_those_asked_for_at_the_same_time_all_come(first: str) -> None:
     assert sum(state == "ready" for state in box.states().values()) == 1
 
 
-async def test_replicas_of_one_model_do_not_give_way_to_each_other() -> None:
+async def test_replicas_of_one_model_do_not_evict_each_other() -> None:
     box = Box(lazy("a", replicas=2), sizes={"a": 60})
     (await soon(box.ask("a"))).release()
     await some_ms()
@@ -392,7 +392,7 @@ async def test_replicas_of_one_model_do_not_give_way_to_each_other() -> None:
     assert box.backend.started == ["a/0"]
 
 
-async def test_a_replica_without_room_beside_its_sibling_keeps_nobody_else_out() -> None:
+async def test_replica_without_room_does_not_block_other_models() -> None:
     box = Box(lazy("a", replicas=2), lazy("b"), sizes={"a": 60, "b": 60})
     (await soon(box.ask("a"))).release()
     await some_ms()
@@ -400,7 +400,7 @@ async def test_a_replica_without_room_beside_its_sibling_keeps_nobody_else_out()
     assert box.states()["b"] == "ready"
 
 
-def test_whether_models_fit_beside_those_that_are_here() -> None:
+def test_fits_counts_reserved_memory() -> None:
     box = Box(lazy("a"), lazy("b"), lazy("c"), sizes={"a": 60, "b": 40, "c": 41})
     fits = box.pool.life.fits
     a, b, c = box.pool.replicas
@@ -410,10 +410,10 @@ def test_whether_models_fit_beside_those_that_are_here() -> None:
     assert (fits([b]), fits([c])) == (True, False)
 
 
-# --- who gives way
+# --- the order of evictions
 
 
-async def test_the_lower_priority_gives_way_however_long_the_other_is_idle() -> None:
+async def test_lower_priority_is_evicted_before_longer_idle() -> None:
     box = Box(lazy("a", priority=1), lazy("b"), lazy("c"), sizes={"a": 50, "b": 50, "c": 50})
     await box.use("a", "b")
     box.replica("a").used -= 1000
@@ -430,7 +430,7 @@ async def test_the_lower_priority_gives_way_however_long_the_other_is_idle() -> 
         pytest.param((20, 10), (1.9, 1.0), "a", id="idle for longer, by what it costs"),
     ],
 )
-async def test_idle_time_is_weighed_by_what_coming_back_takes(
+async def test_idle_time_is_weighed_by_load_time(
     idle_s: tuple[int, int], cost_s: tuple[float, float], leaves: str
 ) -> None:
     box = Box(lazy("a"), lazy("b"), lazy("c"), sizes={"a": 50, "b": 50, "c": 50})
@@ -443,7 +443,7 @@ async def test_idle_time_is_weighed_by_what_coming_back_takes(
 
 
 @pytest.mark.parametrize("busy", [False, True])
-async def test_a_model_stays_for_a_while_that_follows_what_its_coming_took(
+async def test_model_stays_for_its_minimum_residency_time(
     busy: bool,
 ) -> None:
     box = Box(lazy("a"), lazy("b"), sizes={"a": 60, "b": 60}, timings=TIMINGS)
@@ -476,7 +476,7 @@ async def test_a_model_stays_for_a_while_that_follows_what_its_coming_took(
         (False, 100.0, 60.0),
     ],
 )
-def test_how_long_a_model_stays(busy: bool, cost_s: float, stays_s: float) -> None:
+def test_minimum_residency_time(busy: bool, cost_s: float, stays_s: float) -> None:
     box = Box(lazy("a"), sizes={"a": 60}, timings=TIMINGS)
     replica, evictable_in_s = box.replica("a"), box.pool.life._evictable_in_s
     replica.state = State.READY
@@ -502,7 +502,7 @@ def test_how_long_a_model_stays(busy: bool, cost_s: float, stays_s: float) -> No
         (99, Level.STOPPED, []),
     ],
 )
-async def test_a_sleeper_goes_down_only_as_far_as_it_must(
+async def test_sleeper_is_lowered_only_as_far_as_necessary(
     wanted: int, level: Level, gives: list[Level]
 ) -> None:
     box = Box(lazy("a"), lazy("b"), sizes={"a": sleeping(60), "b": wanted})
@@ -513,7 +513,7 @@ async def test_a_sleeper_goes_down_only_as_far_as_it_must(
     assert box.running("a").stopped == (0 if level else 1)
 
 
-async def test_a_sleeper_goes_further_down_for_the_next_one() -> None:
+async def test_sleeper_is_lowered_further_for_the_next_model() -> None:
     sizes = {"a": sleeping(60), "b": engine(60), "c": engine(90), "d": engine(100)}
     box = Box(*(lazy(name) for name in sizes), sizes=sizes)
     await box.use("a")
@@ -523,7 +523,7 @@ async def test_a_sleeper_goes_further_down_for_the_next_one() -> None:
     assert box.running("a").slept == [Level.KV_RELEASED, Level.HOST]
 
 
-async def test_a_sleeper_wakes_with_the_next_request() -> None:
+async def test_sleeper_wakes_with_the_next_request() -> None:
     box = Box(lazy("a"), lazy("b"), sizes={"a": sleeping(60), "b": sleeping(80)})
     await box.use("a", "b", "a")
     assert box.levels() == {"a": Level.READY, "b": Level.HOST}
@@ -554,8 +554,8 @@ async def test_sleeper_that_cannot_wake_is_started(fault: dict[str, Any]) -> Non
     assert (box.running("a").slept, box.running("a").stopped) == ([Level.HOST], 1)
 
 
-async def test_a_sleeper_whose_memory_somebody_else_has_is_started_anew_in_vain() -> None:
-    """And is no more, since what it needs cannot be had either way."""
+async def test_sleeper_whose_memory_is_taken_fails() -> None:
+    """It is stopped: it can neither wake nor start."""
     box = Box(lazy("a"), lazy("b"), sizes={"a": sleeping(60), "b": 80})
     await box.use("a", "b")
     box.backend.free_error = StartupError("GPU 0: pid 7 has it")
@@ -566,7 +566,7 @@ async def test_a_sleeper_whose_memory_somebody_else_has_is_started_anew_in_vain(
     assert (box.levels()["a"], box.replica("a").note) == (Level.STOPPED, "GPU 0: pid 7 has it")
 
 
-async def test_an_engine_that_does_not_fall_asleep_is_stopped() -> None:
+async def test_engine_that_does_not_sleep_is_stopped() -> None:
     box = Box(lazy("a"), lazy("b"), sizes={"a": sleeping(60), "b": 80})
     await box.use("a")
     box.running("a").sleep_error = EngineError("no")
@@ -577,7 +577,7 @@ async def test_an_engine_that_does_not_fall_asleep_is_stopped() -> None:
     assert box.backend.started == ["a", "b", "a"]
 
 
-async def test_a_sleeper_that_dies_is_stopped_and_started_when_it_is_asked() -> None:
+async def test_dead_sleeper_is_stopped_and_starts_on_demand() -> None:
     box = Box(lazy("a"), lazy("b"), sizes={"a": sleeping(60), "b": 80})
     await box.use("a", "b")
     async with box.watched():
@@ -592,7 +592,7 @@ async def test_a_sleeper_that_dies_is_stopped_and_started_when_it_is_asked() -> 
 
 
 @pytest.mark.parametrize("asked", [False, True])
-async def test_a_sleeper_that_waits_behind_another_is_not_in_its_way(asked: bool) -> None:
+async def test_queued_sleeper_can_be_evicted(asked: bool) -> None:
     """`large` was asked for first, and needs the weights of `asleep` to go too."""
     box = Box(
         lazy("asleep"),
@@ -618,7 +618,7 @@ async def test_a_sleeper_that_waits_behind_another_is_not_in_its_way(asked: bool
 # --- the start
 
 
-async def test_sleepers_start_first_and_make_room_for_the_others() -> None:
+async def test_sleepers_start_first_and_are_lowered_for_others() -> None:
     box = Box(
         spec("a"),
         spec("b", start="sleeping"),
@@ -633,7 +633,7 @@ async def test_sleepers_start_first_and_make_room_for_the_others() -> None:
     assert box.backend.started == ["b", "c", "a"]
 
 
-async def test_a_sleeper_keeps_its_weights_on_the_gpu_while_nobody_needs_the_room() -> None:
+async def test_sleeper_keeps_its_weights_on_the_gpu_without_need() -> None:
     box = await Box(
         spec("a"), spec("b", start="sleeping"), sizes={"a": sleeping(60), "b": sleeping(60)}
     ).started()
@@ -641,12 +641,12 @@ async def test_a_sleeper_keeps_its_weights_on_the_gpu_while_nobody_needs_the_roo
     assert box.backend.expected == []
     await box.use("b")
     assert box.levels() == {"a": Level.KV_RELEASED, "b": Level.READY}
-    # It can have at once what the other gives up for it.
-    comer = box.replica("b").placement
-    assert box.backend.expected == [(comer, "comes"), (comer, "came")]
+    # Memory that the other frees passes directly to it.
+    placement = box.replica("b").placement
+    assert box.backend.expected == [(placement, "waits"), (placement, "ready")]
 
 
-async def test_what_cannot_sleep_is_started_all_the_same_and_stopped() -> None:
+async def test_sleeping_start_without_sleep_mode_ends_stopped() -> None:
     """So that it is known to start."""
     box = await Box(spec("a", start="sleeping"), sizes={"a": 60}).started()
     assert (box.states(), box.backend.started) == ({"a": "stopped"}, ["a"])
@@ -654,14 +654,14 @@ async def test_what_cannot_sleep_is_started_all_the_same_and_stopped() -> None:
     assert box.backend.started == ["a", "a"]
 
 
-async def test_a_sleeper_without_room_in_host_memory_sleeps_without_its_weights() -> None:
+async def test_sleeper_without_host_memory_sleeps_on_disk() -> None:
     far = {Level.READY: {GPU: 60}, Level.KV_RELEASED: {GPU: 40}, Level.DISK: {GPU: 2}}
     box = await Box(spec("a", start="sleeping"), spec("b"), sizes={"a": far, "b": 90}).started()
     assert box.levels() == {"a": Level.DISK, "b": Level.READY}
     assert box.running("a").slept == [Level.KV_RELEASED, Level.DISK]
 
 
-async def test_a_sleeper_does_not_keep_others_from_room_that_it_would_give_up() -> None:
+async def test_fits_counts_memory_of_sleepers_as_free() -> None:
     sizes: dict[str, Any] = {"a": sleeping(60), "b": 30, "c": 40}
     box = await Box(spec("a", start="sleeping"), spec("b"), lazy("c"), sizes=sizes).started()
     assert box.levels()["a"] is Level.KV_RELEASED
@@ -686,7 +686,7 @@ async def test_an_idle_model_sleeps_and_then_stops() -> None:
     assert (box.running("a").slept, box.running("a").stopped) == ([Level.HOST], 1)
 
 
-async def test_a_model_with_a_request_is_not_idle_and_is_so_only_after_it() -> None:
+async def test_idle_time_begins_after_the_last_request() -> None:
     box = await Box(spec("a", idle={"stop_after": 0.02}), sizes={"a": 60}).started()
     async with box.watched():
         lease = await soon(box.ask("a"))
@@ -722,33 +722,33 @@ async def test_idle_model_that_cannot_offload_is_lowered_further(
 # --- deaths
 
 
-async def test_those_who_wait_for_a_slot_wait_for_a_new_engine_too() -> None:
+async def test_queue_waits_for_a_restarted_engine() -> None:
     box = await Box(spec("a", max_in_flight=1), sizes={"a": 60}).started()
     async with box.watched():
         held = await soon(box.ask("a"))
-        line = [await box.asking("a") for _ in range(2)]
+        queued = [await box.asking("a") for _ in range(2)]
         box.running("a").dead = True
         held.release()
-        for each in line:
+        for each in queued:
             (await soon(each)).release()
     assert box.backend.started == ["a", "a"]
     assert box.metric("engine_deaths_total", model="a", replica="0") == 1
 
 
-async def test_those_who_wait_for_an_engine_that_comes_no_more_are_told() -> None:
+async def test_queue_of_an_engine_that_stays_dead_is_refused() -> None:
     box = await Box(spec("a", max_in_flight=1), sizes={"a": 60}).started()
     box.backend.plans["a"].error = StartupError("no memory left")
     async with box.watched():
         held = await soon(box.ask("a"))
-        line = [await box.asking("a") for _ in range(2)]
+        queued = [await box.asking("a") for _ in range(2)]
         box.running("a").dead = True
         held.release()
-        for each in line:
+        for each in queued:
             with pytest.raises(EngineDead, match="died 5 times and is not started again"):
                 await soon(each)
 
 
-async def test_a_request_over_which_an_engine_died_waits_for_the_next_and_others_do_not() -> None:
+async def test_retried_request_waits_for_the_restart() -> None:
     gate = Gate()
     box = await Box(spec("a"), sizes={"a": 60}).started()
     box.backend.plans["a"].gate = gate
@@ -761,17 +761,17 @@ async def test_a_request_over_which_an_engine_died_waits_for_the_next_and_others
     assert box.backend.started == ["a", "a"]
 
 
-async def test_a_death_that_several_notice_is_one() -> None:
+async def test_death_noticed_twice_is_counted_once() -> None:
     box = await Box(spec("a"), sizes={"a": 60}).started()
     box.running("a").dead = True
     replica = box.replica("a")
-    for _ in range(3):  # a request, and whoever watches, in one turn of the loop
+    for _ in range(3):  # a request and the monitor, in one iteration of the loop
         box.pool.supervisor.handle_death(replica)
     assert replica.deaths.in_a_row == 1
     assert box.metric("engine_deaths_total", model="a", replica="0") == 1
 
 
-async def test_a_dead_engine_keeps_its_place_until_it_is_back() -> None:
+async def test_dead_engine_keeps_its_reservation() -> None:
     gate = Gate()
     box = await Box(spec("a"), lazy("b"), sizes={"a": 60, "b": 60}).started()
     box.backend.plans["a"].gate = gate
@@ -785,7 +785,7 @@ async def test_a_dead_engine_keeps_its_place_until_it_is_back() -> None:
     assert box.backend.started == ["a", "a", "b"]
 
 
-async def test_an_engine_that_dies_while_it_finishes_is_gone() -> None:
+async def test_engine_that_dies_while_it_drains_is_stopped() -> None:
     box = Box(lazy("a"), lazy("b"), sizes={"a": sleeping(60), "b": 80})
     held = await soon(box.ask("a"))
     waiting = await box.asking("b")
@@ -800,7 +800,7 @@ async def test_an_engine_that_dies_while_it_finishes_is_gone() -> None:
 # --- the end
 
 
-async def test_those_who_wait_for_their_model_are_sent_away_when_the_server_ends() -> None:
+async def test_closed_pool_refuses_the_queue_of_a_start() -> None:
     gate = Gate()
     box = Box(lazy("a"), sizes={"a": 60}, a=Plan(reports=((State.LOADING, ""),), gate=gate))
     waiting = await gate.begin(box.ask("a"))
@@ -812,7 +812,7 @@ async def test_those_who_wait_for_their_model_are_sent_away_when_the_server_ends
     assert box.backend.killed == 1
 
 
-async def test_those_who_wait_for_a_slot_are_let_in_until_the_drain_is_over() -> None:
+async def test_queue_for_slots_advances_until_the_drain_ends() -> None:
     box = await Box(spec("a", max_in_flight=1), sizes={"a": 60}).started()
     held = await soon(box.ask("a"))
     first, second = await box.asking("a"), await box.asking("a")
@@ -827,7 +827,7 @@ async def test_those_who_wait_for_a_slot_are_let_in_until_the_drain_is_over() ->
     assert isinstance(lease.cut_by, Overloaded)
 
 
-async def test_nothing_comes_any_more_once_the_server_ends() -> None:
+async def test_closed_pool_starts_nothing() -> None:
     box = Box(lazy("a"), lazy("b"), sizes={"a": 60, "b": 60})
     held = await soon(box.ask("a"))
     waiting = await box.asking("b")
@@ -842,41 +842,41 @@ async def test_nothing_comes_any_more_once_the_server_ends() -> None:
     assert box.running("a").stopped == 1
 
 
-async def test_sleepers_end_with_the_server() -> None:
+async def test_stopped_pool_stops_sleepers() -> None:
     box = await Box(spec("a", start="sleeping"), sizes={"a": sleeping(60)}).started()
     await soon(box.pool.stop())
     assert box.running("a").stopped == 1
     assert box.states() == {"a": "stopped"}
 
 
-# --- what is told
+# --- events and cancellations
 
 
-async def test_every_step_of_a_swap_is_an_event() -> None:
+async def test_each_state_of_an_eviction_is_an_event() -> None:
     box = Box(lazy("a"), lazy("b"), sizes={"a": sleeping(60), "b": 80})
     await box.use("a")
-    told: list[str] = []
+    seen: list[str] = []
 
     async def listen() -> None:
         async for each in box.pool.events.listen():
-            told.append(" ".join((each["model"], each["from"], each["to"])))  # noqa: PERF401  # it never ends
+            seen.append(" ".join((each["model"], each["from"], each["to"])))  # noqa: PERF401  # it never ends
 
     listening = asyncio.create_task(listen())
     await asyncio.sleep(0)
     await box.use("b")
-    await until(lambda: len(told) >= 3)
+    await until(lambda: len(seen) >= 3)
     listening.cancel()
-    assert told[:2] == ["a ready draining", "a draining sleeping"]
-    assert told[-1].endswith(" ready")
-    assert all(line.startswith("b ") for line in told[2:])
+    assert seen[:2] == ["a ready draining", "a draining sleeping"]
+    assert seen[-1].endswith(" ready")
+    assert all(line.startswith("b ") for line in seen[2:])
 
 
 async def test_memory_of_a_cancelled_start_is_free_again() -> None:
     gate = Gate()
     box = Box(lazy("a"), lazy("b"), sizes={"a": 60, "b": 60}, a=Plan(gate=gate))
-    coming = await gate.begin(box.pool.life.make_ready(box.replica("a")))
+    starting = await gate.begin(box.pool.life.make_ready(box.replica("a")))
     assert not box.pool.life.fits([box.replica("b")])
-    await cancel(coming)
+    await cancel(starting)
     assert box.pool.life.fits([box.replica("b")])
 
 
@@ -979,7 +979,7 @@ async def test_memory_of_an_engine_that_ends_is_reserved_though_a_start_is_cance
 
 
 async def test_replica_whose_reason_ends_in_the_queue_is_not_lowered() -> None:
-    """A request came while another transition was not over."""
+    """A request arrived while another transition ran."""
     box = await Box(spec("a"), sizes={"a": 60}).started()
     replica, reasons = box.replica("a"), [True]
     async with replica.transition_lock:
