@@ -172,7 +172,7 @@ class Box(PoolBox):
     def shown(self, name: str) -> dict[str, Any]:
         return next(model for model in self.control.models() if model["name"] == name)
 
-    def figures(self, model: str) -> set[str]:
+    def gauges(self, model: str) -> set[str]:
         """The gauges of a model."""
         page = generate_latest(self.metrics.registry).decode().splitlines()
         return {
@@ -780,7 +780,7 @@ async def test_renamed_model_gets_a_new_engine(up: Boxes) -> None:
     assert await soon(reloading) == ["a: removed", "new: added"]
     assert await box.use("new", "a") == [box.engine("new")] * 2
     assert box.backend.started == ["a", "new"]
-    assert box.figures("a") == set()
+    assert box.gauges("a") == set()
 
 
 async def test_removed_model_completes_its_requests(up: Boxes) -> None:
@@ -790,7 +790,7 @@ async def test_removed_model_completes_its_requests(up: Boxes) -> None:
     reloading = await box.reloading({"b": {}})
     with pytest.raises(ModelNotFound):
         await box.ask("a")
-    assert (box.figures("a"), box.states()) == (set(), {"b": "ready"})
+    assert (box.gauges("a"), box.states()) == (set(), {"b": "ready"})
     held.release()
     for each in queued:
         lease = await soon(each)
@@ -799,29 +799,24 @@ async def test_removed_model_completes_its_requests(up: Boxes) -> None:
         lease.release()
     assert await soon(reloading) == ["a: removed"]
     assert [box.engine(f"a/{n}").stopped for n in range(2)] == [1, 1]
-    assert box.figures("a") == set()
+    assert box.gauges("a") == set()
     assert [replica.name for replica in box.pool.replicas] == ["b"]
 
 
-async def test_removed_model_starts_for_its_queue(up: Boxes) -> None:
+@pytest.mark.parametrize("error", [None, StartupError("no")])
+async def test_removed_model_starts_for_its_queue(up: Boxes, error: StartupError | None) -> None:
     box = await up({"a": {"start": "lazy"}, "b": {}})
-    gate = box.backend.gate("a")
-    waiting = await box.asking("a")
-    reloading = await box.reloading({"b": {}})
-    (await gate.open_for(waiting)).release()
-    await soon(reloading)
-    assert box.figures("a") == set()
-
-
-async def test_removed_model_that_cannot_start_refuses_its_queue(up: Boxes) -> None:
-    box = await up({"a": {"start": "lazy"}, "b": {}})
-    gate = box.backend.gate("a", error=StartupError("no"))
+    gate = box.backend.gate("a", error=error)
     waiting = await box.asking("a")
     reloading = await box.reloading({"b": {}})
     gate.opened.set()
-    with pytest.raises(EngineDead):
-        await soon(waiting)
+    if error is None:
+        (await soon(waiting)).release()
+    else:
+        with pytest.raises(EngineDead):
+            await soon(waiting)
     assert await soon(reloading) == ["a: removed"]
+    assert box.gauges("a") == set()
 
 
 async def test_removed_model_that_waits_for_memory_ends(up: Boxes) -> None:
@@ -866,7 +861,7 @@ async def test_added_models_start_by_their_key_start(up: Boxes) -> None:
         ("a", "ready"),
     ]
     assert [each.name for each in box.pool.replicas] == ["lazy", "eager", "asleep", "a"]
-    assert "llmserve_model_state" in box.figures("lazy")
+    assert "llmserve_model_state" in box.gauges("lazy")
     await box.use("lazy", "eager", "asleep")
 
 

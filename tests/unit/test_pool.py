@@ -61,14 +61,11 @@ class Box(PoolBox):
     def shown_states(self) -> dict[str, str]:
         """The states that the metrics show; of one of several replicas by `MODEL/NUMBER`."""
         samples = [s for family in self.metrics.state.collect() for s in family.samples]
-        several = {s.labels["model"] for s in samples if s.labels["replica"] != "0"}
+        shown = [s.labels for s in samples if s.value == 1]
+        several = {each["model"] for each in shown if each["replica"] != "0"}
         return {
-            s.labels["model"]
-            + ("/" + s.labels["replica"] if s.labels["model"] in several else ""): (
-                s.labels["state"]
-            )
-            for s in samples
-            if s.value == 1
+            each["model"] + f"/{each['replica']}" * (each["model"] in several): each["state"]
+            for each in shown
         }
 
     def in_flight(self, model: str) -> float | None:
@@ -80,11 +77,7 @@ class Box(PoolBox):
 
 async def test_all_models_start_at_the_same_time() -> None:
     gates = {name: Gate() for name in ("chat", "embed", "draft")}
-    box = Box(
-        chat=Plan(gate=gates["chat"]),
-        embed=Plan(gate=gates["embed"]),
-        draft=Plan(gate=gates["draft"]),
-    )
+    box = Box(**{name: Plan(gate=gate) for name, gate in gates.items()})
     starting = await box.starting(*gates.values())
     assert not starting.done()
     for gate in gates.values():
@@ -146,24 +139,15 @@ async def test_cancelled_start_cancels_every_model() -> None:
 
 
 async def test_progress_of_a_start_is_reported() -> None:
-    box = Box(
-        chat=Plan(
-            reports=(
-                (State.DOWNLOADING, ""),
-                (State.DOWNLOADING, "0.10 of 0.27 GiB"),
-                (State.LOADING, ""),
-                (State.WARMING, ""),
-            )
-        )
-    )
-    await box.pool.start()
-    assert [(state, note) for name, state, note in box.seen if name == "chat"] == [
+    reports = (
         (State.DOWNLOADING, ""),
         (State.DOWNLOADING, "0.10 of 0.27 GiB"),
         (State.LOADING, ""),
         (State.WARMING, ""),
-        (State.READY, ""),
-    ]
+    )
+    box = await Box(chat=Plan(reports=reports)).started()
+    seen = [(state, note) for name, state, note in box.seen if name == "chat"]
+    assert seen == [*reports, (State.READY, "")]
     assert box.pool.replicas[0].seconds > 0
 
 
@@ -219,14 +203,10 @@ async def test_aliases_share_the_slots_of_their_model() -> None:
 
 async def test_second_release_of_a_lease_has_no_effect() -> None:
     box = await Box(max_in_flight=2).started()
-    other = box.lease("chat")
-    lease = box.lease("chat")
-    lease.release()
-    assert box.in_flight("chat") == 1
-    lease.release()
-    assert box.in_flight("chat") == 1
-    other.release()
-    assert box.in_flight("chat") == 0
+    leases = [box.lease("chat") for _ in range(2)]
+    for lease, left in zip((leases[0], *leases), (1, 1, 0), strict=True):
+        lease.release()
+        assert box.in_flight("chat") == left
 
 
 # --- deaths and ends
@@ -247,8 +227,7 @@ async def test_dead_engine_restarts_and_others_serve() -> None:
     box.lease("chat").release()
     assert box.backend.started.count("chat") == 2
     assert box.backend.running("chat").stopped
-    page = box.metrics.page([]).decode()
-    assert 'llmserve_engine_deaths_total{model="chat",replica="0"} 1.0' in page
+    assert box.metric("engine_deaths_total", model="chat", replica="0") == 1
 
 
 async def test_engine_is_not_restarted_after_many_deaths() -> None:
@@ -391,8 +370,7 @@ async def test_states_are_in_the_metrics() -> None:
     assert box.shown_states() == {"chat": "loading", "embed": "failed", "draft": "ready"}
     await gate.open_for(starting)
     assert box.shown_states()["chat"] == "ready"
-    seconds = {"model": "chat", "replica": "0", "level": "stopped"}
-    assert box.metrics.registry.get_sample_value("llmserve_model_ready_seconds", seconds)
+    assert box.metric("model_ready_seconds", model="chat", replica="0", level="stopped")
     await box.pool.stop()
     assert box.shown_states() == {"chat": "stopped", "embed": "failed", "draft": "stopped"}
 
@@ -511,9 +489,7 @@ async def test_tokens_in_flight_are_those_of_held_leases() -> None:
     box = await Box(twins(max_in_flight=9)).started()
 
     def shown() -> list[float | None]:
-        name = "llmserve_replica_tokens_in_flight"
-        labels = [{"model": "chat", "replica": number} for number in "01"]
-        return [box.metrics.registry.get_sample_value(name, each) for each in labels]
+        return [box.metric("replica_tokens_in_flight", model="chat", replica=n) for n in "01"]
 
     first = box.lease("chat", prompt="x" * 400, max_tokens=50)
     second = box.lease("chat", prompt=[1] * 30, max_tokens=9000)
