@@ -106,10 +106,14 @@ class SimulatedLoop(asyncio.BaseEventLoop):
     def run_in_executor(self, executor: Any, func: Any, *args: Any) -> Any:  # type: ignore[override]
         del executor
         future = self.create_future()
-        self.call_later(self._thread_s(func), self._ran, future, func, args)
+        self.run_later(future, func, args)
         return future
 
-    def _ran(self, future: asyncio.Future[Any], func: Any, args: tuple[Any, ...]) -> None:
+    def run_later(self, future: asyncio.Future[Any] | Future[Any], func: Any, args: Any) -> None:
+        self.call_later(self._thread_s(func), self._ran, future, func, args)
+
+    @staticmethod
+    def _ran(future: asyncio.Future[Any] | Future[Any], func: Any, args: Any) -> None:
         try:
             result = func(*args)
         except Exception as error:
@@ -118,9 +122,6 @@ class SimulatedLoop(asyncio.BaseEventLoop):
         else:
             if not future.done():
                 future.set_result(result)
-
-    def seconds_of(self, func: Any) -> float:
-        return self._thread_s(func)
 
     def call_soon_threadsafe(  # type: ignore[override]
         self, callback: Any, *args: Any, context: Any = None
@@ -148,22 +149,10 @@ class SimulatedThreads:
         future.set_running_or_notify_cancel()
         awaited = [each for each in args if isinstance(each, Future)]
         if awaited:
-            awaited[0].add_done_callback(lambda _: self._begin(future, func, args))
+            awaited[0].add_done_callback(lambda _: self._loop.run_later(future, func, args))
         else:
-            self._begin(future, func, args)
+            self._loop.run_later(future, func, args)
         return future
-
-    def _begin(self, future: Future[Any], func: Any, args: tuple[Any, ...]) -> None:
-        seconds = self._loop.seconds_of(func)
-        self._loop.call_later(seconds, self._run, future, func, args)
-
-    def _run(self, future: Future[Any], func: Any, args: tuple[Any, ...]) -> None:
-        try:
-            result = func(*args)
-        except Exception as error:
-            future.set_exception(error)
-        else:
-            future.set_result(result)
 
 
 @contextlib.contextmanager

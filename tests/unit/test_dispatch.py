@@ -16,6 +16,7 @@ from llmserve.lifecycle.dispatch import (
     Policy,
     PrefixAffinity,
     ShortestQueue,
+    _blocks,
     policy_from_spec,
 )
 from tests.fakes import spec
@@ -295,14 +296,8 @@ def test_kept_blocks_are_bounded_and_old_ends_go_first() -> None:
     policy.choose([one], old)
     policy.choose([one], new)
     assert len(policy._seen) == 10
-    assert policy._holders([one], _hashes(old)) == ([one], 2)
-    assert policy._holders([one], _hashes(new)) == ([one], 8)
-
-
-def _hashes(one: DispatchRequest) -> list[int]:
-    from llmserve.lifecycle.dispatch import _blocks
-
-    return _blocks(one)
+    assert policy._holders([one], _blocks(old)) == ([one], 2)
+    assert policy._holders([one], _blocks(new)) == ([one], 8)
 
 
 # --- policies of a registry

@@ -217,18 +217,14 @@ async def test_evicted_model_starts_with_its_next_request() -> None:
     await box.use("b")
     assert box.states() == {"a": "stopped", "b": "ready"}
     assert box.running("a").stopped == 1
+    evicted = [
+        box.metric("evictions_total", model=name, replica="0", level="stopped") for name in "ab"
+    ]
+    assert evicted == [1, None]
     await box.use("a")
     assert box.states() == {"a": "ready", "b": "stopped"}
     assert box.backend.started == ["a", "b", "a"]
     assert [box.replica(name).evictions for name in "ab"] == [1, 1]
-
-
-async def test_evictions_are_counted_by_level() -> None:
-    """The labels are those of the other metrics by level."""
-    box = Box(lazy("a"), lazy("b"), sizes={"a": 60, "b": 60})
-    await box.use("a", "b")
-    assert box.metric("evictions_total", model="a", replica="0", level="stopped") == 1
-    assert box.metric("evictions_total", model="b", replica="0", level="stopped") is None
 
 
 @pytest.mark.parametrize(
