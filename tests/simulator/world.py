@@ -29,7 +29,7 @@ from tests.simulator.engines import Fleet, Memory, Weather
 from tests.simulator.loop import SimulatedLoop, SimulatedThreads, Stuck, virtual_time
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, MutableMapping
+    from collections.abc import Callable, Coroutine, MutableMapping
     from concurrent.futures import ThreadPoolExecutor
 
     from llmserve.lifecycle.replica import Replica
@@ -209,27 +209,21 @@ class World:
         models = list(self.config.models)
         number = chance.randrange(len(models))
         spec = models[number]
-        match chance.choice(("live", "live", "dispatch", "rebuild", "resize", "restart", "new")):
-            case "live":
-                limit = chance.choice((1, 2, 8))
-                models[number] = spec.model_copy(update={"max_in_flight": limit})
-            case "dispatch":
-                policy = chance.choice(("lottery", "shortest_queue"))
-                models[number] = spec.model_copy(update={"dispatch": policy})
-            case "rebuild":
-                sampling = SamplingSpec(temperature=chance.random())
-                models[number] = spec.model_copy(update={"sampling": sampling})
-            case "resize":
-                models[number] = spec.model_copy(update={"replicas": chance.choice((1, 2, 3))})
-            case "restart":
-                engine = {"max_num_seqs": chance.randrange(1, 999)}
-                models[number] = spec.model_copy(update={"engine": engine})
-            case "new":
-                if len(models) > 1 and chance.random() < 0.5:
-                    del models[number]
-                else:
-                    free = [name for name in NAMES if name not in {each.name for each in models}]
-                    models += [self._model(name, 20) for name in free[:1]]
+        updates: dict[str, Callable[[], dict[str, Any]]] = {
+            "live": lambda: {"max_in_flight": chance.choice((1, 2, 8))},
+            "dispatch": lambda: {"dispatch": chance.choice(("lottery", "shortest_queue"))},
+            "rebuild": lambda: {"sampling": SamplingSpec(temperature=chance.random())},
+            "resize": lambda: {"replicas": chance.choice((1, 2, 3))},
+            "restart": lambda: {"engine": {"max_num_seqs": chance.randrange(1, 999)}},
+        }
+        kind = chance.choice(("live", "live", "dispatch", "rebuild", "resize", "restart", "new"))
+        if kind in updates:
+            models[number] = spec.model_copy(update=updates[kind]())
+        elif len(models) > 1 and chance.random() < 0.5:
+            del models[number]
+        else:
+            free = [name for name in NAMES if name not in {each.name for each in models}]
+            models += [self._model(name, 20) for name in free[:1]]
         self.config = self.config.model_copy(update={"models": tuple(models)})
         return self.config
 

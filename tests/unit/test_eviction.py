@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from llmserve.lifecycle.eviction import Steps
     from llmserve.lifecycle.placement import Takes
 
+    Case = tuple[Takes, Takes, list[Resident[int]]]
+
 STOPPED, DISK, NEAR, KV_RELEASED, READY = Level
 GPU, OTHER = Place(0), Place(1)
 
@@ -157,7 +159,7 @@ def _resident(draw: st.DrawFn, key: int) -> Resident[int]:
 
 
 @st.composite
-def _cases(draw: st.DrawFn) -> tuple[Takes, Takes, list[Resident[int]]]:
+def _cases(draw: st.DrawFn) -> Case:
     """The bytes needed, the capacities, and residents that fit."""
     residents = [draw(_resident(key)) for key in range(draw(st.integers(0, 5)))]
     capacity = {
@@ -178,23 +180,19 @@ def _fits(
 
 
 @given(_cases())
-def test_the_result_fits(case: tuple[Takes, Takes, list[Resident[int]]]) -> None:
+def test_the_result_fits(case: Case) -> None:
     steps = plan_eviction(*case)
     assert steps is None or _fits(*case, dict(steps))
 
 
 @given(_cases())
-def test_no_plan_only_if_all_evictable_do_not_suffice(
-    case: tuple[Takes, Takes, list[Resident[int]]],
-) -> None:
+def test_no_plan_only_if_all_evictable_do_not_suffice(case: Case) -> None:
     bottom = {one.key: STOPPED for one in case[2] if one.evictable}
     assert (plan_eviction(*case) is None) == (not _fits(*case, bottom))
 
 
 @given(_cases())
-def test_steps_lower_evictable_residents_to_their_levels(
-    case: tuple[Takes, Takes, list[Resident[int]]],
-) -> None:
+def test_steps_lower_evictable_residents_to_their_levels(case: Case) -> None:
     steps = plan_eviction(*case) or []
     by_key = {one.key: one for one in case[2]}
     assert len(dict(steps)) == len(steps)
@@ -205,9 +203,7 @@ def test_steps_lower_evictable_residents_to_their_levels(
 
 
 @given(_cases())
-def test_each_step_is_necessary_and_smallest(
-    case: tuple[Takes, Takes, list[Resident[int]]],
-) -> None:
+def test_each_step_is_necessary_and_smallest(case: Case) -> None:
     steps = dict(plan_eviction(*case) or [])
     for one in case[2]:
         smaller = [each for each in one.holds if steps.get(one.key, one.level) < each <= one.level]

@@ -16,6 +16,11 @@ from tests.fakes import soon
 KIB = "x" * 1024
 
 
+@pytest.fixture
+def responses() -> ResponseStore:
+    return ResponseStore()
+
+
 def handler_of(responses: ResponseStore) -> Any:
     """vLLM's, with the dictionaries that it has been given."""
     handler = SimpleNamespace()
@@ -158,8 +163,7 @@ def test_size_of_a_value_is_no_less_than_its_text(value: Any) -> None:
 # --- whose it is
 
 
-def test_response_is_its_owners_alone() -> None:
-    responses = ResponseStore()
+def test_response_is_its_owners_alone(responses: ResponseStore) -> None:
     handler = handler_of(responses)
     with owned_by("a"):
         store(handler, "r")
@@ -171,8 +175,7 @@ def test_response_is_its_owners_alone() -> None:
     assert responses.has("r", "a")
 
 
-def test_messages_without_a_response_are_not_found() -> None:
-    responses = ResponseStore()
+def test_messages_without_a_response_are_not_found(responses: ResponseStore) -> None:
     handler_of(responses).msg_store["r"] = []
     assert not responses.has("r", "")
 
@@ -180,8 +183,7 @@ def test_messages_without_a_response_are_not_found() -> None:
 # --- replays end
 
 
-async def test_replay_yields_events_as_they_are_stored() -> None:
-    responses = ResponseStore()
+async def test_replay_yields_events_as_they_are_stored(responses: ResponseStore) -> None:
     running = Stream(handler_of(responses))
     replaying = asyncio.create_task(all_of(responses))
     late = asyncio.create_task(all_of(responses, after=0))
@@ -194,8 +196,7 @@ async def test_replay_yields_events_as_they_are_stored() -> None:
     assert await soon(all_of(responses)) == ["a", "b", "c"]
 
 
-async def test_replay_of_cancelled_response_ends() -> None:
-    responses = ResponseStore()
+async def test_replay_of_cancelled_response_ends(responses: ResponseStore) -> None:
     running = Stream(handler_of(responses))
     replaying = asyncio.create_task(all_of(responses))
     await asyncio.sleep(0)
@@ -207,8 +208,9 @@ async def test_replay_of_cancelled_response_ends() -> None:
     assert responses.part("r", "response").status == "cancelled"
 
 
-async def test_replay_of_failed_response_ends_in_an_error(caplog: pytest.LogCaptureFixture) -> None:
-    responses = ResponseStore()
+async def test_replay_of_failed_response_ends_in_an_error(
+    responses: ResponseStore, caplog: pytest.LogCaptureFixture
+) -> None:
     running = Stream(handler_of(responses))
     replaying = asyncio.create_task(all_of(responses))
     await asyncio.sleep(0)
@@ -219,24 +221,23 @@ async def test_replay_of_failed_response_ends_in_an_error(caplog: pytest.LogCapt
     assert "response r failed" in caplog.text
 
 
-async def test_replay_of_response_that_was_not_streamed_is_refused() -> None:
-    responses = ResponseStore()
+async def test_replay_of_response_that_was_not_streamed_is_refused(
+    responses: ResponseStore,
+) -> None:
     store(handler_of(responses), "r")
     with pytest.raises(RequestError, match="not streamed"):
         await soon(all_of(responses))
 
 
-async def test_deleted_response_is_gone() -> None:
-    responses = ResponseStore()
+async def test_deleted_response_is_gone(responses: ResponseStore) -> None:
     store(handler_of(responses), "r")
     await soon(responses.delete("r"))
     assert not responses.has("r", "")
     assert responses.size == 0
 
 
-async def test_deleted_response_in_background_is_ended_first() -> None:
+async def test_deleted_response_in_background_is_ended_first(responses: ResponseStore) -> None:
     """Else the task would store the response again at its end."""
-    responses = ResponseStore()
     handler = handler_of(responses)
     running = Stream(handler)
     await asyncio.sleep(0)
@@ -245,8 +246,7 @@ async def test_deleted_response_in_background_is_ended_first() -> None:
     assert not responses.has("r", "")
 
 
-async def test_cancel_of_completed_response_is_refused() -> None:
-    responses = ResponseStore()
+async def test_cancel_of_completed_response_is_refused(responses: ResponseStore) -> None:
     store(handler_of(responses), "r")
     with pytest.raises(RequestError, match="Cannot cancel"):
         await soon(responses.cancel("r"))
