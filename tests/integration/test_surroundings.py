@@ -58,7 +58,7 @@ def names(port: int) -> list[str]:
     return [card["id"] for card in cards]
 
 
-def test_a_server_whose_readers_have_gone_goes_on(tmp_path: Path) -> None:
+def test_server_whose_readers_are_closed_continues(tmp_path: Path) -> None:
     """As `llmserve up | head -1`, or a log daemon that restarts."""
     registry = write_registry(tmp_path, models=LAZY)
     with up(registry, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
@@ -80,7 +80,7 @@ def test_a_server_whose_readers_have_gone_goes_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_server_whose_output_cannot_be_written_goes_on(tmp_path: Path) -> None:
+def test_server_with_unwritable_output_continues(tmp_path: Path) -> None:
     registry = write_registry(tmp_path, models=LAZY)
     with Path("/dev/full").open("w") as full, up(registry, stdout=full, stderr=full) as process:
         port = port_of(registry)

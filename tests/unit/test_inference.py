@@ -43,33 +43,33 @@ if TYPE_CHECKING:
     from llmserve.api.endpoint_id import EndpointId
 
 
-class Expressed(FakeRunning):
+class FastPathModel(FakeRunning):
     """A model whose answers need no call."""
 
     def __init__(self, answer: Callable[[], ASGIApp | None]) -> None:
         super().__init__()
         self.known = answer
         self.asked: list[tuple[str, str, str]] = []
-        self.on_their_way = 0
+        self.preparing_now = 0
 
     @contextmanager
     def preparing(self) -> Iterator[None]:
-        self.on_their_way += 1
+        self.preparing_now += 1
         try:
             yield
         finally:
-            self.on_their_way -= 1
+            self.preparing_now -= 1
 
     def try_fast_path(
         self, endpoint: EndpointId, body: dict[str, Any], asked: str, scope: Scope
     ) -> Any:
-        assert self.on_their_way == 1
+        assert self.preparing_now == 1
         self.asked.append((endpoint, asked, RequestContext.of(scope).id))
         return self.known()
 
 
 def box_of(answer: Callable[[], ASGIApp | None]) -> Any:
-    return asgi(chat=Plan(Expressed(answer)))
+    return asgi(chat=Plan(FastPathModel(answer)))
 
 
 class Words:
@@ -114,7 +114,7 @@ async def test_fast_path_answer_needs_no_handler() -> None:
         reply = await box.client.post(CHAT, json=asked, headers={"x-request-id": "r1"})
         assert box.running.calls == []
         assert box.running.asked == [("chat completions", "gpt-4o", "r1")]
-        assert box.running.on_their_way == 0
+        assert box.running.preparing_now == 0
         assert box.in_flight == 0
         assert box.requests(200) == 1
     assert (reply.status_code, reply.text) == (200, "known")
@@ -152,7 +152,7 @@ async def test_fast_path_that_fails_releases_the_slot() -> None:
     async with box_of(_fails) as box:
         reply = await box.client.post(CHAT, json=HI)
         assert box.in_flight == 0
-        assert box.running.on_their_way == 0
+        assert box.running.preparing_now == 0
     assert (reply.status_code, error_of(reply)["code"]) == (500, "internal_error")
 
 
@@ -206,10 +206,10 @@ async def test_request_in_a_batch_gets_an_error_after_the_drain(
     async with box_of(lambda: PlainTextResponse("known")) as box:
         asking = await begin(box, gate, HI)
         assert box.in_flight == 1
-        assert box.running.on_their_way == 1  # others' text waits for it
+        assert box.running.preparing_now == 1  # others' text waits for it
         await soon(box.pool.drain(0.05))
         reply = await soon(asking)
-        assert box.in_flight == box.running.on_their_way == 0
+        assert box.in_flight == box.running.preparing_now == 0
         assert box.running.asked == []
     assert (reply.status_code, error_of(reply)["code"]) == (503, "shutting_down")
 
@@ -341,7 +341,7 @@ async def test_request_error_after_comments_is_the_last_event() -> None:
 
 async def test_a_token_stream_goes_on_after_comments() -> None:
     gate, source = Gate(), Talking("hello")
-    async with asgi(*LAZY, schedule=TALKATIVE, **lazy(gate, Expressed(source.answer))) as box:
+    async with asgi(*LAZY, schedule=TALKATIVE, **lazy(gate, FastPathModel(source.answer))) as box:
         asking = await begin(box, gate, STREAMED)
         await asyncio.sleep(0.02)
         gate.opened.set()
@@ -510,7 +510,7 @@ async def test_the_shorter_deadline_ends_a_request(
 @pytest.mark.parametrize("token", [True, False], ids=["fast path", "vLLM"])
 async def test_a_deadline_in_mid_stream_is_the_last_event(token: bool) -> None:
     gate, source = Gate(), Talking("data: 1\n\n")
-    running = Expressed(source.answer) if token else FakeRunning(stream(DATA, gate=gate))
+    running = FastPathModel(source.answer) if token else FakeRunning(stream(DATA, gate=gate))
     async with asgi(chat=Plan(running)) as box:
         headers = {"x-request-timeout": "0.05"}
         reply = await soon(box.client.post(CHAT, json=STREAMED, headers=headers))
