@@ -249,25 +249,38 @@ def _safetensors(file: Path, size: int = 8, cut: int = 0) -> None:
     file.write_bytes(whole[: len(whole) - cut])
 
 
-def test_weights_that_are_cut_short_are_told_with_their_bytes(tmp_path: Path) -> None:
+def test_truncated_weights_are_a_flaw(tmp_path: Path) -> None:
     _safetensors(tmp_path / "model.safetensors")
     whole = (tmp_path / "model.safetensors").stat().st_size
     assert Folder(tmp_path).flaw() is None
     _safetensors(tmp_path / "model.safetensors", cut=3)
-    told = f"model.safetensors is truncated: {whole - 3:,} of {whole:,} bytes"
-    assert Folder(tmp_path).flaw() == told
-    (tmp_path / "model.safetensors").write_bytes(b"abc")
-    assert (
-        Folder(tmp_path).flaw() == "model.safetensors is not a complete safetensors file (3 bytes)"
-    )
-
-
-def test_weights_that_the_index_names_have_to_be_there(tmp_path: Path) -> None:
-    _safetensors(tmp_path / "model-1.safetensors")
-    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    flaw = "model.safetensors.index.json lists model-2.safetensors, which is missing"
+    flaw = f"model.safetensors is truncated: {whole - 3:,} of {whole:,} bytes; download it again"
     assert Folder(tmp_path).flaw() == flaw
+
+
+INDEX = '{"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}'
+
+
+@pytest.mark.parametrize(
+    ("files", "flaw"),
+    [
+        ({}, "has no weights: no *.safetensors, *.bin or *.pt file; download the model again, or "
+             "set `engine: {load_format: dummy}` for random weights"),
+        ({"adapter_model.safetensors": "w"}, "has no weights: "),
+        ({"m.gguf": "GGUF"}, "has only GGUF files; safetensors files are needed"),
+        ({"model.safetensors": "abc"},
+         "model.safetensors is not a complete safetensors file (3 bytes); download it again"),
+        ({"model.safetensors": ""}, "model.safetensors is empty; download it again"),
+        ({"pytorch_model.bin": ""}, "pytorch_model.bin is empty; download it again"),
+        ({"model-1.safetensors": "w", "model.safetensors.index.json": INDEX},
+         "model.safetensors.index.json lists model-2.safetensors, which is missing; download it"),
+    ],
+    ids=["none", "adapter", "gguf", "broken", "empty", "empty-bin", "shard"],
+)  # fmt: skip
+def test_missing_weights_are_a_flaw(tmp_path: Path, files: dict[str, str], flaw: str) -> None:
+    for name, content in ({"config.json": "{}"} | files).items():
+        (tmp_path / name).write_text(content)
+    assert (Folder(tmp_path).flaw() or "").startswith(flaw)
 
 
 def test_weights_of_another_kind_are_left_to_vllm(tmp_path: Path) -> None:
@@ -320,13 +333,27 @@ def test_what_is_no_adapter(tmp_path: Path) -> None:
     assert Folder(tmp_path).adapter_flaw() is None
 
 
-@pytest.mark.parametrize(("load_format", "raises"), [("auto", True), ("dummy", False)])
+@pytest.mark.parametrize(
+    ("load_format", "raises"),
+    [("auto", True), ("hf", True), ("mistral", True), ("dummy", False), ("tensorizer", False)],
+)
 def test_flaws_count_where_the_weights_are_read(
     tmp_path: Path, load_format: str, raises: bool
 ) -> None:
-    _safetensors(tmp_path / "model.safetensors", cut=1)
+    (tmp_path / "config.json").write_text("{}")
     entry = spec(model=str(tmp_path), engine={"load_format": load_format})
+    with pytest.raises(ModelUnusable, match="no weights") if raises else nullcontext():
+        checkpoint.raise_if_flawed(entry, checkpoint.of(entry))
+    _safetensors(tmp_path / "model.safetensors", cut=1)
     with pytest.raises(ModelUnusable, match="truncated") if raises else nullcontext():
+        checkpoint.raise_if_flawed(entry, checkpoint.of(entry))
+
+
+def test_hub_repository_without_weights_is_flawed(hub: Hub) -> None:
+    for file in ("model.safetensors", "pytorch_model.bin"):
+        del hub.repos["org/m"][file]
+    entry = spec(model="org/m")
+    with pytest.raises(ModelUnusable, match="org/m: has no weights"):
         checkpoint.raise_if_flawed(entry, checkpoint.of(entry))
 
 
