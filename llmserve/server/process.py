@@ -34,7 +34,7 @@ from llmserve.lifecycle.pool import Pool
 from llmserve.lifecycle.replica import State
 from llmserve.metrics import Metrics
 from llmserve.planning import survey
-from llmserve.server import connection, startup_display, tls
+from llmserve.server import connection, startup_display
 from llmserve.server import logs as serverlog
 from llmserve.server.limits import Limits
 
@@ -63,7 +63,7 @@ def up(
     """Serve a registry until a signal, then end the process. SIGHUP calls `read` and reloads.
 
     `backend` starts the engines; the default is vLLM. Raises, before a model is loaded,
-    StartupError for a port, certificate or GPU that cannot be used, and PlacementError for models
+    StartupError for a port or GPU that cannot be used, and PlacementError for models
     that do not fit.
     """
     listener = bind(config.server)
@@ -362,7 +362,5 @@ def _uvicorn_config(
         ssl_certfile=server.ssl_certfile,
         ssl_keyfile=server.ssl_keyfile,
     )
-    if server.ssl_certfile is not None and server.ssl_keyfile is not None:
-        tls.require_usable(server.ssl_certfile, server.ssl_keyfile)
     config.load()
     return config

@@ -178,7 +178,7 @@ def test_key_with_a_pass_phrase_is_refused_without_a_prompt(tmp_path: Path) -> N
     reading.start()
     with up(registry, stdin=slave, stdout=slave, stderr=slave) as process:
         os.close(slave)
-        assert process.wait(120) == 3
+        assert process.wait(120) == 2
     reading.join()
     os.close(master)
     text = re.sub(r"\x1b\[[0-9;]*m", "", shown.decode())

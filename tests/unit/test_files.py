@@ -264,8 +264,7 @@ INDEX = '{"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}
 @pytest.mark.parametrize(
     ("files", "flaw"),
     [
-        ({}, "has no weights: no *.safetensors, *.bin or *.pt file; download the model again, or "
-             "set `engine: {load_format: dummy}` for random weights"),
+        ({}, "has no weights: no *.safetensors, *.bin or *.pt file; download the model again, or set"),
         ({"adapter_model.safetensors": "w"}, "has no weights: "),
         ({"m.gguf": "GGUF"}, "has only GGUF files; safetensors files are needed"),
         ({"model.safetensors": "abc"},
