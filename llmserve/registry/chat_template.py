@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
 import jinja2.sandbox
-
-if TYPE_CHECKING:
-    import jinja2.nodes
-    import jinja2.parser
 
 
 class _Generation(jinja2.ext.Extension):

@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 import time
+from functools import partial
 from typing import TYPE_CHECKING, NoReturn, cast
 
 import uvicorn
@@ -95,7 +96,9 @@ def _run(
         memory = _memory(config)
         _print_dtypes(memory, console)
         backend = VllmBackend(logs, memory)
-    return runner.run(_Process(config, listener, console, backend, read).run())
+    process = _Process(config, listener, console, backend, read)
+    process.on_serving = partial(serverlog.mark_served, logs / serverlog.NAME)
+    return runner.run(process.run())
 
 
 def _memory(config: Config) -> Memory:
@@ -154,7 +157,7 @@ def _log_folder(server: ServerSpec, listener: socket.socket) -> Path:
     try:
         folder = server.log_dir.expanduser() / str(listener.getsockname()[1])
         folder.mkdir(parents=True, exist_ok=True)
-        serverlog.begin(folder / "server.log")
+        serverlog.begin(folder / serverlog.NAME)
     except (OSError, RuntimeError) as error:
         raise StartupError(f"server.log_dir {server.log_dir} cannot be written: {error}") from None
     return folder
@@ -221,6 +224,7 @@ class _Process:
         self._control = ModelOperator(config.server, self._pool, backend, read)
         services = Services(self._pool, self._metrics, self._control)
         self._uvicorn = _Uvicorn(_uvicorn_config(config.server, app.build(services)))
+        self.on_serving: Callable[[], object] = lambda: None
         self._signalled = asyncio.Event()
         self._reloads: set[asyncio.Task[None]] = set()
 
@@ -291,6 +295,7 @@ class _Process:
             signalled.cancel()
             self._print(error.message, style="bold red")
             return error.exit_code
+        self.on_serving()
         self._announce()
         await signalled
         return 0
