@@ -55,6 +55,7 @@ def test_the_sample_loads(tmp_path: Path) -> None:
     assert (config.server.host, config.server.port) == ("127.0.0.1", 8000)
     assert config.models[0].aliases == ("gpt-4o-mini",)
     assert config.models[0].kv_cache == 2**30
+    assert config.models[0].sampling.max_tokens == 256  # without it an answer can take minutes
     assert config.models[0].model == str(tmp_path / "models" / "SmolLM2-135M-Instruct")
 
 
