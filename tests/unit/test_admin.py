@@ -234,7 +234,7 @@ async def test_load_that_fails_returns_the_cause(
 
 
 @pytest.mark.parametrize(
-    ("path", "body", "told"),
+    ("path", "body", "message"),
     [
         ("models/chat/unload", '{"drain": "no"}', "`drain` must be true or false; it is `no`"),
         ("models/chat/unload", '{"drian": false}', "`drian` is not a known key. Allowed: drain"),
@@ -245,11 +245,11 @@ async def test_load_that_fails_returns_the_cause(
     ],
 )
 async def test_invalid_body_changes_nothing(
-    path: str, body: str, told: str, http: httpx.AsyncClient, operator: FakeOperator
+    path: str, body: str, message: str, http: httpx.AsyncClient, operator: FakeOperator
 ) -> None:
     reply = await http.post(path, content=body)
     assert reply.status_code == 400
-    assert re.search(told, error_of(reply)["message"])
+    assert re.search(message, error_of(reply)["message"])
     assert operator.done == []
 
 
@@ -338,7 +338,7 @@ async def test_a_name_with_slashes_has_a_log(
 
 
 @pytest.mark.parametrize(
-    ("query", "status", "told"),
+    ("query", "status", "message"),
     [
         ({"replica": 2}, 400, "`chat` has no replica 2; it has 0, 1."),
         ({"lines": -1}, 400, "`lines` must be at least 0; it is `-1`"),
@@ -349,11 +349,11 @@ async def test_a_name_with_slashes_has_a_log(
     ],
 )
 async def test_log_query_that_is_invalid_is_refused(
-    query: dict[str, Any], status: int, told: str, http: httpx.AsyncClient
+    query: dict[str, Any], status: int, message: str, http: httpx.AsyncClient
 ) -> None:
     reply = await http.get("/models/chat/logs", params=query)
     assert reply.status_code == status
-    assert re.search(told, error_of(reply)["message"])
+    assert re.search(message, error_of(reply)["message"])
 
 
 async def test_a_log_is_followed_over_a_cut_and_a_new_file(operator: FakeOperator) -> None:

@@ -282,7 +282,7 @@ async def test_queued_stream_gets_comments_then_its_answer() -> None:
 @pytest.mark.parametrize(
     ("path", "body"),
     [(CHAT, HI), (CHAT, HI | {"stream": False}), ("/v1/embeddings", STREAMED)],
-    ids=["not a stream", "said so", "no text"],
+    ids=["not a stream", "stream: false", "no text"],
 )
 async def test_an_answer_that_is_no_stream_has_no_comments(path: str, body: dict[str, Any]) -> None:
     gate = Gate()
@@ -481,7 +481,7 @@ async def test_token_stream_is_retried_before_its_first_byte(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("own", "model_s", "told"),
+    ("own", "model_s", "shown_s"),
     [
         ("0.05", None, "0.05"),
         (None, 0.05, "0.05"),
@@ -490,7 +490,7 @@ async def test_token_stream_is_retried_before_its_first_byte(text: str) -> None:
     ],
 )
 async def test_the_shorter_deadline_ends_a_request(
-    own: str | None, model_s: float | None, told: str
+    own: str | None, model_s: float | None, shown_s: str
 ) -> None:
     gate = Gate()
     headers = {"x-request-timeout": own} if own else {}
@@ -501,7 +501,7 @@ async def test_the_shorter_deadline_ends_a_request(
         assert box.requests(504) == 1
     assert gate.cancelled
     assert (reply.status_code, error_of(reply)["code"]) == (504, "deadline_exceeded")
-    assert error_of(reply)["message"] == f"The request took longer than its {told} s."
+    assert error_of(reply)["message"] == f"The request took longer than its {shown_s} s."
     assert error_of(reply)["type"] == "timeout_error"
 
 
