@@ -30,12 +30,7 @@ if TYPE_CHECKING:
 _HUB_TIMEOUT_S = 10
 _HUB_THREADS = 8
 _HEADER_LIMIT = 100_000_000  # bytes; the limit of the safetensors format
-_FLOATS = {
-    "F64": 8,
-    "F32": 4,
-    "F16": 2,
-    "BF16": 2,
-}  # bytes; these types are loaded in the model's dtype
+_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})  # loaded in the model's dtype
 _KINDS = (".safetensors", ".bin", ".pt")  # in vLLM's order of preference
 _ADAPTER = "adapter_config.json"
 _POINTER = b"version https://git-lfs"
@@ -194,7 +189,7 @@ class Checkpoint(ABC):
         if not self.weights or not self.weights[0].endswith(".safetensors"):
             return []
         if self.missing:
-            raise ModelUnusable(f"{self.name}: {_INDEX} lists {self.missing[0]}, which is missing")
+            raise ShapeUnknown(f"{self.name}: {_INDEX} lists {self.missing[0]}, which is missing")
         return self.headers(self.weights)
 
 

@@ -390,9 +390,13 @@ def test_size_of_a_folder_without_weights_is_unknown(tmp_path: Path) -> None:
     folder = str(write(tmp_path, QWEN3))
     with pytest.raises(ModelUnusable, match="has no weights: "):
         shape.read(spec(model=folder))
-    with pytest.raises(ShapeUnknown, match="its safetensors files are needed") as unknown:
-        shape.read(spec(model=folder, engine={"load_format": "dummy"}))
-    assert not isinstance(unknown.value, ModelUnusable)
+    for message in ("its safetensors files are needed", "lists model-1.safetensors"):
+        with pytest.raises(ShapeUnknown, match=message) as unknown:
+            shape.read(spec(model=folder, engine={"load_format": "dummy"}))
+        assert not isinstance(unknown.value, ModelUnusable)
+        index = {"weight_map": {"a": "model-1.safetensors"}}
+        write(tmp_path, QWEN3, **{"model.safetensors.index": index})
+        write_tensors(tmp_path / "model-2.safetensors", TENSORS)
 
 
 def test_made_up_weights_of_a_benchmark_have_their_size(tmp_path: Path) -> None:
