@@ -23,7 +23,8 @@ def flaw(spec: ModelSpec) -> str | None:
 
     None without a local template, and if the registry has another template or tokenizer.
     """
-    if spec.chat_template is not None or spec.engine.keys() & {"tokenizer", "tokenizer_mode"}:
+    is_other = "tokenizer" in spec.engine or spec.engine.get("tokenizer_mode") == "mistral"
+    if spec.chat_template is not None or is_other:
         return None
     try:
         files = checkpoint.of(spec, hub=False)

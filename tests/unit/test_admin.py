@@ -168,6 +168,16 @@ def http(operator: FakeOperator) -> httpx.AsyncClient:
     return httpx.AsyncClient(transport=transport, base_url="http://localhost:8000/admin")
 
 
+@pytest.fixture
+async def live(operator: FakeOperator) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of a server on a socket: for answers that do not end by themselves."""
+    async with (
+        listening(served(operator)) as url,
+        httpx.AsyncClient(base_url=f"{url}/admin") as client,
+    ):
+        yield client
+
+
 def test_every_route_is_behind_the_check() -> None:
     assert all(auth.is_admin(route.path) for route in admin.table())
 
@@ -291,29 +301,23 @@ async def test_invalid_registry_is_a_request_error(
 
 
 async def test_events_are_streamed_until_the_client_disconnects(
-    operator: FakeOperator,
+    live: httpx.AsyncClient, operator: FakeOperator
 ) -> None:
-    async with (
-        listening(served(operator)) as url,
-        httpx.AsyncClient(base_url=url) as client,
-    ):
-        async with client.stream("GET", "/admin/events") as reply:
-            assert reply.headers["content-type"].startswith("text/event-stream")
-            await until(lambda: bool(operator.listeners))
-            operator.happens("ready")
-            frames = reply.aiter_text()
-            head, data, *_ = (await anext(frames)).split("\n")
-            assert head == "event: state"
-            assert json.loads(data.removeprefix("data: ")) == change("ready")
-        await until(lambda: not operator.listeners)
+    async with live.stream("GET", "/events") as reply:
+        assert reply.headers["content-type"].startswith("text/event-stream")
+        await until(lambda: bool(operator.listeners))
+        operator.happens("ready")
+        frames = reply.aiter_text()
+        head, data, *_ = (await anext(frames)).split("\n")
+        assert head == "event: state"
+        assert json.loads(data.removeprefix("data: ")) == change("ready")
+    await until(lambda: not operator.listeners)
 
 
-async def test_events_that_fail_end_with_the_error(operator: FakeOperator) -> None:
-    async with (
-        listening(served(operator)) as url,
-        httpx.AsyncClient(base_url=url) as client,
-        client.stream("GET", "/admin/events") as reply,
-    ):
+async def test_events_that_fail_end_with_the_error(
+    live: httpx.AsyncClient, operator: FakeOperator
+) -> None:
+    async with live.stream("GET", "/events") as reply:
         await until(lambda: bool(operator.listeners))
         operator.happens("broken")
         text = "".join([part async for part in reply.aiter_text()])
@@ -356,14 +360,12 @@ async def test_log_query_that_is_invalid_is_refused(
     assert re.search(message, error_of(reply)["message"])
 
 
-async def test_a_log_is_followed_over_a_cut_and_a_new_file(operator: FakeOperator) -> None:
+async def test_a_log_is_followed_over_a_cut_and_a_new_file(
+    live: httpx.AsyncClient, operator: FakeOperator
+) -> None:
     log = operator.log_of("chat", 0)
     log.write_text("one\ntwo\n", encoding="utf-8")
-    async with (
-        listening(served(operator)) as url,
-        httpx.AsyncClient(base_url=url) as client,
-        client.stream("GET", "/admin/models/chat/logs?lines=1&follow=true") as reply,
-    ):
+    async with live.stream("GET", "/models/chat/logs?lines=1&follow=true") as reply:
         text = reply.aiter_text()
         assert await anext(text) == "two\n"
         with log.open("a", encoding="utf-8") as more:
@@ -376,12 +378,10 @@ async def test_a_log_is_followed_over_a_cut_and_a_new_file(operator: FakeOperato
         assert await anext(text) == "longer than before\n"
 
 
-async def test_a_log_that_is_not_there_yet_can_be_followed(operator: FakeOperator) -> None:
-    async with (
-        listening(served(operator)) as url,
-        httpx.AsyncClient(base_url=url) as client,
-        client.stream("GET", "/admin/models/chat/logs?follow=true") as reply,
-    ):
+async def test_a_log_that_is_not_there_yet_can_be_followed(
+    live: httpx.AsyncClient, operator: FakeOperator
+) -> None:
+    async with live.stream("GET", "/models/chat/logs?follow=true") as reply:
         assert reply.status_code == 200
         operator.log_of("chat", 0).write_text("new\n", encoding="utf-8")
         assert await anext(reply.aiter_text()) == "new\n"

@@ -96,7 +96,9 @@ def test_invalid_template_of_a_model_is_a_problem(
     lead = "models.yaml:2: models.chat.model: m: "
     expected = [] if error is None else [f"{lead}{error}; repair it or set `chat_template`"]
     assert problems(registry, "model: m") == expected
-    assert problems(registry, "model: m, chat_template: '{{ messages }}'") == []
+    assert problems(registry, "model: m, engine: {tokenizer_mode: hf}") == expected
+    for other in ("chat_template: '{{ m }}'", "engine: {tokenizer: m}"):
+        assert problems(registry, f"model: m, {other}") == []
 
 
 def test_template_that_an_encoder_does_not_use_is_no_problem(registry: Path) -> None:

@@ -83,7 +83,7 @@ class Words:
 
 
 class Talking:
-    """A request in an engine that has said `text`; `token_stream.StreamSource`."""
+    """A request whose engine has written `text`; `token_stream.StreamSource`."""
 
     prompt_tokens = 1
 
@@ -244,7 +244,7 @@ DATA = b"data: 1\n\n"
 
 
 def lazy(gate: Gate, running: FakeRunning | None = None, **more: Any) -> dict[str, Any]:
-    """A lazy `chat` that comes once the gate opens."""
+    """A lazy `chat` that is ready once the gate opens."""
     plan = Plan(running or FakeRunning(stream(DATA)), ((State.LOADING, ""),), gate, **more)
     return {"chat": plan}
 
@@ -256,7 +256,7 @@ TALKATIVE = Schedule(comment_s=0.005)
 
 
 async def commented(box: Box, gate: Gate, path: str = CHAT) -> Any:
-    """The answer to a streamed request whose model comes after some comments."""
+    """The answer to a streamed request whose model is ready after some comments."""
     asking = await begin(box, gate, STREAMED, path)
     await asyncio.sleep(0.03)
     gate.opened.set()
