@@ -30,18 +30,18 @@ if TYPE_CHECKING:
 _HUB_TIMEOUT_S = 10
 _HUB_THREADS = 8
 _HEADER_LIMIT = 100_000_000  # bytes; the limit of the safetensors format
-_FLOATS = {
-    "F64": 8,
-    "F32": 4,
-    "F16": 2,
-    "BF16": 2,
-}  # bytes; these types are loaded in the model's dtype
+_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})  # loaded in the model's dtype
 _KINDS = (".safetensors", ".bin", ".pt")  # in vLLM's order of preference
 _ADAPTER = "adapter_config.json"
 _POINTER = b"version https://git-lfs"
 _POINTER_BYTES = 1024  # the largest size of a pointer
 _INDEX = "model.safetensors.index.json"
 _NO_WEIGHTS = ("adapter_", "optimizer", "scaler", "scheduler", "training_args")
+_CONFIGS = frozenset({"config.json", "params.json"})  # the second is Mistral's own layout
+# vLLM's load formats that read the weight files of the folder itself.
+_READS_FILES = frozenset(
+    {"auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "mistral"}
+)
 _TEXT = ("thinker_config", "text_config", "llm_config", "language_config")
 
 
@@ -146,8 +146,17 @@ class Checkpoint(ABC):
         return "has no config.json"
 
     def flaw(self) -> str | None:
-        """Return which local file is missing, truncated or a pointer; None if all are whole."""
-        return None
+        """Return why the weights cannot be loaded, as far as the names of the files show it."""
+        if self.missing:
+            return f"{_INDEX} lists {self.missing[0]}, which is missing; download it"
+        if self.weights or not _CONFIGS & self.sizes.keys():
+            return None
+        if any(file.endswith(".gguf") for file in self.sizes):
+            return "has only GGUF files; safetensors files are needed"
+        return (
+            "has no weights: no *.safetensors, *.bin or *.pt file; download the model again, "
+            "or set `engine: {load_format: dummy}` for random weights"
+        )
 
     @cached_property
     def weights(self) -> tuple[str, ...]:
@@ -180,7 +189,7 @@ class Checkpoint(ABC):
         if not self.weights or not self.weights[0].endswith(".safetensors"):
             return []
         if self.missing:
-            raise ModelUnusable(f"{self.name}: {_INDEX} lists {self.missing[0]}, which is missing")
+            raise ShapeUnknown(f"{self.name}: {_INDEX} lists {self.missing[0]}, which is missing")
         return self.headers(self.weights)
 
 
@@ -219,7 +228,8 @@ class Folder(Checkpoint):
         return 8 + length, header
 
     def flaw(self) -> str | None:
-        return next(filter(None, self._flaws(self.weights, _INDEX)), None)
+        """Return which file is missing, truncated or a pointer; None if all are whole."""
+        return self._pointer_flaw() or super().flaw() or self._content_flaw(self.weights)
 
     def adapter_flaw(self) -> str | None:
         """Return what is wrong with the folder as an adapter; None if nothing is."""
@@ -230,31 +240,30 @@ class Folder(Checkpoint):
             return f"has no {_ADAPTER}; it is {what} and not an adapter"
         if not there:
             return f"has none of {', '.join(weights)}"
-        return next(filter(None, self._flaws(there[:1], "")), None)
+        return self._pointer_flaw() or self._content_flaw(there[:1])
 
     def lacks(self) -> str | None:
         """Return what an incomplete download of a model or an adapter lacks; None: nothing."""
         if _ADAPTER in self.sizes and "config.json" not in self.sizes:
             return self.adapter_flaw()
-        if not {"config.json", "params.json"} & self.sizes.keys():
-            return "config.json is missing"
-        return self.flaw() if self.weights else "the weights are missing"
+        return self.flaw() if _CONFIGS & self.sizes.keys() else "config.json is missing"
 
-    def _flaws(self, weights: Sequence[str], index: str) -> Iterator[str | None]:
-        yield from (self._pointer_flaw(file) for file in self.sizes)
-        missing = [file for file in weights if file not in self.sizes]
-        if missing:
-            yield f"{index} lists {missing[0]}, which is missing"
-        elif weights and weights[0].endswith(".safetensors"):
-            yield from (self._flaw_of(file) for file in weights)
+    def _pointer_flaw(self) -> str | None:
+        for file, size in self.sizes.items():
+            if size <= _POINTER_BYTES and self.content(file).startswith(_POINTER):
+                return f"{file} is a Git LFS pointer; fetch the file with `git lfs pull`"
+        return None
 
-    def _pointer_flaw(self, file: str) -> str | None:
-        if self.sizes[file] > _POINTER_BYTES or not self.content(file).startswith(_POINTER):
-            return None
-        return f"{file} is a Git LFS pointer; fetch the file with `git lfs pull`"
+    def _content_flaw(self, weights: Sequence[str]) -> str | None:
+        flaw = next(filter(None, map(self._flaw_of, weights)), None)
+        return flaw and f"{flaw}; download it again"
 
     def _flaw_of(self, file: str) -> str | None:
         there = self.sizes[file]
+        if not there:
+            return f"{file} is empty"
+        if not file.endswith(".safetensors"):
+            return None
         try:
             begin, header = self._read_header(file)
             size = begin + max((entry["data_offsets"][1] for entry in header.values()), default=0)
@@ -319,7 +328,8 @@ def of(spec: ModelSpec, *, hub: bool = True) -> Checkpoint:
 
 def raise_if_flawed(spec: ModelSpec, files: Checkpoint) -> None:
     """Raise ModelUnusable for files of the model or its adapters that cannot be loaded. Blocks."""
-    if spec.engine.get("load_format", "auto") in ("auto", "safetensors") and (flaw := files.flaw()):
+    reads_files = spec.engine.get("load_format", "auto") in _READS_FILES
+    if reads_files and (flaw := files.flaw()):
         raise ModelUnusable(f"{files.name}: {flaw}")
     for name, source in spec.loras.items():
         if Path(source).is_absolute() and (flaw := Folder(Path(source)).adapter_flaw()):

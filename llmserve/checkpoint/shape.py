@@ -300,8 +300,6 @@ def _bytes_of(files: Checkpoint, model: _Model, stored: list[Tensor], dtype: str
     """Return `weights`, `embeddings` and `linear` of a Shape."""
     width = _BYTES[dtype]
     if not files.weights:
-        if any(file.endswith(".gguf") for file in files.sizes):
-            raise ModelUnusable(f"{files.name} has only GGUF files; safetensors files are needed")
         raise ShapeUnknown(f"{files.name} has no weights; its safetensors files are needed")
     if not stored:  # .bin, .pt: no headers
         size = sum(files.sizes[file] for file in files.weights)

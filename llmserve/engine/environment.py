@@ -39,6 +39,10 @@ def prepare(engines: int, log_dir: Path, env: MutableMapping[str, str] = os.envi
     # The plan numbers GPUs as the driver does; CUDA's default order begins with the fastest.
     env["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
     env.setdefault("VLLM_NO_USAGE_STATS", "1")
+    # A killed engine cannot remove its shared memory. multiprocessing does, when the server ends,
+    # and would print a warning after the last line of the server.
+    quiet = (env.get("PYTHONWARNINGS"), "ignore:resource_tracker")
+    env["PYTHONWARNINGS"] = ",".join(filter(None, quiet))
     # A step's output in one slice: vLLM would yield to the event loop between slices.
     env.setdefault("VLLM_V1_OUTPUT_PROC_CHUNK_SIZE", "4096")
     # Answers can be fetched by id; `response_store` bounds their number.

@@ -62,7 +62,7 @@ class InferenceEndpoint:
         name = requested_model(body, names)
         model = names.find(name)
         context.model = model.name  # for the metrics of refused requests too
-        deadline = _deadline(scope, model.spec.timeout)
+        deadline = _deadline(scope, model.timeout)
         wanted = ModelRequest(name, self.endpoint, body, deadline, asyncio.current_task())
         client = KeepAliveSend(send, self.endpoint.id)
         try:

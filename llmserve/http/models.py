@@ -9,7 +9,8 @@ from llmserve.errors import RequestError
 
 if TYPE_CHECKING:
     from llmserve.lifecycle.replica import Running
-    from llmserve.registry.names import Model, ModelNames
+    from llmserve.registry.names import ModelNames
+    from llmserve.registry.spec import ModelSpec
 
 
 def requested_model(body: dict[str, Any], registry: ModelNames) -> str:
@@ -31,7 +32,9 @@ def requested_model(body: dict[str, Any], registry: ModelNames) -> str:
     )
 
 
-def model_card(name: str, model: Model, created: int, running: Running | None) -> dict[str, Any]:
+def model_card(
+    name: str, model: ModelSpec, created: int, running: Running | None
+) -> dict[str, Any]:
     """Return an entry of GET /v1/models: fields of OpenAI, Anthropic and llmserve.
 
     `endpoints` and `max_model_len` are absent until the model has run.

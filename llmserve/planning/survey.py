@@ -12,6 +12,7 @@ from llmserve.checkpoint.shape import UnknownShape
 from llmserve.errors import LLMServeError
 from llmserve.planning import feasibility
 from llmserve.planning.measurements import Measured
+from llmserve.planning.plan import Problem
 from llmserve.planning.planner import Planner
 
 if TYPE_CHECKING:
@@ -36,8 +37,24 @@ def plan(config: Config, box: Box, kept: Measured | None = None) -> Plan:
 def mistakes(config: Config) -> list[str]:
     """Return the mistakes that local files show, with lines. Blocks; does not ask the hub."""
     read = shapes(config.models, hub=False)
-    found = [feasibility.anywhere(spec, read[spec.name]) for spec in config.models]
+    found = [
+        feasibility.anywhere(spec, read[spec.name]) or _of_template(spec, read[spec.name])
+        for spec in config.models
+    ]
     return [problem.within(config) for problems in found for problem in problems]
+
+
+def _of_template(spec: ModelSpec, read: Shape | UnknownShape) -> list[Problem]:
+    """Return the problem of the model's own chat template, which an encoder does not use."""
+    from llmserve.checkpoint import chat_templates  # noqa: PLC0415  # Jinja takes 50 ms
+
+    encodes = not isinstance(read, UnknownShape) and not read.attention_layers
+    flaw = None if encodes else chat_templates.flaw(spec)
+    return (
+        [Problem(spec.name, f"{flaw}; repair it or set `chat_template`", key="model")]
+        if flaw
+        else []
+    )
 
 
 def shapes(specs: Sequence[ModelSpec], *, hub: bool = True) -> dict[str, Shape | UnknownShape]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import TypeAdapter, ValidationError
 
 from llmserve.errors import ConfigError, nearest
-from llmserve.registry import fastchat, validation, yaml_positions
+from llmserve.registry import fastchat, tls, validation, yaml_positions
 from llmserve.registry.engine_args import ENGINE_ARGS, VLLM_VERSION
 from llmserve.registry.sources import Sources
 from llmserve.registry.spec import (
@@ -102,10 +102,19 @@ class _Reader:
         if isinstance(values.get("log_dir"), str):
             values["log_dir"] = self._sources.folder(values["log_dir"], ("server", "log_dir"))
         try:
-            return ServerSpec(**values)
+            spec = ServerSpec(**values)
         except ValidationError as error:
             validation.report(self._document, error, ("server",))
             return None
+        self._check_tls(spec)
+        return spec
+
+    def _check_tls(self, spec: ServerSpec) -> None:
+        is_missing = any(each.path.startswith("server.ssl_") for each in self._document.problems)
+        if spec.ssl_certfile is None or spec.ssl_keyfile is None or is_missing:
+            return
+        for key, problem in tls.problems(spec.ssl_certfile, spec.ssl_keyfile).items():
+            self._document.problem(("server", key), problem)
 
     # --- models
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llmserve.errors import ModelNotFound
@@ -13,31 +12,12 @@ if TYPE_CHECKING:
     from llmserve.registry.spec import ModelSpec
 
 
-@dataclass(frozen=True)
-class Model:
-    """A model with all its public names: its own, its aliases and its adapters'."""
-
-    spec: ModelSpec
-
-    @property
-    def name(self) -> str:
-        return self.spec.name
-
-    @property
-    def loras(self) -> frozenset[str]:
-        return frozenset(self.spec.loras)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return (*self.spec.names, *self.spec.loras)
-
-
 class ModelNames:
     def __init__(self, specs: Iterable[ModelSpec]) -> None:
-        self.models = tuple(Model(spec) for spec in specs)
-        self._by_name = {name: model for model in self.models for name in model.names}
+        self.models = tuple(specs)
+        self._by_name = {name: spec for spec in self.models for name in spec.public_names}
 
-    def find(self, name: str) -> Model:
+    def find(self, name: str) -> ModelSpec:
         """The model of a public name. Raises ModelNotFound, which lists the known names."""
         try:
             return self._by_name[name]
@@ -46,4 +26,4 @@ class ModelNames:
 
     def public_names(self) -> list[str]:
         """All names, without those of hidden models."""
-        return [name for model in self.models if not model.spec.hidden for name in model.names]
+        return [name for spec in self.models if not spec.hidden for name in spec.public_names]

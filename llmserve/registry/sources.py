@@ -108,13 +108,24 @@ class Sources:
     def template(self, value: str, path: yaml_positions.Path) -> str:
         """The text of a template: the value itself if it is Jinja, else the content of a file."""
         if "{" in value or "\n" in value:
+            self._check_template(value, "template", path)
             return value
         file = self.file(value, path)
+        if not _holds(file.is_file):
+            return value
         try:
-            return file.read_text(encoding="utf-8-sig") if _holds(file.is_file) else value
+            text = file.read_text(encoding="utf-8-sig")
         except (OSError, ValueError) as error:
             self._document.problem(path, f"{file} cannot be read: {_reason(error)}")
             return value
+        self._check_template(text, str(file), path)
+        return text
+
+    def _check_template(self, text: str, where: str, path: yaml_positions.Path) -> None:
+        from llmserve.registry import chat_template  # noqa: PLC0415  # Jinja takes 50 ms
+
+        if (error := chat_template.syntax_error(text, where)) is not None:
+            self._document.problem(path, error)
 
 
 def _holds(predicate: Callable[[], bool]) -> bool:

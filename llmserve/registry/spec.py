@@ -239,6 +239,11 @@ class ModelSpec(_Spec):
     def names(self) -> tuple[str, ...]:
         return (self.name, *self.aliases)
 
+    @property
+    def public_names(self) -> tuple[str, ...]:
+        """All names that lead to this model: its own, its aliases and its adapters'."""
+        return (*self.names, *self.loras)
+
 
 class Config(_Spec):
     """A registry without mistakes."""

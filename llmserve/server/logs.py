@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import logging.handlers
@@ -13,15 +14,16 @@ from llmserve.engine.startup_log import keep_last
 if TYPE_CHECKING:
     from pathlib import Path
 
+NAME = "server.log"
 _FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 
 
 def begin(file: Path) -> None:
     """Log this process, with vLLM's front end, to a new file, and important records to stderr.
 
-    The previous file gets the suffix `.1`. Raises OSError.
+    Raises OSError.
     """
-    keep_last(file)
+    rotate(file)
     to_file = LogFile(file)
     to_file.setFormatter(_Escaping(_FORMAT))
     to_terminal = logging.StreamHandler()
@@ -31,6 +33,30 @@ def begin(file: Path) -> None:
     logging.captureWarnings(True)
     # torch warns that Triton is missing, which the CPU build does not need.
     logging.getLogger("torch._library").setLevel(logging.ERROR)
+
+
+def rotate(file: Path) -> None:
+    """Keep the log of the previous run as `FILE.1`; drop it if that run ended before it served.
+
+    So starts that fail, however many, leave the log of the last run that served. The mark is a
+    file, which also a start that is killed leaves.
+    """
+    mark = _mark_of(file)
+    if mark.exists():
+        file.unlink(missing_ok=True)
+        return
+    keep_last(file)
+    mark.touch()
+
+
+def mark_served(file: Path) -> None:
+    """Let the next run keep this log."""
+    with contextlib.suppress(OSError):
+        _mark_of(file).unlink(missing_ok=True)
+
+
+def _mark_of(file: Path) -> Path:
+    return file.with_name(f"{file.name}.starting")
 
 
 def _is_for_terminal(record: logging.LogRecord) -> bool:

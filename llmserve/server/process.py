@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 import time
+from functools import partial
 from typing import TYPE_CHECKING, NoReturn, cast
 
 import uvicorn
@@ -34,7 +35,7 @@ from llmserve.lifecycle.pool import Pool
 from llmserve.lifecycle.replica import State
 from llmserve.metrics import Metrics
 from llmserve.planning import survey
-from llmserve.server import connection, startup_display, tls
+from llmserve.server import connection, startup_display
 from llmserve.server import logs as serverlog
 from llmserve.server.limits import Limits
 
@@ -63,7 +64,7 @@ def up(
     """Serve a registry until a signal, then end the process. SIGHUP calls `read` and reloads.
 
     `backend` starts the engines; the default is vLLM. Raises, before a model is loaded,
-    StartupError for a port, certificate or GPU that cannot be used, and PlacementError for models
+    StartupError for a port or GPU that cannot be used, and PlacementError for models
     that do not fit.
     """
     listener = bind(config.server)
@@ -95,7 +96,9 @@ def _run(
         memory = _memory(config)
         _print_dtypes(memory, console)
         backend = VllmBackend(logs, memory)
-    return runner.run(_Process(config, listener, console, backend, read).run())
+    process = _Process(config, listener, console, backend, read)
+    process.on_serving = partial(serverlog.mark_served, logs / serverlog.NAME)
+    return runner.run(process.run())
 
 
 def _memory(config: Config) -> Memory:
@@ -154,7 +157,7 @@ def _log_folder(server: ServerSpec, listener: socket.socket) -> Path:
     try:
         folder = server.log_dir.expanduser() / str(listener.getsockname()[1])
         folder.mkdir(parents=True, exist_ok=True)
-        serverlog.begin(folder / "server.log")
+        serverlog.begin(folder / serverlog.NAME)
     except (OSError, RuntimeError) as error:
         raise StartupError(f"server.log_dir {server.log_dir} cannot be written: {error}") from None
     return folder
@@ -221,6 +224,7 @@ class _Process:
         self._control = ModelOperator(config.server, self._pool, backend, read)
         services = Services(self._pool, self._metrics, self._control)
         self._uvicorn = _Uvicorn(_uvicorn_config(config.server, app.build(services)))
+        self.on_serving: Callable[[], object] = lambda: None
         self._signalled = asyncio.Event()
         self._reloads: set[asyncio.Task[None]] = set()
 
@@ -291,6 +295,7 @@ class _Process:
             signalled.cancel()
             self._print(error.message, style="bold red")
             return error.exit_code
+        self.on_serving()
         self._announce()
         await signalled
         return 0
@@ -362,7 +367,5 @@ def _uvicorn_config(
         ssl_certfile=server.ssl_certfile,
         ssl_keyfile=server.ssl_keyfile,
     )
-    if server.ssl_certfile is not None and server.ssl_keyfile is not None:
-        tls.require_usable(server.ssl_certfile, server.ssl_keyfile)
     config.load()
     return config

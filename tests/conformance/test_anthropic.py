@@ -13,6 +13,7 @@ from pydantic import BaseModel, TypeAdapter
 from tests.conformance.conftest import KEY
 
 FRANCE: Any = [{"role": "user", "content": "What is the capital of France?"}]
+GREEDY = {"temperature": 0}
 WEATHER: Any = {
     "name": "weather",
     "description": "The weather in a city.",
@@ -36,9 +37,124 @@ def valid(kind: Any, raw: Any) -> dict[str, Any]:
     return dict(sent)
 
 
+def _client(origin: str) -> anthropic.Anthropic:
+    return anthropic.Anthropic(base_url=origin, api_key=KEY, max_retries=0, timeout=120)
+
+
 @pytest.fixture
 def client(origin: str) -> anthropic.Anthropic:
-    return anthropic.Anthropic(base_url=origin, api_key=KEY, max_retries=0, timeout=120)
+    return _client(origin)
+
+
+class TestMessages:
+    """Quick checks, which `make test` runs too."""
+
+    @pytest.fixture
+    def client(self, origin: str) -> anthropic.Anthropic:
+        return _client(origin)
+
+    def test_max_tokens(self, client: anthropic.Anthropic) -> None:
+        answer = client.messages.create(model="chat", max_tokens=2, messages=FRANCE)
+        assert answer.stop_reason == "max_tokens"
+        assert answer.usage.output_tokens == 2
+
+    def test_raw_stream(self, client: anthropic.Anthropic) -> None:
+        events = list(
+            client.messages.create(
+                model="chat", max_tokens=16, messages=FRANCE, extra_body=GREEDY, stream=True
+            )
+        )
+        for event in events:
+            valid(RawMessageStreamEvent, event)
+        kinds = [event.type for event in events]
+        assert kinds[:2] == ["message_start", "content_block_start"]
+        assert kinds[-3:] == ["content_block_stop", "message_delta", "message_stop"]
+
+    def test_stream_helper(self, client: anthropic.Anthropic) -> None:
+        with client.messages.stream(
+            model="chat", max_tokens=16, messages=FRANCE, extra_body=GREEDY
+        ) as stream:
+            text = "".join(stream.text_stream)
+            final = stream.get_final_message()
+        assert "Paris" in text
+        assert final.stop_reason == "end_turn"
+        assert final.usage.input_tokens > 0
+        assert final.usage.output_tokens > 0
+
+    @pytest.mark.parametrize(
+        "choice", [{"type": "tool", "name": "weather"}, {"type": "any"}], ids=["named", "any"]
+    )
+    def test_forced_tool(self, client: anthropic.Anthropic, choice: Any) -> None:
+        answer = client.messages.create(
+            model="chat",
+            max_tokens=200,
+            messages=FRANCE,
+            tools=[WEATHER],
+            tool_choice=choice,
+            extra_body=GREEDY,
+        )
+        valid(Message, answer)
+        (call,) = [block for block in answer.content if block.type == "tool_use"]
+        assert call.name == "weather"
+        assert call.input in ({"city": "Paris"}, {"city": "Rome"})
+        assert answer.stop_reason == "tool_use"
+
+    @pytest.mark.parametrize(
+        "choice", [{"type": "tool", "name": "weather"}, {"type": "any"}], ids=["named", "any"]
+    )
+    def test_forced_tool_stream(self, client: anthropic.Anthropic, choice: Any) -> None:
+        with client.messages.stream(
+            model="chat",
+            max_tokens=200,
+            messages=FRANCE,
+            tools=[WEATHER],
+            tool_choice=choice,
+            extra_body=GREEDY,
+        ) as stream:
+            kinds = {event.type for event in stream}
+            final = stream.get_final_message()
+        assert "input_json" in kinds
+        (call,) = [block for block in final.content if block.type == "tool_use"]
+        assert call.input in ({"city": "Paris"}, {"city": "Rome"})
+        assert final.stop_reason == "tool_use"
+
+    def test_tool_choice_none(self, client: anthropic.Anthropic) -> None:
+        answer = client.messages.create(
+            model="chat",
+            max_tokens=16,
+            messages=FRANCE,
+            tools=[WEATHER],
+            tool_choice={"type": "none"},
+        )
+        assert [block.type for block in answer.content] == ["text"]
+
+    def test_count_tokens(self, client: anthropic.Anthropic) -> None:
+        counted = client.messages.count_tokens(model="chat", messages=FRANCE)
+        valid(MessageTokensCount, counted)
+        answer = client.messages.create(model="chat", max_tokens=2, messages=FRANCE)
+        assert counted.input_tokens == answer.usage.input_tokens
+
+    def test_unknown_model(self, client: anthropic.Anthropic) -> None:
+        with pytest.raises(anthropic.NotFoundError) as refused:
+            client.messages.create(model="none", max_tokens=2, messages=FRANCE)
+        assert _error(refused.value)["type"] == "not_found_error"
+
+    @pytest.mark.parametrize(
+        "extra",
+        [{"max_tokens": 0}, {"temperature": "hot"}, {"messages": "Hi"}, {"top_k": "x"}],
+        ids=lambda extra: next(iter(extra)),
+    )
+    def test_wrong_value(self, client: anthropic.Anthropic, extra: dict[str, Any]) -> None:
+        with pytest.raises(anthropic.BadRequestError) as refused:
+            client.messages.create(model="chat", max_tokens=2, messages=FRANCE, extra_body=extra)
+        error = _error(refused.value)
+        assert error["type"] == "invalid_request_error"
+        assert next(iter(extra)) in error["message"]
+
+    def test_too_long(self, client: anthropic.Anthropic) -> None:
+        messages: Any = [{"role": "user", "content": "word " * 3000}]
+        with pytest.raises(anthropic.BadRequestError):
+            client.messages.create(model="chat", max_tokens=2, messages=messages)
 
 
 def test_create(client: anthropic.Anthropic) -> None:
@@ -68,12 +184,6 @@ def test_system_and_blocks(client: anthropic.Anthropic) -> None:
     valid(Message, answer)
 
 
-def test_max_tokens(client: anthropic.Anthropic) -> None:
-    answer = client.messages.create(model="chat", max_tokens=2, messages=FRANCE)
-    assert answer.stop_reason == "max_tokens"
-    assert answer.usage.output_tokens == 2
-
-
 def test_stop_sequence(client: anthropic.Anthropic) -> None:
     answer = client.messages.create(
         model="chat", max_tokens=16, messages=FRANCE, stop_sequences=["Paris"]
@@ -82,66 +192,11 @@ def test_stop_sequence(client: anthropic.Anthropic) -> None:
     assert answer.stop_sequence == "Paris"
 
 
-def test_raw_stream(client: anthropic.Anthropic) -> None:
-    events = list(client.messages.create(model="chat", max_tokens=16, messages=FRANCE, stream=True))
-    for event in events:
-        valid(RawMessageStreamEvent, event)
-    kinds = [event.type for event in events]
-    assert kinds[:2] == ["message_start", "content_block_start"]
-    assert kinds[-3:] == ["content_block_stop", "message_delta", "message_stop"]
-
-
-def test_stream_helper(client: anthropic.Anthropic) -> None:
-    with client.messages.stream(model="chat", max_tokens=16, messages=FRANCE) as stream:
-        text = "".join(stream.text_stream)
-        final = stream.get_final_message()
-    assert "Paris" in text
-    assert final.stop_reason == "end_turn"
-    assert final.usage.input_tokens > 0
-    assert final.usage.output_tokens > 0
-
-
 async def test_async_stream(origin: str) -> None:
     client = anthropic.AsyncAnthropic(base_url=origin, api_key=KEY)
     async with client.messages.stream(model="chat", max_tokens=16, messages=FRANCE) as stream:
         text = "".join([piece async for piece in stream.text_stream])
     assert "Paris" in text
-
-
-@pytest.mark.parametrize(
-    "choice", [{"type": "tool", "name": "weather"}, {"type": "any"}], ids=["named", "any"]
-)
-def test_forced_tool(client: anthropic.Anthropic, choice: Any) -> None:
-    answer = client.messages.create(
-        model="chat", max_tokens=200, messages=FRANCE, tools=[WEATHER], tool_choice=choice
-    )
-    valid(Message, answer)
-    (call,) = [block for block in answer.content if block.type == "tool_use"]
-    assert call.name == "weather"
-    assert call.input in ({"city": "Paris"}, {"city": "Rome"})
-    assert answer.stop_reason == "tool_use"
-
-
-@pytest.mark.parametrize(
-    "choice", [{"type": "tool", "name": "weather"}, {"type": "any"}], ids=["named", "any"]
-)
-def test_forced_tool_stream(client: anthropic.Anthropic, choice: Any) -> None:
-    with client.messages.stream(
-        model="chat", max_tokens=200, messages=FRANCE, tools=[WEATHER], tool_choice=choice
-    ) as stream:
-        kinds = {event.type for event in stream}
-        final = stream.get_final_message()
-    assert "input_json" in kinds
-    (call,) = [block for block in final.content if block.type == "tool_use"]
-    assert call.input in ({"city": "Paris"}, {"city": "Rome"})
-    assert final.stop_reason == "tool_use"
-
-
-def test_tool_choice_none(client: anthropic.Anthropic) -> None:
-    answer = client.messages.create(
-        model="chat", max_tokens=16, messages=FRANCE, tools=[WEATHER], tool_choice={"type": "none"}
-    )
-    assert [block.type for block in answer.content] == ["text"]
 
 
 def test_tool_result(client: anthropic.Anthropic) -> None:
@@ -161,13 +216,6 @@ def test_parse(client: anthropic.Anthropic) -> None:
     assert isinstance(answer.parsed_output, City)
 
 
-def test_count_tokens(client: anthropic.Anthropic) -> None:
-    counted = client.messages.count_tokens(model="chat", messages=FRANCE)
-    valid(MessageTokensCount, counted)
-    answer = client.messages.create(model="chat", max_tokens=2, messages=FRANCE)
-    assert counted.input_tokens == answer.usage.input_tokens
-
-
 def test_models(client: anthropic.Anthropic) -> None:
     cards = list(client.models.list())
     assert {"chat", "claude-haiku"} <= {card.id for card in cards}
@@ -175,31 +223,6 @@ def test_models(client: anthropic.Anthropic) -> None:
         assert card.type == "model"
         assert card.display_name
         assert card.created_at.year > 2000
-
-
-def test_unknown_model(client: anthropic.Anthropic) -> None:
-    with pytest.raises(anthropic.NotFoundError) as refused:
-        client.messages.create(model="none", max_tokens=2, messages=FRANCE)
-    assert _error(refused.value)["type"] == "not_found_error"
-
-
-@pytest.mark.parametrize(
-    "extra",
-    [{"max_tokens": 0}, {"temperature": "hot"}, {"messages": "Hi"}, {"top_k": "x"}],
-    ids=lambda extra: next(iter(extra)),
-)
-def test_wrong_value(client: anthropic.Anthropic, extra: dict[str, Any]) -> None:
-    with pytest.raises(anthropic.BadRequestError) as refused:
-        client.messages.create(model="chat", max_tokens=2, messages=FRANCE, extra_body=extra)
-    error = _error(refused.value)
-    assert error["type"] == "invalid_request_error"
-    assert next(iter(extra)) in error["message"]
-
-
-def test_too_long(client: anthropic.Anthropic) -> None:
-    messages: Any = [{"role": "user", "content": "word " * 3000}]
-    with pytest.raises(anthropic.BadRequestError):
-        client.messages.create(model="chat", max_tokens=2, messages=messages)
 
 
 def _error(refused: anthropic.APIStatusError) -> dict[str, Any]:

@@ -33,8 +33,6 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("gpu")
     dummy = {"load_format": "dummy"}
     model = str(shapes.make("llama-1b", Path(CHAT), folder / "1b"))
-    empty = shapes.make("llama-1b", Path(CHAT), folder / "empty")
-    (empty / shapes.WEIGHTS).unlink()
     models = {
         "chat": {
             "model": model,
@@ -43,8 +41,13 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "engine": dummy | {"max_model_len": 4096},
         },
         "embed": {"model": EMBED, "devices": [0], "memory": "6GiB", "engine": dummy},
-        # Its weights are asked for, and there are none.
-        "empty": {"model": str(empty), "devices": [0], "memory": "8GiB"},
+        # There are no files of this format, which only vLLM reads.
+        "empty": {
+            "model": model,
+            "devices": [0],
+            "memory": "8GiB",
+            "engine": {"load_format": "sharded_state"},
+        },
     }
     return write_registry(folder, models=models)
 
@@ -95,7 +98,7 @@ def test_the_memory_is_what_was_planned(server: Server, plan: dict[str, Any]) ->
 def test_what_cannot_start_is_told_in_a_line(server: Server) -> None:
     failed = [line for line in server.printed().splitlines() if line.startswith("empty: failed")]
     assert len(failed) == 1
-    assert "weights" in failed[0]
+    assert "Could not find checkpoint files" in failed[0]
     assert "Traceback" not in server.printed()
 
 

@@ -22,7 +22,8 @@ from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI, OpenAIEmbeddings
 from pydantic import BaseModel, SecretStr
 
-# The quick ones of openai-python's checks run here too, on this file's engines.
+# The quick ones of the SDKs' checks run here too, on this file's engines.
+from tests.conformance.test_anthropic import TestMessages  # noqa: F401  # collected
 from tests.conformance.test_openai import TestCompletions, TestModels  # noqa: F401  # collected
 from tests.integration.conftest import START_S, STOP_S, Server, left_in, shared_by, until
 from tests.readme import ANSWER, BODY, QUESTION, REPLY, SYSTEM
@@ -33,6 +34,11 @@ FRANCE: list[Any] = [{"role": "user", "content": "What is the capital of France?
 @pytest.fixture
 def base_url(server: Server) -> str:
     return f"{server.url}/v1"
+
+
+@pytest.fixture
+def origin(server: Server) -> str:
+    return server.url
 
 
 @pytest.fixture
@@ -403,10 +409,16 @@ def test_ctrl_c_completes_requests_and_ends_all_processes(server: Server) -> Non
     assert server.process.wait(STOP_S) == 0
     _, alive = psutil.wait_procs(family, timeout=STOP_S)
     assert not alive
+<<<<<<< HEAD
     assert "Traceback" not in server.printed()
     assert server.temporary is not None
     assert left_in(server.temporary) == set()
     assert not shared_by(family)
+=======
+    _, *last = server.printed().partition("Stopping: 1 requests have up to 600 s")[2].splitlines()
+    assert last
+    assert all(line.startswith(("chat: ", "embed: ")) for line in last), "no traceback, no warning"
+>>>>>>> w-ops
 
 
 def _accepts(url: str) -> bool:

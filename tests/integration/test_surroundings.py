@@ -109,7 +109,7 @@ def test_a_server_without_streams_serves(tmp_path: Path) -> None:
         process.wait()
 
 
-def test_truncated_log_has_no_hole_and_the_last_one_is_kept(tmp_path: Path) -> None:
+def test_truncated_log_has_no_hole_and_the_last_is_kept(tmp_path: Path) -> None:
     port = 0
     for run in range(2):
         registry = write_registry(tmp_path, server={"port": port}, models=LAZY)
@@ -128,6 +128,12 @@ def test_truncated_log_has_no_hole_and_the_last_one_is_kept(tmp_path: Path) -> N
             assert process.wait(60) == 0
     assert "the first run" not in log.read_text()
     assert "the first run" in log.with_name("server.log.1").read_text()
+    second = log.read_text()
+    refused = write_registry(tmp_path, server={"port": port, "host_memory": "1MiB"}, models=LAZY)
+    for _ in range(2):
+        with up(refused, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            assert process.wait(60) == 2
+    assert log.with_name("server.log.1").read_text() == second
 
 
 def answers(port: int) -> bool:
@@ -178,7 +184,7 @@ def test_key_with_a_pass_phrase_is_refused_without_a_prompt(tmp_path: Path) -> N
     reading.start()
     with up(registry, stdin=slave, stdout=slave, stderr=slave) as process:
         os.close(slave)
-        assert process.wait(120) == 3
+        assert process.wait(120) == 2
     reading.join()
     os.close(master)
     text = re.sub(r"\x1b\[[0-9;]*m", "", shown.decode())

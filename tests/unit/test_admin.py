@@ -168,6 +168,16 @@ def http(operator: FakeOperator) -> httpx.AsyncClient:
     return httpx.AsyncClient(transport=transport, base_url="http://localhost:8000/admin")
 
 
+@pytest.fixture
+async def live(operator: FakeOperator) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of a server on a socket: for answers that do not end by themselves."""
+    async with (
+        listening(served(operator)) as url,
+        httpx.AsyncClient(base_url=f"{url}/admin") as client,
+    ):
+        yield client
+
+
 def test_every_route_is_behind_the_check() -> None:
     assert all(auth.is_admin(route.path) for route in admin.table())
 
@@ -234,7 +244,7 @@ async def test_load_that_fails_returns_the_cause(
 
 
 @pytest.mark.parametrize(
-    ("path", "body", "told"),
+    ("path", "body", "message"),
     [
         ("models/chat/unload", '{"drain": "no"}', "`drain` must be true or false; it is `no`"),
         ("models/chat/unload", '{"drian": false}', "`drian` is not a known key. Allowed: drain"),
@@ -245,11 +255,11 @@ async def test_load_that_fails_returns_the_cause(
     ],
 )
 async def test_invalid_body_changes_nothing(
-    path: str, body: str, told: str, http: httpx.AsyncClient, operator: FakeOperator
+    path: str, body: str, message: str, http: httpx.AsyncClient, operator: FakeOperator
 ) -> None:
     reply = await http.post(path, content=body)
     assert reply.status_code == 400
-    assert re.search(told, error_of(reply)["message"])
+    assert re.search(message, error_of(reply)["message"])
     assert operator.done == []
 
 
@@ -291,29 +301,23 @@ async def test_invalid_registry_is_a_request_error(
 
 
 async def test_events_are_streamed_until_the_client_disconnects(
-    operator: FakeOperator,
+    live: httpx.AsyncClient, operator: FakeOperator
 ) -> None:
-    async with (
-        listening(served(operator)) as url,
-        httpx.AsyncClient(base_url=url) as client,
-    ):
-        async with client.stream("GET", "/admin/events") as reply:
-            assert reply.headers["content-type"].startswith("text/event-stream")
-            await until(lambda: bool(operator.listeners))
-            operator.happens("ready")
-            frames = reply.aiter_text()
-            head, data, *_ = (await anext(frames)).split("\n")
-            assert head == "event: state"
-            assert json.loads(data.removeprefix("data: ")) == change("ready")
-        await until(lambda: not operator.listeners)
+    async with live.stream("GET", "/events") as reply:
+        assert reply.headers["content-type"].startswith("text/event-stream")
+        await until(lambda: bool(operator.listeners))
+        operator.happens("ready")
+        frames = reply.aiter_text()
+        head, data, *_ = (await anext(frames)).split("\n")
+        assert head == "event: state"
+        assert json.loads(data.removeprefix("data: ")) == change("ready")
+    await until(lambda: not operator.listeners)
 
 
-async def test_events_that_fail_end_with_the_error(operator: FakeOperator) -> None:
-    async with (
-        listening(served(operator)) as url,
-        httpx.AsyncClient(base_url=url) as client,
-        client.stream("GET", "/admin/events") as reply,
-    ):
+async def test_events_that_fail_end_with_the_error(
+    live: httpx.AsyncClient, operator: FakeOperator
+) -> None:
+    async with live.stream("GET", "/events") as reply:
         await until(lambda: bool(operator.listeners))
         operator.happens("broken")
         text = "".join([part async for part in reply.aiter_text()])
@@ -338,7 +342,7 @@ async def test_a_name_with_slashes_has_a_log(
 
 
 @pytest.mark.parametrize(
-    ("query", "status", "told"),
+    ("query", "status", "message"),
     [
         ({"replica": 2}, 400, "`chat` has no replica 2; it has 0, 1."),
         ({"lines": -1}, 400, "`lines` must be at least 0; it is `-1`"),
@@ -349,21 +353,19 @@ async def test_a_name_with_slashes_has_a_log(
     ],
 )
 async def test_log_query_that_is_invalid_is_refused(
-    query: dict[str, Any], status: int, told: str, http: httpx.AsyncClient
+    query: dict[str, Any], status: int, message: str, http: httpx.AsyncClient
 ) -> None:
     reply = await http.get("/models/chat/logs", params=query)
     assert reply.status_code == status
-    assert re.search(told, error_of(reply)["message"])
+    assert re.search(message, error_of(reply)["message"])
 
 
-async def test_a_log_is_followed_over_a_cut_and_a_new_file(operator: FakeOperator) -> None:
+async def test_a_log_is_followed_over_a_cut_and_a_new_file(
+    live: httpx.AsyncClient, operator: FakeOperator
+) -> None:
     log = operator.log_of("chat", 0)
     log.write_text("one\ntwo\n", encoding="utf-8")
-    async with (
-        listening(served(operator)) as url,
-        httpx.AsyncClient(base_url=url) as client,
-        client.stream("GET", "/admin/models/chat/logs?lines=1&follow=true") as reply,
-    ):
+    async with live.stream("GET", "/models/chat/logs?lines=1&follow=true") as reply:
         text = reply.aiter_text()
         assert await anext(text) == "two\n"
         with log.open("a", encoding="utf-8") as more:
@@ -376,12 +378,10 @@ async def test_a_log_is_followed_over_a_cut_and_a_new_file(operator: FakeOperato
         assert await anext(text) == "longer than before\n"
 
 
-async def test_a_log_that_is_not_there_yet_can_be_followed(operator: FakeOperator) -> None:
-    async with (
-        listening(served(operator)) as url,
-        httpx.AsyncClient(base_url=url) as client,
-        client.stream("GET", "/admin/models/chat/logs?follow=true") as reply,
-    ):
+async def test_a_log_that_is_not_there_yet_can_be_followed(
+    live: httpx.AsyncClient, operator: FakeOperator
+) -> None:
+    async with live.stream("GET", "/models/chat/logs?follow=true") as reply:
         assert reply.status_code == 200
         operator.log_of("chat", 0).write_text("new\n", encoding="utf-8")
         assert await anext(reply.aiter_text()) == "new\n"

@@ -827,7 +827,7 @@ async def test_stored_response_of_another_key_is_not_found() -> None:
 
 async def test_requests_are_counted_by_model_endpoint_and_status() -> None:
     async with asgi() as box:
-        for name in ("chat", "gpt-4o", "nobody-has-this"):
+        for name in ("chat", "gpt-4o", "unknown"):
             await box.client.post(CHAT, json=HI | {"model": name})
         await box.client.post("/v1/embeddings", json={"model": "embed"})
         await box.client.get("/health")
@@ -875,7 +875,7 @@ async def test_request_that_outlasts_the_drain_gets_an_error(streamed: bool) -> 
 
 
 @pytest.mark.parametrize(
-    ("server_spec", "method", "told"),
+    ("server_spec", "method", "words"),
     [
         (ServerSpec(), "POST", "must be in server.allowed_origins; allowed: none."),
         (KEYED, "POST", "must be in server.allowed_origins; allowed: none."),
@@ -893,7 +893,7 @@ async def test_request_that_outlasts_the_drain_gets_an_error(streamed: bool) -> 
     ],
 )
 async def test_refused_preflight_names_the_setting(
-    server_spec: ServerSpec, method: str, told: str
+    server_spec: ServerSpec, method: str, words: str
 ) -> None:
     asks = {
         "origin": "https://two",
@@ -904,7 +904,7 @@ async def test_refused_preflight_names_the_setting(
     assert reply.status_code == 400
     error = error_of(reply)
     assert error["code"] == "cors_refused"
-    assert told in error["message"]
+    assert words in error["message"]
     assert "restart the server" in error["message"]
 
 

@@ -488,6 +488,7 @@ def test_files_that_no_engine_could_load_are_told_before_one_starts(
 
 def test_what_only_vllm_understands_is_left_to_it(tmp_path: Path) -> None:
     (tmp_path / "params.json").write_bytes(b"{}")
+    (tmp_path / "model.pt").write_bytes(b"x")
     _raise_if_flawed(spec(model=str(tmp_path)))
     (tmp_path / "config.json").write_bytes(b"{}")
     (tmp_path / "model.safetensors").write_bytes(b"x")

@@ -170,6 +170,13 @@ async def exchange(served: Served, *parts: bytes) -> list[tuple[int, dict[str, s
         return answers(await client.rest())
 
 
+async def ask(*parts: bytes, **limits: Any) -> tuple[Echo, list[tuple[int, dict[str, str], bytes]]]:
+    """The application of a new server, and what the server answers."""
+    echo = Echo()
+    async with serving(echo, **limits) as served:
+        return echo, await exchange(served, *parts)
+
+
 def answers(raw: bytes) -> list[tuple[int, dict[str, str], bytes]]:
     """Status, headers and body of each answer. Fails on bytes that are none."""
     found = []
@@ -235,10 +242,8 @@ OFFERS = {
 @pytest.mark.parametrize("framed", [sized, chunked])
 @pytest.mark.parametrize("split", [False, True])
 async def test_upgrade_offer_leaves_the_body_intact(offer: bytes, framed: Any, split: bool) -> None:
-    echo = Echo()
     sent = framed(BODY, HEAD + offer)
-    async with serving(echo) as served:
-        got = await exchange(served, *(bytewise(sent) if split else [sent]), LAST)
+    echo, got = await ask(*(bytewise(sent) if split else [sent]), LAST)
     assert [status for status, _, _ in got] == [200, 200]
     assert echo.seen == [("POST", "/a", BODY), ("GET", "/last", b"")]
     assert (b"upgrade", b"h2c") in echo.headers[0] or b"websocket" in offer
@@ -247,18 +252,14 @@ async def test_upgrade_offer_leaves_the_body_intact(offer: bytes, framed: Any, s
 @pytest.mark.parametrize("offer", OFFERS.values(), ids=OFFERS)
 async def test_upgrade_offers_in_a_row_are_all_answered(offer: bytes) -> None:
     bare = b"GET /a HTTP/1.1\r\nHost: x\r\n" + offer + b"\r\n"
-    echo = Echo()
-    async with serving(echo) as served:
-        got = await exchange(served, bare + sized(BODY, HEAD + offer) + bare + chunked(b"x") + LAST)
+    echo, got = await ask(bare + sized(BODY, HEAD + offer) + bare + chunked(b"x") + LAST)
     assert [status for status, _, _ in got] == [200] * 5
     assert [body for _, _, body in echo.seen] == [b"", BODY, b"", b"x", b""]
 
 
 @pytest.mark.parametrize("body", [b"", BODY])
 async def test_connect_method_is_a_request_like_others(body: bytes) -> None:
-    echo = Echo()
-    async with serving(echo) as served:
-        got = await exchange(served, sized(body, b"CONNECT /a HTTP/1.1\r\nHost: x\r\n") + LAST)
+    echo, got = await ask(sized(body, b"CONNECT /a HTTP/1.1\r\nHost: x\r\n") + LAST)
     assert [status for status, _, _ in got] == [200, 200]
     assert echo.seen[0] == ("CONNECT", "/a", body)
 
@@ -333,11 +334,7 @@ BROKEN_BODIES = {
 @pytest.mark.parametrize("sent", REFUSED.values(), ids=REFUSED)
 @pytest.mark.parametrize("split", [False, True])
 async def test_forbidden_head_is_refused_and_closes(sent: bytes, split: bool) -> None:
-    echo = Echo()
-    async with serving(echo) as served:
-        ((status, headers, body),) = await exchange(
-            served, *(bytewise(sent) if split else [sent]), BODY, LAST
-        )
+    echo, ((status, headers, body),) = await ask(*(bytewise(sent) if split else [sent]), BODY, LAST)
     assert status in {400, 501, 505}
     assert headers["connection"] == "close"
     assert headers["x-request-id"]
@@ -385,35 +382,27 @@ SERVED = {
 @pytest.mark.parametrize(("sent", "body"), SERVED.values(), ids=SERVED)
 @pytest.mark.parametrize("split", [False, True])
 async def test_odd_but_valid_framing_is_served(sent: bytes, body: bytes, split: bool) -> None:
-    echo = Echo()
-    async with serving(echo) as served:
-        got = await exchange(served, *(bytewise(sent) if split else [sent]), LAST)
+    echo, got = await ask(*(bytewise(sent) if split else [sent]), LAST)
     assert [status for status, _, _ in got] == [200, 200]
     assert echo.seen == [("POST", "/a", body), ("GET", "/last", b"")]
 
 
 async def test_body_of_a_get_is_read_as_its_body() -> None:
-    echo = Echo()
-    async with serving(echo) as served:
-        await exchange(served, sized(BODY, b"GET /a HTTP/1.1\r\nHost: x\r\n") + LAST)
+    echo, _ = await ask(sized(BODY, b"GET /a HTTP/1.1\r\nHost: x\r\n") + LAST)
     assert echo.seen == [("GET", "/a", BODY), ("GET", "/last", b"")]
 
 
 async def test_trailers_do_not_become_headers() -> None:
-    echo = Echo()
     sent = HEAD + b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\nX-Api-Key: k\r\n\r\n"
-    async with serving(echo) as served:
-        await exchange(served, sent + LAST)
+    echo, _ = await ask(sent + LAST)
     assert echo.seen[0] == ("POST", "/a", b"abc")
     assert b"x-api-key" not in dict(echo.headers[0])
 
 
 async def test_absolute_target_replaces_the_host() -> None:
     """RFC 9112, 3.2.2: a proxy may have routed by it."""
-    echo = Echo()
     sent = b"GET http://other.example:81/a?b HTTP/1.1\r\nHost: localhost\r\n\r\n"
-    async with serving(echo) as served:
-        await exchange(served, sent + b"GET http://[::1] HTTP/1.1\r\nHost: x\r\n\r\n" + LAST)
+    echo, _ = await ask(sent + b"GET http://[::1] HTTP/1.1\r\nHost: x\r\n\r\n" + LAST)
     assert [path for _, path, _ in echo.seen] == ["/a", "/", "/last"]
     hosts = [[v for n, v in headers if n == b"host"] for headers in echo.headers]
     assert hosts == [[b"other.example:81"], [b"[::1]"], [b"x"]]
@@ -431,9 +420,7 @@ async def test_head_request_gets_no_body() -> None:
 
 
 async def test_requests_in_a_row_are_answered_in_order() -> None:
-    echo = Echo()
-    async with serving(echo) as served:
-        got = await exchange(served, b"".join(sized(b"%d" % n) for n in range(9)) + LAST)
+    _, got = await ask(b"".join(sized(b"%d" % n) for n in range(9)) + LAST)
     assert [orjson.loads(body)[2] for _, _, body in got] == [*map(str, range(9)), ""]
 
 
@@ -478,10 +465,8 @@ async def test_nothing_is_served_after_a_request_that_closes() -> None:
 
 
 async def test_answer_before_the_body_leaves_the_next_request_intact() -> None:
-    echo = Echo()
     early = sized(BODY * 1000, b"POST /early HTTP/1.1\r\nHost: x\r\n")
-    async with serving(echo) as served:
-        got = await exchange(served, early[:60], early[60:] + LAST)
+    echo, got = await ask(early[:60], early[60:] + LAST)
     assert [status for status, _, _ in got] == [413, 200]
     assert [path for _, path, _ in echo.seen] == ["/early", "/last"]
 
@@ -490,8 +475,7 @@ async def test_answer_before_the_body_leaves_the_next_request_intact() -> None:
 async def test_answer_before_a_large_body_arrives_whole(closes: bytes) -> None:
     """A close with unread bytes would reset the connection."""
     early = sized(b"x" * 2**23, b"POST /early HTTP/1.1\r\nHost: x\r\n" + closes)
-    async with serving(Echo()) as served:
-        got = await exchange(served, early, *([] if closes else [LAST]))
+    _, got = await ask(early, *([] if closes else [LAST]))
     assert got[0][0] == 413
     assert len(got) == (1 if closes else 2)
 
@@ -545,17 +529,12 @@ async def test_http_1_0_stream_has_no_chunks_and_ends_with_it(more: bytes) -> No
 
 
 async def test_http_1_0_answer_of_known_length_closes() -> None:
-    async with serving(Echo()) as served:
-        ((status, headers, _),) = await exchange(
-            served, b"POST /a HTTP/1.0\r\nContent-Length: 3\r\n\r\nabc"
-        )
+    _, ((status, headers, _),) = await ask(b"POST /a HTTP/1.0\r\nContent-Length: 3\r\n\r\nabc")
     assert (status, headers["connection"]) == (200, "close")
 
 
 async def test_http_1_1_stream_is_written_in_chunks() -> None:
-    echo = Echo()
-    async with serving(echo) as served:
-        got = await exchange(served, b"GET /stream HTTP/1.1\r\nHost: x\r\n\r\n" + LAST)
+    echo, got = await ask(b"GET /stream HTTP/1.1\r\nHost: x\r\n\r\n" + LAST)
     assert got[0][2] == b"one two three"
     assert echo.wrote == [True]
 
@@ -586,8 +565,7 @@ async def test_large_head_is_refused_and_closes(sent: bytes, split: bool) -> Non
 
 async def test_head_without_an_end_is_refused_where_it_is_too_large() -> None:
     """The parser keeps a value until its end."""
-    async with serving(Echo()) as served:
-        ((status, _, _),) = await exchange(served, HEAD + b"X: ", *[b"x" * 2**14] * 64)
+    _, ((status, _, _),) = await ask(HEAD + b"X: ", *[b"x" * 2**14] * 64)
     assert status == 431
 
 
@@ -605,19 +583,16 @@ ENDLESS = {"extension": b"3;", "quoted extension": b'3;a="', "trailer": b"0\r\nX
 
 @pytest.mark.parametrize("begin", ENDLESS.values(), ids=ENDLESS)
 async def test_chunk_framing_without_an_end_is_refused(begin: bytes) -> None:
-    echo = Echo()
     head = HEAD + b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n" + begin
     fill = b"0" if begin == b"0" else b"x"
-    async with serving(echo, head_bytes=2048) as served:
-        ((status, _, body),) = await exchange(served, head, *[fill * 512] * 12)
+    echo, ((status, _, body),) = await ask(head, *[fill * 512] * 12, head_bytes=2048)
     assert (status, code_of(body)) in {(431, "headers_too_large"), (400, "invalid_http")}
     assert echo.seen == []
 
 
 async def test_many_trailers_are_refused() -> None:
     head = HEAD + b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n"
-    async with serving(Echo(), head_bytes=2048) as served:
-        ((status, _, _),) = await exchange(served, head, *[b"X: " + b"y" * 99 + b"\r\n"] * 60)
+    _, ((status, _, _),) = await ask(head, *[b"X: " + b"y" * 99 + b"\r\n"] * 60, head_bytes=2048)
     assert status == 431
 
 
@@ -664,8 +639,7 @@ async def test_connections_have_a_bound() -> None:
 
 @pytest.mark.parametrize("begun", [b"PO", HEAD, HEAD + b"X: a", HEAD + b"X: a\r\n"])
 async def test_incomplete_head_is_refused(begun: bytes) -> None:
-    async with serving(Echo(), head_s=0.1) as served:
-        ((status, headers, body),) = await exchange(served, begun)
+    _, ((status, headers, body),) = await ask(begun, head_s=0.1)
     assert (status, headers["connection"], code_of(body)) == (408, "close", "request_timeout")
 
 
@@ -685,8 +659,7 @@ MESSAGES = b"POST /v1/messages?beta=true HTTP/1.1\r\nHost: a\r\n"
 async def test_refusal_has_the_shape_of_the_requested_api(
     sent: bytes, status: int, kind: str
 ) -> None:
-    async with serving(Echo(), head_s=0.1, body_idle_s=0.1, head_bytes=2048) as served:
-        ((answered, headers, body),) = await exchange(served, sent)
+    _, ((answered, headers, body),) = await ask(sent, head_s=0.1, body_idle_s=0.1, head_bytes=2048)
     answer = json.loads(body)
     assert (answered, answer["type"], answer["error"]["type"]) == (status, "error", kind)
     assert answer["request_id"] == headers["x-request-id"]
@@ -710,8 +683,7 @@ async def test_connection_that_sends_nothing_is_closed(sent: bytes) -> None:
 
 
 async def test_connection_that_is_idle_is_closed() -> None:
-    async with serving(Echo(), head_s=60, keep_alive_s=0.1) as served:
-        got = await exchange(served, sized(b"x") + sized(b"y"))
+    _, got = await ask(sized(b"x") + sized(b"y"), head_s=60, keep_alive_s=0.1)
     assert [status for status, _, _ in got] == [200, 200]
 
 
@@ -824,12 +796,10 @@ async def test_answers_match_requests_or_the_connection_closes(
     sent: list[tuple[bytes, bool]], cuts: list[int]
 ) -> None:
     """No request is read whose start is inside another's bytes."""
-    echo = Echo()
     whole = b"".join(each for each, _ in sent) + LAST
     at = sorted({cut for cut in cuts if 0 < cut < len(whole)})
     pieces = [whole[a:b] for a, b in zip([0, *at], [*at, len(whole)], strict=True)]
-    async with serving(echo) as served:
-        got = await exchange(served, *pieces)
+    echo, got = await ask(*pieces)
     valid = _until_invalid([ok for _, ok in sent])
     paths = [path for _, path, _ in echo.seen]
     assert "/inside" not in paths

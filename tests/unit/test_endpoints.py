@@ -35,7 +35,7 @@ from llmserve.errors import (
     Unauthorized,
 )
 from llmserve.http.models import model_card, requested_model
-from llmserve.registry.names import Model, ModelNames
+from llmserve.registry.names import ModelNames
 from tests.fakes import FakeRunning, spec
 
 
@@ -228,7 +228,7 @@ def test_missing_model_of_several_is_refused(body: dict[str, Any]) -> None:
 
 
 def test_the_card_of_a_model_and_of_its_adapter() -> None:
-    model = Model(spec("chat", loras={"sql": "/loras/sql"}))
+    model = spec("chat", loras={"sql": "/loras/sql"})
     assert model_card(
         "chat", model, 7, FakeRunning(endpoints=frozenset({EndpointId.SCORES, EndpointId.POOLING}))
     ) == {

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import resource
+import subprocess
 import sys
 from pathlib import Path
 
@@ -97,3 +98,21 @@ def test_descriptors_are_raised_as_far_as_they_may_be(
     monkeypatch.setattr(resource, "setrlimit", lambda _, now: limits.append(now))
     environment.prepare(1, tmp_path, {})
     assert limits[-1] == (then, hard)
+
+
+def test_shared_memory_of_killed_engines_is_not_reported(tmp_path: Path) -> None:
+    """multiprocessing removes it when the server ends, and would print a warning."""
+    code = (
+        "import multiprocessing\n"
+        "from multiprocessing.shared_memory import SharedMemory\n"
+        "from pathlib import Path\n"
+        "from llmserve.engine import environment\n"
+        f"environment.prepare(1, Path({str(tmp_path)!r}))\n"
+        "spawn = multiprocessing.get_context('spawn')\n"
+        "engine = spawn.Process(target=SharedMemory, args=('llmserve_test', True, 64))\n"
+        "engine.start()\n"
+        "engine.join()\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ended.stderr == ""
+    assert not Path("/dev/shm/llmserve_test").exists()

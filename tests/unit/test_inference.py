@@ -85,7 +85,7 @@ class Words:
 
 
 class Talking:
-    """A request in an engine that has said `text`; `token_stream.StreamSource`."""
+    """A request whose engine has written `text`; `token_stream.StreamSource`."""
 
     prompt_tokens = 1
 
@@ -246,7 +246,7 @@ DATA = b"data: 1\n\n"
 
 
 def lazy(gate: Gate, running: FakeRunning | None = None, **more: Any) -> dict[str, Any]:
-    """A lazy `chat` that comes once the gate opens."""
+    """A lazy `chat` that is ready once the gate opens."""
     plan = Plan(running or FakeRunning(stream(DATA)), ((State.LOADING, ""),), gate, **more)
     return {"chat": plan}
 
@@ -258,7 +258,7 @@ TALKATIVE = Schedule(comment_s=0.005)
 
 
 async def commented(box: Box, gate: Gate, path: str = CHAT) -> Any:
-    """The answer to a streamed request whose model comes after some comments."""
+    """The answer to a streamed request whose model is ready after some comments."""
     asking = await begin(box, gate, STREAMED, path)
     await asyncio.sleep(0.03)
     gate.opened.set()
@@ -284,7 +284,7 @@ async def test_queued_stream_gets_comments_then_its_answer() -> None:
 @pytest.mark.parametrize(
     ("path", "body"),
     [(CHAT, HI), (CHAT, HI | {"stream": False}), ("/v1/embeddings", STREAMED)],
-    ids=["not a stream", "said so", "no text"],
+    ids=["not a stream", "stream: false", "no text"],
 )
 async def test_an_answer_that_is_no_stream_has_no_comments(path: str, body: dict[str, Any]) -> None:
     gate = Gate()
@@ -483,7 +483,7 @@ async def test_token_stream_is_retried_before_its_first_byte(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("own", "model_s", "told"),
+    ("own", "model_s", "shown_s"),
     [
         ("0.05", None, "0.05"),
         (None, 0.05, "0.05"),
@@ -492,7 +492,7 @@ async def test_token_stream_is_retried_before_its_first_byte(text: str) -> None:
     ],
 )
 async def test_the_shorter_deadline_ends_a_request(
-    own: str | None, model_s: float | None, told: str
+    own: str | None, model_s: float | None, shown_s: str
 ) -> None:
     gate = Gate()
     headers = {"x-request-timeout": own} if own else {}
@@ -503,7 +503,7 @@ async def test_the_shorter_deadline_ends_a_request(
         assert box.requests(504) == 1
     assert gate.cancelled
     assert (reply.status_code, error_of(reply)["code"]) == (504, "deadline_exceeded")
-    assert error_of(reply)["message"] == f"The request took longer than its {told} s."
+    assert error_of(reply)["message"] == f"The request took longer than its {shown_s} s."
     assert error_of(reply)["type"] == "timeout_error"
 
 

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from llmserve.engine.startup_log import keep_last
-from llmserve.server.logs import LogFile
+from llmserve.server.logs import LogFile, mark_served, rotate
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -70,8 +69,14 @@ def test_log_on_a_full_disk_is_no_failure(capfd: pytest.CaptureFixture[str]) -> 
     assert capfd.readouterr() == ("", "")
 
 
-def test_previous_log_is_kept(path: Path) -> None:
-    for text in ("first", "second", "third"):
-        keep_last(path)
+def test_log_of_the_last_run_that_served_is_kept(path: Path) -> None:
+    for text, served in (("first", True), ("second", True), ("third", False), ("fourth", False)):
+        rotate(path)
         path.write_text(text)
+        if served:
+            mark_served(path)
+    assert path.read_text() == "fourth"
     assert path.with_name("server.log.1").read_text() == "second"
+    mark_served(path)
+    rotate(path)
+    assert path.with_name("server.log.1").read_text() == "fourth"

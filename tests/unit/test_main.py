@@ -36,6 +36,7 @@ def llmserve(*words: object) -> Result:
 def registry(tmp_path: Path) -> Path:
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "config.json").write_text("{}")
+    (tmp_path / "m" / "model.bin").write_text("weights")
     file = tmp_path / "models.yaml"
     file.write_text("models:\n  chat: {model: m}\n  '[red]': {model: m}\n", encoding="utf-8")
     return file
@@ -58,6 +59,8 @@ def test_check_lists_problems_of_model_files(tmp_path: Path) -> None:
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora" / "adapter_config.json").write_text("{}")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "config.json").write_text("{}")
     (tmp_path / "models.yaml").write_text(
         "models:\n"
         "  fine: {model: m}\n"
@@ -65,7 +68,9 @@ def test_check_lists_problems_of_model_files(tmp_path: Path) -> None:
         "  small: {model: m, kv_cache: 1MiB}\n"
         "  lora: {model: lora}\n"
         "  tuned: {model: m, loras: {sql: empty}}\n"
-        "  away: {model: org/nowhere}\n",
+        "  away: {model: org/nowhere}\n"
+        "  bare: {model: bare}\n"
+        "  random: {model: bare, engine: {load_format: dummy}}\n",
         encoding="utf-8",
     )
     result = llmserve("check", tmp_path / "models.yaml")
@@ -76,6 +81,7 @@ def test_check_lists_problems_of_model_files(tmp_path: Path) -> None:
         "models.yaml:4: models.small.kv_cache: a KV cache of 0.0 GiB is too small; 131,072 tokens need 16.0 GiB; what would fit: kv_cache: 16.1GiB",
         "models.yaml:5: models.lora.model: cannot be loaded: lora is an adapter and not a model; list it in `loras` of its base model",
         "models.yaml:6: models.tuned.model: cannot be loaded: adapter sql: empty: has no adapter_config.json; it is a folder and not an adapter",
+        "models.yaml:8: models.bare.model: cannot be loaded: bare: has no weights: no *.safetensors, *.bin or *.pt file; download the model again, or set `engine: {load_format: dummy}` for random weights",
     ]
 
 

@@ -16,63 +16,42 @@ if TYPE_CHECKING:
 
     from llmserve.checkpoint.shape import Shape
 
-LLAMA = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "max_position_embeddings": 131072,
-    "num_attention_heads": 32,
-    "num_hidden_layers": 32,
-    "num_key_value_heads": 8,
-    "rope_scaling": {
-        "factor": 8.0,
-        "high_freq_factor": 4.0,
-        "low_freq_factor": 1.0,
-        "original_max_position_embeddings": 8192,
-        "rope_type": "llama3",
-    },
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "vocab_size": 128256,
-}
+
+def config(
+    architecture: str,
+    model_type: str,
+    sizes: tuple[int, int, int, int],
+    **others: Any,
+) -> dict[str, Any]:
+    """A config.json with the keys that shapes are read from.
+
+    `sizes` are hidden_size, num_hidden_layers, num_attention_heads and num_key_value_heads.
+    """
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    common = {"intermediate_size": 14336, "vocab_size": 32000, "tie_word_embeddings": False}
+    named = {"architectures": [architecture], "model_type": model_type}
+    return named | common | dict(zip(names, sizes, strict=True)) | others
+
+
+BF16 = {"torch_dtype": "bfloat16"}
+LLAMA3_ROPE = {"factor": 8.0, "original_max_position_embeddings": 8192, "rope_type": "llama3"}
+LLAMA = config(
+    "LlamaForCausalLM", "llama", (4096, 32, 32, 8),
+    max_position_embeddings=131072, rope_scaling=LLAMA3_ROPE, vocab_size=128256, **BF16,
+)  # fmt: skip
 AWQ = {"bits": 4, "group_size": 128, "quant_method": "awq", "version": "gemm", "zero_point": True}
-QWEN3 = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "model_type": "qwen3",
-    "head_dim": 128,
-    "hidden_size": 4096,
-    "intermediate_size": 12288,
-    "max_position_embeddings": 40960,
-    "max_window_layers": 36,
-    "num_attention_heads": 32,
-    "num_hidden_layers": 36,
-    "num_key_value_heads": 8,
-    "rope_scaling": None,
-    "sliding_window": None,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "use_sliding_window": False,
-    "vocab_size": 151936,
-}
-MISTRAL = {
-    "architectures": ["MistralForCausalLM"],
-    "model_type": "mistral",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "max_position_embeddings": 32768,
-    "num_attention_heads": 32,
-    "num_hidden_layers": 32,
-    "num_key_value_heads": 8,
-    "sliding_window": None,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "vocab_size": 32768,
-}
+QWEN3 = config(
+    "Qwen3ForCausalLM", "qwen3", (4096, 36, 32, 8),
+    head_dim=128, max_position_embeddings=40960, rope_scaling=None, sliding_window=None,
+    use_sliding_window=False, **BF16,
+)  # fmt: skip
+MISTRAL = config(
+    "MistralForCausalLM", "mistral", (4096, 32, 32, 8),
+    max_position_embeddings=32768, sliding_window=None, **BF16,
+)  # fmt: skip
 GEMMA3 = {  # the file leaves head_dim, vocab_size and the length to transformers
     "architectures": ["Gemma3ForConditionalGeneration"],
     "model_type": "gemma3",
-    "mm_tokens_per_image": 256,
     "text_config": {
         "hidden_size": 3840,
         "intermediate_size": 15360,
@@ -83,182 +62,53 @@ GEMMA3 = {  # the file leaves head_dim, vocab_size and the length to transformer
         "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
         "sliding_window": 1024,
     },
-    "torch_dtype": "bfloat16",
-    "vision_config": {
-        "hidden_size": 1152,
-        "image_size": 896,
-        "intermediate_size": 4304,
-        "model_type": "siglip_vision_model",
-        "num_attention_heads": 16,
-        "num_hidden_layers": 27,
-        "patch_size": 14,
-        "vision_use_head": False,
-    },
+    "vision_config": {"hidden_size": 1152, "model_type": "siglip_vision_model"},
+    **BF16,
 }
-DEEPSEEK = {
-    "architectures": ["DeepseekV3ForCausalLM"],
-    "model_type": "deepseek_v3",
-    "first_k_dense_replace": 3,
-    "hidden_size": 7168,
-    "intermediate_size": 18432,
-    "kv_lora_rank": 512,
-    "max_position_embeddings": 163840,
-    "moe_intermediate_size": 2048,
-    "moe_layer_freq": 1,
-    "n_routed_experts": 256,
-    "n_shared_experts": 1,
-    "num_attention_heads": 128,
-    "num_hidden_layers": 61,
-    "num_key_value_heads": 128,
-    "num_nextn_predict_layers": 1,
-    "q_lora_rank": 1536,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "quantization_config": {
-        "activation_scheme": "dynamic",
-        "fmt": "e4m3",
-        "quant_method": "fp8",
-        "weight_block_size": [128, 128],
-    },
-    "rope_scaling": {
-        "factor": 40,
-        "mscale": 1.0,
-        "original_max_position_embeddings": 4096,
-        "type": "yarn",
-    },
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "v_head_dim": 128,
-    "vocab_size": 129280,
-}
-LLAMA4 = {
-    "architectures": ["Llama4ForCausalLM"],
-    "model_type": "llama4_text",
-    "attention_chunk_size": 8192,
-    "head_dim": 128,
-    "hidden_size": 5120,
-    "interleave_moe_layer_step": 1,
-    "intermediate_size": 8192,
-    "intermediate_size_mlp": 16384,
-    "max_position_embeddings": 10485760,
-    "num_attention_heads": 40,
-    "num_hidden_layers": 48,
-    "num_key_value_heads": 8,
-    "num_local_experts": 16,
-    "rope_scaling": None,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "vocab_size": 202048,
-}
-GPT_OSS = {
-    "architectures": ["GptOssForCausalLM"],
-    "model_type": "gpt_oss",
-    "head_dim": 64,
-    "hidden_size": 2880,
-    "intermediate_size": 2880,
-    "layer_types": ["sliding_attention", "full_attention"] * 12,
-    "max_position_embeddings": 131072,
-    "num_attention_heads": 64,
-    "num_hidden_layers": 24,
-    "num_key_value_heads": 8,
-    "num_local_experts": 32,
-    "quantization_config": {
-        "modules_to_not_convert": [
-            "model.layers.*.self_attn",
-            "model.layers.*.mlp.router",
-            "model.embed_tokens",
-            "lm_head",
-        ],
-        "quant_method": "mxfp4",
-    },
-    "rope_scaling": {
-        "factor": 32.0,
-        "original_max_position_embeddings": 4096,
-        "rope_type": "yarn",
-    },
-    "sliding_window": 128,
-    "tie_word_embeddings": False,
-    "vocab_size": 201088,
-}
-QWEN_VL = {
-    "architectures": ["Qwen2_5_VLForConditionalGeneration"],
-    "model_type": "qwen2_5_vl",
-    "hidden_size": 3584,
-    "intermediate_size": 18944,
-    "max_position_embeddings": 128000,
-    "max_window_layers": 28,
-    "num_attention_heads": 28,
-    "num_hidden_layers": 28,
-    "num_key_value_heads": 4,
-    "rope_scaling": {"mrope_section": [16, 24, 24], "type": "mrope"},
-    "sliding_window": 32768,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "use_sliding_window": False,
-    "vision_config": {
-        "depth": 32,
-        "hidden_act": "silu",
-        "hidden_size": 1280,
-        "in_chans": 3,
-        "intermediate_size": 3420,
-        "num_heads": 16,
-        "out_hidden_size": 3584,
-        "patch_size": 14,
-        "spatial_merge_size": 2,
-    },
-    "vocab_size": 152064,
-}
-PHI3 = {
-    "architectures": ["Phi3ForCausalLM"],
-    "model_type": "phi3",
-    "hidden_size": 3072,
-    "intermediate_size": 8192,
-    "max_position_embeddings": 131072,
-    "num_attention_heads": 32,
-    "num_hidden_layers": 32,
-    "num_key_value_heads": 32,
-    "original_max_position_embeddings": 4096,
-    "rope_scaling": {"long_factor": [1.0], "short_factor": [1.0], "type": "longrope"},
-    "sliding_window": 262144,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "vocab_size": 32064,
-}
+DEEPSEEK = config(
+    "DeepseekV3ForCausalLM", "deepseek_v3", (7168, 61, 128, 128),
+    kv_lora_rank=512, max_position_embeddings=163840, num_nextn_predict_layers=1,
+    qk_nope_head_dim=128, qk_rope_head_dim=64, quantization_config={"quant_method": "fp8"},
+    rope_scaling={"factor": 40, "type": "yarn"}, **BF16,
+)  # fmt: skip
+LLAMA4 = config(
+    "Llama4ForCausalLM", "llama4_text", (5120, 48, 40, 8),
+    attention_chunk_size=8192, head_dim=128, max_position_embeddings=10485760, **BF16,
+)  # fmt: skip
+GPT_OSS = config(
+    "GptOssForCausalLM", "gpt_oss", (2880, 24, 64, 8),
+    head_dim=64, layer_types=["sliding_attention", "full_attention"] * 12, sliding_window=128,
+    max_position_embeddings=131072, rope_scaling={"factor": 32.0, "rope_type": "yarn"},
+    quantization_config={"quant_method": "mxfp4"},
+)  # fmt: skip
+QWEN_VL = config(
+    "Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl", (3584, 28, 28, 4),
+    max_position_embeddings=128000, rope_scaling={"mrope_section": [16, 24, 24], "type": "mrope"},
+    sliding_window=32768, use_sliding_window=False, vision_config={"hidden_size": 1280}, **BF16,
+)  # fmt: skip
+PHI3 = config(
+    "Phi3ForCausalLM", "phi3", (3072, 32, 32, 32),
+    max_position_embeddings=131072, original_max_position_embeddings=4096,
+    rope_scaling={"long_factor": [1.0], "short_factor": [1.0], "type": "longrope"},
+    sliding_window=262144, **BF16,
+)  # fmt: skip
 GPT2 = {
     "architectures": ["GPT2LMHeadModel"],
     "model_type": "gpt2",
-    "n_ctx": 1024,
     "n_embd": 768,
     "n_head": 12,
     "n_layer": 12,
     "n_positions": 1024,
     "vocab_size": 50257,
 }
-MINILM = {
-    "architectures": ["BertModel"],
-    "model_type": "bert",
-    "hidden_size": 384,
-    "intermediate_size": 1536,
-    "max_position_embeddings": 512,
-    "num_attention_heads": 12,
-    "num_hidden_layers": 6,
-    "position_embedding_type": "absolute",
-    "type_vocab_size": 2,
-    "vocab_size": 30522,
-}
-BGE_M3 = {
-    "architectures": ["XLMRobertaModel"],
-    "model_type": "xlm-roberta",
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "max_position_embeddings": 8194,
-    "num_attention_heads": 16,
-    "num_hidden_layers": 24,
-    "position_embedding_type": "absolute",
-    "torch_dtype": "float32",
-    "type_vocab_size": 1,
-    "vocab_size": 250002,
-}
+MINILM = config(
+    "BertModel", "bert", (384, 6, 12, 12),
+    max_position_embeddings=512, position_embedding_type="absolute",
+)  # fmt: skip
+BGE_M3 = config(
+    "XLMRobertaModel", "xlm-roberta", (1024, 24, 16, 16),
+    max_position_embeddings=8194, position_embedding_type="absolute", torch_dtype="float32",
+)  # fmt: skip
 HYBRID = QWEN3 | {"architectures": ["HybridForCausalLM"], "model_type": "hybrid"}
 
 
@@ -293,7 +143,7 @@ def read(folder: Path, config: dict[str, Any], **engine: Any) -> Shape:
     ],
     ids=lambda value: value["architectures"][0] if isinstance(value, dict) else None,
 )
-def test_what_a_token_keeps(
+def test_shape_has_the_facts_of_a_token(
     tmp_path: Path, config: dict[str, Any], facts: tuple[int | bool | None, ...]
 ) -> None:
     found = read(tmp_path, config)
@@ -309,7 +159,7 @@ def test_what_a_token_keeps(
 
 
 @pytest.mark.parametrize(
-    ("said", "layers"),
+    ("changed", "layers"),
     [
         ({"layer_types": ["linear_attention", "full_attention"] * 18}, 18),
         ({"layers_block_type": ["mamba"] * 30 + ["hybrid"] * 6}, 6),
@@ -321,16 +171,16 @@ def test_what_a_token_keeps(
         ({"linear_attn_config": {"full_attn_layers": [4, 8, 36]}}, 3),
     ],
 )
-def test_layers_with_a_state_keep_no_keys_and_values(
-    tmp_path: Path, said: dict[str, Any], layers: int
+def test_state_layers_have_no_kv_cache(
+    tmp_path: Path, changed: dict[str, Any], layers: int
 ) -> None:
-    found = read(tmp_path, HYBRID | said)
+    found = read(tmp_path, HYBRID | changed)
     assert found.attention_layers == layers
     assert found.approximate
 
 
 @pytest.mark.parametrize(
-    ("said", "encodes"),
+    ("changed", "encodes"),
     [
         ({}, False),
         ({"is_causal": False}, True),
@@ -340,12 +190,12 @@ def test_layers_with_a_state_keep_no_keys_and_values(
         ({"architectures": ["BertLMHeadModel"], "model_type": "bert", "is_decoder": True}, False),
     ],
 )
-def test_an_encoder_keeps_nothing(tmp_path: Path, said: dict[str, Any], encodes: bool) -> None:
-    assert (read(tmp_path, QWEN3 | said).attention_layers == 0) is encodes
+def test_encoder_has_no_kv_cache(tmp_path: Path, changed: dict[str, Any], encodes: bool) -> None:
+    assert (read(tmp_path, QWEN3 | changed).attention_layers == 0) is encodes
 
 
 @pytest.mark.parametrize(
-    ("said", "head_dim"),
+    ("changed", "head_dim"),
     [
         ({"head_dim": None}, 128),
         ({"head_dim": 256, "global_head_dim": 512}, 512),  # the largest, for all
@@ -353,13 +203,13 @@ def test_an_encoder_keeps_nothing(tmp_path: Path, said: dict[str, Any], encodes:
         ({"qk_nope_head_dim": 0, "kv_lora_rank": None}, 128),
     ],
 )
-def test_the_size_of_a_head(tmp_path: Path, said: dict[str, Any], head_dim: int) -> None:
-    assert read(tmp_path, QWEN3 | said).head_dim == head_dim
+def test_head_dim(tmp_path: Path, changed: dict[str, Any], head_dim: int) -> None:
+    assert read(tmp_path, QWEN3 | changed).head_dim == head_dim
 
 
 def test_layers_that_share_the_keys_of_others(tmp_path: Path) -> None:
-    said = {"layer_types": ["full_attention"] * 36, "num_kv_shared_layers": 10}
-    assert read(tmp_path, QWEN3 | said).attention_layers == 26
+    changed = {"layer_types": ["full_attention"] * 36, "num_kv_shared_layers": 10}
+    assert read(tmp_path, QWEN3 | changed).attention_layers == 26
 
 
 def test_the_indexer_of_sparse_attention_counts(tmp_path: Path) -> None:
@@ -395,7 +245,7 @@ def test_the_dtype_that_weights_are_loaded_as(
 
 
 @pytest.mark.parametrize(
-    ("said", "context"),
+    ("changed", "context"),
     [
         ({"rope_scaling": {"factor": 4.0, "type": "linear"}}, 4 * 40960),
         ({"rope_scaling": {"factor": 4.0, "rope_type": "yarn"}}, 40960),
@@ -405,8 +255,8 @@ def test_the_dtype_that_weights_are_loaded_as(
         ({"max_position_embeddings": None}, 2048),
     ],
 )
-def test_the_longest_context(tmp_path: Path, said: dict[str, Any], context: int) -> None:
-    assert read(tmp_path, {**QWEN3, "model_type": "other", **said}).context == context
+def test_context(tmp_path: Path, changed: dict[str, Any], context: int) -> None:
+    assert read(tmp_path, {**QWEN3, "model_type": "other", **changed}).context == context
 
 
 def test_the_context_of_a_sentence_encoder(tmp_path: Path) -> None:
@@ -417,7 +267,7 @@ def test_the_context_of_a_sentence_encoder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "method"),
+    ("changed", "method"),
     [
         ({}, None),
         ({"quantization_config": AWQ}, "awq"),
@@ -436,9 +286,9 @@ def test_the_context_of_a_sentence_encoder(tmp_path: Path) -> None:
     ],
 )
 def test_the_quantization_of_the_stored_weights(
-    tmp_path: Path, said: dict[str, Any], method: str | None
+    tmp_path: Path, changed: dict[str, Any], method: str | None
 ) -> None:
-    assert read(tmp_path, LLAMA | said).quantization == method
+    assert read(tmp_path, LLAMA | changed).quantization == method
 
 
 def test_quantization_in_a_file_of_its_own(tmp_path: Path) -> None:
@@ -452,17 +302,10 @@ def test_overrides_of_the_registry_hold(tmp_path: Path) -> None:
     assert (found.layers, found.kv_heads) == (2, 8)
 
 
-TINY = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 8,
-    "intermediate_size": 16,
-    "num_attention_heads": 2,
-    "num_hidden_layers": 1,
-    "tie_word_embeddings": True,
-    "torch_dtype": "bfloat16",
-    "vocab_size": 100,
-}
+TINY = config(
+    "LlamaForCausalLM", "llama", (8, 1, 2, 2),
+    intermediate_size=16, tie_word_embeddings=True, vocab_size=100, **BF16,
+)  # fmt: skip
 TENSORS = {
     "model.embed_tokens.weight": ("BF16", (100, 8)),
     "lm_head.weight": ("BF16", (100, 8)),
@@ -536,22 +379,24 @@ def test_other_weights_by_the_size_of_their_files(tmp_path: Path) -> None:
         (QWEN3 | {"num_hidden_layers": "many"}, "has no number num_hidden_layers"),
     ],
 )
-def test_what_is_missing_is_told(tmp_path: Path, config: dict[str, Any], message: str) -> None:
+def test_missing_value_is_named(tmp_path: Path, config: dict[str, Any], message: str) -> None:
     with pytest.raises(ShapeUnknown, match=message) as refused:
         read(tmp_path, config | {"model_type": "other"})
     assert str(tmp_path) in refused.value.message
     assert refused.value.message.isprintable()
 
 
-def test_gguf_alone(tmp_path: Path) -> None:
-    (tmp_path / "m.gguf").write_bytes(b"GGUF")
-    with pytest.raises(ModelUnusable, match="only GGUF files"):
-        shape.read(spec(model=str(write(tmp_path, QWEN3))))
-
-
-def test_a_folder_without_weights_has_no_size(tmp_path: Path) -> None:
-    with pytest.raises(ShapeUnknown, match="has no weights; its safetensors files are needed"):
-        shape.read(spec(model=str(write(tmp_path, QWEN3))))
+def test_size_of_a_folder_without_weights_is_unknown(tmp_path: Path) -> None:
+    folder = str(write(tmp_path, QWEN3))
+    with pytest.raises(ModelUnusable, match="has no weights: "):
+        shape.read(spec(model=folder))
+    for message in ("its safetensors files are needed", "lists model-1.safetensors"):
+        with pytest.raises(ShapeUnknown, match=message) as unknown:
+            shape.read(spec(model=folder, engine={"load_format": "dummy"}))
+        assert not isinstance(unknown.value, ModelUnusable)
+        index = {"weight_map": {"a": "model-1.safetensors"}}
+        write(tmp_path, QWEN3, **{"model.safetensors.index": index})
+        write_tensors(tmp_path / "model-2.safetensors", TENSORS)
 
 
 def test_made_up_weights_of_a_benchmark_have_their_size(tmp_path: Path) -> None:

@@ -51,6 +51,7 @@ def llmserve(
 def registry(tmp_path: Path) -> str:
     file = tmp_path / "models.yaml"
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    (tmp_path / "model.bin").write_text("weights", encoding="utf-8")
     file.write_text("models: {café: {model: ., memory: 8GiB}}", encoding="utf-8")
     return str(file)
 

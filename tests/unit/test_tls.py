@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import subprocess
 import sys
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import rsa
 
-from llmserve.errors import StartupError
+from llmserve.errors import ConfigError
+from llmserve.registry import tls
+from llmserve.registry.loader import load
 from llmserve.registry.spec import ServerSpec
 from llmserve.server import process as server
-from llmserve.server import tls
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -20,7 +27,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="module")
 def pems(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two certificates with their keys; the second key has a pass phrase."""
+    """Certificates with their keys; `b.key` has a pass phrase, `old.pem` has expired."""
     folder = tmp_path_factory.mktemp("tls")
     for name, options in (("a", "-nodes"), ("b", "-passout pass:secret")):
         line = f"openssl req -x509 -newkey rsa:2048 -subj /CN={name} {options}".split()
@@ -30,50 +37,90 @@ def pems(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "chain.pem").write_text(a + b)
     (folder / "wrong.pem").write_text(b + a)
     (folder / "text").write_text("no certificate")
+    for name, year in (("old", 2000), ("early", 2090)):
+        (folder / f"{name}.pem").write_bytes(valid_in(year, (folder / "a.key").read_bytes()))
     (folder / "torn.key").write_text((folder / "a.key").read_text()[:300])
     return folder
+
+
+def valid_in(year: int, key: bytes) -> bytes:
+    """A certificate of a key that is valid in one year, which `openssl req` cannot write."""
+    private = serialization.load_pem_private_key(key, None)
+    assert isinstance(private, rsa.RSAPrivateKey)
+    name = x509.Name([x509.NameAttribute(x509.oid.NameOID.COMMON_NAME, "a")])
+    builder = x509.CertificateBuilder(name, name, private.public_key(), year)
+    builder = builder.not_valid_before(datetime(year, 1, 1, tzinfo=UTC))
+    builder = builder.not_valid_after(datetime(year, 12, 31, tzinfo=UTC))
+    return builder.sign(private, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+
+
+def problems(certificate: Path, key: Path) -> list[str]:
+    """What `load` reports for a registry with these files."""
+    registry = certificate.parent / "models.yaml"
+    (certificate.parent / "m").mkdir(exist_ok=True)
+    registry.write_text(
+        f"server: {{ssl_certfile: {certificate}, ssl_keyfile: {key}}}\nmodels: {{chat: {{model: m}}}}\n"
+    )
+    try:
+        load(registry)
+    except ConfigError as error:
+        return list(error.problems)
+    return []
 
 
 @pytest.mark.parametrize("certificate", ["a.pem", "chain.pem"])
 def test_certificate_with_its_key_is_used(pems: Path, certificate: str) -> None:
     spec = ServerSpec(ssl_certfile=pems / certificate, ssl_keyfile=pems / "a.key")
+    assert problems(pems / certificate, pems / "a.key") == []
     assert server._uvicorn_config(spec, object()).is_ssl
 
 
 @pytest.mark.parametrize(
     ("certificate", "key", "words"),
     [
-        ("a.pem", "b.key", r"ssl_keyfile .*b\.key has a pass phrase, .*openssl pkey"),
-        ("b.pem", "b.key", r"ssl_keyfile .*b\.key has a pass phrase"),
+        ("a.pem", "b.key", r"ssl_keyfile: .*b\.key has a pass phrase, .*openssl pkey"),
+        ("b.pem", "b.key", r"ssl_keyfile: .*b\.key has a pass phrase"),
         ("b.pem", "a.key", r"a\.key is not the key of the first certificate in .*b\.pem; put"),
         ("wrong.pem", "a.key", "put the server's own certificate first"),
-        ("a.key", "a.pem", r"ssl_certfile .*a\.key must contain a CERTIFICATE in PEM; .* PRIVATE"),
+        ("a.key", "a.key", r"ssl_certfile: .*a\.key must contain a CERTIFICATE in PEM; .* PRIVATE"),
+        ("a.pem", "a.pem", r"ssl_keyfile: .* a PRIVATE KEY in PEM; it contains CERTIFICATE"),
+        ("text", "a.key", "it contains no PEM block"),
         (
             "a.pem",
-            "a.pem",
-            r"ssl_keyfile .* must contain a PRIVATE KEY in PEM; it contains CERTIFICATE",
+            "torn.key",
+            r"ssl_certfile: .*a\.pem cannot be used with ssl_keyfile .*torn\.key: ",
         ),
-        ("text", "a.key", "it contains no PEM block"),
-        ("a.pem", "torn.key", "cannot be used: "),
-        ("none", "a.key", r"ssl_certfile .*none cannot be read: No such file"),
-        ("a.pem", ".", r"ssl_keyfile .* cannot be read: Is a directory"),
+        ("none", "a.key", r"ssl_certfile: no such file: .*none"),
+        ("old.pem", "a.key", r"ssl_certfile: .*old\.pem: certificate has expired; replace it"),
+        ("early.pem", "a.key", r"ssl_certfile: .*early\.pem: certificate is not yet valid; "),
     ],
 )
-def test_unusable_certificate_or_key_is_an_error(
+def test_unusable_certificate_or_key_is_a_problem(
     pems: Path, certificate: str, key: str, words: str
 ) -> None:
-    with pytest.raises(StartupError, match=words):
-        tls.require_usable(pems / certificate, pems / key)
+    (problem,) = problems(pems / certificate, pems / key)
+    assert re.match(rf"models.yaml:1: server\..*{words}", problem)
 
 
-def test_server_does_not_prompt_for_a_pass_phrase(pems: Path, tmp_path: Path) -> None:
+def test_unusable_certificate_and_key_are_two_problems(pems: Path) -> None:
+    assert len(problems(pems / "a.key", pems / "a.pem")) == 2
+
+
+def test_unreadable_key_is_a_problem(pems: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> str:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(type(pems), "read_text", refuse)
+    found = tls.problems(pems / "a.pem", pems / "a.key")
+    assert found["ssl_keyfile"] == f"{pems / 'a.key'} cannot be read: Permission denied"
+
+
+def test_check_does_not_prompt_for_a_pass_phrase(pems: Path) -> None:
     """On a terminal, where OpenSSL would prompt."""
     code = (
-        "from pathlib import Path\nfrom llmserve.registry.spec import ServerSpec\n"
-        "from llmserve.errors import StartupError\nfrom llmserve.server.process import _uvicorn_config\n"
+        "from pathlib import Path\nfrom llmserve.registry import tls\n"
         f"folder = Path({str(pems)!r})\n"
-        "spec = ServerSpec(ssl_certfile=folder / 'b.pem', ssl_keyfile=folder / 'b.key')\n"
-        "try:\n    _uvicorn_config(spec, object())\nexcept StartupError: print('refused')\n"
+        "if tls.problems(folder / 'b.pem', folder / 'b.key'): print('refused')\n"
     )
     master, slave = os.openpty()
     with subprocess.Popen(

@@ -123,11 +123,6 @@ def test_file_of_brackets_is_one_problem(tmp_path: Path) -> None:
     assert [problem[:11] for problem in found] == ["models.yaml"]
 
 
-def test_invalid_yaml_has_its_line(tmp_path: Path) -> None:
-    (problem,) = problems(read(tmp_path, "a: 1\nb: [1\nc: 2\n"))
-    assert problem.startswith("models.yaml:3: not valid YAML: ")
-
-
 def test_a_missing_file_and_a_folder_are_problems_without_a_line(tmp_path: Path) -> None:
     missing = problems(yaml_positions.read(tmp_path / "no.yaml"))
     assert missing == ["models.yaml: cannot be read: No such file or directory"]
@@ -141,19 +136,6 @@ def test_an_empty_file_has_no_value(tmp_path: Path, text: str) -> None:
     document = read(tmp_path, text)
     assert document.value is None
     assert document.problems == []
-
-
-def test_duplicate_key(tmp_path: Path) -> None:
-    document = read(tmp_path, "a:\n  b: 1\n  c: 2\n  b: 3\na: {d: 4, d: 5}\n")
-    assert problems(document) == [
-        "models.yaml:4: a.b: duplicate key; first on line 2",
-        "models.yaml:5: a: duplicate key; first on line 1",
-    ]
-
-
-def test_duplicate_key_on_one_line(tmp_path: Path) -> None:
-    document = read(tmp_path, "a: {d: 4, d: 5}\n")
-    assert problems(document) == ["models.yaml:1: a.d: duplicate key; first on line 1"]
 
 
 @pytest.mark.parametrize(
@@ -170,9 +152,24 @@ def test_key_over_a_merged_one_is_no_duplicate(tmp_path: Path, text: str) -> Non
     assert document.value["own"] == {"a": 1, "b": 3}
 
 
-def test_a_duplicate_beside_a_merge_is_still_found(tmp_path: Path) -> None:
-    document = read(tmp_path, "base: &base {a: 1}\nown:\n  <<: *base\n  b: 2\n  b: 3\n")
-    assert problems(document) == ["models.yaml:5: own.b: duplicate key; first on line 4"]
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("a:\n  b: 1\n  c: 2\n  b: 3\n", ["4: a.b: duplicate key; first on line 2"]),
+        ("a: {d: 4}\na: {d: 4, d: 5}\n", ["2: a: duplicate key; first on line 1"]),
+        ("a: {d: 4, d: 5}\n", ["1: a.d: duplicate key; first on line 1"]),
+        ("base: &base {a: 1}\nown:\n  <<: *base\n  b: 2\n  b: 3\n",
+         ["5: own.b: duplicate key; first on line 4"]),
+        ("a: 1\nb: [x, '${LLMSERVE_NO_SUCH} ${LLMSERVE_NOR_THIS}']\n",
+         ["2: b.1: environment variable LLMSERVE_NO_SUCH is not set",
+          "2: b.1: environment variable LLMSERVE_NOR_THIS is not set"]),
+        ("a: {'${NAME}': 1}\n", ["1: a.${NAME}: references are not allowed in keys"]),
+        ("a: 1\n? [b]\n: 2\n", ["2: not valid YAML: a key must be text"]),
+        ("a: 1\nb: [1\nc: 2\n", ["3: not valid YAML: expected ',' or ']', but got ':'"]),
+    ],
+)  # fmt: skip
+def test_problem_has_its_line_and_key(tmp_path: Path, text: str, found: list[str]) -> None:
+    assert problems(read(tmp_path, text)) == [f"models.yaml:{problem}" for problem in found]
 
 
 # --- ${NAME}
@@ -189,14 +186,6 @@ def test_environment_variables_are_replaced(
     )
     assert document.value == {"a": "y", "b": ["pre-y-y"], "c": "x: ${LLMSERVE_TEST_B}"}
     assert document.problems == []
-
-
-def test_missing_variable_has_name_and_line(tmp_path: Path) -> None:
-    document = read(tmp_path, "a: 1\nb: [x, '${LLMSERVE_NO_SUCH} ${LLMSERVE_NOR_THIS}']\n")
-    assert problems(document) == [
-        "models.yaml:2: b.1: environment variable LLMSERVE_NO_SUCH is not set",
-        "models.yaml:2: b.1: environment variable LLMSERVE_NOR_THIS is not set",
-    ]
 
 
 @pytest.mark.parametrize(
@@ -225,12 +214,6 @@ def test_text_that_resembles_a_reference_is_refused(tmp_path: Path, written: str
     (problem,) = problems(read(tmp_path, f"a: 1\nb: ['{written}']\n"))
     assert problem.startswith("models.yaml:2: b.0: invalid reference; ")
     assert "KEY" not in problem  # it may be a secret
-
-
-def test_a_reference_in_a_key_is_refused(tmp_path: Path) -> None:
-    assert problems(read(tmp_path, "a: {'${NAME}': 1}\n")) == [
-        "models.yaml:1: a.${NAME}: references are not allowed in keys"
-    ]
 
 
 # --- values that are not text in YAML
@@ -267,11 +250,6 @@ def test_true_false_null_and_numbers_have_yaml_s_value(
     assert document.value == {"a": value}
     assert type(document.value["a"]) is type(value)
     assert document.written["a",] == written
-
-
-def test_key_that_is_a_list_is_refused(tmp_path: Path) -> None:
-    (problem,) = problems(read(tmp_path, "a: 1\n? [b]\n: 2\n"))
-    assert problem == "models.yaml:2: not valid YAML: a key must be text"
 
 
 def test_verbatim_key_does_not_change(tmp_path: Path) -> None:
