@@ -186,12 +186,8 @@ def test_a_registry_that_does_not_fit_changes_nothing() -> None:
 # --- what a model is computed in
 
 
-<<<<<<< HEAD
 async def test_cpu_without_bfloat16_counts_float32(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
-=======
-async def test_cpu_without_bfloat16_counts_float32() -> None:
->>>>>>> w-tests
     made = spec()
     assert size_of(made, wide) == 2 * WEIGHTS + 2 * GIB + BESIDE
     memory = of(registry(made, spec("odd", model="odd")), wide)

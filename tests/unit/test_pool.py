@@ -77,12 +77,8 @@ class Box(PoolBox):
 
 async def test_all_models_start_at_the_same_time() -> None:
     gates = {name: Gate() for name in ("chat", "embed", "draft")}
-<<<<<<< HEAD
-    box = Box(**{name: Plan(gate=gate) for name, gate in gates.items()})
-=======
     waiting: dict[str, Any] = {name: Plan(gate=gate) for name, gate in gates.items()}
     box = Box(**waiting)
->>>>>>> w-tests
     starting = await box.starting(*gates.values())
     assert not starting.done()
     for gate in gates.values():
