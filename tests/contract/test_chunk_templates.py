@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.parser import ParserManager
 
+from llmserve.api import sse
 from llmserve.api.endpoint_id import EndpointId
 from llmserve.engine.endpoint_handlers import HANDLERS
 from llmserve.engine.fastpath.chunk_templates import ChatModels, ChunkTemplate
@@ -58,7 +59,7 @@ CALLS = [{"index": 0, "function": {"arguments": "}"}}]
 def test_event_with_content_and_end_is_split(delta: dict[str, Any]) -> None:
     choice = {"index": 0, "delta": delta, "logprobs": {"content": []}, "finish_reason": "stop"}
     chunk = {"id": "a", "system_fingerprint": "f", "choices": [choice | {"stop_reason": 7}]}
-    frame = f"data: {json.dumps(chunk)}\n\n".encode()
+    frame = sse.with_payload(b"", chunk)
     content, end = HANDLERS[EndpointId.CHAT_COMPLETIONS].pruned(frame).split(b"\n\n")[:2]
     logprobs = {"content": [], "refusal": None}
     assert choice_of(content) == choice | {"finish_reason": None, "logprobs": logprobs}
@@ -67,7 +68,7 @@ def test_event_with_content_and_end_is_split(delta: dict[str, Any]) -> None:
 
 def test_event_with_an_end_alone_stays_one() -> None:
     choice = {"index": 0, "delta": {"content": ""}, "logprobs": None, "finish_reason": "stop"}
-    frame = f"data: {json.dumps({'choices': [choice]})}\n\n".encode()
+    frame = sse.with_payload(b"", {"choices": [choice]})
     (end, rest) = HANDLERS[EndpointId.CHAT_COMPLETIONS].pruned(frame).split(b"\n\n")
     assert (choice_of(end)["delta"], rest) == ({}, b"")
 
