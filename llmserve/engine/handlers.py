@@ -22,6 +22,7 @@ from llmserve.api import sse
 from llmserve.api.context import RequestContext
 from llmserve.api.endpoint_id import EndpointId
 from llmserve.api.endpoints import BackgroundAnswer, cannot, failure
+from llmserve.api.tool_choice import with_allowed_tools
 from llmserve.engine import gc_policy, required_keys, token_count
 from llmserve.engine.endpoint_handlers import (
     HANDLERS,
@@ -31,7 +32,7 @@ from llmserve.engine.endpoint_handlers import (
     without_usage_nulls,
 )
 from llmserve.engine.engine_arguments import request_defaults
-from llmserve.engine.error_mapping import ErrorMapper
+from llmserve.engine.error_mapping import ErrorMapper, no_tool_parser
 from llmserve.engine.fastpath import zmq_sockets
 from llmserve.engine.fastpath.endpoint_adapters import (
     ChatAdapter,
@@ -41,6 +42,7 @@ from llmserve.engine.fastpath.endpoint_adapters import (
 from llmserve.engine.fastpath.fast_path import CapturedCalls, FastPath, StreamTerms, encoder_of
 from llmserve.engine.handler_state import create_handlers, requested_name
 from llmserve.engine.pacing import PacedRendering
+from llmserve.engine.tool_parsers import has_calls
 from llmserve.errors import LLMServeError, RequestError, Unsupported, quoted
 from llmserve.lifecycle.response_store import ResponseStore, owned_by
 
@@ -213,7 +215,8 @@ class ModelHandlers:
         if endpoint in _GENERATING:
             await self.engine.client.check_explicit(body)
         thread = RequestContext.of(request.scope).body_thread  # for large bodies
-        parsed = await thread.run(parse, endpoint, body) if thread else parse(endpoint, body)
+        parsed = await thread.run(_parsed, endpoint, body) if thread else _parsed(endpoint, body)
+        self._check_parser(endpoint, parsed)
         drop_own_size(parsed, self.engine.client.model_config)
         owner = RequestContext.of(request.scope).owner
         self._check_previous(parsed, owner)
@@ -248,6 +251,16 @@ class ModelHandlers:
             )
             error.status = 404
             raise error
+
+    def _check_parser(self, endpoint: EndpointId, parsed: Any) -> None:
+        """Raises RequestError for tools of a response whose calls vLLM would not find."""
+        if endpoint is not EndpointId.RESPONSES or parsed.tool_choice == "none":
+            return
+        serving = self._state.openai_serving_responses
+        parser = getattr(serving.parser, "tool_parser_cls", None)
+        is_forced = parsed.tool_choice != "auto"
+        if parser is None and not serving.use_harmony and (is_forced or has_calls(parsed.tools)):
+            raise no_tool_parser(self.name)
 
     async def _handled(self, endpoint: EndpointId, parsed: Any, request: Request) -> Any:
         handler = HANDLERS[endpoint]
@@ -308,6 +321,16 @@ class ModelHandlers:
                 raise
             except Exception as error:
                 raise self.errors.from_exception(error) from error
+
+
+def _parsed(endpoint: EndpointId, body: dict[str, Any]) -> Any:
+    """Return a body as vLLM's request class, with the tools that it allows. Raises RequestError."""
+    narrowed = with_allowed_tools(endpoint, body)
+    parsed = parse(endpoint, narrowed)
+    if narrowed is not body and endpoint is EndpointId.RESPONSES:  # the answer has the client's
+        asked = parse(endpoint, body)
+        parsed.echoed = {"tools": asked.tools, "tool_choice": asked.tool_choice}
+    return parsed
 
 
 def _count_tokens(request: Request, last: Any) -> None:
