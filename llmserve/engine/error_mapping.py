@@ -42,7 +42,7 @@ _APPENDED = re.compile(r" \((?:parameter|value)=.*$", re.DOTALL)
 _WRONG = re.compile(r"\b([a-z_]+) must be ")
 _PARAMETERS = frozenset({*SamplingParams.__struct_fields__, *PoolingParams.__struct_fields__})
 # An option of vLLM's command line in a message, and the beginning of messages about tool calls.
-_OPTION = re.compile(r"(`?)--([a-z][a-z-]*)((?:\.\w+)*)((?(1)[^`]*`?))")
+_OPTION = re.compile(r"(`)?--([a-z][a-z-]*)((?:\.\w+)*)((?(1)[^`]*`?))")
 _NO_PARSER = "--tool-call-parser"
 # Text about options of vLLM's server that a registry does not have, and what replaces it.
 _WITHOUT_OPTION = {

@@ -48,7 +48,6 @@ from llmserve.lifecycle.response_store import ResponseStore, owned_by
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-    from pathlib import Path
 
     from prometheus_client import CollectorRegistry
     from starlette.datastructures import State
@@ -58,7 +57,6 @@ if TYPE_CHECKING:
     from llmserve.api.body_thread import BodyThread
     from llmserve.engine.engine import Engine
     from llmserve.engine.fastpath.tokenizer import Encode
-    from llmserve.lifecycle.placement import Level
     from llmserve.registry.spec import ModelSpec
 
 # Endpoints whose bodies may hold a constraint.
@@ -79,6 +77,14 @@ class ModelHandlers:
     ) -> None:
         self.name = name
         self.engine = engine
+        self.log = engine.log
+        self.sleeps = engine.sleeps
+        self.responds = engine.responds
+        self.prepare_sleep = engine.prepare_sleep
+        self.sleep = engine.sleep
+        self.wake = engine.wake
+        self.kill = engine.kill
+        self.coming = engine.flow.coming
         self.errors = ErrorMapper(name, engine)
         self._encode = encode
         self._stored = stored
@@ -149,10 +155,6 @@ class ModelHandlers:
         return self.engine.dead
 
     @property
-    def log(self) -> Path:
-        return self.engine.log
-
-    @property
     def registry(self) -> CollectorRegistry:
         return self.engine.registry
 
@@ -160,38 +162,16 @@ class ModelHandlers:
     def pid(self) -> int | None:
         return self.engine.pid
 
-    @property
-    def sleeps(self) -> bool:
-        return self.engine.sleeps
-
-    async def responds(self, within_s: float) -> bool:
-        return await self.engine.responds(within_s)
-
     def prepare_constraints(self) -> None:
         """Load what the first constraint needs, while the model serves."""
         if self.able & _GENERATING:
             self.engine.client.prepare_constraints()
-
-    async def prepare_sleep(self) -> None:
-        await self.engine.prepare_sleep()
-
-    async def sleep(self, level: Level) -> None:
-        await self.engine.sleep(level)
-
-    async def wake(self) -> None:
-        await self.engine.wake()
-
-    def kill(self) -> None:
-        self.engine.kill()
 
     async def stop(self) -> None:
         if (handler := self.engine.client.output_handler) is not None:
             handler.cancel()  # else it logs the end of its engine as a failure
         await self.engine.end()
         gc_policy.collect_soon()
-
-    def coming(self) -> contextlib.AbstractContextManager[None]:
-        return self.engine.flow.coming()
 
     def express(
         self, endpoint: EndpointId, body: dict[str, Any], asked: str, scope: Scope

@@ -185,9 +185,11 @@ def test_own_dimensions_of_a_model_ask_for_nothing(asked: int | None, left: int 
 
 
 # Where vLLM raises the errors of a request.
-_REACHED = ("entrypoints/openai", "entrypoints/anthropic", "entrypoints/pooling", "renderers")
-_REACHED += ("entrypoints/generate", "v1/engine/input_processor.py", "sampling_params.py")
-_REACHED += ("multimodal/processing", "multimodal/media", "tool_parsers")
+_REACHED = [
+    *("entrypoints/openai", "entrypoints/anthropic", "entrypoints/pooling", "entrypoints/generate"),
+    *("renderers", "multimodal/processing", "multimodal/media", "tool_parsers"),
+    *("v1/engine/input_processor.py", "sampling_params.py"),
+]
 
 
 def raised_texts() -> list[str]:
