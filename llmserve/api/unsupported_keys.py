@@ -18,21 +18,11 @@ _GUIDED = dict.fromkeys(
     ("guided_json", "guided_regex", "guided_choice", "guided_grammar"), "structured_outputs"
 )
 _FUNCTIONS = {"functions": "tools", "function_call": "tool_choice"}
+_OTHER_FORMATS = dict.fromkeys(("text", "output_format", "output_config"), "response_format")
 # The key to use instead of an unsupported one, by endpoint.
 UNSUPPORTED: Mapping[EndpointId, Mapping[str, str]] = {
-    EndpointId.CHAT_COMPLETIONS: {
-        **_GUIDED,
-        **_FUNCTIONS,
-        "text": "response_format",
-        "output_format": "response_format",
-        "output_config": "response_format",
-    },
-    EndpointId.COMPLETIONS: {
-        **_GUIDED,
-        "text": "response_format",
-        "output_format": "response_format",
-        "output_config": "response_format",
-    },
+    EndpointId.CHAT_COMPLETIONS: {**_GUIDED, **_FUNCTIONS, **_OTHER_FORMATS},
+    EndpointId.COMPLETIONS: {**_GUIDED, **_OTHER_FORMATS},
     EndpointId.RESPONSES: {
         **_GUIDED,
         **_FUNCTIONS,
@@ -43,10 +33,8 @@ UNSUPPORTED: Mapping[EndpointId, Mapping[str, str]] = {
     },
     EndpointId.MESSAGES: {
         **dict.fromkeys(_GUIDED, "output_config.format"),
-        "structured_outputs": "output_config.format",
-        "response_format": "output_config.format",
-        "output_format": "output_config.format",
-        "text": "output_config.format",
+        **dict.fromkeys(("structured_outputs", "response_format"), "output_config.format"),
+        **dict.fromkeys(("output_format", "text"), "output_config.format"),
     },
 }
 _HOLDERS = ("text", "output_config")  # objects with more than a `format`

@@ -42,6 +42,7 @@ from llmserve.api.endpoint_id import EndpointId
 from llmserve.api.endpoints import TITLES
 from llmserve.api.validation_errors import mistake
 from llmserve.engine import required_keys
+from llmserve.engine.beam_search import check_beam_search
 from llmserve.engine.error_mapping import bounded_line
 from llmserve.engine.request_validation import bounded, shape_of
 from llmserve.engine.schema_nulls import schema_of, without_nulls
@@ -213,6 +214,7 @@ def parse(endpoint: EndpointId, body: dict[str, Any]) -> Any:
             raise mistake(error.errors(include_url=False), body) from None
         raise RequestError(f"The body is not a valid request for {TITLES[endpoint]}.") from None
     check_choices("n", getattr(parsed, "n", None) or 1, _count_prompts(parsed))
+    check_beam_search(parsed)
     return parsed
 
 

@@ -28,6 +28,7 @@ from llmserve.errors import (
     Unsupported,
     quoted,
 )
+from llmserve.registry.spec import ModelSpec
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable
@@ -40,6 +41,16 @@ log = logging.getLogger(__name__)
 _APPENDED = re.compile(r" \((?:parameter|value)=.*$", re.DOTALL)
 _WRONG = re.compile(r"\b([a-z_]+) must be ")
 _PARAMETERS = frozenset({*SamplingParams.__struct_fields__, *PoolingParams.__struct_fields__})
+# An option of vLLM's command line in a message, and the beginning of messages about tool calls.
+_OPTION = re.compile(r"(`)?--([a-z][a-z-]*)((?:\.\w+)*)((?(1)[^`]*`?))")
+_NO_PARSER = "--tool-call-parser"
+# Text about options of vLLM's server that a registry does not have, and what replaces it.
+_WITHOUT_OPTION = {
+    "but --trust-request-chat-template is not set": "but only the model's own is allowed",
+    " (requires --trust-request-chat-template)": "",
+    "--enable-auto-tool-choice and ": "",
+    " Start the server with --trust-request-mm-kwargs only when clients are trusted.": "",
+}
 # Phrases of vLLM's messages about a prompt that does not fit; it has no class for them.
 TOO_LONG = ("maximum context length", "maximum model length", "exceeds the max_model_len")
 # The beginning of OpenAI's message, by which LiteLLM and other clients recognize this error.
@@ -92,6 +103,8 @@ class ErrorMapper:
         message = bounded_line(info.message) or f"{quoted(self._model)} failed on this request."
         if info.code >= 500:
             return self._server_error(info.code, message)
+        if _NO_PARSER in info.message:
+            return no_tool_parser(self._model)
         if any(phrase in message for phrase in TOO_LONG):
             return ContextTooLong(self._too_long(message), param=info.param or "input_tokens")
         error = RequestError(
@@ -143,7 +156,28 @@ class ErrorMapper:
 def bounded_line(message: str, limit: int = 500) -> str:
     """Return a message of vLLM's as one bounded line, without the parts of the request."""
     line = " ".join(_APPENDED.sub("", str(message)).split())
+    if "--" in line:
+        for text, own in _WITHOUT_OPTION.items():
+            line = line.replace(text, own)
+        line = _OPTION.sub(_registry_key, line)
     return line if len(line) <= limit else line[:limit] + "..."
+
+
+def no_tool_parser(model: str) -> RequestError:
+    """Return the error for tools of a model whose calls no parser finds."""
+    return RequestError(
+        f"{quoted(model)} has no tool parser, so it cannot call `tools`. Set `tool_call_parser` "
+        "of the model in the registry, or remove `tools`.",
+        param="tools",
+    )
+
+
+def _registry_key(option: re.Match[str]) -> str:
+    """Return the registry's name of an option of vLLM's command line."""
+    _, name, inner, value = option.groups()
+    key = name.replace("-", "_")
+    key = key if key in ModelSpec.model_fields else f"engine.{key}"
+    return f"`{key}{inner}{value.rstrip('`')}` (registry)"
 
 
 def _parameter_in(message: str) -> str | None:

@@ -22,6 +22,7 @@ from llmserve.api import sse
 from llmserve.api.context import RequestContext
 from llmserve.api.endpoint_id import EndpointId
 from llmserve.api.endpoints import BackgroundAnswer, cannot, failure
+from llmserve.api.tool_choice import with_allowed_tools
 from llmserve.engine import gc_policy, required_keys, token_count
 from llmserve.engine.endpoint_handlers import (
     HANDLERS,
@@ -31,7 +32,7 @@ from llmserve.engine.endpoint_handlers import (
     without_usage_nulls,
 )
 from llmserve.engine.engine_arguments import request_defaults
-from llmserve.engine.error_mapping import ErrorMapper
+from llmserve.engine.error_mapping import ErrorMapper, no_tool_parser
 from llmserve.engine.fastpath import zmq_sockets
 from llmserve.engine.fastpath.endpoint_adapters import (
     ChatAdapter,
@@ -41,12 +42,12 @@ from llmserve.engine.fastpath.endpoint_adapters import (
 from llmserve.engine.fastpath.fast_path import CapturedCalls, FastPath, StreamTerms, encoder_of
 from llmserve.engine.handler_state import create_handlers, requested_name
 from llmserve.engine.pacing import PacedRendering
+from llmserve.engine.tool_parsers import has_calls
 from llmserve.errors import LLMServeError, RequestError, Unsupported, quoted
 from llmserve.lifecycle.response_store import ResponseStore, owned_by
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-    from pathlib import Path
 
     from prometheus_client import CollectorRegistry
     from starlette.datastructures import State
@@ -56,7 +57,6 @@ if TYPE_CHECKING:
     from llmserve.api.body_thread import BodyThread
     from llmserve.engine.engine import Engine
     from llmserve.engine.fastpath.tokenizer import Encode
-    from llmserve.lifecycle.placement import Level
     from llmserve.registry.spec import ModelSpec
 
 # Endpoints whose bodies may hold a constraint.
@@ -77,6 +77,14 @@ class ModelHandlers:
     ) -> None:
         self.name = name
         self.engine = engine
+        self.log = engine.log
+        self.sleeps = engine.sleeps
+        self.responds = engine.responds
+        self.prepare_sleep = engine.prepare_sleep
+        self.sleep = engine.sleep
+        self.wake = engine.wake
+        self.kill = engine.kill
+        self.preparing = engine.flow.preparing
         self.errors = ErrorMapper(name, engine)
         self._encode = encode
         self._stored = stored
@@ -147,10 +155,6 @@ class ModelHandlers:
         return self.engine.dead
 
     @property
-    def log(self) -> Path:
-        return self.engine.log
-
-    @property
     def registry(self) -> CollectorRegistry:
         return self.engine.registry
 
@@ -158,38 +162,16 @@ class ModelHandlers:
     def pid(self) -> int | None:
         return self.engine.pid
 
-    @property
-    def sleeps(self) -> bool:
-        return self.engine.sleeps
-
-    async def responds(self, within_s: float) -> bool:
-        return await self.engine.responds(within_s)
-
     def prepare_constraints(self) -> None:
         """Load what the first constraint needs, while the model serves."""
         if self.endpoints & _GENERATING:
             self.engine.client.prepare_constraints()
-
-    async def prepare_sleep(self) -> None:
-        await self.engine.prepare_sleep()
-
-    async def sleep(self, level: Level) -> None:
-        await self.engine.sleep(level)
-
-    async def wake(self) -> None:
-        await self.engine.wake()
-
-    def kill(self) -> None:
-        self.engine.kill()
 
     async def stop(self) -> None:
         if (handler := self.engine.client.output_handler) is not None:
             handler.cancel()  # else it logs the end of its engine as a failure
         await self.engine.end()
         gc_policy.collect_soon()
-
-    def preparing(self) -> contextlib.AbstractContextManager[None]:
-        return self.engine.flow.preparing()
 
     def try_fast_path(
         self, endpoint: EndpointId, body: dict[str, Any], asked: str, scope: Scope
@@ -213,7 +195,8 @@ class ModelHandlers:
         if endpoint in _GENERATING:
             await self.engine.client.check_explicit(body)
         thread = RequestContext.of(request.scope).body_thread  # for large bodies
-        parsed = await thread.run(parse, endpoint, body) if thread else parse(endpoint, body)
+        parsed = await thread.run(_parsed, endpoint, body) if thread else _parsed(endpoint, body)
+        self._check_parser(endpoint, parsed)
         drop_own_size(parsed, self.engine.client.model_config)
         owner = RequestContext.of(request.scope).owner
         self._check_previous(parsed, owner)
@@ -248,6 +231,16 @@ class ModelHandlers:
             )
             error.status = 404
             raise error
+
+    def _check_parser(self, endpoint: EndpointId, parsed: Any) -> None:
+        """Raises RequestError for tools of a response whose calls vLLM would not find."""
+        if endpoint is not EndpointId.RESPONSES or parsed.tool_choice == "none":
+            return
+        serving = self._state.openai_serving_responses
+        parser = getattr(serving.parser, "tool_parser_cls", None)
+        is_forced = parsed.tool_choice != "auto"
+        if parser is None and not serving.use_harmony and (is_forced or has_calls(parsed.tools)):
+            raise no_tool_parser(self.name)
 
     async def _handled(self, endpoint: EndpointId, parsed: Any, request: Request) -> Any:
         handler = HANDLERS[endpoint]
@@ -308,6 +301,16 @@ class ModelHandlers:
                 raise
             except Exception as error:
                 raise self.errors.from_exception(error) from error
+
+
+def _parsed(endpoint: EndpointId, body: dict[str, Any]) -> Any:
+    """Return a body as vLLM's request class, with the tools that it allows. Raises RequestError."""
+    narrowed = with_allowed_tools(endpoint, body)
+    parsed = parse(endpoint, narrowed)
+    if narrowed is not body and endpoint is EndpointId.RESPONSES:  # the answer has the client's
+        asked = parse(endpoint, body)
+        parsed.echoed = {"tools": asked.tools, "tool_choice": asked.tool_choice}
+    return parsed
 
 
 def _count_tokens(request: Request, last: Any) -> None:

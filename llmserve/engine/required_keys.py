@@ -155,6 +155,8 @@ def echo_request(response: ResponsesResponse, request: Any) -> None:
     """Copy the request's fields that vLLM does not copy into a response."""
     for name in ("store", "safety_identifier", "prompt_cache_key"):
         setattr(response, name, getattr(request, name, None))
+    for name, value in getattr(request, "echoed", {}).items():
+        setattr(response, name, value)
 
 
 def complete_end(response: ResponsesResponse) -> None:

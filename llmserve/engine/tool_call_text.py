@@ -12,11 +12,11 @@ class Call:
     """A call, possibly incomplete. Its arguments are the text of a JSON object."""
 
     begin: int  # of its tag, in the text
+    end: int | None = None  # of its end tag, or of what could be a call
     name: str | None = None
     arguments: str | None = None
     is_complete: bool = False
     is_broken: bool = False  # invalid JSON, or not a call
-    raw: str = ""  # its text with the tags, once it is complete or broken
 
 
 class Calls:
@@ -25,31 +25,32 @@ class Calls:
     def __init__(self, start: str, end: str) -> None:
         self._start = start
         self._end = end
-        self._text = ""
         self._position = 0
         self._open: _Members | None = None
+        self.text = ""
         self.found: list[Call] = []
-        self.content = ""  # the text before the first call
+
+    @property
+    def outside_end(self) -> int:
+        """Where the text ends that belongs neither to an open call nor to the beginning of a tag."""
+        return self._position if self._open is None else self.found[-1].begin
 
     def feed(self, delta: str) -> None:
-        self._text += delta
+        self.text += delta
         while self._read_outside() if self._open is None else self._read_inside(self._open):
             pass
 
     def finish(self) -> None:
-        """End the text, in which the last call may lack its end tag."""
-        if self._open is None:
-            self.content += "" if self.found else self._text[self._position :]
-        elif self._open.is_closed:
-            self._close(len(self._text))
+        """End the text, in which the last call may lack its end tag. An open call is broken."""
+        if self._open is not None:
+            self._open.is_broken = not self._open.is_closed
+            self._close(len(self.text))
+        self._position = len(self.text)
 
     def _read_outside(self) -> bool:
-        begin = self._text.find(self._start, self._position)
-        until = begin if begin >= 0 else len(self._text) - self._overlap(self._start)
-        if not self.found:
-            self.content += self._text[self._position : until]
-        self._position = max(until, self._position)
+        begin = self.text.find(self._start, self._position)
         if begin < 0:
+            self._position = len(self.text) - self._overlap(self._start)
             return False
         self._position = begin + len(self._start)
         self.found.append(Call(begin))
@@ -58,16 +59,18 @@ class Calls:
 
     def _read_inside(self, members: _Members) -> bool:
         call = self.found[-1]
-        if not members.is_broken:
-            self._position = members.read(self._text, self._position)
+        self._position = members.read(self.text, self._position)
         call.name = members.name
-        call.arguments = members.arguments(self._text)
-        if not (members.is_closed or members.is_broken):
+        call.arguments = members.arguments(self.text)
+        if members.is_broken:
+            self._close(self._position)
+            return True
+        if not members.is_closed:
             return False
         ends = []
-        if (end := self._text.find(self._end, self._position)) >= 0:
+        if (end := self.text.find(self._end, self._position)) >= 0:
             ends.append(end + len(self._end))
-        if (begin := self._text.find(self._start, self._position)) >= 0:
+        if (begin := self.text.find(self._start, self._position)) >= 0:
             ends.append(begin)  # a call without an end tag
         if ends:
             self._close(min(ends))
@@ -76,19 +79,18 @@ class Calls:
     def _close(self, end: int) -> None:
         call = self.found[-1]
         members, self._open = self._open, None
-        call.raw = self._text[call.begin : end]
+        call.end = self._position = end
         call.is_complete = members is not None and not members.is_broken
-        if call.arguments is None and members is not None and members.argument_span is None:
+        if call.is_complete and members is not None and members.argument_span is None:
             call.arguments = "{}"
         call.is_broken = (
             not call.is_complete or not call.name or not isinstance(_loaded(call.arguments), dict)
         )
-        self._position = end
 
     def _overlap(self, tag: str) -> int:
         """Return how many characters at the end of the text can begin a tag."""
-        lengths = range(min(len(tag) - 1, len(self._text) - self._position), 0, -1)
-        return next((each for each in lengths if self._text.endswith(tag[:each])), 0)
+        lengths = range(min(len(tag) - 1, len(self.text) - self._position), 0, -1)
+        return next((each for each in lengths if self.text.endswith(tag[:each])), 0)
 
 
 class _Members:

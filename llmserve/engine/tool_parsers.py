@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
 
-from openai.types.responses import FunctionTool
+from openai.types.responses import CustomTool, FunctionTool, NamespaceTool
 from vllm.entrypoints.generate.base.protocol import (
     DeltaFunctionCall,
     DeltaMessage,
@@ -20,7 +20,9 @@ from vllm.entrypoints.generate.base.protocol import (
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionToolsParam
 from vllm.renderers.chat_utils import make_tool_call_id
 from vllm.tool_parsers.abstract_tool_parser import ToolParser
+from vllm.tool_parsers.granite4_tool_parser import Granite4ToolParser
 from vllm.tool_parsers.hermes_tool_parser import Hermes2ProToolParser
+from vllm.tool_parsers.utils import get_function_tools
 from vllm.utils.mistral import is_mistral_tool_parser
 
 from llmserve.engine.structured_output.subschema import ARGUMENTS
@@ -57,7 +59,7 @@ def with_object_arguments(parser: type[ToolParser]) -> type[ToolParser]:
     """Return a subclass of a parser; Mistral's parser, with a grammar of its own, is unchanged."""
     if issubclass(parser, ObjectArguments) or is_mistral_tool_parser(parser):
         return parser
-    own = (TaggedCalls,) if issubclass(parser, Hermes2ProToolParser) else ()
+    own = (TaggedCalls,) if issubclass(parser, Hermes2ProToolParser | Granite4ToolParser) else ()
     made = type(parser.__name__, (*own, ObjectArguments, parser), {})
     return cast("type[ToolParser]", made)
 
@@ -69,13 +71,13 @@ class ObjectArguments(ToolParser):
     """
 
     def get_structural_tag(self, request: Any, **more: Any) -> Any:
-        tools = [_constrained(each, is_nested=False) for each in request.tools]
+        tools = [_constrained(each, is_nested=False) for each in _functions(request.tools)]
         return super().get_structural_tag(request.model_copy(update={"tools": tools}), **more)
 
     def adjust_request(self, request: Any) -> Any:
         given = request.tools
         if given:
-            request.tools = [_constrained(each, is_nested=True) for each in given]
+            request.tools = [_constrained(each, is_nested=True) for each in _functions(given)]
         try:
             return super().adjust_request(request)
         finally:
@@ -85,6 +87,20 @@ class ObjectArguments(ToolParser):
         """Return nothing for a call truncated before its arguments, where vLLM returns `{}`."""
         is_begun = bool(self.prev_tool_call_arr) and "arguments" in self.prev_tool_call_arr[-1]
         return super().get_remaining_unstreamed_args() if is_begun else ""
+
+
+def _functions(tools: list[Any]) -> list[Any]:
+    """Return the tools with custom tools and namespaces as functions, as vLLM shows them."""
+    found: list[Any] = []
+    for tool in tools:
+        is_shown_as_function = isinstance(tool, CustomTool | NamespaceTool)
+        found += get_function_tools([tool]) if is_shown_as_function else [tool]
+    return found
+
+
+def has_calls(tools: list[Any]) -> bool:
+    """Whether a model may call one of the tools of a response."""
+    return bool(get_function_tools(tools))
 
 
 def _constrained(tool: Any, *, is_nested: bool) -> Any:
@@ -107,25 +123,32 @@ def _constrained(tool: Any, *, is_nested: bool) -> Any:
     return tool.model_copy(update={"parameters": parameters, "strict": True})
 
 
-class TaggedCalls(Hermes2ProToolParser):
-    """Reads calls between tags. Streamed arguments are the model's text."""
+class TaggedCalls(ToolParser):
+    """Reads JSON calls between tags. Streamed arguments are the model's text.
+
+    Text that turns out to be no call is content.
+    """
 
     def __init__(self, *arguments: Any, **more: Any) -> None:
         super().__init__(*arguments, **more)
         self._calls = self._new_reader()
-        self._sent = 0  # characters of the content
+        self._read = 0  # characters that are content, or belong to finished calls
         self._tools: dict[int, int] = {}  # indices of the calls that were announced
         self._finished = 0  # calls
+        self._is_after_call = False  # where text is dropped, as in vLLM
+        self._is_forced = False
 
     def _new_reader(self) -> Calls:
-        return Calls(self.tool_call_start_token, self.tool_call_end_token)
+        names = ("tool_call_start_token", "tool_call_end_token")
+        own = names if hasattr(self, names[0]) else ("tc_start", "tc_end")
+        return Calls(*(getattr(self, name) for name in own))
 
     def extract_tool_calls(self, model_output: str, request: Any) -> ExtractedToolCallInformation:
         calls = self._new_reader()
         calls.feed(model_output)
         calls.finish()
         found = calls.found
-        if not found or any(call.is_broken or not call.is_complete for call in found):
+        if not found or any(call.is_broken for call in found):
             return ExtractedToolCallInformation(
                 tools_called=False, tool_calls=[], content=model_output
             )
@@ -135,28 +158,50 @@ class TaggedCalls(Hermes2ProToolParser):
                 ToolCall(function=FunctionCall(name=call.name, arguments=call.arguments))
                 for call in found
             ],
-            content=calls.content or None,
+            content=model_output[: found[0].begin] or None,
         )
 
     def extract_tool_calls_streaming(
         self, previous_text: str, current_text: str, delta_text: str, *arguments: Any
     ) -> DeltaMessage | None:
-        request = arguments[-1]
+        self.engine_based_streaming = True  # of this stream: vLLM then calls `finish_streaming`
+        self._is_forced = arguments[-1].tool_choice not in ("auto", "none", None)
         self._calls.feed(delta_text)
-        content = self._calls.content[self._sent :]
-        self._sent = len(self._calls.content)
+        return self._new_delta()
+
+    def finish_streaming(self) -> DeltaMessage | None:
+        """Return the text at the end of a stream that is no call."""
+        self._calls.finish()
+        return self._new_delta()
+
+    def _new_delta(self) -> DeltaMessage | None:
+        content = ""
         deltas: list[DeltaToolCall] = []
         for number in range(self._finished, len(self._calls.found)):
             call = self._calls.found[number]
-            if call.is_broken and number not in self._tools:
-                content += call.raw
-            elif number in self._tools or _is_certain(call, request):
+            content += self._text_until(call.begin)
+            if number in self._tools or (not call.is_broken and self._is_certain(call)):
                 deltas += self._new_deltas(number, call)
-            if call.raw:
+                self._is_after_call = True
+            if call.end is not None:
+                if call.is_broken and number not in self._tools:
+                    self._is_after_call = False
+                content += self._text_until(call.end)
                 self._finished = number + 1
+        content += self._text_until(self._calls.outside_end)
         if not content and not deltas:
             return None
         return DeltaMessage(content=content or None, tool_calls=deltas)
+
+    def _text_until(self, end: int) -> str:
+        """Return the text up to `end` that is content."""
+        text = "" if self._is_after_call else self._calls.text[self._read : end]
+        self._read = max(self._read, end)
+        return text
+
+    def _is_certain(self, call: Call) -> bool:
+        """Whether a call with this beginning has arguments: a forced one is constrained."""
+        return call.name is not None and (call.arguments is not None or self._is_forced)
 
     def _new_deltas(self, number: int, call: Call) -> Iterator[DeltaToolCall]:
         """Yield the new parts of a call."""
@@ -178,9 +223,3 @@ class TaggedCalls(Hermes2ProToolParser):
             self.prev_tool_call_arr[index]["arguments"] = text
             added = DeltaFunctionCall(arguments=text[len(sent) :])
             yield DeltaToolCall(index=index, function=added)
-
-
-def _is_certain(call: Call, request: Any) -> bool:
-    """Whether a call with this beginning has arguments: a forced one is constrained."""
-    is_forced = request.tool_choice not in ("auto", "none", None)
-    return call.name is not None and (call.arguments is not None or is_forced)

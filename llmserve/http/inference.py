@@ -10,6 +10,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from llmserve.api.context import RequestContext
 from llmserve.api.endpoints import BackgroundAnswer, Endpoint
+from llmserve.api.ignored_values import check_values
 from llmserve.api.sse import EventStream
 from llmserve.api.token_stream import TokenStream
 from llmserve.api.unsupported_keys import check_supported
@@ -59,6 +60,7 @@ class InferenceEndpoint:
         context, names = RequestContext.of(scope), scope["app"].state.services.pool.registry
         context.body_read_s = time.monotonic()
         check_supported(self.endpoint.id, body)
+        check_values(self.endpoint.id, body)
         name = requested_model(body, names)
         model = names.find(name)
         context.model = model.name  # for the metrics of refused requests too

@@ -10,15 +10,17 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import xgrammar as xgr
 from transformers import AutoTokenizer
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.parser import ParserManager
+from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 
 from llmserve.engine.structured_output.compiler_process import constraints_of_tag
 from llmserve.engine.structured_output.json_schema import rewrite_schema
 from llmserve.engine.structured_output.subschema import ARGUMENTS
 from llmserve.engine.tool_parsers import with_object_arguments
-from tests.contract.grammar_texts import texts
+from tests.contract.grammar_texts import texts, tokenizer
 from tests.contract.support import CHAT, CHATS, HELLO, events, post, running
 
 if TYPE_CHECKING:
@@ -233,6 +235,119 @@ def _schemas_in(tag: Any) -> list[Any]:
     return [holder[key] for holder, key in constraints_of_tag(tag) if key != "pattern"]
 
 
+async def test_whitespace_in_a_forced_call_is_bounded(calling: Services) -> None:
+    """Without a bound a small model writes spaces until `max_tokens`."""
+    body = request(CHATS, None, "required", call("{}"))
+    assert await calls(calling, CHATS, body) == [("go", "{}")]
+    tag, *_ = json.loads(await sent(calling))["format"]["tags"]
+    assert tag["content"]["max_whitespace_cnt"] == 32
+    compiler = xgr.GrammarCompiler(tokenizer(), cache_enabled=False)
+    compiled = compiler.compile_structural_tag(
+        json.dumps({"type": "structural_tag", "format": tag["content"]})
+    )
+    for spaces, is_allowed in ((0, True), (32, True), (33, False)):
+        assert xgr.GrammarMatcher(compiled).accept_string("{" + " " * spaces + "}") is is_allowed
+
+
+async def test_schema_of_all_tools_has_bounded_whitespace(calling: Services) -> None:
+    """Of a parser without tags, such as `llama3_json`."""
+    given = {"type": "object", "properties": {"a": {"allOf": [{ARGUMENTS: False}]}}}
+    params = SamplingParams(structured_outputs=StructuredOutputsParams(json=given))
+    await running(calling).engine.client.check(params)
+    structured = params.structured_outputs
+    assert structured is not None
+    assert structured.json is None
+    assert json.loads(structured.structural_tag or "")["format"]["max_whitespace_cnt"] == 32
+
+
+# --- tools of /v1/responses that are not functions
+
+CUSTOM = {"type": "custom", "name": "free"}
+NAMESPACE = {
+    "type": "namespace",
+    "name": "own",
+    "description": "mine",
+    "tools": [{"type": "function", "name": "go", "parameters": CITY}],
+}
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "custom", "name": "free"}])
+async def test_forced_custom_tool_gets_a_text(calling: Services, choice: Any) -> None:
+    text = '<tool_call>{"name": "free", "arguments": {"input": "abc"}}</tool_call>'
+    answer = {"vllm_xargs": {"answer": ids(text)}}
+    body = {"input": "hi", "tools": [CUSTOM], "tool_choice": choice, **answer}
+    reply = await post(calling, RESPONSES, **body)
+    (item,) = reply.json()["output"]
+    assert (item["type"], item["name"], item["input"]) == ("custom_tool_call", "free", "abc")
+    schema, *_ = argument_schemas(await sent(calling))
+    assert schema["properties"]["input"]["type"] == "string"
+    assert schema["required"] == ["input"]
+
+
+async def test_forced_tool_of_a_namespace_has_its_arguments(calling: Services) -> None:
+    text = '<tool_call>{"name": "own__go", "arguments": {"city": "Agar"}}</tool_call>'
+    answer = {"vllm_xargs": {"answer": ids(text)}}
+    body = {"input": "hi", "tools": [NAMESPACE], "tool_choice": "required", **answer}
+    assert await calls(calling, RESPONSES, body) == [("go", '{"city": "Agar"}')]
+    schema, *_ = argument_schemas(await sent(calling))
+    assert schema["required"] == ["city"]
+
+
+@pytest.mark.parametrize(
+    ("choice", "tools"),
+    [({"type": "mcp", "server_label": "x"}, [CUSTOM]), ("required", [{"type": "web_search"}])],
+)
+async def test_forced_built_in_tool_is_refused(calling: Services, choice: Any, tools: Any) -> None:
+    reply = await post(calling, RESPONSES, input="hi", tools=tools, tool_choice=choice)
+    error = reply.json()["error"]
+    assert (reply.status_code, error["param"].partition(".")[0]) == (400, "tool_choice")
+
+
+# --- allowed tools
+
+
+def allowing(path: str, mode: str, name: str) -> dict[str, Any]:
+    """The body of a route with the tools `go` and `stay`, of which one is allowed."""
+    body = request(path, CITY, "auto", call('{"city": "a"}'))
+    if path == CHATS:
+        body["tools"].append({"type": "function", "function": {"name": "stay"}})
+        allowed = {"mode": mode, "tools": [{"type": "function", "function": {"name": name}}]}
+        return body | {"tool_choice": {"type": "allowed_tools", "allowed_tools": allowed}}
+    body["tools"].append({"type": "function", "name": "stay", "parameters": {}})
+    allowed = {"mode": mode, "tools": [{"type": "function", "name": name}]}
+    return body | {"tool_choice": {"type": "allowed_tools", **allowed}}
+
+
+@pytest.mark.parametrize("path", [CHATS, RESPONSES])
+@pytest.mark.parametrize("mode", ["required", "auto"])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_only_allowed_tools_can_be_called(
+    calling: Services, path: str, mode: str, *, stream: bool
+) -> None:
+    body = allowing(path, mode, "go") | {"stream": stream}
+    assert await calls(calling, path, body) == [("go", '{"city": "a"}')]
+    tag = await sent(calling)
+    assert (tag is not None) == (mode == "required")
+    assert "stay" not in (tag or "")
+
+
+async def test_response_echoes_its_allowed_tools(calling: Services) -> None:
+    body = allowing(RESPONSES, "required", "go")
+    answer = (await post(calling, RESPONSES, **body)).json()
+    assert answer["tool_choice"] == body["tool_choice"]
+    assert [tool["name"] for tool in answer["tools"]] == ["go", "stay"]
+
+
+@pytest.mark.parametrize("path", [CHATS, RESPONSES])
+@pytest.mark.parametrize(("mode", "name"), [("required", "none"), ("none", "go"), ("auto", "")])
+async def test_allowed_tools_that_are_none_are_refused(
+    calling: Services, path: str, mode: str, name: str
+) -> None:
+    reply = await post(calling, path, **allowing(path, mode, name))
+    assert reply.status_code == 400
+    assert reply.json()["error"]["param"].startswith("tool_choice.")
+
+
 # --- what the model wrote
 
 TEXTS = {
@@ -273,16 +388,64 @@ async def test_call_is_what_the_model_wrote(
     assert [json.loads(arguments) for _, arguments in found] == expected
 
 
+@pytest.mark.parametrize("path", ROUTES)
 @pytest.mark.parametrize("stream", [False, True])
-async def test_text_that_is_no_call_is_content(calling: Services, *, stream: bool) -> None:
-    text = "Well: " + call('"Agar"')
-    reply = await post(calling, CHATS, **request(CHATS, CITY, "auto", text, stream=stream))
-    if stream:
-        deltas = [each["choices"][0]["delta"] for each in events(reply.text)[:-1]]
-        content = "".join(each.get("content") or "" for each in deltas)
-    else:
-        content = reply.json()["choices"][0]["message"]["content"]
-    assert content == text
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Well: " + call('"Agar"'),
+        "The tag <tool_call> begins a call, and a < b.",
+        "It ends with <tool_call>",
+        'Cut off: <tool_call>{"name": "go"',
+        "Half a tag: <tool_",
+    ],
+)
+async def test_text_that_is_no_call_is_content(
+    calling: Services, path: str, text: str, *, stream: bool
+) -> None:
+    reply = await post(calling, path, **request(path, CITY, "auto", text, stream=stream))
+    assert reply.status_code == 200
+    assert _content(reply.text, path, streamed=stream) == text
+
+
+def _content(text: str, path: str, *, streamed: bool) -> str:
+    """The text of an answer."""
+    if path == CHATS and streamed:
+        deltas = [each["choices"][0]["delta"] for each in events(text)[:-1]]
+        return "".join(each.get("content") or "" for each in deltas)
+    if path == CHATS:
+        return str(json.loads(text)["choices"][0]["message"]["content"])
+    if path == RESPONSES:
+        last = events(text)[-1]["response"] if streamed else json.loads(text)
+        return "".join(part["text"] for item in last["output"] for part in item["content"])
+    if streamed:
+        return "".join(each.get("delta", {}).get("text", "") for each in events(text))
+    return "".join(block["text"] for block in json.loads(text)["content"])
+
+
+@pytest.mark.parametrize("name", ["hermes", "longcat", "granite4"])
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_parser_of_tagged_json_reads_tags_in_strings(name: str, size: int) -> None:
+    parser = parser_of(name)(AutoTokenizer.from_pretrained(str(CHAT)), [])
+    start, end = ("<longcat_tool_call>", "</longcat_tool_call>")
+    if name != "longcat":
+        start, end = "<tool_call>", "</tool_call>"
+    arguments = {"city": f"a{end}b{start}"}
+    text = f'Well: {start}{{"name": "go", "arguments": {json.dumps(arguments)}}}{end}'
+    asked = ChatCompletionRequest(messages=HELLO, tools=[function(CITY)], tool_choice="auto")
+    found = parser.extract_tool_calls(text, asked)
+    assert found.content == "Well: "
+    assert [json.loads(each.function.arguments) for each in found.tool_calls] == [arguments]
+    deltas = [text[at : at + size] for at in range(0, len(text), size)]
+    made = [parser.extract_tool_calls_streaming("", "", each, [], [], [], asked) for each in deltas]
+    parts = [tool.function.arguments for each in made if each for tool in each.tool_calls]
+    assert json.loads("".join(filter(None, parts))) == arguments
+
+
+def parser_of(name: str) -> Any:
+    made = ParserManager.get_tool_parser(name, enable_auto_tools=True)
+    assert made is not None
+    return with_object_arguments(made)
 
 
 @pytest.mark.parametrize("choice", ["auto", "required", "named"])

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import json
 import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, get_args
 
 import httpx
 import pytest
+import vllm
 from pydantic import BaseModel
 from starlette.datastructures import UploadFile
 from vllm.config import ModelConfig
@@ -21,11 +24,13 @@ from llmserve.api.endpoints import ENDPOINTS
 from llmserve.api.unsupported_keys import UNSUPPORTED
 from llmserve.engine import token_count
 from llmserve.engine.endpoint_handlers import HANDLERS, drop_own_size, parse
-from llmserve.engine.error_mapping import TOO_LONG, ErrorMapper
+from llmserve.engine.error_mapping import TOO_LONG, ErrorMapper, bounded_line
 from llmserve.engine.request_validation import shape_of
 from llmserve.errors import RequestError
 from llmserve.http import app
 from llmserve.http.body import parse_body
+from llmserve.registry.engine_args import ENGINE_ARGS
+from tests.contract.support import post
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -177,6 +182,77 @@ def test_own_dimensions_of_a_model_ask_for_nothing(asked: int | None, left: int 
     drop_own_size(request, SimpleNamespace(embedding_size=384))
     assert request.dimensions == left
     assert isinstance(vars(ModelConfig)["embedding_size"], property)
+
+
+# Where vLLM raises the errors of a request.
+_REACHED = [
+    *("entrypoints/openai", "entrypoints/anthropic", "entrypoints/pooling", "entrypoints/generate"),
+    *("renderers", "multimodal/processing", "multimodal/media", "tool_parsers"),
+    *("v1/engine/input_processor.py", "sampling_params.py"),
+]
+
+
+def raised_texts() -> list[str]:
+    """The texts with an option's name in what vLLM raises or returns as an error."""
+    root = Path(vllm.__file__).parent
+    paths = [path for name in _REACHED for path in [root / name, *(root / name).rglob("*.py")]]
+    found: list[str] = []
+    for path in filter(Path.is_file, paths):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            is_error = isinstance(node, ast.Raise) or (
+                isinstance(node, ast.Call) and "error_response" in ast.unparse(node.func)
+            )
+            texts = [each for each in ast.walk(node) if isinstance(each, ast.Constant)]
+            found += [str(text.value) for text in texts] if is_error else []
+    return [text for text in found if "--" in text]
+
+
+def test_option_of_vllm_is_a_key_of_the_registry_in_messages() -> None:
+    texts = raised_texts()
+    assert len(texts) > 10
+    for text in texts:
+        line = bounded_line(text)
+        assert not re.search(r"--[a-z]", line), line
+        keys = re.findall(r"`engine\.(\w+)[^`]*` \(registry\)", line)
+        assert set(keys) <= ENGINE_ARGS.keys(), line
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("set `--enable-mm-embeds` to", "set `engine.enable_mm_embeds` (registry) to"),
+        ("passing `--runner pooling` to", "passing `engine.runner pooling` (registry) to"),
+        ("a --pooler-config.task x", "a `engine.pooler_config.task` (registry) x"),
+        ("a --reasoning-parser", "a `reasoning_parser` (registry)"),
+    ],
+)
+def test_option_of_vllm_is_renamed(text: str, expected: str) -> None:
+    assert bounded_line(text) == expected
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses", "/v1/messages"])
+@pytest.mark.parametrize("choice", ["auto", "required"])
+async def test_tools_without_a_parser_name_the_registry_s_key(
+    fake: Services, path: str, choice: str
+) -> None:
+    tool: dict[str, Any] = {"type": "function", "name": "go", "parameters": {}}
+    body: dict[str, Any] = {"input": "hi", "tools": [tool], "tool_choice": choice}
+    if path == "/v1/chat/completions":
+        tool = {"type": "function", "function": {"name": "go"}}
+        body = {"messages": [USER], "tools": [tool], "tool_choice": choice}
+    elif path == "/v1/messages":
+        tool = {"name": "go", "input_schema": {"type": "object"}}
+        kind = {"type": {"auto": "auto", "required": "any"}[choice]}
+        body = {"messages": [USER], "tools": [tool], "tool_choice": kind, "max_tokens": 4}
+    reply = await post(fake, path, **body)
+    assert reply.status_code == 400
+    assert "Set `tool_call_parser` of the model in the registry" in reply.json()["error"]["message"]
+
+
+async def test_built_in_tools_need_no_parser(fake: Services) -> None:
+    tools = [{"type": "web_search"}]
+    reply = await post(fake, "/v1/responses", input="hi", tools=tools, max_output_tokens=2)
+    assert reply.status_code == 200
 
 
 @pytest.mark.parametrize("endpoint", HANDLERS)

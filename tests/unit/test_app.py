@@ -277,6 +277,15 @@ async def test_a_body_of_exactly_the_limit_is_served() -> None:
         assert (await box.client.post(CHAT, content=body + b" ")).status_code == 413
 
 
+@pytest.mark.parametrize("path", ["/v1/models/none", "/v1/none", "/v1/messages/none"])
+async def test_error_for_anthropic_s_client_has_its_shape(path: str) -> None:
+    reply = await ask("GET", path, headers={"anthropic-version": "2023-06-01"})
+    body = reply.json()
+    assert (reply.status_code, body["type"]) == (404, "error")
+    assert body["error"].keys() == {"type", "message"}
+    assert body["error"]["type"] == "not_found_error"
+
+
 async def test_unforeseen_error_is_sent_without_its_text() -> None:
     async with asgi(chat=Plan(FakeRunning(failing(KeyError("secret"))))) as box:
         reply = await box.client.post(CHAT, json=HI)

@@ -322,10 +322,6 @@ SCHEMA = {"type": "object"}
             {"output_config": {"format": {"type": "json_schema", "schema": SCHEMA}}},
             [("output_config.format.schema", {"json": SCHEMA})],
         ),
-        (
-            {"output_format": {"type": "json_schema", "schema": SCHEMA}},
-            [("output_format.schema", {"json": SCHEMA})],
-        ),
     ],
 )
 def test_constraints_of_body_have_their_place(body: dict[str, Any], found: list[Any]) -> None:
@@ -344,7 +340,7 @@ JSON = st.recursive(
     ),
     max_leaves=12,
 )
-PLACES = ("structured_outputs", "response_format", "text", "output_config", "output_format")
+PLACES = ("structured_outputs", "response_format", "text", "output_config")
 
 
 @given(st.dictionaries(st.sampled_from(PLACES), JSON))

@@ -42,7 +42,7 @@ def test_calls_are_found_wherever_the_text_is_cut(
     )
     ends = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
     calls = read(*(text[low:high] for low, high in pairwise(ends)))
-    assert calls.content == "before"
+    assert calls.text[: calls.found[0].begin] == "before"
     assert [json.loads(each.arguments or "") for each in calls.found] == arguments
     assert all(each.is_complete and not each.is_broken for each in calls.found)
 
@@ -61,29 +61,34 @@ def test_arguments_grow_by_what_was_written(arguments: object) -> None:
 
 
 @pytest.mark.parametrize(
-    "text",
+    ("text", "rest"),
     [
-        "[1]",
-        '{"arguments": {}}',
-        '{"name": 1, "arguments": {}}',
-        '{"name": "go", "arguments": []}',
-        '{"name": "go", "arguments": {a: 1}}',
-        "nothing",
-        "",
-        "{}}",
+        ("[1]", "[1]" + END),
+        ('{"arguments": {}}', ""),
+        ('{"name": 1, "arguments": {}}', ""),
+        ('{"name": "go", "arguments": []}', ""),
+        ('{"name": "go", "arguments": {a: 1}}', ""),
+        ("nothing", "nothing" + END),
+        ("", END),
+        ("{}}", ""),
     ],
 )
-def test_call_that_is_none_is_broken(text: str) -> None:
-    (call,) = read(START + text + END + "after").found
+def test_call_that_is_none_is_broken(text: str, rest: str) -> None:
+    whole = START + text + END
+    (call,) = read(whole + "after").found
     assert call.is_broken
-    assert call.raw == START + text + END
+    assert whole[call.end :] == rest
 
 
-def test_text_that_may_become_a_tag_is_held_back() -> None:
-    calls = read("a<ca")
-    assert calls.content == "a"
-    calls.feed("t>")
-    assert calls.content == "a<cat>"
+@pytest.mark.parametrize(
+    ("text", "outside"),
+    [("a<ca", "a"), ("a<cat>", "a<cat>"), ("a<call>", "a"), ("a<call>b<", "a<call>b")],
+)
+def test_text_that_may_become_a_tag_is_held_back(text: str, outside: str) -> None:
+    calls = read(*text)
+    assert text[: calls.outside_end] == outside
+    calls.finish()
+    assert calls.outside_end == len(text)
 
 
 def test_call_without_end_tag_is_complete_at_the_end() -> None:

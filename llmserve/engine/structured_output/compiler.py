@@ -335,11 +335,10 @@ def constraints_of(body: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any
     """
     yield from _structured_outputs(body.get("structured_outputs"))
     yield from _response_format("response_format", body.get("response_format"))
-    for owner, key in (("text", "format"), ("output_config", "format")):
+    for owner in ("text", "output_config"):
         holder = body.get(owner)
         if isinstance(holder, dict):
-            yield from _response_format(f"{owner}.{key}", holder.get(key))
-    yield from _response_format("output_format", body.get("output_format"))
+            yield from _response_format(f"{owner}.format", holder.get("format"))
 
 
 KINDS = ("json", "regex", "choice", "grammar", "structural_tag")

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 _MODELS = 8  # tokenizers that stay loaded
 _PROBED = 16  # tokens for which a mask is computed, as in the engine's steps
 _REASON = 400  # characters
+_WHITESPACE = 32  # characters in a row in a call's arguments: a model could write them endlessly
 
 
 @dataclass(frozen=True)
@@ -140,8 +141,11 @@ def _rewritten(model: Loaded, constraint: dict[str, Any]) -> dict[str, Any]:
     is_guidance = model.config.structured_outputs_config.backend == "guidance"
     rewritten = dict(constraint)
     given, tag, pattern = (constraint.get(kind) for kind in ("json", "structural_tag", "regex"))
-    if given is not None and not (is_guidance and ARGUMENTS not in json.dumps(given)):
+    is_of_tools = given is not None and ARGUMENTS in json.dumps(given)
+    if is_of_tools or not (given is None or is_guidance):
         rewritten["json"] = json.dumps(rewrite_schema(_parsed(given)), ensure_ascii=False)
+    if is_of_tools and not is_guidance:
+        rewritten["structural_tag"] = _arguments_tag(json.loads(rewritten.pop("json")))
     if isinstance(pattern, str) and not is_guidance:
         _check_regex(pattern)
     if tag is not None:
@@ -149,10 +153,18 @@ def _rewritten(model: Loaded, constraint: dict[str, Any]) -> dict[str, Any]:
         for holder, key in [] if is_guidance else constraints_of_tag(tag):
             if key == "pattern":
                 _check_regex(holder[key])
-            else:
-                holder[key] = rewrite_schema(holder[key])
+                continue
+            if key == "json_schema" and ARGUMENTS in json.dumps(holder[key]):
+                holder["max_whitespace_cnt"] = _WHITESPACE
+            holder[key] = rewrite_schema(holder[key])
         rewritten["structural_tag"] = json.dumps(tag, ensure_ascii=False)
     return rewritten
+
+
+def _arguments_tag(schema: Any) -> str:
+    """Return the tag for the schema of all tools, in which whitespace is bounded."""
+    form = {"type": "json_schema", "json_schema": schema, "max_whitespace_cnt": _WHITESPACE}
+    return json.dumps({"type": "structural_tag", "format": form}, ensure_ascii=False)
 
 
 def constraints_of_tag(tag: Any) -> Iterator[tuple[dict[str, Any], str]]:
