@@ -61,7 +61,7 @@ def test_event_with_content_and_end_is_split(delta: dict[str, Any]) -> None:
     chunk = {"id": "a", "system_fingerprint": "f", "choices": [choice | {"stop_reason": 7}]}
     frame = sse.with_payload(b"", chunk)
     content, end = HANDLERS[EndpointId.CHAT_COMPLETIONS].pruned(frame).split(b"\n\n")[:2]
-    logprobs = {"content": [], "refusal": None}
+    logprobs: dict[str, Any] = {"content": [], "refusal": None}
     assert choice_of(content) == choice | {"finish_reason": None, "logprobs": logprobs}
     assert choice_of(end) == choice | {"delta": {}, "logprobs": None, "stop_reason": 7}
 

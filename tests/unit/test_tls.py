@@ -7,13 +7,9 @@ import os
 import re
 import subprocess
 import sys
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import rsa
 
 from llmserve.errors import ConfigError
 from llmserve.registry import tls
@@ -27,7 +23,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="module")
 def pems(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Certificates with their keys; `b.key` has a pass phrase, `old.pem` has expired."""
+    """Certificates with their keys; `b.key` has a pass phrase."""
     folder = tmp_path_factory.mktemp("tls")
     for name, options in (("a", "-nodes"), ("b", "-passout pass:secret")):
         line = f"openssl req -x509 -newkey rsa:2048 -subj /CN={name} {options}".split()
@@ -37,21 +33,8 @@ def pems(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "chain.pem").write_text(a + b)
     (folder / "wrong.pem").write_text(b + a)
     (folder / "text").write_text("no certificate")
-    for name, year in (("old", 2000), ("early", 2090)):
-        (folder / f"{name}.pem").write_bytes(valid_in(year, (folder / "a.key").read_bytes()))
     (folder / "torn.key").write_text((folder / "a.key").read_text()[:300])
     return folder
-
-
-def valid_in(year: int, key: bytes) -> bytes:
-    """A certificate of a key that is valid in one year, which `openssl req` cannot write."""
-    private = serialization.load_pem_private_key(key, None)
-    assert isinstance(private, rsa.RSAPrivateKey)
-    name = x509.Name([x509.NameAttribute(x509.oid.NameOID.COMMON_NAME, "a")])
-    builder = x509.CertificateBuilder(name, name, private.public_key(), year)
-    builder = builder.not_valid_before(datetime(year, 1, 1, tzinfo=UTC))
-    builder = builder.not_valid_after(datetime(year, 12, 31, tzinfo=UTC))
-    return builder.sign(private, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
 
 
 def problems(certificate: Path, key: Path) -> list[str]:
@@ -91,8 +74,6 @@ def test_certificate_with_its_key_is_used(pems: Path, certificate: str) -> None:
             r"ssl_certfile: .*a\.pem cannot be used with ssl_keyfile .*torn\.key: ",
         ),
         ("none", "a.key", r"ssl_certfile: no such file: .*none"),
-        ("old.pem", "a.key", r"ssl_certfile: .*old\.pem: certificate has expired; replace it"),
-        ("early.pem", "a.key", r"ssl_certfile: .*early\.pem: certificate is not yet valid; "),
     ],
 )
 def test_unusable_certificate_or_key_is_a_problem(
