@@ -661,15 +661,15 @@ def check_response(response: dict[str, Any]) -> None:
         assert tool.keys() >= {"type", "name", "description", "parameters", "strict"}
 
 
-async def test_response_has_every_required_key(fake: Services) -> None:
+async def test_response_has_every_required_key(calling: Services) -> None:
     tools = [{"type": "function", "name": "f"}]
     more = {"store": False, "safety_identifier": "who", "prompt_cache_key": "key"}
     body = {"input": "hi", "max_output_tokens": 4, "tools": tools}
-    response = (await post(fake, "/v1/responses", **body)).json()
+    response = (await post(calling, "/v1/responses", **body)).json()
     check_response(response)
     assert response["store"] is True
     assert response["status"] == response["output"][-1]["status"] == "incomplete"
-    echoed = (await post(fake, "/v1/responses", **body, **more)).json()
+    echoed = (await post(calling, "/v1/responses", **body, **more)).json()
     assert {key: echoed[key] for key in more} == more
 
 
@@ -720,9 +720,9 @@ async def test_stream_of_response_that_ends_is_completed(fake: Services) -> None
     ],
 )
 async def test_response_takes_tools_by_their_type(
-    fake: Services, tool: dict[str, Any], status: int
+    calling: Services, tool: dict[str, Any], status: int
 ) -> None:
-    reply = await post(fake, "/v1/responses", input="hi", max_output_tokens=2, tools=[tool])
+    reply = await post(calling, "/v1/responses", input="hi", max_output_tokens=2, tools=[tool])
     assert reply.status_code == status
     if status == 400:
         message = reply.json()["error"]["message"]
