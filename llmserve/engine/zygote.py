@@ -72,17 +72,17 @@ class Zygote:
         cls,
         serve: Callable[..., None] = zygote_process.serve,
         *,
-        import_s: float = 120.0,
+        import_s: float = 300.0,
         answer_s: float = 10.0,
     ) -> Zygote:
         """Start a zygote. Returns at once: it imports vLLM while this process does."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         zygote = cls(ours, import_s=import_s, answer_s=answer_s, is_core=False)
         zygote._watch = ParentWatch()
-        process = multiprocessing.get_context("spawn").Process(
-            target=_serve, args=(serve, theirs, ours), name="zygote", daemon=True
-        )
         with theirs, zygote._watch.watching():
+            process = multiprocessing.get_context("spawn").Process(
+                target=_serve, args=(serve, theirs, ours), name="zygote", daemon=True
+            )
             try:
                 process.start()
             except OSError as error:

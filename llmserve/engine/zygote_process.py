@@ -26,6 +26,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from llmserve.engine.parent_watch import join_group
+from llmserve.engine.startup_log import keep_last
+from llmserve.engine.worker.plugin import LOG_DIR, write_to
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -55,6 +57,7 @@ LATE = frozenset({
     "NCCL_GRAPH_REGISTER",
     "NUMEXPR_MAX_THREADS",
     "VLLM_DISABLE_SHARED_EXPERTS_STREAM",
+    "VLLM_OBJECT_STORAGE_SHM_BUFFER_NAME",
     "VLLM_OMP_NUM_THREADS_SET_BY_VLLM",
     "VLLM_SSM_CONV_STATE_LAYOUT",
     "VLLM_USE_DEEP_GEMM_E8M0",
@@ -64,6 +67,9 @@ LATE = frozenset({
 def serve(requests: socket.socket, context: Callable[[], Any]) -> None:
     """Import vLLM, then fork a process per request; cores fork their workers through `context`."""
     before = dict(os.environ)
+    log = Path(os.environ[LOG_DIR]) / "zygote.log"
+    keep_last(log)
+    write_to(log)  # until a fork has its model's log file
     _import_engine()
     executor = importlib.import_module("vllm.v1.executor.multiproc_executor")
     executor.get_mp_context = context
@@ -91,7 +97,7 @@ def unfit() -> str | None:
     import torch  # noqa: PLC0415  # not in the server
     from vllm import plugins  # noqa: PLC0415
 
-    if (threads := len(list(Path("/proc/self/task").iterdir()))) != 1:
+    if (threads := _thread_count()) != 1:
         return f"the zygote has {threads} threads"
     if torch.cuda.is_initialized() or torch.cuda._is_in_bad_fork():  # noqa: SLF001  # no public name
         return "CUDA is initialized in the zygote"
@@ -100,6 +106,10 @@ def unfit() -> str | None:
     if plugins.plugins_loaded:
         return "vLLM's plugins have run in the zygote and would not run in the engine"
     return None
+
+
+def _thread_count() -> int:
+    return len(list(Path("/proc/self/task").iterdir()))
 
 
 def _open_files() -> set[str]:
@@ -217,8 +227,8 @@ class ForkServer:
             if os.read(request.parent, 1):
                 _set_up(request, self._of_imports | request.environment)
                 code = spawn._main(request.payload, request.parent)  # type: ignore[attr-defined]  # noqa: SLF001
-                atexit._run_exitfuncs()  # as a spawned process does at its end
-        except BaseException:  # noqa: BLE001  # this process must not return to the zygote's loop
+                atexit._run_exitfuncs()  # noqa: SLF001  # as at the end of a spawned process
+        except BaseException:  # this process must not return to the zygote's loop
             traceback.print_exc()
         finally:
             with contextlib.suppress(OSError, ValueError):
