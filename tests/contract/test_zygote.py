@@ -187,7 +187,7 @@ def test_guard_sees_threads_and_files(tmp_path: Path) -> None:
 
 
 def test_variable_that_vllm_reads_at_import_is_not_late() -> None:
-    from vllm.ray.ray_env_utils import _RAY_WORKER_PRE_IMPORT_ENV_VARS as READ_AT_IMPORT
+    from vllm.v1.executor.ray_env_utils import _RAY_WORKER_PRE_IMPORT_ENV_VARS as READ_AT_IMPORT
 
     assert not LATE & READ_AT_IMPORT
 
