@@ -30,11 +30,12 @@ from llmserve.engine.startup_log import keep_last
 from llmserve.engine.worker.plugin import LOG_DIR, write_to
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
 MESSAGE_BYTES = 4096
 FILES = 250  # in one message; the kernel's limit is 253
 _THREADS = "OMP_NUM_THREADS"
+_BLAS_THREADS = "OPENBLAS_NUM_THREADS"
 _MODULES = (
     "vllm.v1.engine.core",
     "vllm.v1.executor.multiproc_executor",
@@ -70,12 +71,24 @@ def serve(requests: socket.socket, context: Callable[[], Any]) -> None:
     log = Path(os.environ[LOG_DIR]) / "zygote.log"
     keep_last(log)
     write_to(log)  # until a fork has its model's log file
-    _import_engine()
+    with _without_blas_threads():
+        _import_engine()
     executor = importlib.import_module("vllm.v1.executor.multiproc_executor")
     executor.get_mp_context = context
     gc.collect()
     gc.freeze()  # a collection in a fork would copy the pages of these objects
     ForkServer(requests, before, unfit).run()
+
+
+@contextlib.contextmanager
+def _without_blas_threads() -> Iterator[None]:
+    """Have numpy's OpenBLAS start no threads at its import, unless the operator sets a number."""
+    if _BLAS_THREADS in os.environ:
+        yield
+        return
+    os.environ[_BLAS_THREADS] = "1"
+    yield
+    del os.environ[_BLAS_THREADS]
 
 
 def _import_engine() -> None:

@@ -14,13 +14,14 @@ import pytest
 from llmserve.engine import environment, zygote_process
 from llmserve.engine.parent_watch import ParentWatch
 from llmserve.engine.worker.plugin import LOG_DIR
-from llmserve.engine.zygote import Zygote
 from llmserve.engine.zygote_process import LATE, unfit
 from tests import zygotes
 from tests.contract.support import spec
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from llmserve.engine.zygote import Zygote
 
 WITHIN_S = 60.0
 # vLLM's own names of what `environment` and `run_folder` set.
