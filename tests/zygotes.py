@@ -105,6 +105,7 @@ def report_engine(path: str, variables: list[str]) -> None:
 
     facts = {
         "imported": sorted(sys.modules),
+        "environment": sorted(os.environ),
         "variables": {name: getattr(envs, name) for name in variables},
         "are_variables_cached": envs._is_envs_cache_enabled(),
         "have_plugins_run": plugins.plugins_loaded,

@@ -42,6 +42,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
     kept = dict(os.environ)
     environment.prepare(1, folder)
     os.environ["VLLM_RPC_BASE_PATH"] = str(folder)
+    os.environ["OMP_NUM_THREADS"] = "4"  # with more than one, libraries start threads at import
     try:
         with zygotes.zygote(zygote_process.serve, import_s=500.0) as made:
             yield made
@@ -72,6 +73,8 @@ def test_fork_has_vllm_and_its_own_state(running: Zygote, tmp_path: Path) -> Non
     assert not first["are_variables_cached"]
     assert first["product"] == 500.0**3  # a parallel region works
     assert first["numpy"] != second["numpy"]
+    assert first["torch_threads"] == 4
+    assert "OPENBLAS_NUM_THREADS" not in first["environment"]
 
 
 @pytest.mark.parametrize("name", VARIABLES)
