@@ -73,7 +73,7 @@ def serve(requests: socket.socket, context: Callable[[], Any]) -> None:
     write_to(log)  # until a fork has its model's log file
     with _without_blas_threads():
         _import_engine()
-    executor = importlib.import_module("vllm.v1.executor.multiproc_executor")
+    executor: Any = importlib.import_module("vllm.v1.executor.multiproc_executor")
     executor.get_mp_context = context
     gc.collect()
     gc.freeze()  # a collection in a fork would copy the pages of these objects
@@ -217,7 +217,7 @@ class ForkServer:
         self._running[pidfd] = pid, request.answer
         _send(request.answer, str(pid), pidfd)
 
-    def _difference(self, environment: Mapping[str, str]) -> str | None:
+    def _difference(self, environment: dict[str, str]) -> str | None:
         """Return which variable has had its effect in the zygote with another value, if any."""
         wanted = self._of_imports | environment
         for name in sorted(wanted.keys() | os.environ.keys()):
@@ -239,7 +239,7 @@ class ForkServer:
             request.answer.close()
             if os.read(request.parent, 1):
                 _set_up(request, self._of_imports | request.environment)
-                code = spawn._main(request.payload, request.parent)  # type: ignore[attr-defined]  # noqa: SLF001
+                code = spawn._main(request.payload, request.parent)  # noqa: SLF001
                 atexit._run_exitfuncs()  # noqa: SLF001  # as at the end of a spawned process
         except BaseException:  # this process must not return to the zygote's loop
             traceback.print_exc()
@@ -268,7 +268,7 @@ def _reset_multiprocessing(request: _Request) -> None:
     """As `spawn_main` and the main loop of the standard library's fork server do."""
     util._finalizer_registry.clear()  # type: ignore[attr-defined]  # noqa: SLF001
     util._run_after_forkers()  # type: ignore[attr-defined]  # noqa: SLF001
-    resource_tracker._resource_tracker._fd = request.tracker  # noqa: SLF001
+    resource_tracker._resource_tracker._fd = request.tracker  # type: ignore[attr-defined]  # noqa: SLF001
     forkserver._forkserver._inherited_fds = request.inherited  # type: ignore[attr-defined]  # noqa: SLF001
 
 
