@@ -125,7 +125,7 @@ def report_at_exit(path: str) -> None:
 
 def start_worker(path: str) -> None:
     """As an engine core: start a worker, write both process ids, and wait."""
-    worker = sys.modules["tests.zygotes"].below().Process(target=sleep, daemon=True)  # type: ignore[attr-defined]
+    worker = sys.modules["tests.zygotes"].below().Process(target=sleep, daemon=True)
     worker.start()
     hidden = Path(f"{path}.hidden")
     hidden.write_text(json.dumps([os.getpid(), worker.pid]))

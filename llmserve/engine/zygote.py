@@ -117,7 +117,8 @@ class Zygote:
             opened.callback(os.close, reads)
             answer, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             opened.enter_context(theirs)
-            files = [payload.fileno(), reads, theirs.fileno(), resource_tracker.getfd(), *inherited]
+            tracker: Any = resource_tracker.getfd()
+            files = [payload.fileno(), reads, theirs.fileno(), tracker, *inherited]
             failed = opened.enter_context(contextlib.ExitStack())
             failed.callback(answer.close)
             failed.callback(os.close, parent)
@@ -165,7 +166,7 @@ def _serve(serve: Callable[..., None], requests: socket.socket, of_cores: socket
 
 class _Context(SpawnContext):
     def __init__(self, zygote: Zygote) -> None:
-        self.Process: Any = partial(_Process, zygote)
+        self.Process = partial(_Process, zygote)  # type: ignore[misc, assignment]
 
 
 class _Process(SpawnProcess):
@@ -179,7 +180,7 @@ class _Process(SpawnProcess):
         state = {name: value for name, value in vars(self).items() if name != "zygote"}
         return object.__new__, (SpawnProcess,), state
 
-    def _Popen(self, _: Any) -> Any:  # noqa: N802  # multiprocessing's name
+    def _Popen(self, _: Any) -> Any:  # type: ignore[override]  # noqa: N802
         try:
             return _Popen(self)
         except ZygoteError as error:
@@ -192,7 +193,9 @@ class _Popen(popen_forkserver.Popen):
 
     def _launch(self, process: _Process) -> None:
         self._fork = process.zygote.fork(
-            json.dumps(dict(os.environ)).encode(), self._pickled(process), self._fds
+            json.dumps(dict(os.environ)).encode(),
+            self._pickled(process),
+            self._fds,  # type: ignore[attr-defined]
         )
         self.pid, self.sentinel = self._fork.pid, self._fork.pidfd
         self.finalizer = util.Finalize(self, self._fork.close)

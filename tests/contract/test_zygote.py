@@ -53,7 +53,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
 
 def facts(running: Zygote, path: Path) -> dict[str, Any]:
     zygotes.hide_current_test()
-    process = running.context().Process(  # type: ignore[attr-defined]
+    process: Any = running.context().Process(
         target=zygotes.report_engine, args=(str(path), VARIABLES), name="EngineCore"
     )
     process.start()
