@@ -293,7 +293,7 @@ class Box:
 
     def cores(self) -> set[int]:
         """The engine cores, those that start as well."""
-        return {p.pid for p in self.family() if p.ppid() == self.process.pid and "VLLM" in _name(p)}
+        return {p.pid for p in self.family() if "VLLM::EngineCor" in _name(p)}
 
     def open_files(self) -> int:
         """Descriptors of the server itself."""

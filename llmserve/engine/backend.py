@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
 
     from llmserve.checkpoint.hub import HubFolder, HubRevision
+    from llmserve.engine.zygote import Zygote
     from llmserve.lifecycle.gpu_memory import Keep
     from llmserve.lifecycle.placement import Placement
     from llmserve.lifecycle.replica import Running
@@ -189,8 +190,15 @@ class Memory(MemoryBudget, Protocol):
 class VllmBackend:
     """Starts vLLM engines within a memory budget: `GpuMemory` or `HostMemory`."""
 
-    def __init__(self, log_dir: Path, memory: Memory, patience: Patience | None = None) -> None:
+    def __init__(
+        self,
+        log_dir: Path,
+        memory: Memory,
+        patience: Patience | None = None,
+        zygote: Zygote | None = None,
+    ) -> None:
         self._log_dir = log_dir
+        self._zygote = zygote
         self._patience = patience or Patience()
         self.memory = memory
         # A thread for each start: an engine's constructor blocks until it is ready.
@@ -281,7 +289,9 @@ class VllmBackend:
                 handlers = await asyncio.to_thread(
                     importlib.import_module, "llmserve.engine.handlers"
                 )
-                self._imported = _Modules(handlers, launcher.Launcher(self._log_dir))
+                self._imported = _Modules(
+                    handlers, launcher.Launcher(self._log_dir, zygote=self._zygote)
+                )
                 gc_policy.freeze()
                 if self._killed:
                     self._imported.launcher.stop()
@@ -289,5 +299,7 @@ class VllmBackend:
 
     def kill(self) -> None:
         self._killed = True
+        if self._zygote is not None:
+            self._zygote.kill()
         if self._imported is not None:
             self._imported.launcher.stop()

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _CPU_KV_CACHE_BYTES = 1 << 30  # per engine, if the registry sets none
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vllm/config/lora.py, MaxLoRARanks
-# By whether the platform is a CPU. Names, since the class is loaded in the engine's process.
+# By whether the platform is a CPU.
 _WORKERS = {
     True: "llmserve.engine.worker.cpu_worker.CpuWorker",
     False: "llmserve.engine.worker.gpu_worker.GpuWorker",
@@ -41,7 +41,7 @@ def engine_arguments(spec: ModelSpec, *, sleeps: bool = False) -> AsyncEngineArg
         arguments["reasoning_parser"] = spec.reasoning_parser
     if defaults := request_defaults(spec):
         arguments["override_generation_config"] = defaults
-    arguments["worker_cls"] = _WORKERS[current_platform.is_cpu()]
+    arguments["worker_cls"] = worker_class()
     if sleeps and current_platform.is_cuda():
         arguments["enable_sleep_mode"] = True
     arguments |= _typed(spec.engine)
@@ -50,6 +50,11 @@ def engine_arguments(spec: ModelSpec, *, sleeps: bool = False) -> AsyncEngineArg
         # On a CPU torch.compile takes a minute and saves some 10 %.
         arguments.setdefault("enforce_eager", True)
     return AsyncEngineArgs(**arguments)
+
+
+def worker_class() -> str:
+    """Return the name of the worker's class, which is loaded in the engine's process."""
+    return _WORKERS[current_platform.is_cpu()]
 
 
 def request_defaults(spec: ModelSpec) -> dict[str, Any]:

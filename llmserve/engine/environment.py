@@ -66,6 +66,8 @@ def _prepare_cpu(engines: int, env: MutableMapping[str, str]) -> Iterator[str]:
     # By default all engines bind their threads to the same cores.
     env.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     env.setdefault("OMP_NUM_THREADS", str(max(1, cores() // max(1, engines))))
+    # As vLLM does for a config, which is after the zygote's import of torch.
+    env["TORCHINDUCTOR_CPP_DYNAMIC_THREADS"] = "1"
     openmp = Path(sys.prefix) / "lib" / "libiomp5.so"
     if openmp.exists() and "omp" not in env.get("LD_PRELOAD", ""):
         # vLLM recommends Intel's OpenMP: docs/getting_started/installation/cpu.md

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from typing import TYPE_CHECKING
 
 import psutil
@@ -56,13 +57,19 @@ class HangDetector:
 
 
 def cpu_s(pids: Iterable[int]) -> float:
-    """Return the CPU time of processes and all their descendants, including ended ones."""
-    total = 0.0
-    for pid in pids:
-        with contextlib.suppress(psutil.Error):
-            process = psutil.Process(pid)
-            total += sum(map(_cpu_s, (process, *process.children(recursive=True))))
-    return total
+    """Return the CPU time of processes, their groups and all descendants, including ended ones.
+
+    A forked worker is in the group of its engine core, but the zygote is its parent.
+    """
+    leaders = frozenset(pids)
+    family: dict[int, psutil.Process] = {}
+    for pid in psutil.pids():
+        with contextlib.suppress(psutil.Error, ProcessLookupError):
+            if pid in leaders or os.getpgid(pid) in leaders:
+                process = psutil.Process(pid)
+                family |= {each.pid: each for each in process.children(recursive=True)}
+                family[pid] = process
+    return sum(map(_cpu_s, family.values()))
 
 
 def _cpu_s(process: psutil.Process) -> float:

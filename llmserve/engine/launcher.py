@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from vllm import envs
 from vllm.usage.usage_lib import UsageContext
+from vllm.v1.engine import utils as engine_utils
 
 from llmserve.engine.engine import Bounds, Engine
 from llmserve.engine.engine_arguments import disable_logging, engine_arguments
@@ -25,14 +26,20 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from llmserve.engine.zygote import Zygote
     from llmserve.registry.spec import ModelSpec
 
 
 class Launcher:
-    """Starts engines, and ends all of them when the server stops."""
+    """Starts engines, forked by `zygote` if there is one, and ends them when the server stops."""
 
-    def __init__(self, log_dir: Path, bounds: Bounds | None = None) -> None:
+    def __init__(
+        self, log_dir: Path, bounds: Bounds | None = None, zygote: Zygote | None = None
+    ) -> None:
         self._log_dir = log_dir
+        self._zygote = zygote
+        if zygote is not None:
+            engine_utils.get_mp_context = zygote.context
         self.compiler = ConstraintCompiler()
         self._bounds = bounds or Bounds()
         # Building a config can change os.environ (vllm/config/vllm.py): one at a time.
@@ -139,6 +146,8 @@ class Launcher:
             watches = list(self._watches)
         for watch in watches:
             watch.kill()
+        if self._zygote is not None:
+            self._zygote.kill()
 
     def _require_not_killed(self, watch: ParentWatch) -> None:
         if watch.is_killed:

@@ -116,6 +116,12 @@ def _join_watch(passed: Any) -> _ChildHook:
     return _registered()
 
 
+def join_group(group: int, read_end: int) -> None:
+    """Join the process group of an engine core, and kill it when the core's pipe is closed."""
+    os.setpgid(0, group)
+    _signal_group_at_close(read_end)
+
+
 def _signal_group_at_close(read_end: int) -> None:
     """Have the kernel signal the group. The pipe carries no data: its one event is its end."""
     # A new open file: the signal's owner and number belong to it, and others share the first one.

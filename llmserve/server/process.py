@@ -22,6 +22,7 @@ from llmserve import terminal
 from llmserve.engine import environment
 from llmserve.engine.backend import VllmBackend
 from llmserve.engine.run_folder import RunFolder
+from llmserve.engine.zygote import Zygote
 from llmserve.errors import LLMServeError, StartupError
 from llmserve.gpus import nvml
 from llmserve.gpus.page_exchange import PageBroker
@@ -95,7 +96,7 @@ def _run(
     if backend is None:
         memory = _memory(config)
         _print_dtypes(memory, console)
-        backend = VllmBackend(logs, memory)
+        backend = VllmBackend(logs, memory, zygote=Zygote.start())
     process = _Process(config, listener, console, backend, read)
     process.on_serving = partial(serverlog.mark_served, logs / serverlog.NAME)
     return runner.run(process.run())

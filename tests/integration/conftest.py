@@ -108,8 +108,8 @@ class Server:
     def _is_engine(self, process: psutil.Process) -> bool:
         """Whether a process is an engine that runs; a zombie does not."""
         try:
-            is_child = process.ppid() == self.process.pid and "VLLM" in process.name()
-            return is_child and process.status() != psutil.STATUS_ZOMBIE
+            is_core = "VLLM::EngineCor" in process.name()  # the kernel keeps 15 characters
+            return is_core and process.status() != psutil.STATUS_ZOMBIE
         except psutil.NoSuchProcess:
             return False
 

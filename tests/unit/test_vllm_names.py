@@ -27,8 +27,23 @@ INNER = {
     "uvicorn",
     "zmq",
 }
-# Public in spite of their names; the last is the standard library's (test_parent_watch.py).
-NOT_THEIRS = {("os", "_exit"), ("sample", "_replace"), ("process", "_config")}
+# Public in spite of their names, or the standard library's and torch's, with tests of their own
+# (test_parent_watch.py, test_zygote.py).
+NOT_THEIRS = {
+    ("os", "_exit"),
+    ("sample", "_replace"),
+    ("process", "_config"),
+    ("atexit", "_run_exitfuncs"),
+    ("forkserver._forkserver", "_inherited_fds"),
+    ("forkserver", "_forkserver"),
+    ("resource_tracker._resource_tracker", "_fd"),
+    ("resource_tracker", "_resource_tracker"),
+    ("self", "_fds"),
+    ("spawn", "_main"),
+    ("torch.cuda", "_is_in_bad_fork"),
+    ("util", "_finalizer_registry"),
+    ("util", "_run_after_forkers"),
+}
 COPIED = (
     "copied",
     "matched",

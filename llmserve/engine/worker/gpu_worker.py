@@ -34,7 +34,7 @@ class GpuWorker(Worker):
     _sleep_mode_backend: HostCopies | None  # vLLM's attribute, set at the first use
 
     def __init__(self, *arguments: Any, **more: Any) -> None:
-        self._seconds = {"imports": _IMPORTED - psutil.Process().create_time()}
+        self._seconds = {"imports": max(0.0, _IMPORTED - psutil.Process().create_time())}
         self._activation_bytes = 0
         super().__init__(*arguments, **more)
 

@@ -28,7 +28,7 @@ def enter() -> None:
     _hide_other_gpus(config)
     replica = _replica_of(config.instance_id)
     file = log_file(Path(os.environ[LOG_DIR]), config.model_config.served_model_name, replica)
-    _write_to(file)
+    write_to(file)
     _enable_logging(config)
 
 
@@ -89,7 +89,8 @@ def _enable_logging(config: Any) -> None:
         configure_logging(config.logging_config)
 
 
-def _write_to(file: Path) -> None:
+def write_to(file: Path) -> None:
+    """Send this process's output to a file."""
     descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
