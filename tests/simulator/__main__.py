@@ -19,7 +19,7 @@ def main() -> int:
     parser.add_argument("--harsh", action="store_true", help="one model, and more that goes wrong")
     parser.add_argument("--stop", type=int, default=1, help="after so many failures")
     options = parser.parse_args()
-    began, steps, failures = time.perf_counter(), 0, 0
+    began, steps, served, failures = time.perf_counter(), 0, 0, 0
     gc.freeze()
     for seed in range(options.first, options.first + options.count):
         world = World(seed, trace=options.trace, harsh=options.harsh)
@@ -33,8 +33,11 @@ def main() -> int:
             if failures >= options.stop:
                 break
         steps += world.steps
+        served += world.served
     took = time.perf_counter() - began
-    print(f"{options.count} seeds, {steps} steps, {failures} failures, {took:.1f} s")
+    print(
+        f"{options.count} seeds, {steps} steps, {served} answers, {failures} failures, {took:.1f} s"
+    )
     return 1 if failures else 0
 
 

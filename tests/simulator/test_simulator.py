@@ -44,8 +44,12 @@ def garbage() -> Iterator[None]:
 
 
 def run(seeds: range, *, harsh: bool = False) -> None:
+    served = 0
     for seed in seeds:
-        World(seed, harsh=harsh).run()
+        world = World(seed, harsh=harsh)
+        world.run()
+        served += world.served
+    assert served > len(seeds)  # engines start and answer
 
 
 @pytest.mark.parametrize("first", range(0, _SEEDS, _CHUNK))

@@ -44,6 +44,7 @@ _PATIENCE_S = 4 * 3600.0  # virtual; longer than anything takes that ends by its
 _STUCK_S = 60.0  # after which the connection of a client that does not read is ended
 _LINGER_S = 2.0
 _LIMIT = 8  # the largest max_in_flight
+_ENGINE = {"load_format": "dummy"}  # the folder of its models has no weights
 _ASKED_AS_ONE_ENDS = 0.1  # the chance of a request as an engine completes a piece of work
 # Of a server that works, whatever its engines do.
 _STATUSES = frozenset({200, 400, 404, 500, 503, 504})
@@ -88,6 +89,7 @@ class Exchange:
             self._world.violate(f"the application raised {error!r}", error)
         self.over = True
         self._world.note(f"{self.model} answered {self.status} whole={self.whole}")
+        self._world.served += self.status == 200 and self.whole
         if not self.left.is_set():
             if not self.whole:
                 self._world.violate("a client that stayed has no whole answer")
@@ -144,7 +146,7 @@ class World:
         self.violation: str | None = None
         self.cause: BaseException | None = None
         self._prints = trace
-        self.steps = 0
+        self.steps = self.served = 0
         self.over = self.ending = False
 
     # --- set-up, on the loop
@@ -193,6 +195,7 @@ class World:
             name=name,
             model=str(_FOLDER),
             memory=size,
+            engine=_ENGINE,
             replicas=chance.choice((1, 1, 1, 2)),
             dispatch=chance.choice(("lottery", "shortest_queue", "prefix_affinity")),
             max_in_flight=chance.choice((1, 1, 2, 8)),
@@ -214,7 +217,7 @@ class World:
             "dispatch": lambda: {"dispatch": chance.choice(("lottery", "shortest_queue"))},
             "rebuild": lambda: {"sampling": SamplingSpec(temperature=chance.random())},
             "resize": lambda: {"replicas": chance.choice((1, 2, 3))},
-            "restart": lambda: {"engine": {"max_num_seqs": chance.randrange(1, 999)}},
+            "restart": lambda: {"engine": _ENGINE | {"max_num_seqs": chance.randrange(1, 999)}},
         }
         kind = chance.choice(("live", "live", "dispatch", "rebuild", "resize", "restart", "new"))
         if kind in updates:
