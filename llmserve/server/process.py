@@ -96,7 +96,9 @@ def _run(
     if backend is None:
         memory = _memory(config)
         _print_dtypes(memory, console)
-        backend = VllmBackend(logs, memory, zygote=Zygote.start())
+        # On a GPU host the imports create a CUDA context and threads, which no fork can have.
+        zygote = Zygote.start() if environment.is_cpu_build() else None
+        backend = VllmBackend(logs, memory, zygote=zygote)
     process = _Process(config, listener, console, backend, read)
     process.on_serving = partial(serverlog.mark_served, logs / serverlog.NAME)
     return runner.run(process.run())
