@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -91,6 +92,50 @@ async def test_a_body_of_any_kind_takes_a_short_turn(fake: Services, name: str) 
                 kind = "request_too_large" if too_large else "invalid_request_error"
                 assert error["type"] == kind, (path, error)
                 assert len(error["message"]) < 2000, path
+
+
+MIB = 2**20
+_HEAD = b'{"model":"chat","input":"a","messages":'
+_USER = _HEAD + b'[{"role":"user","content":'
+_IMAGE = b'[{"type":"image_url","image_url":{"url":"data:image/png;base64,'
+LARGE: dict[str, tuple[bytes, bytes, int, bytes]] = {
+    "numbers": (_HEAD + b"[", b"0,", 30 * MIB, b"0]}"),
+    "objects": (_HEAD + b"[", b'{"role":1},', 5 * MIB, b"0]}"),
+    "texts": (_HEAD + b"[", b'"a",', 15 * MIB, b'"a"]}'),
+    "depth": (_HEAD, b"[", 60 * MIB, b""),
+    "spaces": (b'{"model":"chat"', b" ", 60 * MIB, b"}"),
+    "a text": (_USER + b'"', b"a ", 30 * MIB, b'"}]}'),
+    "a text within the limit": (_USER + b'"', b"a ", 4 * MIB - 9, b'"}]}'),
+    "an image": (_USER + _IMAGE, b"AAAA", 15 * MIB, b'"}}]}]}'),
+}
+
+
+def reset_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+
+
+def peak_bytes() -> int:
+    """The most resident memory since `reset_peak`."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+
+
+@pytest.mark.parametrize("name", LARGE)
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/embeddings"])
+async def test_a_body_of_60_mib_takes_a_short_turn_and_memory_by_its_bytes(
+    fake: Services, path: str, name: str
+) -> None:
+    head, piece, count, tail = LARGE[name]
+    body = head + piece * count + tail
+    transport = httpx.ASGITransport(app.build(fake))
+    async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=60) as client:
+        reset_peak()
+        before = peak_bytes()
+        with LongestTurn() as turn:
+            reply = await client.post(path, content=body)
+    assert reply.status_code in {400, 413}, reply.text[:300]
+    assert turn.calls < CALLS
+    assert peak_bytes() - before < 8 * len(body) + 32 * MIB
 
 
 @pytest.mark.parametrize(
