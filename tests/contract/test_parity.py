@@ -141,14 +141,21 @@ def content(reply: httpx.Response, whole: Callable[[Any], Any] = lambda value: v
     """What can be compared of an answer, whose objects `whole` completes."""
     if reply.headers["content-type"].startswith("text/event-stream"):
         lines = [line for line in reply.text.splitlines() if line and not line.startswith(":")]
-        return [
-            comparable(whole(comparable(event))) if isinstance(event, dict) else event
+        events = [
+            event
             for line in lines
-            for event in (
-                required_keys.split_end(json.loads(line[6:])) if line[:7] == "data: {" else [line]
-            )
+            for event in (_split(json.loads(line[6:])) if line[:7] == "data: {" else [line])
+        ]
+        return [
+            comparable(whole(comparable(each))) if isinstance(each, dict) else each
+            for each in events
         ]
     return comparable(whole(comparable(reply.json())))
+
+
+def _split(event: Any) -> list[Any]:
+    is_chat = event.get("object") == "chat.completion.chunk"
+    return required_keys.split_end(event) if is_chat else [event]
 
 
 # What published schemas require and vLLM leaves out.
