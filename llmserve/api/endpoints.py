@@ -144,9 +144,15 @@ _ANTHROPIC_KINDS = {
 }
 
 
-def error_response(error: LLMServeError, path: str = "", request_id: str | None = None) -> Response:
-    """Return the error response of the API that `path` belongs to."""
-    anthropic = f"{path}/".startswith(_ANTHROPIC)
+def error_response(
+    error: LLMServeError,
+    path: str = "",
+    request_id: str | None = None,
+    headers: Iterable[tuple[bytes, bytes]] = (),
+) -> Response:
+    """Return the error response of the API that the path or the request's `headers` belong to."""
+    versions = (name for name, _ in headers if name == b"anthropic-version")
+    anthropic = f"{path}/".startswith(_ANTHROPIC) or any(versions)
     body = anthropic_error(error, request_id) if anthropic else error_body(error)
     return json_response(body, error.status, error.headers())
 

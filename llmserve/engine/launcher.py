@@ -37,7 +37,6 @@ class Launcher:
         self, log_dir: Path, bounds: Bounds | None = None, zygote: Zygote | None = None
     ) -> None:
         self._log_dir = log_dir
-        self._zygote = zygote
         if zygote is not None:
             engine_utils.get_mp_context = zygote.context
         self.compiler = ConstraintCompiler()
@@ -146,8 +145,6 @@ class Launcher:
             watches = list(self._watches)
         for watch in watches:
             watch.kill()
-        if self._zygote is not None:
-            self._zygote.kill()
 
     def _require_not_killed(self, watch: ParentWatch) -> None:
         if watch.is_killed:

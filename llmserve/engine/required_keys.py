@@ -76,11 +76,16 @@ def split_end(chunk: dict[str, Any]) -> list[dict[str, Any]]:
     if not any(choice.get("finish_reason") for choice in choices):
         return [chunk]
     ends = [_end_of(choice) for choice in choices]
-    if not any(any(choice["delta"].values()) for choice in choices):
+    if not any(_has_content(choice) for choice in choices):
         return [chunk | {"choices": ends}]
     content = {key: value for key, value in chunk.items() if key != "system_fingerprint"}
     content["choices"] = [_content_of(choice) for choice in choices]
     return [content, chunk | {"choices": ends}]
+
+
+def _has_content(choice: dict[str, Any]) -> bool:
+    """Whether a choice has more than its end; a last token without text can have logprobs."""
+    return any((*choice["delta"].values(), choice.get("logprobs"), choice.get("token_ids")))
 
 
 def _content_of(choice: dict[str, Any]) -> dict[str, Any]:

@@ -166,6 +166,7 @@ def _serve(serve: Callable[..., None], requests: socket.socket, of_cores: socket
 
 class _Context(SpawnContext):
     def __init__(self, zygote: Zygote) -> None:
+        # A class in typeshed; multiprocessing's own `ctx.Process` is called in the same way.
         self.Process = partial(_Process, zygote)  # type: ignore[misc, assignment]
 
 
@@ -180,12 +181,13 @@ class _Process(SpawnProcess):
         state = {name: value for name, value in vars(self).items() if name != "zygote"}
         return object.__new__, (SpawnProcess,), state
 
+    # Multiprocessing's name; a static method there, which gets the process.
     def _Popen(self, _: Any) -> Any:  # type: ignore[override]  # noqa: N802
         try:
             return _Popen(self)
         except ZygoteError as error:
             log.warning("%s is spawned instead of forked: %s", self.name, error)
-            return SpawnProcess._Popen(self)  # noqa: SLF001
+            return SpawnProcess._Popen(self)  # noqa: SLF001  # the method above replaces it
 
 
 class _Popen(popen_forkserver.Popen):
@@ -195,7 +197,7 @@ class _Popen(popen_forkserver.Popen):
         self._fork = process.zygote.fork(
             json.dumps(dict(os.environ)).encode(),
             self._pickled(process),
-            self._fds,  # type: ignore[attr-defined]
+            self._fds,  # type: ignore[attr-defined]  # of the base class
         )
         self.pid, self.sentinel = self._fork.pid, self._fork.pidfd
         self.finalizer = util.Finalize(self, self._fork.close)

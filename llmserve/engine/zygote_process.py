@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 from llmserve.engine.parent_watch import join_group
 from llmserve.engine.startup_log import keep_last
 from llmserve.engine.worker.plugin import LOG_DIR, write_to
+from llmserve.engine.zygote_guards import LATE, unfit
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -46,23 +47,6 @@ _BACKENDS = {
     True: "vllm.v1.attention.backends.cpu_attn",
     False: "vllm.v1.attention.backends.flash_attn",
 }
-# Variables that an engine may have in another form than the zygote. Everything that reads them
-# does so after the fork; tests/contract/test_zygote.py checks it for vLLM.
-LATE = frozenset({
-    "AITER_SITUV2_A4W4",
-    "COLUMNS",  # this and LINES: set by the import of readline
-    "CUDA_VISIBLE_DEVICES",
-    "LD_LIBRARY_PATH",  # set by the import of OpenCV, for programs that are started later
-    "LINES",
-    "LOCAL_WORLD_SIZE",
-    "NCCL_GRAPH_REGISTER",
-    "NUMEXPR_MAX_THREADS",
-    "VLLM_DISABLE_SHARED_EXPERTS_STREAM",
-    "VLLM_OBJECT_STORAGE_SHM_BUFFER_NAME",
-    "VLLM_OMP_NUM_THREADS_SET_BY_VLLM",
-    "VLLM_SSM_CONV_STATE_LAYOUT",
-    "VLLM_USE_DEEP_GEMM_E8M0",
-})  # fmt: skip
 
 
 def serve(requests: socket.socket, context: Callable[[], Any]) -> None:
@@ -95,42 +79,14 @@ def _import_engine() -> None:
     for name in _MODULES:
         importlib.import_module(name)
     from vllm.platforms import current_platform  # noqa: PLC0415  # not in the server
-    from vllm.utils.system_utils import set_process_title  # noqa: PLC0415
+    from vllm.utils.system_utils import set_process_title  # noqa: PLC0415  # as above
 
-    from llmserve.engine.engine_arguments import worker_class  # noqa: PLC0415
+    from llmserve.engine.engine_arguments import worker_class  # noqa: PLC0415  # as above
 
     importlib.import_module(worker_class().rpartition(".")[0])
     importlib.import_module(_BACKENDS[current_platform.is_cpu()])
     # Also for the forks: the title's place is not found after their environment is replaced.
     set_process_title("zygote", prefix="llmserve")
-
-
-def unfit() -> str | None:
-    """Return why this process must not fork an engine; None if it may."""
-    import torch  # noqa: PLC0415  # not in the server
-    from vllm import plugins  # noqa: PLC0415
-
-    if (threads := _thread_count()) != 1:
-        return f"the zygote has {threads} threads"
-    if torch.cuda.is_initialized() or torch.cuda._is_in_bad_fork():  # noqa: SLF001  # no public name
-        return "CUDA is initialized in the zygote"
-    if opened := sorted(path for path in _open_files() if path.startswith("/dev/nvidia")):
-        return f"the zygote has opened {', '.join(opened)}"
-    if plugins.plugins_loaded:
-        return "vLLM's plugins have run in the zygote and would not run in the engine"
-    return None
-
-
-def _thread_count() -> int:
-    return len(list(Path("/proc/self/task").iterdir()))
-
-
-def _open_files() -> set[str]:
-    paths = set()
-    for each in Path("/proc/self/fd").iterdir():
-        with contextlib.suppress(OSError):  # the descriptor of this loop
-            paths.add(str(each.readlink()))
-    return paths
 
 
 class _Request(NamedTuple):
@@ -239,7 +195,7 @@ class ForkServer:
             request.answer.close()
             if os.read(request.parent, 1):
                 _set_up(request, self._of_imports | request.environment)
-                code = spawn._main(request.payload, request.parent)  # noqa: SLF001
+                code = spawn._main(request.payload, request.parent)  # noqa: SLF001  # no public name
                 atexit._run_exitfuncs()  # noqa: SLF001  # as at the end of a spawned process
         except BaseException:  # this process must not return to the zygote's loop
             traceback.print_exc()
@@ -266,10 +222,11 @@ def _set_up(request: _Request, environment: dict[str, str]) -> None:
 
 def _reset_multiprocessing(request: _Request) -> None:
     """As `spawn_main` and the main loop of the standard library's fork server do."""
-    util._finalizer_registry.clear()  # type: ignore[attr-defined]  # noqa: SLF001
-    util._run_after_forkers()  # type: ignore[attr-defined]  # noqa: SLF001
-    resource_tracker._resource_tracker._fd = request.tracker  # type: ignore[attr-defined]  # noqa: SLF001
-    forkserver._forkserver._inherited_fds = request.inherited  # type: ignore[attr-defined]  # noqa: SLF001
+    # None of the four names is public, or has a type.
+    util._finalizer_registry.clear()  # type: ignore[attr-defined]  # noqa: SLF001  # as above
+    util._run_after_forkers()  # type: ignore[attr-defined]  # noqa: SLF001  # as above
+    resource_tracker._resource_tracker._fd = request.tracker  # type: ignore[attr-defined]  # noqa: SLF001  # as above
+    forkserver._forkserver._inherited_fds = request.inherited  # type: ignore[attr-defined]  # noqa: SLF001  # as above
 
 
 def _send(answer: socket.socket, text: str, *files: Any) -> None:

@@ -116,9 +116,7 @@ def _error_app(error: Exception, scope: Scope) -> ASGIApp:
 
 
 def _error_response(error: LLMServeError, scope: Scope) -> Response:
-    of_anthropic = any(name == b"anthropic-version" for name, _ in scope["headers"])
-    path = "/v1/messages" if of_anthropic else scope["path"]
-    return error_response(error, path, RequestContext.of(scope).id)
+    return error_response(error, scope["path"], RequestContext.of(scope).id, scope["headers"])
 
 
 async def _no_response(_: Scope, __: Receive, ___: Send) -> None:

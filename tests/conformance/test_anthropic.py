@@ -25,6 +25,18 @@ WEATHER: Any = {
 }
 
 
+FORCED: dict[str, Any] = {
+    "model": "chat",
+    "max_tokens": 200,
+    "messages": FRANCE,
+    "tools": [WEATHER],
+    "extra_body": GREEDY,
+}
+forcing = pytest.mark.parametrize(
+    "choice", [{"type": "tool", "name": "weather"}, {"type": "any"}], ids=["named", "any"]
+)
+
+
 class City(BaseModel):
     name: Literal["Paris", "Rome"]
     is_capital: bool
@@ -81,36 +93,18 @@ class TestMessages:
         assert final.usage.input_tokens > 0
         assert final.usage.output_tokens > 0
 
-    @pytest.mark.parametrize(
-        "choice", [{"type": "tool", "name": "weather"}, {"type": "any"}], ids=["named", "any"]
-    )
+    @forcing
     def test_forced_tool(self, client: anthropic.Anthropic, choice: Any) -> None:
-        answer = client.messages.create(
-            model="chat",
-            max_tokens=200,
-            messages=FRANCE,
-            tools=[WEATHER],
-            tool_choice=choice,
-            extra_body=GREEDY,
-        )
+        answer = client.messages.create(**FORCED, tool_choice=choice)
         valid(Message, answer)
         (call,) = [block for block in answer.content if block.type == "tool_use"]
         assert call.name == "weather"
         assert call.input in ({"city": "Paris"}, {"city": "Rome"})
         assert answer.stop_reason == "tool_use"
 
-    @pytest.mark.parametrize(
-        "choice", [{"type": "tool", "name": "weather"}, {"type": "any"}], ids=["named", "any"]
-    )
+    @forcing
     def test_forced_tool_stream(self, client: anthropic.Anthropic, choice: Any) -> None:
-        with client.messages.stream(
-            model="chat",
-            max_tokens=200,
-            messages=FRANCE,
-            tools=[WEATHER],
-            tool_choice=choice,
-            extra_body=GREEDY,
-        ) as stream:
+        with client.messages.stream(**FORCED, tool_choice=choice) as stream:
             kinds = {event.type for event in stream}
             final = stream.get_final_message()
         assert "input_json" in kinds

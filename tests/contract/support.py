@@ -144,3 +144,20 @@ def class_of(file: str, name: str) -> dict[str, ast.FunctionDef]:
         if isinstance(node, ast.ClassDef) and node.name == name
     )
     return {node.name: node for node in found.body if isinstance(node, ast.FunctionDef)}
+
+
+def core_processes(config: Any) -> Any:
+    """vLLM's process of an engine core, whose server does not answer."""
+    from vllm.v1.engine.utils import CoreEngineProcManager  # after `prepare`
+    from vllm.v1.executor import Executor  # after `prepare`
+
+    return CoreEngineProcManager(
+        local_engine_count=1,
+        start_index=0,
+        local_start_index=0,
+        vllm_config=config,
+        local_client=True,
+        handshake_address="ipc://@llmserve-no-server",
+        executor_class=Executor.get_class(config),
+        log_stats=False,
+    )

@@ -66,6 +66,17 @@ def test_event_with_content_and_end_is_split(delta: dict[str, Any]) -> None:
     assert choice_of(end) == choice | {"delta": {}, "logprobs": None, "stop_reason": 7}
 
 
+@pytest.mark.parametrize("own", [{"logprobs": {"content": [1]}}, {"token_ids": [2]}])
+def test_last_token_without_text_keeps_its_logprobs_and_id(own: dict[str, Any]) -> None:
+    choice = {"index": 0, "delta": {"content": ""}, "finish_reason": "stop", **own}
+    frame = sse.with_payload(b"", {"choices": [choice]})
+    content, end = HANDLERS[EndpointId.CHAT_COMPLETIONS].pruned(frame).split(b"\n\n")[:2]
+    (key,) = own
+    assert choice_of(content)[key]
+    assert not choice_of(end).get(key)
+    assert choice_of(end)["finish_reason"] == "stop"
+
+
 def test_event_with_an_end_alone_stays_one() -> None:
     choice = {"index": 0, "delta": {"content": ""}, "logprobs": None, "finish_reason": "stop"}
     frame = sse.with_payload(b"", {"choices": [choice]})

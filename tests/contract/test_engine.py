@@ -10,7 +10,7 @@ import pytest
 from llmserve.engine import run_folder
 from llmserve.errors import StartupError
 from llmserve.registry.spec import SamplingSpec
-from tests.contract.support import spec
+from tests.contract.support import core_processes, spec
 
 
 def test_a_registry_entry_in_vllms_terms() -> None:
@@ -108,25 +108,13 @@ def test_the_cause_of_a_failed_start_comes_from_the_engines_log(
 
 def test_engine_cores_start_where_they_are_watched() -> None:
     """By multiprocessing, in the thread of the start: `llmserve.engine.parent_watch`."""
-    from vllm.v1.engine.utils import CoreEngineProcManager
-    from vllm.v1.executor import Executor
-
     from llmserve.engine.engine_arguments import engine_arguments
     from llmserve.engine.parent_watch import ParentWatch
 
     config = engine_arguments(spec()).create_engine_config()
     watch = ParentWatch()
     with watch.watching():
-        manager = CoreEngineProcManager(
-            local_engine_count=1,
-            start_index=0,
-            local_start_index=0,
-            vllm_config=config,
-            local_client=True,
-            handshake_address="ipc://@llmserve-nobody",
-            executor_class=Executor.get_class(config),
-            log_stats=False,
-        )
+        manager = core_processes(config)
     (process,) = manager.processes
     assert watch.pids == [process.pid]
     assert process.is_alive()

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from llmserve.engine import environment, zygote_process
+from llmserve.engine import environment, zygote_guards, zygote_process
 from llmserve.engine.parent_watch import ParentWatch
 from llmserve.engine.worker.plugin import LOG_DIR
-from llmserve.engine.zygote_process import LATE, unfit
+from llmserve.engine.zygote_guards import LATE, unfit
 from tests import zygotes
-from tests.contract.support import spec
+from tests.contract.support import core_processes, spec
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -96,7 +96,6 @@ def test_thread_count_of_an_engine_holds_in_a_fork(
 def test_engine_cores_are_forked(running: Zygote, monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM creates them with the context that `Launcher` sets."""
     from vllm.v1.engine import utils
-    from vllm.v1.executor import Executor
 
     from llmserve.engine.engine_arguments import engine_arguments
     from llmserve.engine.launcher import Launcher
@@ -107,16 +106,7 @@ def test_engine_cores_are_forked(running: Zygote, monkeypatch: pytest.MonkeyPatc
     watch = ParentWatch()
     zygotes.hide_current_test()
     with watch.watching():
-        manager = utils.CoreEngineProcManager(
-            local_engine_count=1,
-            start_index=0,
-            local_start_index=0,
-            vllm_config=config,
-            local_client=True,
-            handshake_address="ipc://@llmserve-nobody",
-            executor_class=Executor.get_class(config),
-            log_stats=False,
-        )
+        manager = core_processes(config)
     (process,) = manager.processes
     assert type(process._popen).__module__ == "llmserve.engine.zygote"
     assert watch.pids == [process.pid]
@@ -140,7 +130,7 @@ def test_workers_start_through_the_replaced_name() -> None:
 def fit(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm import plugins
 
-    monkeypatch.setattr(zygote_process, "_thread_count", lambda: 1)
+    monkeypatch.setattr(zygote_guards, "_thread_count", lambda: 1)
     monkeypatch.setattr(plugins, "plugins_loaded", False)
 
 
@@ -153,11 +143,11 @@ def test_process_without_threads_and_cuda_is_fit() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "reason"),
     [
-        ("llmserve.engine.zygote_process._thread_count", lambda: 2, "the zygote has 2 threads"),
+        ("llmserve.engine.zygote_guards._thread_count", lambda: 2, "the zygote has 2 threads"),
         ("torch.cuda.is_initialized", lambda: True, "CUDA is initialized in the zygote"),
         ("torch.cuda._is_in_bad_fork", lambda: True, "CUDA is initialized in the zygote"),
         (
-            "llmserve.engine.zygote_process._open_files",
+            "llmserve.engine.zygote_guards._open_files",
             lambda: {"/dev/null", "/dev/nvidiactl"},
             "the zygote has opened /dev/nvidiactl",
         ),
@@ -176,15 +166,15 @@ def test_guard_refuses(monkeypatch: pytest.MonkeyPatch, name: str, value: Any, r
 def test_guard_sees_threads_and_files(tmp_path: Path) -> None:
     import threading
 
-    before = zygote_process._thread_count()
+    before = zygote_guards._thread_count()
     wait = threading.Event()
     thread = threading.Thread(target=wait.wait)
     thread.start()
-    assert zygote_process._thread_count() == before + 1
+    assert zygote_guards._thread_count() == before + 1
     wait.set()
     thread.join()
     with (tmp_path / "file").open("w"):
-        assert str(tmp_path / "file") in zygote_process._open_files()
+        assert str(tmp_path / "file") in zygote_guards._open_files()
 
 
 # --- Variables that may differ

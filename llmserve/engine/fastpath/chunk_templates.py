@@ -10,6 +10,7 @@ vllm/entrypoints/openai/{chat_completion,completion}/serving.py.
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -39,7 +40,7 @@ _ENDS = 64  # cached last events
 Lead = tuple[bytes, bytes]  # the id and the time of an answer
 
 
-class ChunkModels:
+class ChunkModels(ABC):
     """Chunks of vLLM with markers: the role of a chat, text, and the usage if requested.
 
     `parsed`: by a parser that passes text through, and makes no chunk without text.
@@ -77,8 +78,8 @@ class ChunkModels:
             id=_ID, object=self.kind, created=_CREATED, model=self._model, choices=choices
         )
 
-    def _choice(self, text: str, finish: str | None, stop: int | str | None) -> Any:
-        raise NotImplementedError
+    @abstractmethod
+    def _choice(self, text: str, finish: str | None, stop: int | str | None) -> Any: ...
 
 
 class ChatModels(ChunkModels):
